@@ -1,0 +1,27 @@
+"""Argument checks whose messages name the argument, its value and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def check_positive(name: str, value: int, at_most: int | None = None, limit: str = "") -> None:
+    """Raise unless value is an int >= 1 and at most ``at_most`` (named ``limit`` in the message)."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+    if value < 1 or (at_most is not None and value > at_most):
+        upper = "" if at_most is None else f" and at most {limit} = {at_most}"
+        raise ValueError(f"{name} must be at least 1{upper}, got {value}")
+
+
+def check_rate(name: str, value: float, inclusive: bool = False) -> None:
+    """Raise unless 0 <= value < 1 (<= 1 if inclusive)."""
+    if not (0 <= value < 1 or (inclusive and value == 1)):
+        raise ValueError(f"{name} must be in [0, 1{']' if inclusive else ')'}, got {value!r}")
+
+
+def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Raise unless value is one of the allowed words."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

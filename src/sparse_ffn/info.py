@@ -1,0 +1,55 @@
+"""``python -m sparse_ffn.info``: versions, devices, backends, and which one is chosen and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+
+import torch
+
+from sparse_ffn.backend import BACKENDS, ENVIRONMENT_VARIABLE, explain
+
+
+def chosen(device: torch.device | str = "cpu") -> str:
+    """One line: what computes the ops on this device."""
+    return f"{torch.device(device).type}: {explain()}"
+
+
+def report() -> str:
+    """All of it as text: what an issue about this library should contain."""
+    lines = [
+        f"sparse-ffn {_version('sparse-ffn')}",
+        f"python     {platform.python_version()} ({sys.platform}, {platform.machine()})",
+        f"torch      {torch.__version__} ({torch.get_num_threads()} CPU threads)",
+        f"triton     {_version('triton')}",
+        f"einops     {_version('einops')}",
+        "",
+        "devices",
+        f"  cpu      {torch.backends.cpu.get_cpu_capability()}",
+        *_accelerators(),
+        "",
+        "backends",
+        *(f"  {name:10} {what}" for name, what in BACKENDS.items()),
+        "",
+        f"chosen     {explain()}",
+        f"to force   sparse_ffn.backend(name) or {ENVIRONMENT_VARIABLE}=name",
+    ]
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _accelerators() -> list[str]:
+    if not torch.cuda.is_available():
+        return ["  cuda     none"]
+    return [f"  cuda:{i}   {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,168 @@
+"""SparseFFN: what all layers share: the call, its checks, initialisation, sizes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparse_ffn.checks import check_choice, check_positive, check_rate
+from sparse_ffn.ops.activations import ACTIVATIONS
+
+
+class SparseFFN(nn.Module):
+    """Base of all layers: a feed-forward block x [..., d_model] -> [..., d_out].
+
+    Args:
+        d_model: input width.
+        d_out: output width; None for d_model.
+        activation: name of the hidden activation, one of ``relu gelu gelu_tanh silu identity squared_relu``.
+        dropout: rate of dropout on hidden units (never on the output), in [0, 1].
+        init_scale: c in the initialisation's standard deviations. 1 suits a post-LN transformer.
+        n_layers: L, number of layers of a pre-LN transformer; sets c = sqrt(2/L) (arXiv 2310.10837, section 5).
+        bias: add a learned ``out_bias`` [d_out].
+        device: where the parameters live.
+        dtype: their dtype.
+
+    Raises:
+        ValueError: an argument outside its range; ``init_scale`` and ``n_layers`` both given.
+    """
+
+    k: int
+    """Selected experts, units or values per token (and head)."""
+    d_ff: int
+    """Hidden units in all."""
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_out: int | None,
+        activation: str,
+        dropout: float,
+        init_scale: float,
+        n_layers: int | None,
+        bias: bool,
+        device: Any,
+        dtype: torch.dtype | None,
+        extra_activations: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__()
+        check_positive("d_model", d_model)
+        check_positive("d_out", d_model if d_out is None else d_out)
+        check_choice("activation", activation, (*ACTIVATIONS, *extra_activations))
+        check_rate("dropout", dropout, inclusive=True)
+        self.d_model, self.d_out = d_model, d_model if d_out is None else d_out
+        self.activation, self.dropout = activation, dropout
+        self.init_scale = _init_scale(init_scale, n_layers)
+        self._factory = {"device": device, "dtype": dtype}
+        self.out_bias = self._parameter(self.d_out) if bias else None
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, router_input: Tensor | None = None) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: [..., d_model], of the parameters' dtype (any float dtype under autocast).
+            mask: bool [...], True for real tokens. Padding takes no part in balance and statistics; its outputs are
+                computed as usual. Layers without a router only check it.
+            router_input: what the router sees instead of x, of x's shape; MoE layers only.
+
+        Returns:
+            [..., d_out]; its dtype follows nn.Linear.
+
+        Raises:
+            TypeError: x is not floating, or its dtype is not the parameters' (outside autocast), or mask is not bool.
+            ValueError: a wrong shape or device, or ``router_input`` for a layer without a router.
+        """
+        self._check_input("x", x)
+        if x.shape[-1:] != (self.d_model,):
+            raise ValueError(f"x must have shape [..., d_model = {self.d_model}], got {list(x.shape)}")
+        if mask is not None:
+            self._check_mask(x, mask)
+        y = self._forward(x, mask, self._selector_input(x, router_input))
+        if self.out_bias is not None:
+            y = y + self.out_bias.to(y.dtype)
+        return y.reshape(*x.shape[:-1], self.d_out)
+
+    def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
+        """The layer without its output bias: [..., d_model] -> [tokens, d_out]."""
+        raise NotImplementedError
+
+    def _selector_input(self, x: Tensor, router_input: Tensor | None) -> Tensor:
+        if router_input is not None:
+            raise ValueError(f"router_input is for MoE layers; {type(self).__name__} has no router")
+        return x
+
+    def _check_input(self, name: str, x: Tensor) -> None:
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be a floating tensor, got {str(x.dtype).removeprefix('torch.')}")
+        own = next(self.parameters())
+        if x.device != own.device:
+            raise ValueError(f"{name} is on {x.device}, the layer's parameters are on {own.device}")
+        if x.dtype != own.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{name} has dtype {x.dtype}, the layer's parameters have {own.dtype}: convert one of them")
+
+    def _check_mask(self, x: Tensor, mask: Tensor) -> None:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be bool (True = real token), got {mask.dtype}")
+        if mask.shape != x.shape[:-1]:
+            raise ValueError(f"mask must have x's shape without its last dimension, {list(x.shape[:-1])}, "
+                             f"got {list(mask.shape)}")  # fmt: skip
+        if mask.device != x.device:
+            raise ValueError(f"mask is on {mask.device}, x is on {x.device}")
+
+    def _parameter(self, *shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.empty(*shape, **self._factory))
+
+    def _normal(self, parameter: Tensor, fan: int) -> None:
+        nn.init.normal_(parameter, 0.0, self.init_scale / math.sqrt(fan))
+
+    def _hidden_scale(self, x: Tensor, *shape: int) -> Tensor | None:
+        """Dropout's multiplier for hidden units, or None when there is nothing to drop."""
+        if not self.training or not self.dropout:
+            return None
+        return F.dropout(torch.ones(shape, device=x.device, dtype=x.dtype), self.dropout)
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters and buffers of this layer anew."""
+        raise NotImplementedError
+
+    @property
+    def active_fraction(self) -> float:
+        """Share of the hidden units that a token uses."""
+        raise NotImplementedError
+
+    def flops_per_token(self) -> int:
+        """Forward FLOPs for a token: 2 a multiply-add, router and sub-key scores included, biases not."""
+        raise NotImplementedError
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of parameters."""
+        return sum(p.numel() for p in self.parameters())
+
+    def _repr_options(self, *sizes: str, **options: tuple[Any, Any]) -> str:
+        """Sizes, then each option (value, default) that differs from its default."""
+        shared = {
+            "d_out": (self.d_out, self.d_model),
+            "dropout": (self.dropout, 0.0),
+            "init_scale": (self.init_scale, 1.0),
+        }
+        changed = [f"{n}={v!r}" for n, (v, default) in {**options, **shared}.items() if v != default]
+        return ", ".join([str(self.d_model), *sizes, *changed])
+
+
+def _init_scale(init_scale: float, n_layers: int | None) -> float:
+    if init_scale < 0 or not math.isfinite(init_scale):
+        raise ValueError(f"init_scale must be finite and >= 0, got {init_scale!r}")
+    if n_layers is None:
+        return init_scale
+    if init_scale != 1.0:
+        raise ValueError(
+            f"init_scale = {init_scale!r} and n_layers = {n_layers!r} both set the scale: give one of them"
+        )
+    check_positive("n_layers", n_layers)
+    return math.sqrt(2 / n_layers)

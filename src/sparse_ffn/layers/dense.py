@@ -1,0 +1,101 @@
+"""DenseFFN: the exact two-layer network, the baseline that the sparse layers approximate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse_ffn.checks import check_positive
+from sparse_ffn.layers.base import SparseFFN
+from sparse_ffn.ops.activations import hidden
+from sparse_ffn.ops.autocast import autocast_dtype
+
+
+class DenseFFN(SparseFFN):
+    """y = values.T act(keys x + key_bias) + out_bias, all hidden units computed (arXiv 2310.10837, section 2).
+
+    Parameters: ``keys`` [d_ff, d_model], ``values`` [d_ff, d_out], with ``bias`` ``key_bias`` [d_ff] and ``out_bias``
+    [d_out], with ``glu`` ``gate_keys`` [d_ff, d_model]: act(gate_keys x) * (keys x + key_bias).
+
+    Args:
+        d_model: input width.
+        d_ff: hidden units.
+        activation: see :class:`SparseFFN`, as all other arguments.
+        glu: gate the hidden units.
+        bias: ``key_bias`` and ``out_bias``.
+        d_out: output width.
+        dropout: on the hidden units.
+        init_scale: c; keys have standard deviation c/sqrt(d_model), values c/sqrt(d_ff).
+        n_layers: sets c = sqrt(2/n_layers).
+        device: where the parameters live.
+        dtype: their dtype.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        *,
+        activation: str = "relu",
+        glu: bool = False,
+        bias: bool = True,
+        d_out: int | None = None,
+        dropout: float = 0.0,
+        init_scale: float = 1.0,
+        n_layers: int | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            d_model, d_out=d_out, activation=activation, dropout=dropout, init_scale=init_scale, n_layers=n_layers,
+            bias=bias, device=device, dtype=dtype,
+        )  # fmt: skip
+        check_positive("d_ff", d_ff)
+        self.d_ff = self.k = d_ff
+        self.keys = self._parameter(d_ff, d_model)
+        self.gate_keys = self._parameter(d_ff, d_model) if glu else None
+        self.key_bias = self._parameter(d_ff) if bias else None
+        self.values = self._parameter(d_ff, self.d_out)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal keys and values, zero biases."""
+        self._normal(self.keys, self.d_model)
+        self._normal(self.values, self.d_ff)
+        if self.gate_keys is not None:
+            self._normal(self.gate_keys, self.d_model)
+        for bias in (self.key_bias, self.out_bias):
+            if bias is not None:
+                torch.nn.init.zeros_(bias)
+
+    def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
+        x = x.reshape(-1, self.d_model).to(autocast_dtype(x))
+        up = F.linear(x, self.keys, self.key_bias)
+        scale = self._hidden_scale(up, *up.shape)
+        if self.gate_keys is None:
+            h = hidden(self.activation, up, None, scale)
+        else:
+            h = hidden(self.activation, F.linear(x, self.gate_keys), up, scale)
+        return F.linear(h, self.values.t())
+
+    @property
+    def active_fraction(self) -> float:
+        """1: every hidden unit is used."""
+        return 1.0
+
+    def flops_per_token(self) -> int:
+        """2·d_ff·(d_model + d_out), and 2·d_ff·d_model more for a GLU."""
+        inputs = self.d_model * (1 if self.gate_keys is None else 2)
+        return 2 * self.d_ff * (inputs + self.d_out)
+
+    def extra_repr(self) -> str:
+        """Sizes and what differs from the defaults."""
+        return self._repr_options(
+            f"d_ff={self.d_ff}",
+            activation=(self.activation, "relu"),
+            glu=(self.gate_keys is not None, False),
+            bias=(self.out_bias is not None, True),
+        )

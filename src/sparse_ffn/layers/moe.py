@@ -1,0 +1,248 @@
+"""MoE: a mixture of experts as one stack of hidden units grouped by expert, with its router and balance losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ffn import ops
+from sparse_ffn.checks import check_choice, check_positive
+from sparse_ffn.layers.base import SparseFFN
+from sparse_ffn.ops.autocast import autocast_dtype
+from sparse_ffn.routing.balance import NAMES, balance_loss
+from sparse_ffn.routing.inject import inject
+from sparse_ffn.routing.routers import ROUTERS, Router, Routing
+
+# T tokens, D d_model, E experts, G units of an expert, K selected experts
+
+
+class MoEOptions(TypedDict, total=False):
+    """The keyword arguments of :class:`MoE` that all its named variants share."""
+
+    activation: str
+    glu: bool
+    bias: bool
+    d_out: int | None
+    dropout: float
+    expert_dropout: float
+    balance_over: str
+    aux: str
+    sync_balance: bool
+    init_scale: float
+    n_layers: int | None
+    device: Any
+    dtype: torch.dtype | None
+
+
+class MoE(SparseFFN):
+    """y = sum over the k selected experts of gate_e · values_e.T act(keys_e x) (arXiv 2310.10837, Eq. 11).
+
+    No capacity limit, no dropped token. Parameters: ``keys`` [E, G, d_model], ``values`` [E, G, d_out],
+    ``router.weight`` [E, d_model]; with ``glu`` ``gate_keys`` [E, G, d_model]; with ``bias`` ``key_bias`` [E, G] and
+    ``out_bias`` [d_out]; with ``balance="bias"`` the buffer ``router.bias`` [E].
+
+    Args:
+        d_model: input width.
+        n_experts: E.
+        expert_size: G, hidden units of an expert.
+        k: experts selected for a token, 1 <= k <= n_experts.
+        router: ``"sigmoid"``, ``"softmax"`` (over all experts), ``"softmax_topk"`` (over the selected), ``"sinkhorn"``,
+            ``"noisy_topk"``, ``"open"`` (selected experts weigh 1), or a :class:`sparse_ffn.routing.Router` of these
+            sizes, which then brings its own expert dropout and selection bias.
+        activation: see :class:`SparseFFN`, as all other shared arguments.
+        glu: gate the hidden units: act(gate_keys x) * (keys x + key_bias).
+        bias: ``key_bias`` and ``out_bias``.
+        d_out: output width.
+        dropout: on the hidden units.
+        expert_dropout: chance in training that a token cannot use an expert; no rescaling.
+        balance: ``"entropy"``, ``"switch"``, ``"cv2"``, ``"z"`` (losses; see :mod:`sparse_ffn.routing.balance` for
+            their ranges), ``"bias"`` (no loss: call :func:`sparse_ffn.update_router_bias` once a step), ``"none"``, or
+            a tuple of these.
+        balance_weight: factor of the loss, a tuple with one for each name if ``balance`` is a tuple.
+        balance_over: ``"batch"`` pools all real tokens, ``"sequence"`` each run along dimension -2 of x.
+        aux: ``"attach"`` keeps the weighted loss for :func:`sparse_ffn.aux_loss`; ``"inject"`` adds its gradient in the
+            backward pass without any change to the training loop (it is not scaled by a GradScaler nor divided by
+            gradient accumulation). Layers that several blocks share want ``"inject"``: attach keeps the last call's.
+        sync_balance: pool balance over the default process group.
+        init_scale: c; keys have standard deviation c/sqrt(d_model), values c/sqrt(E·G), router rows norm c.
+        n_layers: sets c = sqrt(2/n_layers).
+        device: where the parameters live.
+        dtype: their dtype.
+
+    Raises:
+        ValueError: k > n_experts, or an argument outside its range.
+    """
+
+    router: Router
+    _aux: Tensor | None
+    _routed: tuple[Tensor, Tensor | None] | None
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        expert_size: int,
+        k: int,
+        *,
+        router: str | Router = "sigmoid",
+        activation: str = "relu",
+        glu: bool = False,
+        bias: bool = False,
+        d_out: int | None = None,
+        dropout: float = 0.0,
+        expert_dropout: float = 0.0,
+        balance: str | Sequence[str] = "entropy",
+        balance_weight: float | Sequence[float] = 1e-3,
+        balance_over: str = "batch",
+        aux: str = "attach",
+        sync_balance: bool = False,
+        init_scale: float = 1.0,
+        n_layers: int | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            d_model, d_out=d_out, activation=activation, dropout=dropout, init_scale=init_scale, n_layers=n_layers,
+            bias=bias, device=device, dtype=dtype,
+        )  # fmt: skip
+        check_positive("n_experts", n_experts)
+        check_positive("expert_size", expert_size)
+        check_positive("k", k, at_most=n_experts, limit="n_experts")
+        check_choice("balance_over", balance_over, ("batch", "sequence"))
+        check_choice("aux", aux, ("attach", "inject"))
+        self.n_experts, self.expert_size, self.k, self.d_ff = n_experts, expert_size, k, n_experts * expert_size
+        self.balance, self.balance_weight = _balance(balance, balance_weight)
+        self.balance_over, self.aux, self.sync_balance = balance_over, aux, sync_balance
+        self.router = self._make_router(router, expert_dropout)
+        self.keys = self._parameter(n_experts, expert_size, d_model)
+        self.gate_keys = self._parameter(n_experts, expert_size, d_model) if glu else None
+        self.key_bias = self._parameter(n_experts, expert_size) if bias else None
+        self.values = self._parameter(n_experts, expert_size, self.d_out)
+        self._aux = self._routed = None
+        self.reset_parameters()
+
+    def _make_router(self, router: str | Router, expert_dropout: float) -> Router:
+        sizes = (self.d_model, self.n_experts, self.k)
+        if isinstance(router, Router):
+            if (router.d_model, router.n_experts, router.k) != sizes:
+                raise ValueError(
+                    f"router has (d_model, n_experts, k) = {(router.d_model, router.n_experts, router.k)}, "
+                    f"the layer {sizes}"
+                )
+            if expert_dropout:
+                raise ValueError(f"expert_dropout = {expert_dropout!r}: give it to the router module instead")
+            if ("bias" in self.balance) != (router.bias is not None):
+                raise ValueError(
+                    f"balance = {self.balance!r} and a router with selection_bias={router.bias is not None} do not fit"
+                )
+            return router
+        check_choice("router", router, ROUTERS)
+        return ROUTERS[router](
+            *sizes,
+            expert_dropout=expert_dropout,
+            selection_bias="bias" in self.balance,
+            init_scale=self.init_scale,
+            **self._factory,
+        )
+
+    def reset_parameters(self) -> None:
+        """Normal keys and values, zero biases; the router's own initialisation."""
+        self._normal(self.keys, self.d_model)
+        self._normal(self.values, self.d_ff)  # of all units, not of an expert's (arXiv 2310.10837, section 5)
+        if self.gate_keys is not None:
+            self._normal(self.gate_keys, self.d_model)
+        for bias in (self.key_bias, self.out_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+        self.router.reset_parameters()
+
+    def _selector_input(self, x: Tensor, router_input: Tensor | None) -> Tensor:
+        if router_input is None:
+            return x
+        self._check_input("router_input", router_input)
+        if router_input.shape != x.shape:
+            raise ValueError(f"router_input must have x's shape {list(x.shape)}, got {list(router_input.shape)}")
+        return router_input
+
+    def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
+        x_TD = x.reshape(-1, self.d_model)
+        mask_T = None if mask is None else mask.reshape(-1)
+        routing: Routing = self.router(router_input.reshape(-1, self.d_model), mask_T)
+        x_TD = x_TD.to(autocast_dtype(x_TD))
+        y = ops.expert_ffn(
+            x_TD,
+            self.keys,
+            self.values,
+            routing.index_TK,
+            routing.gate_TK,
+            gate_keys=self.gate_keys,
+            key_bias=self.key_bias,
+            hidden_scale=self._hidden_scale(x_TD, x_TD.shape[0], self.k, self.expert_size),
+            activation=self.activation,
+        )
+        loss = self._balance_loss(routing, mask_T, x) if self.training else None
+        if loss is not None and self.aux == "inject":
+            y, loss = inject(y, loss), None
+        if not torch.compiler.is_exporting():  # an exported program has no module to keep these
+            self._aux, self._routed = loss, (routing.index_TK, mask_T)
+        return y
+
+    def _balance_loss(self, routing: Routing, mask_T: Tensor | None, x: Tensor) -> Tensor | None:
+        terms = tuple((n, w) for n, w in zip(self.balance, self.balance_weight, strict=True) if n not in _NO_LOSS)
+        if not terms:
+            return None
+        n_sequences = x.shape[:-2].numel() if self.balance_over == "sequence" else None
+        return balance_loss(routing, terms, mask_T=mask_T, n_sequences=n_sequences, sync=self.sync_balance)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what the last forward left behind: copies and pickles start clean."""
+        return {**self.__dict__, "_aux": None, "_routed": None}
+
+    @property
+    def active_fraction(self) -> float:
+        """k/n_experts."""
+        return self.k / self.n_experts
+
+    def flops_per_token(self) -> int:
+        """Router scores (twice for noisy top-k) and the k selected experts."""
+        router = sum(2 * p.numel() for p in self.router.parameters())
+        inputs = self.d_model * (1 if self.gate_keys is None else 2)
+        return router + 2 * self.k * self.expert_size * (inputs + self.d_out)
+
+    def extra_repr(self) -> str:
+        """Sizes and what differs from the defaults; the balance always."""
+        single = len(self.balance) == 1
+        return self._repr_options(
+            f"n_experts={self.n_experts}",
+            f"expert_size={self.expert_size}",
+            f"k={self.k}",
+            activation=(self.activation, "relu"),
+            glu=(self.gate_keys is not None, False),
+            bias=(self.out_bias is not None, False),
+            balance=(self.balance[0] if single else self.balance, None),
+            balance_weight=(self.balance_weight[0] if single else self.balance_weight, None),
+            balance_over=(self.balance_over, "batch"),
+            aux=(self.aux, "attach"),
+            sync_balance=(self.sync_balance, False),
+        )
+
+
+_NO_LOSS = ("bias", "none")
+
+
+def _balance(names: str | Sequence[str], weights: float | Sequence[float]) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    if isinstance(names, str):
+        names, weights = (names,), (weights,)  # type: ignore[assignment]
+    if isinstance(weights, (int, float)) or len(names) != len(weights):
+        raise ValueError(f"balance_weight must hold one weight for each of balance = {tuple(names)}, got {weights!r}")
+    for name in names:
+        check_choice("balance", name, NAMES)
+    if len(set(names)) != len(names) or ("none" in names and len(names) > 1):
+        raise ValueError(f"balance must name each loss once, and 'none' only by itself, got {tuple(names)}")
+    for weight in weights:
+        if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not weight >= 0:
+            raise ValueError(f"balance_weight must be >= 0, got {weight!r}")
+    return tuple(names), tuple(float(w) for w in weights)

@@ -1,0 +1,139 @@
+"""The named mixtures of experts: MoE with the routing and the balance loss of one paper each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sparse_ffn.checks import check_choice, check_positive
+from sparse_ffn.layers.moe import MoE, MoEOptions
+from sparse_ffn.routing.routers import SinkhornRouter
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class SigmaMoE(MoE):
+    """σ-MoE: sigmoid gates, entropy regularisation (arXiv 2310.10837, section 5). Arguments: :class:`MoE`'s."""
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        expert_size: int,
+        k: int,
+        *,
+        balance: str | Sequence[str] = "entropy",
+        balance_weight: float | Sequence[float] = 1e-3,
+        **options: Unpack[MoEOptions],
+    ) -> None:
+        super().__init__(
+            d_model, n_experts, expert_size, k,
+            router="sigmoid", balance=balance, balance_weight=balance_weight, **options,
+        )  # fmt: skip
+
+
+class SoftmaxMoE(MoE):
+    """Softmax gates (arXiv 2310.10837, section 4 and the ablations). Arguments: :class:`MoE`'s and ``order``.
+
+    Args:
+        order: softmax ``"before"`` the selection over all experts, or ``"after"`` it over the selected; at k = 1 a
+            gate is then 1 and the router learns from the balance loss alone. ``"renormalize"`` (divide the
+            probabilities of ``"before"`` by their selected sum) is the same function as ``"after"``.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        expert_size: int,
+        k: int,
+        *,
+        order: str = "renormalize",
+        balance: str | Sequence[str] = "entropy",
+        balance_weight: float | Sequence[float] = 1e-3,
+        **options: Unpack[MoEOptions],
+    ) -> None:
+        check_choice("order", order, ("before", "after", "renormalize"))
+        super().__init__(
+            d_model, n_experts, expert_size, k,
+            router="softmax" if order == "before" else "softmax_topk",
+            balance=balance, balance_weight=balance_weight, **options,
+        )  # fmt: skip
+
+
+class SwitchMoE(MoE):
+    """Switch: softmax over all experts, the best k (one) of them (2101.03961; arXiv 2310.10837, Eq. 15-17).
+
+    Arguments: :class:`MoE`'s. The original's initialisation is smaller: pass ``init_scale``.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        expert_size: int,
+        k: int = 1,
+        *,
+        balance: str | Sequence[str] = "switch",
+        balance_weight: float | Sequence[float] = 1e-2,
+        **options: Unpack[MoEOptions],
+    ) -> None:
+        super().__init__(
+            d_model, n_experts, expert_size, k,
+            router="softmax", balance=balance, balance_weight=balance_weight, **options,
+        )  # fmt: skip
+
+
+class SBaseMoE(MoE):
+    """S-BASE: training selects by Sinkhorn-balanced logits, gates are sigmoids (arXiv 2310.10837, section 4).
+
+    Arguments: :class:`MoE`'s and ``n_iters``.
+
+    Args:
+        n_iters: Sinkhorn iterations, over all real tokens of the batch. They end on the update that balances the
+            experts; three do not balance sharp logits, a few tens do.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        expert_size: int,
+        k: int,
+        *,
+        n_iters: int = 3,
+        balance: str | Sequence[str] = "none",
+        balance_weight: float | Sequence[float] = 1e-3,
+        **options: Unpack[MoEOptions],
+    ) -> None:
+        check_positive("n_iters", n_iters)
+        super().__init__(
+            d_model, n_experts, expert_size, k,
+            router="sinkhorn", balance=balance, balance_weight=balance_weight, **options,
+        )  # fmt: skip
+        assert isinstance(self.router, SinkhornRouter)
+        self.router.n_iters = n_iters
+
+
+class NoisyTopKMoE(MoE):
+    """Sparsely-gated MoE: noise on the logits in training, softmax over the selected (1701.06538; Eq. 13-14).
+
+    Arguments: :class:`MoE`'s. One more parameter, ``router.noise_weight`` [E, d_model], which starts at zero.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        expert_size: int,
+        k: int,
+        *,
+        balance: str | Sequence[str] = "cv2",
+        balance_weight: float | Sequence[float] = 1e-3,
+        **options: Unpack[MoEOptions],
+    ) -> None:
+        super().__init__(
+            d_model, n_experts, expert_size, k,
+            router="noisy_topk", balance=balance, balance_weight=balance_weight, **options,
+        )  # fmt: skip

@@ -1,0 +1,92 @@
+"""TopKFFN: a dense FFN of which only the k hidden units of the largest activation count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_ffn import ops
+from sparse_ffn.checks import check_positive
+from sparse_ffn.layers.dense import DenseFFN
+from sparse_ffn.ops.autocast import autocast_dtype
+
+
+class TopKFFN(DenseFFN):
+    """y = sum of h_i·values_i over the k units of the largest |h_i| (arXiv 2310.10837, Eq. 6-7).
+
+    All keys are computed, only k values are read: it saves up to half of the arithmetic. Ties go to the lower unit.
+    Parameters and initialisation are :class:`DenseFFN`'s, and with k = d_ff so is the function.
+
+    Args:
+        d_model: input width.
+        d_ff: hidden units.
+        k: units kept for a token, 1 <= k <= d_ff.
+        activation: see :class:`SparseFFN`, as all other arguments. For ReLU the ranking by |h| is the paper's.
+        glu: gate the hidden units.
+        bias: ``key_bias`` and ``out_bias``.
+        norm_aware: rank by |h_i|·‖values_i‖, the unit's contribution to the output.
+        d_out: output width.
+        dropout: on the hidden units, before the selection.
+        init_scale: c; see :class:`DenseFFN`.
+        n_layers: sets c = sqrt(2/n_layers).
+        device: where the parameters live.
+        dtype: their dtype.
+
+    Raises:
+        ValueError: k > d_ff, or an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        k: int,
+        *,
+        activation: str = "relu",
+        glu: bool = False,
+        bias: bool = True,
+        norm_aware: bool = False,
+        d_out: int | None = None,
+        dropout: float = 0.0,
+        init_scale: float = 1.0,
+        n_layers: int | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            d_model, d_ff, activation=activation, glu=glu, bias=bias, d_out=d_out, dropout=dropout,
+            init_scale=init_scale, n_layers=n_layers, device=device, dtype=dtype,
+        )  # fmt: skip
+        check_positive("k", k, at_most=d_ff, limit="d_ff")
+        self.k, self.norm_aware = k, norm_aware
+
+    def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
+        x = x.reshape(-1, self.d_model).to(autocast_dtype(x))
+        return ops.topk_ffn(
+            x,
+            self.keys,
+            self.values,
+            self.k,
+            gate_keys=self.gate_keys,
+            key_bias=self.key_bias,
+            hidden_scale=self._hidden_scale(x, x.shape[0], self.d_ff),
+            activation=self.activation,
+            norm_aware=self.norm_aware,
+        )
+
+    @property
+    def active_fraction(self) -> float:
+        """k/d_ff."""
+        return self.k / self.d_ff
+
+    def flops_per_token(self) -> int:
+        """2·d_ff·d_model (twice for a GLU) for all keys, 2·k·d_out for the values."""
+        inputs = self.d_model * (1 if self.gate_keys is None else 2)
+        return 2 * self.d_ff * inputs + 2 * self.k * self.d_out
+
+    def extra_repr(self) -> str:
+        """Sizes and what differs from the defaults."""
+        text = super().extra_repr().replace(f"d_ff={self.d_ff}", f"d_ff={self.d_ff}, k={self.k}", 1)
+        return text + (", norm_aware=True" if self.norm_aware else "")

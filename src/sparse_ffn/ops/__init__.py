@@ -1,0 +1,7 @@
+"""The ops: for each a plain reference that is its contract, and faster ways to meet it."""
+
+from sparse_ffn.ops.cvmm.op import cvmm as cvmm
+from sparse_ffn.ops.expert_ffn.op import expert_ffn as expert_ffn
+from sparse_ffn.ops.product_key_topk.op import product_key_topk as product_key_topk
+from sparse_ffn.ops.topk_ffn.op import topk_ffn as topk_ffn
+from sparse_ffn.ops.weighted_bag.op import weighted_bag as weighted_bag

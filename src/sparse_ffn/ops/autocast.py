@@ -1,0 +1,26 @@
+"""Autocast for the ops: as for nn.Linear, matrix operands take the autocast dtype and float64 stays float64."""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import Tensor
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product with x would run now."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+@overload
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def cast(x: None, dtype: torch.dtype) -> None: ...
+@overload
+def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
+def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """X in another dtype, None staying None."""
+    return None if x is None else x.to(dtype)

@@ -1,0 +1,103 @@
+"""CVMM: the torch.library op, its fake, its autograd, and the choice of the backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from sparse_ffn import backend as backends
+from sparse_ffn.ops.autocast import autocast_dtype, cast
+from sparse_ffn.ops.cvmm import reference
+from sparse_ffn.ops.cvmm import torch as plain
+from sparse_ffn.ops.library import absent, define, refuse_double_backward, set_autograd
+
+
+def cvmm(
+    x: Tensor,
+    weight: Tensor,
+    expert: Tensor,
+    *,
+    gather: Tensor | None = None,
+    scatter: Tensor | None = None,
+    reduction: Tensor | None = None,
+    n_out: int | None = None,
+) -> Tensor:
+    """out[scatter[s]] += reduction[s] · x[gather[s]] @ weight[expert[s]]; arguments are trusted to fit.
+
+    Shapes: x [N, M], weight [E, M, L], expert, gather, scatter int64 [S], reduction [S] (its own dtype); result
+    [n_out, L] in x's dtype or autocast's. Without gather slot s reads row s, without scatter it writes row s.
+    """
+    dtype = autocast_dtype(x)
+    x, weight = cast(x, dtype), cast(weight, dtype)
+    rows = expert.shape[0] if n_out is None else n_out
+    chosen = backends.choose()
+    if chosen == "reference":
+        return reference.cvmm(x, weight, expert, gather, scatter, reduction, rows)
+    out: Tensor = _forward(x, weight, expert, gather, scatter, reduction, rows, chosen)
+    return out
+
+
+_KERNELS = {"torch": (plain.forward, plain.backward)}
+
+
+def _forward_kernel(*args: Any) -> Tensor:
+    return _KERNELS[args[-1]][0](*args[:-1])
+
+
+def _forward_fake(
+    x: Tensor,
+    weight: Tensor,
+    expert: Tensor,
+    gather: Tensor | None,
+    scatter: Tensor | None,
+    reduction: Tensor | None,
+    n_out: int,
+    backend: str,
+) -> Tensor:
+    return x.new_empty(n_out, weight.shape[2])
+
+
+def _backward_kernel(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _KERNELS[rest[-1]][1](grad.contiguous(), *rest[:-1])
+
+
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    expert: Tensor,
+    gather: Tensor | None,
+    scatter: Tensor | None,
+    reduction: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dreduction = absent(x) if reduction is None else reduction.new_empty(reduction.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dreduction
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, _, ctx.chosen = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    dx, dweight, dreduction = _backward(grad, *saved, ctx.chosen)
+    return dx, dweight, None, None, None, None if saved[5] is None else dreduction, None, None
+
+
+_forward = define(
+    "cvmm(Tensor x, Tensor weight, Tensor expert, Tensor? gather, Tensor? scatter, Tensor? reduction, SymInt n_out, "
+    "str backend) -> Tensor",
+    _forward_kernel,
+    _forward_fake,
+)
+_backward = define(
+    "cvmm_backward(Tensor grad, Tensor x, Tensor weight, Tensor expert, Tensor? gather, Tensor? scatter, "
+    "Tensor? reduction, str backend) -> (Tensor dx, Tensor dweight, Tensor dreduction)",
+    _backward_kernel,
+    _backward_fake,
+)
+set_autograd(_forward, _autograd, _setup_context)
+refuse_double_backward(_backward)

@@ -1,0 +1,1 @@
+"""Expert FFN: each token through the two-layer FFNs of its k experts, weighted by its gates."""

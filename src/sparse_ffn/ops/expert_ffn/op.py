@@ -1,0 +1,127 @@
+"""Expert FFN: the torch.library op, its fake, its autograd, and the choice of the backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_ffn import backend as backends
+from sparse_ffn.ops.autocast import autocast_dtype, cast
+from sparse_ffn.ops.expert_ffn import reference
+from sparse_ffn.ops.expert_ffn import torch as plain
+from sparse_ffn.ops.library import absent, define, refuse_double_backward, set_autograd
+
+
+def expert_ffn(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    index: Tensor,
+    gate: Tensor,
+    *,
+    gate_keys: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    hidden_scale: Tensor | None = None,
+    activation: str = "relu",
+) -> Tensor:
+    """y[t] = sum_j gate[t, j] * values[e].T h(x[t]; e) with e = index[t, j]; arguments are trusted to fit.
+
+    Shapes: x [T, D], keys and gate_keys [E, G, D], values [E, G, O], index int64 [T, K], gate [T, K] (its own dtype),
+    key_bias [E, G], hidden_scale [T, K, G] (dropout's multiplier, no gradient); result [T, O] in x's dtype or
+    autocast's.
+    """
+    dtype = autocast_dtype(x)
+    x, keys, values = cast(x, dtype), cast(keys, dtype), cast(values, dtype)
+    gate_keys, key_bias, hidden_scale = cast(gate_keys, dtype), cast(key_bias, dtype), cast(hidden_scale, dtype)
+    chosen = backends.choose()
+    if chosen == "reference":
+        return reference.expert_ffn(x, keys, values, index, gate, gate_keys, key_bias, hidden_scale, activation)
+    out: Tensor = _forward(x, keys, values, index, gate, gate_keys, key_bias, hidden_scale, activation, chosen)[0]
+    return out
+
+
+_KERNELS = {"torch": (plain.forward, plain.backward)}
+
+
+def _forward_kernel(*args: Any) -> tuple[Tensor, ...]:
+    return _KERNELS[args[-1]][0](*args[:-1])
+
+
+def _forward_fake(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    index: Tensor,
+    gate: Tensor,
+    gate_keys: Tensor | None,
+    key_bias: Tensor | None,
+    hidden_scale: Tensor | None,
+    activation: str,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    slots, size = index.shape[0] * index.shape[1], keys.shape[1]
+    z = x.new_empty(slots, size)
+    other = absent(x) if gate_keys is None else x.new_empty(slots, size)
+    order = index.new_empty(slots, dtype=torch.int32)
+    return x.new_empty(x.shape[0], values.shape[2]), z, other, order, index.new_empty(keys.shape[0] + 1)
+
+
+def _backward_kernel(*args: Any) -> tuple[Tensor, ...]:
+    grad, *rest = args[:-1]
+    return _KERNELS[args[-1]][1](grad.contiguous(), *rest)  # y.sum() sends an expanded gradient
+
+
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gate: Tensor,
+    gate_keys: Tensor | None,
+    key_bias: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    present = (x, keys, values, gate, gate_keys, key_bias)
+    return tuple(absent(x) if a is None else a.new_empty(a.shape) for a in present)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, keys, values, _, gate, gate_keys, key_bias, hidden_scale, activation, chosen = inputs
+    ctx.save_for_backward(x, keys, values, gate, gate_keys, key_bias, hidden_scale, *output[1:])
+    ctx.options = activation, chosen
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 10
+    saved = ctx.saved_tensors
+    dx, dkeys, dvalues, dgate, dgate_keys, dkey_bias = _backward(grad, *saved, *ctx.options)
+    gate_keys, key_bias = saved[4], saved[5]
+    return (
+        *(dx, dkeys, dvalues, None, dgate),
+        None if gate_keys is None else dgate_keys,
+        None if key_bias is None else dkey_bias,
+        *(None, None, None),
+    )
+
+
+_forward = define(
+    "expert_ffn(Tensor x, Tensor keys, Tensor values, Tensor index, Tensor gate, Tensor? gate_keys, Tensor? key_bias, "
+    "Tensor? hidden_scale, str activation, str backend) "
+    "-> (Tensor out, Tensor z, Tensor other, Tensor order, Tensor offsets)",
+    _forward_kernel,
+    _forward_fake,
+)
+_backward = define(
+    "expert_ffn_backward(Tensor grad, Tensor x, Tensor keys, Tensor values, Tensor gate, Tensor? gate_keys, "
+    "Tensor? key_bias, Tensor? hidden_scale, Tensor z, Tensor other, Tensor order, Tensor offsets, str activation, "
+    "str backend) -> (Tensor dx, Tensor dkeys, Tensor dvalues, Tensor dgate, Tensor dgate_keys, Tensor dkey_bias)",
+    _backward_kernel,
+    _backward_fake,
+)
+set_autograd(_forward, _autograd, _setup_context)
+refuse_double_backward(_backward)

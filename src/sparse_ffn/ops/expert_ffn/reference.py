@@ -1,0 +1,40 @@
+"""Expert FFN, the contract: every expert computed for every token, and those not selected weighed zero."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse_ffn.ops.activations import hidden
+
+
+def expert_ffn(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    index: Tensor,
+    gate: Tensor,
+    gate_keys: Tensor | None,
+    key_bias: Tensor | None,
+    hidden_scale: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """y[t] = sum_j gate[t, j] * FFN of expert index[t, j] (x[t]); shapes as in :func:`sparse_ffn.ops.expert_ffn`."""
+    # T tokens, K slots, E experts, G units of an expert, D d_model, O d_out
+    # one-hot products instead of a scatter: deterministic on every device
+    chosen_TKE = (index.unsqueeze(-1) == torch.arange(keys.shape[0], device=index.device)).to(x.dtype)
+    if hidden_scale is None:
+        weight_TEG = torch.einsum("tk,tke->te", gate.to(x.dtype), chosen_TKE).unsqueeze(-1)
+    else:
+        weight_TEG = torch.einsum("tk,tkg,tke->teg", gate.to(x.dtype), hidden_scale, chosen_TKE)
+
+    up_TEG = F.linear(x, keys.flatten(0, 1)).unflatten(1, keys.shape[:2])
+    if key_bias is not None:
+        up_TEG = up_TEG + key_bias
+    if gate_keys is None:
+        h_TEG = hidden(activation, up_TEG, None, weight_TEG)
+    else:
+        z_TEG = F.linear(x, gate_keys.flatten(0, 1)).unflatten(1, keys.shape[:2])
+        h_TEG = hidden(activation, z_TEG, up_TEG, weight_TEG)
+    return h_TEG.flatten(1) @ values.flatten(0, 1)

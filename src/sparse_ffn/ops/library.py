@@ -1,0 +1,45 @@
+"""The torch.library namespace ``sparse_ffn``: one place that defines ops, their fakes and their autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("sparse_ffn", "DEF")  # type: ignore[no-untyped-call]
+
+
+def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define an op that runs ``kernel`` on every device, and return its callable.
+
+    Library.impl costs a third of torch.library.custom_op per call, hence the lower-level way.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)  # type: ignore[no-untyped-call]
+    _library.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"sparse_ffn::{name}", fake, lib=_library)
+    return getattr(torch.ops.sparse_ffn, name).default
+
+
+def set_autograd(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """Give an op its backward formula."""
+    torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=_library)
+
+
+def refuse_double_backward(op: Any) -> None:
+    """Make differentiating a backward op an error that says what to do."""
+
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"{op.name()} has no second derivative. For double backward compute with the reference: "
+            "with sparse_ffn.backend('reference'): ..."
+        )
+
+    set_autograd(op, backward, lambda ctx, inputs, output: None)
+
+
+def absent(like: Tensor) -> Tensor:
+    """An empty tensor where an op has no result to give: op schemas know no optional outputs."""
+    return like.new_empty(0)

@@ -1,0 +1,67 @@
+"""Rows grouped by expert with torch's own ops: sort, per-expert products, deterministic sums of rows."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def sort_by_expert(expert: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """Stable order of the slots by expert.
+
+    Args:
+        expert: int [S], the expert of each slot.
+        n_experts: E.
+
+    Returns:
+        order: int32 [S], the slot at each sorted position; offsets: int64 [E + 1], where each expert's slots begin.
+    """
+    ranked, order = torch.sort(expert, stable=True)
+    bounds = torch.arange(n_experts + 1, device=expert.device, dtype=ranked.dtype)
+    return order.to(torch.int32), torch.searchsorted(ranked, bounds)
+
+
+def segment_mm(rows: Tensor, weight: Tensor, bounds: list[int]) -> Tensor:
+    """rows[a:b] @ weight[e] for each expert's segment: [S, M] x [E, M, N] -> [S, N]."""
+    out = rows.new_empty(rows.shape[0], weight.shape[2])
+    for e, (a, b) in enumerate(pairwise(bounds)):
+        if b > a:
+            torch.mm(rows[a:b], weight[e], out=out[a:b])
+    return out
+
+
+def segment_outer(left: Tensor, right: Tensor, bounds: list[int]) -> Tensor:
+    """left[a:b].T @ right[a:b] for each expert's segment: [S, M] x [S, N] -> [E, M, N], zero where it is empty."""
+    out = left.new_empty(len(bounds) - 1, left.shape[1], right.shape[1])
+    for e, (a, b) in enumerate(pairwise(bounds)):
+        if b > a:
+            torch.mm(left[a:b].t(), right[a:b], out=out[e])
+        else:
+            out[e].zero_()
+    return out
+
+
+def segment_sum(rows: Tensor, bounds: list[int]) -> Tensor:
+    """Sum of the rows of each expert's segment: [S, N] -> [E, N]."""
+    out = rows.new_zeros(len(bounds) - 1, rows.shape[1])
+    for e, (a, b) in enumerate(pairwise(bounds)):
+        if b > a:
+            torch.sum(rows[a:b], dim=0, out=out[e])
+    return out
+
+
+def unsort(rows: Tensor, order: Tensor) -> Tensor:
+    """Bring rows in sorted order back to slot order: result[order[s]] = rows[s]."""
+    out = torch.empty_like(rows)
+    out[order.long()] = rows
+    return out
+
+
+def add_rows(n: int, index: Tensor, rows: Tensor) -> Tensor:
+    """Result[index[s]] += rows[s] from zeros [n, N], in a fixed order on every device."""
+    out = rows.new_zeros(n, rows.shape[1])
+    if rows.device.type == "cpu":
+        return out.index_add_(0, index, rows)
+    return out.index_put_((index.long(),), rows, accumulate=True)  # sorts; index_add_ would use float atomics

@@ -1,0 +1,27 @@
+"""Top-k whose ties go to the lower index on every device (torch.topk promises no order among equals)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def stable_topk(scores: Tensor, k: int) -> Tensor:
+    """Indices of the k largest entries of the last dimension, largest first, ties to the lower index.
+
+    Args:
+        scores: [..., n], any floating dtype; -inf ranks last.
+        k: 1 <= k <= n.
+
+    Returns:
+        int64 [..., k].
+    """
+    n = scores.shape[-1]
+    if scores.dtype == torch.float64 or scores.device.type == "mps":
+        return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    # float32 leaves 29 bits of a float64 free: they take the index, so that no two keys are equal and the (several
+    # times faster) unstable topk gives the stable answer. The last term separates zeros.
+    key = scores.double().clamp(-3.5e38, 3.5e38)
+    position = torch.arange(n, device=scores.device, dtype=torch.float64)
+    key = key - (key.abs() * 2.0**-50 + 2.0**-200) * position
+    return key.topk(k, dim=-1).indices

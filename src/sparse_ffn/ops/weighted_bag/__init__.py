@@ -1,0 +1,1 @@
+"""Weighted bag: weighted sums of gathered value rows, the read of a key-value memory."""

@@ -1,0 +1,95 @@
+"""Weighted bag: the torch.library op, its fake, its autograd (dense or row-sparse), and the choice of the backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_ffn import backend as backends
+from sparse_ffn.ops.autocast import autocast_dtype, cast
+from sparse_ffn.ops.library import define, refuse_double_backward, set_autograd
+from sparse_ffn.ops.weighted_bag import reference
+from sparse_ffn.ops.weighted_bag import torch as plain
+
+
+def weighted_bag(values: Tensor, index: Tensor, weight: Tensor, *, sparse_grad: bool = False) -> Tensor:
+    """out[n] = sum_j weight[n, j] * values[index[n, j]]; arguments are trusted to fit.
+
+    Shapes: values [F, O], index int64 [N, K], weight [N, K] (its own dtype); result [N, O] in the dtype of values or
+    autocast's. With ``sparse_grad`` the gradient of values is a coalesced sparse tensor of the rows that were read
+    (not under torch.compile).
+    """
+    chosen = backends.choose()
+    values = cast(values, autocast_dtype(values))
+    if sparse_grad:
+        out: Tensor = _SparseGradient.apply(values, index, weight, chosen)  # type: ignore[no-untyped-call]
+        return out
+    if chosen == "reference":
+        return reference.weighted_bag(values, index, weight)
+    out = _forward(values, index, weight, chosen)
+    return out
+
+
+_KERNELS = {"torch": (plain.forward, plain.backward), "reference": (plain.forward, plain.backward)}
+
+
+def _forward_kernel(values: Tensor, index: Tensor, weight: Tensor, backend: str) -> Tensor:
+    return _KERNELS[backend][0](values, index, weight)
+
+
+def _forward_fake(values: Tensor, index: Tensor, weight: Tensor, backend: str) -> Tensor:
+    return values.new_empty(index.shape[0], values.shape[1])
+
+
+def _backward_kernel(
+    grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    return _KERNELS[backend][1](grad.contiguous(), values, index, weight)
+
+
+def _backward_fake(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return values.new_empty(values.shape), weight.new_empty(weight.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.chosen = inputs[3]
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dvalues, dweight = _backward(grad, *ctx.saved_tensors, ctx.chosen)
+    return dvalues, None, dweight, None
+
+
+class _SparseGradient(torch.autograd.Function):
+    """The same bag whose gradient for the table holds only the rows that were read."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor, weight: Tensor, chosen: str) -> Tensor:
+        ctx.save_for_backward(values, index, weight)
+        ctx.chosen = chosen
+        return _forward_kernel(values, index, weight, chosen)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, index, weight = ctx.saved_tensors
+        rows, compact = torch.unique(index, return_inverse=True)
+        drows, dweight = _backward_kernel(grad, values[rows], compact, weight, ctx.chosen)
+        dvalues = torch.sparse_coo_tensor(rows.unsqueeze(0), drows, values.shape, is_coalesced=True)
+        return dvalues, None, dweight, None
+
+
+_forward = define(
+    "weighted_bag(Tensor values, Tensor index, Tensor weight, str backend) -> Tensor", _forward_kernel, _forward_fake
+)
+_backward = define(
+    "weighted_bag_backward(Tensor grad, Tensor values, Tensor index, Tensor weight, str backend) "
+    "-> (Tensor dvalues, Tensor dweight)",
+    _backward_kernel,
+    _backward_fake,
+)
+set_autograd(_forward, _autograd, _setup_context)
+refuse_double_backward(_backward)

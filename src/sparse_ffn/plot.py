@@ -1,0 +1,67 @@
+"""Pictures of routing: load per expert and co-activation (needs the extra ``plot``)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from sparse_ffn.layers.moe import MoE
+from sparse_ffn.routing.statistics import coactivation, summary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def plot_load(ax: Axes, layer: MoE, title: str = "load per expert") -> None:
+    """Bars of each expert's share of the slots in the layer's last forward, with the balanced share as a line.
+
+    Raises:
+        ValueError: the layer has not run.
+    """
+    load = summary(*_routed(layer), layer.n_experts)["load"]
+    ax.bar(range(layer.n_experts), load.tolist(), color="#4477aa")
+    ax.axhline(1 / layer.n_experts, color="#222222", linewidth=0.8, linestyle="--")
+    ax.set(title=title, xlabel="expert", ylabel="share of slots")
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def plot_coactivation(ax: Axes, layer: MoE, title: str = "co-activation") -> None:
+    """Of the tokens that use expert i (row), the share that uses expert j too (column), in the last forward.
+
+    Raises:
+        ValueError: the layer has not run.
+    """
+    together = coactivation(*_routed(layer), layer.n_experts)
+    together.fill_diagonal_(float("nan"))  # 1 by definition; it would take the whole colour range
+    image = ax.imshow(together.tolist(), cmap="viridis", vmin=0, interpolation="nearest")
+    ax.figure.colorbar(image, ax=ax, shrink=0.8)
+    ax.set(title=title, xlabel="expert j", ylabel="expert i")
+
+
+def routing_figure(model: nn.Module) -> Figure:
+    """Load and co-activation of every MoE layer that has run, a row for each.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: no MoE layer of the model has run.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'sparse-ffn[plot]'") from error
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, MoE) and m._routed is not None]
+    if not layers:
+        raise ValueError("no MoE layer of this model has run: call the model first")
+    figure = Figure(figsize=(9, 3.2 * len(layers)), layout="constrained")
+    for (name, layer), (left, right) in zip(layers, figure.subplots(len(layers), 2, squeeze=False), strict=True):
+        plot_load(left, layer, f"{name or type(layer).__name__}: load")
+        plot_coactivation(right, layer)
+    return figure
+
+
+def _routed(layer: MoE) -> tuple[Tensor, Tensor | None]:
+    if layer._routed is None:
+        raise ValueError("the layer has not run: call it first")
+    return layer._routed

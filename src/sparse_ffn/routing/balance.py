@@ -1,0 +1,112 @@
+"""Losses that keep the experts balanced, each over all real tokens of a batch or of each sequence.
+
+| name    | loss                                      | at perfect balance | all on one expert | source               |
+|---------|-------------------------------------------|--------------------|-------------------|----------------------|
+| entropy | sum_e p_e log p_e, p the mean softmax     | -log E             | 0                 | 2310.10837, Eq. 20-21|
+| switch  | E · sum_e f_e p_e, f slots of e per token | k                  | E                 | 2310.10837, Eq. 15-17|
+| cv2     | variance / mean² of the summed gates      | 0                  | E - 1 (k = 1)     | 2310.10837, Eq. 14   |
+| z       | mean of logsumexp(logits)²; it keeps logits small and balances nothing | in [0, inf) | 2202.08906          |
+
+T tokens, E experts, K selected experts, B groups of tokens (1, or the number of sequences).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sparse_ffn.routing.distributed import all_reduce_sum
+from sparse_ffn.routing.routers import Routing
+
+
+class Pool:
+    """Sums over the real tokens of each group, and over all processes if asked."""
+
+    def __init__(self, mask_T: Tensor | None, n_groups: int | None, sync: bool, like: Tensor) -> None:
+        self.mask_T, self.sync = mask_T, sync
+        self.per_sequence = n_groups is not None
+        self.n_groups = 1 if n_groups is None else n_groups
+        self.count_B1 = self.sum(torch.ones_like(like[:, :1]))
+
+    def sum(self, x_TN: Tensor) -> Tensor:
+        """Sums [B, N] over the group's real tokens."""
+        if self.mask_T is not None:
+            x_TN = torch.where(self.mask_T.unsqueeze(1), x_TN, 0)
+        length = x_TN.shape[0] // self.n_groups if self.n_groups else 0
+        sums_BN = x_TN.reshape(self.n_groups, length, x_TN.shape[1]).sum(1)
+        return all_reduce_sum(sums_BN) if self.sync and not self.per_sequence else sums_BN
+
+    def mean(self, x_TN: Tensor) -> Tensor:
+        """Means [B, N]; 0 for a group without a real token."""
+        return self.sum(x_TN) / self.count_B1.clamp_min(1)
+
+    def over_groups(self, loss_B: Tensor) -> Tensor:
+        """Mean of the losses of the groups that hold real tokens; 0 if none does."""
+        real_B = self.count_B1.squeeze(1) > 0
+        total = torch.stack([torch.where(real_B, loss_B, 0).sum(), real_B.sum().to(loss_B.dtype)])
+        if self.sync and self.per_sequence:
+            total = all_reduce_sum(total)
+        return total[0] / total[1].clamp_min(1)
+
+
+def entropy(routing: Routing, pool: Pool) -> Tensor:
+    """Negative entropy of the mean softmax; the softmax is over the logits of all experts, whatever the gate."""
+    p_BE = pool.mean(torch.softmax(routing.logits_TE, dim=1))
+    # clamped: at p = 0 the logarithm's infinite slope would meet the softmax's zero one
+    return pool.over_groups((p_BE * p_BE.clamp_min(torch.finfo(p_BE.dtype).tiny).log()).sum(1))
+
+
+def switch(routing: Routing, pool: Pool) -> Tensor:
+    """Eq. 17, literally for any k: f sums to k. The gradient flows through p only."""
+    p_BE = pool.mean(torch.softmax(routing.logits_TE, dim=1))
+    f_BE = pool.mean(_slots(routing, torch.ones_like(routing.gate_TK)))
+    return pool.over_groups(routing.logits_TE.shape[1] * (f_BE * p_BE).sum(1))
+
+
+def cv2(routing: Routing, pool: Pool) -> Tensor:
+    """Squared coefficient of variation of the experts' importance, the gates being normalised per token."""
+    tiny = torch.finfo(routing.gate_TK.dtype).tiny
+    share_TK = routing.gate_TK / routing.gate_TK.sum(1, keepdim=True).clamp_min(tiny)
+    importance_BE = pool.sum(_slots(routing, share_TK))
+    mean_B1 = importance_BE.mean(1, keepdim=True)
+    variance_B = (importance_BE - mean_B1).square().mean(1)
+    mean_B = mean_B1.squeeze(1)
+    return pool.over_groups(variance_B / torch.where(mean_B > 0, mean_B, 1).square())
+
+
+def z(routing: Routing, pool: Pool) -> Tensor:
+    """Mean squared logsumexp of the logits."""
+    return pool.over_groups(pool.mean(torch.logsumexp(routing.logits_TE, dim=1, keepdim=True).square()).squeeze(1))
+
+
+LOSSES: dict[str, Callable[[Routing, Pool], Tensor]] = {"entropy": entropy, "switch": switch, "cv2": cv2, "z": z}
+NAMES = (*LOSSES, "bias", "none")
+
+
+def balance_loss(
+    routing: Routing,
+    terms: tuple[tuple[str, float], ...],
+    *,
+    mask_T: Tensor | None = None,
+    n_sequences: int | None = None,
+    sync: bool = False,
+) -> Tensor:
+    """Weighted sum of balance losses, a scalar.
+
+    Args:
+        routing: the router's decisions.
+        terms: (name, weight) pairs, names from :data:`LOSSES`.
+        mask_T: bool [T], True for real tokens.
+        n_sequences: balance each of so many equally long sequences by itself and average; None pools all tokens.
+        sync: pool over the default process group, with the gradient that averaging gradients over processes needs.
+    """
+    with torch.autocast(routing.logits_TE.device.type, enabled=False):
+        pool = Pool(mask_T, n_sequences, sync, routing.logits_TE)
+        return torch.stack([weight * LOSSES[name](routing, pool) for name, weight in terms]).sum()
+
+
+def _slots(routing: Routing, x_TK: Tensor) -> Tensor:
+    """Per-slot numbers at the slots' experts: [T, E]."""
+    return torch.zeros_like(routing.logits_TE).scatter_add(1, routing.index_TK, x_TK)

@@ -1,0 +1,260 @@
+"""Routers: which experts a token goes to, and how much each counts.
+
+T tokens, D d_model, E experts, K selected experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparse_ffn.checks import check_choice, check_positive, check_rate
+from sparse_ffn.ops.select import stable_topk
+from sparse_ffn.routing.sinkhorn import sinkhorn_potential
+
+
+class Routing(NamedTuple):
+    """What a router decides, in fp32 (fp64 for an fp64 router)."""
+
+    logits_TE: Tensor
+    """W3 x, before noise, dropout and bias."""
+    index_TK: Tensor
+    """Selected experts, best first; int64."""
+    gate_TK: Tensor
+    """Their weights in the output; exactly 0 for a dropped expert."""
+
+
+class Router(nn.Module):
+    """Scores every expert with a linear map, takes the k best, and weighs them; subclasses say how.
+
+    Logits, ranking and gates are computed in fp32 at least, under any autocast. Ranking is on logits: gates saturate
+    and would make false ties. Ties go to the lower expert index.
+
+    Args:
+        d_model: width of the tokens.
+        n_experts: E.
+        k: experts selected for a token, 1 <= k <= n_experts.
+        expert_dropout: chance in training that a token cannot use an expert (one draw per token and expert, before the
+            selection, no rescaling: arXiv 2310.10837, Eq. 22). Dropped experts rank last and have gate 0.
+        selection_bias: keep a buffer ``bias`` [E] that is added to the logits for ranking only; see
+            :func:`sparse_ffn.update_router_bias`.
+        init_scale: c of the initialisation: rows of ``weight`` of equal norm, standard deviation c/sqrt(d_model).
+
+    Raises:
+        ValueError: a size or rate outside its range.
+    """
+
+    bias: Tensor | None
+    load: Tensor | None
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        k: int,
+        *,
+        expert_dropout: float = 0.0,
+        selection_bias: bool = False,
+        init_scale: float = 1.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive("d_model", d_model)
+        check_positive("n_experts", n_experts)
+        check_positive("k", k, at_most=n_experts, limit="n_experts")
+        check_rate("expert_dropout", expert_dropout)
+        self.d_model, self.n_experts, self.k = d_model, n_experts, k
+        self.expert_dropout, self.init_scale = expert_dropout, init_scale
+        self.weight = nn.Parameter(torch.empty(n_experts, d_model, device=device, dtype=dtype))
+        bias = torch.empty(n_experts, device=device, dtype=torch.float32) if selection_bias else None
+        self.register_buffer("bias", bias)
+        # slots counted since the last bias update; no buffer, since DDP would overwrite it with the first process's
+        self.load = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise: normal directions, every row of norm c, which is a standard deviation of c/sqrt(d_model)."""
+        with torch.no_grad():
+            self.weight.normal_()
+            # rows of one norm: no expert starts ahead (arXiv 2310.10837, section 5)
+            norm = self.weight.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.weight.dtype).tiny)
+            self.weight.div_(norm).mul_(self.init_scale)
+            if self.bias is not None:
+                self.bias.zero_()
+            self.load = None
+
+    def forward(self, x_TD: Tensor, mask_T: Tensor | None = None) -> Routing:
+        """Route tokens.
+
+        Args:
+            x_TD: [T, d_model].
+            mask_T: bool [T], True for real tokens. Padding is routed too, but has no part in what is computed over the
+                batch (Sinkhorn, the loads of bias balancing).
+        """
+        with torch.autocast(x_TD.device.type, enabled=False):
+            wide = torch.promote_types(self.weight.dtype, torch.float32)
+            x_TD = x_TD.to(wide)
+            logits_TE = F.linear(x_TD, self.weight.to(wide))
+            seen_TE = self.perturb(logits_TE, x_TD)
+            score_TE = self.rank(seen_TE.detach(), mask_T)
+            if self.bias is not None:
+                score_TE = score_TE + self.bias
+            alive_TE: Tensor | None = None
+            if self.training and self.expert_dropout > 0:
+                alive_TE = torch.rand_like(logits_TE) >= self.expert_dropout
+                score_TE = score_TE.masked_fill(~alive_TE, -torch.inf)
+            index_TK = stable_topk(score_TE, self.k)
+            alive_TK = None if alive_TE is None else alive_TE.gather(1, index_TK)
+            gate_TK = self.gate(seen_TE, index_TK, alive_TK)
+            if alive_TK is not None:
+                gate_TK = gate_TK * alive_TK
+            if self.bias is not None and self.training:
+                self._count(index_TK, mask_T)
+        return Routing(logits_TE, index_TK, gate_TK)
+
+    def perturb(self, logits_TE: Tensor, x_TD: Tensor) -> Tensor:
+        """The logits that ranking and gates see."""
+        return logits_TE
+
+    def rank(self, logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
+        """The scores whose k largest are selected."""
+        return logits_TE
+
+    def gate(self, logits_TE: Tensor, index_TK: Tensor, alive_TK: Tensor | None) -> Tensor:
+        """The weights of the selected experts; ``alive_TK`` is False where expert dropout struck (None: nowhere)."""
+        raise NotImplementedError(f"{type(self).__name__} must define gate(logits_TE, index_TK, alive_TK)")
+
+    def _count(self, index_TK: Tensor, mask_T: Tensor | None) -> None:
+        slots_TK = torch.ones_like(index_TK)
+        if mask_T is not None:
+            slots_TK = slots_TK * mask_T.unsqueeze(1)
+        load = slots_TK.new_zeros(self.n_experts).scatter_add(0, index_TK.flatten(), slots_TK.flatten())
+        self.load = load if self.load is None else self.load.to(load.device) + load
+
+    def extra_repr(self) -> str:
+        """Sizes and what differs from the defaults."""
+        text = f"{self.d_model}, n_experts={self.n_experts}, k={self.k}"
+        if self.expert_dropout:
+            text += f", expert_dropout={self.expert_dropout}"
+        return text + (", selection_bias=True" if self.bias is not None else "")
+
+
+class SigmoidRouter(Router):
+    """σ-MoE: gates are sigmoids, no competition, no renormalisation (arXiv 2310.10837, section 5)."""
+
+    def gate(self, logits_TE: Tensor, index_TK: Tensor, alive_TK: Tensor | None) -> Tensor:
+        """σ(logit) of the selected experts."""
+        return torch.sigmoid(logits_TE).gather(1, index_TK)
+
+
+class OpenRouter(Router):
+    """Ranks on logits, and every selected expert weighs 1 (Avg-K, MoEfication, exact conversion of dense FFNs)."""
+
+    def gate(self, logits_TE: Tensor, index_TK: Tensor, alive_TK: Tensor | None) -> Tensor:
+        """Ones. The zero-weighted logits keep the router in the graph: under DDP every parameter needs a gradient."""
+        return 1 + 0 * logits_TE.gather(1, index_TK)
+
+
+class SoftmaxRouter(Router):
+    """Gates compete in a softmax over all experts or over the selected ones.
+
+    Args:
+        order: ``"before"`` the selection (softmax over all experts, as in Switch), or ``"after"`` it. ``"renormalize"``
+            (softmax before, then divided by the selected sum: arXiv 2310.10837, Eq. 23-25) is the same function as
+            ``"after"``.
+    """
+
+    def __init__(self, d_model: int, n_experts: int, k: int, *, order: str = "renormalize", **options: Any) -> None:
+        check_choice("order", order, ("before", "after", "renormalize"))
+        self.order = order
+        super().__init__(d_model, n_experts, k, **options)
+
+    def gate(self, logits_TE: Tensor, index_TK: Tensor, alive_TK: Tensor | None) -> Tensor:
+        """Softmax probabilities."""
+        if self.order == "before":
+            return torch.softmax(logits_TE, dim=1).gather(1, index_TK)
+        return softmax_over_selected(logits_TE.gather(1, index_TK), alive_TK)
+
+    def extra_repr(self) -> str:
+        """Sizes and what differs from the defaults."""
+        return f"{super().extra_repr()}, order={self.order!r}"
+
+
+class NoisyTopKRouter(Router):
+    """Sparsely-gated MoE: logits + N(0, 1)·softplus(W4 x) in training, softmax over the selected (Eq. 13)."""
+
+    def __init__(self, d_model: int, n_experts: int, k: int, **options: Any) -> None:
+        super().__init__(d_model, n_experts, k, **options)
+        self.noise_weight = nn.Parameter(torch.zeros_like(self.weight))  # W4 starts at zero: noise of deviation ln 2
+
+    def reset_parameters(self) -> None:
+        """As :class:`Router`; the noise weights are zero."""
+        super().reset_parameters()
+        if hasattr(self, "noise_weight"):
+            nn.init.zeros_(self.noise_weight)
+
+    def perturb(self, logits_TE: Tensor, x_TD: Tensor) -> Tensor:
+        """Noise, in training only."""
+        if not self.training:
+            return logits_TE
+        deviation_TE = F.softplus(F.linear(x_TD, self.noise_weight.to(x_TD.dtype)))
+        return logits_TE + torch.randn_like(logits_TE) * deviation_TE
+
+    def gate(self, logits_TE: Tensor, index_TK: Tensor, alive_TK: Tensor | None) -> Tensor:
+        """Softmax over the selected (noisy) logits."""
+        return softmax_over_selected(logits_TE.gather(1, index_TK), alive_TK)
+
+
+class SinkhornRouter(SigmoidRouter):
+    """S-BASE: in training the selection is balanced over the batch by Sinkhorn; gates stay sigmoids.
+
+    Args:
+        n_iters: Sinkhorn iterations. They end on the update that balances the experts; three do not balance sharp
+            logits, a few tens do. Evaluation selects by the plain logits.
+    """
+
+    def __init__(self, d_model: int, n_experts: int, k: int, *, n_iters: int = 3, **options: Any) -> None:
+        check_positive("n_iters", n_iters)
+        self.n_iters = n_iters
+        super().__init__(d_model, n_experts, k, **options)
+
+    def rank(self, logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
+        """Logits plus the experts' Sinkhorn potentials; a token's own potential would not change its ranking."""
+        if not self.training:
+            return logits_TE
+        return logits_TE + sinkhorn_potential(logits_TE, self.n_iters, mask_T)
+
+    def extra_repr(self) -> str:
+        """Sizes and what differs from the defaults."""
+        return f"{super().extra_repr()}, n_iters={self.n_iters}"
+
+
+def softmax_over_selected(logits_TK: Tensor, alive_TK: Tensor | None) -> Tensor:
+    """Softmax over the selected experts that live; zeros, never NaN, where none does."""
+    if alive_TK is None:
+        return torch.softmax(logits_TK, dim=1)
+    # a finite fill: a row of -inf would make softmax NaN, in its gradient too
+    masked_TK = logits_TK.masked_fill(~alive_TK, torch.finfo(logits_TK.dtype).min)
+    return torch.softmax(masked_TK, dim=1) * alive_TK
+
+
+def _before(*args: Any, **options: Any) -> Router:
+    return SoftmaxRouter(*args, order="before", **options)
+
+
+def _after(*args: Any, **options: Any) -> Router:
+    return SoftmaxRouter(*args, order="after", **options)
+
+
+ROUTERS = {
+    "sigmoid": SigmoidRouter,
+    "softmax": _before,
+    "softmax_topk": _after,
+    "sinkhorn": SinkhornRouter,
+    "noisy_topk": NoisyTopKRouter,
+    "open": OpenRouter,
+}

@@ -1,0 +1,45 @@
+"""What a router did: load per expert, its entropy, busiest and dead share, co-activation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def slot_counts(index_TK: Tensor, mask_T: Tensor | None, n_experts: int) -> Tensor:
+    """Slots of real tokens that went to each expert: int64 [E]."""
+    if mask_T is not None:
+        index_TK = index_TK[mask_T]
+    return torch.bincount(index_TK.flatten(), minlength=n_experts)
+
+
+def summary(index_TK: Tensor, mask_T: Tensor | None, n_experts: int) -> dict[str, Any]:
+    """Entropy of the load over log E, busiest share and share of dead experts, and the load itself.
+
+    Returns:
+        ``entropy`` in [0, 1] (1 is balance), ``busiest`` in [1/E, 1] (share of the slots), ``dead`` in [0, 1) (share of
+        the experts without a slot), ``load``: CPU fp32 [E] of shares summing to 1. Without a real token all are 0.
+    """
+    counts = slot_counts(index_TK, mask_T, n_experts).to("cpu", torch.float64)
+    load = counts / counts.sum().clamp_min(1)
+    if not counts.sum():
+        return {"entropy": 0.0, "busiest": 0.0, "dead": 0.0, "load": load.float()}
+    entropy = -torch.special.xlogy(load, load).sum().item()
+    return {
+        "entropy": entropy / math.log(n_experts) if n_experts > 1 else 1.0,
+        "busiest": load.max().item(),
+        "dead": (counts == 0).double().mean().item(),
+        "load": load.float(),
+    }
+
+
+def coactivation(index_TK: Tensor, mask_T: Tensor | None, n_experts: int) -> Tensor:
+    """Share of the tokens using expert i that use expert j too: CPU fp32 [E, E], diagonal 1 (0 for a dead expert)."""
+    if mask_T is not None:
+        index_TK = index_TK[mask_T]
+    used_TE = torch.zeros(index_TK.shape[0], n_experts, device=index_TK.device).scatter_(1, index_TK, 1.0)
+    together_EE = used_TE.t() @ used_TE
+    return (together_EE / together_EE.diagonal().unsqueeze(1).clamp_min(1)).cpu()

@@ -1,0 +1,68 @@
+"""Sizes at which a sparse layer has as many parameters as a dense FFN: the paper's parameter-equal comparison."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+from sparse_ffn.layers.base import SparseFFN
+from sparse_ffn.layers.dense import DenseFFN
+from sparse_ffn.layers.moe import MoE
+from sparse_ffn.layers.product_key import ProductKeyMemory
+
+_FREE_SIZES: tuple[tuple[type[SparseFFN], str], ...] = (
+    (MoE, "n_experts"),
+    (ProductKeyMemory, "n_sub_keys"),
+    (DenseFFN, "d_ff"),
+)
+
+
+def parameter_equal(layer_cls: type[SparseFFN], d_model: int, d_ff: int, **choices: Any) -> dict[str, Any]:
+    """Arguments for a layer with about the parameters of the dense FFN of d_model and d_ff (no GLU, with biases).
+
+    Args:
+        layer_cls: the layer; its free size (``n_experts``, ``n_sub_keys`` or ``d_ff``) is chosen for the nearest count.
+        d_model: width.
+        d_ff: hidden units of the dense FFN.
+        choices: all other arguments of the layer; those it requires (``expert_size`` and ``k``, or ``k``) among them.
+
+    Returns:
+        ``d_model``, the free size and ``choices``: ``layer_cls(**parameter_equal(layer_cls, ...))``.
+
+    Raises:
+        TypeError: ``layer_cls`` is no layer of this library, or a required choice is missing.
+        ValueError: the free size is among the choices.
+    """
+    free = next((size for cls, size in _FREE_SIZES if isinstance(layer_cls, type) and issubclass(layer_cls, cls)), None)
+    if free is None:
+        raise TypeError(f"layer_cls must be a layer class of sparse_ffn, got {layer_cls!r}")
+    if free in choices:
+        raise ValueError(f"{free} = {choices[free]!r} is what parameter_equal chooses: leave it out")
+    required = [
+        name
+        for name, p in inspect.signature(layer_cls).parameters.items()
+        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and name not in ("d_model", free)
+    ]
+    missing = [name for name in required if name not in choices]
+    if missing:
+        raise TypeError(f"parameter_equal({layer_cls.__name__}, ...) needs {' and '.join(missing)}")
+
+    def arguments(size: int) -> dict[str, Any]:
+        return {"d_model": d_model, free: size, **choices}
+
+    def count(size: int) -> int:
+        return layer_cls(**{**arguments(size), "device": "meta"}).n_parameters
+
+    target = DenseFFN(d_model, d_ff, device="meta").n_parameters
+    k = choices.get("k", 1)
+    low = high = 1 + math.isqrt(k - 1) if free == "n_sub_keys" else k  # a layer of that size has k units to select
+    while count(high) < target:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if count(middle) < target:
+            low = middle
+        else:
+            high = middle
+    return arguments(min((low, high), key=lambda size: abs(count(size) - target)))
