@@ -67,8 +67,8 @@ def switch(routing: Routing, pool: Pool) -> Tensor:
 
 def cv2(routing: Routing, pool: Pool) -> Tensor:
     """Squared coefficient of variation of the experts' importance, the gates being normalised per token."""
-    tiny = torch.finfo(routing.gate_TK.dtype).tiny
-    share_TK = routing.gate_TK / routing.gate_TK.sum(1, keepdim=True).clamp_min(tiny)
+    total_T1 = routing.gate_TK.sum(1, keepdim=True)
+    share_TK = routing.gate_TK / torch.where(total_T1 > 0, total_T1, 1)  # all gates 0: no share, no infinite slope
     importance_BE = pool.sum(_slots(routing, share_TK))
     mean_B1 = importance_BE.mean(1, keepdim=True)
     variance_B = (importance_BE - mean_B1).square().mean(1)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_ffn import backend as backends
+from sparse_ffn.backend import choose
 from sparse_ffn.ops.autocast import autocast_dtype, cast
 from sparse_ffn.ops.cvmm import reference
 from sparse_ffn.ops.cvmm import torch as plain
@@ -31,7 +31,7 @@ def cvmm(
     dtype = autocast_dtype(x)
     x, weight = cast(x, dtype), cast(weight, dtype)
     rows = expert.shape[0] if n_out is None else n_out
-    chosen = backends.choose()
+    chosen = choose()
     if chosen == "reference":
         return reference.cvmm(x, weight, expert, gather, scatter, reduction, rows)
     out: Tensor = _forward(x, weight, expert, gather, scatter, reduction, rows, chosen)

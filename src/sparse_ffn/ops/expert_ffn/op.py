@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_ffn import backend as backends
+from sparse_ffn.backend import choose
 from sparse_ffn.ops.autocast import autocast_dtype, cast
 from sparse_ffn.ops.expert_ffn import reference
 from sparse_ffn.ops.expert_ffn import torch as plain
@@ -35,7 +35,7 @@ def expert_ffn(
     dtype = autocast_dtype(x)
     x, keys, values = cast(x, dtype), cast(keys, dtype), cast(values, dtype)
     gate_keys, key_bias, hidden_scale = cast(gate_keys, dtype), cast(key_bias, dtype), cast(hidden_scale, dtype)
-    chosen = backends.choose()
+    chosen = choose()
     if chosen == "reference":
         return reference.expert_ffn(x, keys, values, index, gate, gate_keys, key_bias, hidden_scale, activation)
     out: Tensor = _forward(x, keys, values, index, gate, gate_keys, key_bias, hidden_scale, activation, chosen)[0]

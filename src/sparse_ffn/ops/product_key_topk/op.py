@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_ffn import backend as backends
+from sparse_ffn.backend import choose
 from sparse_ffn.ops.library import define
 from sparse_ffn.ops.product_key_topk import reference
 
@@ -15,7 +15,7 @@ def product_key_topk(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Ten
 
     Shapes: first and second [..., n] -> scores [..., k], differentiable, and value indices int64 [..., k].
     """
-    chosen = backends.choose()
+    chosen = choose()
     if chosen == "reference":
         index = reference.product_key_topk(first.detach(), second.detach(), k)
     else:

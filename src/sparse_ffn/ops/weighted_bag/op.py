@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_ffn import backend as backends
+from sparse_ffn.backend import choose
 from sparse_ffn.ops.autocast import autocast_dtype, cast
 from sparse_ffn.ops.library import define, refuse_double_backward, set_autograd
 from sparse_ffn.ops.weighted_bag import reference
@@ -21,7 +21,7 @@ def weighted_bag(values: Tensor, index: Tensor, weight: Tensor, *, sparse_grad: 
     autocast's. With ``sparse_grad`` the gradient of values is a coalesced sparse tensor of the rows that were read
     (not under torch.compile).
     """
-    chosen = backends.choose()
+    chosen = choose()
     values = cast(values, autocast_dtype(values))
     if sparse_grad:
         out: Tensor = _SparseGradient.apply(values, index, weight, chosen)  # type: ignore[no-untyped-call]

@@ -1,0 +1,38 @@
+"""What every test starts from: fixed seeds, two threads at most, and uninitialised memory that is not zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from sparse_ffn import backend
+
+BACKENDS = ("reference", "torch")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=BACKENDS)
+def on_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on each backend."""
+    with backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what torch.empty and its kin return: NaN, or -1 for integers, so that reading it shows."""
+
+    def fill(x: torch.Tensor) -> torch.Tensor:
+        if x.is_floating_point():
+            return x.fill_(float("nan"))
+        return x.fill_(-1) if x.dtype in (torch.int32, torch.int64) else x
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, _f=original, **k: fill(_f(*a, **k)))
