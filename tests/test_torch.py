@@ -10,6 +10,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import sparse_ffn as sf
@@ -60,9 +62,9 @@ def test_compiles_whole_and_gives_the_same_output_and_gradients(name: str, on_ba
 def test_compiled_once_serves_every_number_of_tokens(name: str) -> None:
     torch._dynamo.reset()
     layer = LAYERS[name]().eval()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
-    for tokens in (8, 13, 40):
+    for tokens in (7, 13, 40):
         compiled(torch.randn(2, tokens, 8))
     assert counter.frame_count == 1
 
@@ -86,7 +88,7 @@ def test_first_derivatives_agree_with_finite_differences(name: str, on_backend: 
     def call(x: Tensor, *tensors: Tensor) -> Tensor:
         return torch.func.functional_call(layer, dict(zip(parameters, tensors, strict=True)), (x,))
 
-    assert torch.autograd.gradcheck(call, (x, *parameters.values()))
+    assert torch.autograd.gradcheck(call, (x, *parameters.values()), fast_mode=True)
 
 
 @every_layer
@@ -208,8 +210,6 @@ def test_two_runs_are_equal_to_the_bit(name: str, on_backend: str) -> None:
 @every_layer
 def test_forward_never_waits_for_the_device(name: str) -> None:
     """Under fake tensors any .item(), nonzero() or data-dependent shape of the layers' own code raises."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     with FakeTensorMode():
         layer = LAYERS[name]()
         y = layer(torch.randn(6, 8), mask=torch.ones(6, dtype=torch.bool))

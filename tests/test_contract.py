@@ -1,0 +1,392 @@
+"""The public contract: names, parameter layout, initialisation, sizes, arguments, inputs, words of the errors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import sparse_ffn as sf
+from sparse_ffn import routing
+
+# What checkpoints and code of users depend on: changing a line here breaks them.
+GOLDEN = {
+    "DenseFFN": (
+        sf.DenseFFN(4, 6),
+        {"out_bias": [4], "keys": [6, 4], "key_bias": [6], "values": [6, 4]},
+    ),
+    "DenseFFN, GLU": (
+        sf.DenseFFN(4, 6, glu=True, bias=False, d_out=3),
+        {"keys": [6, 4], "gate_keys": [6, 4], "values": [6, 3]},
+    ),
+    "TopKFFN": (
+        sf.TopKFFN(4, 6, 2, glu=True),
+        {"out_bias": [4], "keys": [6, 4], "gate_keys": [6, 4], "key_bias": [6], "values": [6, 4]},
+    ),
+    "ProductKeyMemory": (
+        sf.ProductKeyMemory(4, 3, 2, n_heads=2),
+        {"sub_keys": [2, 2, 3, 2], "values": [9, 4]},
+    ),
+    "ProductKeyMemory, query": (
+        sf.ProductKeyMemory(5, 3, 2, n_heads=2, query_dim=8, query_norm="layer", d_out=3),
+        {"sub_keys": [2, 2, 3, 4], "values": [9, 3], "query.weight": [16, 5]},
+    ),
+    "SigmaMoE": (
+        sf.SigmaMoE(4, 6, 5, 2),
+        {"keys": [6, 5, 4], "values": [6, 5, 4], "router.weight": [6, 4]},
+    ),
+    "MoE, everything": (
+        sf.MoE(4, 6, 5, 2, router="noisy_topk", glu=True, bias=True, d_out=3, balance="bias"),
+        {
+            "out_bias": [3],
+            "keys": [6, 5, 4],
+            "gate_keys": [6, 5, 4],
+            "key_bias": [6, 5],
+            "values": [6, 5, 3],
+            "router.weight": [6, 4],
+            "router.noise_weight": [6, 4],
+            "router.bias": [6],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_state_dict_is_frozen(name: str) -> None:
+    layer, expected = GOLDEN[name]
+    assert {n: list(t.shape) for n, t in layer.state_dict().items()} == expected
+
+
+def test_public_names_are_frozen() -> None:
+    public = {n for n, v in vars(sf).items() if not n.startswith("_") and type(v).__name__ != "module"}
+    assert public == {
+        *("DenseFFN", "TopKFFN", "ProductKeyMemory", "SparseFFN"),
+        *("MoE", "SigmaMoE", "SoftmaxMoE", "SwitchMoE", "SBaseMoE", "NoisyTopKMoE"),
+        *("aux_loss", "routing_stats", "update_router_bias", "parameter_equal", "backend", "SparseFFNWarning"),
+    }
+    functions = {"cvmm", "expert_ffn", "weighted_bag", "product_key_topk", "topk_ffn"}
+    assert functions <= set(vars(sf.functional))
+
+
+def test_public_objects_are_documented() -> None:
+    for name, value in vars(sf).items():
+        if not name.startswith("_") and callable(value):
+            assert value.__doc__, name
+
+
+# ------------------------------------------------------------------------------------------------ initialisation
+
+
+def std(x: torch.Tensor) -> float:
+    return x.detach().double().std().item()
+
+
+@pytest.mark.parametrize(("options", "c"), [({}, 1.0), ({"n_layers": 8}, 0.5), ({"init_scale": 0.3}, 0.3)])
+def test_initial_standard_deviations(options: dict[str, Any], c: float) -> None:
+    d = 64
+    dense = sf.DenseFFN(d, 256, glu=True, **options)
+    assert std(dense.keys) == pytest.approx(c / math.sqrt(d), rel=0.05)
+    assert std(dense.gate_keys) == pytest.approx(c / math.sqrt(d), rel=0.05)
+    assert std(dense.values) == pytest.approx(c / math.sqrt(256), rel=0.05)
+    for split in ((4, 128), (32, 16)):
+        moe = sf.SigmaMoE(d, *split, 2, **options)
+        assert std(moe.keys) == pytest.approx(c / math.sqrt(d), rel=0.05)
+        assert std(moe.values) == pytest.approx(c / math.sqrt(512), rel=0.05)  # however E·G is split
+        assert moe.router.weight.norm(dim=1).tolist() == pytest.approx([c] * split[0], rel=1e-5)
+        assert std(moe.router.weight) == pytest.approx(c / math.sqrt(d), rel=0.05)
+    memory = sf.ProductKeyMemory(d, 32, 4, n_heads=2, query_dim=32, **options)
+    assert std(memory.sub_keys) == pytest.approx(c / math.sqrt(32), rel=0.05)
+    assert std(memory.query.weight) == pytest.approx(c / math.sqrt(d), rel=0.05)
+    assert std(memory.values) == pytest.approx(c / 32, rel=0.05)
+    memory = sf.ProductKeyMemory(d, 32, 4, value_init="standard", **options)
+    assert std(memory.sub_keys) == pytest.approx(c / math.sqrt(d), rel=0.05)
+    assert std(memory.values) == pytest.approx(c / math.sqrt(d), rel=0.05)
+
+
+def test_biases_and_noise_start_at_zero() -> None:
+    layer = sf.NoisyTopKMoE(8, 4, 4, 2, bias=True)
+    for tensor in (layer.key_bias, layer.out_bias, layer.router.noise_weight):
+        assert not tensor.any()
+
+
+# ------------------------------------------------------------------------------------------------------- sizes
+
+
+def test_parameter_counts_of_the_paper() -> None:
+    """Table in paper sections 5 and 6: the layers of WT-S, WT-B and Enwik8."""
+    for d, d_ff, dense, experts, moe, n, memory in (
+        (412, 2053, 1_694_137, 16, 1_694_144, 62, 1_685_904),
+        (1024, 4110, 8_422_414, 32, 8_421_376, 89, 8_475_648),
+        (512, 2053, 2_104_837, 16, 2_105_344, 62, 2_095_104),
+    ):
+        assert sf.DenseFFN(d, d_ff, device="meta").n_parameters == dense
+        sizes = sf.parameter_equal(sf.SigmaMoE, d, d_ff, expert_size=128, k=4)
+        assert sizes == {"d_model": d, "n_experts": experts, "expert_size": 128, "k": 4}
+        assert sf.SigmaMoE(**sizes, device="meta").n_parameters == moe
+        sizes = sf.parameter_equal(sf.ProductKeyMemory, d, d_ff, k=128, n_heads=4)
+        assert sizes == {"d_model": d, "n_sub_keys": n, "k": 128, "n_heads": 4}
+        assert sf.ProductKeyMemory(**sizes, device="meta").n_parameters == memory
+        assert sf.parameter_equal(sf.TopKFFN, d, d_ff, k=64)["d_ff"] == d_ff
+
+
+@pytest.mark.parametrize("cls", [sf.MoE, sf.SigmaMoE, sf.SoftmaxMoE, sf.SwitchMoE, sf.SBaseMoE, sf.NoisyTopKMoE])
+def test_parameter_equal_is_the_nearest_size(cls: type[sf.MoE]) -> None:
+    sizes = sf.parameter_equal(cls, 32, 500, expert_size=24, k=2, glu=True)
+    target = sf.DenseFFN(32, 500).n_parameters
+
+    def miss(n: int) -> int:
+        return abs(cls(**{**sizes, "n_experts": n}).n_parameters - target)
+
+    assert miss(sizes["n_experts"]) <= min(miss(sizes["n_experts"] - 1), miss(sizes["n_experts"] + 1))
+
+
+def test_parameter_equal_never_goes_below_k() -> None:
+    assert sf.parameter_equal(sf.SigmaMoE, 16, 10, expert_size=64, k=6)["n_experts"] == 6
+    assert sf.parameter_equal(sf.ProductKeyMemory, 16, 10, k=50)["n_sub_keys"] == 8
+
+
+def test_parameter_equal_refuses_what_it_cannot_answer() -> None:
+    with pytest.raises(TypeError, match="needs expert_size and k"):
+        sf.parameter_equal(sf.SigmaMoE, 16, 64)
+    with pytest.raises(ValueError, match="n_experts = 4 is what parameter_equal chooses"):
+        sf.parameter_equal(sf.SigmaMoE, 16, 64, n_experts=4, expert_size=8, k=2)
+    with pytest.raises(TypeError, match="layer_cls must be a layer class"):
+        sf.parameter_equal(nn.Linear, 16, 64)
+
+
+def test_flops_and_active_share() -> None:
+    d = 10
+    assert sf.DenseFFN(d, 20).flops_per_token() == 4 * d * 20
+    assert sf.DenseFFN(d, 20, glu=True, d_out=3).flops_per_token() == 2 * 20 * (2 * d + 3)
+    assert sf.TopKFFN(d, 20, 5).flops_per_token() == 2 * d * 20 + 2 * d * 5
+    assert sf.ProductKeyMemory(d, 6, 5, n_heads=2).flops_per_token() == 2 * d * 6 * 2 + 2 * 2 * 5 * d
+    query = sf.ProductKeyMemory(d, 6, 5, n_heads=2, query_dim=8)
+    assert query.flops_per_token() == 2 * d * 16 + 2 * 8 * 6 * 2 + 2 * 2 * 5 * d
+    assert sf.SigmaMoE(d, 8, 4, 2).flops_per_token() == 4 * d * 2 * 4 + 2 * d * 8
+    assert sf.NoisyTopKMoE(d, 8, 4, 2).flops_per_token() == 4 * d * 2 * 4 + 4 * d * 8
+    assert sf.DenseFFN(d, 20).active_fraction == 1
+    assert sf.TopKFFN(d, 20, 5).active_fraction == 0.25
+    assert sf.SigmaMoE(d, 8, 4, 2).active_fraction == 0.25
+    assert sf.ProductKeyMemory(d, 6, 3, n_heads=2).active_fraction == pytest.approx(1 / 6)
+    assert (sf.SigmaMoE(d, 8, 4, 2).d_ff, sf.ProductKeyMemory(d, 6, 3).d_ff, sf.TopKFFN(d, 20, 5).k) == (32, 36, 5)
+
+
+# ---------------------------------------------------------------------------------------------- bad arguments
+
+BAD: list[tuple[Any, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
+    (sf.DenseFFN, (0, 4), {}, ValueError, "d_model must be at least 1, got 0"),
+    (sf.DenseFFN, (4, -1), {}, ValueError, "d_ff must be at least 1, got -1"),
+    (sf.DenseFFN, (4, 6.0), {}, TypeError, "d_ff must be an int, got 6.0"),
+    (sf.DenseFFN, (4, 6), {"d_out": 0}, ValueError, "d_out must be at least 1, got 0"),
+    (sf.DenseFFN, (4, 6), {"activation": "tanh"}, ValueError, "activation must be one of 'relu', 'gelu'.*got 'tanh'"),
+    (sf.DenseFFN, (4, 6), {"activation": "softmax"}, ValueError, "activation must be one of"),
+    (sf.DenseFFN, (4, 6), {"dropout": 1.5}, ValueError, r"dropout must be in \[0, 1\], got 1.5"),
+    (sf.DenseFFN, (4, 6), {"init_scale": 0.5, "n_layers": 2}, ValueError, "init_scale = 0.5 and n_layers = 2"),
+    (sf.DenseFFN, (4, 6), {"init_scale": -1.0}, ValueError, "init_scale must be finite and >= 0"),
+    (sf.DenseFFN, (4, 6), {"n_layers": 0}, ValueError, "n_layers must be at least 1, got 0"),
+    (sf.TopKFFN, (4, 6, 7), {}, ValueError, "k must be at least 1 and at most d_ff = 6, got 7"),
+    (sf.TopKFFN, (4, 6, 0), {}, ValueError, "k must be at least 1"),
+    (sf.ProductKeyMemory, (5, 3, 2), {}, ValueError, "d_model must be even.*got 5; or give an even query_dim"),
+    (sf.ProductKeyMemory, (4, 3, 2), {"query_dim": 3}, ValueError, "query_dim must be even.*got 3"),
+    (sf.ProductKeyMemory, (4, 3, 10), {}, ValueError, "k must be at least 1 and at most n_sub_keys² = 9, got 10"),
+    (sf.ProductKeyMemory, (4, 3, 2), {"n_heads": 0}, ValueError, "n_heads must be at least 1"),
+    (sf.ProductKeyMemory, (4, 3, 2), {"value_init": "x"}, ValueError, "value_init must be one of 'paper', 'standard'"),
+    (sf.ProductKeyMemory, (4, 3, 2), {"query_norm": "batch"}, ValueError, "query_norm must be one of 'layer', 'rms'"),
+    (sf.MoE, (4, 3, 5, 4), {}, ValueError, "k must be at least 1 and at most n_experts = 3, got 4"),
+    (sf.MoE, (4, 0, 5, 1), {}, ValueError, "n_experts must be at least 1, got 0"),
+    (sf.MoE, (4, 3, 0, 1), {}, ValueError, "expert_size must be at least 1, got 0"),
+    (sf.MoE, (4, 3, 5, 1), {"router": "hash"}, ValueError, "router must be one of 'sigmoid'.*got 'hash'"),
+    (sf.MoE, (4, 3, 5, 1), {"expert_dropout": 1.0}, ValueError, r"expert_dropout must be in \[0, 1\), got 1.0"),
+    (sf.MoE, (4, 3, 5, 1), {"balance": "l2"}, ValueError, "balance must be one of 'entropy'.*got 'l2'"),
+    (sf.MoE, (4, 3, 5, 1), {"balance": ("entropy", "z")}, ValueError, "balance_weight must hold one weight for each"),
+    (
+        sf.MoE,
+        (4, 3, 5, 1),
+        {"balance": ("z", "none"), "balance_weight": (1.0, 1.0)},
+        ValueError,
+        "'none' only by itself",
+    ),
+    (sf.MoE, (4, 3, 5, 1), {"balance_weight": -1.0}, ValueError, "balance_weight must be >= 0, got -1.0"),
+    (sf.MoE, (4, 3, 5, 1), {"balance_over": "time"}, ValueError, "balance_over must be one of 'batch', 'sequence'"),
+    (sf.MoE, (4, 3, 5, 1), {"aux": "return"}, ValueError, "aux must be one of 'attach', 'inject'"),
+    (sf.MoE, (4, 3, 5, 1), {"router": routing.SigmoidRouter(4, 2, 1)}, ValueError, r"router has \(d_model, n_experts"),
+    (
+        sf.MoE,
+        (4, 3, 5, 1),
+        {"router": routing.SigmoidRouter(4, 3, 1), "expert_dropout": 0.1},
+        ValueError,
+        "give it to the router module instead",
+    ),
+    (
+        sf.MoE,
+        (4, 3, 5, 1),
+        {"router": routing.SigmoidRouter(4, 3, 1), "balance": "bias"},
+        ValueError,
+        "a router with selection_bias=False do not fit",
+    ),
+    (sf.SoftmaxMoE, (4, 3, 5, 1), {"order": "during"}, ValueError, "order must be one of 'before', 'after'"),
+    (sf.SBaseMoE, (4, 3, 5, 1), {"n_iters": 0}, ValueError, "n_iters must be at least 1, got 0"),
+    (sf.SigmaMoE, (4, 3, 5, 1), {"router": "open"}, TypeError, "router"),
+    (sf.SigmaMoE, (4, 3, 5, 1), {"gain": 1}, TypeError, "gain"),
+]
+
+
+@pytest.mark.parametrize(("cls", "sizes", "options", "error", "words"), BAD)
+def test_bad_constructor_arguments_are_named(
+    cls: Any, sizes: tuple[Any, ...], options: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        cls(*sizes, **options)
+
+
+LAYERS = [
+    sf.DenseFFN(4, 6),
+    sf.TopKFFN(4, 6, 2),
+    sf.ProductKeyMemory(4, 3, 2),
+    sf.SigmaMoE(4, 3, 5, 2),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+def test_bad_inputs_are_named_and_change_nothing(layer: sf.SparseFFN) -> None:
+    x, mask = torch.randn(2, 3, 4), torch.ones(2, 3, dtype=torch.bool)
+    layer(x)
+    before = sf.routing_stats(layer)
+    for call, error, words in (
+        (lambda: layer(x.long()), TypeError, "x must be a floating tensor, got int64"),
+        (lambda: layer(x.double()), TypeError, "x has dtype torch.float64, the layer's parameters have torch.float32"),
+        (lambda: layer(x[..., :3]), ValueError, r"x must have shape \[..., d_model = 4\], got \[2, 3, 3\]"),
+        (lambda: layer(torch.tensor(1.0)), ValueError, "x must have shape"),
+        (lambda: layer(x.to("meta")), ValueError, "x is on meta, the layer's parameters are on cpu"),
+        (lambda: layer(x, mask=mask.float()), TypeError, "mask must be bool"),
+        (lambda: layer(x, mask=mask[:1]), ValueError, r"mask must have x's shape without its last dimension, \[2, 3\]"),
+        (lambda: layer(x, mask=mask.to("meta")), ValueError, "mask is on meta"),
+    ):
+        with pytest.raises(error, match=words):
+            call()
+    if isinstance(layer, sf.MoE):
+        with pytest.raises(ValueError, match=r"router_input must have x's shape \[2, 3, 4\], got \[2, 4\]"):
+            layer(x, router_input=x[:, 0])
+        with pytest.raises(TypeError, match="router_input must be a floating tensor"):
+            layer(x, router_input=x.long())
+    else:
+        with pytest.raises(ValueError, match=f"router_input is for MoE layers; {type(layer).__name__} has no router"):
+            layer(x, router_input=x)
+    after = sf.routing_stats(layer)
+    assert all(torch.equal(before[name]["load"], after[name]["load"]) for name in before)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (0, 4), (2, 0, 4), (2, 3, 5, 4)])
+def test_any_leading_shape(layer: sf.SparseFFN, shape: tuple[int, ...], on_backend: str) -> None:
+    y = layer(torch.randn(shape))
+    assert y.shape == shape
+    assert y.isfinite().all()
+
+
+def test_one_tensor_out_so_it_drops_into_sequential() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), sf.SigmaMoE(4, 3, 5, 2), sf.TopKFFN(4, 6, 2), nn.Linear(4, 2))
+    assert model(torch.randn(5, 4)).shape == (5, 2)
+
+
+def test_repr_shows_sizes_and_every_choice_that_is_not_the_default() -> None:
+    assert repr(sf.DenseFFN(4, 6)) == "DenseFFN(4, d_ff=6)"
+    text = repr(sf.TopKFFN(4, 6, 2, glu=True, activation="silu", norm_aware=True, dropout=0.1))
+    assert text == "TopKFFN(4, d_ff=6, k=2, activation='silu', glu=True, dropout=0.1, norm_aware=True)"
+    text = repr(sf.SigmaMoE(4, 3, 5, 2, expert_dropout=0.1, d_out=7))
+    for words in ("n_experts=3", "expert_size=5", "k=2", "d_out=7", "balance='entropy'", "balance_weight=0.001"):
+        assert words in text
+    assert "expert_dropout=0.1" in text
+
+
+def test_param_groups_give_the_value_table_its_own_learning_rate() -> None:
+    memory = sf.ProductKeyMemory(4, 3, 2, query_dim=4)
+    optimizer = torch.optim.Adam(memory.param_groups(values_lr=1e-2), lr=1e-3)
+    assert [(g["lr"], len(g["params"])) for g in optimizer.param_groups] == [(1e-2, 1), (1e-3, 2)]
+
+
+def test_sparse_value_gradients_train_with_sparse_adam() -> None:
+    memory = sf.ProductKeyMemory(4, 3, 2, sparse_grad=True)
+    memory(torch.randn(2, 4)).sum().backward()
+    assert memory.values.grad.is_sparse
+    before = memory.values.detach().clone()
+    torch.optim.SparseAdam([memory.values]).step()
+    read = memory.values.grad.coalesce().indices()[0]
+    changed = (memory.values != before).any(1).nonzero().flatten()
+    assert set(changed.tolist()) <= set(read.tolist())
+    memory.zero_grad()
+    memory(torch.randn(0, 4)).sum().backward()
+    assert memory.values.grad.is_sparse
+    assert memory.values.grad._nnz() == 0
+
+
+# --------------------------------------------------------------------------------------------- framework calls
+
+
+def test_aux_loss_and_stats_of_models_without_a_layer() -> None:
+    for model in (nn.Linear(2, 2), sf.DenseFFN(2, 2)):
+        loss = sf.aux_loss(model)
+        assert loss.dtype == torch.float32
+        assert loss.item() == 0.0
+        assert sf.routing_stats(model) == {}
+
+
+def test_stats_name_the_layers_that_have_run_and_are_bounded() -> None:
+    model = nn.ModuleDict({"used": sf.SigmaMoE(4, 3, 5, 2), "idle": sf.SigmaMoE(4, 3, 5, 2)})
+    model["used"](torch.randn(10, 4))
+    stats = sf.routing_stats(model)
+    assert list(stats) == ["used"]
+    assert set(stats["used"]) == {"entropy", "busiest", "dead", "load"}
+    assert stats["used"]["load"].sum().item() == pytest.approx(1)
+    assert list(sf.routing_stats(model["used"])) == [""]
+
+
+def test_stats_at_collapse_and_at_balance() -> None:
+    layer = sf.SigmaMoE(3, 3, 5, 1)
+    with torch.no_grad():
+        layer.router.weight.copy_(torch.eye(3))
+    layer(torch.eye(3))
+    balanced = sf.routing_stats(layer)[""]
+    assert (balanced["entropy"], balanced["busiest"], balanced["dead"]) == pytest.approx((1, 1 / 3, 0))
+    layer(torch.eye(3)[:1].repeat(4, 1))
+    collapsed = sf.routing_stats(layer)[""]
+    assert (collapsed["entropy"], collapsed["busiest"], collapsed["dead"]) == pytest.approx((0, 1, 2 / 3))
+
+
+def test_masked_tokens_leave_no_trace_in_stats() -> None:
+    layer, x = sf.SigmaMoE(4, 6, 5, 2), torch.randn(2, 5, 4)
+    mask = torch.tensor([[True, True, False, False, False], [True] * 5])
+    layer(x, mask=mask)
+    with_padding = sf.routing_stats(layer)[""]["load"]
+    layer(x[mask])
+    assert torch.equal(with_padding, sf.routing_stats(layer)[""]["load"])
+
+
+def test_backend_is_forced_restored_and_checked() -> None:
+    from sparse_ffn.backend import choose
+
+    assert choose() == "torch"
+    with sf.backend("reference"):
+        assert choose() == "reference"
+        with sf.backend("auto"):
+            assert choose() == "torch"
+        assert choose() == "reference"
+    with pytest.raises(ValueError, match=r"'fast'; allowed are 'auto', 'reference', 'torch'"), sf.backend("fast"):
+        pass
+
+
+def test_routing_picture_shows_load_and_coactivation() -> None:
+    from sparse_ffn.plot import routing_figure
+
+    model = nn.Sequential(sf.SigmaMoE(4, 6, 5, 2), sf.SigmaMoE(4, 3, 5, 2))
+    with pytest.raises(ValueError, match="no MoE layer of this model has run"):
+        routing_figure(model)
+    model(torch.randn(30, 4))
+    figure = routing_figure(model)
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert titles == ["0: load", "co-activation", "1: load", "co-activation"]
+    bars = [patch.get_height() for patch in figure.axes[0].patches]
+    assert bars == pytest.approx(sf.routing_stats(model)["0"]["load"].tolist())

@@ -1,0 +1,84 @@
+"""Importing is light, and works where triton, a compiler and CUDA are absent."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+
+def run(code: str, **environment: str) -> str:
+    """Run code in a fresh interpreter without a compiler on its path and without a visible CUDA device."""
+    env = {**os.environ, "PATH": "", "CUDA_VISIBLE_DEVICES": "", "CC": "", "CXX": "", **environment}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+WITHOUT_TRITON = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def test_import_and_training_step_without_triton_compiler_and_cuda() -> None:
+    out = run(
+        WITHOUT_TRITON
+        + """
+import torch, sparse_ffn as sf
+for layer in (sf.DenseFFN(8, 16), sf.TopKFFN(8, 16, 4), sf.ProductKeyMemory(8, 4, 4), sf.SigmaMoE(8, 4, 4, 2)):
+    (layer(torch.randn(5, 8)).sum() + sf.aux_loss(layer)).backward()
+print("trained", torch.cuda.is_initialized())
+"""
+    )
+    assert out.split() == ["trained", "False"]
+
+
+def test_import_loads_no_triton_no_compiler_and_no_plotting() -> None:
+    out = run(
+        """
+import sys, torch
+before = set(sys.modules)
+import sparse_ffn
+heavy = ("triton", "torch._dynamo", "torch._inductor", "matplotlib", "transformers", "numba", "distutils", "setuptools")
+print([name for name in set(sys.modules) - before if name.startswith(heavy)], torch.cuda.is_initialized())
+"""
+    )
+    assert out.strip() == "[] False"
+
+
+def test_import_takes_under_three_tenths_of_a_second_beyond_torch() -> None:
+    code = """
+import time, torch
+start = time.perf_counter()
+import sparse_ffn
+print(time.perf_counter() - start)
+"""
+    assert min(float(run(code)) for _ in range(3)) < 0.3
+
+
+def test_info_names_versions_devices_backends_and_the_choice() -> None:
+    command = [sys.executable, "-m", "sparse_ffn.info"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for words in ("sparse-ffn", "torch", "triton", "einops", "devices", "reference", "chosen     torch (automatic"):
+        assert words in out
+    env = {**os.environ, "SPARSE_FFN_BACKEND": "reference"}
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
+    assert "reference (forced by SPARSE_FFN_BACKEND)" in out
+
+
+def test_unknown_backend_in_the_environment_is_an_error_that_lists_the_known() -> None:
+    code = """
+import torch, sparse_ffn as sf
+try:
+    sf.SigmaMoE(8, 4, 4, 2)(torch.randn(2, 8))
+except ValueError as error:
+    print(error)
+"""
+    out = run(code, SPARSE_FFN_BACKEND="fast")
+    assert "SPARSE_FFN_BACKEND is 'fast'" in out
+    assert "'reference', 'torch'" in out

@@ -1,0 +1,327 @@
+"""The ops and their functional API: backends agree with the reference, opcheck holds, bad arguments are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sparse_ffn as sf
+from sparse_ffn import functional, ops
+from sparse_ffn.ops.activations import ACTIVATIONS
+from sparse_ffn.ops.product_key_topk.reference import candidate_pairs
+from sparse_ffn.ops.select import stable_topk
+
+E, G, D, O = 5, 7, 6, 4
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp64", "fp32", "fp16", "bf16"])
+
+ROUTINGS: dict[str, Callable[[], Tensor]] = {
+    "random": lambda: torch.rand(23, E).topk(3).indices,
+    "one token": lambda: torch.tensor([[4, 0]]),
+    "no token": lambda: torch.empty(0, 3, dtype=torch.int64),
+    "all on one expert": lambda: torch.full((9, 1), 3),
+    "an expert named twice": lambda: torch.tensor([[1, 1], [1, 2], [0, 0]]),
+    "empty experts first": lambda: torch.full((6, 2), 4) - torch.tensor([[0, 1]]),
+    "k = E": lambda: torch.arange(E).repeat(4, 1),
+}
+routings = pytest.mark.parametrize("routing", ROUTINGS)
+
+
+def leaf(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def with_gradients(call: Callable[..., Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    y = call(**tensors)
+    grad = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    wanted = {n: t for n, t in tensors.items() if t.requires_grad}
+    grads = torch.autograd.grad(y, wanted.values(), grad)
+    return {"output": y.detach(), **dict(zip(wanted, grads, strict=True))}
+
+
+def assert_meets_reference(call: Callable[..., Tensor], tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Output and all gradients on the torch backend against the reference in float64 on the same numbers."""
+    wide = {
+        n: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+        for n, t in tensors.items()
+    }
+    with sf.backend("reference"):
+        expected = with_gradients(call, wide)
+    with sf.backend("torch"):
+        actual = with_gradients(call, tensors)
+    for name, tensor in actual.items():
+        assert tensor.dtype == (tensors[name].dtype if name != "output" else dtype)
+        scale = max(expected[name].abs().max().item() if expected[name].numel() else 0.0, 1.0)
+        torch.testing.assert_close(
+            tensor.double(), expected[name], rtol=0, atol=TOLERANCE[dtype] * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@dtypes
+@routings
+@pytest.mark.parametrize("form", ["plain", "everything"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_expert_ffn_meets_its_reference(
+    activation: str, form: str, routing: str, dtype: torch.dtype, poisoned: None
+) -> None:
+    index = ROUTINGS[routing]()
+    tokens, slots = index.shape
+    tensors = {
+        "x": leaf(tokens, D, dtype=dtype),
+        "keys": leaf(E, G, D, dtype=dtype),
+        "values": leaf(E, G, O, dtype=dtype),
+        "index": index,
+        "gate": torch.rand(tokens, slots, dtype=torch.promote_types(dtype, torch.float32)).requires_grad_(),
+    }
+    if form == "everything":
+        tensors |= {
+            "gate_keys": leaf(E, G, D, dtype=dtype),
+            "key_bias": leaf(E, G, dtype=dtype),
+            "hidden_scale": (torch.rand(tokens, slots, G) > 0.3).to(dtype) / 0.7,
+        }
+    assert_meets_reference(lambda **t: ops.expert_ffn(**t, activation=activation), tensors, dtype)
+
+
+@dtypes
+@routings
+@pytest.mark.parametrize("form", ["plain", "gather", "gather, scatter, reduction"])
+def test_cvmm_meets_its_reference(form: str, routing: str, dtype: torch.dtype, poisoned: None) -> None:
+    expert = ROUTINGS[routing]().flatten()
+    slots = expert.numel()
+    rows = 4 if "gather" in form else slots
+    tensors: dict[str, Any] = {
+        "x": leaf(rows, D, dtype=dtype),
+        "weight": leaf(E, D, O, dtype=dtype),
+        "expert": expert,
+    }
+    options: dict[str, Any] = {}
+    if "gather" in form:
+        tensors["gather"] = torch.randint(0, rows, (slots,))
+    if "scatter" in form:
+        tensors |= {
+            "scatter": torch.randint(0, 6, (slots,)),
+            "reduction": torch.rand(slots, dtype=torch.promote_types(dtype, torch.float32)).requires_grad_(),
+        }
+        options["n_out"] = 7  # a row that no slot names is zero
+    assert_meets_reference(lambda **t: ops.cvmm(**t, **options), tensors, dtype)
+
+
+def test_cvmm_takes_transposed_and_expanded_weights_without_a_copy(on_backend: str) -> None:
+    x, keys, expert = torch.randn(9, D), torch.randn(E, G, D), torch.randint(0, E, (9,))
+    expected = torch.stack([keys[e] @ row for row, e in zip(x, expert, strict=True)])
+    torch.testing.assert_close(functional.cvmm(x, keys.transpose(1, 2), expert), expected)
+    shared = keys[:1].expand(E, -1, -1).transpose(1, 2)
+    torch.testing.assert_close(functional.cvmm(x, shared, expert), x @ keys[0].t())
+
+
+def test_two_cvmms_make_the_sigma_moe_of_the_paper(on_backend: str) -> None:
+    """Up: gathered by token; down: scattered by token with the gates as reduction weights (appendix B.1)."""
+    layer, x = sf.SigmaMoE(D, E, G, 2), torch.randn(11, D)
+    _, index, gate = layer.router(x)
+    token = torch.arange(11).repeat_interleave(2)
+    h = functional.cvmm(x, layer.keys.transpose(1, 2), index.flatten(), gather_index=token).relu()
+    y = functional.cvmm(
+        h, layer.values, index.flatten(), scatter_index=token, reduction_weight=gate.flatten(), n_out=11
+    )
+    torch.testing.assert_close(y, layer(x))
+
+
+@dtypes
+@pytest.mark.parametrize(("table", "bags", "width"), [(9, 6, 3), (300, 6, 3), (300, 1, 1), (9, 0, 3)])
+def test_weighted_bag_meets_its_reference(
+    table: int, bags: int, width: int, dtype: torch.dtype, poisoned: None
+) -> None:
+    tensors = {
+        "values": leaf(table, O, dtype=dtype),
+        "index": torch.randint(0, min(table, 5), (bags, width)),  # few rows: many repeats, in a bag too
+        "weight": torch.randn(bags, width, dtype=torch.promote_types(dtype, torch.float32)).requires_grad_(),
+    }
+    assert_meets_reference(ops.weighted_bag, tensors, dtype)
+
+
+def test_sparse_gradient_of_the_bag_is_the_dense_one_on_the_rows_read(on_backend: str) -> None:
+    values, index = torch.randn(300, O, requires_grad=True), torch.randint(0, 40, (6, 3))
+    weight = torch.randn(6, 3, requires_grad=True)
+    dense = torch.autograd.grad(ops.weighted_bag(values, index, weight).square().sum(), (values, weight))
+    sparse = torch.autograd.grad(
+        ops.weighted_bag(values, index, weight, sparse_grad=True).square().sum(), (values, weight)
+    )
+    assert sparse[0].is_sparse
+    assert sparse[0].is_coalesced()
+    assert sparse[0]._nnz() == index.unique().numel()
+    torch.testing.assert_close(sparse[0].to_dense(), dense[0])
+    torch.testing.assert_close(sparse[1], dense[1])
+
+
+@dtypes
+@pytest.mark.parametrize("form", ["plain", "everything"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("tokens", "units", "k"), [(7, 11, 3), (1, 11, 1), (0, 11, 3), (5, 200, 2), (5, 11, 11)])
+def test_topk_ffn_meets_its_reference(
+    tokens: int, units: int, k: int, activation: str, form: str, dtype: torch.dtype, poisoned: None
+) -> None:
+    # small whole numbers and exact activations keep the ranking the same in every precision
+    def whole(*shape: int) -> Tensor:
+        return torch.randint(-2, 3, shape).to(dtype).requires_grad_()
+
+    tensors = {"x": whole(tokens, D), "keys": whole(units, D), "values": leaf(units, O, dtype=dtype)}
+    options: dict[str, Any] = {"k": k, "activation": activation}
+    if form == "everything":
+        tensors |= {
+            "gate_keys": whole(units, D),
+            "key_bias": whole(units),
+            "hidden_scale": torch.randint(0, 2, (tokens, units)).to(dtype) * 2,
+        }
+    if activation in ("gelu", "gelu_tanh", "silu") and dtype in (torch.float16, torch.bfloat16) and k < units:
+        tensors = {n: t.detach().float().requires_grad_(t.requires_grad) for n, t in tensors.items()}
+        dtype = torch.float32  # rounded activations make ties that float64 does not have: compare where it can be
+    assert_meets_reference(lambda **t: ops.topk_ffn(**t, **options), tensors, dtype)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 1), (3, 4), (3, 9), (7, 5), (40, 32), (5, 25)])
+@pytest.mark.parametrize("scores", ["distinct", "tied", "all equal"])
+def test_product_key_topk_is_the_top_k_of_all_sums(n: int, k: int, scores: str, on_backend: str) -> None:
+    first, second = torch.randn(6, 2, n), torch.randn(6, 2, n)
+    if scores == "tied":
+        first, second = first.round(), second.round()
+    if scores == "all equal":
+        first, second = torch.zeros_like(first), torch.zeros_like(second)
+    best, index = functional.product_key_topk(first, second, k)
+    every = (first.unsqueeze(-1) + second.unsqueeze(-2)).flatten(-2)
+    assert torch.equal(best, every.sort(dim=-1, descending=True).values[..., :k])
+    assert torch.equal(every.gather(-1, index), best)
+    assert all(len(set(row)) == k for row in index.flatten(0, 1).tolist())
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 32])
+def test_only_pairs_that_can_win_are_summed(k: int) -> None:
+    pairs = candidate_pairs(1000, k)
+    assert pairs == [(i, j) for i in range(k) for j in range(k) if (i + 1) * (j + 1) <= k]
+    if k == 32:
+        assert len(pairs) == 119
+
+
+@dtypes
+@pytest.mark.parametrize("n", [1, 5, 129])
+def test_stable_topk_is_the_stable_sort(n: int, dtype: torch.dtype) -> None:
+    scores = torch.randn(50, n).to(dtype)
+    scores[:20] = scores[:20].round()
+    scores[20:30] = torch.where(torch.rand(10, n) < 0.5, -torch.inf, scores[20:30])
+    scores[30] = 0
+    scores[31] = -0.0
+    scores[31, ::2] = 0.0
+    scores[32] = -torch.inf
+    scores[33] = scores[33] * 1e-30
+    for k in {1, n // 2 + 1, n}:
+        assert torch.equal(stable_topk(scores, k), scores.sort(dim=-1, descending=True, stable=True).indices[:, :k])
+
+
+def test_opcheck_holds_for_every_op() -> None:
+    library = torch.ops.sparse_ffn
+    index = torch.rand(6, E).topk(2).indices
+    x, keys, values = torch.randn(6, D), torch.randn(E, G, D), torch.randn(E, G, O)
+    gate, bias, scale = torch.rand(6, 2), torch.randn(E, G), torch.rand(6, 2, G)
+    slot = torch.arange(6)
+
+    def grad(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if t is None else t.clone().requires_grad_() for t in tensors)
+
+    for gate_keys, key_bias, hidden_scale in ((None, None, None), (keys.flip(0), bias, scale)):
+        xg, kg, vg, gg, ug, bg = grad(x, keys, values, gate, gate_keys, key_bias)
+        call = (xg, kg, vg, index, gg, ug, bg, hidden_scale, "gelu", "torch")
+        torch.library.opcheck(library.expert_ffn.default, call)
+        saved = [t.detach() for t in library.expert_ffn(*call)[1:]]
+        back = (torch.randn(6, O), x, keys, values, gate, gate_keys, key_bias, hidden_scale, *saved, "gelu", "torch")
+        torch.library.opcheck(library.expert_ffn_backward.default, back)
+
+        first_keys, first_values = keys[0], values[0]
+        units = tuple(None if t is None else t[0] for t in (gate_keys, key_bias))
+        dropped = None if hidden_scale is None else torch.rand(6, G)
+        xg, kg, vg, ug, bg = grad(x, first_keys, first_values, *units)
+        call = (xg, kg, vg, 3, ug, bg, dropped, "silu", True, "torch")
+        torch.library.opcheck(library.topk_ffn.default, call)
+        saved = [t.detach() for t in library.topk_ffn(*call)[1:]]
+        back = (torch.randn(6, O), x, first_keys, first_values, *units, dropped, *saved, "silu", "torch")
+        torch.library.opcheck(library.topk_ffn_backward.default, back)
+
+    table = torch.randn(9, O)
+    vg, gg = grad(table, gate)
+    torch.library.opcheck(library.weighted_bag.default, (vg, index, gg, "torch"))
+    torch.library.opcheck(library.weighted_bag_backward.default, (torch.randn(6, O), table, index, gate, "torch"))
+    for gather, scatter, reduction in ((None, None, None), (slot.flip(0), slot // 2, torch.rand(6))):
+        xg, wg, rg = grad(x, keys.transpose(1, 2), reduction)
+        call = (xg, wg, index[:, 0], gather, scatter, rg, 6, "torch")
+        torch.library.opcheck(library.cvmm.default, call)
+        back = (torch.randn(6, G), x, keys.transpose(1, 2), index[:, 0], gather, scatter, reduction, "torch")
+        torch.library.opcheck(library.cvmm_backward.default, back)
+    torch.library.opcheck(library.product_key_topk.default, (torch.randn(4, 5), torch.randn(4, 5), 6, "torch"))
+
+
+def arguments(name: str) -> dict[str, Any]:
+    index = torch.zeros(3, 2, dtype=torch.int64)
+    return {
+        "cvmm": {"x": torch.randn(3, D), "weight": torch.randn(E, D, O), "expert_index": index[:, 0]},
+        "expert_ffn": {
+            "x": torch.randn(3, D),
+            "keys": torch.randn(E, G, D),
+            "values": torch.randn(E, G, O),
+            "index": index,
+            "gate": torch.rand(3, 2),
+        },
+        "weighted_bag": {"values": torch.randn(9, O), "index": index, "weight": torch.rand(3, 2)},
+        "product_key_topk": {"first": torch.randn(3, 4), "second": torch.randn(3, 4), "k": 2},
+        "topk_ffn": {"x": torch.randn(3, D), "keys": torch.randn(G, D), "values": torch.randn(G, O), "k": 2},
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["cvmm", "expert_ffn", "weighted_bag", "product_key_topk", "topk_ffn"])
+def test_functional_accepts_good_arguments(name: str, on_backend: str) -> None:
+    y = getattr(functional, name)(**arguments(name))
+    assert (y[0] if isinstance(y, tuple) else y).isfinite().all()
+
+
+three = torch.zeros(3, dtype=torch.int64)
+BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("cvmm", {"x": torch.zeros(3, D, dtype=torch.int64)}, TypeError, "x must be a floating tensor, got int64"),
+    ("cvmm", {"x": torch.zeros(D)}, ValueError, "x must have 2 dimensions"),
+    ("cvmm", {"weight": torch.zeros(E, D + 1, O)}, ValueError, "weight must have shape"),
+    ("cvmm", {"weight": torch.zeros(E, D, O).double()}, TypeError, "weight has dtype torch.float64"),
+    ("cvmm", {"expert_index": three.int()}, TypeError, "expert_index must be int64, got int32"),
+    ("cvmm", {"expert_index": three + E}, IndexError, r"expert_index must be in \[0, 5\)"),
+    ("cvmm", {"expert_index": three - 1}, IndexError, "got values from -1 to -1"),
+    ("cvmm", {"expert_index": three[:2]}, ValueError, "without gather_index"),
+    ("cvmm", {"gather_index": three + 3}, IndexError, r"gather_index must be in \[0, 3\)"),
+    ("cvmm", {"scatter_index": three}, ValueError, "n_out must be given"),
+    ("cvmm", {"scatter_index": three + 2, "n_out": 2}, IndexError, r"scatter_index must be in \[0, 2\)"),
+    ("cvmm", {"n_out": 4}, ValueError, "n_out must be the number of slots"),
+    ("cvmm", {"reduction_weight": torch.zeros(4)}, ValueError, "reduction_weight must have shape"),
+    ("expert_ffn", {"keys": torch.zeros(E, G, D + 1)}, ValueError, "keys must have shape"),
+    ("expert_ffn", {"values": torch.zeros(E, G + 1, O)}, ValueError, "values must have shape"),
+    ("expert_ffn", {"gate_keys": torch.zeros(E, G, D + 1)}, ValueError, "gate_keys must have shape"),
+    ("expert_ffn", {"key_bias": torch.zeros(E, G + 1)}, ValueError, "key_bias must have shape"),
+    ("expert_ffn", {"index": torch.full((3, 2), E)}, IndexError, r"index must be in \[0, 5\)"),
+    ("expert_ffn", {"index": torch.zeros(4, 2, dtype=torch.int64)}, ValueError, "index must have shape"),
+    ("expert_ffn", {"gate": torch.zeros(3, 1)}, ValueError, "gate must have shape"),
+    ("expert_ffn", {"activation": "tanh"}, ValueError, "activation must be one of 'relu'"),
+    ("weighted_bag", {"index": torch.full((3, 2), 9)}, IndexError, r"index must be in \[0, 9\)"),
+    ("weighted_bag", {"index": torch.zeros(3, 2)}, TypeError, "index must be int64, got float32"),
+    ("weighted_bag", {"weight": torch.zeros(3, 4)}, ValueError, "index must have shape"),
+    ("product_key_topk", {"second": torch.zeros(3, 5)}, ValueError, "must have one shape"),
+    ("product_key_topk", {"k": 17}, ValueError, "k must be at least 1 and at most n² = 16, got 17"),
+    ("topk_ffn", {"k": 0}, ValueError, "k must be at least 1 and at most d_ff = 7, got 0"),
+    ("topk_ffn", {"k": 2.0}, TypeError, "k must be an int"),
+    ("topk_ffn", {"values": torch.zeros(G + 1, O)}, ValueError, "values must have shape"),
+    ("topk_ffn", {"keys": torch.zeros(G, D).half()}, TypeError, "keys has dtype torch.float16"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "error", "words"), BAD)
+def test_functional_refuses_bad_arguments(
+    name: str, change: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        getattr(functional, name)(**(arguments(name) | change))
