@@ -2,6 +2,7 @@
 
 ``reference`` is the contract: plain differentiable torch, dense arithmetic, any device, any order of derivative.
 ``torch`` is sparse arithmetic out of torch's own matrix products; it runs on every device and needs no compiler.
+On a GPU it waits for the device once in each pass of a MoE layer, to learn where each expert's rows begin.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ _environment = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
 def backend(name: str) -> Iterator[None]:
     """Compute with one backend inside a ``with`` block, in the whole process.
 
+    Wins over the environment variable ``SPARSE_FFN_BACKEND``. A backward pass uses the backend of its forward pass.
+
     Args:
         name: ``"auto"``, ``"reference"`` or ``"torch"``.
 
     Raises:
         ValueError: the name is none of these.
-
-    Wins over the environment variable ``SPARSE_FFN_BACKEND``. A backward pass uses the backend of its forward pass.
     """
     global _forced
     previous, _forced = _forced, _checked(name, "backend name") or "auto"
@@ -60,7 +61,7 @@ def choose() -> str:
 
 
 def explain() -> str:
-    """One sentence: which backend :func:`choose` takes and why."""
+    """One sentence: which backend ``choose`` takes and why."""
     if _forced not in (None, "auto"):
         return f"{choose()} (forced by sparse_ffn.backend)"
     if _forced is None and _environment != "auto":

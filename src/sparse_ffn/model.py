@@ -53,8 +53,9 @@ def routing_stats(model: nn.Module) -> dict[str, dict[str, Any]]:
         model: any module; ``""`` names a root that is a layer itself.
 
     Returns:
-        For each layer that has run, by module name: ``entropy`` of the load over log E (1 is balance), ``busiest``
-        expert's share of the slots, ``dead`` share of experts without a slot, ``load`` as CPU shares [E] summing to 1.
+        The statistics of each layer that has run, by module name. ``entropy`` is that of the load over log E (1 is
+        balance), ``busiest`` the busiest expert's share of the slots, ``dead`` the share of experts without a slot,
+        ``load`` the experts' shares, on the CPU, [E], summing to 1.
     """
     return {
         name: summary(*layer._routed, layer.n_experts)

@@ -25,10 +25,10 @@ def parameter_equal(layer_cls: type[SparseFFN], d_model: int, d_ff: int, **choic
         layer_cls: the layer; its free size (``n_experts``, ``n_sub_keys`` or ``d_ff``) is chosen for the nearest count.
         d_model: width.
         d_ff: hidden units of the dense FFN.
-        choices: all other arguments of the layer; those it requires (``expert_size`` and ``k``, or ``k``) among them.
+        **choices: all other arguments of the layer; those it requires (``expert_size`` and ``k``, or ``k``) among them.
 
     Returns:
-        ``d_model``, the free size and ``choices``: ``layer_cls(**parameter_equal(layer_cls, ...))``.
+        ``d_model``, the free size and ``choices``, to be given to the layer with ``**``.
 
     Raises:
         TypeError: ``layer_cls`` is no layer of this library, or a required choice is missing.

@@ -23,7 +23,7 @@ class DenseFFN(SparseFFN):
     Args:
         d_model: input width.
         d_ff: hidden units.
-        activation: see :class:`SparseFFN`, as all other arguments.
+        activation: see ``SparseFFN``, as all other arguments.
         glu: gate the hidden units.
         bias: ``key_bias`` and ``out_bias``.
         d_out: output width.

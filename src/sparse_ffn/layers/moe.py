@@ -20,7 +20,7 @@ from sparse_ffn.routing.routers import ROUTERS, Router, Routing
 
 
 class MoEOptions(TypedDict, total=False):
-    """The keyword arguments of :class:`MoE` that all its named variants share."""
+    """The keyword arguments of ``MoE`` that all its named variants share."""
 
     activation: str
     glu: bool
@@ -50,23 +50,23 @@ class MoE(SparseFFN):
         expert_size: G, hidden units of an expert.
         k: experts selected for a token, 1 <= k <= n_experts.
         router: ``"sigmoid"``, ``"softmax"`` (over all experts), ``"softmax_topk"`` (over the selected), ``"sinkhorn"``,
-            ``"noisy_topk"``, ``"open"`` (selected experts weigh 1), or a :class:`sparse_ffn.routing.Router` of these
+            ``"noisy_topk"``, ``"open"`` (selected experts weigh 1), or a ``sparse_ffn.routing.Router`` of these
             sizes, which then brings its own expert dropout and selection bias.
-        activation: see :class:`SparseFFN`, as all other shared arguments.
+        activation: see ``SparseFFN``, as all other shared arguments.
         glu: gate the hidden units: act(gate_keys x) * (keys x + key_bias).
         bias: ``key_bias`` and ``out_bias``.
         d_out: output width.
         dropout: on the hidden units.
         expert_dropout: chance in training that a token cannot use an expert; no rescaling.
-        balance: ``"entropy"``, ``"switch"``, ``"cv2"``, ``"z"`` (losses; see :mod:`sparse_ffn.routing.balance` for
-            their ranges), ``"bias"`` (no loss: call :func:`sparse_ffn.update_router_bias` once a step), ``"none"``, or
+        balance: ``"entropy"``, ``"switch"``, ``"cv2"``, ``"z"`` (losses; see ``sparse_ffn.routing.balance`` for
+            their ranges), ``"bias"`` (no loss: call ``sparse_ffn.update_router_bias`` once a step), ``"none"``, or
             a tuple of these.
         balance_weight: factor of the loss, a tuple with one for each name if ``balance`` is a tuple.
         balance_over: ``"batch"`` pools all real tokens, ``"sequence"`` each run along dimension -2 of x.
-        aux: ``"attach"`` keeps the weighted loss for :func:`sparse_ffn.aux_loss`; ``"inject"`` adds its gradient in the
+        aux: ``"attach"`` keeps the weighted loss for ``sparse_ffn.aux_loss``; ``"inject"`` adds its gradient in the
             backward pass without any change to the training loop (it is not scaled by a GradScaler nor divided by
             gradient accumulation). Layers that several blocks share want ``"inject"``: attach keeps the last call's.
-        sync_balance: pool balance over the default process group.
+        sync_balance: pool balance losses and loads over the default process group, which must be initialised.
         init_scale: c; keys have standard deviation c/sqrt(d_model), values c/sqrt(E·G), router rows norm c.
         n_layers: sets c = sqrt(2/n_layers).
         device: where the parameters live.

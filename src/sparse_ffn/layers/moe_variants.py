@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class SigmaMoE(MoE):
-    """σ-MoE: sigmoid gates, entropy regularisation (arXiv 2310.10837, section 5). Arguments: :class:`MoE`'s."""
+    """σ-MoE: sigmoid gates, entropy regularisation (arXiv 2310.10837, section 5). Arguments: ``MoE``'s."""
 
     def __init__(
         self,
@@ -34,12 +34,13 @@ class SigmaMoE(MoE):
 
 
 class SoftmaxMoE(MoE):
-    """Softmax gates (arXiv 2310.10837, section 4 and the ablations). Arguments: :class:`MoE`'s and ``order``.
+    """Softmax gates (arXiv 2310.10837, section 4 and the ablations). Arguments: ``MoE``'s and ``order``.
 
     Args:
-        order: softmax ``"before"`` the selection over all experts, or ``"after"`` it over the selected; at k = 1 a
-            gate is then 1 and the router learns from the balance loss alone. ``"renormalize"`` (divide the
-            probabilities of ``"before"`` by their selected sum) is the same function as ``"after"``.
+        order: softmax ``"before"`` the selection over all experts, or ``"after"`` it over the selected.
+            ``"renormalize"`` (divide the probabilities of ``"before"`` by their selected sum) is the same function as
+            ``"after"``. With these two and k = 1 a gate is always 1: the router then learns from the balance loss
+            alone (not from ``"cv2"``, which sees gates only).
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class SoftmaxMoE(MoE):
 class SwitchMoE(MoE):
     """Switch: softmax over all experts, the best k (one) of them (2101.03961; arXiv 2310.10837, Eq. 15-17).
 
-    Arguments: :class:`MoE`'s. The original's initialisation is smaller: pass ``init_scale``.
+    Arguments: ``MoE``'s. The original's initialisation is smaller: pass ``init_scale``.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class SwitchMoE(MoE):
 class SBaseMoE(MoE):
     """S-BASE: training selects by Sinkhorn-balanced logits, gates are sigmoids (arXiv 2310.10837, section 4).
 
-    Arguments: :class:`MoE`'s and ``n_iters``.
+    Arguments: ``MoE``'s and ``n_iters``.
 
     Args:
         n_iters: Sinkhorn iterations, over all real tokens of the batch. They end on the update that balances the
@@ -119,7 +120,8 @@ class SBaseMoE(MoE):
 class NoisyTopKMoE(MoE):
     """Sparsely-gated MoE: noise on the logits in training, softmax over the selected (1701.06538; Eq. 13-14).
 
-    Arguments: :class:`MoE`'s. One more parameter, ``router.noise_weight`` [E, d_model], which starts at zero.
+    Arguments: ``MoE``'s. One more parameter, ``router.noise_weight`` [E, d_model], which starts at zero. At k = 1 a
+    gate is always 1 and ``"cv2"`` has no gradient: take k >= 2 or another balance loss.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ class ProductKeyMemory(SparseFFN):
         n_sub_keys: n.
         k: values read by a head, 1 <= k <= n².
         n_heads: heads.
-        activation: of the scores; see :class:`SparseFFN`. ``"relu"`` is the paper's; ``"softmax"``, over the k selected
+        activation: of the scores; see ``SparseFFN``. ``"relu"`` is the paper's; ``"softmax"``, over the k selected
             scores of each head, is the original memory's.
         query_dim: width of a learned query for each head (even); None uses x itself, as in the paper.
         query_norm: normalise each half of the query without learned parameters: ``"layer"`` or ``"rms"``.
@@ -132,7 +132,7 @@ class ProductKeyMemory(SparseFFN):
 
         Args:
             values_lr: learning rate of ``values``: each row is read by few tokens, so it usually wants a higher one.
-            options: further options of the value table's group, e.g. ``weight_decay=0.0``.
+            **options: further options of the value table's group, e.g. ``weight_decay=0.0``.
         """
         others = [p for p in self.parameters() if p is not self.values]
         return [{"params": [self.values], "lr": values_lr, **options}, {"params": others}]

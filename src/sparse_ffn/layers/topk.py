@@ -17,19 +17,19 @@ class TopKFFN(DenseFFN):
     """y = sum of h_i·values_i over the k units of the largest |h_i| (arXiv 2310.10837, Eq. 6-7).
 
     All keys are computed, only k values are read: it saves up to half of the arithmetic. Ties go to the lower unit.
-    Parameters and initialisation are :class:`DenseFFN`'s, and with k = d_ff so is the function.
+    Parameters and initialisation are ``DenseFFN``'s, and with k = d_ff so is the function.
 
     Args:
         d_model: input width.
         d_ff: hidden units.
         k: units kept for a token, 1 <= k <= d_ff.
-        activation: see :class:`SparseFFN`, as all other arguments. For ReLU the ranking by |h| is the paper's.
+        activation: see ``SparseFFN``, as all other arguments. For ReLU the ranking by |h| is the paper's.
         glu: gate the hidden units.
         bias: ``key_bias`` and ``out_bias``.
         norm_aware: rank by |h_i|·‖values_i‖, the unit's contribution to the output.
         d_out: output width.
         dropout: on the hidden units, before the selection.
-        init_scale: c; see :class:`DenseFFN`.
+        init_scale: c; see ``DenseFFN``.
         n_layers: sets c = sqrt(2/n_layers).
         device: where the parameters live.
         dtype: their dtype.

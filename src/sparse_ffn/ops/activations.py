@@ -53,7 +53,7 @@ def hidden(name: str, z: Tensor, up: Tensor | None, scale: Tensor | None) -> Ten
 def hidden_backward(
     name: str, grad: Tensor, z: Tensor, up: Tensor | None, scale: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of :func:`hidden` with respect to z and up."""
+    """Gradients of ``hidden`` with respect to z and up."""
     if scale is not None:
         grad = grad * scale
     if up is None:

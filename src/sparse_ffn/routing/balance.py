@@ -5,7 +5,9 @@
 | entropy | sum_e p_e log p_e, p the mean softmax     | -log E             | 0                 | 2310.10837, Eq. 20-21|
 | switch  | E · sum_e f_e p_e, f slots of e per token | k                  | E                 | 2310.10837, Eq. 15-17|
 | cv2     | variance / mean² of the summed gates      | 0                  | E - 1 (k = 1)     | 2310.10837, Eq. 14   |
-| z       | mean of logsumexp(logits)²; it keeps logits small and balances nothing | in [0, inf) | 2202.08906          |
+| z       | mean of logsumexp(logits)², in [0, inf)   | -                  | -                 | 2202.08906           |
+
+z keeps the logits small and balances nothing by itself.
 
 T tokens, E experts, K selected experts, B groups of tokens (1, or the number of sequences).
 """
@@ -97,7 +99,7 @@ def balance_loss(
 
     Args:
         routing: the router's decisions.
-        terms: (name, weight) pairs, names from :data:`LOSSES`.
+        terms: (name, weight) pairs, names from ``LOSSES``.
         mask_T: bool [T], True for real tokens.
         n_sequences: balance each of so many equally long sequences by itself and average; None pools all tokens.
         sync: pool over the default process group, with the gradient that averaging gradients over processes needs.

@@ -40,7 +40,7 @@ class Router(nn.Module):
         expert_dropout: chance in training that a token cannot use an expert (one draw per token and expert, before the
             selection, no rescaling: arXiv 2310.10837, Eq. 22). Dropped experts rank last and have gate 0.
         selection_bias: keep a buffer ``bias`` [E] that is added to the logits for ranking only; see
-            :func:`sparse_ffn.update_router_bias`.
+            ``sparse_ffn.update_router_bias``.
         init_scale: c of the initialisation: rows of ``weight`` of equal norm, standard deviation c/sqrt(d_model).
 
     Raises:
@@ -192,7 +192,7 @@ class NoisyTopKRouter(Router):
         self.noise_weight = nn.Parameter(torch.zeros_like(self.weight))  # W4 starts at zero: noise of deviation ln 2
 
     def reset_parameters(self) -> None:
-        """As :class:`Router`; the noise weights are zero."""
+        """As ``Router``; the noise weights are zero."""
         super().reset_parameters()
         if hasattr(self, "noise_weight"):
             nn.init.zeros_(self.noise_weight)

@@ -20,7 +20,7 @@ def expert_ffn(
     hidden_scale: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """y[t] = sum_j gate[t, j] * FFN of expert index[t, j] (x[t]); shapes as in :func:`sparse_ffn.ops.expert_ffn`."""
+    """y[t] = sum_j gate[t, j] * FFN of expert index[t, j] (x[t]); shapes as in ``sparse_ffn.ops.expert_ffn``."""
     # T tokens, K slots, E experts, G units of an expert, D d_model, O d_out
     # one-hot products instead of a scatter: deterministic on every device
     chosen_TKE = (index.unsqueeze(-1) == torch.arange(keys.shape[0], device=index.device)).to(x.dtype)

@@ -8,6 +8,7 @@ from torch import Tensor
 from sparse_ffn.backend import choose
 from sparse_ffn.ops.library import define
 from sparse_ffn.ops.product_key_topk import reference
+from sparse_ffn.ops.product_key_topk import torch as plain
 
 
 def product_key_topk(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -24,7 +25,7 @@ def product_key_topk(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Ten
     return first.gather(-1, index // n) + second.gather(-1, index % n), index
 
 
-_KERNELS = {"torch": reference.product_key_topk}
+_KERNELS = {"torch": plain.product_key_topk}
 
 
 def _kernel(first: Tensor, second: Tensor, k: int, backend: str) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,16 +20,19 @@ def candidate_pairs(n: int, k: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(width) for j in range(min(width, k // (i + 1)))]
 
 
-def product_key_topk(first: Tensor, second: Tensor, k: int) -> Tensor:
+def product_key_topk(
+    first: Tensor, second: Tensor, k: int, topk: Callable[[Tensor, int], Tensor] = stable_topk
+) -> Tensor:
     """Value indices i_first·n + i_second of the k largest sums first[i_first] + second[i_second], largest first.
 
     Shapes: first and second [..., n], 1 <= k <= n² -> int64 [..., k]. Ties go to the lower position in the sorted
-    k x k candidate list, whose rows are the first half's.
+    k x k candidate list, whose rows are the first half's. ``topk`` is how
+    a row's largest entries are found.
     """
     n = first.shape[-1]
-    top_first, top_second = stable_topk(first, min(n, k)), stable_topk(second, min(n, k))
+    top_first, top_second = topk(first, min(n, k)), topk(second, min(n, k))
     row, column = torch.tensor(candidate_pairs(n, k), device=first.device).unbind(1)
     pair_first, pair_second = top_first[..., row], top_second[..., column]
     sums = first.gather(-1, pair_first) + second.gather(-1, pair_second)
-    best = stable_topk(sums, k)
+    best = topk(sums, k)
     return pair_first.gather(-1, best) * n + pair_second.gather(-1, best)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from sparse_ffn.ops.activations import hidden, hidden_backward
 from sparse_ffn.ops.library import absent
-from sparse_ffn.ops.select import stable_topk
+from sparse_ffn.ops.select import eager_stable_topk
 from sparse_ffn.ops.topk_ffn.reference import rank
 from sparse_ffn.ops.weighted_bag import torch as bag
 
@@ -30,7 +30,7 @@ def forward(
     up_TF = F.linear(x, keys, key_bias)
     z_TF, other_TF = (up_TF, None) if gate_keys is None else (F.linear(x, gate_keys), up_TF)
     h_TF = hidden(activation, z_TF, other_TF, hidden_scale)
-    index = stable_topk(rank(h_TF, values, norm_aware), k)
+    index = eager_stable_topk(rank(h_TF, values, norm_aware), k)
     out = bag.forward(values, index, h_TF.gather(1, index))
     other_TK = absent(x) if other_TF is None else other_TF.gather(1, index)
     return out, index.to(torch.int32), z_TF.gather(1, index), other_TK

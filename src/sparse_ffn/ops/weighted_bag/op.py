@@ -78,7 +78,9 @@ class _SparseGradient(torch.autograd.Function):
         values, index, weight = ctx.saved_tensors
         rows, compact = torch.unique(index, return_inverse=True)
         drows, dweight = _backward_kernel(grad, values[rows], compact, weight, ctx.chosen)
-        dvalues = torch.sparse_coo_tensor(rows.unsqueeze(0), drows, values.shape, is_coalesced=True, check_invariants=False)
+        dvalues = torch.sparse_coo_tensor(
+            rows.unsqueeze(0), drows, values.shape, is_coalesced=True, check_invariants=False
+        )
         return dvalues, None, dweight, None
 
 

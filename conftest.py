@@ -1,0 +1,27 @@
+"""Runs the Python code blocks of README.md and docs/ as tests: the blocks of a file share one namespace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+pytest_collect_file = Sybil(
+    parsers=[PythonCodeBlockParser()],
+    patterns=["README.md", "docs/*.md", "docs/**/*.md"],
+).pytest()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the blocks of one file on one worker, in order; every other test is scheduled by itself."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneFileOneWorker(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path, _, _ = nodeid.partition("::")
+            return path if path.endswith(".md") else nodeid
+
+    return OneFileOneWorker(config, log)
