@@ -200,7 +200,7 @@ class NoisyTopKRouter(Router):
     def perturb(self, logits_TE: Tensor, x_TD: Tensor) -> Tensor:
         """Noise, in training only."""
         if not self.training:
-            return logits_TE
+            return logits_TE + 0 * self.noise_weight.sum()  # unused, yet with a (zero) gradient: DDP waits for one
         deviation_TE = F.softplus(F.linear(x_TD, self.noise_weight.to(x_TD.dtype)))
         return logits_TE + torch.randn_like(logits_TE) * deviation_TE
 
