@@ -13,7 +13,8 @@ def sinkhorn_potential(logits_TE: Tensor, n_iters: int, mask_T: Tensor | None = 
     """The experts' log-potentials [E] after n_iters iterations: exp(logits + row + column) tends to balance.
 
     Each iteration makes every token's row sum to 1, then every expert's column to N/E (N real tokens), so that it ends
-    with exactly equal columns. Without a real token the potentials are zero.
+    with exactly equal columns. With fewer than two real tokens there is nothing to balance, and the
+    potentials are zero.
     """
     n_experts = logits_TE.shape[1]
     column_E = logits_TE.new_zeros(n_experts)
@@ -24,4 +25,4 @@ def sinkhorn_potential(logits_TE: Tensor, n_iters: int, mask_T: Tensor | None = 
         row_T1 = -torch.logsumexp(logits_TE + column_E, dim=1, keepdim=True)
         balanced_TE = (logits_TE + row_T1).masked_fill(~real_T1, -torch.inf)
         column_E = target - torch.logsumexp(balanced_TE, dim=0)
-    return torch.where(count > 0, column_E, 0.0)
+    return torch.where(count > 1, column_E, 0.0)

