@@ -188,6 +188,15 @@ def test_dtype_and_device_arguments_reach_every_parameter(name: str) -> None:
 
 
 @every_layer
+def test_a_whole_training_step_on_the_meta_device(name: str) -> None:
+    layer = LAYERS[name](device="meta")
+    y = layer(torch.randn(2, 5, 8, device="meta"))
+    (y.sum() + sf.aux_loss(layer)).backward()
+    assert y.shape == (2, 5, layer.d_out)
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in layer.parameters())
+
+
+@every_layer
 def test_every_parameter_gets_a_gradient_every_step(name: str, on_backend: str) -> None:
     for tokens in (0, 1, 7):
         layer = LAYERS[name](dropout=0.3)

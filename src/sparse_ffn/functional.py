@@ -12,6 +12,7 @@ from torch import Tensor
 from sparse_ffn import ops
 from sparse_ffn.checks import check_choice, check_positive
 from sparse_ffn.ops.activations import ACTIVATIONS
+from sparse_ffn.ops.autocast import autocast_enabled
 
 
 def cvmm(
@@ -215,7 +216,7 @@ def _check_float(name: str, x: Tensor, dim: int, like: Tensor | None = None) -> 
         return
     if x.device != like.device:
         raise ValueError(f"{name} is on {x.device}, the other arguments are on {like.device}")
-    if x.dtype != like.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != like.dtype and not autocast_enabled(x):
         raise TypeError(f"{name} has dtype {x.dtype}, the other arguments have {like.dtype}")
 
 

@@ -36,7 +36,7 @@ def plot_coactivation(ax: Axes, layer: MoE, title: str = "co-activation") -> Non
     together = coactivation(*_routed(layer), layer.n_experts)
     together.fill_diagonal_(float("nan"))  # 1 by definition; it would take the whole colour range
     image = ax.imshow(together.tolist(), cmap="viridis", vmin=0, interpolation="nearest")
-    ax.figure.colorbar(image, ax=ax, shrink=0.8)
+    ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.04)
     ax.set(title=title, xlabel="expert j", ylabel="expert i")
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from sparse_ffn.checks import check_choice, check_positive, check_rate
 from sparse_ffn.ops.activations import ACTIVATIONS
+from sparse_ffn.ops.autocast import autocast_enabled
 
 
 class SparseFFN(nn.Module):
@@ -102,7 +103,7 @@ class SparseFFN(nn.Module):
         own = next(self.parameters())
         if x.device != own.device:
             raise ValueError(f"{name} is on {x.device}, the layer's parameters are on {own.device}")
-        if x.dtype != own.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != own.dtype and not autocast_enabled(x):
             raise TypeError(f"{name} has dtype {x.dtype}, the layer's parameters have {own.dtype}: convert one of them")
 
     def _check_mask(self, x: Tensor, mask: Tensor) -> None:

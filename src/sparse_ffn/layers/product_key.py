@@ -13,6 +13,7 @@ from sparse_ffn import ops
 from sparse_ffn.checks import check_choice, check_positive
 from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.ops.activations import activate
+from sparse_ffn.ops.autocast import without_autocast
 
 
 class ProductKeyMemory(SparseFFN):
@@ -112,7 +113,7 @@ class ProductKeyMemory(SparseFFN):
 
     def _scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of the two halves' sub-keys, each [T, H, N], in fp32 at least under any autocast."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             wide = torch.promote_types(self.sub_keys.dtype, torch.float32)
             x = x.to(wide)
             if self.query is None:

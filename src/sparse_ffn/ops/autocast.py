@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from typing import overload
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether x's device is under autocast now; some devices (meta) know none."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which x's device is not under autocast."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a matrix product with x would run now."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and autocast_enabled(x):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 

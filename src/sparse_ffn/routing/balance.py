@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.routing.distributed import all_reduce_sum
 from sparse_ffn.routing.routers import Routing
 
@@ -104,7 +105,7 @@ def balance_loss(
         n_sequences: balance each of so many equally long sequences by itself and average; None pools all tokens.
         sync: pool over the default process group, with the gradient that averaging gradients over processes needs.
     """
-    with torch.autocast(routing.logits_TE.device.type, enabled=False):
+    with without_autocast(routing.logits_TE):
         pool = Pool(mask_T, n_sequences, sync, routing.logits_TE)
         return torch.stack([weight * LOSSES[name](routing, pool) for name, weight in terms]).sum()
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_ffn.checks import check_choice, check_positive, check_rate
+from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.ops.select import stable_topk
 from sparse_ffn.routing.sinkhorn import sinkhorn_potential
 
@@ -95,7 +96,7 @@ class Router(nn.Module):
             mask_T: bool [T], True for real tokens. Padding is routed too, but has no part in what is computed over the
                 batch (Sinkhorn, the loads of bias balancing).
         """
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with without_autocast(x_TD):
             wide = torch.promote_types(self.weight.dtype, torch.float32)
             x_TD = x_TD.to(wide)
             logits_TE = F.linear(x_TD, self.weight.to(wide))
