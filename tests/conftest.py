@@ -7,9 +7,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from sparse_ffn import backend
+from sparse_ffn import backend, native
 
-BACKENDS = ("reference", "torch")
+BACKENDS = ("reference", "torch") if native.PROBLEM else ("reference", "torch", "cpu")
+
+
+def pytest_report_header() -> str:
+    return f"native core: {native.PROBLEM or native.instruction_set()}; backends under test: {', '.join(BACKENDS)}"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if native.PROBLEM:  # without a compiler the suite tests plain torch; CI insists on the core
+        config.addinivalue_line("filterwarnings", "ignore:the native CPU core is missing")
 
 
 @pytest.fixture(autouse=True)
@@ -19,8 +28,8 @@ def _seeded() -> None:
 
 @pytest.fixture(params=BACKENDS)
 def on_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once on each backend."""
-    with backend(request.param):
+    """Runs the test once on each backend; "cpu" is not forced, since fp64 is not its own."""
+    with backend("auto" if request.param == "cpu" else request.param):
         yield request.param
 
 

@@ -368,13 +368,17 @@ def test_masked_tokens_leave_no_trace_in_stats() -> None:
 def test_backend_is_forced_restored_and_checked() -> None:
     from sparse_ffn.backend import choose
 
-    assert choose() == "torch"
+    x = torch.zeros(1, dtype=torch.float64)
+    assert choose(x) == "torch"
     with sf.backend("reference"):
-        assert choose() == "reference"
+        assert choose(x) == "reference"
         with sf.backend("auto"):
-            assert choose() == "torch"
-        assert choose() == "reference"
-    with pytest.raises(ValueError, match=r"'fast'; allowed are 'auto', 'reference', 'torch'"), sf.backend("fast"):
+            assert choose(x) == "torch"
+        assert choose(x) == "reference"
+    with (
+        pytest.raises(ValueError, match=r"'fast'; allowed are 'auto', 'reference', 'torch', 'cpu'"),
+        sf.backend("fast"),
+    ):
         pass
 
 

@@ -28,7 +28,7 @@ MARGIN = 0.03  # by how much selections and kinks are clear: more than the round
 
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["fp64", "fp32", "bf16", "fp16"])
 WIDE_AND_NARROW = pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
-BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch"])
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
 ACTIVATIONS = pytest.mark.parametrize("activation", list(oracle.ACTIVATIONS))
 
 

@@ -680,7 +680,7 @@ def cvmm_loop(x, weight, expert_index, gather_index, scatter_index, reduction_we
 
 
 @PROPERTY
-@given(problem=cvmm_problems(), backend=st.sampled_from(["reference", "torch"]))
+@given(problem=cvmm_problems(), backend=st.sampled_from(["reference", "torch", "auto"]))
 def test_cvmm_is_the_loop_over_slots_with_all_gradients(problem, backend):
     inputs = [problem[name] for name in ("x", "weight", "reduction_weight")]
     with sf.backend(backend):
@@ -694,7 +694,7 @@ def test_cvmm_is_the_loop_over_slots_with_all_gradients(problem, backend):
         close(got, want)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)], ids=str
 )
@@ -727,7 +727,7 @@ def test_permuting_the_slots_of_a_cvmm_changes_nothing_and_of_plain_rows_permute
     close(F.cvmm(x[order], problem["weight"], expert_index[order]), plain[order])
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
 @pytest.mark.parametrize("n_tokens", [0, 1, 5])
 def test_experts_without_tokens_get_exactly_zero_gradient(backend, n_tokens, poisoned):
     x, weight = normal(n_tokens, 4).requires_grad_(), normal(6, 4, 3, seed=1).requires_grad_()
@@ -738,7 +738,7 @@ def test_experts_without_tokens_get_exactly_zero_gradient(backend, n_tokens, poi
 
 
 @PROPERTY
-@given(data=st.data(), seed=SEEDS, backend=st.sampled_from(["reference", "torch"]), sparse_grad=st.booleans())
+@given(data=st.data(), seed=SEEDS, backend=st.sampled_from(["reference", "torch", "auto"]), sparse_grad=st.booleans())
 def test_weighted_bag_is_the_sum_over_its_rows_with_all_gradients(data, seed, backend, sparse_grad):
     n_values, n_bags, k = (data.draw(st.integers(1, 6)), data.draw(st.integers(0, 6)), data.draw(st.integers(1, 5)))
     values, weight = normal(n_values, 3, seed=seed).requires_grad_(), normal(n_bags, k, seed=seed + 1).requires_grad_()

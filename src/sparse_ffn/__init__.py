@@ -1,6 +1,7 @@
 """sparse-ffn: sparse feed-forward layers for PyTorch."""
 
 from sparse_ffn import functional as functional
+from sparse_ffn.backend import SparseFFNWarning as SparseFFNWarning
 from sparse_ffn.backend import backend as backend
 from sparse_ffn.layers import DenseFFN as DenseFFN
 from sparse_ffn.layers import MoE as MoE
@@ -12,7 +13,6 @@ from sparse_ffn.layers import SoftmaxMoE as SoftmaxMoE
 from sparse_ffn.layers import SparseFFN as SparseFFN
 from sparse_ffn.layers import SwitchMoE as SwitchMoE
 from sparse_ffn.layers import TopKFFN as TopKFFN
-from sparse_ffn.model import SparseFFNWarning as SparseFFNWarning
 from sparse_ffn.model import aux_loss as aux_loss
 from sparse_ffn.model import routing_stats as routing_stats
 from sparse_ffn.model import update_router_bias as update_router_bias

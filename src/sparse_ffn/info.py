@@ -8,12 +8,13 @@ import sys
 
 import torch
 
+from sparse_ffn import native
 from sparse_ffn.backend import BACKENDS, ENVIRONMENT_VARIABLE, explain
 
 
 def chosen(device: torch.device | str = "cpu") -> str:
     """One line: what computes the ops on this device."""
-    return f"{torch.device(device).type}: {explain()}"
+    return f"{torch.device(device).type}: {explain(device)}"
 
 
 def report() -> str:
@@ -31,6 +32,7 @@ def report() -> str:
         "",
         "backends",
         *(f"  {name:10} {what}" for name, what in BACKENDS.items()),
+        f"  native core: {native.PROBLEM or 'loaded, ' + native.instruction_set()}",
         "",
         f"chosen     {explain()}",
         f"to force   sparse_ffn.backend(name) or {ENVIRONMENT_VARIABLE}=name",

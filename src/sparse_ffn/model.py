@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_ffn.backend import SparseFFNWarning
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.routing.statistics import summary
-
-
-class SparseFFNWarning(UserWarning):
-    """A warning of this library."""
 
 
 def aux_loss(model: nn.Module) -> Tensor:

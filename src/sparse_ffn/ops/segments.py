@@ -16,11 +16,11 @@ def sort_by_expert(expert: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
         n_experts: E.
 
     Returns:
-        order: int32 [S], the slot at each sorted position; offsets: int64 [E + 1], where each expert's slots begin.
+        order: int32 [S], the slot at each sorted position; offsets: int32 [E + 1], where each expert's slots begin.
     """
     ranked, order = torch.sort(expert, stable=True)
     bounds = torch.arange(n_experts + 1, device=expert.device, dtype=ranked.dtype)
-    return order.to(torch.int32), torch.searchsorted(ranked, bounds)
+    return order.to(torch.int32), torch.searchsorted(ranked, bounds, out_int32=True)
 
 
 def segment_mm(rows: Tensor, weight: Tensor, bounds: list[int]) -> Tensor:

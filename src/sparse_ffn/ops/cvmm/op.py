@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparse_ffn.backend import choose
 from sparse_ffn.ops.autocast import autocast_dtype, cast
+from sparse_ffn.ops.cvmm import cpu as native
 from sparse_ffn.ops.cvmm import reference
 from sparse_ffn.ops.cvmm import torch as plain
 from sparse_ffn.ops.library import absent, define, refuse_double_backward, set_autograd
@@ -31,14 +32,14 @@ def cvmm(
     dtype = autocast_dtype(x)
     x, weight = cast(x, dtype), cast(weight, dtype)
     rows = expert.shape[0] if n_out is None else n_out
-    chosen = choose()
+    chosen = choose(x)
     if chosen == "reference":
         return reference.cvmm(x, weight, expert, gather, scatter, reduction, rows)
     out: Tensor = _forward(x, weight, expert, gather, scatter, reduction, rows, chosen)
     return out
 
 
-_KERNELS = {"torch": (plain.forward, plain.backward)}
+_KERNELS = {"torch": (plain.forward, plain.backward), "cpu": (native.forward, native.backward)}
 
 
 def _forward_kernel(*args: Any) -> Tensor:

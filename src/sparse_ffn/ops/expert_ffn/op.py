@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparse_ffn.backend import choose
 from sparse_ffn.ops.autocast import autocast_dtype, cast
+from sparse_ffn.ops.expert_ffn import cpu as native
 from sparse_ffn.ops.expert_ffn import reference
 from sparse_ffn.ops.expert_ffn import torch as plain
 from sparse_ffn.ops.library import absent, define, refuse_double_backward, set_autograd
@@ -35,14 +36,30 @@ def expert_ffn(
     dtype = autocast_dtype(x)
     x, keys, values = cast(x, dtype), cast(keys, dtype), cast(values, dtype)
     gate_keys, key_bias, hidden_scale = cast(gate_keys, dtype), cast(key_bias, dtype), cast(hidden_scale, dtype)
-    chosen = choose()
+    chosen = choose(x)
     if chosen == "reference":
         return reference.expert_ffn(x, keys, values, index, gate, gate_keys, key_bias, hidden_scale, activation)
-    out: Tensor = _forward(x, keys, values, index, gate, gate_keys, key_bias, hidden_scale, activation, chosen)[0]
+    arguments = (x, keys, values, index, gate, gate_keys, key_bias, hidden_scale, activation, chosen)
+    trained = (x, keys, values, gate, gate_keys, key_bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
+        out: Tensor = _forward(*arguments)[0]
+    else:
+        out = _inference(*arguments)
     return out
 
 
-_KERNELS = {"torch": (plain.forward, plain.backward)}
+_KERNELS = {
+    "torch": (plain.forward, plain.backward, plain.inference),
+    "cpu": (native.forward, native.backward, native.inference),
+}
+
+
+def _inference_kernel(*args: Any) -> Tensor:
+    return _KERNELS[args[-1]][2](*args[:-1])
+
+
+def _inference_fake(*args: Any) -> Tensor:
+    return _forward_fake(*args)[0]
 
 
 def _forward_kernel(*args: Any) -> tuple[Tensor, ...]:
@@ -65,7 +82,13 @@ def _forward_fake(
     z = x.new_empty(slots, size)
     other = absent(x) if gate_keys is None else x.new_empty(slots, size)
     order = index.new_empty(slots, dtype=torch.int32)
-    return x.new_empty(x.shape[0], values.shape[2]), z, other, order, index.new_empty(keys.shape[0] + 1)
+    return (
+        x.new_empty(x.shape[0], values.shape[2]),
+        z,
+        other,
+        order,
+        index.new_empty(keys.shape[0] + 1, dtype=torch.int32),
+    )
 
 
 def _backward_kernel(*args: Any) -> tuple[Tensor, ...]:
@@ -122,6 +145,12 @@ _backward = define(
     "str backend) -> (Tensor dx, Tensor dkeys, Tensor dvalues, Tensor dgate, Tensor dgate_keys, Tensor dkey_bias)",
     _backward_kernel,
     _backward_fake,
+)
+_inference = define(
+    "expert_ffn_inference(Tensor x, Tensor keys, Tensor values, Tensor index, Tensor gate, Tensor? gate_keys, "
+    "Tensor? key_bias, Tensor? hidden_scale, str activation, str backend) -> Tensor",
+    _inference_kernel,
+    _inference_fake,
 )
 set_autograd(_forward, _autograd, _setup_context)
 refuse_double_backward(_backward)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,11 @@ def forward(
     out_SO = segment_mm(h_SG, values, bounds)
     out = unsort(out_SO, order).view(T, K, values.shape[2]).sum(1)
     return out, z_SG, absent(x) if other_SG is None else other_SG, order, offsets
+
+
+def inference(*arguments: Any) -> Tensor:
+    """Output [T, O] for the arguments of :func:`forward`."""
+    return forward(*arguments)[0]
 
 
 def backward(

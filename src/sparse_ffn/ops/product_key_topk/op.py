@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparse_ffn.backend import choose
 from sparse_ffn.ops.library import define
+from sparse_ffn.ops.product_key_topk import cpu as native
 from sparse_ffn.ops.product_key_topk import reference
 from sparse_ffn.ops.product_key_topk import torch as plain
 
@@ -16,7 +17,7 @@ def product_key_topk(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Ten
 
     Shapes: first and second [..., n] -> scores [..., k], differentiable, and value indices int64 [..., k].
     """
-    chosen = choose()
+    chosen = choose(first)
     if chosen == "reference":
         index = reference.product_key_topk(first.detach(), second.detach(), k)
     else:
@@ -25,7 +26,7 @@ def product_key_topk(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Ten
     return first.gather(-1, index // n) + second.gather(-1, index % n), index
 
 
-_KERNELS = {"torch": plain.product_key_topk}
+_KERNELS = {"torch": plain.product_key_topk, "cpu": native.product_key_topk}
 
 
 def _kernel(first: Tensor, second: Tensor, k: int, backend: str) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from sparse_ffn.backend import choose
 from sparse_ffn.ops.autocast import autocast_dtype, cast
 from sparse_ffn.ops.library import absent, define, refuse_double_backward, set_autograd
+from sparse_ffn.ops.topk_ffn import cpu as native
 from sparse_ffn.ops.topk_ffn import reference
 from sparse_ffn.ops.topk_ffn import torch as plain
 
@@ -34,14 +35,14 @@ def topk_ffn(
     dtype = autocast_dtype(x)
     x, keys, values = cast(x, dtype), cast(keys, dtype), cast(values, dtype)
     gate_keys, key_bias, hidden_scale = cast(gate_keys, dtype), cast(key_bias, dtype), cast(hidden_scale, dtype)
-    chosen = choose()
+    chosen = choose(x)
     if chosen == "reference":
         return reference.topk_ffn(x, keys, values, k, gate_keys, key_bias, hidden_scale, activation, norm_aware)
     out: Tensor = _forward(x, keys, values, k, gate_keys, key_bias, hidden_scale, activation, norm_aware, chosen)[0]
     return out
 
 
-_KERNELS = {"torch": (plain.forward, plain.backward)}
+_KERNELS = {"torch": (plain.forward, plain.backward), "cpu": (native.forward, native.backward)}
 
 
 def _forward_kernel(*args: Any) -> tuple[Tensor, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from sparse_ffn.backend import choose
 from sparse_ffn.ops.autocast import autocast_dtype, cast
 from sparse_ffn.ops.library import define, refuse_double_backward, set_autograd
+from sparse_ffn.ops.weighted_bag import cpu as native
 from sparse_ffn.ops.weighted_bag import reference
 from sparse_ffn.ops.weighted_bag import torch as plain
 
@@ -21,8 +22,8 @@ def weighted_bag(values: Tensor, index: Tensor, weight: Tensor, *, sparse_grad: 
     autocast's. With ``sparse_grad`` the gradient of values is a coalesced sparse tensor of the rows that were read
     (not under torch.compile).
     """
-    chosen = choose()
     values = cast(values, autocast_dtype(values))
+    chosen = choose(values)
     if sparse_grad:
         out: Tensor = _SparseGradient.apply(values, index, weight, chosen)  # type: ignore[no-untyped-call]
         return out
@@ -32,7 +33,12 @@ def weighted_bag(values: Tensor, index: Tensor, weight: Tensor, *, sparse_grad: 
     return out
 
 
-_KERNELS = {"torch": (plain.forward, plain.backward), "reference": (plain.forward, plain.backward)}
+_PLAIN = (plain.forward, plain.backward, plain.backward_rows)
+_KERNELS = {
+    "reference": _PLAIN,  # for the sparse gradient, which the reference has not
+    "torch": _PLAIN,
+    "cpu": (native.forward, native.backward, native.backward_rows),
+}
 
 
 def _forward_kernel(values: Tensor, index: Tensor, weight: Tensor, backend: str) -> Tensor:
@@ -76,8 +82,7 @@ class _SparseGradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, index, weight = ctx.saved_tensors
-        rows, compact = torch.unique(index, return_inverse=True)
-        drows, dweight = _backward_kernel(grad, values[rows], compact, weight, ctx.chosen)
+        rows, drows, dweight = _KERNELS[ctx.chosen][2](grad, values, index, weight)
         dvalues = torch.sparse_coo_tensor(
             rows.unsqueeze(0), drows, values.shape, is_coalesced=True, check_invariants=False
         )

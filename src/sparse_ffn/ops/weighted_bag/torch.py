@@ -40,6 +40,13 @@ def backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> tup
     return dvalues, dweight.view(n, k).to(weight.dtype)
 
 
+def backward_rows(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of values that were read [R], ascending, their gradients [R, O], and the gradient of weight."""
+    rows, compact = torch.unique(index, return_inverse=True)
+    drows, dweight = backward(grad.contiguous(), values[rows], compact, weight)
+    return rows, drows, dweight
+
+
 def _dense(values: Tensor, index: Tensor) -> bool:
     return values.shape[0] <= DENSE_UP_TO * index.shape[1] or index.numel() == 0
 

@@ -1,0 +1,123 @@
+// cvmm.cpp - grouped matrix product with gather, scatter and reduction weight, and its gradients; all of it is the three
+// products of gemm_*.h with the roles of x and out exchanged.
+#include "gemm_outer.h"
+#include "gemm_scatter.h"
+#include "ops.h"
+
+SPARSE_FFN_BEGIN
+
+template <class T> static ScatterGemm<T> product(const sparse_ffn_cvmm& p) {
+  ScatterGemm<T> g{};
+  g.w[0] = static_cast<const T*>(p.w);
+  g.w_stride_expert = p.w_stride_e;
+  g.offsets = p.offsets;
+  g.E = p.E;
+  g.scale = p.scale;
+  g.n_threads = p.n_threads;
+  return g;
+}
+
+template <class T> static int forward(const sparse_ffn_cvmm& p, T* out) {
+  ScatterGemm<T> g = product<T>(p);
+  g.a = static_cast<const T*>(p.x);
+  g.a_stride = p.x_stride;
+  g.gather = p.gather;
+  g.K = p.M;
+  g.w_stride_k = p.w_stride_m;
+  g.w_stride_n = p.w_stride_l;
+  g.N = p.L;
+  g.scatter = p.scatter;
+  g.scatter_ascends = !p.scatter;
+  g.out = out;
+  g.out_stride = p.L;
+  g.rows_out = p.rows_out;
+  return run_scatter_gemm(g) ? SPARSE_FFN_OK : SPARSE_FFN_NO_MEMORY;
+}
+
+template <class T> static float dot(const float* a, const T* b, int64_t n) {
+  V total = zero();
+  for (int64_t i = 0; i < n; i += VL) total = fma(load_upto(a + i, n - i), load_upto(b + i, n - i), total);
+  return sum(total);
+}
+
+// dscale[s] = (x[gather] W) . dout[scatter]; the weights are read along whichever side is contiguous.
+template <class T> static bool scale_gradient(const sparse_ffn_cvmm& p, const T* dout, int64_t dout_stride, float* dscale) {
+  const T* x = static_cast<const T*>(p.x);
+  const bool along_l = p.w_stride_l == 1;
+  RowGemm<T> g{};
+  g.a = along_l ? dout : x;
+  g.a_stride = along_l ? dout_stride : p.x_stride;
+  g.gather = along_l ? p.scatter : p.gather;
+  g.K = along_l ? p.L : p.M;
+  g.w[0] = static_cast<const T*>(p.w);
+  g.w_stride_expert = p.w_stride_e;
+  g.w_stride_row = along_l ? p.w_stride_m : p.w_stride_l;
+  g.N = along_l ? p.M : p.L;
+  g.offsets = p.offsets;
+  g.E = p.E;
+  g.n_threads = p.n_threads;
+  return run_row_gemm(g, [&](int64_t, int64_t s, const float* row) {
+    dscale[s] = along_l ? dot(row, x + (p.gather ? p.gather[s] : s) * p.x_stride, p.M)
+                        : dot(row, dout + (p.scatter ? p.scatter[s] : s) * dout_stride, p.L);
+  });
+}
+
+template <class T>
+static int backward(const sparse_ffn_cvmm& p, const T* dout, int64_t dout_stride, T* dx, T* dw, float* dscale) {
+  if (dx) {
+    ScatterGemm<T> g = product<T>(p);
+    g.a = dout;
+    g.a_stride = dout_stride;
+    g.gather = p.scatter;
+    g.K = p.L;
+    g.w_stride_k = p.w_stride_l;
+    g.w_stride_n = p.w_stride_m;
+    g.N = p.M;
+    g.scatter = p.gather;
+    g.scatter_ascends = !p.gather;
+    g.out = dx;
+    g.out_stride = p.M;
+    g.rows_out = p.rows_x;
+    if (!run_scatter_gemm(g)) return SPARSE_FFN_NO_MEMORY;
+  }
+  if (dw) {
+    OuterGemm<T> g{};
+    g.a = static_cast<const T*>(p.x);
+    g.a_stride = p.x_stride;
+    g.gather_a = p.gather;
+    g.M = p.M;
+    g.b = dout;
+    g.b_stride = dout_stride;
+    g.gather_b = p.scatter;
+    g.N = p.L;
+    g.scale = p.scale;
+    g.offsets = p.offsets;
+    g.E = p.E;
+    g.out[0] = dw;
+    g.n_threads = p.n_threads;
+    if (!run_outer_gemm(g)) return SPARSE_FFN_NO_MEMORY;
+  }
+  if (dscale && !scale_gradient(p, dout, dout_stride, dscale)) return SPARSE_FFN_NO_MEMORY;
+  return SPARSE_FFN_OK;
+}
+
+int cvmm_forward(const sparse_ffn_cvmm& p, void* out) {
+  switch (p.dtype) {
+    case SPARSE_FFN_FP32: return forward(p, static_cast<float*>(out));
+    case SPARSE_FFN_BF16: return forward(p, static_cast<bf16*>(out));
+    default: return forward(p, static_cast<fp16*>(out));
+  }
+}
+int cvmm_backward(const sparse_ffn_cvmm& p, const void* dout, int64_t dout_stride, void* dx, void* dw, float* dscale) {
+  const auto run = [&](auto example) {
+    using T = decltype(example);
+    return backward<T>(p, static_cast<const T*>(dout), dout_stride, static_cast<T*>(dx), static_cast<T*>(dw), dscale);
+  };
+  switch (p.dtype) {
+    case SPARSE_FFN_FP32: return run(float{});
+    case SPARSE_FFN_BF16: return run(bf16{});
+    default: return run(fp16{});
+  }
+}
+
+SPARSE_FFN_END

@@ -1,0 +1,153 @@
+// experts_backward.cpp - all gradients of the expert FFN in four passes over the arithmetic of the forward:
+//   dh = dout @ values^T by rows (gate's gradient and activation's derivative in the epilogue), dx = dz @ keys by output
+//   columns, and the two weight gradients straight into their places.
+#include "experts.h"
+#include "gemm_outer.h"
+#include "gemm_scatter.h"
+#include "hidden.h"
+
+SPARSE_FFN_BEGIN
+
+template <class T> struct Gradients {
+  T *dx, *dkeys, *dgate_keys, *dvalues, *dkey_bias;
+  float* dgate;
+};
+
+// Sum of dz over each expert's rows.
+template <class T>
+static bool bias_gradient(const sparse_ffn_experts& p, const T* dz, int64_t dz_stride, T* dkey_bias) {
+  int failed = 0;
+#pragma omp parallel num_threads(larger(1, p.n_threads))
+  {
+    float* total = scratch_of<float>(kSlotC, round_up(p.G, VL));
+    if (!total) {
+#pragma omp atomic write
+      failed = 1;
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t e = 0; e < p.E; e++) {
+      if (!total) continue;
+      memset(total, 0, static_cast<size_t>(round_up(p.G, VL)) * 4);
+      for (int64_t s = p.offsets[e]; s < p.offsets[e + 1]; s++)
+        for (int64_t i = 0; i < p.G; i += VL)
+          store(total + i, load(total + i) + load_upto(dz + s * dz_stride + i, p.G - i));
+      for (int64_t i = 0; i < p.G; i += VL) store_upto(dkey_bias + e * p.G + i, load(total + i), p.G - i);
+    }
+  }
+  return !failed;
+}
+
+template <class T>
+static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_stride, const T* saved_z,
+                    const T* saved_zg, const Gradients<T>& grad) {
+  const int64_t S = p.T * p.K;
+  const bool glu = p.gate_keys != nullptr, recompute = !saved_is_hidden(p) && grad.dvalues;
+  const bool want_dz = grad.dx || grad.dkeys || grad.dgate_keys || grad.dkey_bias;
+  const int64_t dz_stride = glu ? 2 * p.G : p.G;
+  SlotTables slots;
+  if (!fill_slot_tables(p, &slots)) return SPARSE_FFN_NO_MEMORY;
+  T* hidden = recompute ? scratch_of<T>(kSlotHidden, S * p.G) : nullptr;
+  T* dz = want_dz ? scratch_of<T>(kSlotDz, S * dz_stride) : nullptr;
+  if ((recompute && !hidden) || (want_dz && !dz)) return SPARSE_FFN_NO_MEMORY;
+
+  if (want_dz || grad.dgate || recompute) {
+    RowGemm<T> dh{};
+    dh.a = dout;
+    dh.a_stride = dout_stride;
+    dh.gather = slots.token;
+    dh.K = p.O;
+    dh.w[0] = static_cast<const T*>(p.values);
+    dh.w_stride_expert = p.G * p.O;
+    dh.w_stride_row = p.O;
+    dh.N = p.G;
+    dh.offsets = p.offsets;
+    dh.E = p.E;
+    dh.n_threads = p.n_threads;
+    const HiddenBackwardFn<T> differentiate = hidden_backward_for<T>(p.activation, glu);
+    const T* scale = static_cast<const T*>(p.hidden_scale);
+    const bool done = run_row_gemm(dh, [&](int64_t, int64_t s, const float* c) {
+      HiddenBackward<T> b{};
+      b.c_dh = c;
+      b.z = saved_z + s * p.G;
+      b.zg = glu ? saved_zg + s * p.G : nullptr;
+      b.scale = scale ? scale + p.order[s] * p.G : nullptr;
+      b.gate = slots.gate[s];
+      b.dz = dz ? dz + s * dz_stride : nullptr;
+      b.dzg = dz ? dz + s * dz_stride + p.G : nullptr;
+      b.h = hidden ? hidden + s * p.G : nullptr;
+      b.n = p.G;
+      const float dgate = differentiate(b);
+      if (grad.dgate) grad.dgate[p.order[s]] = dgate;
+    });
+    if (!done) return SPARSE_FFN_NO_MEMORY;
+  }
+  if (grad.dx) {
+    ScatterGemm<T> dx{};
+    dx.a = dz;
+    dx.a_stride = dz_stride;
+    dx.K = p.G;
+    dx.w[0] = static_cast<const T*>(p.keys);
+    dx.w[1] = static_cast<const T*>(p.gate_keys);
+    dx.w_stride_expert = p.G * p.D;
+    dx.w_stride_k = p.D;
+    dx.w_stride_n = 1;
+    dx.N = p.D;
+    dx.offsets = p.offsets;
+    dx.E = p.E;
+    dx.scatter = slots.token;
+    dx.scatter_ascends = true;
+    dx.out = grad.dx;
+    dx.out_stride = p.D;
+    dx.rows_out = p.T;
+    dx.n_threads = p.n_threads;
+    if (!run_scatter_gemm(dx)) return SPARSE_FFN_NO_MEMORY;
+  }
+  OuterGemm<T> dw{};
+  dw.M = p.G;
+  dw.gather_b = slots.token;
+  dw.offsets = p.offsets;
+  dw.E = p.E;
+  dw.n_threads = p.n_threads;
+  if (grad.dkeys || grad.dgate_keys) {
+    dw.a = dz;
+    dw.a_stride = dz_stride;
+    dw.b = static_cast<const T*>(p.x);
+    dw.b_stride = p.x_stride;
+    dw.N = p.D;
+    dw.out[0] = grad.dkeys;
+    dw.out[1] = glu ? grad.dgate_keys : nullptr;
+    if (!run_outer_gemm(dw)) return SPARSE_FFN_NO_MEMORY;
+  }
+  if (grad.dvalues) {
+    dw.a = recompute ? hidden : saved_z;
+    dw.a_stride = p.G;
+    dw.b = dout;
+    dw.b_stride = dout_stride;
+    dw.N = p.O;
+    dw.scale = slots.gate;
+    dw.out[0] = grad.dvalues;
+    dw.out[1] = nullptr;
+    if (!run_outer_gemm(dw)) return SPARSE_FFN_NO_MEMORY;
+  }
+  if (grad.dkey_bias && !bias_gradient(p, dz, dz_stride, grad.dkey_bias)) return SPARSE_FFN_NO_MEMORY;
+  return SPARSE_FFN_OK;
+}
+
+int experts_backward(const sparse_ffn_experts& p, const void* dout, int64_t dout_stride, const void* saved_z,
+                     const void* saved_zg, void* dx, void* dkeys, void* dgate_keys, void* dvalues, void* dkey_bias,
+                     float* dgate) {
+  const auto run = [&](auto example) {
+    using T = decltype(example);
+    const Gradients<T> grad{static_cast<T*>(dx),      static_cast<T*>(dkeys),     static_cast<T*>(dgate_keys),
+                            static_cast<T*>(dvalues), static_cast<T*>(dkey_bias), dgate};
+    return backward<T>(p, static_cast<const T*>(dout), dout_stride, static_cast<const T*>(saved_z),
+                       static_cast<const T*>(saved_zg), grad);
+  };
+  switch (p.dtype) {
+    case SPARSE_FFN_FP32: return run(float{});
+    case SPARSE_FFN_BF16: return run(bf16{});
+    default: return run(fp16{});
+  }
+}
+
+SPARSE_FFN_END

@@ -1,0 +1,80 @@
+// experts_forward.cpp - the expert FFN: up-projection by rows, activation, down-projection by output columns.
+#include "experts.h"
+#include "gemm_scatter.h"
+#include "hidden.h"
+
+SPARSE_FFN_BEGIN
+
+template <class T> static int forward(const sparse_ffn_experts& p, T* out, T* saved_z, T* saved_zg) {
+  const int64_t S = p.T * p.K;
+  const bool glu = p.gate_keys != nullptr, shared = saved_is_hidden(p) && saved_z;
+  SlotTables slots;
+  if (!fill_slot_tables(p, &slots)) return SPARSE_FFN_NO_MEMORY;
+  T* hidden = shared ? saved_z : scratch_of<T>(kSlotHidden, S * p.G);
+  if (!hidden) return SPARSE_FFN_NO_MEMORY;
+  if (saved_z) advise_huge_pages(saved_z, static_cast<size_t>(S * p.G) * sizeof(T));
+
+  RowGemm<T> up{};
+  up.a = static_cast<const T*>(p.x);
+  up.a_stride = p.x_stride;
+  up.gather = slots.token;
+  up.K = p.D;
+  up.w[0] = static_cast<const T*>(p.keys);
+  up.w[1] = static_cast<const T*>(p.gate_keys);
+  up.w_stride_expert = p.G * p.D;
+  up.w_stride_row = p.D;
+  up.N = p.G;
+  up.offsets = p.offsets;
+  up.E = p.E;
+  up.n_threads = p.n_threads;
+  const HiddenForwardFn<T> activate = hidden_forward_for<T>(p.activation, glu);
+  const T* bias = static_cast<const T*>(p.key_bias);
+  const T* scale = static_cast<const T*>(p.hidden_scale);
+  const int64_t padded = up.padded();
+  const bool done = run_row_gemm(up, [&](int64_t e, int64_t s, const float* c) {
+    HiddenForward<T> f{};
+    f.c_z = c;
+    f.c_zg = c + padded;
+    f.bias = bias ? bias + e * p.G : nullptr;
+    f.scale = scale ? scale + p.order[s] * p.G : nullptr;
+    f.saved_z = saved_z ? saved_z + s * p.G : nullptr;
+    f.saved_zg = saved_zg ? saved_zg + s * p.G : nullptr;
+    f.h = hidden + s * p.G;
+    f.n = p.G;
+    activate(f);
+  });
+  if (!done) return SPARSE_FFN_NO_MEMORY;
+
+  ScatterGemm<T> down{};
+  down.a = hidden;
+  down.a_stride = p.G;
+  down.K = p.G;
+  down.w[0] = static_cast<const T*>(p.values);
+  down.w_stride_expert = p.G * p.O;
+  down.w_stride_k = p.O;
+  down.w_stride_n = 1;
+  down.N = p.O;
+  down.offsets = p.offsets;
+  down.E = p.E;
+  down.scatter = slots.token;
+  down.scatter_ascends = true;
+  down.scale = slots.gate;
+  down.out = out;
+  down.out_stride = p.O;
+  down.rows_out = p.T;
+  down.n_threads = p.n_threads;
+  return run_scatter_gemm(down) ? SPARSE_FFN_OK : SPARSE_FFN_NO_MEMORY;
+}
+
+int experts_forward(const sparse_ffn_experts& p, void* out, void* saved_z, void* saved_zg) {
+  switch (p.dtype) {
+    case SPARSE_FFN_FP32:
+      return forward(p, static_cast<float*>(out), static_cast<float*>(saved_z), static_cast<float*>(saved_zg));
+    case SPARSE_FFN_BF16:
+      return forward(p, static_cast<bf16*>(out), static_cast<bf16*>(saved_z), static_cast<bf16*>(saved_zg));
+    default:
+      return forward(p, static_cast<fp16*>(out), static_cast<fp16*>(saved_z), static_cast<fp16*>(saved_zg));
+  }
+}
+
+SPARSE_FFN_END

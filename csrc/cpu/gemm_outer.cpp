@@ -1,0 +1,129 @@
+// gemm_outer.cpp - see gemm_outer.h.
+#include "gemm_outer.h"
+
+#include <omp.h>
+
+SPARSE_FFN_BEGIN
+
+constexpr int64_t kOuterColumns = 256;  // columns of out per unit of work
+constexpr int64_t kGroup = 4 * kNr;      // columns of B packed at once: gathered rows are read in pieces of 512 bytes
+
+// Rows per pass: a panel of B (32 KB) then stays in L1 while all of A passes by.
+constexpr int64_t kOuterRows = 256;
+
+// fp32 goes past the caches: a finished gradient is not read again here, and lines need not be read to be written.
+static ALWAYS_INLINE void store_rows(const float* c, int64_t c_stride, int64_t rows, int64_t n, float* out, int64_t stride) {
+  const bool aligned = (reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(stride * 4)) % (4 * VL) == 0;
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t j = 0; j < n; j += VL) {
+      if (aligned && j + VL <= n) stream(out + r * stride + j, load(c + r * c_stride + j));
+      else store_upto(out + r * stride + j, load(c + r * c_stride + j), n - j);
+    }
+}
+template <class T>
+static void store_rows(const float* c, int64_t c_stride, int64_t rows, int64_t n, T* out, int64_t stride) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t j = 0; j < n; j += VL) store_upto(out + r * stride + j, load(c + r * c_stride + j), n - j);
+}
+
+// Columns n0 .. n1-1 of one out of one expert. a: first column of A for this out.
+template <class T>
+static void outer_unit(const OuterGemm<T>& g, int64_t e, const T* a, T* out, int64_t n0, int64_t n1, float* pa,
+                       float* pb, float* c, LineQueue* next) {
+  constexpr bool kPair = Paired<T>::value;
+  const int64_t first = g.offsets[e], rows = g.offsets[e + 1] - first, columns = n1 - n0;
+  const int64_t padded = round_up(columns, VL);
+  out += e * g.M * g.N;
+  if (!rows) {
+    for (int64_t m = 0; m < g.M; m++) memset(out + m * g.N + n0, 0, static_cast<size_t>(columns) * sizeof(T));
+    return;
+  }
+  const bool one_pass = rows <= kOuterRows;  // else the passes are summed in c [M, padded]
+  const bool streams = sizeof(T) == 4 && (reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(g.N * 4)) % (4 * VL) == 0;
+  // fp32 in expert order needs no packing: unit k of row m is a[k * stride + m].
+  const bool a_in_place = sizeof(T) == 4 && !g.gather_a;
+  for (int64_t k0 = 0; k0 < rows; k0 += kOuterRows) {
+    const int64_t k = lesser(kOuterRows, rows - k0), k_units = units<T>(k), s0 = first + k0;
+    if (!a_in_place)
+      for (int64_t m = 0; m < g.M; m += kMr) {
+        const int64_t mr = lesser<int64_t>(kMr, g.M - m);
+        pack_columns<T>(pa + m * k_units,
+                        [&](int64_t i) { return a + (g.gather_a ? g.gather_a[s0 + i] : s0 + i) * g.a_stride + m; }, k, mr,
+                        mr, nullptr);
+      }
+    for (int64_t group = 0; group < padded; group += kGroup) {
+      const auto row = [&](int64_t i, int64_t column) {
+        return g.b + (g.gather_b ? g.gather_b[s0 + i] : s0 + i) * g.b_stride + n0 + column;
+      };
+      pack_group<T>(pb, [&](int64_t i) { return row(i, group); }, k, columns - group, lesser(kGroup, padded - group),
+                 g.scale ? g.scale + s0 : nullptr);
+      next->clear();
+      if (group + kGroup < padded)
+        for (int64_t i = 0; i < k; i++)
+          next->add(row(i, group + kGroup), lesser(kGroup, columns - group - kGroup) * static_cast<int64_t>(sizeof(T)));
+      next->seal();
+      for (int64_t j = group; j < lesser(padded, group + kGroup); j += kNr) {
+        const int64_t width = lesser<int64_t>(kNr, padded - j), valid = lesser(width, columns - j);
+        for (int64_t m = 0; m < g.M; m += kMr) {
+          const int mr = static_cast<int>(lesser<int64_t>(kMr, g.M - m));
+          const float* pm = a_in_place ? reinterpret_cast<const float*>(a + s0 * g.a_stride + m) : pa + m * k_units;
+          T* target = out + m * g.N + n0 + j;
+          TileOut tile{c + m * padded + j, padded, nullptr, nullptr, 0};
+          Finish finish = k0 ? Finish::kAdd : Finish::kStore;
+          if (one_pass && streams && valid == width) {
+            tile.c = reinterpret_cast<float*>(target);
+            tile.stride = g.N;
+            finish = Finish::kStream;
+          } else if (one_pass) {
+            tile.c = c;
+            tile.stride = width;
+          }
+          find_tile(finish, Layout::kColumns, kPair, mr, width)(k_units, pm, a_in_place ? g.a_stride : mr,
+                                                                 pb + (j - group) * k_units, tile, next->take(k_units));
+          if (one_pass && finish != Finish::kStream) store_rows(c, width, mr, valid, target, g.N);
+        }
+      }
+    }
+  }
+  if (!one_pass) store_rows(c, padded, g.M, columns, out + n0, g.N);
+}
+
+template <class T> bool run_outer_gemm(const OuterGemm<T>& g) {
+  if (!g.E || !g.M || !g.N) return true;
+  const int64_t threads = larger(1, g.n_threads);
+  const int64_t vectors = ceil_div(g.N, VL);
+  int64_t blocks = ceil_div(g.N, kOuterColumns);
+  if (g.E * blocks < 4 * threads) blocks = lesser(vectors, ceil_div(4 * threads, g.E));  // few experts: cut finer
+  const int64_t most_columns = ceil_div(vectors, blocks) * VL;
+  for (int i = 0; i < 2; i++)
+    if (g.out[i]) advise_huge_pages(g.out[i], static_cast<size_t>(g.E * g.M * g.N) * sizeof(T));
+  int failed = 0;
+#pragma omp parallel num_threads(static_cast<int>(threads))
+  {
+    float* pa = scratch_of<float>(kSlotA, round_up(g.M, kMr) * kOuterRows);
+    float* pb = scratch_of<float>(kSlotB, kGroup * kOuterRows);
+    float* c = scratch_of<float>(kSlotC, larger<int64_t>(g.M * most_columns, kMr * kNr));
+    LineQueue next;
+    const bool ready = next.reserve(kOuterRows * (kGroup * static_cast<int64_t>(sizeof(T)) / 64 + 1)) && pa && pb && c;
+    if (!ready) {
+#pragma omp atomic write
+      failed = 1;
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t u = 0; u < g.E * blocks; u++) {
+      if (!ready) continue;
+      const int64_t e = u / blocks, block = u % blocks;
+      const int64_t n0 = vectors * block / blocks * VL, n1 = lesser(g.N, vectors * (block + 1) / blocks * VL);
+      if (g.out[0]) outer_unit(g, e, g.a, g.out[0], n0, n1, pa, pb, c, &next);
+      if (g.out[1]) outer_unit(g, e, g.a + g.M, g.out[1], n0, n1, pa, pb, c, &next);
+      drain_streams();
+    }
+  }
+  return !failed;
+}
+
+template bool run_outer_gemm(const OuterGemm<float>&);
+template bool run_outer_gemm(const OuterGemm<bf16>&);
+template bool run_outer_gemm(const OuterGemm<fp16>&);
+
+SPARSE_FFN_END

@@ -1,0 +1,166 @@
+// gemm_rows.h - for each expert: its rows (gathered) times its weights, finished rows handed to a callback in fp32.
+// Threads own rows. Used where the result stays in expert order: the up-projection, and the gradient of the hidden units.
+#pragma once
+#include <omp.h>
+
+#include "line_queue.h"
+#include "pack.h"
+
+SPARSE_FFN_BEGIN
+
+// Experts with fewer rows than this read their weights where they lie: packing would cost more than it saves.
+constexpr int64_t kPackMinRows = kMr + 1;
+
+template <class T> struct RowGemm {
+  const T* a;             // row of sorted position s: a + gather[s] * a_stride (gather null: s itself), K long
+  int64_t a_stride;
+  const int32_t* gather;
+  int64_t K;
+  const T* w[2];          // one or two (GLU) weight tensors [E, N, K], the second may be null
+  int64_t w_stride_expert, w_stride_row;
+  int64_t N;
+  const int32_t* offsets;
+  int64_t E;
+  int n_threads;
+
+  const T* row(int64_t s) const { return a + (gather ? gather[s] : s) * a_stride; }
+  int64_t matrices() const { return w[1] ? 2 : 1; }
+  int64_t padded() const { return round_up(N, VL); }  // a finished row is matrices() * padded() floats
+};
+
+// R rows of A dot `keys` (1..4) consecutive rows of W; c[r * c_stride + key].
+template <class T, int R>
+static void dot_rows(const T* const* a, const T* w, int64_t w_stride, int64_t k, int keys, float* c, int64_t c_stride) {
+  const T* row[4];
+  for (int j = 0; j < 4; j++) row[j] = w + lesser(j, keys - 1) * w_stride;
+  V acc[R][4] = {};
+  int64_t i = 0;
+  for (; i + VL <= k; i += VL) {
+    V wv[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      wv[j] = load(row[j] + i);
+      prefetch(row[j] + i + 4 * w_stride);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      const V av = load(a[r] + i);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) acc[r][j] = fma(av, wv[j], acc[r][j]);
+    }
+  }
+  if (i < k) {
+    const int n = static_cast<int>(k - i);
+    for (int r = 0; r < R; r++)
+      for (int j = 0; j < 4; j++) acc[r][j] = fma(load_n(a[r] + i, n), load_n(row[j] + i, n), acc[r][j]);
+  }
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < keys; j++) c[r * c_stride + j] = sum(acc[r][j]);
+}
+
+// All `rows` (<= kMr) rows of A against rows g0 .. g1-1 of W.
+template <class T>
+static void dot_panel(const T* const* a, int rows, const T* w, int64_t w_stride, int64_t k, int64_t g0, int64_t g1,
+                      float* c, int64_t c_stride) {
+  for (int64_t g = g0; g < g1; g += 4) {
+    const int keys = static_cast<int>(lesser<int64_t>(4, g1 - g));
+    const T* wg = w + g * w_stride;
+    int r = 0;
+    for (; r + 4 <= rows; r += 4) dot_rows<T, 4>(a + r, wg, w_stride, k, keys, c + r * c_stride + g, c_stride);
+    switch (rows - r) {
+      case 3: dot_rows<T, 3>(a + r, wg, w_stride, k, keys, c + r * c_stride + g, c_stride); break;
+      case 2: dot_rows<T, 2>(a + r, wg, w_stride, k, keys, c + r * c_stride + g, c_stride); break;
+      case 1: dot_rows<T, 1>(a + r, wg, w_stride, k, keys, c + r * c_stride + g, c_stride); break;
+    }
+  }
+}
+
+// One packed panel of mr rows of A against all packed columns of an expert.
+template <class T>
+static void multiply_panel(const RowGemm<T>& g, int mr, const float* pa, const float* pb, float* c, int64_t c_stride,
+                           LineQueue* next) {
+  constexpr bool kPair = Paired<T>::value;
+  const int64_t k_units = units<T>(g.K);
+  if (!k_units) memset(c, 0, static_cast<size_t>(mr * c_stride) * 4);
+  for (int64_t k0 = 0; k0 < k_units; k0 += kKBlock)  // outermost: this block of A stays in L1 for all columns
+    for (int64_t m = 0; m < g.matrices(); m++)
+      for (int64_t n = 0; n < g.padded(); n += kNr) {
+        const int64_t width = lesser<int64_t>(kNr, g.padded() - n), k = lesser(kKBlock, k_units - k0);
+        const TileFn f = find_tile(k0 ? Finish::kAdd : Finish::kStore, Layout::kPacked, kPair, mr, width);
+        f(k, pa + k0 / kKBlock * kMr * kRowStride, 0, pb + (m * g.padded() + n) * k_units + k0 * width,
+          TileOut{c + m * g.padded() + n, c_stride, nullptr, nullptr, 0}, next->take(k));
+      }
+}
+
+// What the panel after rows .. s-1 needs: its rows of A, and part i of `count` of the next used expert's weights.
+template <class T>
+static void queue_next(const RowGemm<T>& g, int64_t e, int64_t s, int64_t i, int64_t count, LineQueue* next) {
+  next->clear();
+  const int64_t last = lesser<int64_t>(s + kMr, g.offsets[g.E]);
+  for (; s < last; s++) next->add(g.row(s), g.K * static_cast<int64_t>(sizeof(T)));
+  e++;
+  while (e < g.E && g.offsets[e + 1] == g.offsets[e]) e++;
+  if (e < g.E)
+    for (int64_t m = 0; m < g.matrices(); m++) {
+      const int64_t n0 = g.N * i / count, n1 = g.N * (i + 1) / count;
+      for (int64_t n = n0; n < n1; n++)
+        next->add(g.w[m] + e * g.w_stride_expert + n * g.w_stride_row, g.K * static_cast<int64_t>(sizeof(T)));
+    }
+  next->seal();
+}
+
+// finish(expert, s, row): row holds the products of sorted position s. False when out of memory.
+template <class T, class Finisher> static bool run_row_gemm(const RowGemm<T>& g, const Finisher& finish) {
+  const int64_t k_units = units<T>(g.K), c_stride = g.matrices() * g.padded();
+  int64_t panels = 0;
+  for (int64_t e = 0; e < g.E; e++) panels += ceil_div(g.offsets[e + 1] - g.offsets[e], kMr);
+  int failed = 0;
+  const int threads = static_cast<int>(larger<int64_t>(1, lesser<int64_t>(g.n_threads, panels)));
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t t = omp_get_thread_num(), n = omp_get_num_threads();
+    const int64_t first_panel = panels * t / n, last_panel = panels * (t + 1) / n;
+    float* pa = scratch_of<float>(kSlotA, row_panel_size<T>(g.K));
+    float* pb = scratch_of<float>(kSlotB, c_stride * k_units);
+    float* c = scratch_of<float>(kSlotC, kMr * c_stride);
+    LineQueue next;
+    const bool queue = next.reserve((kMr + g.matrices() * g.N) * ceil_div(g.K * static_cast<int64_t>(sizeof(T)), 64));
+    if (!pa || !pb || !c || !queue) {
+#pragma omp atomic write
+      failed = 1;
+    } else {
+      int64_t before = 0;
+      for (int64_t e = 0; e < g.E && before < last_panel; e++) {
+        const int64_t rows = g.offsets[e + 1] - g.offsets[e], count = ceil_div(rows, kMr);
+        const int64_t lo = larger<int64_t>(0, first_panel - before), hi = lesser(count, last_panel - before);
+        before += count;
+        if (lo >= hi) continue;
+        const bool packed = rows >= kPackMinRows;
+        if (packed)
+          for (int64_t m = 0; m < g.matrices(); m++)
+            for (int64_t j = 0; j < g.padded(); j += kNr)
+              pack_transposed(pb + (m * g.padded() + j) * k_units, g.w[m] + e * g.w_stride_expert + j * g.w_stride_row,
+                              g.w_stride_row, g.K, g.N - j, lesser<int64_t>(kNr, g.padded() - j));
+        for (int64_t i = lo; i < hi; i++) {
+          const int64_t s0 = g.offsets[e] + rows * i / count, s1 = g.offsets[e] + rows * (i + 1) / count;
+          const int mr = static_cast<int>(s1 - s0);
+          if (packed) {
+            for (int r = 0; r < mr; r++) pack_row(pa, r, g.row(s0 + r), g.K);
+            queue_next(g, e, s1, i, count, &next);
+            multiply_panel(g, mr, pa, pb, c, c_stride, &next);
+          } else {
+            const T* a[kMr];
+            for (int r = 0; r < mr; r++) a[r] = g.row(s0 + r);
+            for (int64_t m = 0; m < g.matrices(); m++)
+              dot_panel(a, mr, g.w[m] + e * g.w_stride_expert, g.w_stride_row, g.K, int64_t{0}, g.N,
+                        c + m * g.padded(), c_stride);
+          }
+          for (int r = 0; r < mr; r++) finish(e, s0 + r, c + r * c_stride);
+        }
+      }
+    }
+  }
+  return !failed;
+}
+
+SPARSE_FFN_END

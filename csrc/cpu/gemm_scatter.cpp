@@ -1,0 +1,242 @@
+// gemm_scatter.cpp - see gemm_scatter.h.
+#include "gemm_scatter.h"
+
+#include <omp.h>
+
+SPARSE_FFN_BEGIN
+
+constexpr int64_t kRowBlock = 32 * kMr;         // rows of an expert copied (if they must be) at a time
+constexpr int64_t kAccBytes = int64_t{1} << 20;  // of the compact output block: half of a 2 MB L2
+
+// First position in [lo, hi) whose output row is >= row.
+static inline int64_t first_at_least(const int32_t* scatter, int64_t lo, int64_t hi, int64_t row) {
+  while (lo < hi) {
+    const int64_t mid = lo + (hi - lo) / 2;
+    if ((scatter ? scatter[mid] : mid) < row) lo = mid + 1; else hi = mid;
+  }
+  return lo;
+}
+
+// `columns` columns from n0 of expert e, all K of all weight tensors, into panels of B.
+template <class T>
+static void pack_block(const ScatterGemm<T>& g, int64_t e, int64_t n0, int64_t columns, int64_t padded, float* pb) {
+  const int64_t k_units = units<T>(g.K);
+  for (int64_t m = 0; m < g.matrices(); m++, pb += padded * k_units) {
+    const T* w = g.w[m] + e * g.w_stride_expert + n0 * g.w_stride_n;
+    if (g.w_stride_n == 1) {
+      pack_group<T>(pb, [=](int64_t k) { return w + k * g.w_stride_k; }, g.K, columns, padded, nullptr);
+      continue;
+    }
+    for (int64_t j = 0; j < padded; j += kNr)
+      pack_transposed(pb + j * k_units, w + j * g.w_stride_n, g.w_stride_n, g.K, columns - j,
+                      lesser<int64_t>(kNr, padded - j));
+  }
+}
+
+// Sorted rows s0 .. s1-1 as rows of units for Layout::kRows: in place for fp32 in expert order, else a compact copy.
+template <class T>
+static const float* unit_rows(const ScatterGemm<T>& g, int64_t s0, int64_t s1, float* copy, int64_t* stride) {
+  if (sizeof(T) == 4 && !g.gather) {
+    *stride = g.a_stride;
+    return reinterpret_cast<const float*>(g.row(s0));
+  }
+  const int64_t k_units = units<T>(g.K);
+  *stride = g.matrices() * k_units;
+  for (int64_t s = s0; s < s1; s++)
+    for (int64_t m = 0; m < g.matrices(); m++) {
+      float* dst = copy + (s - s0) * *stride + m * k_units;
+      if constexpr (Paired<T>::value) {
+        if (g.K & 1) dst[k_units - 1] = 0;
+        memcpy(dst, g.row(s) + m * g.K, static_cast<size_t>(g.K) * sizeof(T));
+      } else {
+        widen(dst, g.row(s) + m * g.K, g.K);
+      }
+    }
+  return copy;
+}
+
+// Rows first .. last-1 of one expert against its packed columns. Columns outermost: a panel of B, the larger operand of a
+// tile, stays in L1 for all rows.
+template <class T>
+static void scatter_packed(const ScatterGemm<T>& g, int64_t first, int64_t last, int64_t padded, float* copy,
+                           const float* pb, TileOut out, LineQueue* next) {
+  constexpr bool kPair = Paired<T>::value;
+  const int64_t k_units = units<T>(g.K);
+  float* c = out.c;
+  for (int64_t s0 = first; s0 < last; s0 += kRowBlock) {
+    const int64_t rows = lesser(kRowBlock, last - s0), count = ceil_div(rows, kMr);
+    int64_t stride;
+    const float* a = unit_rows(g, s0, s0 + rows, copy, &stride);
+    for (int64_t j = 0; j < padded; j += kNr) {
+      const int64_t width = lesser<int64_t>(kNr, padded - j);
+      out.c = c + j;
+      for (int64_t i = 0; i < count; i++) {
+        const int64_t r0 = rows * i / count, mr = rows * (i + 1) / count - r0;
+        const TileFn f = find_tile(Finish::kScatter, Layout::kRows, kPair, static_cast<int>(mr), width);
+        int32_t identity[kMr];
+        for (int r = 0; !g.scatter && r < mr; r++) identity[r] = static_cast<int32_t>(s0 + r0 + r);
+        out.rows = g.scatter ? g.scatter + s0 + r0 : identity;
+        out.scale = g.scale ? g.scale + s0 + r0 : nullptr;
+        for (int64_t m = 0; m < g.matrices(); m++)
+          for (int64_t k0 = 0; k0 < k_units; k0 += kKBlock) {
+            const int64_t k = lesser(kKBlock, k_units - k0);
+            f(k, a + r0 * stride + m * k_units + k0, stride, pb + (m * padded + j) * k_units + k0 * width,
+              out, next->take(k));
+          }
+      }
+    }
+  }
+}
+
+// Columns from j on in tiles NV vectors wide; returns the first column not done.
+template <class T, int NV>
+static int64_t direct_tiles(int64_t j, int mr, int64_t k, int64_t columns, const float* pa, const T* w,
+                            int64_t w_stride, TileOut out) {
+  const DirectFn<T> f = find_direct<T>(mr, NV);
+  if (!f) return j;
+  float* c = out.c;
+  for (; j + NV * VL <= columns; j += NV * VL) {
+    out.c = c + j;
+    f(k, pa, w + j, w_stride, out);
+  }
+  return j;
+}
+
+// The same with B read where it lies. Wide tiles for few rows: more of the weights in flight. A is packed as fp32.
+template <class T>
+void scatter_direct(int mr, int64_t k, int64_t columns, const float* pa, const T* w, int64_t w_stride, float* tail,
+                    const TileOut& out) {
+  for (int64_t k0 = 0; k0 < k; k0 += kKBlock, pa += kMr * kRowStride, w += kKBlock * w_stride) {
+    const int64_t n = lesser(kKBlock, k - k0);
+    int64_t j = direct_tiles<T, 8>(0, mr, n, columns, pa, w, w_stride, out);
+    j = direct_tiles<T, 4>(j, mr, n, columns, pa, w, w_stride, out);
+    j = direct_tiles<T, 2>(j, mr, n, columns, pa, w, w_stride, out);
+    j = direct_tiles<T, 1>(j, mr, n, columns, pa, w, w_stride, out);
+    if (j < columns) {  // fewer than VL columns left: a padded fp32 copy of them
+      const int valid = static_cast<int>(columns - j);
+      for (int64_t i = 0; i < n; i++) store(tail + i * VL, load_n(w + i * w_stride + j, valid));
+      TileOut last = out;
+      last.c = out.c + j;
+      find_tile(Finish::kScatter, Layout::kPacked, false, mr, VL)(n, pa, 0, tail, last, kNoLines);
+    }
+  }
+}
+
+// The weights of the next used expert for the same columns, and the rows of A that follow.
+template <class T>
+static void queue_next(const ScatterGemm<T>& g, int64_t e, int64_t n0, int64_t columns, int64_t rows, LineQueue* next) {
+  next->clear();
+  e++;
+  while (e < g.E && g.offsets[e + 1] == g.offsets[e]) e++;
+  if (e < g.E) {
+    if (g.w_stride_n == 1)
+      for (int64_t m = 0; m < g.matrices(); m++)
+        for (int64_t k = 0; k < g.K; k++)
+          next->add(g.w[m] + e * g.w_stride_expert + k * g.w_stride_k + n0, columns * static_cast<int64_t>(sizeof(T)));
+    const int64_t first = g.offsets[e], last = lesser<int64_t>(first + rows, g.offsets[e + 1]);
+    for (int64_t s = first; s < last; s++) next->add(g.row(s), g.matrices() * g.K * static_cast<int64_t>(sizeof(T)));
+  }
+  next->seal();
+}
+
+// One block: output rows t0 .. t1-1, columns n0 .. n1-1. acc is [t1 - t0, padded].
+template <class T>
+static void scatter_block(const ScatterGemm<T>& g, int64_t t0, int64_t t1, int64_t n0, int64_t n1, float* pa, float* pb,
+                          float* acc, LineQueue* next) {
+  const int64_t columns = n1 - n0, padded = round_up(columns, VL);
+  memset(acc, 0, static_cast<size_t>((t1 - t0) * padded) * 4);
+  const bool whole = t0 == 0 && t1 == g.rows_out;
+  for (int64_t e = 0; e < g.E; e++) {
+    const int64_t rows_all = g.offsets[e + 1] - g.offsets[e];
+    if (!rows_all) continue;
+    int64_t first = g.offsets[e], last = g.offsets[e + 1];
+    if (!whole) {
+      first = first_at_least(g.scatter, first, last, t0);
+      last = first_at_least(g.scatter, first, last, t1);
+    }
+    const int64_t rows = last - first, count = ceil_div(rows, kMr);
+    if (!rows) continue;
+    // Decided by the expert's total, not by this block's share: the same sums whatever the blocking.
+    const bool packed = rows_all >= kPackMinRows || g.w_stride_n != 1;
+    if (packed) {
+      pack_block(g, e, n0, columns, padded, pb);
+      queue_next(g, e, n0, columns, lesser(rows, kRowBlock), next);
+    }
+    TileOut out{acc, padded, nullptr, nullptr, static_cast<int32_t>(t0)};
+    if (packed) {
+      scatter_packed(g, first, last, padded, pa, pb, out, next);
+      continue;
+    }
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t s0 = first + rows * i / count;
+      const int mr = static_cast<int>(first + rows * (i + 1) / count - s0);
+      int32_t identity[kMr];
+      for (int r = 0; !g.scatter && r < mr; r++) identity[r] = static_cast<int32_t>(s0 + r);
+      out.rows = g.scatter ? g.scatter + s0 : identity;
+      out.scale = g.scale ? g.scale + s0 : nullptr;
+      for (int64_t m = 0; m < g.matrices(); m++) {
+        for (int r = 0; r < mr; r++) pack_row<T, false>(pa, r, g.row(s0 + r) + m * g.K, g.K);
+        scatter_direct(mr, g.K, columns, pa, g.w[m] + e * g.w_stride_expert + n0, g.w_stride_k, pb, out);
+      }
+    }
+  }
+  for (int64_t t = t0; t < t1; t++) {
+    T* dst = g.out + t * g.out_stride + n0;
+    const float* src = acc + (t - t0) * padded;
+    for (int64_t j = 0; j < columns; j += VL) store_upto(dst + j, load(src + j), columns - j);
+  }
+}
+
+template <class T> bool run_scatter_gemm(const ScatterGemm<T>& g) {
+  if (!g.rows_out || !g.N) return true;
+  advise_huge_pages(g.out, static_cast<size_t>(g.rows_out * g.out_stride) * sizeof(T));
+  const int64_t threads = larger(1, g.n_threads);
+  const int64_t vectors = ceil_div(g.N, VL);
+  // A block of c columns reads every row of A once, a chunk of tokens packs every weight once: with r rows per expert and
+  // chunk the overhead goes as 1/c + 1/r, and c * tokens is what fits in L2.
+  int64_t chunks = 1;
+  const auto columns_that_fit = [&](int64_t n) {
+    return lesser(vectors, larger<int64_t>(2, kAccBytes / (4 * VL * ceil_div(g.rows_out, n))));
+  };
+  if (g.scatter_ascends)
+    while (columns_that_fit(chunks) < vectors && columns_that_fit(chunks) * VL < g.offsets[g.E] / g.E / chunks)
+      chunks *= 2;
+  int64_t blocks = ceil_div(vectors, columns_that_fit(chunks));
+  if (chunks % threads) blocks = lesser(vectors, round_up(blocks, threads));  // an equal share for each thread
+  if (g.scatter_ascends && chunks * blocks < threads) chunks = lesser(g.rows_out, ceil_div(threads, blocks));
+  const int64_t most_columns = ceil_div(vectors, blocks) * VL, most_rows = ceil_div(g.rows_out, chunks);
+  int failed = 0;
+#pragma omp parallel num_threads(static_cast<int>(lesser(threads, chunks * blocks)))
+  {
+    float* pa = scratch_of<float>(kSlotA, larger(kRowBlock * g.matrices() * units<T>(g.K),
+                                                 ceil_div(g.K, kKBlock) * kMr * kRowStride));
+    float* pb = scratch_of<float>(kSlotB, larger(most_columns * g.matrices() * units<T>(g.K), kKBlock * VL));
+    float* acc = scratch_of<float>(kSlotAcc, most_rows * most_columns);
+    LineQueue next;
+    const int64_t size = sizeof(T), weight_lines = g.K * (most_columns * size / 64 + 1);
+    const int64_t row_lines = kRowBlock * (g.K * size / 64 + 1);
+    const bool ready = next.reserve(g.matrices() * (weight_lines + row_lines)) && pa && pb && acc;
+    if (!ready) {
+#pragma omp atomic write
+      failed = 1;
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t u = 0; u < chunks * blocks; u++) {
+      if (!ready) continue;
+      const int64_t chunk = u / blocks, block = u % blocks;
+      scatter_block(g, g.rows_out * chunk / chunks, g.rows_out * (chunk + 1) / chunks,
+                    vectors * block / blocks * VL, lesser(g.N, vectors * (block + 1) / blocks * VL), pa, pb, acc,
+                    &next);
+    }
+  }
+  return !failed;
+}
+
+#define SPARSE_FFN_DEFINE(T)                                                                                \
+  template bool run_scatter_gemm(const ScatterGemm<T>&);                                                    \
+  template void scatter_direct(int, int64_t, int64_t, const float*, const T*, int64_t, float*, const TileOut&);
+SPARSE_FFN_DEFINE(float)
+SPARSE_FFN_DEFINE(bf16)
+SPARSE_FFN_DEFINE(fp16)
+
+SPARSE_FFN_END

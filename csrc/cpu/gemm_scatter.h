@@ -1,0 +1,48 @@
+// gemm_scatter.h - for each expert: its rows times its weights, scaled and summed into output rows by a scatter index.
+// Threads own output columns (and, for many tokens, token ranges): no atomics, and every element is summed in expert
+// order by one owner, so the result does not depend on the number of threads. A block of output columns is summed in a
+// compact fp32 buffer that stays in L2: at the natural stride (often a power of two) the rows would fight for the same
+// cache sets, and blocks wider than L2 halve the speed when the shared L3 is busy (measured, kernels-cpu.md).
+#pragma once
+#include "gemm_rows.h"
+
+SPARSE_FFN_BEGIN
+
+template <class T> struct ScatterGemm {
+  const T* a;             // row of sorted position s: a + gather[s] * a_stride (gather null: s itself)
+  int64_t a_stride;
+  const int32_t* gather;
+  int64_t K;              // elements of a row per weight tensor: with two (GLU), a row of A is 2 K long
+  const T* w[2];          // W[e][k][n] = w[e * expert + k * k_stride + n * n_stride]; one of the two strides is 1
+  int64_t w_stride_expert, w_stride_k, w_stride_n;
+  int64_t N;
+  const int32_t* offsets;
+  int64_t E;
+  const int32_t* scatter;  // output row of sorted position s; null: s itself
+  bool scatter_ascends;    // within an expert, so that token ranges are ranges of sorted positions
+  const float* scale;      // by sorted position; null: one
+  T* out;                  // [rows_out, N], written completely
+  int64_t out_stride, rows_out;
+  int n_threads;
+
+  const T* row(int64_t s) const { return a + (gather ? gather[s] : s) * a_stride; }
+  int64_t matrices() const { return w[1] ? 2 : 1; }
+};
+
+// False when out of memory.
+template <class T> bool run_scatter_gemm(const ScatterGemm<T>&);
+
+// mr rows (packed by rows as fp32 in pa) times B read where it lies, scattered into out; tail: kKBlock * VL floats of scratch.
+template <class T>
+void scatter_direct(int mr, int64_t k, int64_t columns, const float* pa, const T* w, int64_t w_stride, float* tail,
+                    const TileOut& out);
+
+#define SPARSE_FFN_DECLARE(T)                                                                                     \
+  extern template bool run_scatter_gemm(const ScatterGemm<T>&);                                                   \
+  extern template void scatter_direct(int, int64_t, int64_t, const float*, const T*, int64_t, float*, const TileOut&);
+SPARSE_FFN_DECLARE(float)
+SPARSE_FFN_DECLARE(bf16)
+SPARSE_FFN_DECLARE(fp16)
+#undef SPARSE_FFN_DECLARE
+
+SPARSE_FFN_END

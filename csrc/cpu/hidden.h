@@ -1,0 +1,96 @@
+// hidden.h - what happens to one row of hidden units between the two matrix products, forward and backward.
+// c_z (and c_zg with GLU) are fp32 products of the row with keys (and gate_keys).
+#pragma once
+#include "../include/sparse_ffn.h"
+#include "vec_math.h"
+
+SPARSE_FFN_BEGIN
+
+template <class T> struct HiddenForward {
+  const float *c_z, *c_zg;
+  const T *bias, *scale;  // null: none
+  T *saved_z, *saved_zg;  // null: not kept
+  T* h;                   // may be saved_z itself where the activation is what the backward needs
+  int64_t n;
+};
+template <class T> using HiddenForwardFn = void (*)(const HiddenForward<T>&);
+
+template <class T, class Act, bool kGlu> static void hidden_forward(const HiddenForward<T>& f) {
+  for (int64_t i = 0; i < f.n; i += VL) {
+    const int64_t left = f.n - i;
+    V z = load_upto(f.c_z + i, left);
+    if (f.bias) z = z + load_upto(f.bias + i, left);
+    V h;
+    if constexpr (kGlu) {
+      const V zg = load_upto(f.c_zg + i, left);
+      h = Act::value(zg) * z;
+      if (f.saved_z) store_upto(f.saved_z + i, z, left);
+      if (f.saved_zg) store_upto(f.saved_zg + i, zg, left);
+    } else {
+      h = Act::value(z);
+      if (f.saved_z) store_upto(f.saved_z + i, Act::saves_value ? h : z, left);
+    }
+    if (f.scale) h = h * load_upto(f.scale + i, left);
+    if (f.h != f.saved_z) store_upto(f.h + i, h, left);
+  }
+}
+
+template <class T> struct HiddenBackward {
+  const float* c_dh;      // dout of the token times the values: the gradient of gate * h, by gate
+  const T *z, *zg, *scale;
+  float gate;
+  T *dz, *dzg;            // dz may be null when neither dx nor dkeys is wanted
+  T* h;                   // null: the saved z is already h
+  int64_t n;
+};
+// Returns the gate's gradient: c_dh . h.
+template <class T> using HiddenBackwardFn = float (*)(const HiddenBackward<T>&);
+
+template <class T, class Act, bool kGlu> static float hidden_backward(const HiddenBackward<T>& b) {
+  V dgate = zero();
+  for (int64_t i = 0; i < b.n; i += VL) {
+    const int64_t left = b.n - i;
+    const V dh = load_upto(b.c_dh + i, left), z = load_upto(b.z + i, left);
+    const V scale = b.scale ? load_upto(b.scale + i, left) : splat(1.f);
+    const V upstream = dh * scale * b.gate;
+    V a, da, h, dz;
+    if constexpr (kGlu) {
+      Act::both(load_upto(b.zg + i, left), a, da);
+      h = a * z * scale;
+      dz = upstream * a;
+      if (b.dz) store_upto(b.dzg + i, upstream * z * da, left);
+    } else {
+      Act::both(z, a, da);
+      h = a * scale;
+      dz = upstream * da;
+    }
+    // Lanes past the row are zero in dh, so they add nothing; h there is finite for every activation.
+    dgate = fma(dh, h, dgate);
+    if (b.dz) store_upto(b.dz + i, dz, left);
+    if (b.h) store_upto(b.h + i, h, left);
+  }
+  return sum(dgate);
+}
+
+#define SPARSE_FFN_BY_ACTIVATION(function)                                                    \
+  switch (activation) {                                                                       \
+    case SPARSE_FFN_RELU: return glu ? function<T, Relu, true> : function<T, Relu, false>;    \
+    case SPARSE_FFN_GELU: return glu ? function<T, Gelu, true> : function<T, Gelu, false>;    \
+    case SPARSE_FFN_GELU_TANH: return glu ? function<T, GeluTanh, true> : function<T, GeluTanh, false>; \
+    case SPARSE_FFN_SILU: return glu ? function<T, Silu, true> : function<T, Silu, false>;    \
+    case SPARSE_FFN_IDENTITY: return glu ? function<T, Identity, true> : function<T, Identity, false>; \
+    default: return glu ? function<T, SquaredRelu, true> : function<T, SquaredRelu, false>;   \
+  }
+template <class T> static HiddenForwardFn<T> hidden_forward_for(int activation, bool glu) {
+  SPARSE_FFN_BY_ACTIVATION(hidden_forward)
+}
+template <class T> static HiddenBackwardFn<T> hidden_backward_for(int activation, bool glu) {
+  SPARSE_FFN_BY_ACTIVATION(hidden_backward)
+}
+
+// True where the saved z is the hidden row itself, so that no second buffer is needed.
+static inline bool saved_is_hidden(const sparse_ffn_experts& p) {
+  return (p.activation == SPARSE_FFN_RELU || p.activation == SPARSE_FFN_IDENTITY) && !p.gate_keys && !p.hidden_scale;
+}
+
+SPARSE_FFN_END

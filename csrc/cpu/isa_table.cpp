@@ -1,0 +1,25 @@
+// isa_table.cpp - collects the entry points of one instruction set.
+#include "kernel_table.h"
+
+#include "experts.h"
+#include "ops.h"
+
+#define STRINGIFY_(x) #x
+#define STRINGIFY(x) STRINGIFY_(x)
+
+SPARSE_FFN_BEGIN
+
+extern const KernelTable table;
+const KernelTable table = {STRINGIFY(SPARSE_FFN_ISA_NAME),
+                           experts_forward,
+                           experts_decode,
+                           experts_backward,
+                           cvmm_forward,
+                           cvmm_backward,
+                           bag_forward,
+                           bag_backward,
+                           product_key_topk,
+                           topk,
+                           topk_activation};
+
+SPARSE_FFN_END

@@ -1,0 +1,30 @@
+// kernel_table.h - what one instruction set offers; dispatch.cpp validates the arguments, picks a table and calls.
+#pragma once
+#include <cstdint>
+
+#include "../include/sparse_ffn.h"
+
+namespace sparse_ffn {
+
+struct KernelTable {
+  const char* name;
+  int (*experts_forward)(const sparse_ffn_experts&, void* out, void* saved_z, void* saved_zg);
+  int (*experts_decode)(const sparse_ffn_experts&, void* out);
+  int (*experts_backward)(const sparse_ffn_experts&, const void* dout, int64_t dout_stride, const void* saved_z,
+                          const void* saved_zg, void* dx, void* dkeys, void* dgate_keys, void* dvalues,
+                          void* dkey_bias, float* dgate);
+  int (*cvmm_forward)(const sparse_ffn_cvmm&, void* out);
+  int (*cvmm_backward)(const sparse_ffn_cvmm&, const void* dout, int64_t dout_stride, void* dx, void* dw,
+                       float* dscale);
+  int (*bag_forward)(const sparse_ffn_bag&, void* out);
+  int (*bag_backward)(const sparse_ffn_bag&, const void* dout, void* dweight, void* dvalues, int64_t* rows,
+                      int64_t* n_rows);
+  int (*product_key_topk)(const float* first, const float* second, int64_t R, int64_t n, int64_t k, int32_t n_threads,
+                          int64_t* index, float* sums);
+  int (*topk)(const float* scores, int64_t R, int64_t n, int64_t stride, int64_t k, int32_t n_threads, int64_t* index,
+              float* values);
+  int (*topk_activation)(const void* u, int64_t T, int64_t F, int64_t stride, int32_t dtype, int32_t activation,
+                         const float* norm, int64_t k, int32_t n_threads, int64_t* index, void* kept);
+};
+
+}  // namespace sparse_ffn

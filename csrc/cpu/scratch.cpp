@@ -1,0 +1,62 @@
+// scratch.cpp - see scratch.h.
+#include "scratch.h"
+
+#include <cstdint>
+#include <cstdlib>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace sparse_ffn {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kPage = 4096;
+
+struct Buffers {
+  void* data[kSlotCount] = {};
+  size_t size[kSlotCount] = {};
+  void release() {
+    for (int i = 0; i < kSlotCount; i++) {
+      free(data[i]);
+      data[i] = nullptr;
+      size[i] = 0;
+    }
+  }
+  ~Buffers() { release(); }
+};
+thread_local Buffers buffers;
+
+}  // namespace
+
+void advise_huge_pages(void* p, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (bytes < 2 * kHugePage) return;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(p) + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(p) + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice only: failure is harmless
+#else
+  (void)p;
+  (void)bytes;
+#endif
+}
+
+void* scratch(Slot slot, size_t bytes) {
+  if (buffers.size[slot] < bytes || !buffers.data[slot]) {
+    free(buffers.data[slot]);
+    const size_t alignment = bytes >= kHugePage / 2 ? kHugePage : kPage;
+    const size_t size = (bytes + bytes / 8 + alignment) / alignment * alignment;
+    buffers.data[slot] = aligned_alloc(alignment, size);
+    buffers.size[slot] = buffers.data[slot] ? size : 0;
+    if (buffers.data[slot]) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+      if (alignment == kHugePage) madvise(buffers.data[slot], size, MADV_HUGEPAGE);
+#endif
+    }
+  }
+  return buffers.data[slot];
+}
+
+void release_scratch() { buffers.release(); }
+
+}  // namespace sparse_ffn

@@ -1,0 +1,155 @@
+// tile.cpp - the micro-kernels declared in tile.h.
+#include "tile.h"
+
+SPARSE_FFN_BEGIN
+
+static const char no_line[64] = {};
+#define LINES_8 no_line, no_line, no_line, no_line, no_line, no_line, no_line, no_line
+#define LINES_64 LINES_8, LINES_8, LINES_8, LINES_8, LINES_8, LINES_8, LINES_8, LINES_8
+#define LINES_512 LINES_64, LINES_64, LINES_64, LINES_64, LINES_64, LINES_64, LINES_64, LINES_64
+const void* const kNoLines[kKBlock * 2] = {LINES_512, LINES_512};
+
+template <bool kPaired> static ALWAYS_INLINE V dot_step(V a, V b, V c) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPaired)
+    return V(_mm512_dpbf16_ps(__m512(c), reinterpret_cast<__m512bh>(b), reinterpret_cast<__m512bh>(a)));
+#endif
+  return fma(a, b, c);
+}
+
+template <Finish kFinish, int MR, int NV>
+static ALWAYS_INLINE void finish_tile(V (&acc)[MR][NV], const TileOut& out) {
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; r++) {
+    if constexpr (kFinish == Finish::kScatter) {
+      float* c = out.c + (out.rows[r] - out.first_row) * out.stride;
+      const V scale = out.scale ? splat(out.scale[r]) : splat(1.f);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++) store(c + v * VL, fma(scale, acc[r][v], load(c + v * VL)));
+    } else {
+      float* c = out.c + r * out.stride;
+      if constexpr (kFinish == Finish::kStream) {
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; v++) stream(c + v * VL, acc[r][v]);
+        continue;
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++) store(c + v * VL, kFinish == Finish::kAdd ? acc[r][v] + load(c + v * VL) : acc[r][v]);
+    }
+  }
+}
+
+template <Finish kFinish, Layout kLayout, bool kPaired, int MR, int NV>
+static void tile(int64_t k_units, const float* a, int64_t a_stride, const float* b, const TileOut& out, Lines lines) {
+  if constexpr (kFinish == Finish::kScatter) {  // the rows of out are far apart: fetch them while multiplying
+    for (int r = 0; r < MR; r++) {
+      const float* c = out.c + (out.rows[r] - out.first_row) * out.stride;
+      for (int v = 0; v < NV; v++) prefetch(c + v * VL);
+    }
+  }
+  V acc[MR][NV];
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) acc[r][v] = zero();
+  // kRows: every third row has a pointer, the two after it are reached by a scaled index; 12 pointers would not fit.
+  const float* row[4] = {a, a + 3 * a_stride, a + 6 * a_stride, a + 9 * a_stride};
+  for (int64_t k = 0; k < k_units; k++) {
+    V bv[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) bv[v] = load(b + v * VL);
+    __builtin_prefetch(lines[k], 0, 2);
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; r++) {
+      const V av = broadcast(kLayout == Layout::kPacked ? a + r * kRowStride
+                             : kLayout == Layout::kRows ? row[r / 3] + r % 3 * a_stride
+                                                        : a + r);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++) acc[r][v] = dot_step<kPaired>(av, bv[v], acc[r][v]);
+    }
+    b += NV * VL;
+    if constexpr (kLayout == Layout::kRows)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) row[i]++;
+    else
+      a += kLayout == Layout::kPacked ? 1 : a_stride;
+  }
+  finish_tile<kFinish, MR, NV>(acc, out);
+}
+
+template <class T, int MR, int NV>
+static void tile_direct(int64_t k, const float* a, const T* b, int64_t b_stride, const TileOut& out) {
+  constexpr int kAhead = 12;  // rows of B fetched ahead: weights come from memory here
+  V acc[MR][NV];
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) acc[r][v] = zero();
+  for (int64_t i = 0; i < k; i++) {
+    V bv[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) {
+      bv[v] = load(b + v * VL);
+      prefetch(reinterpret_cast<const char*>(b + v * VL) + kAhead * b_stride * static_cast<int64_t>(sizeof(T)));
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; r++) {
+      const V av = broadcast(a + r * kRowStride);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++) acc[r][v] = fma(av, bv[v], acc[r][v]);
+    }
+    b += b_stride;
+    a++;
+  }
+  finish_tile<Finish::kScatter, MR, NV>(acc, out);
+}
+
+#define SPARSE_FFN_TILE_ROWS(CASE) \
+  CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+
+template <Finish kFinish, Layout kLayout, bool kPaired, int NV> static TileFn tile_for(int mr) {
+  switch (mr) {
+#define CASE(n) case n: if constexpr (n <= kMr) return tile<kFinish, kLayout, kPaired, n, NV>; break;
+    SPARSE_FFN_TILE_ROWS(CASE)
+#undef CASE
+  }
+  return nullptr;
+}
+
+template <Finish kFinish, Layout kLayout> static TileFn tile_for(bool paired, int mr, int64_t columns) {
+#if defined(__AVX512BF16__)
+  if (paired) return columns > VL ? tile_for<kFinish, kLayout, true, 2>(mr) : tile_for<kFinish, kLayout, true, 1>(mr);
+#endif
+  (void)paired;
+  return columns > VL ? tile_for<kFinish, kLayout, false, 2>(mr) : tile_for<kFinish, kLayout, false, 1>(mr);
+}
+
+TileFn find_tile(Finish finish, Layout layout, bool paired, int mr, int64_t columns) {
+  // Of the nine combinations, those in use.
+  if (finish == Finish::kScatter)
+    return layout == Layout::kRows ? tile_for<Finish::kScatter, Layout::kRows>(paired, mr, columns)
+                                   : tile_for<Finish::kScatter, Layout::kPacked>(paired, mr, columns);
+  if (finish == Finish::kStream) return tile_for<Finish::kStream, Layout::kColumns>(paired, mr, columns);
+  if (layout == Layout::kColumns)
+    return finish == Finish::kAdd ? tile_for<Finish::kAdd, Layout::kColumns>(paired, mr, columns)
+                                  : tile_for<Finish::kStore, Layout::kColumns>(paired, mr, columns);
+  return finish == Finish::kAdd ? tile_for<Finish::kAdd, Layout::kPacked>(paired, mr, columns)
+                                : tile_for<Finish::kStore, Layout::kPacked>(paired, mr, columns);
+}
+
+template <class T, int NV> static DirectFn<T> direct_for(int mr) {
+  switch (mr) {
+#define CASE(n) case n: if constexpr (n <= kMr && n * NV <= 2 * kMr) return tile_direct<T, n, NV>; break;
+    SPARSE_FFN_TILE_ROWS(CASE)
+#undef CASE
+  }
+  return nullptr;
+}
+template <class T> DirectFn<T> find_direct(int mr, int nv) {
+  return nv == 8 ? direct_for<T, 8>(mr) : nv == 4 ? direct_for<T, 4>(mr) : nv == 2 ? direct_for<T, 2>(mr) : direct_for<T, 1>(mr);
+}
+template DirectFn<float> find_direct<float>(int, int);
+template DirectFn<bf16> find_direct<bf16>(int, int);
+template DirectFn<fp16> find_direct<fp16>(int, int);
+
+SPARSE_FFN_END

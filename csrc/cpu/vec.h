@@ -1,0 +1,163 @@
+// vec.h - one float vector V of VL lanes per instruction set, and how it is loaded from and stored to each storage
+// type. Arithmetic and comparisons use the compiler's vector operators (GCC and Clang), so code above is written once.
+#pragma once
+#include "types.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+SPARSE_FFN_BEGIN
+
+#if defined(__AVX512F__)
+constexpr int VL = 16;
+#elif defined(__AVX2__)
+constexpr int VL = 8;
+#else
+constexpr int VL = 4;
+#endif
+typedef float V __attribute__((vector_size(VL * 4), may_alias));
+typedef int32_t VI __attribute__((vector_size(VL * 4), may_alias));
+typedef float VUnaligned __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+
+static ALWAYS_INLINE V zero() { return V{}; }
+static ALWAYS_INLINE V splat(float f) { return V{} + f; }
+static ALWAYS_INLINE V load(const float* p) { return *reinterpret_cast<const VUnaligned*>(p); }
+static ALWAYS_INLINE void store(float* p, V v) { *reinterpret_cast<VUnaligned*>(p) = v; }
+static ALWAYS_INLINE void stream(float* p, V v) {  // p aligned to a vector; drain_streams() before others may read
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, __m512(v));
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, __m256(v));
+#else
+  store(p, v);
+#endif
+}
+static ALWAYS_INLINE void drain_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+static ALWAYS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+#if defined(__AVX512F__)
+static ALWAYS_INLINE V broadcast(const float* p) {  // as an integer, so that GCC loads once and not once per use
+  int32_t word;
+  memcpy(&word, p, 4);
+  return V(_mm512_castsi512_ps(_mm512_set1_epi32(word)));
+}
+static ALWAYS_INLINE V fma(V a, V b, V c) { return V(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c))); }
+static ALWAYS_INLINE float sum(V v) { return _mm512_reduce_add_ps(__m512(v)); }
+
+static ALWAYS_INLINE V widen_bf16(__m256i h) {
+  return V(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)));
+}
+static ALWAYS_INLINE __m256i narrow_bf16(V v) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(__m512(v)));
+#else
+  const __m512i u = _mm512_castps_si512(__m512(v));
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(__m512(v), __m512(v), _CMP_UNORD_Q);
+  r = _mm512_mask_mov_epi32(r, nan, _mm512_set1_epi32(0x7fc0));
+  return _mm512_cvtepi32_epi16(r);
+#endif
+}
+static ALWAYS_INLINE V load(const bf16* p) {
+  return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+static ALWAYS_INLINE V load(const fp16* p) {
+  return V(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+static ALWAYS_INLINE void store(bf16* p, V v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(v));
+}
+static ALWAYS_INLINE __m256i narrow_fp16(V v) { return _mm512_cvtps_ph(__m512(v), _MM_FROUND_TO_NEAREST_INT); }
+static ALWAYS_INLINE void store(fp16* p, V v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_fp16(v));
+}
+// The first n < VL lanes; the others read as zero and are not written.
+static ALWAYS_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+static ALWAYS_INLINE V load_n(const float* p, int n) { return V(_mm512_maskz_loadu_ps(first(n), p)); }
+static ALWAYS_INLINE V load_n(const bf16* p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(first(n), p)); }
+static ALWAYS_INLINE V load_n(const fp16* p, int n) {
+  return V(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)));
+}
+static ALWAYS_INLINE void store_n(float* p, V v, int n) { _mm512_mask_storeu_ps(p, first(n), __m512(v)); }
+static ALWAYS_INLINE void store_n(bf16* p, V v, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow_bf16(v)); }
+static ALWAYS_INLINE void store_n(fp16* p, V v, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow_fp16(v)); }
+
+#else  // AVX2 and generic: partial vectors go through a small buffer
+
+#if defined(__AVX2__)
+static ALWAYS_INLINE V broadcast(const float* p) { return V(_mm256_broadcast_ss(p)); }
+static ALWAYS_INLINE V fma(V a, V b, V c) { return V(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c))); }
+static ALWAYS_INLINE V load(const bf16* p) {
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return V(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)));
+}
+static ALWAYS_INLINE V load(const fp16* p) {
+  return V(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+static ALWAYS_INLINE void store(bf16* p, V v) {
+  const __m256i u = _mm256_castps_si256(__m256(v));
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  __m256i r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256 nan = _mm256_cmp_ps(__m256(v), __m256(v), _CMP_UNORD_Q);
+  r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(nan));
+  r = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(r));
+}
+static ALWAYS_INLINE void store(fp16* p, V v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+static ALWAYS_INLINE V broadcast(const float* p) { return splat(*p); }
+static ALWAYS_INLINE V fma(V a, V b, V c) { return a * b + c; }
+template <class T> static ALWAYS_INLINE V load(const T* p) {
+  V v;
+  for (int i = 0; i < VL; i++) v[i] = to_float(p[i]);
+  return v;
+}
+template <class T> static ALWAYS_INLINE void store(T* p, V v) {
+  for (int i = 0; i < VL; i++) from_float(v[i], p + i);
+}
+#endif
+static ALWAYS_INLINE float sum(V v) {
+  float s = 0;
+  for (int i = 0; i < VL; i++) s += v[i];
+  return s;
+}
+template <class T> static ALWAYS_INLINE V load_n(const T* p, int n) {
+  alignas(64) float buffer[VL] = {};
+  for (int i = 0; i < n; i++) buffer[i] = to_float(p[i]);
+  return load(buffer);
+}
+template <class T> static ALWAYS_INLINE void store_n(T* p, V v, int n) {
+  alignas(64) float buffer[VL];
+  store(buffer, v);
+  for (int i = 0; i < n; i++) from_float(buffer[i], p + i);
+}
+#endif
+
+// One bit per lane of a comparison's result.
+static ALWAYS_INLINE uint32_t lanes_of(VI mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(__m512i(mask));
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps(__m256(mask)));
+#else
+  uint32_t lanes = 0;
+  for (int i = 0; i < VL; i++) lanes |= static_cast<uint32_t>(mask[i] & 1) << i;
+  return lanes;
+#endif
+}
+
+template <class T> static ALWAYS_INLINE V load_upto(const T* p, int64_t n) {
+  return n >= VL ? load(p) : load_n(p, static_cast<int>(n));
+}
+template <class T> static ALWAYS_INLINE void store_upto(T* p, V v, int64_t n) {
+  if (n >= VL) store(p, v); else store_n(p, v, static_cast<int>(n));
+}
+
+SPARSE_FFN_END

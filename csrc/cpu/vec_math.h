@@ -1,0 +1,91 @@
+// vec_math.h - vector exp and the activations with their derivatives.
+#pragma once
+#include "vec.h"
+
+SPARSE_FFN_BEGIN
+
+// exp(x) to about 1 ulp: x = n ln2 + r with |r| <= ln2/2, a degree-6 polynomial for e^r, the exponent bits for 2^n.
+static ALWAYS_INLINE V vexp(V x) {
+  const V low = splat(-87.3f), high = splat(88.3f);
+  const V clamped = x < low ? low : (x > high ? high : x);
+  const V shifter = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+  const V t = fma(clamped, splat(1.44269504f), shifter);
+  const V n = t - shifter;
+  V r = fma(n, splat(-0.693359375f), clamped);
+  r = fma(n, splat(2.12194440e-4f), r);
+  V p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r + 1.f);
+  const VI scale = ((reinterpret_cast<VI>(t) - reinterpret_cast<VI>(shifter)) + 127) << 23;
+  return p * reinterpret_cast<V>(scale) + (x != x ? x : zero());  // NaN in, NaN out
+}
+
+// Each activation: value(z), and both(z, &a, &da) with a = value and da = its derivative. saves_value: the backward
+// needs only the activation itself, so that is what the forward stores.
+struct Relu {
+  static constexpr bool saves_value = true;
+  static ALWAYS_INLINE V value(V z) { return z < zero() ? zero() : z; }
+  static ALWAYS_INLINE void both(V z, V& a, V& da) { a = value(z); da = z > zero() ? splat(1.f) : zero(); }
+};
+struct Identity {
+  static constexpr bool saves_value = true;
+  static ALWAYS_INLINE V value(V z) { return z; }
+  static ALWAYS_INLINE void both(V z, V& a, V& da) { a = z; da = splat(1.f); }
+};
+struct SquaredRelu {
+  static constexpr bool saves_value = false;
+  static ALWAYS_INLINE V value(V z) { const V r = Relu::value(z); return r * r; }
+  static ALWAYS_INLINE void both(V z, V& a, V& da) { const V r = Relu::value(z); a = r * r; da = r + r; }
+};
+struct Silu {
+  static constexpr bool saves_value = false;
+  static ALWAYS_INLINE V value(V z) { return z / (1.f + vexp(-z)); }
+  static ALWAYS_INLINE void both(V z, V& a, V& da) {
+    const V s = 1.f / (1.f + vexp(-z));
+    a = z * s;
+    da = s + a * (1.f - s);
+  }
+};
+struct Gelu {  // z Phi(z), Phi from erfc by Abramowitz and Stegun 7.1.26 (absolute error below 1.5e-7)
+  static constexpr bool saves_value = false;
+  static ALWAYS_INLINE V phi_and_density(V z, V& density) {
+    const V x = z * 0.70710678f, ax = x < zero() ? -x : x;
+    const V t = 1.f / fma(ax, splat(0.3275911f), splat(1.f));
+    V p = splat(1.061405429f);
+    p = fma(p, t, splat(-1.453152027f));
+    p = fma(p, t, splat(1.421413741f));
+    p = fma(p, t, splat(-0.284496736f));
+    p = fma(p, t, splat(0.254829592f));
+    const V gauss = vexp(-ax * ax);
+    density = gauss * 0.39894228f;
+    const V half_erfc = 0.5f * p * t * gauss;
+    return z < zero() ? half_erfc : 1.f - half_erfc;
+  }
+  static ALWAYS_INLINE V value(V z) { V density; return z * phi_and_density(z, density); }
+  static ALWAYS_INLINE void both(V z, V& a, V& da) {
+    V density;
+    const V phi = phi_and_density(z, density);
+    a = z * phi;
+    da = fma(z, density, phi);
+  }
+};
+struct GeluTanh {  // 0.5 z (1 + tanh(w)) = z sigmoid(2w)
+  static constexpr bool saves_value = false;
+  static ALWAYS_INLINE V gate(V z) {
+    const V w = z * 0.79788456f * fma(z * z, splat(0.044715f), splat(1.f));
+    return 1.f / (1.f + vexp(-2.f * w));
+  }
+  static ALWAYS_INLINE V value(V z) { return z * gate(z); }
+  static ALWAYS_INLINE void both(V z, V& a, V& da) {
+    const V s = gate(z);
+    a = z * s;
+    const V dw = 2.f * 0.79788456f * fma(z * z, splat(3.f * 0.044715f), splat(1.f));
+    da = fma(a * (1.f - s), dw, s);
+  }
+};
+
+SPARSE_FFN_END

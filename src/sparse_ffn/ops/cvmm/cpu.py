@@ -1,0 +1,77 @@
+"""CVMM in the native core."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_ffn import native
+from sparse_ffn.native import DTYPES, Cvmm, pointer
+from sparse_ffn.ops.library import absent
+from sparse_ffn.ops.segments import unsort
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    expert: Tensor,
+    gather: Tensor | None,
+    scatter: Tensor | None,
+    reduction: Tensor | None,
+    n_out: int,
+) -> Tensor:
+    """Output [n_out, L]."""
+    arguments, _keep, _ = _arguments(x, weight, expert, gather, scatter, reduction, n_out)
+    out = torch.empty(n_out, weight.shape[2], dtype=x.dtype)
+    native.call("cvmm_forward", arguments, out.data_ptr())
+    return out
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    expert: Tensor,
+    gather: Tensor | None,
+    scatter: Tensor | None,
+    reduction: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and reduction (empty if absent)."""
+    arguments, _keep, order = _arguments(x, weight, expert, gather, scatter, reduction, grad.shape[0])
+    grad = native.rows(grad)
+    dx, dweight = torch.empty(x.shape, dtype=x.dtype), torch.empty(weight.shape, dtype=x.dtype)
+    dscale = None if reduction is None else torch.empty(expert.shape[0], dtype=torch.float32)
+    native.call(
+        "cvmm_backward", arguments, grad.data_ptr(), grad.stride(0), dx.data_ptr(), dweight.data_ptr(), pointer(dscale)
+    )
+    if reduction is None or dscale is None:
+        return dx, dweight, absent(x)
+    return dx, dweight, unsort(dscale.unsqueeze(1), order).squeeze(1).to(reduction.dtype)
+
+
+def _arguments(
+    x: Tensor,
+    weight: Tensor,
+    expert: Tensor,
+    gather: Tensor | None,
+    scatter: Tensor | None,
+    reduction: Tensor | None,
+    n_out: int,
+) -> tuple[Cvmm, tuple[Tensor | None, ...], Tensor]:
+    """The core's argument block, the tensors whose memory it points to, and the slot at each sorted position."""
+    n_experts, m, n = weight.shape
+    if weight.stride(1) != 1 and weight.stride(2) != 1:
+        weight = weight.contiguous()
+    x = native.rows(x)
+    order, offsets = native.route(expert, n_experts)
+    gathered, scattered = (
+        order if index is None else index.index_select(0, order).to(torch.int32) for index in (gather, scatter)
+    )
+    scale = None if reduction is None else reduction.index_select(0, order).float()
+    arguments = Cvmm(
+        *(x.shape[0], n_out, expert.shape[0], n_experts, m, n),
+        *(DTYPES[x.dtype], torch.get_num_threads()),
+        *(x.data_ptr(), x.stride(0), weight.data_ptr(), *weight.stride()),
+        *(pointer(t) for t in (offsets, gathered, scattered, scale)),
+    )
+    return arguments, (x, weight, offsets, gathered, scattered, scale), order

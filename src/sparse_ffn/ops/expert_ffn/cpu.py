@@ -1,0 +1,117 @@
+"""Expert FFN in the native core: gather, both layers, gate and combine in two passes over the experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_ffn import native
+from sparse_ffn.native import ACTIVATIONS, DTYPES, Experts, pointer
+from sparse_ffn.ops.library import absent
+
+
+def inference(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    index: Tensor,
+    gate: Tensor,
+    gate_keys: Tensor | None,
+    key_bias: Tensor | None,
+    hidden_scale: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Output [T, O], nothing saved."""
+    arguments, _keep = _arguments(x, keys, values, gate, gate_keys, key_bias, hidden_scale, activation, None, None)
+    index = index.contiguous()
+    out = torch.empty(x.shape[0], values.shape[2], dtype=x.dtype)
+    native.call("experts_infer", arguments, index.data_ptr(), out.data_ptr())
+    return out
+
+
+def forward(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    index: Tensor,
+    gate: Tensor,
+    gate_keys: Tensor | None,
+    key_bias: Tensor | None,
+    hidden_scale: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output [T, O] and what the backward pass needs: hidden units [S, G], a GLU's gates [S, G], order, offsets."""
+    order, offsets = native.route(index.reshape(-1), keys.shape[0])
+    arguments, _keep = _arguments(x, keys, values, gate, gate_keys, key_bias, hidden_scale, activation, order, offsets)
+    out = torch.empty(x.shape[0], values.shape[2], dtype=x.dtype)
+    z = torch.empty(order.shape[0], keys.shape[1], dtype=x.dtype)
+    other = absent(x) if gate_keys is None else torch.empty_like(z)
+    native.call(
+        "experts_forward", arguments, out.data_ptr(), z.data_ptr(), None if gate_keys is None else other.data_ptr()
+    )
+    return out, z, other, order, offsets
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gate: Tensor,
+    gate_keys: Tensor | None,
+    key_bias: Tensor | None,
+    hidden_scale: Tensor | None,
+    z: Tensor,
+    other: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, keys, values, gate, gate_keys and key_bias; empty tensors for the arguments that are absent."""
+    arguments, _keep = _arguments(x, keys, values, gate, gate_keys, key_bias, hidden_scale, activation, order, offsets)
+    grad = native.rows(grad)
+    dx, dkeys, dvalues = (torch.empty(t.shape, dtype=t.dtype) for t in (x, keys, values))
+    dgate = torch.empty(gate.shape, dtype=torch.float32)
+    dgate_keys, dkey_bias = (None if t is None else torch.empty(t.shape, dtype=t.dtype) for t in (gate_keys, key_bias))
+    native.call(
+        "experts_backward",
+        arguments,
+        grad.data_ptr(),
+        grad.stride(0),
+        z.data_ptr(),
+        None if gate_keys is None else other.data_ptr(),
+        *(pointer(t) for t in (dx, dkeys, dgate_keys, dvalues, dkey_bias, dgate)),
+    )
+    return (
+        *(dx, dkeys, dvalues, dgate.to(gate.dtype)),
+        absent(x) if dgate_keys is None else dgate_keys,
+        absent(x) if dkey_bias is None else dkey_bias,
+    )
+
+
+def _arguments(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gate: Tensor,
+    gate_keys: Tensor | None,
+    key_bias: Tensor | None,
+    hidden_scale: Tensor | None,
+    activation: str,
+    order: Tensor | None,
+    offsets: Tensor | None,
+) -> tuple[Experts, tuple[Tensor | None, ...]]:
+    """The core's argument block, and the tensors whose memory it points to: keep them while it is in use."""
+    x = native.rows(x)
+    keep = (
+        *(native.dense(t) for t in (keys, gate_keys, values, key_bias, gate.float(), hidden_scale)),
+        *(order, offsets),
+    )
+    n_experts, size, _ = keys.shape
+    arguments = Experts(
+        *(x.shape[0], x.shape[1], values.shape[2], n_experts, size, gate.shape[1]),
+        *(DTYPES[x.dtype], ACTIVATIONS[activation], torch.get_num_threads(), 0),
+        *(x.data_ptr(), x.stride(0)),
+        *(pointer(t) for t in keep),
+    )
+    return arguments, (x, *keep)

@@ -1,0 +1,151 @@
+"""The native core as a part of the process: threads, OpenMP, instruction sets, strides, and what happens without it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sparse_ffn as sf
+from sparse_ffn import functional, native, ops
+
+built = pytest.mark.skipif(native.PROBLEM is not None, reason="no compiler when the package was installed")
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+
+
+@built
+def test_one_openmp_runtime_in_the_process() -> None:
+    sf.SigmaMoE(64, 8, 32, 2)(torch.randn(100, 64))
+    torch.randn(300, 300) @ torch.randn(300, 300)
+    maps = Path("/proc/self/maps").read_text().split()
+    runtimes = {os.path.realpath(p) for p in maps if any(n in os.path.basename(p) for n in ("gomp", "libomp", "iomp5"))}
+    assert len(runtimes) == 1, runtimes
+
+
+@built
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    layer, x = sf.SigmaMoE(40, 8, 24, 3), torch.randn(300, 40)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            layer.zero_grad()
+            y = layer(x)
+            y.square().sum().backward()
+            results.append([y.detach(), layer.keys.grad.clone(), layer.values.grad.clone()])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@built
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+def test_every_instruction_set_gives_the_reference_result(isa: str) -> None:
+    """One that this CPU lacks falls back to the best it has, and is held to the same result."""
+    code = """
+import torch, sparse_ffn as sf
+for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)):
+    torch.manual_seed(0)
+    layer = sf.SigmaMoE(33, 5, 17, 2, bias=True, glu=True, activation="silu", dtype=dtype)
+    x = torch.randn(47, 33, dtype=dtype, requires_grad=True)
+    results = []
+    for backend in ("cpu", "reference"):
+        with sf.backend(backend):
+            y = layer(x)
+            loss = y.float().square().sum()
+            results.append([y, *torch.autograd.grad(loss, (x, *layer.parameters()))])
+    for a, b in zip(*results):
+        scale = b.float().abs().max().clamp_min(1)
+        assert ((a - b).float().abs().max() / scale) < tolerance, (dtype, a.shape)
+print("equal")
+"""
+    result = run(code, SPARSE_FFN_ISA=isa)
+    assert result.stdout.strip() == "equal", result.stderr
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_strided_and_expanded_tensors_are_read_as_they_are(dtype: torch.dtype) -> None:
+    keys, values = torch.randn(5, 6, 9).to(dtype).transpose(1, 2), torch.randn(5, 7, 9).to(dtype).transpose(1, 2)
+    index, gate = torch.rand(11, 5).topk(2).indices, torch.rand(11, 4)[:, ::2]
+    for x in (
+        torch.randn(11, 20).to(dtype)[:, 3:9],
+        torch.randn(22, 6).to(dtype)[::2],
+        torch.randn(6, 11).to(dtype).t(),
+        torch.randn(1, 6).to(dtype).expand(11, 6),
+        torch.randn(11, 1).to(dtype).expand(11, 6),
+    ):
+        y = ops.expert_ffn(x, keys, values, index, gate)
+        with sf.backend("reference"):
+            expected = ops.expert_ffn(x.double(), keys.double(), values.double(), index, gate.double())
+        torch.testing.assert_close(y.double(), expected, rtol=4e-2, atol=4e-2)
+
+
+@built
+def test_indices_out_of_range_are_refused_and_not_read() -> None:
+    x, keys, values = torch.randn(3, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+    for bad in (2, -1, 2**40):
+        index = torch.tensor([[0], [bad], [1]])
+        with pytest.raises(IndexError):
+            functional.expert_ffn(x, keys, values, index, torch.ones(3, 1))
+        with pytest.raises(IndexError):  # the unchecked op, too
+            ops.expert_ffn(x, keys, values, index, torch.ones(3, 1))
+        with pytest.raises(IndexError):
+            ops.weighted_bag(values[:, 0], index, torch.ones(3, 1))
+
+
+@built
+def test_forcing_the_core_where_it_cannot_compute_is_an_error() -> None:
+    with sf.backend("cpu"):
+        layer = sf.SigmaMoE(8, 4, 4, 2, dtype=torch.float64)
+        with pytest.raises(RuntimeError, match="'cpu' is forced, but it has no float64"):
+            layer(torch.randn(3, 8, dtype=torch.float64))
+        layer = sf.SigmaMoE(8, 4, 4, 2, device="meta")
+        with pytest.raises(RuntimeError, match="it computes on the CPU, not on meta"):
+            layer(torch.randn(3, 8, device="meta"))
+
+
+def test_without_the_core_torch_computes_after_one_warning_that_says_what_to_do() -> None:
+    code = """
+import warnings, torch, sparse_ffn as sf
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    layer = sf.SigmaMoE(8, 4, 4, 2)
+    for _ in range(3):
+        layer(torch.randn(5, 8)).sum().backward()
+print([str(w.message) for w in caught if w.category is sf.SparseFFNWarning])
+try:
+    with sf.backend("cpu"):
+        layer(torch.randn(5, 8))
+except RuntimeError as error:
+    print(error)
+"""
+    result = run(code, SPARSE_FFN_LIBRARY="/nowhere/lib.so")
+    warning, error = result.stdout.splitlines()
+    assert warning.count("the native CPU core is missing") == 1
+    assert "Install a C++ compiler and reinstall: pip install" in warning
+    assert "backend 'cpu' is forced, but the native core is missing" in error
+    info = subprocess.run(
+        [sys.executable, "-m", "sparse_ffn.info"],
+        env={**os.environ, "SPARSE_FFN_LIBRARY": "/nowhere/lib.so"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "torch (automatic" in info
+    assert "cannot be loaded" in info
+
+
+def test_a_forced_torch_backend_never_warns_of_the_missing_core() -> None:
+    code = "import torch, sparse_ffn as sf; sf.SigmaMoE(8, 4, 4, 2)(torch.randn(5, 8))"
+    result = run(code, SPARSE_FFN_LIBRARY="/nowhere/lib.so", SPARSE_FFN_BACKEND="torch", PYTHONWARNINGS="error")
+    assert result.returncode == 0, result.stderr
