@@ -209,7 +209,7 @@ BAD: list[tuple[Any, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
         ValueError,
         "'none' only by itself",
     ),
-    (sf.MoE, (4, 3, 5, 1), {"balance_weight": -1.0}, ValueError, "balance_weight must be >= 0, got -1.0"),
+    (sf.MoE, (4, 3, 5, 1), {"balance_weight": -1.0}, ValueError, "balance_weight must be >= 0 and finite, got -1.0"),
     (sf.MoE, (4, 3, 5, 1), {"balance_over": "time"}, ValueError, "balance_over must be one of 'batch', 'sequence'"),
     (sf.MoE, (4, 3, 5, 1), {"aux": "return"}, ValueError, "aux must be one of 'attach', 'inject'"),
     (sf.MoE, (4, 3, 5, 1), {"router": routing.SigmoidRouter(4, 2, 1)}, ValueError, r"router has \(d_model, n_experts"),
@@ -394,3 +394,132 @@ def test_routing_picture_shows_load_and_coactivation() -> None:
     assert titles == ["0: load", "co-activation", "1: load", "co-activation"]
     bars = [patch.get_height() for patch in figure.axes[0].patches]
     assert bars == pytest.approx(sf.routing_stats(model)["0"]["load"].tolist())
+
+
+# ------------------------------------------------------------------------------------- what users stumble over
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sparse_gradient_under_autocast(dtype: torch.dtype, on_backend: str) -> None:
+    memory = sf.ProductKeyMemory(8, 4, 3, sparse_grad=True)
+    with torch.autocast("cpu", dtype):
+        y = memory(torch.randn(5, 8))
+    y.sum().backward()
+    assert y.dtype == dtype
+    assert memory.values.grad.is_sparse
+    assert memory.values.grad.dtype == torch.float32
+
+
+def test_output_with_injected_loss_may_be_changed_in_place() -> None:
+    layer, x = sf.SigmaMoE(8, 4, 4, 2, aux="inject"), torch.randn(5, 8)
+    y = layer(x)
+    y += x
+    nn.Sequential(layer, nn.ReLU(inplace=True))(x).sum().backward()
+    assert layer.router.weight.grad is not None
+
+
+def test_a_given_router_keeps_its_weights_until_reset() -> None:
+    router = routing.SigmoidRouter(8, 4, 2)
+    before = router.weight.detach().clone()
+    layer = sf.MoE(8, 4, 4, 2, router=router)
+    assert torch.equal(router.weight, before)
+    layer.reset_parameters()
+    assert not torch.equal(router.weight, before)
+
+
+def test_router_bias_stays_fp32_when_the_model_is_converted() -> None:
+    layer = sf.SigmaMoE(8, 4, 4, 2, balance="bias")
+    layer.router.bias.fill_(1.001)
+    for convert in ("bfloat16", "half"):
+        getattr(layer, convert)()
+        assert layer.router.bias.dtype == torch.float32
+        assert layer.router.bias[0].item() == pytest.approx(1.001)
+    assert layer.double().router.bias.dtype == torch.float64
+
+
+def test_slots_that_only_dropped_experts_could_fill_are_no_load() -> None:
+    layer = sf.SigmaMoE(8, 6, 4, 3, balance="bias", expert_dropout=0.9)
+    with torch.no_grad():
+        layer.router.weight.zero_()
+    layer(torch.randn(4000, 8))
+    load = layer.router.load.double()
+    assert load.sum().item() == pytest.approx(4000 * 6 * 0.1, rel=0.1)
+    assert (load / load.mean() - 1).abs().max().item() < 0.25
+
+
+def test_noisy_router_in_fp16_evaluates_to_finite_numbers() -> None:
+    layer = sf.NoisyTopKMoE(1024, 64, 4, 2, dtype=torch.float16).eval()
+    torch.nn.init.constant_(layer.router.noise_weight, 1.1)
+    assert layer(torch.randn(2, 1024, dtype=torch.float16)).isfinite().all()
+
+
+def test_an_expert_that_is_not_selected_cannot_spoil_the_output(on_backend: str) -> None:
+    keys, values = torch.ones(2, 3, 4), torch.ones(2, 3, 4)
+    keys[1] = float("inf")
+    x, index = torch.ones(5, 4), torch.zeros(5, 1, dtype=torch.int64)
+    keys.requires_grad_()
+    y = sf.functional.expert_ffn(x, keys, values, index, torch.ones(5, 1), activation="squared_relu")
+    y.sum().backward()
+    assert y.isfinite().all()
+    assert keys.grad[0].isfinite().all()
+    assert not keys.grad[1].any()
+
+
+@pytest.mark.parametrize("name", ["expert_ffn", "weighted_bag", "cvmm"])
+def test_functional_refuses_weights_on_another_device(name: str) -> None:
+    index, elsewhere = torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2, device="meta")
+    calls = {
+        "expert_ffn": lambda: sf.functional.expert_ffn(
+            torch.ones(2, 4), torch.ones(1, 3, 4), torch.ones(1, 3, 4), index, elsewhere
+        ),
+        "weighted_bag": lambda: sf.functional.weighted_bag(torch.ones(4, 3), index, elsewhere),
+        "cvmm": lambda: sf.functional.cvmm(
+            torch.ones(2, 4), torch.ones(1, 4, 3), index[0], reduction_weight=elsewhere[0]
+        ),
+    }
+    with pytest.raises(ValueError, match="is on meta, the other arguments are on cpu"):
+        calls[name]()
+
+
+def test_synced_bias_update_without_a_process_group_says_what_is_missing() -> None:
+    layer = sf.SigmaMoE(8, 4, 4, 2, balance="bias", sync_balance=True)
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        sf.update_router_bias(layer)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+def test_fp64_does_not_mix_with_other_dtypes_even_under_autocast(layer: sf.SparseFFN) -> None:
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"x has dtype torch\.float64"):
+        layer(torch.randn(3, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dropout": "0.1"}, "dropout must be in"),
+        ({"dropout": None}, "dropout must be in"),
+        ({"init_scale": "x"}, "init_scale must be finite"),
+        ({"balance": None}, "balance must be one of 'entropy'"),
+        ({"balance": (), "balance_weight": ()}, "balance must be one of"),
+        ({"balance_weight": float("inf")}, "balance_weight must be >= 0 and finite"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_named_too(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        sf.SigmaMoE(4, 3, 5, 2, **options)
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        sf.parameter_equal(sf.SigmaMoE, 16, 64, expert_size=4, k=0)
+
+
+def test_functional_gradients_of_an_injecting_layer_on_the_reference_backend() -> None:
+    layer, x = sf.SigmaMoE(8, 4, 4, 2, aux="inject"), torch.randn(5, 8)
+    parameters = {n: p.detach() for n, p in layer.named_parameters()}
+
+    def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    with sf.backend("reference"):
+        grads = torch.func.grad(loss)(parameters)
+        layer(x).square().sum().backward()
+    for name, p in layer.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad)

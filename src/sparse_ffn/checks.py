@@ -16,7 +16,7 @@ def check_positive(name: str, value: int, at_most: int | None = None, limit: str
 
 def check_rate(name: str, value: float, inclusive: bool = False) -> None:
     """Raise unless 0 <= value < 1 (<= 1 if inclusive)."""
-    if not (0 <= value < 1 or (inclusive and value == 1)):
+    if not isinstance(value, (int, float)) or not (0 <= value < 1 or (inclusive and value == 1)):
         raise ValueError(f"{name} must be in [0, 1{']' if inclusive else ')'}, got {value!r}")
 
 

@@ -64,7 +64,7 @@ def cvmm(
             raise ValueError("n_out must be given with scatter_index")
         _check_index("scatter_index", scatter_index, (slots,), n_out, x)
     if reduction_weight is not None:
-        _check_float("reduction_weight", reduction_weight, 1)
+        _check_weight("reduction_weight", reduction_weight, 1, x)
         _check_shape("reduction_weight", reduction_weight, (slots,))
     return ops.cvmm(
         x, weight, expert_index, gather=gather_index, scatter=scatter_index, reduction=reduction_weight, n_out=n_out
@@ -110,7 +110,7 @@ def expert_ffn(
     _check_shape("values", values, (n_experts, size, values.shape[2]))
     _check_units(gate_keys, key_bias, keys, x)
     _check_index("index", index, (x.shape[0], index.shape[-1] if index.dim() else 0), n_experts, x)
-    _check_float("gate", gate, 2)
+    _check_weight("gate", gate, 2, x)
     _check_shape("gate", gate, tuple(index.shape))
     check_choice("activation", activation, ACTIVATIONS)
     return ops.expert_ffn(x, keys, values, index, gate, gate_keys=gate_keys, key_bias=key_bias, activation=activation)
@@ -134,7 +134,7 @@ def weighted_bag(values: Tensor, index: Tensor, weight: Tensor, *, sparse_grad: 
         IndexError: an index out of its range (checked on the CPU).
     """
     _check_float("values", values, 2)
-    _check_float("weight", weight, 2)
+    _check_weight("weight", weight, 2, values)
     _check_index("index", index, tuple(weight.shape), values.shape[0], values)
     return ops.weighted_bag(values, index, weight, sparse_grad=sparse_grad)
 
@@ -205,6 +205,13 @@ def topk_ffn(
     return ops.topk_ffn(
         x, keys, values, k, gate_keys=gate_keys, key_bias=key_bias, activation=activation, norm_aware=norm_aware
     )
+
+
+def _check_weight(name: str, weight: Tensor, dim: int, other: Tensor) -> None:
+    """Weights and gates have a dtype of their own, but share the device."""
+    _check_float(name, weight, dim)
+    if weight.device != other.device:
+        raise ValueError(f"{name} is on {weight.device}, the other arguments are on {other.device}")
 
 
 def _check_float(name: str, x: Tensor, dim: int, like: Tensor | None = None) -> None:

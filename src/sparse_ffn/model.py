@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparse_ffn.backend import SparseFFNWarning
 from sparse_ffn.layers.moe import MoE
+from sparse_ffn.routing.distributed import all_reduce_sum
 from sparse_ffn.routing.statistics import summary
 
 
@@ -71,14 +72,18 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
     Args:
         model: any module.
         rate: step, on the scale of the logits.
+
+    Raises:
+        RuntimeError: a layer has ``sync_balance=True`` and torch.distributed is not initialised.
     """
     for _, layer in _moe_layers(model):
         router = layer.router
-        if router.bias is None or router.load is None:
+        if router.bias is None or (router.load is None and not layer.sync_balance):
             continue
-        load, router.load = router.load.double(), None
+        load = torch.zeros_like(router.bias) if router.load is None else router.load.to(router.bias)
+        router.load = None
         if layer.sync_balance:
-            torch.distributed.all_reduce(load)
+            load = all_reduce_sum(load)
         router.bias.add_(torch.sign(load.mean() - load).to(router.bias), alpha=rate)
 
 

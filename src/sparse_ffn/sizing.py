@@ -6,6 +6,7 @@ import inspect
 import math
 from typing import Any
 
+from sparse_ffn.checks import check_positive
 from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.layers.moe import MoE
@@ -56,6 +57,7 @@ def parameter_equal(layer_cls: type[SparseFFN], d_model: int, d_ff: int, **choic
 
     target = DenseFFN(d_model, d_ff, device="meta").n_parameters
     k = choices.get("k", 1)
+    check_positive("k", k)
     low = high = 1 + math.isqrt(k - 1) if free == "n_sub_keys" else k  # a layer of that size has k units to select
     while count(high) < target:
         low, high = high, 2 * high

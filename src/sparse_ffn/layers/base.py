@@ -36,6 +36,8 @@ class SparseFFN(nn.Module):
     """Selected experts, units or values per token (and head)."""
     d_ff: int
     """Hidden units in all."""
+    values: nn.Parameter
+    """One row per hidden unit."""
 
     def __init__(
         self,
@@ -100,10 +102,11 @@ class SparseFFN(nn.Module):
     def _check_input(self, name: str, x: Tensor) -> None:
         if not x.is_floating_point():
             raise TypeError(f"{name} must be a floating tensor, got {str(x.dtype).removeprefix('torch.')}")
-        own = next(self.parameters())
+        own = self.values
         if x.device != own.device:
             raise ValueError(f"{name} is on {x.device}, the layer's parameters are on {own.device}")
-        if x.dtype != own.dtype and not autocast_enabled(x):
+        double = torch.float64 in (x.dtype, own.dtype)  # autocast leaves fp64 alone
+        if x.dtype != own.dtype and (double or not autocast_enabled(x)):
             raise TypeError(f"{name} has dtype {x.dtype}, the layer's parameters have {own.dtype}: convert one of them")
 
     def _check_mask(self, x: Tensor, mask: Tensor) -> None:
@@ -157,7 +160,7 @@ class SparseFFN(nn.Module):
 
 
 def _init_scale(init_scale: float, n_layers: int | None) -> float:
-    if init_scale < 0 or not math.isfinite(init_scale):
+    if not isinstance(init_scale, (int, float)) or not 0 <= init_scale < math.inf:
         raise ValueError(f"init_scale must be finite and >= 0, got {init_scale!r}")
     if n_layers is None:
         return init_scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
@@ -122,7 +123,7 @@ class MoE(SparseFFN):
         self.key_bias = self._parameter(n_experts, expert_size) if bias else None
         self.values = self._parameter(n_experts, expert_size, self.d_out)
         self._aux = self._routed = None
-        self.reset_parameters()
+        self._reset_experts()
 
     def _make_router(self, router: str | Router, expert_dropout: float) -> Router:
         sizes = (self.d_model, self.n_experts, self.k)
@@ -150,6 +151,10 @@ class MoE(SparseFFN):
 
     def reset_parameters(self) -> None:
         """Normal keys and values, zero biases; the router's own initialisation."""
+        self._reset_experts()
+        self.router.reset_parameters()
+
+    def _reset_experts(self) -> None:
         self._normal(self.keys, self.d_model)
         self._normal(self.values, self.d_ff)  # of all units, not of an expert's (arXiv 2310.10837, section 5)
         if self.gate_keys is not None:
@@ -157,7 +162,6 @@ class MoE(SparseFFN):
         for bias in (self.key_bias, self.out_bias):
             if bias is not None:
                 nn.init.zeros_(bias)
-        self.router.reset_parameters()
 
     def _selector_input(self, x: Tensor, router_input: Tensor | None) -> Tensor:
         if router_input is None:
@@ -171,21 +175,22 @@ class MoE(SparseFFN):
         x_TD = x.reshape(-1, self.d_model)
         mask_T = None if mask is None else mask.reshape(-1)
         routing: Routing = self.router(router_input.reshape(-1, self.d_model), mask_T)
+        loss = self._balance_loss(routing, mask_T, x) if self.training else None
+        gate_TK = routing.gate_TK
+        if loss is not None and self.aux == "inject":
+            gate_TK, loss = inject(gate_TK, loss), None
         x_TD = x_TD.to(autocast_dtype(x_TD))
         y = ops.expert_ffn(
             x_TD,
             self.keys,
             self.values,
             routing.index_TK,
-            routing.gate_TK,
+            gate_TK,
             gate_keys=self.gate_keys,
             key_bias=self.key_bias,
             hidden_scale=self._hidden_scale(x_TD, x_TD.shape[0], self.k, self.expert_size),
             activation=self.activation,
         )
-        loss = self._balance_loss(routing, mask_T, x) if self.training else None
-        if loss is not None and self.aux == "inject":
-            y, loss = inject(y, loss), None
         if not torch.compiler.is_exporting():  # an exported program has no module to keep these
             self._aux, self._routed = loss, (routing.index_TK, mask_T)
         return y
@@ -236,6 +241,8 @@ _NO_LOSS = ("bias", "none")
 def _balance(names: str | Sequence[str], weights: float | Sequence[float]) -> tuple[tuple[str, ...], tuple[float, ...]]:
     if isinstance(names, str):
         names, weights = (names,), (weights,)  # type: ignore[assignment]
+    if not isinstance(names, Sequence) or not names:
+        raise ValueError(f"balance must be one of {', '.join(map(repr, NAMES))} or a tuple of these, got {names!r}")
     if isinstance(weights, (int, float)) or len(names) != len(weights):
         raise ValueError(f"balance_weight must hold one weight for each of balance = {tuple(names)}, got {weights!r}")
     for name in names:
@@ -243,6 +250,6 @@ def _balance(names: str | Sequence[str], weights: float | Sequence[float]) -> tu
     if len(set(names)) != len(names) or ("none" in names and len(names) > 1):
         raise ValueError(f"balance must name each loss once, and 'none' only by itself, got {tuple(names)}")
     for weight in weights:
-        if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not weight >= 0:
-            raise ValueError(f"balance_weight must be >= 0, got {weight!r}")
+        if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 <= weight < math.inf:
+            raise ValueError(f"balance_weight must be >= 0 and finite, got {weight!r}")
     return tuple(names), tuple(float(w) for w in weights)

@@ -8,17 +8,22 @@ import torch
 from torch import Tensor
 
 
-def inject(y: Tensor, loss: Tensor) -> Tensor:
-    """Y unchanged; when its gradient is computed, ``loss`` is differentiated with weight 1. Without grad, y itself."""
-    injected: Tensor = _Inject.apply(y, loss)  # type: ignore[no-untyped-call]
+def inject(x: Tensor, loss: Tensor) -> Tensor:
+    """X unchanged; when its gradient is computed, ``loss`` is differentiated with weight 1. Without grad, x itself."""
+    injected: Tensor = _Inject.apply(x, loss)  # type: ignore[no-untyped-call]
     return injected
 
 
 class _Inject(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, y: Tensor, loss: Tensor) -> Tensor:
-        ctx.save_for_backward(loss)
-        return y.view_as(y)
+    def forward(x: Tensor, loss: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:

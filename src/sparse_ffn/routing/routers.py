@@ -88,6 +88,14 @@ class Router(nn.Module):
                 self.bias.zero_()
             self.load = None
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As Module's, but ``bias`` stays fp32 at least: steps of 1e-3 vanish in bf16."""
+        before = self.bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if before is not None and self.bias is not None and self.bias.dtype.itemsize < before.dtype.itemsize:
+            self.bias = before.to(self.bias.device)
+        return self
+
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None) -> Routing:
         """Route tokens.
 
@@ -114,7 +122,7 @@ class Router(nn.Module):
             if alive_TK is not None:
                 gate_TK = gate_TK * alive_TK
             if self.bias is not None and self.training:
-                self._count(index_TK, mask_T)
+                self._count(index_TK, mask_T, alive_TK)
         return Routing(logits_TE, index_TK, gate_TK)
 
     def perturb(self, logits_TE: Tensor, x_TD: Tensor) -> Tensor:
@@ -129,8 +137,9 @@ class Router(nn.Module):
         """The weights of the selected experts; ``alive_TK`` is False where expert dropout struck (None: nowhere)."""
         raise NotImplementedError(f"{type(self).__name__} must define gate(logits_TE, index_TK, alive_TK)")
 
-    def _count(self, index_TK: Tensor, mask_T: Tensor | None) -> None:
-        slots_TK = torch.ones_like(index_TK)
+    def _count(self, index_TK: Tensor, mask_T: Tensor | None, alive_TK: Tensor | None) -> None:
+        # a dropped expert fills a slot only where too few live: such slots are no load
+        slots_TK = torch.ones_like(index_TK) if alive_TK is None else alive_TK.to(index_TK.dtype)
         if mask_T is not None:
             slots_TK = slots_TK * mask_T.unsqueeze(1)
         load = slots_TK.new_zeros(self.n_experts).scatter_add(0, index_TK.flatten(), slots_TK.flatten())
@@ -201,7 +210,10 @@ class NoisyTopKRouter(Router):
     def perturb(self, logits_TE: Tensor, x_TD: Tensor) -> Tensor:
         """Noise, in training only."""
         if not self.training:
-            return logits_TE + 0 * self.noise_weight.sum()  # unused, yet with a (zero) gradient: DDP waits for one
+            if not torch.is_grad_enabled():
+                return logits_TE
+            unused = (0 * self.noise_weight.to(logits_TE.dtype)).sum()  # a zero gradient: DDP waits for one
+            return logits_TE + unused
         deviation_TE = F.softplus(F.linear(x_TD, self.noise_weight.to(x_TD.dtype)))
         return logits_TE + torch.randn_like(logits_TE) * deviation_TE
 

@@ -29,12 +29,14 @@ def expert_ffn(
     else:
         weight_TEG = torch.einsum("tk,tkg,tke->teg", gate.to(x.dtype), hidden_scale, chosen_TKE)
 
-    up_TEG = F.linear(x, keys.flatten(0, 1)).view(x.shape[0], *keys.shape[:2])
-    if key_bias is not None:
-        up_TEG = up_TEG + key_bias
+    def units(matrix: Tensor, bias: Tensor | None) -> Tensor:
+        z_TEG = F.linear(x, matrix.flatten(0, 1)).view(x.shape[0], *matrix.shape[:2])
+        z_TEG = z_TEG if bias is None else z_TEG + bias
+        return torch.where(chosen_TKE.any(1).unsqueeze(-1), z_TEG, 0)  # an overflow times zero would be NaN
+
+    up_TEG = units(keys, key_bias)
     if gate_keys is None:
         h_TEG = hidden(activation, up_TEG, None, weight_TEG)
     else:
-        z_TEG = F.linear(x, gate_keys.flatten(0, 1)).view(x.shape[0], *keys.shape[:2])
-        h_TEG = hidden(activation, z_TEG, up_TEG, weight_TEG)
+        h_TEG = hidden(activation, units(gate_keys, None), up_TEG, weight_TEG)
     return h_TEG.flatten(1) @ values.flatten(0, 1)

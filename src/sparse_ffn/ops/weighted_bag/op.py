@@ -22,11 +22,11 @@ def weighted_bag(values: Tensor, index: Tensor, weight: Tensor, *, sparse_grad: 
     autocast's. With ``sparse_grad`` the gradient of values is a coalesced sparse tensor of the rows that were read
     (not under torch.compile).
     """
+    if sparse_grad:  # casts inside: torch's cast cannot pass a sparse gradient on
+        out: Tensor = _SparseGradient.apply(values, index, weight)  # type: ignore[no-untyped-call]
+        return out
     values = cast(values, autocast_dtype(values))
     chosen = choose(values)
-    if sparse_grad:
-        out: Tensor = _SparseGradient.apply(values, index, weight, chosen)  # type: ignore[no-untyped-call]
-        return out
     if chosen == "reference":
         return reference.weighted_bag(values, index, weight)
     out = _forward(values, index, weight, chosen)
@@ -73,10 +73,12 @@ class _SparseGradient(torch.autograd.Function):
     """The same bag whose gradient for the table holds only the rows that were read."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, index: Tensor, weight: Tensor, chosen: str) -> Tensor:
+    def forward(ctx: Any, values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        ctx.dtype = values.dtype
+        values = values.to(autocast_dtype(values))
+        ctx.chosen = choose(values)
         ctx.save_for_backward(values, index, weight)
-        ctx.chosen = chosen
-        return _forward_kernel(values, index, weight, chosen)
+        return _forward_kernel(values, index, weight, ctx.chosen)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -84,9 +86,9 @@ class _SparseGradient(torch.autograd.Function):
         values, index, weight = ctx.saved_tensors
         rows, drows, dweight = _KERNELS[ctx.chosen][2](grad, values, index, weight)
         dvalues = torch.sparse_coo_tensor(
-            rows.unsqueeze(0), drows, values.shape, is_coalesced=True, check_invariants=False
+            rows.unsqueeze(0), drows.to(ctx.dtype), values.shape, is_coalesced=True, check_invariants=False
         )
-        return dvalues, None, dweight, None
+        return dvalues, None, dweight
 
 
 _forward = define(
