@@ -69,6 +69,14 @@ int check(const sparse_ffn_experts* p, bool needs_order) {
   return SPARSE_FFN_OK;
 }
 
+int check(const sparse_ffn_experts* p, const sparse_ffn_router* r) {
+  if (!p || !r || p->E < 1 || p->K < 1 || p->K > p->E || p->T < 0 || p->D < 0) return SPARSE_FFN_BAD_ARGUMENT;
+  if (p->dtype != SPARSE_FFN_FP32 && p->dtype != SPARSE_FFN_BF16) return SPARSE_FFN_BAD_ARGUMENT;
+  if (r->gate < SPARSE_FFN_GATE_SIGMOID || r->gate > SPARSE_FFN_GATE_ONE) return SPARSE_FFN_BAD_ARGUMENT;
+  if (r->groups < 1 || p->T % r->groups) return SPARSE_FFN_BAD_ARGUMENT;
+  return p->T > 0 && p->D > 0 && (!p->x || !r->weight) ? SPARSE_FFN_BAD_ARGUMENT : SPARSE_FFN_OK;
+}
+
 template <class Index> bool all_below(const Index* index, int64_t n, int64_t limit) {
   for (int64_t i = 0; i < n; i++)
     if (static_cast<uint64_t>(static_cast<int64_t>(index[i])) >= static_cast<uint64_t>(limit)) return false;
@@ -162,6 +170,33 @@ int sparse_ffn_experts_backward(const sparse_ffn_experts* args, const void* dout
     return SPARSE_FFN_BAD_ARGUMENT;
   return kernels().experts_backward(*args, dout, dout_stride, saved_z, saved_zg, dx, dkeys, dgate_keys, dvalues,
                                     dkey_bias, dgate);
+}
+
+int sparse_ffn_moe_forward(const sparse_ffn_experts* args, const sparse_ffn_router* router, void* out, void* saved_z,
+                           void* saved_zg, int64_t* index, float* gate, int32_t* order, int32_t* offsets,
+                           float* softmax_sums) {
+  if (const int bad = check(args, router)) return bad;
+  sparse_ffn_experts p = *args;
+  p.gate = gate;
+  p.order = order;
+  p.offsets = offsets;
+  if (const int bad = check(&p, true)) return bad;
+  if (const int bad = kernels().route_tokens(p, *router, index, gate, softmax_sums)) return bad;
+  if (const int bad = sparse_ffn_route(index, p.T * p.K, p.E, order, offsets)) return bad;
+  return sparse_ffn_experts_forward(&p, out, saved_z, saved_zg);
+}
+
+int sparse_ffn_moe_backward(const sparse_ffn_experts* args, const sparse_ffn_router* router, const void* dout,
+                            int64_t dout_stride, const void* saved_z, const void* saved_zg, const int64_t* index,
+                            const float* dgate, const float* dsums, void* dx, void* drouter, void* dkeys,
+                            void* dgate_keys, void* dvalues, void* dkey_bias) {
+  if (const int bad = check(args, router)) return bad;
+  if (const int bad = check(args, true)) return bad;
+  const bool any = args->T > 0 && args->K > 0;
+  if (any && (!index || (args->O > 0 && !dout) || (args->G > 0 && (!saved_z || (args->gate_keys && !saved_zg)))))
+    return SPARSE_FFN_BAD_ARGUMENT;
+  return kernels().moe_backward(*args, *router, dout, dout_stride, saved_z, saved_zg, index, dgate, dsums, dx, drouter,
+                                dkeys, dgate_keys, dvalues, dkey_bias);
 }
 
 int sparse_ffn_cvmm_forward(const sparse_ffn_cvmm* args, void* out) {

@@ -11,6 +11,11 @@ int experts_backward(const sparse_ffn_experts&, const void* dout, int64_t dout_s
                      const void* saved_zg, void* dx, void* dkeys, void* dgate_keys, void* dvalues, void* dkey_bias,
                      float* dgate);
 
+int moe_backward(const sparse_ffn_experts&, const sparse_ffn_router&, const void* dout, int64_t dout_stride,
+                 const void* saved_z, const void* saved_zg, const int64_t* index, const float* dgate,
+                 const float* dsums, void* dx, void* drouter, void* dkeys, void* dgate_keys, void* dvalues,
+                 void* dkey_bias);
+
 // Token and gate of each sorted position, in the calling thread's scratch.
 struct SlotTables {
   int32_t* token;

@@ -5,6 +5,7 @@
 #include "gemm_outer.h"
 #include "gemm_scatter.h"
 #include "hidden.h"
+#include "router.h"
 
 SPARSE_FFN_BEGIN
 
@@ -39,7 +40,7 @@ static bool bias_gradient(const sparse_ffn_experts& p, const T* dz, int64_t dz_s
 
 template <class T>
 static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_stride, const T* saved_z,
-                    const T* saved_zg, const Gradients<T>& grad) {
+                    const T* saved_zg, const Gradients<T>& grad, const RouterGradient* router) {
   const int64_t S = p.T * p.K;
   const bool glu = p.gate_keys != nullptr, recompute = !saved_is_hidden(p) && grad.dvalues;
   const bool want_dz = grad.dx || grad.dkeys || grad.dgate_keys || grad.dkey_bias;
@@ -81,6 +82,11 @@ static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_str
     });
     if (!done) return SPARSE_FFN_NO_MEMORY;
   }
+  const T* dscore = nullptr;
+  if (router) {
+    dscore = score_gradient<T>(p, *router, grad.dgate);
+    if (!dscore) return SPARSE_FFN_NO_MEMORY;
+  }
   if (grad.dx) {
     ScatterGemm<T> dx{};
     dx.a = dz;
@@ -99,6 +105,11 @@ static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_str
     dx.out = grad.dx;
     dx.out_stride = p.D;
     dx.rows_out = p.T;
+    if (router) {
+      dx.extra_a = dscore;
+      dx.extra_w = static_cast<const T*>(router->router->weight);
+      dx.extra_K = p.E;
+    }
     dx.n_threads = p.n_threads;
     if (!run_scatter_gemm(dx)) return SPARSE_FFN_NO_MEMORY;
   }
@@ -129,6 +140,20 @@ static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_str
     dw.out[1] = nullptr;
     if (!run_outer_gemm(dw)) return SPARSE_FFN_NO_MEMORY;
   }
+  if (router && router->dweight) {
+    const int32_t all[2] = {0, static_cast<int32_t>(p.T)};
+    OuterGemm<T> dr{};
+    dr.a = dscore;
+    dr.a_stride = dr.M = p.E;
+    dr.b = static_cast<const T*>(p.x);
+    dr.b_stride = p.x_stride;
+    dr.N = p.D;
+    dr.offsets = all;
+    dr.E = 1;
+    dr.out[0] = static_cast<T*>(router->dweight);
+    dr.n_threads = p.n_threads;
+    if (!run_outer_gemm(dr)) return SPARSE_FFN_NO_MEMORY;
+  }
   if (grad.dkey_bias && !bias_gradient(p, dz, dz_stride, grad.dkey_bias)) return SPARSE_FFN_NO_MEMORY;
   return SPARSE_FFN_OK;
 }
@@ -141,13 +166,30 @@ int experts_backward(const sparse_ffn_experts& p, const void* dout, int64_t dout
     const Gradients<T> grad{static_cast<T*>(dx),      static_cast<T*>(dkeys),     static_cast<T*>(dgate_keys),
                             static_cast<T*>(dvalues), static_cast<T*>(dkey_bias), dgate};
     return backward<T>(p, static_cast<const T*>(dout), dout_stride, static_cast<const T*>(saved_z),
-                       static_cast<const T*>(saved_zg), grad);
+                       static_cast<const T*>(saved_zg), grad, nullptr);
   };
   switch (p.dtype) {
     case SPARSE_FFN_FP32: return run(float{});
     case SPARSE_FFN_BF16: return run(bf16{});
     default: return run(fp16{});
   }
+}
+
+int moe_backward(const sparse_ffn_experts& p, const sparse_ffn_router& r, const void* dout, int64_t dout_stride,
+                 const void* saved_z, const void* saved_zg, const int64_t* index, const float* dgate,
+                 const float* dsums, void* dx, void* drouter, void* dkeys, void* dgate_keys, void* dvalues,
+                 void* dkey_bias) {
+  float* experts_dgate = scratch_of<float>(kSlotDgate, p.T * p.K + 1);
+  if (!experts_dgate) return SPARSE_FFN_NO_MEMORY;
+  const RouterGradient router{&r, index, dgate, dsums, drouter};
+  const auto run = [&](auto example) {
+    using T = decltype(example);
+    const Gradients<T> grad{static_cast<T*>(dx),      static_cast<T*>(dkeys),     static_cast<T*>(dgate_keys),
+                            static_cast<T*>(dvalues), static_cast<T*>(dkey_bias), experts_dgate};
+    return backward<T>(p, static_cast<const T*>(dout), dout_stride, static_cast<const T*>(saved_z),
+                       static_cast<const T*>(saved_zg), grad, &router);
+  };
+  return p.dtype == SPARSE_FFN_FP32 ? run(float{}) : run(bf16{});
 }
 
 SPARSE_FFN_END

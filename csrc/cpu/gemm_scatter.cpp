@@ -146,6 +146,18 @@ static void scatter_block(const ScatterGemm<T>& g, int64_t t0, int64_t t1, int64
   const int64_t columns = n1 - n0, padded = round_up(columns, VL);
   memset(acc, 0, static_cast<size_t>((t1 - t0) * padded) * 4);
   const bool whole = t0 == 0 && t1 == g.rows_out;
+  if (g.extra_a) {
+    ScatterGemm<T> extra{};
+    extra.a = g.extra_a;
+    extra.a_stride = extra.K = g.extra_K;
+    extra.w[0] = g.extra_w;
+    extra.w_stride_k = g.N;
+    extra.w_stride_n = 1;
+    pack_block(extra, 0, n0, columns, padded, pb);
+    next->clear();
+    next->seal();
+    scatter_packed(extra, t0, t1, padded, pa, pb, TileOut{acc, padded, nullptr, nullptr, static_cast<int32_t>(t0)}, next);
+  }
   for (int64_t e = 0; e < g.E; e++) {
     const int64_t rows_all = g.offsets[e + 1] - g.offsets[e];
     if (!rows_all) continue;
@@ -208,9 +220,9 @@ template <class T> bool run_scatter_gemm(const ScatterGemm<T>& g) {
   int failed = 0;
 #pragma omp parallel num_threads(static_cast<int>(lesser(threads, chunks * blocks)))
   {
-    float* pa = scratch_of<float>(kSlotA, larger(kRowBlock * g.matrices() * units<T>(g.K),
-                                                 ceil_div(g.K, kKBlock) * kMr * kRowStride));
-    float* pb = scratch_of<float>(kSlotB, larger(most_columns * g.matrices() * units<T>(g.K), kKBlock * VL));
+    const int64_t row_units = larger(g.matrices() * units<T>(g.K), units<T>(g.extra_K));
+    float* pa = scratch_of<float>(kSlotA, larger(kRowBlock * row_units, ceil_div(g.K, kKBlock) * kMr * kRowStride));
+    float* pb = scratch_of<float>(kSlotB, larger(most_columns * row_units, kKBlock * VL));
     float* acc = scratch_of<float>(kSlotAcc, most_rows * most_columns);
     LineQueue next;
     const int64_t size = sizeof(T), weight_lines = g.K * (most_columns * size / 64 + 1);

@@ -23,6 +23,9 @@ template <class T> struct ScatterGemm {
   const float* scale;      // by sorted position; null: one
   T* out;                  // [rows_out, N], written completely
   int64_t out_stride, rows_out;
+  const T* extra_a;        // or null: one product more, of all output rows in order: out += extra_a [rows_out, extra_K]
+  const T* extra_w;        // times extra_w [extra_K, N]
+  int64_t extra_K;
   int n_threads;
 
   const T* row(int64_t s) const { return a + (gather ? gather[s] : s) * a_stride; }

@@ -3,6 +3,7 @@
 
 #include "experts.h"
 #include "ops.h"
+#include "router.h"
 
 #define STRINGIFY_(x) #x
 #define STRINGIFY(x) STRINGIFY_(x)
@@ -14,6 +15,8 @@ const KernelTable table = {STRINGIFY(SPARSE_FFN_ISA_NAME),
                            experts_forward,
                            experts_decode,
                            experts_backward,
+                           route_tokens,
+                           moe_backward,
                            cvmm_forward,
                            cvmm_backward,
                            bag_forward,

@@ -13,6 +13,12 @@ struct KernelTable {
   int (*experts_backward)(const sparse_ffn_experts&, const void* dout, int64_t dout_stride, const void* saved_z,
                           const void* saved_zg, void* dx, void* dkeys, void* dgate_keys, void* dvalues,
                           void* dkey_bias, float* dgate);
+  int (*route_tokens)(const sparse_ffn_experts&, const sparse_ffn_router&, int64_t* index, float* gate,
+                      float* softmax_sums);
+  int (*moe_backward)(const sparse_ffn_experts&, const sparse_ffn_router&, const void* dout, int64_t dout_stride,
+                      const void* saved_z, const void* saved_zg, const int64_t* index, const float* dgate,
+                      const float* dsums, void* dx, void* drouter, void* dkeys, void* dgate_keys, void* dvalues,
+                      void* dkey_bias);
   int (*cvmm_forward)(const sparse_ffn_cvmm&, void* out);
   int (*cvmm_backward)(const sparse_ffn_cvmm&, const void* dout, int64_t dout_stride, void* dx, void* dw,
                        float* dscale);

@@ -8,7 +8,7 @@ namespace sparse_ffn {
 enum Slot {
   kSlotA, kSlotB, kSlotC, kSlotAcc, kSlotLines,                       // owned by each worker
   kSlotToken, kSlotGate, kSlotHidden, kSlotDz, kSlotRow,  // owned by the calling thread, shared with its workers
-  kSlotOrder, kSlotOffsets, kSlotAux, kSlotCount
+  kSlotOrder, kSlotOffsets, kSlotAux, kSlotLogits, kSlotDlogits, kSlotPartial, kSlotDgate, kSlotCount
 };
 
 // At least `bytes` bytes, 4096-aligned, contents undefined, valid until the next call with the same slot on this

@@ -25,7 +25,7 @@ extern "C" {
 #define SPARSE_FFN_API __attribute__((visibility("default")))
 #endif
 
-#define SPARSE_FFN_ABI_VERSION 1
+#define SPARSE_FFN_ABI_VERSION 2
 
 enum sparse_ffn_status {
   SPARSE_FFN_OK = 0,
@@ -81,6 +81,32 @@ SPARSE_FFN_API int sparse_ffn_experts_infer(const sparse_ffn_experts* args, cons
 SPARSE_FFN_API int sparse_ffn_experts_backward(
     const sparse_ffn_experts* args, const void* dout, int64_t dout_stride, const void* saved_z, const void* saved_zg,
     void* dx, void* dkeys, void* dgate_keys, void* dvalues, void* dkey_bias, float* dgate);
+
+/* ---- MoE layer: a linear router and the expert FFN behind it, in one call ---------------------------------------
+ * scores = weight x_t in fp32; the K best of scores + bias are selected (ties to the lower expert, NaN last) and weigh
+ * sigmoid(score), the softmax over all scores, the softmax over the selected ones, or 1. fp32 and bf16 only. */
+enum sparse_ffn_gate {
+  SPARSE_FFN_GATE_SIGMOID = 0, SPARSE_FFN_GATE_SOFTMAX = 1, SPARSE_FFN_GATE_SOFTMAX_SELECTED = 2, SPARSE_FFN_GATE_ONE = 3
+};
+typedef struct sparse_ffn_router {
+  const void* weight;        /* [E, D] in x's dtype */
+  const float* bias;         /* [E], for the ranking only, or null */
+  const uint8_t* mask;       /* [T], 0 for padding, which the sums leave out; or null */
+  int64_t groups;            /* runs of T / groups tokens with sums of their own */
+  int32_t gate, reserved;
+} sparse_ffn_router;
+/* As experts_forward; index, gate [T, K], order [T*K] and offsets [E+1] are outputs here (those in args are ignored).
+ * softmax_sums [groups, E], the sum of the tokens' softmax over all scores, may be null. */
+SPARSE_FFN_API int sparse_ffn_moe_forward(const sparse_ffn_experts* args, const sparse_ffn_router* router, void* out,
+                                          void* saved_z, void* saved_zg, int64_t* index, float* gate, int32_t* order,
+                                          int32_t* offsets, float* softmax_sums);
+/* As experts_backward, with the router's part in dx and its own gradient drouter [E, D]. dgate [T, K] and dsums
+ * [groups, E] are the gradients that reached the other outputs; either may be null. */
+SPARSE_FFN_API int sparse_ffn_moe_backward(const sparse_ffn_experts* args, const sparse_ffn_router* router,
+                                           const void* dout, int64_t dout_stride, const void* saved_z,
+                                           const void* saved_zg, const int64_t* index, const float* dgate,
+                                           const float* dsums, void* dx, void* drouter, void* dkeys, void* dgate_keys,
+                                           void* dvalues, void* dkey_bias);
 
 /* ---- CVMM: rows grouped by expert times that expert's matrix ----------------------------------------------------
  * out[scatter[s]] += scale[s] * x[gather[s]] @ W[e],  s in offsets[e] .. offsets[e+1]-1, out zero before.

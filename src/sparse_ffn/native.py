@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -12,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HUGE_PAGE = 2 << 20
 LIBRARY_NAME = "libsparse_ffn_cpu.so"
 LIBRARY_VARIABLE = "SPARSE_FFN_LIBRARY"
-ABI_VERSION = 1
+ABI_VERSION = 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "identity": 4, "squared_relu": 5}
+GATES = {"sigmoid": 0, "softmax": 1, "softmax_selected": 2, "one": 3}
 
 _p, _i64, _i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -31,6 +34,16 @@ class Experts(ctypes.Structure):
         ("x_stride", _i64),
         *((name, _p) for name in ("keys", "gate_keys", "values", "key_bias", "gate", "hidden_scale")),
         *((name, _p) for name in ("order", "offsets")),
+    )
+
+
+class Router(ctypes.Structure):
+    """``sparse_ffn_router``."""
+
+    _fields_ = (
+        *((name, _p) for name in ("weight", "bias", "mask")),
+        ("groups", _i64),
+        *((name, _i32) for name in ("gate", "reserved")),
     )
 
 
@@ -64,6 +77,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "experts_forward": (_POINTER(Experts), _p, _p, _p),
     "experts_infer": (_POINTER(Experts), _p, _p),
     "experts_backward": (_POINTER(Experts), _p, _i64, *[_p] * 8),
+    "moe_forward": (_POINTER(Experts), _POINTER(Router), *[_p] * 8),
+    "moe_backward": (_POINTER(Experts), _POINTER(Router), _p, _i64, *[_p] * 11),
     "cvmm_forward": (_POINTER(Cvmm), _p),
     "cvmm_backward": (_POINTER(Cvmm), _p, _i64, _p, _p, _p),
     "bag_forward": (_POINTER(Bag), _p),
@@ -94,6 +109,19 @@ def dense(x: Tensor | None) -> Tensor | None:
 def rows(x: Tensor) -> Tensor:
     """The matrix with unit stride inside its rows, copied only if it has not; rows themselves may be strided."""
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """torch.empty; a large one begins at a huge page, so that the core finds its memory in a few page faults.
+
+    Faults of small pages would cost as much as the arithmetic that fills a fresh weight gradient.
+    """
+    numel = math.prod(shape)
+    if numel * dtype.itemsize < HUGE_PAGE:
+        return torch.empty(shape, dtype=dtype)
+    spare = torch.empty(numel + HUGE_PAGE // dtype.itemsize, dtype=dtype)  # what is never touched takes no memory
+    first = -spare.data_ptr() % HUGE_PAGE // dtype.itemsize
+    return spare[first : first + numel].view(shape)
 
 
 def call(name: str, *arguments: Any) -> None:

@@ -13,9 +13,9 @@ from sparse_ffn import ops
 from sparse_ffn.checks import check_choice, check_positive
 from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.ops.autocast import autocast_dtype
-from sparse_ffn.routing.balance import NAMES, balance_loss
+from sparse_ffn.routing.balance import NAMES, NEED_LOGITS, balance_loss
 from sparse_ffn.routing.inject import inject
-from sparse_ffn.routing.routers import ROUTERS, Router, Routing
+from sparse_ffn.routing.routers import ROUTERS, FusedRouting, Router, Routing, plain_gate
 
 # T tokens, D d_model, E experts, G units of an expert, K selected experts
 
@@ -174,8 +174,21 @@ class MoE(SparseFFN):
     def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
         x_TD = x.reshape(-1, self.d_model)
         mask_T = None if mask is None else mask.reshape(-1)
+        loss: Tensor | None
+        if gate_function := self._fusable(x_TD, x is router_input):
+            y, index_TK, loss = self._fused(x, x_TD, mask_T, gate_function)
+        else:
+            y, index_TK, loss = self._route_then_compute(x, x_TD, mask_T, router_input)
+        if not torch.compiler.is_exporting():  # an exported program has no module to keep these
+            self._aux, self._routed = loss, (index_TK, mask_T)
+        return y
+
+    def _route_then_compute(
+        self, x: Tensor, x_TD: Tensor, mask_T: Tensor | None, router_input: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Output, selected experts, balance loss: the router's module, then the experts."""
         routing: Routing = self.router(router_input.reshape(-1, self.d_model), mask_T)
-        loss = self._balance_loss(routing, mask_T, x) if self.training else None
+        loss = self._balance_loss(routing, mask_T, x)
         gate_TK = routing.gate_TK
         if loss is not None and self.aux == "inject":
             gate_TK, loss = inject(gate_TK, loss), None
@@ -191,16 +204,57 @@ class MoE(SparseFFN):
             hidden_scale=self._hidden_scale(x_TD, x_TD.shape[0], self.k, self.expert_size),
             activation=self.activation,
         )
-        if not torch.compiler.is_exporting():  # an exported program has no module to keep these
-            self._aux, self._routed = loss, (routing.index_TK, mask_T)
-        return y
+        return y, routing.index_TK, loss
 
-    def _balance_loss(self, routing: Routing, mask_T: Tensor | None, x: Tensor) -> Tensor | None:
+    def _fusable(self, x_TD: Tensor, own_input: bool) -> str | None:
+        """The router's gate if ``ops.routed_ffn`` computes this call, else None."""
+        if not own_input or (self.training and (self.aux == "inject" or any(n in NEED_LOGITS for n in self.balance))):
+            return None
+        gate_function = plain_gate(self.router)
+        if gate_function is None or not ops.routed_ffn_available(x_TD, self.router.weight):
+            return None
+        return gate_function
+
+    def _fused(
+        self, x: Tensor, x_TD: Tensor, mask_T: Tensor | None, gate_function: str
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As ``_route_then_compute``, in one op."""
+        router = self.router
+        if not self.training and not torch.is_grad_enabled():
+            y, index_TK = ops.routed_ffn_inference(
+                x_TD, router.weight, router.bias, self.keys, self.values, self.gate_keys, self.key_bias,
+                self.k, gate_function, self.activation,
+            )  # fmt: skip
+            return y, index_TK, None
+        y, index_TK, gate_TK, softmax_BE = ops.routed_ffn(
+            x_TD,
+            router.weight,
+            self.keys,
+            self.values,
+            k=self.k,
+            gate_function=gate_function,
+            router_bias=router.bias,
+            mask=mask_T,
+            groups=self._n_sequences(x) or 1,
+            gate_keys=self.gate_keys,
+            key_bias=self.key_bias,
+            hidden_scale=self._hidden_scale(x_TD, x_TD.shape[0], self.k, self.expert_size),
+            activation=self.activation,
+        )
+        if router.bias is not None and self.training:
+            router.count(index_TK, mask_T)
+        return y, index_TK, self._balance_loss(FusedRouting(softmax_BE, index_TK, gate_TK), mask_T, x)
+
+    def _n_sequences(self, x: Tensor) -> int | None:
+        return x.shape[:-2].numel() if self.balance_over == "sequence" else None
+
+    def _balance_loss(self, routing: Routing | FusedRouting, mask_T: Tensor | None, x: Tensor) -> Tensor | None:
+        if not self.training:
+            return None
         terms = tuple((n, w) for n, w in zip(self.balance, self.balance_weight, strict=True) if n not in _NO_LOSS)
         if not terms:
             return None
-        n_sequences = x.shape[:-2].numel() if self.balance_over == "sequence" else None
-        return balance_loss(routing, terms, mask_T=mask_T, n_sequences=n_sequences, sync=self.sync_balance)
+        return balance_loss(routing, terms, mask_T=mask_T, n_sequences=self._n_sequences(x), sync=self.sync_balance)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what the last forward left behind: copies and pickles start clean."""

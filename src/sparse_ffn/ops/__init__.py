@@ -3,5 +3,8 @@
 from sparse_ffn.ops.cvmm.op import cvmm as cvmm
 from sparse_ffn.ops.expert_ffn.op import expert_ffn as expert_ffn
 from sparse_ffn.ops.product_key_topk.op import product_key_topk as product_key_topk
+from sparse_ffn.ops.routed_ffn.op import routed_ffn as routed_ffn
+from sparse_ffn.ops.routed_ffn.op import routed_ffn_available as routed_ffn_available
+from sparse_ffn.ops.routed_ffn.op import routed_ffn_inference as routed_ffn_inference
 from sparse_ffn.ops.topk_ffn.op import topk_ffn as topk_ffn
 from sparse_ffn.ops.weighted_bag.op import weighted_bag as weighted_bag

@@ -21,32 +21,54 @@ from torch import Tensor
 
 from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.routing.distributed import all_reduce_sum
-from sparse_ffn.routing.routers import Routing
+from sparse_ffn.routing.routers import FusedRouting, Routing
 
 
 class Pool:
     """Sums over the real tokens of each group, and over all processes if asked."""
 
-    def __init__(self, mask_T: Tensor | None, n_groups: int | None, sync: bool, like: Tensor) -> None:
+    count_B1: Tensor | int
+    """Real tokens of each group: a tensor only where it is not simply the group's length."""
+
+    def __init__(
+        self, mask_T: Tensor | None, n_groups: int | None, sync: bool, routing: Routing | FusedRouting
+    ) -> None:
         self.mask_T, self.sync = mask_T, sync
+        self.n_experts = routing[0].shape[1]
         self.per_sequence = n_groups is not None
         self.n_groups = 1 if n_groups is None else n_groups
-        self.count_B1 = self.sum(torch.ones_like(like[:, :1]))
+        self.length = routing.gate_TK.shape[0] // self.n_groups if self.n_groups else 0
+        if mask_T is None and not sync and self.length > 0:
+            self.count_B1 = self.length
+        else:
+            self.count_B1 = self.sum(torch.ones_like(routing.gate_TK[:, :1]))
 
     def sum(self, x_TN: Tensor) -> Tensor:
         """Sums [B, N] over the group's real tokens."""
         if self.mask_T is not None:
             x_TN = torch.where(self.mask_T.unsqueeze(1), x_TN, 0)
-        length = x_TN.shape[0] // self.n_groups if self.n_groups else 0
-        sums_BN = x_TN.reshape(self.n_groups, length, x_TN.shape[1]).sum(1)
+        return self._over_processes(x_TN.reshape(self.n_groups, self.length, x_TN.shape[1]).sum(1))
+
+    def _over_processes(self, sums_BN: Tensor) -> Tensor:
         return all_reduce_sum(sums_BN) if self.sync and not self.per_sequence else sums_BN
 
     def mean(self, x_TN: Tensor) -> Tensor:
         """Means [B, N]; 0 for a group without a real token."""
-        return self.sum(x_TN) / self.count_B1.clamp_min(1)
+        return self._over_count(self.sum(x_TN))
+
+    def mean_softmax(self, routing: Routing | FusedRouting) -> Tensor:
+        """Means [B, E] of the softmax over the logits of all experts, whatever the gate."""
+        if isinstance(routing, FusedRouting):
+            return self._over_count(self._over_processes(routing.softmax_BE))
+        return self.mean(torch.softmax(routing.logits_TE, dim=1))
+
+    def _over_count(self, sums_BN: Tensor) -> Tensor:
+        return sums_BN / (self.count_B1 if not isinstance(self.count_B1, Tensor) else self.count_B1.clamp_min(1))
 
     def over_groups(self, loss_B: Tensor) -> Tensor:
         """Mean of the losses of the groups that hold real tokens; 0 if none does."""
+        if not isinstance(self.count_B1, Tensor):
+            return loss_B.mean()
         real_B = self.count_B1.squeeze(1) > 0
         total = torch.stack([torch.where(real_B, loss_B, 0).sum(), real_B.sum().to(loss_B.dtype)])
         if self.sync and self.per_sequence:
@@ -54,42 +76,50 @@ class Pool:
         return total[0] / total[1].clamp_min(1)
 
 
-def entropy(routing: Routing, pool: Pool) -> Tensor:
-    """Negative entropy of the mean softmax; the softmax is over the logits of all experts, whatever the gate."""
-    p_BE = pool.mean(torch.softmax(routing.logits_TE, dim=1))
+def entropy(routing: Routing | FusedRouting, pool: Pool) -> Tensor:
+    """Negative entropy of the mean softmax."""
+    p_BE = pool.mean_softmax(routing)
     # clamped: at p = 0 the logarithm's infinite slope would meet the softmax's zero one
-    return pool.over_groups((p_BE * p_BE.clamp_min(torch.finfo(p_BE.dtype).tiny).log()).sum(1))
+    return pool.over_groups(-torch.special.entr(p_BE.clamp_min(torch.finfo(p_BE.dtype).tiny)).sum(1))
 
 
-def switch(routing: Routing, pool: Pool) -> Tensor:
+def switch(routing: Routing | FusedRouting, pool: Pool) -> Tensor:
     """Eq. 17, literally for any k: f sums to k. The gradient flows through p only."""
-    p_BE = pool.mean(torch.softmax(routing.logits_TE, dim=1))
-    f_BE = pool.mean(_slots(routing, torch.ones_like(routing.gate_TK)))
-    return pool.over_groups(routing.logits_TE.shape[1] * (f_BE * p_BE).sum(1))
+    p_BE = pool.mean_softmax(routing)
+    f_BE = pool.mean(_slots(routing, torch.ones_like(routing.gate_TK), pool.n_experts))
+    return pool.over_groups(pool.n_experts * (f_BE * p_BE).sum(1))
 
 
-def cv2(routing: Routing, pool: Pool) -> Tensor:
+def cv2(routing: Routing | FusedRouting, pool: Pool) -> Tensor:
     """Squared coefficient of variation of the experts' importance, the gates being normalised per token."""
     total_T1 = routing.gate_TK.sum(1, keepdim=True)
     share_TK = routing.gate_TK / torch.where(total_T1 > 0, total_T1, 1)  # all gates 0: no share, no infinite slope
-    importance_BE = pool.sum(_slots(routing, share_TK))
+    importance_BE = pool.sum(_slots(routing, share_TK, pool.n_experts))
     mean_B1 = importance_BE.mean(1, keepdim=True)
     variance_B = (importance_BE - mean_B1).square().mean(1)
     mean_B = mean_B1.squeeze(1)
     return pool.over_groups(variance_B / torch.where(mean_B > 0, mean_B, 1).square())
 
 
-def z(routing: Routing, pool: Pool) -> Tensor:
+def z(routing: Routing | FusedRouting, pool: Pool) -> Tensor:
     """Mean squared logsumexp of the logits."""
+    assert isinstance(routing, Routing), "z is in NEED_LOGITS"
     return pool.over_groups(pool.mean(torch.logsumexp(routing.logits_TE, dim=1, keepdim=True).square()).squeeze(1))
 
 
-LOSSES: dict[str, Callable[[Routing, Pool], Tensor]] = {"entropy": entropy, "switch": switch, "cv2": cv2, "z": z}
+NEED_LOGITS = ("z",)
+"""Losses that need the logits, not only their softmax sums and the gates."""
+LOSSES: dict[str, Callable[[Routing | FusedRouting, Pool], Tensor]] = {
+    "entropy": entropy,
+    "switch": switch,
+    "cv2": cv2,
+    "z": z,
+}
 NAMES = (*LOSSES, "bias", "none")
 
 
 def balance_loss(
-    routing: Routing,
+    routing: Routing | FusedRouting,
     terms: tuple[tuple[str, float], ...],
     *,
     mask_T: Tensor | None = None,
@@ -105,11 +135,12 @@ def balance_loss(
         n_sequences: balance each of so many equally long sequences by itself and average; None pools all tokens.
         sync: pool over the default process group, with the gradient that averaging gradients over processes needs.
     """
-    with without_autocast(routing.logits_TE):
-        pool = Pool(mask_T, n_sequences, sync, routing.logits_TE)
-        return torch.stack([weight * LOSSES[name](routing, pool) for name, weight in terms]).sum()
+    with without_autocast(routing.gate_TK):
+        pool = Pool(mask_T, n_sequences, sync, routing)
+        losses = [weight * LOSSES[name](routing, pool) for name, weight in terms]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
 
-def _slots(routing: Routing, x_TK: Tensor) -> Tensor:
+def _slots(routing: Routing | FusedRouting, x_TK: Tensor, n_experts: int) -> Tensor:
     """Per-slot numbers at the slots' experts: [T, E]."""
-    return torch.zeros_like(routing.logits_TE).scatter_add(1, routing.index_TK, x_TK)
+    return x_TK.new_zeros(x_TK.shape[0], n_experts).scatter_add(1, routing.index_TK, x_TK)

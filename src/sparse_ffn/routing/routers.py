@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module
 
 from sparse_ffn.checks import check_choice, check_positive, check_rate
 from sparse_ffn.ops.autocast import without_autocast
@@ -26,6 +27,17 @@ class Routing(NamedTuple):
     """Selected experts, best first; int64."""
     gate_TK: Tensor
     """Their weights in the output; exactly 0 for a dropped expert."""
+
+
+class FusedRouting(NamedTuple):
+    """What is known of a ``Routing`` when routing and experts were one op, which keeps no logits."""
+
+    softmax_BE: Tensor
+    """Sums of softmax(logits) over the real tokens of each group."""
+    index_TK: Tensor
+    """As in ``Routing``."""
+    gate_TK: Tensor
+    """As in ``Routing``."""
 
 
 class Router(nn.Module):
@@ -122,7 +134,7 @@ class Router(nn.Module):
             if alive_TK is not None:
                 gate_TK = gate_TK * alive_TK
             if self.bias is not None and self.training:
-                self._count(index_TK, mask_T, alive_TK)
+                self.count(index_TK, mask_T, alive_TK)
         return Routing(logits_TE, index_TK, gate_TK)
 
     def perturb(self, logits_TE: Tensor, x_TD: Tensor) -> Tensor:
@@ -137,7 +149,8 @@ class Router(nn.Module):
         """The weights of the selected experts; ``alive_TK`` is False where expert dropout struck (None: nowhere)."""
         raise NotImplementedError(f"{type(self).__name__} must define gate(logits_TE, index_TK, alive_TK)")
 
-    def _count(self, index_TK: Tensor, mask_T: Tensor | None, alive_TK: Tensor | None) -> None:
+    def count(self, index_TK: Tensor, mask_T: Tensor | None, alive_TK: Tensor | None = None) -> None:
+        """Add the real tokens' slots to the loads of bias balancing."""
         # a dropped expert fills a slot only where too few live: such slots are no load
         slots_TK = torch.ones_like(index_TK) if alive_TK is None else alive_TK.to(index_TK.dtype)
         if mask_T is not None:
@@ -253,6 +266,28 @@ def softmax_over_selected(logits_TK: Tensor, alive_TK: Tensor | None) -> Tensor:
     # a finite fill: a row of -inf would make softmax NaN, in its gradient too
     masked_TK = logits_TK.masked_fill(~alive_TK, torch.finfo(logits_TK.dtype).min)
     return torch.softmax(masked_TK, dim=1) * alive_TK
+
+
+def plain_gate(router: Router) -> str | None:
+    """The router's gate, if it now is a linear map, a top-k and a gate that ``ops.routed_ffn`` knows; else None.
+
+    By exact type: a subclass may do more. With hooks on it a router must be called.
+    """
+    hooks = (
+        *(router._forward_hooks, router._forward_pre_hooks, router._backward_hooks, router._backward_pre_hooks),
+        *(module._global_forward_hooks, module._global_forward_pre_hooks),
+        *(module._global_backward_hooks, module._global_backward_pre_hooks),
+    )
+    if (router.training and router.expert_dropout > 0) or any(hooks):
+        return None
+    kind = type(router)
+    if kind is SigmoidRouter or (kind is SinkhornRouter and not router.training):
+        return "sigmoid"
+    if kind is OpenRouter:
+        return "one"
+    if isinstance(router, SoftmaxRouter) and kind is SoftmaxRouter:
+        return "softmax" if router.order == "before" else "softmax_selected"
+    return None
 
 
 def _before(*args: Any, **options: Any) -> Router:

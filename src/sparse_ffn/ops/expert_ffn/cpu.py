@@ -22,10 +22,10 @@ def inference(
     activation: str,
 ) -> Tensor:
     """Output [T, O], nothing saved."""
-    arguments, _keep = _arguments(x, keys, values, gate, gate_keys, key_bias, hidden_scale, activation, None, None)
+    block, _keep = arguments(x, keys, values, gate, gate_keys, key_bias, hidden_scale, activation, None, None)
     index = index.contiguous()
-    out = torch.empty(x.shape[0], values.shape[2], dtype=x.dtype)
-    native.call("experts_infer", arguments, index.data_ptr(), out.data_ptr())
+    out = native.empty(x.shape[0], values.shape[2], dtype=x.dtype)
+    native.call("experts_infer", block, index.data_ptr(), out.data_ptr())
     return out
 
 
@@ -42,13 +42,11 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output [T, O] and what the backward pass needs: hidden units [S, G], a GLU's gates [S, G], order, offsets."""
     order, offsets = native.route(index.reshape(-1), keys.shape[0])
-    arguments, _keep = _arguments(x, keys, values, gate, gate_keys, key_bias, hidden_scale, activation, order, offsets)
-    out = torch.empty(x.shape[0], values.shape[2], dtype=x.dtype)
-    z = torch.empty(order.shape[0], keys.shape[1], dtype=x.dtype)
-    other = absent(x) if gate_keys is None else torch.empty_like(z)
-    native.call(
-        "experts_forward", arguments, out.data_ptr(), z.data_ptr(), None if gate_keys is None else other.data_ptr()
-    )
+    block, _keep = arguments(x, keys, values, gate, gate_keys, key_bias, hidden_scale, activation, order, offsets)
+    out = native.empty(x.shape[0], values.shape[2], dtype=x.dtype)
+    z = native.empty(order.shape[0], keys.shape[1], dtype=x.dtype)
+    other = absent(x) if gate_keys is None else native.empty(*z.shape, dtype=z.dtype)
+    native.call("experts_forward", block, out.data_ptr(), z.data_ptr(), None if gate_keys is None else other.data_ptr())
     return out, z, other, order, offsets
 
 
@@ -68,14 +66,16 @@ def backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, keys, values, gate, gate_keys and key_bias; empty tensors for the arguments that are absent."""
-    arguments, _keep = _arguments(x, keys, values, gate, gate_keys, key_bias, hidden_scale, activation, order, offsets)
+    block, _keep = arguments(x, keys, values, gate, gate_keys, key_bias, hidden_scale, activation, order, offsets)
     grad = native.rows(grad)
-    dx, dkeys, dvalues = (torch.empty(t.shape, dtype=t.dtype) for t in (x, keys, values))
+    dx, dkeys, dvalues = (native.empty(*t.shape, dtype=t.dtype) for t in (x, keys, values))
     dgate = torch.empty(gate.shape, dtype=torch.float32)
-    dgate_keys, dkey_bias = (None if t is None else torch.empty(t.shape, dtype=t.dtype) for t in (gate_keys, key_bias))
+    dgate_keys, dkey_bias = (
+        None if t is None else native.empty(*t.shape, dtype=t.dtype) for t in (gate_keys, key_bias)
+    )
     native.call(
         "experts_backward",
-        arguments,
+        block,
         grad.data_ptr(),
         grad.stride(0),
         z.data_ptr(),
@@ -89,29 +89,36 @@ def backward(
     )
 
 
-def _arguments(
+def arguments(
     x: Tensor,
     keys: Tensor,
     values: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
     hidden_scale: Tensor | None,
     activation: str,
     order: Tensor | None,
     offsets: Tensor | None,
+    k: int | None = None,
 ) -> tuple[Experts, tuple[Tensor | None, ...]]:
-    """The core's argument block, and the tensors whose memory it points to: keep them while it is in use."""
+    """The core's argument block, and the tensors whose memory it points to: keep them while it is in use.
+
+    ``k`` counts a token's experts where there is no gate yet.
+    """
     x = native.rows(x)
     keep = (
-        *(native.dense(t) for t in (keys, gate_keys, values, key_bias, gate.float(), hidden_scale)),
+        *(
+            native.dense(t)
+            for t in (keys, gate_keys, values, key_bias, None if gate is None else gate.float(), hidden_scale)
+        ),
         *(order, offsets),
     )
-    n_experts, size, _ = keys.shape
-    arguments = Experts(
-        *(x.shape[0], x.shape[1], values.shape[2], n_experts, size, gate.shape[1]),
+    n_experts, size, d_out = values.shape
+    block = Experts(
+        *(*x.shape, d_out, n_experts, size, k if gate is None else gate.shape[1]),
         *(DTYPES[x.dtype], ACTIVATIONS[activation], torch.get_num_threads(), 0),
         *(x.data_ptr(), x.stride(0)),
         *(pointer(t) for t in keep),
     )
-    return arguments, (x, *keep)
+    return block, (x, *keep)

@@ -152,5 +152,5 @@ _inference = define(
     _inference_kernel,
     _inference_fake,
 )
-set_autograd(_forward, _autograd, _setup_context)
+_forward = set_autograd(_forward, _autograd, _setup_context)
 refuse_double_backward(_backward)

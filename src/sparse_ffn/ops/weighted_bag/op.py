@@ -100,5 +100,5 @@ _backward = define(
     _backward_kernel,
     _backward_fake,
 )
-set_autograd(_forward, _autograd, _setup_context)
+_forward = set_autograd(_forward, _autograd, _setup_context)
 refuse_double_backward(_backward)

@@ -1,0 +1,210 @@
+// router.cpp - see router.h.
+#include "router.h"
+
+#include "gemm_rows.h"
+#include "select.h"
+#include "vec_math.h"
+
+SPARSE_FFN_BEGIN
+
+constexpr int64_t kChunk = 64;  // tokens whose softmax is summed in one go: a fixed number, whatever the threads
+
+// logits [T, E] = x W^T in fp32.
+template <class T> static bool score(const sparse_ffn_experts& p, const sparse_ffn_router& r, float* logits) {
+  const int32_t offsets[2] = {0, static_cast<int32_t>(p.T)};
+  RowGemm<T> g{};
+  g.a = static_cast<const T*>(p.x);
+  g.a_stride = p.x_stride;
+  g.K = p.D;
+  g.w[0] = static_cast<const T*>(r.weight);
+  g.w_stride_row = p.D;
+  g.N = p.E;
+  g.offsets = offsets;
+  g.E = 1;
+  g.n_threads = p.n_threads;
+  return run_row_gemm(g, [&](int64_t, int64_t t, const float* row) { widen(logits + t * p.E, row, p.E); });
+}
+
+static float largest(const float* row, int64_t n) {
+  float best = row[0];
+  for (int64_t i = 1; i < n; i++) best = row[i] > best ? row[i] : best;
+  return best;
+}
+
+static void softmax(const float* row, int64_t n, float* out) {
+  const V top = splat(largest(row, n));
+  V total = zero();
+  for (int64_t i = 0; i < n; i += VL) {
+    store_upto(out + i, vexp(load_upto(row + i, n - i) - top), n - i);
+    total = total + load_upto(out + i, n - i);
+  }
+  const V scale = splat(1.f / sum(total));
+  for (int64_t i = 0; i < n; i += VL) store_upto(out + i, load_upto(out + i, n - i) * scale, n - i);
+}
+
+// The k best of a short row: k times the largest, which is struck out. score: a copy, padded to whole vectors with -inf.
+// False where that would not do: NaN and -inf have no lower value to be replaced by.
+static bool select_short(float* score, int64_t n, int64_t k, int64_t* index) {
+  const float lowest = -__builtin_inff();
+  for (int64_t i = 0; i < n; i += VL)
+    if (lanes_of(load_upto(score + i, n - i) > splat(lowest)) != (n - i >= VL ? (uint64_t{1} << VL) - 1 : (uint64_t{1} << (n - i)) - 1))
+      return false;
+  for (int64_t j = 0; j < k; j++) {
+    V best = load(score);
+    for (int64_t i = VL; i < n; i += VL) {
+      const V v = load(score + i);
+      best = v > best ? v : best;
+    }
+    float top = best[0];
+    for (int i = 1; i < VL; i++) top = best[i] > top ? best[i] : top;
+    int64_t at = 0;
+    for (int64_t i = 0; i < n; i += VL)
+      if (const uint32_t lanes = lanes_of(load(score + i) == splat(top))) {
+        at = i + __builtin_ctz(lanes);
+        break;
+      }
+    index[j] = at;
+    score[at] = lowest;
+  }
+  return true;
+}
+
+static float sigmoid(float x) { return 1.f / (1.f + vexp(splat(-x))[0]); }
+
+// Gates of one token. p: scratch of E.
+static void gates(const sparse_ffn_experts& e, const sparse_ffn_router& r, const float* logits, const int64_t* index,
+                  float* p, float* gate) {
+  switch (r.gate) {
+    case SPARSE_FFN_GATE_SIGMOID:
+      for (int64_t j = 0; j < e.K; j++) gate[j] = sigmoid(logits[index[j]]);
+      return;
+    case SPARSE_FFN_GATE_SOFTMAX:
+      softmax(logits, e.E, p);
+      for (int64_t j = 0; j < e.K; j++) gate[j] = p[index[j]];
+      return;
+    case SPARSE_FFN_GATE_SOFTMAX_SELECTED:
+      for (int64_t j = 0; j < e.K; j++) p[j] = logits[index[j]];
+      softmax(p, e.K, gate);
+      return;
+    default:
+      for (int64_t j = 0; j < e.K; j++) gate[j] = 1.f;
+  }
+}
+
+int route_tokens(const sparse_ffn_experts& p, const sparse_ffn_router& r, int64_t* index, float* gate,
+                 float* softmax_sums) {
+  float* logits = scratch_of<float>(kSlotLogits, p.T * p.E + 1);
+  const int64_t groups = r.groups, length = p.T / groups;
+  const int64_t per_group = ceil_div(length, kChunk), chunks = per_group * groups;
+  float* partial = softmax_sums ? scratch_of<float>(kSlotPartial, chunks * p.E + 1) : nullptr;
+  if (!logits || (softmax_sums && !partial)) return SPARSE_FFN_NO_MEMORY;
+  const bool scored = p.dtype == SPARSE_FFN_FP32 ? score<float>(p, r, logits) : score<bf16>(p, r, logits);
+  if (!scored) return SPARSE_FFN_NO_MEMORY;
+  const int64_t padded = round_up(p.E, VL);
+  int failed = 0;
+#pragma omp parallel num_threads(static_cast<int>(larger<int64_t>(1, lesser<int64_t>(p.n_threads, chunks))))
+  {
+    uint64_t* keys = scratch_of<uint64_t>(kSlotRow, p.E + VL);
+    float* row = scratch_of<float>(kSlotC, 2 * padded);
+    float* probability = row + padded;
+    if (!keys || !row) {
+#pragma omp atomic write
+      failed = 1;
+    }
+#pragma omp for schedule(static)
+    for (int64_t c = 0; c < chunks; c++) {
+      if (!keys || !row) continue;
+      const int64_t first = c / per_group * length + c % per_group * kChunk;
+      const int64_t last = lesser(first + kChunk, (c / per_group + 1) * length);
+      float* sums = partial ? partial + c * p.E : nullptr;
+      if (sums) memset(sums, 0, static_cast<size_t>(p.E) * 4);
+      for (int64_t t = first; t < last; t++) {
+        const float* z = logits + t * p.E;
+        for (int64_t i = p.E; i < padded; i++) row[i] = -__builtin_inff();
+        for (int64_t i = 0; i < p.E; i += VL)
+          store_upto(row + i, r.bias ? load_upto(z + i, p.E - i) + load_upto(r.bias + i, p.E - i) : load_upto(z + i, p.E - i),
+                     p.E - i);
+        if (p.K > 16 || !select_short(row, p.E, p.K, index + t * p.K)) {
+          select_row(row, p.E, p.K, keys);
+          for (int64_t j = 0; j < p.K; j++) index[t * p.K + j] = index_of(keys[j]);
+        }
+        gates(p, r, z, index + t * p.K, probability, gate + t * p.K);
+        if (!sums || (r.mask && !r.mask[t])) continue;
+        if (r.gate != SPARSE_FFN_GATE_SOFTMAX) softmax(z, p.E, probability);
+        for (int64_t i = 0; i < p.E; i += VL)
+          store_upto(sums + i, load_upto(sums + i, p.E - i) + load_upto(probability + i, p.E - i), p.E - i);
+      }
+    }
+  }
+  if (failed) return SPARSE_FFN_NO_MEMORY;
+  if (softmax_sums) {
+    memset(softmax_sums, 0, static_cast<size_t>(groups * p.E) * 4);
+    for (int64_t c = 0; c < chunks; c++)
+      for (int64_t i = 0; i < p.E; i++) softmax_sums[c / per_group * p.E + i] += partial[c * p.E + i];
+  }
+  return SPARSE_FFN_OK;
+}
+
+// Gradient of one token's scores. u: what reaches the softmax over all experts, [E]; p: scratch of E.
+static void score_gradient_row(const sparse_ffn_experts& e, const RouterGradient& g, const float* logits, int64_t t,
+                               const float* dgate, const float* dsums, float* p, float* u, float* out) {
+  const int64_t* index = g.index + t * e.K;
+  const float* gate = e.gate + t * e.K;
+  const bool counts = dsums && !(g.router->mask && !g.router->mask[t]);
+  const bool over_all = g.router->gate == SPARSE_FFN_GATE_SOFTMAX;
+  if (counts || over_all) {
+    softmax(logits, e.E, p);
+    for (int64_t i = 0; i < e.E; i++) u[i] = counts ? dsums[i] : 0.f;
+    if (over_all)
+      for (int64_t j = 0; j < e.K; j++) u[index[j]] += dgate[j];
+    V dot = zero();
+    for (int64_t i = 0; i < e.E; i += VL) dot = fma(load_upto(p + i, e.E - i), load_upto(u + i, e.E - i), dot);
+    const V mean = splat(sum(dot));
+    for (int64_t i = 0; i < e.E; i += VL)
+      store_upto(out + i, load_upto(p + i, e.E - i) * (load_upto(u + i, e.E - i) - mean), e.E - i);
+  } else {
+    memset(out, 0, static_cast<size_t>(e.E) * 4);
+  }
+  if (g.router->gate == SPARSE_FFN_GATE_SIGMOID)
+    for (int64_t j = 0; j < e.K; j++) out[index[j]] += dgate[j] * gate[j] * (1.f - gate[j]);
+  if (g.router->gate == SPARSE_FFN_GATE_SOFTMAX_SELECTED) {
+    float mean = 0;
+    for (int64_t j = 0; j < e.K; j++) mean += gate[j] * dgate[j];
+    for (int64_t j = 0; j < e.K; j++) out[index[j]] += gate[j] * (dgate[j] - mean);
+  }
+}
+
+template <class T>
+const T* score_gradient(const sparse_ffn_experts& p, const RouterGradient& g, const float* dgate) {
+  const bool rescore = g.dsums || g.router->gate == SPARSE_FFN_GATE_SOFTMAX;
+  float* logits = rescore ? scratch_of<float>(kSlotLogits, p.T * p.E + 1) : nullptr;
+  T* out = scratch_of<T>(kSlotDlogits, p.T * p.E + 1);
+  if ((rescore && !logits) || !out) return nullptr;
+  if (rescore && !score<T>(p, *g.router, logits)) return nullptr;
+  const int64_t length = p.T / g.router->groups;
+  const int64_t padded = round_up(p.E, VL);
+  int failed = 0;
+#pragma omp parallel num_threads(static_cast<int>(larger<int64_t>(1, lesser<int64_t>(p.n_threads, ceil_div(p.T, kChunk)))))
+  {
+    float* row = scratch_of<float>(kSlotC, 3 * padded + p.K);
+    if (!row) {
+#pragma omp atomic write
+      failed = 1;
+    }
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < p.T; t++) {
+      if (!row) continue;
+      float* total = row + 3 * padded;  // what reaches this token's gates
+      for (int64_t j = 0; j < p.K; j++) total[j] = dgate[t * p.K + j] + (g.dgate ? g.dgate[t * p.K + j] : 0.f);
+      score_gradient_row(p, g, rescore ? logits + t * p.E : nullptr, t, total,
+                         g.dsums ? g.dsums + t / length * p.E : nullptr, row, row + padded, row + 2 * padded);
+      for (int64_t i = 0; i < p.E; i += VL) store_upto(out + t * p.E + i, load(row + 2 * padded + i), p.E - i);
+    }
+  }
+  return failed ? nullptr : out;
+}
+template const float* score_gradient<float>(const sparse_ffn_experts&, const RouterGradient&, const float*);
+template const bf16* score_gradient<bf16>(const sparse_ffn_experts&, const RouterGradient&, const float*);
+template const fp16* score_gradient<fp16>(const sparse_ffn_experts&, const RouterGradient&, const float*);
+
+SPARSE_FFN_END
