@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import plot, report
+from benchmarks import machine, plot, report
 from benchmarks.results import MODES, Report, Row
 
 INTRODUCTION = """\
@@ -17,44 +17,47 @@ This page is written by `make bench`, which runs all of it anew on your machine.
 ## The machine
 
 """
+BUSY = """
+**The machine was busy before this run: these numbers are not to be trusted.** Run `make bench` in a quiet moment.
+"""
 METHOD = """\
 ## How it is measured
 
-- **Checked first.** Output and all gradients (input, keys, values, router or sub-keys) of each contender are compared with
-  the library's reference in float64 at the same weights. One that is wrong is reported with its error and not timed.
-  Inputs whose selection is a near-tie are drawn again: there fp32 and float64 may honestly differ. Where a contender
-  ranks scores in bf16 it selects other units: there the check is of the same weights in fp32, and in bf16 of the output
-  only, widely.
-- **Paired and interleaved.** Contenders take turns in rounds, in random order. A ratio is taken within a round; shown are
-  the median over the rounds and the quartiles. A slow contender takes part in fewer rounds.
-- **Forward, no grad** is evaluation under `torch.no_grad()`. **Forward + backward** is a training step of the layer:
-  gradients of the input and of all parameters into fresh memory; resetting them is not timed. The layer's balance loss is
-  included for sparse-ffn and for peers that have one; peers of which only the experts are used do without.
-- **Kept** is the number of elements that autograd keeps for the backward pass beyond the input and the parameters, counted
-  exactly. **Peak** is the highest memory during the pass above what was in use before: on a CPU the resident memory of
-  the process, scratch memory of native code included; on a GPU torch's counter.
-- "failed", "too large" (for half of the free memory) and "not installed" are said, never left out.
+- **Checked first.** Output and all gradients (input, keys, values, router or sub-keys) of each contender are compared
+  with the library's reference in float64 at the same weights. One that is wrong is reported with its error and not
+  timed. Inputs whose selection is a near-tie are drawn again: there fp32 and float64 may honestly differ. A contender
+  that ranks in bf16 selects other units than float64: it is checked in fp32 at the same weights, and in bf16 only
+  that its output is near.
+- **Paired and interleaved.** Contenders take turns in rounds, in random order. A ratio is taken within a round; shown
+  are the median over the rounds and the quartiles. A slow contender takes part in fewer rounds.
+- **Forward, no grad** (fwd) is evaluation under `torch.no_grad()`. **Forward + backward** (fwdbwd) is a training step
+  of the layer: gradients of the input and of all parameters into fresh memory; resetting them is not timed. Balance
+  losses are included, those of peers too; peers of which only the experts are used do without.
+- **Kept** is the number of elements that autograd keeps for the backward pass beyond the input and the parameters,
+  counted exactly. **Peak** is the highest memory during the pass above what was in use before: on a CPU the resident
+  memory of the process, scratch memory of native code included; on a GPU torch's counter.
+- "failed", "wrong", "too large" (for half of the free memory) and "not installed" are said, never left out.
 
 ## How to reproduce
 
 ```sh
-make bench                                    # everything on this page
-python -m benchmarks.bench_layers --help      # one part of it: --device --dtype --shapes --peers --layers --pass --seconds
+make bench                                # everything on this page
+python -m benchmarks.bench_layers --help  # one part of it: --device --dtype --shapes --layers --peers --pass --seconds
 python -m benchmarks.bench_cvmm --help
 python -m benchmarks.sweeps --help
-python -m benchmarks.document                 # this page from the last run's numbers in runs/bench
+python -m benchmarks.document             # this page again, from the numbers of the last run in runs/bench
 ```
 
-On a machine that does nothing else: the sparse layers and the dense ones use memory and caches differently, so that
-other programs do not slow them down alike. Shapes are T,D,E,G,k: tokens, d_model, experts, units of an expert, selected
-experts; d_ff is k·G of the dense network of equal compute, E·G of the one of equal parameters.
+Run it on a machine that does nothing else: sparse and dense layers use memory and caches differently, so that other
+programs do not slow them down alike. Shapes are T,D,E,G,k: tokens, d_model, experts, units of an expert, selected
+experts.
 """
 SWEEPS = """\
 ## Many experts
 
-The paper's sweeps (c) and (e) (appendix B), scaled to a CPU: k = 4 experts of 128 units, forward and backward. Its claim is
-that time and memory are nearly flat in the number of experts N_E, while those of the dense network of equal parameters
-grow with it.
+The paper's sweeps (c) and (e) (appendix B), scaled to a CPU: k = 4 experts of 128 units, forward and backward. Its
+claim is that time and memory are nearly flat in the number of experts N_E, while those of the dense network of equal
+parameters grow with it.
 
 ![Time and memory against the number of experts and the width](images/bench-sweeps.png)
 """
@@ -80,7 +83,8 @@ def page(layers: Report, cvmm: Report | None, sweeps: Report | None) -> str:
 
 def _facts(layers: Report) -> str:
     lines = [["command", f"`{layers.command}`"], *([name, value] for name, value in layers.machine.items())]
-    return report.markdown((("", ""), lines)).replace("---:", "---") + "\n"
+    facts = report.markdown((("", ""), lines)).replace("---:", "---") + "\n"
+    return facts + BUSY if machine.was_busy(layers.machine) else facts
 
 
 def _contenders(layers: Report) -> Iterable[str]:

@@ -22,12 +22,15 @@ def describe(device: torch.device) -> dict[str, str]:
         "torch's CPU capability": torch.backends.cpu.get_cpu_capability(),
         "native core": native.PROBLEM or native.instruction_set(),
         "backend": info.chosen(device),
-        "load average before the run": load_average(),
+        LOAD: load_average(),
     }
     if device.type == "cuda":
         facts["GPU"] = torch.cuda.get_device_name(device)
         facts["CUDA"] = str(torch.version.cuda)
     return facts
+
+
+LOAD = "load average before the run"
 
 
 def load_average() -> str:
@@ -36,6 +39,11 @@ def load_average() -> str:
         return ", ".join(f"{load:.2f}" for load in os.getloadavg())
     except OSError:
         return "unknown"
+
+
+def was_busy(facts: dict[str, str]) -> bool:
+    """Whether other programs used more than half a core in the minute before the run."""
+    return facts[LOAD] != "unknown" and float(facts[LOAD].split(",")[0]) > 0.5
 
 
 def _processor() -> str:

@@ -10,7 +10,6 @@ not seen.
 from __future__ import annotations
 
 import ctypes
-import gc
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +59,6 @@ def peak_bytes(run: Run, device: torch.device) -> int | None:
         run.call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)  # give freed memory back, or the call would reuse it unseen
         CLEAR.write_text("5")

@@ -45,7 +45,8 @@ def collect(
 ) -> Report:
     """Run the cases, print each row as it comes and the summary at the end, write what was asked for."""
     facts = machine.describe(options.device)
-    command = shlex.join([f"python -m benchmarks.{Path(sys.argv[0]).stem}", *(sys.argv[1:] if argv is None else argv)])
+    name = Path(sys.argv[0]).stem
+    command = f"python -m benchmarks.{name} {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()
     modes = list(MODES) if options.mode == "both" else [options.mode]
     peers = None if options.peers == ["all"] else options.peers
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, told apart by colour-blind readers; ours is the first
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vPX*"
+TICKS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 def figure(rows: Sequence[float], columns: Sequence[float], width: float, height: float) -> tuple[Figure, Any]:
@@ -33,23 +35,32 @@ def figure(rows: Sequence[float], columns: Sequence[float], width: float, height
 
 
 def save(picture: Figure, path: Path) -> None:
-    """Write it, folders included."""
+    """Write it, folders included; a PNG in few colours, which makes it small enough for the documentation."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.savefig(path, dpi=90, metadata={"Software": None} if path.suffix == ".png" else None)
+    if path.suffix != ".png":
+        picture.savefig(path)
+        return
+    from PIL import Image  # matplotlib needs it too
+
+    pixels = io.BytesIO()
+    picture.savefig(pixels, format="png", dpi=100)
+    Image.open(pixels).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def ratios(report: Report, path: Path) -> None:
     """Time relative to the baseline on a logarithmic scale: a line for each shape, a panel for each group and pass."""
     groups = list(report.groups())
     modes = list(dict.fromkeys(row.mode for row in report.rows))
-    lines = [len({(row.shape, row.dtype) for row in rows}) for _, rows in groups]
+    # room for a line a shape, and for the legend
+    lines = [max(len({(r.shape, r.dtype) for r in rows}), 0.7 * len(rows[0].results)) for _, rows in groups]
     picture, axes = figure([n + 3 for n in lines], [1.0] * len(modes), 5.5, 0.25)
     for (group, rows), panels in zip(groups, axes, strict=True):
         for ax, mode in zip(panels, modes, strict=True):
             _ratios(ax, [row for row in rows if row.mode == mode], labels=ax is panels[0])
-            ax.set_title(MODES[mode], loc="right", fontsize=8)
+            ax.set_xlabel(f"{MODES[mode]}: time relative to {rows[0].baseline}", fontsize=7)
         panels[0].set_title(GROUPS.get(group, group), loc="left", fontsize=9)
-        panels[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        panels[-1].legend(fontsize=7, frameon=False, reverse=True, **place)
     save(picture, path)
 
 
@@ -61,13 +72,13 @@ def _ratios(ax: Axes, rows: list[Row], *, labels: bool) -> None:
         spread = [[r.median - r.low for _, r in found], [r.high - r.median for _, r in found]]
         ax.errorbar(medians, [y for y, _ in found], xerr=spread, **_style(i), linestyle="none", label=name)
     ax.set_xscale("log")
+    ax.set_xticks([tick for tick in TICKS if ax.get_xlim()[0] <= tick <= ax.get_xlim()[1]])
     ax.xaxis.set_major_formatter("{x:g}")
     ax.axvline(1, color="grey", linewidth=0.8, zorder=0)
     ax.set_yticks(range(len(rows)), [f"{row.shape}, {row.dtype}" for row in rows] if labels else [""] * len(rows))
     ax.tick_params(labelsize=7)
-    ax.tick_params(which="minor", labelbottom=False)
+    ax.minorticks_off()
     ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set_xlabel(f"time, relative to {rows[0].baseline}", fontsize=7)
     ax.spines[["top", "right"]].set_visible(False)
 
 

@@ -89,7 +89,7 @@ def race(
     cost = {}
     for name, run in runs.items():
         calls = [timed(run)]  # the first call allocates, packs and compiles
-        while sum(calls) < 0.05 and len(calls) < 10:
+        while sum(calls) < min(0.05, seconds / 20) and len(calls) < 10:
             calls.append(timed(run))
         cost[name] = max(min(calls), 1e-9)
     repeats = {name: min(50, math.ceil(SHORT / cost[name])) for name in runs}
@@ -99,7 +99,7 @@ def race(
         share = seconds / (2 if leaders and len(leaders) < len(runs) else 1) / max(1, len(group))
         for name in group:
             rounds[name] = min(MOST_ROUNDS, max(1, int(share / (cost[name] * (repeats[name] + (repeats[name] > 1))))))
-    most = max(rounds.values())
+    most = max(rounds.values(), default=0)
     rounds.update(dict.fromkeys(leaders, most))
 
     taken: dict[str, dict[int, float]] = {name: {} for name in runs}
