@@ -116,7 +116,7 @@ class STMoE(nn.Module):
 def st_moe(layer: sf.MoE, shape: MoEShape) -> Contender:
     """st-moe-pytorch's layer."""
     slots = max(4, shape.T * shape.k // shape.E)  # an expert's capacity
-    require_memory(6 * shape.k * shape.T * shape.E * slots * 4, layer.keys.device)
+    require_memory((shape.k + 3) * shape.T * shape.E * slots * 4, layer.keys.device)
     module = STMoE(layer, shape, capacity=shape.k)
     oracle = sf.SoftmaxMoE(shape.D, shape.E, shape.G, shape.k, balance="none").to(layer.keys)
     oracle.load_state_dict(layer.state_dict())

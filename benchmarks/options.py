@@ -51,7 +51,9 @@ def collect(
     peers = None if options.peers == ["all"] else options.peers
     torch.manual_seed(0)
     rows: list[Row] = []
+    names = {"all", "none"}
     for case in cases():
+        names.update(entry.name for entry in case.entries)
         found = run_case(case, modes, options.seconds, peers=peers)
         for row in found:
             print(f"\n{report.title(row)}\n\n{report.text(report.contenders(row))}", flush=True)
@@ -60,6 +62,8 @@ def collect(
             Report(facts, command, tuple(rows)).save(options.json)
     result = Report(facts, command, tuple(rows))
     print(f"\n{report.summary(result)}")
+    for name in set(options.peers) - names:
+        print(f"\nno case has a peer named {name!r}")
     if options.plot:
         draw(result, options.plot)
     return result

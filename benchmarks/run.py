@@ -74,8 +74,6 @@ def _time(
     for name, contender in ready.items():
         try:
             run = _run(contender, mode, case.x, cotangent)
-            run.prepare()
-            run.call()
             peak = peak_bytes(run, case.x.device)
             saved = saved_for_backward(contender.module, case.x) if mode == "fwdbwd" else None
         except Exception as error:

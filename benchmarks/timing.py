@@ -71,7 +71,8 @@ def race(
 
     Args:
         runs: the contenders by name.
-        seconds: about how long the whole may take. A slow contender takes part in fewer rounds, in one at least.
+        seconds: about how long the whole may take. A slow contender takes part in fewer rounds; of one whose first call
+            takes more than its share, that call counts.
         lead: contenders that get half of the time for themselves and take part in every round: those whose ratio
             matters most, and whom all others are compared with.
         synchronize: waits for the device.
@@ -86,23 +87,24 @@ def race(
         synchronize()
         return clock() - begin
 
-    cost = {}
-    for name, run in runs.items():
-        calls = [timed(run)]  # the first call allocates, packs and compiles
-        while sum(calls) < min(0.05, seconds / 20) and len(calls) < 10:
-            calls.append(timed(run))
-        cost[name] = max(min(calls), 1e-9)
-    repeats = {name: min(50, math.ceil(SHORT / cost[name])) for name in runs}
     leaders = set(lead) & runs.keys()
-    rounds = {}
-    for group in (leaders, runs.keys() - leaders):
-        share = seconds / (2 if leaders and len(leaders) < len(runs) else 1) / max(1, len(group))
-        for name in group:
-            rounds[name] = min(MOST_ROUNDS, max(1, int(share / (cost[name] * (repeats[name] + (repeats[name] > 1))))))
+    parts = 2 if 0 < len(leaders) < len(runs) else 1
+    taken: dict[str, dict[int, float]] = {name: {} for name in runs}
+    repeats, rounds = {}, {}
+    for name in runs:
+        share = seconds / parts / (len(leaders) if name in leaders else len(runs) - len(leaders))
+        calls = [timed(runs[name])]  # the first call allocates, packs and compiles
+        if calls[0] > share and name not in leaders:  # too slow to be called again; others will give it a round 0
+            repeats[name], rounds[name], taken[name][0] = 1, 0, calls[0]
+            continue
+        while sum(calls) < min(0.05, seconds / 20) and len(calls) < 10:
+            calls.append(timed(runs[name]))
+        cost = max(min(calls), 1e-9)
+        repeats[name] = min(50, math.ceil(SHORT / cost))
+        rounds[name] = min(MOST_ROUNDS, max(1, int(share / (cost * (repeats[name] + (repeats[name] > 1))))))
     most = max(rounds.values(), default=0)
     rounds.update(dict.fromkeys(leaders, most))
 
-    taken: dict[str, dict[int, float]] = {name: {} for name in runs}
     order = random.Random(0)
     for i in range(most):
         # spread over all rounds, the first included

@@ -90,8 +90,20 @@ def test_race_does_not_time_preparation_nor_the_first_call() -> None:
     def prepare() -> None:
         clock.now += 7.0
 
-    samples = race({"a": Run(prepare, first_is_slow.call)}, 1.0, clock=clock)
+    samples = race({"a": Run(prepare, first_is_slow.call)}, 10.0, clock=clock)
     assert samples.time("a").high == pytest.approx(0.01)
+
+
+def test_race_calls_a_very_slow_contender_once() -> None:
+    clock, calls = Clock(), []
+
+    def slow() -> None:
+        calls.append(1)
+        clock.now += 5.0
+
+    samples = race({"base": clock.takes(0.1), "slow": Run(lambda: None, slow)}, 4.0, lead=["base"], clock=clock)
+    assert len(calls) == 1
+    assert samples.ratio("slow", "base").median == pytest.approx(50)
 
 
 def test_a_slow_moment_leaves_paired_ratios_alone() -> None:
