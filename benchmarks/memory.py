@@ -10,6 +10,7 @@ not seen.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,24 +50,32 @@ def saved_for_backward(module: nn.Module, x: Tensor, others: Iterable[Tensor] = 
     return Saved(elements, sum(size for _, size in kept.values()))
 
 
-def peak_bytes(run: Run, device: torch.device) -> int | None:
-    """Highest memory during one call, above what was in use before; None where it cannot be told."""
+def peak_bytes(run: Run, device: torch.device) -> tuple[int | None, float]:
+    """Highest memory during one call, above what was in use before (None where it cannot be told), and its seconds."""
     run.prepare()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
+        begin = time.perf_counter()
         run.call()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.max_memory_allocated(device) - before, time.perf_counter() - begin
+    told = _reset_peak()
+    begin = time.perf_counter()
+    run.call()
+    seconds = time.perf_counter() - begin
+    return (None if told is None else max(0, _status("VmHWM") - told)), seconds
+
+
+def _reset_peak() -> int | None:
+    """Resident memory now, with the high-water mark brought down to it."""
     try:
         ctypes.CDLL(None).malloc_trim(0)  # give freed memory back, or the call would reuse it unseen
         CLEAR.write_text("5")
-        before = _status("VmRSS")
+        return _status("VmRSS")
     except (OSError, AttributeError, KeyError):
         return None
-    run.call()
-    return max(0, _status("VmHWM") - before)
 
 
 def _status(field: str) -> int:

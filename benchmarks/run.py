@@ -71,10 +71,11 @@ def _time(
 ) -> list[Result]:
     gc.collect()  # a collection in the middle would be someone's time
     runs: dict[str, Run] = {}
+    first: dict[str, float] = {}
     for name, contender in ready.items():
         try:
             run = _run(contender, mode, case.x, cotangent)
-            peak = peak_bytes(run, case.x.device)
+            peak, first[name] = peak_bytes(run, case.x.device)
             saved = saved_for_backward(contender.module, case.x) if mode == "fwdbwd" else None
         except Exception as error:
             results[name] = replace(results[name], status="failed", note=_first_line(error))
@@ -83,7 +84,7 @@ def _time(
         results[name] = replace(results[name], peak_bytes=peak, saved=saved)
         run.prepare()
     ours = case.entries[0].name
-    samples = race(runs, seconds, lead=(ours, case.baseline), synchronize=_synchronize(case.x.device))
+    samples = race(runs, seconds, lead=(ours, case.baseline), first=first, synchronize=_synchronize(case.x.device))
     for name in runs:
         results[name] = replace(
             results[name],

@@ -64,6 +64,7 @@ def race(
     seconds: float,
     *,
     lead: Iterable[str] = (),
+    first: Mapping[str, float] | None = None,
     synchronize: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Samples:
@@ -75,6 +76,7 @@ def race(
             takes more than its share, that call counts.
         lead: contenders that get half of the time for themselves and take part in every round: those whose ratio
             matters most, and whom all others are compared with.
+        first: seconds that a first call took, for contenders that had one already.
         synchronize: waits for the device.
         clock: seconds.
     """
@@ -93,11 +95,12 @@ def race(
     repeats, rounds = {}, {}
     for name in runs:
         share = seconds / parts / (len(leaders) if name in leaders else len(runs) - len(leaders))
-        calls = [timed(runs[name])]  # the first call allocates, packs and compiles
+        # the first call allocates, packs and compiles
+        calls = [first[name] if first and name in first else timed(runs[name])]
         if calls[0] > share and name not in leaders:  # too slow to be called again; others will give it a round 0
             repeats[name], rounds[name], taken[name][0] = 1, 0, calls[0]
             continue
-        while sum(calls) < min(0.05, seconds / 20) and len(calls) < 10:
+        while len(calls) < 2 or (sum(calls) < min(0.05, seconds / 20) and len(calls) < 10):
             calls.append(timed(runs[name]))
         cost = max(min(calls), 1e-9)
         repeats[name] = min(50, math.ceil(SHORT / cost))

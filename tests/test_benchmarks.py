@@ -101,7 +101,10 @@ def test_race_calls_a_very_slow_contender_once() -> None:
         calls.append(1)
         clock.now += 5.0
 
-    samples = race({"base": clock.takes(0.1), "slow": Run(lambda: None, slow)}, 4.0, lead=["base"], clock=clock)
+    runs = {"base": clock.takes(0.1), "slow": Run(lambda: None, slow)}
+    samples = race(runs, 4.0, lead=["base"], clock=clock)
+    assert len(calls) == 1
+    race(runs, 4.0, lead=["base"], clock=clock, first={"slow": 6.0})
     assert len(calls) == 1
     assert samples.ratio("slow", "base").median == pytest.approx(50)
 
@@ -268,7 +271,7 @@ def test_saved_elements_are_counted_once() -> None:
 
 
 def test_peak_sees_what_a_call_allocates() -> None:
-    peak = memory.peak_bytes(Run(lambda: None, lambda: torch.ones(16 * 2**20)), CPU)
+    peak, _ = memory.peak_bytes(Run(lambda: None, lambda: torch.ones(16 * 2**20)), CPU)
     assert peak is None or 60 * 2**20 < peak < 100 * 2**20
 
 
