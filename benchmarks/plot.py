@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, told apart by colour-blind readers; ours is the first
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vPX*"
-TICKS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
+FINE = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.5, 2, 3, 4, 6, 8)
+COARSE = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 def figure(rows: Sequence[float], columns: Sequence[float], width: float, height: float) -> tuple[Figure, Any]:
@@ -72,7 +73,8 @@ def _ratios(ax: Axes, rows: list[Row], *, labels: bool) -> None:
         spread = [[r.median - r.low for _, r in found], [r.high - r.median for _, r in found]]
         ax.errorbar(medians, [y for y, _ in found], xerr=spread, **_style(i), linestyle="none", label=name)
     ax.set_xscale("log")
-    ax.set_xticks([tick for tick in TICKS if ax.get_xlim()[0] <= tick <= ax.get_xlim()[1]])
+    low, high = ax.get_xlim()
+    ax.set_xticks([tick for tick in (FINE if high < 10 * low else COARSE) if low <= tick <= high])
     ax.xaxis.set_major_formatter("{x:g}")
     ax.axvline(1, color="grey", linewidth=0.8, zorder=0)
     ax.set_yticks(range(len(rows)), [f"{row.shape}, {row.dtype}" for row in rows] if labels else [""] * len(rows))
