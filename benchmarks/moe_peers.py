@@ -14,7 +14,7 @@ import sparse_ffn as sf
 from benchmarks.contender import Contender, Gradients, Oracle, own_gradients, require, require_memory
 from benchmarks.shapes import MoEShape
 
-CHECKED_TOKENS = 64  # of the peers that materialise far more than they compute with
+CHECKED_TOKENS = 64  # of the peers whose memory traffic is far above their arithmetic
 
 ST_MOE = (
     "its whole layer (softmax gate, renormalised), with our expert and no random dropping; capacity for k slots a "
@@ -58,7 +58,9 @@ class TransformersExperts(nn.Module):
 def transformers_experts(layer: sf.MoE, oracle: Oracle, shape: MoEShape, implementation: str) -> Contender:
     """One experts implementation of transformers v5."""
     module = TransformersExperts(layer, shape, implementation)
+    tokens = None
     if implementation == "batched_mm":  # gathers the weights of every slot, and backward their gradients
+        tokens = CHECKED_TOKENS
         require_memory(2 * shape.T * shape.k * 3 * shape.G * shape.D * layer.keys.element_size(), layer.keys.device)
 
     def gradients(module: nn.Module) -> Gradients:
@@ -67,7 +69,7 @@ def transformers_experts(layer: sf.MoE, oracle: Oracle, shape: MoEShape, impleme
         values = found["experts.down_proj"].transpose(1, 2)
         return {"router.weight": found["router.weight"], "gate_keys": gate, "keys": up, "values": values}
 
-    return Contender(module, oracle, gradients=gradients)
+    return Contender(module, oracle, gradients=gradients, tokens=tokens)
 
 
 class STMoE(nn.Module):
