@@ -2,14 +2,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+PEERS := .venv/.peers
 
-.PHONY: demo test lint docs format clean
+.PHONY: demo test bench lint docs format clean
 
 demo: $(READY)  ## train the same small language model with each FFN; table, picture and JSON in runs/demo
 	$(BIN)/python -m examples.language_model $(ARGS)
 
 test: $(READY)  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+bench: $(PEERS)  ## time the layers against dense networks and other libraries; tables, pictures, docs/benchmarks.md
+	$(BIN)/python -m benchmarks.bench_layers --json runs/bench/layers.json --plot runs/bench/layers.png $(ARGS)
+	$(BIN)/python -m benchmarks.bench_cvmm --json runs/bench/cvmm.json --plot runs/bench/cvmm.png
+	$(BIN)/python -m benchmarks.sweeps --json runs/bench/sweeps.json --plot runs/bench/sweeps.png
+	$(BIN)/python -m benchmarks.document
 
 lint: $(READY)  ## ruff and mypy, as CI runs them
 	$(BIN)/ruff check .
@@ -30,3 +37,7 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $(READY)
+
+$(PEERS): $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[bench,peers]' || echo 'The tables will say which peers are missing.'
+	touch $(PEERS)

@@ -1,0 +1,1 @@
+"""Benchmarks: the layers and their cores against dense networks and other libraries, checked before they are timed."""

@@ -1,0 +1,34 @@
+"""Benchmark of cvmm against torch's grouped_mm, a loop over experts, and one dense product of the same arithmetic."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # to run as a script, too
+
+from benchmarks import plot
+from benchmarks.contender import Case
+from benchmarks.cvmm import cvmm_case
+from benchmarks.options import add_shapes, collect, parser
+from benchmarks.results import Report
+
+
+def main(argv: Sequence[str] | None = None) -> Report:
+    """Run from the command line."""
+    arguments = parser(__doc__ or "", seconds=3)
+    add_shapes(arguments)
+    options = arguments.parse_args(argv)
+
+    def cases() -> Iterator[Case]:
+        for dtype in options.dtype:
+            for shape in options.shapes:
+                yield cvmm_case(shape, dtype, options.device, down=False)
+                yield cvmm_case(shape, dtype, options.device, down=True)
+
+    return collect(options, cases, plot.ratios, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Benchmark of the layers against dense networks, plain torch and other libraries."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # to run as a script, too
+
+from benchmarks import plot
+from benchmarks.contender import Case
+from benchmarks.memories import memory_case, topk_case
+from benchmarks.moe import glu_case, moe_case
+from benchmarks.options import add_shapes, collect, parser
+from benchmarks.results import Report
+from benchmarks.shapes import MemoryShape, TopKShape
+
+LAYERS = ("moe", "moe-glu", "pkm", "pkm-query", "topk")
+
+
+def main(argv: Sequence[str] | None = None) -> Report:
+    """Run from the command line."""
+    arguments = parser(__doc__ or "", seconds=6)
+    add_shapes(arguments)
+    arguments.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS), help="default: all")
+    options = arguments.parse_args(argv)
+
+    def cases() -> Iterator[Case]:
+        for dtype in options.dtype:
+            for shape in options.shapes:
+                if "moe" in options.layers:
+                    yield moe_case(shape, dtype, options.device)
+                if "moe-glu" in options.layers:
+                    yield glu_case(shape, dtype, options.device)
+            if "pkm" in options.layers:
+                yield memory_case(MemoryShape(), dtype, options.device, learned=False)
+            if "pkm-query" in options.layers:
+                yield memory_case(MemoryShape(), dtype, options.device, learned=True)
+            if "topk" in options.layers:
+                yield topk_case(TopKShape(), dtype, options.device)
+
+    return collect(options, cases, plot.ratios, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Writes docs/benchmarks.md and its pictures from the JSON of the benchmarks' last runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from benchmarks import machine, plot, report
+from benchmarks.results import MODES, Report, Row
+
+INTRODUCTION = """\
+# Benchmarks
+
+This page is written by `make bench`, which runs all of it anew on your machine. No number here was typed.
+
+## The machine
+
+"""
+BUSY = """
+**The machine was busy before this run: these numbers are not to be trusted.** Run `make bench` in a quiet moment.
+"""
+METHOD = """\
+## How it is measured
+
+- **Checked first.** Output and all gradients (input, keys, values, router or sub-keys) of each contender are compared
+  with the library's reference in float64 at the same weights. One that is wrong is reported with its error and not
+  timed. Inputs whose selection is a near-tie are drawn again: there fp32 and float64 may honestly differ. A contender
+  that ranks in bf16 selects other units than float64: it is checked in fp32 at the same weights, and in bf16 only
+  that its output is near.
+- **Paired and interleaved.** Contenders take turns in rounds, in random order. A ratio is taken within a round; shown
+  are the median over the rounds and the quartiles. A slow contender takes part in fewer rounds.
+- **Forward, no grad** (fwd) is evaluation under `torch.no_grad()`. **Forward + backward** (fwdbwd) is a training step
+  of the layer: gradients of the input and of all parameters into fresh memory; resetting them is not timed. Balance
+  losses are included, those of peers too; peers of which only the experts are used do without.
+- **Kept** is the number of elements that autograd keeps for the backward pass beyond the input and the parameters,
+  counted exactly. **Peak** is the highest memory during the pass above what was in use before: on a CPU the resident
+  memory of the process, scratch memory of native code included; on a GPU torch's counter.
+- "failed", "wrong", "too large" (for half of the free memory) and "not installed" are said, never left out.
+
+## How to reproduce
+
+```sh
+make bench                                # everything on this page
+python -m benchmarks.bench_layers --help  # one part of it: --device --dtype --shapes --layers --peers --pass --seconds
+python -m benchmarks.bench_cvmm --help
+python -m benchmarks.sweeps --help
+python -m benchmarks.document             # this page again, from the numbers of the last run in runs/bench
+```
+
+Run it on a machine that does nothing else: sparse and dense layers use memory and caches differently, so that other
+programs do not slow them down alike. Shapes are T,D,E,G,k: tokens, d_model, experts, units of an expert, selected
+experts.
+"""
+SWEEPS = """\
+## Many experts
+
+The paper's sweeps (c) and (e) (appendix B), scaled to a CPU: k = 4 experts of 128 units, forward and backward. Its
+claim is that time and memory are nearly flat in the number of experts N_E, while those of the dense network of equal
+parameters grow with it.
+
+![Time and memory against the number of experts and the width](images/bench-sweeps.png)
+"""
+
+
+def page(layers: Report, cvmm: Report | None, sweeps: Report | None) -> str:
+    """The text of the page."""
+    parts = [INTRODUCTION + _facts(layers), "## The targets\n", report.markdown(report.targets(layers.rows)) + "\n"]
+    parts.append("Of the peers of a row, the one that comes nearest is shown.\n")
+    parts.append("![Times relative to the baseline](images/bench-layers.png)\n")
+    parts.append("## Against each peer\n\nHow many times slower than sparse-ffn, medians.\n")
+    for group, rows in layers.groups():
+        if any(result.kind == "peer" for result in rows[0].results):
+            parts.append(f"### {report.GROUPS[group]}\n\n{report.markdown(report.peers(rows))}\n")
+    parts += [METHOD, "## The contenders\n", *_contenders(layers)]
+    if sweeps is not None:
+        parts += [SWEEPS, *_rows(sweeps.rows)]
+    parts += ["## All rows: layers\n", *_rows(layers.rows)]
+    if cvmm is not None:
+        parts += ["## All rows: cvmm\n", *_rows(cvmm.rows)]
+    return "\n".join(parts)
+
+
+def _facts(layers: Report) -> str:
+    lines = [["command", f"`{layers.command}`"], *([name, value] for name, value in layers.machine.items())]
+    facts = report.markdown((("", ""), lines)).replace("---:", "---") + "\n"
+    return facts + BUSY if machine.was_busy(layers.machine) else facts
+
+
+def _contenders(layers: Report) -> Iterable[str]:
+    for group, rows in layers.groups():
+        yield f"**{report.GROUPS[group]}**\n"
+        yield "\n".join(f"- {result.name} ({result.kind}): {result.about}" for result in rows[0].results) + "\n"
+
+
+def _rows(rows: Iterable[Row]) -> Iterable[str]:
+    for row in rows:
+        heading = f"**{report.GROUPS.get(row.group, row.group)}: {row.shape}, {row.dtype}, {MODES[row.mode]}**"
+        yield f"{heading}\n\n{report.markdown(report.contenders(row))}\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--runs", type=Path, default=Path("runs/bench"), help="where the JSON files are")
+    arguments.add_argument("--docs", type=Path, default=Path("docs"), help="where the page goes")
+    options = arguments.parse_args(argv)
+    found = {path.stem: Report.load(path) for path in options.runs.glob("*.json")}
+    if "layers" not in found:
+        raise SystemExit(f"{options.runs / 'layers.json'} is missing: run make bench")
+    (options.docs / "benchmarks.md").write_text(page(found["layers"], found.get("cvmm"), found.get("sweeps")))
+    plot.ratios(found["layers"], options.docs / "images" / "bench-layers.png")
+    if "sweeps" in found:
+        plot.growth(found["sweeps"], options.docs / "images" / "bench-sweeps.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Mixtures of experts: SigmaMoE against dense networks, plain torch and other libraries, with ReLU or as a GLU."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sparse_ffn as sf
+from benchmarks import moe_peers
+from benchmarks.contender import DTYPES, Case, Contender, Entry, Gradients, Oracle, gap, own_gradients, separated
+from benchmarks.shapes import MoEShape
+
+# T tokens, D d_model, E experts, G units of an expert, K selected, S = T·K slots sorted by expert
+
+
+class Problem:
+    """One layer and one input, which all contenders share."""
+
+    def __init__(self, shape: MoEShape, dtype: str, device: torch.device, *, glu: bool) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+        options: dict[str, Any] = {"glu": True, "activation": "silu"} if glu else {}
+        self.factory: dict[str, Any] = {"device": device, "dtype": DTYPES[dtype]}
+        self.layer = sf.SigmaMoE(shape.D, shape.E, shape.G, shape.k, **options, **self.factory)
+
+    @cached_property
+    def oracle(self) -> Oracle:
+        """Of the layer."""
+        return Oracle(self.layer, sf.aux_loss)
+
+    @cached_property
+    def x(self) -> Tensor:
+        """Tokens whose k-th and next expert are apart."""
+        weight = self.layer.router.weight.detach().double()
+        return separated(
+            self.shape.T, self.shape.D, DTYPES[self.dtype], self.device, lambda x: gap(x @ weight.T, self.shape.k)
+        )
+
+    def ours(self) -> Contender:
+        """The layer, balance loss included."""
+        return Contender(self.layer, self.oracle, loss=sf.aux_loss)
+
+    def on_torch(self) -> Contender:
+        """The layer on the backend that needs no compiler."""
+        module = OnBackend(self.layer, "torch")
+        return Contender(module, self.oracle, loss=sf.aux_loss, gradients=layer_gradients)
+
+    def routed(self, experts: nn.Module) -> Contender:
+        """Other experts behind the layer's router; they have the layer's parameters, under the same names."""
+        return Contender(Routed(self.layer.router, experts), self.oracle, gradients=_routed_gradients)
+
+    def dense(self, d_ff: int) -> Contender:
+        """A dense network of d_ff units without biases."""
+        module: nn.Module
+        if self.layer.gate_keys is None:
+            module = nn.Sequential(
+                nn.Linear(self.shape.D, d_ff, bias=False, **self.factory),
+                nn.ReLU(),
+                nn.Linear(d_ff, self.shape.D, bias=False, **self.factory),
+            )
+        else:
+            module = GatedFFN(self.shape.D, d_ff, **self.factory)
+        return Contender(module, Oracle(module))
+
+
+class OnBackend(nn.Module):
+    """A layer of ours with one backend forced."""
+
+    def __init__(self, layer: nn.Module, name: str) -> None:
+        super().__init__()
+        self.layer, self.name = layer, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output."""
+        with sf.backend(self.name):
+            y: Tensor = self.layer(x)
+        return y
+
+
+def layer_gradients(module: nn.Module) -> Gradients:
+    """Of an ``OnBackend``."""
+    return {name.removeprefix("layer."): grad for name, grad in own_gradients(module).items()}
+
+
+class GatedFFN(nn.Module):
+    """Dense GLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, d_model: int, d_ff: int, **factory: Any) -> None:
+        super().__init__()
+        self.gate = nn.Linear(d_model, d_ff, bias=False, **factory)
+        self.up = nn.Linear(d_model, d_ff, bias=False, **factory)
+        self.down = nn.Linear(d_ff, d_model, bias=False, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        y: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return y
+
+
+class Routed(nn.Module):
+    """Experts called as experts(x, index, gate), behind our router and without a balance loss."""
+
+    def __init__(self, router: nn.Module, experts: nn.Module) -> None:
+        super().__init__()
+        self.router, self.experts = router, experts
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        routing = self.router(x_TD)
+        y: Tensor = self.experts(x_TD, routing.index_TK, routing.gate_TK.to(x_TD.dtype))
+        return y
+
+
+def _routed_gradients(module: nn.Module) -> Gradients:
+    return {name.removeprefix("experts."): grad for name, grad in own_gradients(module).items()}
+
+
+class _Experts(nn.Module):
+    def __init__(self, layer: sf.MoE) -> None:
+        super().__init__()
+        self.keys, self.values = layer.keys, layer.values
+
+
+class LoopExperts(_Experts):
+    """A Python loop over the experts, each on the tokens that chose it: what most model code does."""
+
+    def forward(self, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        out = torch.zeros_like(x_TD)
+        for e in range(self.keys.shape[0]):
+            token, slot = torch.where(index_TK == e)
+            if len(token):
+                hidden = F.relu(F.linear(x_TD[token], self.keys[e]))
+                out = out.index_add(0, token, hidden @ self.values[e] * gate_TK[token, slot, None])
+        return out
+
+
+class GroupedExperts(_Experts):
+    """Slots sorted by expert, torch's grouped matrix product, slots brought back and summed."""
+
+    def forward(self, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        T, K = index_TK.shape
+        expert_S, order = torch.sort(index_TK.flatten(), stable=True)
+        ends = torch.searchsorted(expert_S, torch.arange(self.keys.shape[0], device=x_TD.device), right=True)
+        ends = ends.to(torch.int32)
+        hidden_SG = F.relu(grouped_mm(x_TD[order // K], self.keys.transpose(1, 2), ends))
+        out_SD = grouped_mm(hidden_SG, self.values, ends) * gate_TK.flatten()[order, None]
+        back = torch.empty_like(order)
+        back[order] = torch.arange(T * K, device=x_TD.device)
+        return out_SD[back].view(T, K, -1).sum(1)
+
+
+def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """torch's, under the name that this version has it."""
+    function = getattr(F, "grouped_mm", None) or torch._grouped_mm
+    y: Tensor = function(rows, weight, offs=ends)
+    return y
+
+
+def moe_case(shape: MoEShape, dtype: str, device: torch.device) -> Case:
+    """SigmaMoE with ReLU."""
+    p = Problem(shape, dtype, device, glu=False)
+
+    def loop() -> Contender:
+        return p.routed(LoopExperts(p.layer))
+
+    def grouped() -> Contender:
+        return p.routed(GroupedExperts(p.layer))
+
+    entries = (
+        Entry("sparse-ffn", "ours", "SigmaMoE, with its router and balance loss", p.ours),
+        Entry("sparse-ffn, torch backend", "baseline", "the same without the native core", p.on_torch),
+        _equal_compute(p),
+        _equal_parameters(p),
+        Entry("per-expert loop", "peer", "a Python loop over the experts, our router", loop),
+        Entry("torch grouped_mm", "peer", "sort, torch's grouped_mm, unsort and sum, our router", grouped),
+        Entry("st-moe-pytorch", "peer", moe_peers.ST_MOE, lambda: moe_peers.st_moe(p.layer, shape)),
+        Entry("PEER-pytorch", "peer", moe_peers.PEER, lambda: moe_peers.peer(shape, **p.factory)),
+    )
+    return _case("moe", p, entries)
+
+
+def glu_case(shape: MoEShape, dtype: str, device: torch.device) -> Case:
+    """The same as a GLU with SiLU, which is what the experts of transformers are."""
+    p = Problem(shape, dtype, device, glu=True)
+
+    def transformers(implementation: str) -> Entry:
+        return Entry(
+            f"transformers {implementation}",
+            "peer",
+            f"MixtralExperts, experts implementation {implementation}, our router",
+            lambda: moe_peers.transformers_experts(p.layer, p.oracle, shape, implementation),
+        )
+
+    entries = (
+        Entry("sparse-ffn", "ours", "SigmaMoE(glu=True, activation='silu'), with router and balance loss", p.ours),
+        Entry("sparse-ffn, torch backend", "baseline", "the same without the native core", p.on_torch),
+        _equal_compute(p),
+        _equal_parameters(p),
+        *map(transformers, ("eager", "batched_mm", "grouped_mm")),
+    )
+    return _case("moe-glu", p, entries)
+
+
+DENSE = "dense, equal compute"
+
+
+def _equal_compute(p: Problem) -> Entry:
+    return Entry(DENSE, "baseline", "a dense network of k·G units", lambda: p.dense(p.shape.k * p.shape.G))
+
+
+def _equal_parameters(p: Problem) -> Entry:
+    return Entry("dense, equal parameters", "baseline", "of E·G units", lambda: p.dense(p.shape.E * p.shape.G))
+
+
+def _case(group: str, p: Problem, entries: tuple[Entry, ...]) -> Case:
+    s = p.shape
+    bound = s.T * s.k * s.G + s.T * s.k * 4 if p.layer.gate_keys is None else None
+    return Case(group, str(s), p.dtype, p.x, (s.T, s.D), DENSE, entries, saved_bound=bound)

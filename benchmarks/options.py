@@ -1,0 +1,69 @@
+"""The command line that the benchmarks share, and the loop over their cases."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import machine, report
+from benchmarks.contender import DTYPES, Case
+from benchmarks.results import MODES, Report, Row
+from benchmarks.run import run_case
+from benchmarks.shapes import MOE_SHAPES, MoEShape
+
+Draw = Callable[[Report, Path], None]
+
+
+def parser(description: str, *, seconds: float) -> argparse.ArgumentParser:
+    """Options of every benchmark."""
+    found = argparse.ArgumentParser(description=description)
+    add = found.add_argument
+    add("--device", type=torch.device, default=torch.device("cpu"), help="cpu (the default) or cuda")
+    add("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
+    add("--pass", dest="mode", choices=("fwd", "fwdbwd", "both"), default="both", help="forward without gradients, "
+        "forward and backward, or both (the default)")  # fmt: skip
+    add("--peers", nargs="+", metavar="NAME", default=["all"], help="all (the default), none, or names from the table")
+    add("--seconds", type=float, default=seconds, help=f"to time one row for, about; default {seconds:g}")
+    add("--json", type=Path, help="write all numbers to this file")
+    add("--plot", type=Path, help="draw them to this file; needs matplotlib")
+    return found
+
+
+def add_shapes(found: argparse.ArgumentParser) -> None:
+    """The option for the sizes of mixtures of experts."""
+    found.add_argument("--shapes", nargs="+", type=MoEShape.parse, default=list(MOE_SHAPES), metavar="T,D,E,G,k",
+                       help="tokens, d_model, experts, units of an expert, selected experts")  # fmt: skip
+
+
+def collect(
+    options: argparse.Namespace, cases: Callable[[], Iterator[Case]], draw: Draw, argv: Sequence[str] | None
+) -> Report:
+    """Run the cases, print each row as it comes and the summary at the end, write what was asked for."""
+    facts = machine.describe(options.device)
+    name = Path(sys.argv[0]).stem
+    command = f"python -m benchmarks.{name} {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()
+    modes = list(MODES) if options.mode == "both" else [options.mode]
+    peers = None if options.peers == ["all"] else options.peers
+    torch.manual_seed(0)
+    rows: list[Row] = []
+    names = {"all", "none"}
+    for case in cases():
+        names.update(entry.name for entry in case.entries)
+        found = run_case(case, modes, options.seconds, peers=peers)
+        for row in found:
+            print(f"\n{report.title(row)}\n\n{report.text(report.contenders(row))}", flush=True)
+        rows += found
+        if options.json:  # after every case: a crash leaves what was measured
+            Report(facts, command, tuple(rows)).save(options.json)
+    result = Report(facts, command, tuple(rows))
+    print(f"\n{report.summary(result)}")
+    for name in set(options.peers) - names:
+        print(f"\nno case has a peer named {name!r}")
+    if options.plot:
+        draw(result, options.plot)
+    return result

@@ -1,0 +1,126 @@
+"""Run a case: build the contenders, check them, measure their memory, then time those that are right."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.check import errors
+from benchmarks.contender import Case, Contender, Entry, NotInstalled, TooLarge, backward
+from benchmarks.memory import peak_bytes, saved_for_backward
+from benchmarks.results import Result, Row
+from benchmarks.timing import Run, race
+
+
+def run_case(case: Case, modes: Iterable[str], seconds: float, *, peers: Iterable[str] | None = None) -> list[Row]:
+    """Check and time the contenders of a case.
+
+    Args:
+        case: the contenders and their input.
+        modes: ``"fwd"`` and ``"fwdbwd"``.
+        seconds: about how long the timing of one row may take.
+        peers: names of the peers to run; None for all.
+    """
+    chosen = [e for e in case.entries if e.kind != "peer" or peers is None or e.name in peers]
+    cotangent = torch.randn(*case.out, device=case.x.device).to(case.x.dtype)
+    ready: dict[str, Contender] = {}
+    results: dict[str, Result] = {}
+    for entry in chosen:
+        results[entry.name], contender = _prepare(entry, case.x, cotangent)
+        if contender is not None:
+            ready[entry.name] = contender
+    for contender in ready.values():  # the answers are large and no longer needed
+        contender.oracle.forget()
+    rows = []
+    for mode in modes:
+        found = _time(case, mode, seconds, ready, dict(results), cotangent)
+        rows.append(Row(case.group, case.shape, case.dtype, mode, case.baseline, case.saved_bound, tuple(found)))
+    return rows
+
+
+def _prepare(entry: Entry, x: Tensor, cotangent: Tensor) -> tuple[Result, Contender | None]:
+    """The contender if it could be built and is right; else the reason in the result."""
+    result = Result(entry.name, entry.kind, entry.about, "timed")
+    try:
+        contender = entry.build()
+        found, wrong = errors(contender, x, cotangent)
+    except NotInstalled as error:
+        return replace(result, status="not installed", note=str(error)), None
+    except TooLarge as error:
+        return replace(result, status="too large", note=str(error)), None
+    except Exception as error:  # whatever a peer raises, the others are still to be measured
+        return replace(result, status="failed", note=_first_line(error)), None
+    result = replace(result, errors=found)
+    if wrong:
+        note = ", ".join(f"{name}: {found[name]:.1e}" if name in found else f"{name}: missing" for name in wrong)
+        return replace(result, status="wrong", note=f"relative error of {note}"), None
+    return result, contender
+
+
+def _time(
+    case: Case,
+    mode: str,
+    seconds: float,
+    ready: dict[str, Contender],
+    results: dict[str, Result],
+    cotangent: Tensor,
+) -> list[Result]:
+    gc.collect()  # a collection in the middle would be someone's time
+    runs: dict[str, Run] = {}
+    first: dict[str, float] = {}
+    for name, contender in ready.items():
+        try:
+            run = _run(contender, mode, case.x, cotangent)
+            peak, first[name] = peak_bytes(run, case.x.device)
+            saved = saved_for_backward(contender.module, case.x) if mode == "fwdbwd" else None
+        except Exception as error:
+            results[name] = replace(results[name], status="failed", note=_first_line(error))
+            continue
+        runs[name] = run
+        results[name] = replace(results[name], peak_bytes=peak, saved=saved)
+        run.prepare()
+    ours = case.entries[0].name
+    samples = race(runs, seconds, lead=(ours, case.baseline), first=first, synchronize=_synchronize(case.x.device))
+    for name in runs:
+        results[name] = replace(
+            results[name],
+            seconds=samples.time(name),
+            ratio=samples.ratio(name, case.baseline) if case.baseline in runs else None,
+            slowdown=samples.ratio(name, ours) if ours in runs else None,
+        )
+    return list(results.values())
+
+
+def _run(contender: Contender, mode: str, x: Tensor, cotangent: Tensor) -> Run:
+    module = contender.module
+    parameters = [x, *module.parameters()]
+    loss = contender.loss or contender.unchecked_loss
+
+    def prepare() -> None:
+        module.train(mode == "fwdbwd")
+        for p in parameters:
+            p.grad = None
+
+    def forward() -> None:
+        with torch.no_grad():
+            module(x)
+
+    def both() -> None:
+        y = module(x)
+        backward(y, cotangent, None if loss is None else loss(module))
+
+    return Run(prepare, forward if mode == "fwd" else both)
+
+
+def _synchronize(device: torch.device) -> Callable[[], None]:
+    if device.type != "cuda":
+        return lambda: None
+    return lambda: torch.cuda.synchronize(device)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]

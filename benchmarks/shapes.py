@@ -1,0 +1,65 @@
+"""The sizes that are measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MoEShape:
+    """T tokens, D d_model, E experts of G units, k selected."""
+
+    T: int
+    D: int
+    E: int
+    G: int
+    k: int
+
+    @classmethod
+    def parse(cls, text: str) -> MoEShape:
+        """From ``T,D,E,G,k``.
+
+        Raises:
+            ValueError: not five positive integers with k <= E.
+        """
+        sizes = [int(part) for part in text.split(",")]
+        if len(sizes) != 5 or min(sizes) < 1 or sizes[4] > sizes[2]:
+            raise ValueError(f"a shape is T,D,E,G,k, positive and with k <= E, got {text!r}")
+        return cls(*sizes)
+
+    def __str__(self) -> str:
+        return f"{self.T},{self.D},{self.E},{self.G},{self.k}"
+
+
+@dataclass(frozen=True)
+class MemoryShape:
+    """T tokens, D d_model, n sub-keys a half, H heads, k values a head."""
+
+    T: int = 2048
+    D: int = 512
+    n: int = 128
+    H: int = 4
+    k: int = 32
+
+    def __str__(self) -> str:
+        return f"T={self.T} D={self.D} n={self.n} H={self.H} k={self.k}"
+
+
+@dataclass(frozen=True)
+class TopKShape:
+    """T tokens, D d_model, F units, k kept."""
+
+    T: int = 2048
+    D: int = 512
+    F: int = 2048
+    k: int = 64
+
+    def __str__(self) -> str:
+        return f"T={self.T} D={self.D} d_ff={self.F} k={self.k}"
+
+
+LARGE = tuple(MoEShape.parse(s) for s in ("2048,512,16,128,4", "2048,1024,32,128,4", "4096,1024,64,64,8"))
+SMALL = MoEShape.parse("512,412,16,128,4")
+DECODE = MoEShape.parse("32,1024,32,128,4")
+SINGLE = MoEShape.parse("1,512,16,128,4")
+MOE_SHAPES = (*LARGE, SMALL, DECODE, SINGLE)

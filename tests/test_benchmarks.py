@@ -1,0 +1,360 @@
+"""The benchmarks: their arithmetic, their check, their tables; at tiny sizes and without other libraries."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks import bench_cvmm, bench_layers, check, contender, document, machine, memory, report, sweeps, targets
+from benchmarks.contender import Case, Contender, Entry, Oracle
+from benchmarks.memories import memory_case, topk_case
+from benchmarks.moe import glu_case, moe_case
+from benchmarks.results import Report, Result, Row
+from benchmarks.run import run_case
+from benchmarks.shapes import MemoryShape, MoEShape, TopKShape
+from benchmarks.timing import Quartiles, Run, Samples, race
+
+TINY = MoEShape(24, 16, 4, 8, 2)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The layers here are so small that threads only wait for each other."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture
+def no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if no other library were installed."""
+
+    for name in ("transformers", "st_moe_pytorch", "PEER_pytorch", "product_key_memory"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+# timing
+
+
+class Clock:
+    """Time passes only when a contender says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def takes(self, *seconds: float) -> Run:
+        """A contender whose calls take these times, the last for ever."""
+        left = list(seconds)
+
+        def call() -> None:
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return Run(lambda: None, call)
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    samples = Samples({"a": {0: 2.0, 1: 6.0, 2: 100.0}, "b": {0: 1.0, 1: 2.0, 3: 5.0}})
+    assert samples.ratio("a", "b") == Quartiles(2.25, 2.5, 2.75, 2)  # 2 and 3; the medians' ratio would be 3
+    assert samples.time("b") == Quartiles(1.5, 2.0, 3.5, 3)
+
+
+def test_race_takes_turns_and_divides_the_time() -> None:
+    clock = Clock()
+    runs = {"fast": clock.takes(0.1), "base": clock.takes(0.2), "slow": clock.takes(30.0), "other": clock.takes(1.0)}
+    samples = race(runs, 12.0, lead=("fast", "base"), clock=clock)
+    rounds = {name: samples.time(name).rounds for name in runs}
+    assert rounds == {"fast": 30, "base": 30, "slow": 1, "other": 3}
+    assert samples.ratio("fast", "base").median == pytest.approx(0.5)
+    assert samples.ratio("slow", "base").median == pytest.approx(150)
+    assert set(samples.seconds["other"]) <= set(samples.seconds["base"])  # a ratio can be taken in each of its rounds
+
+
+def test_race_does_not_time_preparation_nor_the_first_call() -> None:
+    clock = Clock()
+    first_is_slow = clock.takes(5.0, 0.01)
+
+    def prepare() -> None:
+        clock.now += 7.0
+
+    samples = race({"a": Run(prepare, first_is_slow.call)}, 10.0, clock=clock)
+    assert samples.time("a").high == pytest.approx(0.01)
+
+
+def test_race_calls_a_very_slow_contender_once() -> None:
+    clock, calls = Clock(), []
+
+    def slow() -> None:
+        calls.append(1)
+        clock.now += 5.0
+
+    runs = {"base": clock.takes(0.1), "slow": Run(lambda: None, slow)}
+    samples = race(runs, 4.0, lead=["base"], clock=clock)
+    assert len(calls) == 1
+    race(runs, 4.0, lead=["base"], clock=clock, first={"slow": 6.0})
+    assert len(calls) == 1
+    assert samples.ratio("slow", "base").median == pytest.approx(50)
+
+
+def test_a_slow_moment_leaves_paired_ratios_alone() -> None:
+    clock, factor = Clock(), {"now": 1.0}
+
+    def spends(seconds: float) -> Run:
+        def call() -> None:
+            factor["now"] *= 1.02  # the machine becomes slower all the time
+            clock.now += seconds * factor["now"]
+
+        return Run(lambda: None, call)
+
+    samples = race({"a": spends(0.1), "b": spends(0.1)}, 8.0, clock=clock)
+    assert samples.time("a").high > 1.2 * samples.time("a").low
+    assert samples.ratio("a", "b").median == pytest.approx(1.0, abs=0.05)
+
+
+# the check
+
+
+def layer_case(*entries: Entry) -> Case:
+    x = torch.randn(6, 4, requires_grad=True)
+    return Case("moe", "tiny", "fp32", x, (6, 4), entries[0].name, entries)
+
+
+def linear_entry(name: str, module: nn.Module, oracle: nn.Module, kind: str = "peer") -> Entry:
+    return Entry(name, kind, "a linear map", lambda: Contender(module, Oracle(oracle)))
+
+
+class Halved(torch.autograd.Function):
+    """The identity, with half its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] / 2
+
+
+class WrongGradient(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return Halved.apply(super().forward(x))  # type: ignore[no-any-return, no-untyped-call]
+
+
+class OnlyWhenTraining(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.training else super().forward(x) * 1.1
+
+
+def test_a_wrong_contender_is_caught_before_it_is_timed() -> None:
+    right = nn.Linear(4, 4)
+    calls: list[str] = []
+    bad_output, nan = nn.Linear(4, 4), nn.Linear(4, 4)
+    bad_gradient, bad_inference = WrongGradient(4, 4), OnlyWhenTraining(4, 4)
+    for module in (bad_gradient, bad_inference):
+        module.load_state_dict(right.state_dict())
+    nn.init.constant_(nan.weight, math.nan)
+    bad_output.register_forward_hook(lambda *_: calls.append("forward"))
+    case = layer_case(
+        linear_entry("ours", right, right, "ours"),
+        linear_entry("bad output", bad_output, right),
+        linear_entry("bad gradient", bad_gradient, right),
+        linear_entry("bad inference", bad_inference, right),
+        linear_entry("nan", nan, right),
+    )
+    (row,) = run_case(case, ["fwdbwd"], 0.01)
+    assert [result.status for result in row.results] == ["timed", "wrong", "wrong", "wrong", "wrong"]
+    assert len(calls) == 2  # the check's two calls, none by the clock
+    assert all(result.seconds is None and result.ratio is None for result in row.results[1:])
+    assert "y: " in row.of("bad output").note
+    assert row.of("bad gradient").errors["y"] < 1e-6
+    assert "x: 5.0e-01" in row.of("bad gradient").note
+    assert "y without gradients: 1.0e-01" in row.of("bad inference").note
+
+
+def test_a_missing_gradient_is_an_error() -> None:
+    right = nn.Linear(4, 4)
+    entry = Entry("ours", "ours", "", lambda: Contender(right, Oracle(right), gradients=lambda module: {}))
+    (row,) = run_case(layer_case(entry), ["fwd"], 0.01)
+    assert "weight: missing" in row.results[0].note
+
+
+def test_near_ties_are_drawn_again() -> None:
+    weight = torch.randn(4, 8, dtype=torch.float64)
+
+    def margin(x: Tensor) -> Tensor:
+        seen = contender.gap(x @ weight.T, 2)
+        return torch.where(torch.arange(len(x)) % 2 == 0, seen, 0.0)
+
+    x = contender.separated(20, 8, torch.float32, CPU, margin)
+    assert x.shape == (20, 8)
+    assert x.requires_grad
+    assert contender.gap(torch.zeros(3, 4), 4).isinf().all()
+
+
+def test_an_oracle_adds_the_loss_once() -> None:
+    module = nn.Linear(3, 3, bias=False)
+    oracle = Oracle(module, lambda m: m.weight.square().sum())  # type: ignore[union-attr, operator]
+    x, cotangent = torch.randn(5, 3), torch.randn(5, 3)
+    plain = oracle.answer(x, cotangent, with_loss=False)
+    summed = oracle.answer(x, cotangent, with_loss=True)
+    torch.testing.assert_close(summed["weight"] - plain["weight"], 2 * module.weight.detach().double())
+    torch.testing.assert_close(summed["y"], plain["y"])
+    assert check.relative_error(plain["y"].float(), plain["y"]) < 1e-6
+
+
+# peers
+
+
+def test_a_missing_peer_is_named(no_peers: None) -> None:
+    packages = {"moe": {"st-moe-pytorch", "PEER-pytorch"}, "moe-glu": {"transformers"}}
+    for case in (moe_case(TINY, "fp32", CPU), glu_case(TINY, "fp32", CPU)):
+        (row,) = run_case(case, ["fwdbwd"], 0.01)
+        assert row.results[0].status == "timed"
+        missing = [result for result in row.results if result.status == "not installed"]
+        assert {result.name.split(" ")[0] for result in missing} == packages[case.group]
+        assert all("pip install" in result.note for result in missing)
+        for table in (report.contenders(row), report.peers([row])):
+            assert "not installed" in report.text(table)
+
+
+def test_a_crashing_peer_does_not_end_the_run() -> None:
+    right = nn.Linear(4, 4)
+
+    def crash() -> Contender:
+        raise RuntimeError("out of luck\nand more")
+
+    def large() -> Contender:
+        contender.require_memory(1 << 60, CPU)
+        raise AssertionError
+
+    case = layer_case(
+        linear_entry("ours", right, right, "ours"), Entry("bad", "peer", "", crash), Entry("big", "peer", "", large)
+    )
+    (row,) = run_case(case, ["fwd"], 0.01)
+    assert [result.status for result in row.results] == ["timed", "failed", "too large"]
+    assert row.of("bad").note == "RuntimeError: out of luck"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_all_contenders_that_need_no_peer_are_right(dtype: str) -> None:
+    cases = (
+        moe_case(TINY, dtype, CPU),
+        glu_case(TINY, dtype, CPU),
+        memory_case(MemoryShape(8, 8, 6, 2, 3), dtype, CPU, learned=False),
+        memory_case(MemoryShape(8, 8, 6, 2, 3), dtype, CPU, learned=True, half=4),
+        topk_case(TopKShape(8, 8, 32, 4), dtype, CPU),
+    )
+    for case in cases:
+        for row in run_case(case, ["fwd", "fwdbwd"], 0.01, peers=["per-expert loop", "torch EmbeddingBag"]):
+            assert {r.name: (r.status, r.note) for r in row.results if r.status != "timed"} == {}
+
+
+# memory
+
+
+def test_saved_elements_are_counted_once() -> None:
+    module, x = nn.Sequential(nn.Linear(4, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False)), torch.randn(5, 4)
+    assert memory.saved_for_backward(module, x.requires_grad_()) == memory.Saved(5 * 8, 5 * 8 * 4)
+
+
+def test_peak_sees_what_a_call_allocates() -> None:
+    peak, _ = memory.peak_bytes(Run(lambda: None, lambda: torch.ones(16 * 2**20)), CPU)
+    assert peak is None or 60 * 2**20 < peak < 100 * 2**20
+
+
+# tables
+
+
+def moe_row(ours: float, peer: float, kept: int = 10) -> Row:
+    """Seconds of ours and of a peer beside a baseline of 1."""
+
+    def timed(name: str, kind: str, seconds: float, saved: memory.Saved | None = None) -> Result:
+        times = [Quartiles(t, t, t, 3) for t in (seconds, seconds, seconds / ours)]
+        return Result(name, kind, "", "timed", "", {"y": 1e-7}, *times, saved)
+
+    results = (
+        timed("sparse-ffn", "ours", ours, memory.Saved(kept, 4 * kept)),
+        timed("dense, equal compute", "baseline", 1.0),
+        timed("per-expert loop", "peer", peer),
+        Result("st-moe-pytorch", "peer", "", "not installed", "pip install st-moe-pytorch"),
+    )
+    return Row("moe", "2048,512,16,128,4", "fp32", "fwdbwd", "dense, equal compute", 2048 * 4 * 132, results)
+
+
+def test_targets_are_judged() -> None:
+    verdicts = {v.what: v for v in targets.verdicts(moe_row(1.0, 1.9))}
+    assert [v.met for v in verdicts.values()] == [True, True, True]
+    assert verdicts["time relative to dense, equal compute"].target == "≤ 1.05"
+    assert verdicts["times faster than per-expert loop"].measured == pytest.approx(1.9)
+    assert [v.met for v in targets.verdicts(moe_row(1.1, 1.9, kept=10**7))] == [False, False, False]
+    broken = replace(moe_row(1.0, 1.9), results=(Result("sparse-ffn", "ours", "", "wrong", "off"),))
+    assert [(v.measured, v.met) for v in targets.verdicts(broken)] == [(None, False), (None, False)]
+
+
+def test_results_survive_json() -> None:
+    before = Report({"processor": "x"}, "python -m benchmarks.bench_layers", (moe_row(1.0, 2.0), moe_row(2.0, 3.0)))
+    text = before.to_json()
+    assert Report.from_json(text) == before
+    assert set(json.loads(text)) == {"machine", "command", "rows"}
+
+
+def test_layers_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str], no_peers: None) -> None:
+    pytest.importorskip("matplotlib")
+    files = {name: tmp_path / "runs" / name for name in ("layers.json", "layers.png")}
+    shape = str(TINY)
+    what = ["--shapes", shape, "--layers", "moe", "--dtype", "fp32", "--seconds", "0.02"]
+    result = bench_layers.main([*what, "--json", str(files["layers.json"]), "--plot", str(files["layers.png"])])
+    assert Report.load(files["layers.json"]) == result
+    assert [(row.shape, row.mode) for row in result.rows] == [(shape, "fwd"), (shape, "fwdbwd")]
+    printed = capsys.readouterr().out
+    for words in (
+        "load average before the run",
+        "st-moe-pytorch",
+        "not installed: pip install",
+        "Targets: ",
+        "elements kept",
+    ):
+        assert words in printed
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    document.main(["--runs", str(tmp_path / "runs"), "--docs", str(docs)])
+    page = (docs / "benchmarks.md").read_text()
+    assert result.machine["processor"] in page
+    assert ("not to be trusted" in page) == machine.was_busy(result.machine)
+    assert "| moe | 24,16,4,8,2 | fp32 |" in page
+    assert files["layers.png"].stat().st_size > 0
+    assert (docs / "images" / "bench-layers.png").stat().st_size < 100_000
+
+
+def test_cvmm_end_to_end() -> None:
+    result = bench_cvmm.main(["--shapes", str(TINY), "--dtype", "fp32", "--pass", "fwdbwd", "--seconds", "0.02"])
+    assert [row.group for row in result.rows] == ["cvmm-up", "cvmm-down"]
+    assert all(r.status == "timed" for row in result.rows for r in row.results if r.name != "torch grouped_mm")
+
+
+def test_sweeps_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sweeps, "EXPERTS", (4, 8))
+    monkeypatch.setattr(sweeps, "WIDTHS", (16,))
+    monkeypatch.setattr(sweeps, "EXPERTS_WIDTH", 16)
+    result = sweeps.main(["--tokens", "32", "--seconds", "0.02", "--plot", str(tmp_path / "growth.png")])
+    assert [row.shape.split(";")[0] for row in result.rows] == ["N_E=4", "N_E=8", "d_model=16"]
+    assert (tmp_path / "growth.png").stat().st_size > 0
+
+
+def test_a_bad_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="T,D,E,G,k"):
+        MoEShape.parse("1,2,3,4,5")
