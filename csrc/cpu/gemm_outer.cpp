@@ -40,7 +40,8 @@ static void outer_unit(const OuterGemm<T>& g, int64_t e, const T* a, T* out, int
   }
   const bool one_pass = rows <= kOuterRows;  // else the passes are summed in c [M, padded]
   const bool streams = sizeof(T) == 4 && (reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(g.N * 4)) % (4 * VL) == 0;
-  // fp32 in expert order needs no packing: unit k of row m is a[k * stride + m].
+  // fp32 in expert order needs no packing: unit k of row m is a[k * stride + m]. Whichever operand is packed is scaled
+  // then, A if both are: it is the narrower one.
   const bool a_in_place = sizeof(T) == 4 && !g.gather_a;
   for (int64_t k0 = 0; k0 < rows; k0 += kOuterRows) {
     const int64_t k = lesser(kOuterRows, rows - k0), k_units = units<T>(k), s0 = first + k0;
@@ -49,14 +50,14 @@ static void outer_unit(const OuterGemm<T>& g, int64_t e, const T* a, T* out, int
         const int64_t mr = lesser<int64_t>(kMr, g.M - m);
         pack_columns<T>(pa + m * k_units,
                         [&](int64_t i) { return a + (g.gather_a ? g.gather_a[s0 + i] : s0 + i) * g.a_stride + m; }, k, mr,
-                        mr, nullptr);
+                        mr, g.scale ? g.scale + s0 : nullptr);
       }
     for (int64_t group = 0; group < padded; group += kGroup) {
       const auto row = [&](int64_t i, int64_t column) {
         return g.b + (g.gather_b ? g.gather_b[s0 + i] : s0 + i) * g.b_stride + n0 + column;
       };
       pack_group<T>(pb, [&](int64_t i) { return row(i, group); }, k, columns - group, lesser(kGroup, padded - group),
-                 g.scale ? g.scale + s0 : nullptr);
+                    a_in_place && g.scale ? g.scale + s0 : nullptr);
       next->clear();
       if (group + kGroup < padded)
         for (int64_t i = 0; i < k; i++)

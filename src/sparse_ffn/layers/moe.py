@@ -78,8 +78,8 @@ class MoE(SparseFFN):
     """
 
     router: Router
-    _aux: Tensor | None
-    _routed: tuple[Tensor, Tensor | None] | None
+    _last: tuple[Tensor | None, Tensor, Tensor | None] | None
+    """Of the last forward: balance loss, selected experts, mask. One attribute: Module's __setattr__ is slow."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class MoE(SparseFFN):
         self.gate_keys = self._parameter(n_experts, expert_size, d_model) if glu else None
         self.key_bias = self._parameter(n_experts, expert_size) if bias else None
         self.values = self._parameter(n_experts, expert_size, self.d_out)
-        self._aux = self._routed = None
+        self._last = None
         self._reset_experts()
 
     def _make_router(self, router: str | Router, expert_dropout: float) -> Router:
@@ -180,7 +180,7 @@ class MoE(SparseFFN):
         else:
             y, index_TK, loss = self._route_then_compute(x, x_TD, mask_T, router_input)
         if not torch.compiler.is_exporting():  # an exported program has no module to keep these
-            self._aux, self._routed = loss, (index_TK, mask_T)
+            self._last = loss, index_TK, mask_T
         return y
 
     def _route_then_compute(
@@ -258,7 +258,15 @@ class MoE(SparseFFN):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what the last forward left behind: copies and pickles start clean."""
-        return {**self.__dict__, "_aux": None, "_routed": None}
+        return {**self.__dict__, "_last": None}
+
+    @property
+    def _aux(self) -> Tensor | None:
+        return None if self._last is None else self._last[0]
+
+    @property
+    def _routed(self) -> tuple[Tensor, Tensor | None] | None:
+        return None if self._last is None else self._last[1:]
 
     @property
     def active_fraction(self) -> float:

@@ -273,21 +273,21 @@ def plain_gate(router: Router) -> str | None:
 
     By exact type: a subclass may do more. With hooks on it a router must be called.
     """
-    hooks = (
-        *(router._forward_hooks, router._forward_pre_hooks, router._backward_hooks, router._backward_pre_hooks),
-        *(module._global_forward_hooks, module._global_forward_pre_hooks),
-        *(module._global_backward_hooks, module._global_backward_pre_hooks),
-    )
-    if (router.training and router.expert_dropout > 0) or any(hooks):
-        return None
     kind = type(router)
     if kind is SigmoidRouter or (kind is SinkhornRouter and not router.training):
-        return "sigmoid"
-    if kind is OpenRouter:
-        return "one"
-    if isinstance(router, SoftmaxRouter) and kind is SoftmaxRouter:
-        return "softmax" if router.order == "before" else "softmax_selected"
-    return None
+        gate = "sigmoid"
+    elif kind is OpenRouter:
+        gate = "one"
+    elif kind is SoftmaxRouter:
+        gate = "softmax" if router.order == "before" else "softmax_selected"
+    else:
+        return None
+    hooked = (
+        router._forward_hooks or router._forward_pre_hooks or router._backward_hooks or router._backward_pre_hooks
+        or module._global_forward_hooks or module._global_forward_pre_hooks
+        or module._global_backward_hooks or module._global_backward_pre_hooks
+    )  # fmt: skip
+    return None if hooked or (router.training and router.expert_dropout > 0) else gate
 
 
 def _before(*args: Any, **options: Any) -> Router:

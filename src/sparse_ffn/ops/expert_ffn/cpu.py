@@ -106,19 +106,14 @@ def arguments(
 
     ``k`` counts a token's experts where there is no gate yet.
     """
-    x = native.rows(x)
-    keep = (
-        *(
-            native.dense(t)
-            for t in (keys, gate_keys, values, key_bias, None if gate is None else gate.float(), hidden_scale)
-        ),
-        *(order, offsets),
-    )
+    x, keys, values = native.rows(x), keys.contiguous(), values.contiguous()
+    gate_keys, key_bias, hidden_scale = native.dense(gate_keys), native.dense(key_bias), native.dense(hidden_scale)
+    if gate is not None:
+        gate, k = gate.float().contiguous(), gate.shape[1]
     n_experts, size, d_out = values.shape
     block = Experts(
-        *(*x.shape, d_out, n_experts, size, k if gate is None else gate.shape[1]),
-        *(DTYPES[x.dtype], ACTIVATIONS[activation], torch.get_num_threads(), 0),
-        *(x.data_ptr(), x.stride(0)),
-        *(pointer(t) for t in keep),
+        *(*x.shape, d_out, n_experts, size, k, DTYPES[x.dtype], ACTIVATIONS[activation], torch.get_num_threads(), 0),
+        *(x.data_ptr(), x.stride(0), keys.data_ptr(), pointer(gate_keys), values.data_ptr(), pointer(key_bias)),
+        *(pointer(gate), pointer(hidden_scale), pointer(order), pointer(offsets)),
     )
-    return block, (x, *keep)
+    return block, (x, keys, gate_keys, values, key_bias, gate, hidden_scale, order, offsets)

@@ -114,5 +114,6 @@ def _router(
     weight: Tensor, bias: Tensor | None, mask: Tensor | None, groups: int, gate_function: str
 ) -> tuple[Router, tuple[Tensor | None, ...]]:
     """The core's description of a router, and the tensors whose memory it points to."""
-    keep = native.dense(weight), native.dense(bias), native.dense(mask)
-    return Router(*(pointer(t) for t in keep), groups, GATES[gate_function], 0), keep
+    weight, bias, mask = weight.contiguous(), native.dense(bias), native.dense(mask)
+    block = Router(weight.data_ptr(), pointer(bias), pointer(mask), groups, GATES[gate_function], 0)
+    return block, (weight, bias, mask)
