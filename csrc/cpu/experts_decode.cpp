@@ -10,10 +10,11 @@ SPARSE_FFN_BEGIN
 
 // Hidden units g0 .. g1-1 of all slots: h [S, G].
 template <class T>
-static void decode_up(const sparse_ffn_experts& p, const SlotTables& slots, HiddenForwardFn<float> activate, int64_t g0,
-                      int64_t g1, float* c, float* bias_fp32, float* h) {
+static void decode_up(const sparse_ffn_experts& p, const SlotTables& slots, HiddenForwardFn<T> activate, int64_t g0,
+                      int64_t g1, float* c, T* h) {
   const T* x = static_cast<const T*>(p.x);
   const T* bias = static_cast<const T*>(p.key_bias);
+  const T* scale = static_cast<const T*>(p.hidden_scale);
   const int64_t n = g1 - g0;
   for (int64_t e = 0; e < p.E; e++) {
     const int64_t last = p.offsets[e + 1];
@@ -24,20 +25,15 @@ static void decode_up(const sparse_ffn_experts& p, const SlotTables& slots, Hidd
       const int64_t w0 = (e * p.G + g0) * p.D;
       dot_panel(a, mr, static_cast<const T*>(p.keys) + w0, p.D, p.D, int64_t{0}, n, c, 2 * n);
       if (p.gate_keys) dot_panel(a, mr, static_cast<const T*>(p.gate_keys) + w0, p.D, p.D, int64_t{0}, n, c + n, 2 * n);
-      if (bias) widen(bias_fp32, bias + e * p.G + g0, n);
       for (int r = 0; r < mr; r++) {
-        HiddenForward<float> f{};
+        HiddenForward<T> f{};
         f.c_z = c + r * 2 * n;
         f.c_zg = f.c_z + n;
-        f.bias = bias ? bias_fp32 : nullptr;
+        f.bias = bias ? bias + e * p.G + g0 : nullptr;
+        f.scale = scale ? scale + p.order[s0 + r] * p.G + g0 : nullptr;
         f.h = h + (s0 + r) * p.G + g0;
         f.n = n;
         activate(f);
-        if (p.hidden_scale) {
-          const T* scale = static_cast<const T*>(p.hidden_scale) + p.order[s0 + r] * p.G + g0;
-          for (int64_t i = 0; i < n; i += VL)
-            store_upto(f.h + i, load_upto(f.h + i, n - i) * load_upto(scale + i, n - i), n - i);
-        }
       }
     }
   }
@@ -45,7 +41,7 @@ static void decode_up(const sparse_ffn_experts& p, const SlotTables& slots, Hidd
 
 // Output columns n0 .. n1-1 of all tokens; acc is [T, padded].
 template <class T>
-static void decode_down(const sparse_ffn_experts& p, const SlotTables& slots, int64_t n0, int64_t n1, const float* h,
+static void decode_down(const sparse_ffn_experts& p, const SlotTables& slots, int64_t n0, int64_t n1, const T* h,
                         float* pa, float* tail, float* acc, T* out) {
   const int64_t columns = n1 - n0, padded = round_up(columns, VL);
   memset(acc, 0, static_cast<size_t>(p.T * padded) * 4);
@@ -54,7 +50,7 @@ static void decode_down(const sparse_ffn_experts& p, const SlotTables& slots, in
     const T* w = static_cast<const T*>(p.values) + e * p.G * p.O + n0;
     for (int64_t s0 = p.offsets[e]; s0 < last; s0 += kMr) {
       const int mr = static_cast<int>(lesser<int64_t>(kMr, last - s0));
-      for (int r = 0; r < mr; r++) pack_row<float>(pa, r, h + (s0 + r) * p.G, p.G);
+      for (int r = 0; r < mr; r++) pack_row(pa, r, h + (s0 + r) * p.G, p.G);
       const TileOut tile{acc, padded, slots.token + s0, slots.gate + s0, 0};
       scatter_direct(mr, p.G, columns, pa, w, p.O, tail, tile);
     }
@@ -67,9 +63,9 @@ static void decode_down(const sparse_ffn_experts& p, const SlotTables& slots, in
 template <class T> static int decode(const sparse_ffn_experts& p, T* out) {
   SlotTables slots;
   if (!fill_slot_tables(p, &slots)) return SPARSE_FFN_NO_MEMORY;
-  float* h = scratch_of<float>(kSlotHidden, p.T * p.K * p.G + 1);
+  T* h = scratch_of<T>(kSlotHidden, p.T * p.K * p.G + 1);
   if (!h) return SPARSE_FFN_NO_MEMORY;
-  const HiddenForwardFn<float> activate = hidden_forward_for<float>(p.activation, p.gate_keys != nullptr);
+  const HiddenForwardFn<T> activate = hidden_forward_for<T>(p.activation, p.gate_keys != nullptr);
   int failed = 0;
 #pragma omp parallel num_threads(larger(1, p.n_threads))
   {
@@ -77,9 +73,9 @@ template <class T> static int decode(const sparse_ffn_experts& p, T* out) {
     const int64_t g_step = 4, g_groups = ceil_div(p.G, g_step), vectors = ceil_div(p.O, VL);
     const int64_t g0 = lesser(p.G, g_groups * t / n * g_step), g1 = lesser(p.G, g_groups * (t + 1) / n * g_step);
     const int64_t n0 = lesser(p.O, vectors * t / n * VL), n1 = lesser(p.O, vectors * (t + 1) / n * VL);
-    float* pa = scratch_of<float>(kSlotA, row_panel_size<float>(p.G));
+    float* pa = scratch_of<float>(kSlotA, row_panel_size<T>(p.G));
     float* tail = scratch_of<float>(kSlotB, kKBlock * VL);
-    float* c = scratch_of<float>(kSlotC, 2 * kMr * p.G + round_up(p.G, VL));
+    float* c = scratch_of<float>(kSlotC, 2 * kMr * p.G + VL);
     float* acc = scratch_of<float>(kSlotAcc, p.T * round_up(n1 - n0, VL) + 1);
     const bool ready = pa && tail && c && acc;
     if (!ready) {
@@ -87,7 +83,7 @@ template <class T> static int decode(const sparse_ffn_experts& p, T* out) {
       failed = 1;
     }
     if (ready && g1 > g0)
-      decode_up<T>(p, slots, activate, g0, g1, c, c + 2 * kMr * p.G, h);
+      decode_up<T>(p, slots, activate, g0, g1, c, h);
 #pragma omp barrier
     if (ready && n1 > n0) decode_down<T>(p, slots, n0, n1, h, pa, tail, acc, out);
   }

@@ -35,6 +35,26 @@ static void dot_rows(const T* const* a, const T* w, int64_t w_stride, int64_t k,
   for (int j = 0; j < 4; j++) row[j] = w + lesser(j, keys - 1) * w_stride;
   V acc[R][4] = {};
   int64_t i = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (Paired<T>::value) {
+    for (; i < k; i += 2 * VL) {  // past the end both operands read as zero
+      const __mmask32 lanes = k - i >= 2 * VL ? ~__mmask32{0} : (__mmask32{1} << (k - i)) - 1;
+      const auto pairs = [&](const T* p) { return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(lanes, p + i)); };
+      __m512bh wv[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        wv[j] = pairs(row[j]);
+        prefetch(row[j] + i + 4 * w_stride);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        const __m512bh av = pairs(a[r]);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) acc[r][j] = V(_mm512_dpbf16_ps(__m512(acc[r][j]), av, wv[j]));
+      }
+    }
+  }
+#endif
   for (; i + VL <= k; i += VL) {
     V wv[4];
 #pragma GCC unroll 4

@@ -102,22 +102,22 @@ static int64_t direct_tiles(int64_t j, int mr, int64_t k, int64_t columns, const
   return j;
 }
 
-// The same with B read where it lies. Wide tiles for few rows: more of the weights in flight. A is packed as fp32.
+// The same with B read where it lies. Wide tiles for few rows: more of the weights in flight. A is packed by rows.
 template <class T>
 void scatter_direct(int mr, int64_t k, int64_t columns, const float* pa, const T* w, int64_t w_stride, float* tail,
                     const TileOut& out) {
-  for (int64_t k0 = 0; k0 < k; k0 += kKBlock, pa += kMr * kRowStride, w += kKBlock * w_stride) {
-    const int64_t n = lesser(kKBlock, k - k0);
+  constexpr int64_t kBlock = kKBlock * (Paired<T>::value ? 2 : 1);
+  for (int64_t k0 = 0; k0 < k; k0 += kBlock, pa += kMr * kRowStride, w += kBlock * w_stride) {
+    const int64_t n = lesser(kBlock, k - k0);
     int64_t j = direct_tiles<T, 8>(0, mr, n, columns, pa, w, w_stride, out);
     j = direct_tiles<T, 4>(j, mr, n, columns, pa, w, w_stride, out);
     j = direct_tiles<T, 2>(j, mr, n, columns, pa, w, w_stride, out);
     j = direct_tiles<T, 1>(j, mr, n, columns, pa, w, w_stride, out);
-    if (j < columns) {  // fewer than VL columns left: a padded fp32 copy of them
-      const int valid = static_cast<int>(columns - j);
-      for (int64_t i = 0; i < n; i++) store(tail + i * VL, load_n(w + i * w_stride + j, valid));
+    if (j < columns) {  // fewer than VL columns left: a padded copy of them
+      pack_columns<T>(tail, [&](int64_t i) { return w + i * w_stride + j; }, n, columns - j, VL, nullptr);
       TileOut last = out;
       last.c = out.c + j;
-      find_tile(Finish::kScatter, Layout::kPacked, false, mr, VL)(n, pa, 0, tail, last, kNoLines);
+      find_tile(Finish::kScatter, Layout::kPacked, Paired<T>::value, mr, VL)(units<T>(n), pa, 0, tail, last, kNoLines);
     }
   }
 }
@@ -187,7 +187,7 @@ static void scatter_block(const ScatterGemm<T>& g, int64_t t0, int64_t t1, int64
       out.rows = g.scatter ? g.scatter + s0 : identity;
       out.scale = g.scale ? g.scale + s0 : nullptr;
       for (int64_t m = 0; m < g.matrices(); m++) {
-        for (int r = 0; r < mr; r++) pack_row<T, false>(pa, r, g.row(s0 + r) + m * g.K, g.K);
+        for (int r = 0; r < mr; r++) pack_row(pa, r, g.row(s0 + r) + m * g.K, g.K);
         scatter_direct(mr, g.K, columns, pa, g.w[m] + e * g.w_stride_expert + n0, g.w_stride_k, pb, out);
       }
     }

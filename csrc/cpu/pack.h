@@ -87,10 +87,6 @@ static void pack_group(float* dst, Row row, int64_t k, int64_t n, int64_t padded
   if constexpr (Paired<T>::value) {
     if (scale) full = 0;
 #if defined(__AVX512BF16__)
-    const __m512i step = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    // 16-bit lanes 2p and 2p + 1 of the result: column p (+ 16) of the first row, of the second
-    const __m512i low = _mm512_or_si512(step, _mm512_slli_epi32(_mm512_add_epi32(step, _mm512_set1_epi32(32)), 16));
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(16 << 16 | 16));
     for (int64_t i = 0; i < k && full; i += 2) {
       const T* a = row(i);
       const T* b = i + 1 < k ? row(i + 1) : nullptr;
@@ -98,8 +94,8 @@ static void pack_group(float* dst, Row row, int64_t k, int64_t n, int64_t padded
       for (int64_t j = 0; j < full; j += kNr, to += k_units * kNr) {
         const __m512i first_row = _mm512_loadu_si512(a + j);
         const __m512i second_row = b ? _mm512_loadu_si512(b + j) : _mm512_setzero_si512();
-        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(first_row, low, second_row));
-        _mm512_storeu_si512(to + VL, _mm512_permutex2var_epi16(first_row, high, second_row));
+        _mm512_storeu_si512(to, pair_columns<0>(first_row, second_row));
+        _mm512_storeu_si512(to + VL, pair_columns<1>(first_row, second_row));
       }
     }
 #endif

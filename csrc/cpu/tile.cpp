@@ -77,28 +77,57 @@ static void tile(int64_t k_units, const float* a, int64_t a_stride, const float*
   finish_tile<kFinish, MR, NV>(acc, out);
 }
 
+// One unit of k of NV vectors of B: a row, or two rows paired (the second is zero past the end).
+template <class T, int NV>
+static ALWAYS_INLINE void load_units(const T* b, int64_t b_stride, bool second, V (&bv)[NV]) {
+#if defined(__AVX512BF16__)
+  if constexpr (Paired<T>::value) {
+    const T* next = b + b_stride;
+    if constexpr (NV == 1) {
+      const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
+      const __m256i high = second ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(next)) : _mm256_setzero_si256();
+      bv[0] = V(_mm512_castsi512_ps(
+          _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16))));
+    } else {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v += 2) {
+        const __m512i low = _mm512_loadu_si512(b + v * VL);
+        const __m512i high = second ? _mm512_loadu_si512(next + v * VL) : _mm512_setzero_si512();
+        bv[v] = V(_mm512_castsi512_ps(pair_columns<0>(low, high)));
+        bv[v + 1] = V(_mm512_castsi512_ps(pair_columns<1>(low, high)));
+      }
+    }
+    return;
+  }
+#endif
+  (void)b_stride;
+  (void)second;
+#pragma GCC unroll 8
+  for (int v = 0; v < NV; v++) bv[v] = load(b + v * VL);
+}
+
 template <class T, int MR, int NV>
 static void tile_direct(int64_t k, const float* a, const T* b, int64_t b_stride, const TileOut& out) {
-  constexpr int kAhead = 12;  // rows of B fetched ahead: weights come from memory here
+  constexpr int kRows = Paired<T>::value ? 2 : 1;  // of B in a unit
+  constexpr int kAhead = 12;                       // rows of B fetched ahead: weights come from memory here
   V acc[MR][NV];
 #pragma GCC unroll 16
   for (int r = 0; r < MR; r++)
 #pragma GCC unroll 8
     for (int v = 0; v < NV; v++) acc[r][v] = zero();
-  for (int64_t i = 0; i < k; i++) {
+  for (int64_t i = 0; i < k; i += kRows) {
     V bv[NV];
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; v++) {
-      bv[v] = load(b + v * VL);
-      prefetch(reinterpret_cast<const char*>(b + v * VL) + kAhead * b_stride * static_cast<int64_t>(sizeof(T)));
-    }
+    load_units<T, NV>(b, b_stride, i + 1 < k, bv);
+    for (int row = 0; row < kRows; row++)
+      for (int64_t line = 0; line < NV * VL * static_cast<int64_t>(sizeof(T)); line += 64)
+        prefetch(reinterpret_cast<const char*>(b + (kAhead + row) * b_stride) + line);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; r++) {
       const V av = broadcast(a + r * kRowStride);
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) acc[r][v] = fma(av, bv[v], acc[r][v]);
+      for (int v = 0; v < NV; v++) acc[r][v] = dot_step<Paired<T>::value>(av, bv[v], acc[r][v]);
     }
-    b += b_stride;
+    b += kRows * b_stride;
     a++;
   }
   finish_tile<Finish::kScatter, MR, NV>(acc, out);

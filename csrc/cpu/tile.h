@@ -53,8 +53,8 @@ using TileFn = void (*)(int64_t k_units, const float* a, int64_t a_stride, const
 // The kernel for mr rows and a packed panel of B that is kNr columns wide, or one vector where that covers `columns`.
 TileFn find_tile(Finish, Layout, bool paired, int mr, int64_t columns);
 
-// B read where it lies (row-major, T), for experts with too few rows to pay for packing; A packed by rows in fp32, result
-// scattered. Null where mr * nv accumulators do not fit.
+// B read where it lies (row-major, k rows of T), for experts with too few rows to pay for packing; A packed by rows,
+// result scattered. Null where mr * nv accumulators do not fit.
 template <class T> using DirectFn = void (*)(int64_t k, const float* a, const T* b, int64_t b_stride, const TileOut&);
 template <class T> DirectFn<T> find_direct(int mr, int nv);
 extern template DirectFn<float> find_direct<float>(int, int);
