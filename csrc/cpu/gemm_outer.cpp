@@ -34,8 +34,8 @@ static void outer_unit(const OuterGemm<T>& g, int64_t e, const T* a, T* out, int
   const int64_t first = g.offsets[e], rows = g.offsets[e + 1] - first, columns = n1 - n0;
   const int64_t padded = round_up(columns, VL);
   out += e * g.M * g.N;
-  if (!rows) {
-    for (int64_t m = 0; m < g.M; m++) memset(out + m * g.N + n0, 0, static_cast<size_t>(columns) * sizeof(T));
+  if (!rows) {  // in one piece, by the unit of the first columns
+    if (!n0) memset(out, 0, static_cast<size_t>(g.M * g.N) * sizeof(T));
     return;
   }
   const bool one_pass = rows <= kOuterRows;  // else the passes are summed in c [M, padded]
