@@ -162,6 +162,31 @@ def test_sparse_gradient_of_the_bag_is_the_dense_one_on_the_rows_read(on_backend
     torch.testing.assert_close(sparse[1], dense[1])
 
 
+@pytest.mark.parametrize("sparse_grad", [False, True])
+def test_weighted_bag_reads_strided_indices_and_weights(sparse_grad: bool, on_backend: str) -> None:
+    """One row a bag is where the flattened index of a table this large stays a strided view."""
+    index, weight = torch.randint(0, 300, (6, 2)), torch.randn(6, 2)
+    index[:, 1] = 2**40
+    values = torch.randn(300, O, requires_grad=True)
+    out = ops.weighted_bag(values, index[:, :1], weight[:, :1], sparse_grad=sparse_grad)
+    torch.testing.assert_close(out, values[index[:, 0]] * weight[:, :1])
+    (dvalues,) = torch.autograd.grad(out.sum(), values)
+    torch.testing.assert_close(dvalues.to_dense().sum(), O * weight[:, 0].sum())
+
+
+@pytest.mark.parametrize("sparse_grad", [False, True])
+def test_rows_of_width_zero_are_rows(sparse_grad: bool, on_backend: str) -> None:
+    values, index = torch.randn(300, 0, requires_grad=True), torch.randint(0, 300, (6, 2))
+    weight = torch.randn(6, 2, requires_grad=True)
+    out = ops.weighted_bag(values, index, weight, sparse_grad=sparse_grad)
+    assert out.shape == (6, 0)
+    dvalues, dweight = torch.autograd.grad(out.sum(), (values, weight))
+    assert dvalues.shape == values.shape
+    assert torch.equal(dweight, torch.zeros(6, 2))
+    y = ops.expert_ffn(torch.randn(6, 0), torch.randn(E, G, 0), torch.ones(E, G, O), index % E, weight)
+    assert torch.equal(y, torch.zeros(6, O))
+
+
 @dtypes
 @pytest.mark.parametrize("form", ["plain", "everything"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
