@@ -115,7 +115,7 @@ static ALWAYS_INLINE void store(fp16* p, V v) {
 static ALWAYS_INLINE V broadcast(const float* p) { return splat(*p); }
 static ALWAYS_INLINE V fma(V a, V b, V c) { return a * b + c; }
 template <class T> static ALWAYS_INLINE V load(const T* p) {
-  V v;
+  V v = {};
   for (int i = 0; i < VL; i++) v[i] = to_float(p[i]);
   return v;
 }
