@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint docs format clean
+.PHONY: demo test sanitize lint docs format clean
 
 demo: $(READY)  ## train the same small language model with each FFN; table, picture and JSON in runs/demo
 	$(BIN)/python -m examples.language_model $(ARGS)
 
 test: $(READY)  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+sanitize: $(READY)  ## the tests of the ops against a core built with ASan and UBSan
+	.ci/sanitize
 
 lint: $(READY)  ## ruff and mypy, as CI runs them
 	$(BIN)/ruff check .
