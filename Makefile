@@ -4,13 +4,16 @@ BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv/.peers
 
-.PHONY: demo test bench lint docs format clean
+.PHONY: demo test sanitize bench lint docs format clean
 
 demo: $(READY)  ## train the same small language model with each FFN; table, picture and JSON in runs/demo
 	$(BIN)/python -m examples.language_model $(ARGS)
 
 test: $(READY)  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+sanitize: $(READY)  ## the tests of the ops against a core built with ASan and UBSan
+	.ci/sanitize
 
 bench: $(PEERS)  ## time the layers against dense networks and other libraries; tables, pictures, docs/benchmarks.md
 	$(BIN)/python -m benchmarks.bench_layers --json runs/bench/layers.json --plot runs/bench/layers.png $(ARGS)

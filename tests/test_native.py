@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import sparse_ffn as sf
 from sparse_ffn import functional, native, ops
+from sparse_ffn.backend import choose
 
 built = pytest.mark.skipif(native.PROBLEM is not None, reason="no compiler when the package was installed")
 
@@ -45,6 +50,31 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@built
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("where", ["main", "another"])
+def test_the_core_takes_as_many_threads_as_torch_says(threads: int, where: str) -> None:
+    """Also in another Python thread, where OpenMP's own default is another number."""
+    code = f"""
+import os, threading, torch, sparse_ffn as sf
+torch.set_num_threads({threads})
+values, index, weight = torch.randn(50, 8), torch.randint(0, 50, (900, 2)), torch.rand(900, 2)
+def compute():
+    before = len(os.listdir("/proc/self/task"))
+    with sf.backend("cpu"):
+        sf.functional.weighted_bag(values, index, weight)
+    print(len(os.listdir("/proc/self/task")) - before + 1)
+if {where == "main"}:
+    compute()
+else:
+    thread = threading.Thread(target=compute)
+    thread.start()
+    thread.join()
+"""
+    result = run(code)
+    assert result.stdout.strip() == str(threads), result.stderr
 
 
 @built
@@ -101,6 +131,97 @@ def test_indices_out_of_range_are_refused_and_not_read() -> None:
             ops.expert_ffn(x, keys, values, index, torch.ones(3, 1))
         with pytest.raises(IndexError):
             ops.weighted_bag(values[:, 0], index, torch.ones(3, 1))
+
+
+LAYERS = {
+    "topk": lambda: sf.TopKFFN(8, 20, 5, glu=True, norm_aware=True),
+    "product_key": lambda: sf.ProductKeyMemory(8, 5, 7, n_heads=2),
+    "sigma": lambda: sf.SigmaMoE(8, 9, 4, 3, bias=True),
+    "softmax": lambda: sf.SoftmaxMoE(8, 9, 4, 3, glu=True, activation="gelu"),
+}
+every_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def backends_of(graph: torch.fx.Graph) -> set[str]:
+    """Which backends the sparse ops of a graph compute with: their last argument."""
+    return {node.args[-1] for node in graph.nodes if str(node.target).startswith("sparse_ffn")}
+
+
+@built
+def test_the_core_is_what_computes_unless_told_otherwise() -> None:
+    assert {d: choose(torch.zeros(1, dtype=d)) for d in native.DTYPES} == dict.fromkeys(native.DTYPES, "cpu")
+    assert choose(torch.zeros(1, dtype=torch.float64)) == "torch"
+
+
+@built
+@every_layer
+def test_compiled_and_exported_graphs_call_the_core(name: str) -> None:
+    torch._dynamo.reset()
+    layer, x, seen = LAYERS[name](), torch.randn(6, 8), set()
+
+    def look(module: torch.fx.GraphModule, inputs: object) -> object:
+        seen.update(backends_of(module.graph))
+        return module.forward
+
+    with sf.backend("cpu"):
+        y = torch.compile(layer, fullgraph=True, backend=look)(x)
+        torch.testing.assert_close(y, layer(x))
+        y.sum().backward()
+        assert seen == {"cpu"}
+        program = torch.export.export(layer.eval(), (x,))
+        assert backends_of(program.graph) == {"cpu"}
+        torch.testing.assert_close(program.module()(x), layer(x))
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+@built
+@every_layer
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_trains_on_the_core_in_its_own_dtype(name: str, dtype: torch.dtype) -> None:
+    layer, x = LAYERS[name](), torch.randn(60, 8)
+    with sf.backend("cpu"):
+        with torch.autocast("cpu", dtype):
+            y = layer(x)
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.float(), layer(x), rtol=0.1, atol=0.1)
+        (y.float().square().sum() + sf.aux_loss(layer)).backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
+
+
+def stack() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(make() for make in LAYERS.values()))
+
+
+def train(model: nn.Module, x: torch.Tensor) -> None:
+    with sf.backend("cpu"):
+        model(x).square().mean().backward()
+
+
+def rank_of_two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    model = DistributedDataParallel(stack())
+    batch = torch.load(f"{folder}/x.pt")
+    for _ in range(2):  # the second step fails if the first left a parameter without a gradient
+        model.zero_grad()
+        train(model, batch[rank])
+    torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@built
+def test_distributed_data_parallel_on_the_core_gives_the_gradient_of_both_batches(tmp_path: Path) -> None:
+    """Without find_unused_parameters, though either rank leaves experts and value rows unused."""
+    x = torch.randn(2, 5, 8)
+    torch.save(x, tmp_path / "x.pt")
+    mp.spawn(rank_of_two, (str(tmp_path),), nprocs=2)
+    model = stack()
+    train(model, x.flatten(0, 1))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for p, a, b in zip(model.parameters(), first, second, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-6)
 
 
 @built

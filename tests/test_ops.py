@@ -162,6 +162,31 @@ def test_sparse_gradient_of_the_bag_is_the_dense_one_on_the_rows_read(on_backend
     torch.testing.assert_close(sparse[1], dense[1])
 
 
+@pytest.mark.parametrize("sparse_grad", [False, True])
+def test_weighted_bag_reads_strided_indices_and_weights(sparse_grad: bool, on_backend: str) -> None:
+    """One row a bag is where the flattened index of a table this large stays a strided view."""
+    index, weight = torch.randint(0, 300, (6, 2)), torch.randn(6, 2)
+    index[:, 1] = 2**40
+    values = torch.randn(300, O, requires_grad=True)
+    out = ops.weighted_bag(values, index[:, :1], weight[:, :1], sparse_grad=sparse_grad)
+    torch.testing.assert_close(out, values[index[:, 0]] * weight[:, :1])
+    (dvalues,) = torch.autograd.grad(out.sum(), values)
+    torch.testing.assert_close(dvalues.to_dense().sum(), O * weight[:, 0].sum())
+
+
+@pytest.mark.parametrize("sparse_grad", [False, True])
+def test_rows_of_width_zero_are_rows(sparse_grad: bool, on_backend: str) -> None:
+    values, index = torch.randn(300, 0, requires_grad=True), torch.randint(0, 300, (6, 2))
+    weight = torch.randn(6, 2, requires_grad=True)
+    out = ops.weighted_bag(values, index, weight, sparse_grad=sparse_grad)
+    assert out.shape == (6, 0)
+    dvalues, dweight = torch.autograd.grad(out.sum(), (values, weight))
+    assert dvalues.shape == values.shape
+    assert torch.equal(dweight, torch.zeros(6, 2))
+    y = ops.expert_ffn(torch.randn(6, 0), torch.randn(E, G, 0), torch.ones(E, G, O), index % E, weight)
+    assert torch.equal(y, torch.zeros(6, O))
+
+
 @dtypes
 @pytest.mark.parametrize("form", ["plain", "everything"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -225,7 +250,8 @@ def test_stable_topk_is_the_stable_sort(n: int, dtype: torch.dtype) -> None:
         assert torch.equal(stable_topk(scores, k), scores.sort(dim=-1, descending=True, stable=True).indices[:, :k])
 
 
-def test_opcheck_holds_for_every_op() -> None:
+@pytest.mark.parametrize("backend", ["torch"] if native.PROBLEM else ["torch", "cpu"])
+def test_opcheck_holds_for_every_op(backend: str) -> None:
     library = torch.ops.sparse_ffn
     index = torch.rand(6, E).topk(2).indices
     x, keys, values = torch.randn(6, D), torch.randn(E, G, D), torch.randn(E, G, O)
@@ -237,33 +263,35 @@ def test_opcheck_holds_for_every_op() -> None:
 
     for gate_keys, key_bias, hidden_scale in ((None, None, None), (keys.flip(0), bias, scale)):
         xg, kg, vg, gg, ug, bg = grad(x, keys, values, gate, gate_keys, key_bias)
-        call = (xg, kg, vg, index, gg, ug, bg, hidden_scale, "gelu", "torch")
+        call = (xg, kg, vg, index, gg, ug, bg, hidden_scale, "gelu", backend)
         torch.library.opcheck(library.expert_ffn.default, call)
+        plain = (x, keys, values, index, gate, gate_keys, key_bias, hidden_scale, "gelu", backend)
+        torch.library.opcheck(library.expert_ffn_inference.default, plain)
         saved = [t.detach() for t in library.expert_ffn(*call)[1:]]
-        back = (torch.randn(6, O), x, keys, values, gate, gate_keys, key_bias, hidden_scale, *saved, "gelu", "torch")
+        back = (torch.randn(6, O), x, keys, values, gate, gate_keys, key_bias, hidden_scale, *saved, "gelu", backend)
         torch.library.opcheck(library.expert_ffn_backward.default, back)
 
         first_keys, first_values = keys[0], values[0]
         units = tuple(None if t is None else t[0] for t in (gate_keys, key_bias))
         dropped = None if hidden_scale is None else torch.rand(6, G)
         xg, kg, vg, ug, bg = grad(x, first_keys, first_values, *units)
-        call = (xg, kg, vg, 3, ug, bg, dropped, "silu", True, "torch")
+        call = (xg, kg, vg, 3, ug, bg, dropped, "silu", True, backend)
         torch.library.opcheck(library.topk_ffn.default, call)
         saved = [t.detach() for t in library.topk_ffn(*call)[1:]]
-        back = (torch.randn(6, O), x, first_keys, first_values, *units, dropped, *saved, "silu", "torch")
+        back = (torch.randn(6, O), x, first_keys, first_values, *units, dropped, *saved, "silu", backend)
         torch.library.opcheck(library.topk_ffn_backward.default, back)
 
     table = torch.randn(9, O)
     vg, gg = grad(table, gate)
-    torch.library.opcheck(library.weighted_bag.default, (vg, index, gg, "torch"))
-    torch.library.opcheck(library.weighted_bag_backward.default, (torch.randn(6, O), table, index, gate, "torch"))
+    torch.library.opcheck(library.weighted_bag.default, (vg, index, gg, backend))
+    torch.library.opcheck(library.weighted_bag_backward.default, (torch.randn(6, O), table, index, gate, backend))
     for gather, scatter, reduction in ((None, None, None), (slot.flip(0), slot // 2, torch.rand(6))):
         xg, wg, rg = grad(x, keys.transpose(1, 2), reduction)
-        call = (xg, wg, index[:, 0], gather, scatter, rg, 6, "torch")
+        call = (xg, wg, index[:, 0], gather, scatter, rg, 6, backend)
         torch.library.opcheck(library.cvmm.default, call)
-        back = (torch.randn(6, G), x, keys.transpose(1, 2), index[:, 0], gather, scatter, reduction, "torch")
+        back = (torch.randn(6, G), x, keys.transpose(1, 2), index[:, 0], gather, scatter, reduction, backend)
         torch.library.opcheck(library.cvmm_backward.default, back)
-    torch.library.opcheck(library.product_key_topk.default, (torch.randn(4, 5), torch.randn(4, 5), 6, "torch"))
+    torch.library.opcheck(library.product_key_topk.default, (torch.randn(4, 5), torch.randn(4, 5), 6, backend))
 
 
 def arguments(name: str) -> dict[str, Any]:
@@ -330,3 +358,61 @@ def test_functional_refuses_bad_arguments(
 ) -> None:
     with pytest.raises(error, match=words):
         getattr(functional, name)(**(arguments(name) | change))
+
+
+INDICES = {  # every index argument: what else a call with it takes, and the first index out of its range
+    ("cvmm", "expert_index"): ({}, E),
+    ("cvmm", "gather_index"): ({}, 3),
+    ("cvmm", "scatter_index"): ({"n_out": 4}, 4),
+    ("expert_ffn", "index"): ({}, E),
+    ("weighted_bag", "index"): ({}, 9),
+}
+
+
+@pytest.mark.parametrize(("name", "argument"), INDICES)
+@pytest.mark.parametrize("bad", ["limit", -1, 2**32, -(2**63), 2**63 - 1])
+def test_indices_out_of_range_are_refused_by_name_on_every_backend(
+    name: str, argument: str, bad: int | str, on_backend: str
+) -> None:
+    """2**32 would be index 0 in 32 bits."""
+    options, limit = INDICES[name, argument]
+    good = arguments(name) | options
+    index = good.get(argument, torch.zeros(3, dtype=torch.int64)).clone()
+    getattr(functional, name)(**good | {argument: index})
+    index[-1] = limit if bad == "limit" else bad
+    with pytest.raises(IndexError, match=rf"^{argument} must be in \[0, {limit}\), got values from"):
+        getattr(functional, name)(**good | {argument: index})
+
+
+@pytest.mark.parametrize("sparse_grad", [False, True])
+def test_a_bag_of_an_index_out_of_range_is_refused_with_a_sparse_gradient_too(
+    sparse_grad: bool, on_backend: str
+) -> None:
+    good = arguments("weighted_bag")
+    with pytest.raises(IndexError, match=r"^index must be in"):
+        functional.weighted_bag(good["values"], good["index"] + 9, good["weight"], sparse_grad=sparse_grad)
+
+
+@pytest.mark.parametrize("glu", [False, True])
+def test_a_relu_expert_ffn_keeps_its_hidden_units_its_gates_and_the_order_for_backward(
+    glu: bool, on_backend: str
+) -> None:
+    """At most T·k·G + 4·T·k elements beside x and the parameters; a GLU keeps both of its halves."""
+    tokens, k = 200, 3
+    x, keys, values, gate_keys = (
+        torch.randn(*shape, requires_grad=True) for shape in ((tokens, D), (E, G, D), (E, G, O), (E, G, D))
+    )
+    index, gate = torch.rand(tokens, E).topk(k).indices, torch.rand(tokens, k, requires_grad=True)
+    given = {t.untyped_storage().data_ptr() for t in (x, keys, values, gate_keys)}
+    kept: dict[int, Tensor] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in given:
+            kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        functional.expert_ffn(x, keys, values, index, gate, gate_keys=gate_keys if glu else None)
+    elements = sum(t.untyped_storage().nbytes() // t.element_size() for t in kept.values())
+    if on_backend != "reference":  # which computes every expert for every token
+        assert elements <= tokens * k * (G * (1 + glu) + 4)

@@ -63,7 +63,7 @@ int check(const sparse_ffn_experts* p, bool needs_order) {
   if (p->activation < SPARSE_FFN_RELU || p->activation > SPARSE_FFN_SQUARED_RELU) return SPARSE_FFN_BAD_ARGUMENT;
   if (p->K > 0 && p->T > kMaxSlots / p->K) return SPARSE_FFN_TOO_LARGE;
   const bool any = p->T > 0 && p->K > 0;
-  if (any && (!p->x || !p->gate)) return SPARSE_FFN_BAD_ARGUMENT;
+  if (any && ((p->D > 0 && !p->x) || !p->gate)) return SPARSE_FFN_BAD_ARGUMENT;
   if (p->E > 0 && p->G > 0 && ((p->D > 0 && !p->keys) || (p->O > 0 && !p->values))) return SPARSE_FFN_BAD_ARGUMENT;
   if (needs_order && ((any && !p->order) || !p->offsets)) return SPARSE_FFN_BAD_ARGUMENT;
   return SPARSE_FFN_OK;
@@ -227,7 +227,7 @@ int sparse_ffn_bag_backward(const sparse_ffn_bag* args, const void* dout, void* 
 int sparse_ffn_bag_backward_sparse(const sparse_ffn_bag* args, const void* dout, void* dweight, int64_t* rows,
                                    void* dvalue_rows, int64_t* n_rows) {
   if (const int bad = check(args)) return bad;
-  if (!n_rows || (args->T * args->J > 0 && (!dout || !rows || !dvalue_rows))) return SPARSE_FFN_BAD_ARGUMENT;
+  if (!n_rows || (args->T * args->J > 0 && (!rows || (args->O > 0 && (!dout || !dvalue_rows))))) return SPARSE_FFN_BAD_ARGUMENT;
   *n_rows = 0;
   if (args->T * args->J == 0) return SPARSE_FFN_OK;
   return kernels().bag_backward(*args, dout, dweight, dvalue_rows, rows, n_rows);

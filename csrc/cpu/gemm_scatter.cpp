@@ -47,7 +47,7 @@ static const float* unit_rows(const ScatterGemm<T>& g, int64_t s0, int64_t s1, f
       float* dst = copy + (s - s0) * *stride + m * k_units;
       if constexpr (Paired<T>::value) {
         if (g.K & 1) dst[k_units - 1] = 0;
-        memcpy(dst, g.row(s) + m * g.K, static_cast<size_t>(g.K) * sizeof(T));
+        if (g.K) memcpy(dst, g.row(s) + m * g.K, static_cast<size_t>(g.K) * sizeof(T));
       } else {
         widen(dst, g.row(s) + m * g.K, g.K);
       }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -46,6 +47,15 @@ void advise_huge_pages(void* p, size_t bytes) {
 #endif
 }
 
+#if defined(__SANITIZE_ADDRESS__)
+// A fresh buffer of exactly this size, full of NaN: overruns, stale pointers and reads of old contents show.
+void* scratch(Slot slot, size_t bytes) {
+  free(buffers.data[slot]);
+  if (posix_memalign(&buffers.data[slot], kPage, bytes)) buffers.data[slot] = nullptr;
+  else memset(buffers.data[slot], 0xff, bytes);
+  return buffers.data[slot];
+}
+#else
 void* scratch(Slot slot, size_t bytes) {
   if (buffers.size[slot] < bytes || !buffers.data[slot]) {
     free(buffers.data[slot]);
@@ -61,6 +71,7 @@ void* scratch(Slot slot, size_t bytes) {
   }
   return buffers.data[slot];
 }
+#endif
 
 void release_scratch() { buffers.release(); }
 

@@ -96,7 +96,7 @@ static ALWAYS_INLINE void store_n(float* p, V v, int n) { _mm512_mask_storeu_ps(
 static ALWAYS_INLINE void store_n(bf16* p, V v, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow_bf16(v)); }
 static ALWAYS_INLINE void store_n(fp16* p, V v, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow_fp16(v)); }
 
-#else  // AVX2 and generic: partial vectors go through a small buffer
+#else  // AVX2 and generic: partial vectors go through a small buffer, out of line: inlined they were half of the build
 
 #if defined(__AVX2__)
 static ALWAYS_INLINE V broadcast(const float* p) { return V(_mm256_broadcast_ss(p)); }
@@ -124,7 +124,7 @@ static ALWAYS_INLINE void store(fp16* p, V v) {
 static ALWAYS_INLINE V broadcast(const float* p) { return splat(*p); }
 static ALWAYS_INLINE V fma(V a, V b, V c) { return a * b + c; }
 template <class T> static ALWAYS_INLINE V load(const T* p) {
-  V v;
+  V v = {};
   for (int i = 0; i < VL; i++) v[i] = to_float(p[i]);
   return v;
 }
@@ -137,12 +137,12 @@ static ALWAYS_INLINE float sum(V v) {
   for (int i = 0; i < VL; i++) s += v[i];
   return s;
 }
-template <class T> static ALWAYS_INLINE V load_n(const T* p, int n) {
+template <class T> static __attribute__((noinline)) V load_n(const T* p, int n) {
   alignas(64) float buffer[VL] = {};
   for (int i = 0; i < n; i++) buffer[i] = to_float(p[i]);
   return load(buffer);
 }
-template <class T> static ALWAYS_INLINE void store_n(T* p, V v, int n) {
+template <class T> static __attribute__((noinline)) void store_n(T* p, V v, int n) {
   alignas(64) float buffer[VL];
   store(buffer, v);
   for (int i = 0; i < n; i++) from_float(buffer[i], p + i);

@@ -48,10 +48,10 @@ def backward_rows(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -
 
 
 def _dense(values: Tensor, index: Tensor) -> bool:
-    return values.shape[0] <= DENSE_UP_TO * index.shape[1] or index.numel() == 0
+    return values.shape[0] <= DENSE_UP_TO * index.shape[1] or index.numel() == 0 or values.shape[1] == 0
 
 
 def _flat(values: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Index, where each bag begins, and weight, as embedding bag wants them."""
+    """Index, where each bag begins, and weight, as embedding bag wants them: it reads past the strides of a view."""
     offsets = torch.arange(index.shape[0], device=index.device) * index.shape[1]
-    return index.reshape(-1), offsets, weight.reshape(-1).to(values.dtype)
+    return index.reshape(-1).contiguous(), offsets, weight.reshape(-1).to(values.dtype).contiguous()

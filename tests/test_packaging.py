@@ -1,0 +1,170 @@
+"""What users install: sdist and wheel made by the default tools, used in a clean environment away from the sources."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_ffn import native
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = f"sparse_ffn/{native.LIBRARY_NAME}"
+built = pytest.mark.skipif(native.PROBLEM is not None, reason="no compiler when the package was installed")
+pytestmark = pytest.mark.timeout(900)  # a build on a busy machine
+
+
+def run(*command: object, cwd: Path, **environment: str) -> str:
+    """Run a command as a user would: nothing of this library in the environment, not in the source tree."""
+    env = {n: v for n, v in os.environ.items() if not n.startswith(("SPARSE_FFN_", "PYTHON"))} | environment
+    result = subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@dataclass
+class Distributions:
+    """What ``python -m build`` leaves: the sdist, and the wheel built from it in an isolated environment."""
+
+    sdist: Path
+    wheel: Path
+    cpu_seconds: float
+
+    def sdist_files(self) -> set[str]:
+        with tarfile.open(self.sdist) as archive:
+            return {name.partition("/")[2] for name in archive.getnames()}
+
+    def wheel_files(self) -> set[str]:
+        return set(zipfile.ZipFile(self.wheel).namelist())
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
+    place = tmp_path_factory.mktemp("dist")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    run(sys.executable, "-m", "build", "--outdir", place, ROOT, cwd=place)
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    return Distributions(next(place.glob("*.tar.gz")), next(place.glob("*.whl")), seconds)
+
+
+def install(wheel: Path, place: Path) -> Path:
+    """The Python of a new environment that holds the wheel, and this environment's packages but sparse_ffn."""
+    run(sys.executable, "-m", "venv", "--without-pip", "env", cwd=place)
+    python = place / "env" / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", wheel, cwd=place)
+    others = place / "others"
+    others.mkdir()
+    for entry in Path(torch.__file__).parent.parent.iterdir():
+        if "sparse_ffn" not in entry.name and not entry.name.endswith(".pth"):
+            (others / entry.name).symlink_to(entry)
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=place).strip())
+    (site / "others.pth").write_text(f"{others}\n")
+    return python
+
+
+def sources(folder: str) -> set[str]:
+    return {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so"
+    }
+
+
+STEP = """
+import torch, sparse_ffn as sf
+with sf.backend("cpu"):
+    layer, x = sf.SigmaMoE(24, 5, 8, 2), torch.randn(50, 24)
+    y = layer(x)
+    (y.square().sum() + sf.aux_loss(layer)).backward()
+with sf.backend("reference"):
+    torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-4)
+assert all(p.grad.isfinite().all() for p in layer.parameters())
+print(sf.__file__)
+"""
+
+
+def test_sdist_holds_all_that_builds_and_tests_and_nothing_else(distributions: Distributions) -> None:
+    files = distributions.sdist_files()
+    needed = sources("src") | sources("csrc") | sources("tests")
+    assert needed | {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "PKG-INFO"} <= files
+    foreign = (".ci", ".git", ".venv", "build", "dist", "runs", "site", "shared")
+    assert not {f for f in files if f.split("/")[0] in foreign or "__pycache__" in f or f.endswith((".so", ".pyc"))}
+
+
+def test_wheel_holds_the_package_its_typing_and_licence_and_nothing_else(distributions: Distributions) -> None:
+    files = distributions.wheel_files()
+    package = {f for f in files if f.startswith("sparse_ffn/")}
+    assert package - {LIBRARY} == {f.removeprefix("src/") for f in sources("src")}
+    assert "sparse_ffn/py.typed" in package
+    information = files - package
+    assert {f.partition("/")[0] for f in information} == {distributions.wheel.name.split("-py3")[0] + ".dist-info"}
+    assert any(f.endswith(".dist-info/licenses/LICENSE") for f in information)
+
+
+@built
+def test_wheel_serves_every_python_and_torch_on_its_platform(distributions: Distributions, tmp_path: Path) -> None:
+    """The core is a plain C library: no symbol of torch or Python is needed, none but its own is offered."""
+    tag = distributions.wheel.stem.split("-", 2)[2]
+    assert tag.startswith("py3-none-")
+    assert tag != "py3-none-any"
+    library = zipfile.ZipFile(distributions.wheel).extract(LIBRARY, tmp_path)
+    wanted = run("nm", "--dynamic", "--undefined-only", library, cwd=tmp_path)
+    assert not [word for word in ("torch", "c10", "aten", " Py", "_Py") if word in wanted], wanted
+    offered = {line.split()[-1] for line in run("nm", "-D", "--defined-only", library, cwd=tmp_path).splitlines()}
+    assert {f"sparse_ffn_{name}" for name in native._SIGNATURES} <= offered
+    assert all(name.startswith("sparse_ffn_") for name in offered), offered
+    code = f"import ctypes; print(ctypes.CDLL({library!r}).sparse_ffn_abi_version())"
+    assert run(sys.executable, "-I", "-S", "-c", code, cwd=tmp_path).strip() == str(native.ABI_VERSION)
+
+
+@built
+def test_building_fits_into_a_minute_on_two_cores(distributions: Distributions) -> None:
+    assert distributions.cpu_seconds < 120
+
+
+@built
+def test_installed_wheel_trains_on_the_core_outside_the_source_tree(
+    distributions: Distributions, tmp_path: Path
+) -> None:
+    python = install(distributions.wheel, tmp_path)
+    report = run(python, "-m", "sparse_ffn.info", cwd=tmp_path)
+    assert "native core: loaded" in report
+    assert "chosen     cpu (automatic" in report
+    assert run(python, "-c", STEP, cwd=tmp_path).startswith(str(tmp_path))
+
+
+def test_without_a_compiler_a_pure_wheel_installs_warns_once_and_computes_with_torch(
+    distributions: Distributions, tmp_path: Path
+) -> None:
+    none = shutil.which("false")
+    assert none is not None
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", "wheels")
+    run(*pip, distributions.sdist, cwd=tmp_path, CC=none, CXX=none)
+    (wheel,) = (tmp_path / "wheels").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    python = install(wheel, tmp_path)
+    code = """
+import warnings, torch, sparse_ffn as sf
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    layer = sf.SigmaMoE(8, 4, 4, 2)
+    for _ in range(3):
+        layer(torch.randn(5, 8)).sum().backward()
+print(*[w.message for w in caught if w.category is sf.SparseFFNWarning], sep="\\n")
+"""
+    (warning,) = run(python, "-c", code, cwd=tmp_path).splitlines()
+    assert "it was not built when sparse-ffn was installed" in warning
+    assert "Install a C++ compiler and reinstall: pip install" in warning
+    report = run(python, "-m", "sparse_ffn.info", cwd=tmp_path)
+    assert "native core: it was not built when sparse-ffn was installed" in report
+    assert "chosen     torch (automatic" in report
