@@ -118,6 +118,8 @@ extern "C" {
 int sparse_ffn_abi_version(void) { return SPARSE_FFN_ABI_VERSION; }
 const char* sparse_ffn_isa(void) { return kernels().name; }
 void sparse_ffn_release_scratch(void) { release_scratch(); }
+void* sparse_ffn_allocate(int64_t bytes) { return bytes > 0 ? allocate_at_huge_page(static_cast<size_t>(bytes)) : nullptr; }
+void sparse_ffn_free(void* memory) { free(memory); }
 
 int sparse_ffn_route(const int64_t* index, int64_t S, int64_t E, int32_t* order, int32_t* offsets) {
   if (S < 0 || E < 0 || !offsets || (S > 0 && (!index || !order))) return SPARSE_FFN_BAD_ARGUMENT;

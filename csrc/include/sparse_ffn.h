@@ -45,6 +45,9 @@ SPARSE_FFN_API int sparse_ffn_abi_version(void);
  * environment forces one that the CPU supports (for tests); it is read once, at the first call. */
 SPARSE_FFN_API const char* sparse_ffn_isa(void);
 SPARSE_FFN_API void sparse_ffn_release_scratch(void);
+/* Memory for a large output: it starts at a huge page (2 MiB). Null when there is none. */
+SPARSE_FFN_API void* sparse_ffn_allocate(int64_t bytes);
+SPARSE_FFN_API void sparse_ffn_free(void* memory);
 
 /* ---- Routing ----------------------------------------------------------------------------------------------------
  * Stable counting sort of the slots by expert. index [S] in [0, E) -> order [S] (sorted position -> slot) and

@@ -6,6 +6,7 @@ import ctypes
 import math
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,12 +117,13 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
 
     Faults of small pages would cost as much as the arithmetic that fills a fresh weight gradient.
     """
-    numel = math.prod(shape)
-    if numel * dtype.itemsize < HUGE_PAGE:
+    size = math.prod(shape) * dtype.itemsize
+    address = _library.sparse_ffn_allocate(size) if size >= HUGE_PAGE else None
+    if address is None:
         return torch.empty(shape, dtype=dtype)
-    spare = torch.empty(numel + HUGE_PAGE // dtype.itemsize, dtype=dtype)  # what is never touched takes no memory
-    first = -spare.data_ptr() % HUGE_PAGE // dtype.itemsize
-    return spare[first : first + numel].view(shape)
+    memory = (ctypes.c_char * size).from_address(address)
+    weakref.finalize(memory, _library.sparse_ffn_free, address).atexit = False  # tensors may outlive the interpreter
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def call(name: str, *arguments: Any) -> None:
@@ -173,6 +175,8 @@ def _load() -> tuple[Any, str | None]:
     if version != ABI_VERSION:
         return None, f"{path} has ABI version {version}, this package needs {ABI_VERSION}"
     library.sparse_ffn_isa.restype = ctypes.c_char_p
+    library.sparse_ffn_allocate.restype, library.sparse_ffn_allocate.argtypes = _p, (_i64,)
+    library.sparse_ffn_free.restype, library.sparse_ffn_free.argtypes = None, (_p,)
     return library, None
 
 

@@ -88,7 +88,7 @@ class SparseFFN(nn.Module):
         y = self._forward(x, mask, self._selector_input(x, router_input))
         if self.out_bias is not None:
             y = y + self.out_bias.to(y.dtype)
-        return y.reshape(*x.shape[:-1], self.d_out)
+        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.d_out)
 
     def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
         """The layer without its output bias: [..., d_model] -> [tokens, d_out]."""

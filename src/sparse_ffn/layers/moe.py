@@ -172,7 +172,7 @@ class MoE(SparseFFN):
         return router_input
 
     def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
-        x_TD = x.reshape(-1, self.d_model)
+        x_TD = x if x.dim() == 2 else x.reshape(-1, self.d_model)
         mask_T = None if mask is None else mask.reshape(-1)
         loss: Tensor | None
         if gate_function := self._fusable(x_TD, x is router_input):
