@@ -22,6 +22,7 @@ const KernelTable table = {STRINGIFY(SPARSE_FFN_ISA_NAME),
                            bag_forward,
                            bag_backward,
                            product_key_topk,
+                           product_key_topk_backward,
                            topk,
                            topk_activation};
 
