@@ -186,8 +186,17 @@ static int backward(const sparse_ffn_bag& p, const T* dout, T* dweight, T* dvalu
   const int64_t S = p.T * p.J;
   int32_t* place = rows ? scratch_of<int32_t>(kSlotAux, p.N + 1) : nullptr;  // value row -> its row in the sparse gradient
   float* dots = dweight ? scratch_of<float>(kSlotDgate, S + 1) : nullptr;
+  if ((rows && !place) || (dweight && !dots)) return SPARSE_FFN_NO_MEMORY;
   SortedSlots s;
-  if ((rows && !place) || (dweight && !dots) || !sort_slots<T>(p, 0, p.T, &s)) return SPARSE_FFN_NO_MEMORY;
+  bool sorted = false;
+#pragma omp parallel num_threads(p.n_threads > 1 ? 2 : 1)
+  {
+    // The kernel clears a fresh gradient's pages on one core, in about the time that one core takes to sort.
+    if (dvalues && !rows && omp_get_thread_num() == omp_get_num_threads() - 1)
+      advise_huge_pages(dvalues, static_cast<size_t>(p.N * p.O) * sizeof(T));
+    if (omp_get_thread_num() == 0) sorted = sort_slots<T>(p, 0, p.T, &s);
+  }
+  if (!sorted) return SPARSE_FFN_NO_MEMORY;
   if (rows) {
     int64_t used = 0;
     for (int64_t n = 0; n < p.N; n++) {
@@ -195,8 +204,6 @@ static int backward(const sparse_ffn_bag& p, const T* dout, T* dweight, T* dvalu
       if (s.begin[n + 1] > s.begin[n]) rows[used++] = n;
     }
     *n_rows = used;
-  } else if (dvalues) {
-    advise_huge_pages(dvalues, static_cast<size_t>(p.N * p.O) * sizeof(T));
   }
   if (dweight && !p.O) memset(dweight, 0, static_cast<size_t>(S) * sizeof(T));
   int failed = 0;

@@ -239,6 +239,15 @@ int sparse_ffn_bag_backward_sparse(const sparse_ffn_bag* args, const void* dout,
   return kernels().bag_backward(*args, dout, dweight, dvalue_rows, rows, n_rows);
 }
 
+int sparse_ffn_wide_product_forward(const sparse_ffn_wide_product* p, float* out) {
+  if (!p || !known_dtype(p->dtype) || p->B < 0 || p->M < 0 || p->N < 0 || p->K < 0) return SPARSE_FFN_BAD_ARGUMENT;
+  if (p->B * p->M * p->N == 0) return SPARSE_FFN_OK;
+  if (!out || (p->K > 0 && (!p->x || !p->w)) || p->x_stride_b < 0 || p->x_stride_m < 0) return SPARSE_FFN_BAD_ARGUMENT;
+  if (p->M > kMaxSlots / p->B || (p->B - 1) * p->x_stride_b + (p->M - 1) * p->x_stride_m > kMaxSlots)
+    return SPARSE_FFN_TOO_LARGE;
+  return kernels().wide_product(*p, out);
+}
+
 int sparse_ffn_product_key_topk(const sparse_ffn_product_keys* args, const float* scores, int64_t* index, float* sums) {
   if (const int bad = check(args)) return bad;
   if (args->T * args->H * args->k == 0) return SPARSE_FFN_OK;

@@ -7,9 +7,9 @@ SPARSE_FFN_BEGIN
 // Scratch of one thread.
 struct ProductScratch {
   Candidates candidates;
-  int32_t* half;   // the best of both halves, first and second [m] each
+  int32_t* half;   // the best of both halves, first and second [n] each
   float* value;    // their scores, each padded to whole vectors
-  int32_t* best;   // [k] pairs, as positions (i << 16 | j)
+  int32_t* best;   // pairs as positions (i << 16 | j)
   bool ready() const { return candidates.ready() && half && value && best; }
 };
 
@@ -49,8 +49,8 @@ static void product_row(const float* first, const float* second, int64_t n, int6
   const int64_t m = lesser(k, n), padded = round_up(m, VL);
   for (int h = 0; h < 2; h++) {
     const float* row = h ? second : first;
-    select_row(row, n, m, s.candidates, s.half + h * m);
-    for (int64_t i = 0; i < m; i++) s.value[h * padded + i] = row[s.half[h * m + i]];
+    select_row(row, n, m, s.candidates, s.half + h * n);
+    for (int64_t i = 0; i < m; i++) s.value[h * padded + i] = row[s.half[h * n + i]];
   }
   int32_t least = least_sum(s.value, s.value + padded, m, k);
   int64_t count = pairs_from(s, m, k, least);
@@ -58,22 +58,21 @@ static void product_row(const float* first, const float* second, int64_t n, int6
   select_candidates(s.candidates, count, k, least, s.best);
   for (int64_t c = 0; c < k; c++) {
     const int32_t i = s.best[c] >> 16, j = s.best[c] & 0xffff;
-    index[c] = s.half[i] * n + s.half[m + j];
+    index[c] = s.half[i] * n + s.half[n + j];
     if (sums) sums[c] = s.value[i] + s.value[padded + j];
   }
 }
 
 int product_key_topk(const sparse_ffn_product_keys& p, const float* scores, int64_t* index, float* sums) {
   const int64_t m = lesser(p.k, p.n);
-  int64_t most = p.n;  // or the pairs with (i + 1)(j + 1) <= k
-  int64_t pairs = 0;
+  int64_t pairs = 0;  // with (i + 1)(j + 1) <= k
   for (int64_t i = 0; i < m; i++) pairs += lesser(m, p.k / (i + 1));
-  most = larger(most, pairs);
+  const int64_t most = larger(p.n, pairs);
   int failed = 0;
 #pragma omp parallel num_threads(larger(1, p.n_threads))
   {
-    const ProductScratch s = {Candidates::reserve(most), scratch_of<int32_t>(kSlotC, 2 * m),
-                              scratch_of<float>(kSlotA, 2 * round_up(m, VL)), scratch_of<int32_t>(kSlotB, p.k)};
+    const ProductScratch s = {Candidates::reserve(most), scratch_of<int32_t>(kSlotC, 2 * p.n),
+                              scratch_of<float>(kSlotA, 2 * round_up(m, VL)), scratch_of<int32_t>(kSlotB, most)};
     const bool ready = s.ready();
     if (!ready) {
 #pragma omp atomic write

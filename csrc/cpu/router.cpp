@@ -105,7 +105,7 @@ int route_tokens(const sparse_ffn_experts& p, const sparse_ffn_router& r, int64_
 #pragma omp parallel num_threads(static_cast<int>(larger<int64_t>(1, lesser<int64_t>(p.n_threads, chunks))))
   {
     const Candidates candidates = Candidates::reserve(p.E);
-    float* row = scratch_of<float>(kSlotC, 2 * padded + p.K);
+    float* row = scratch_of<float>(kSlotC, 2 * padded + p.E);
     float* probability = row + padded;
     int32_t* best = reinterpret_cast<int32_t*>(row + 2 * padded);
     const bool ready = candidates.ready() && row;

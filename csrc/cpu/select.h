@@ -52,7 +52,7 @@ static inline int64_t count_from(const int32_t* value, int64_t count, int64_t th
 
 // Drops candidates that cannot be among the k best. Every value is at least `least`. Returns how many are left.
 static inline int64_t prune(const Candidates& c, int64_t count, int64_t k, int32_t least) {
-  if (count <= k + VL) return count;
+  if (count <= k + 4 * VL) return count;  // counting them costs no more
   VI most = VI{} + kLowest;
   for (int64_t i = 0; i < count; i += VL) {
     const VI v = load(c.value + i);
@@ -105,7 +105,7 @@ static inline void sort_descending(uint64_t* key, int64_t n) {
 
 constexpr int64_t kCounted = 512;  // candidates up to which counting, which is quadratic, beats sorting
 
-// The k best of count >= k candidates, best first: what they stand for.
+// The k best of count >= k candidates, best first: what they stand for. best has room for all candidates.
 static inline void select_candidates(const Candidates& c, int64_t count, int64_t k, int32_t least, int32_t* best) {
   count = prune(c, count, k, least);
   if (count > kCounted) {
@@ -128,12 +128,11 @@ static inline void select_candidates(const Candidates& c, int64_t count, int64_t
       place -= (other > v) | ((other == v) & (lane > static_cast<int32_t>(j - b)));
     }
     for (; j < count; j++) place -= VI{} + c.value[j] > v;
-    for (int64_t i = 0; i < inside - b; i++)
-      if (place[i] < k) best[place[i]] = c.index[b + i];
+    for (int64_t i = 0; i < inside - b; i++) best[place[i]] = c.index[b + i];  // all: a branch would be a coin toss
   }
 }
 
-// The k best of row [n], best first.
+// The k best of row [n], best first; best has room for n.
 // The row is split into at least k disjoint parts (a lane of a group of vectors each). At least k values reach the
 // smallest of the parts' maxima, so one pass drops all values below it.
 static inline void select_row(const float* row, int64_t n, int64_t k, const Candidates& c, int32_t* best) {

@@ -11,7 +11,7 @@ int topk(const float* scores, int64_t R, int64_t n, int64_t stride, int64_t k, i
 #pragma omp parallel num_threads(larger(1, n_threads))
   {
     const Candidates candidates = Candidates::reserve(n);
-    int32_t* best = scratch_of<int32_t>(kSlotC, k);
+    int32_t* best = scratch_of<int32_t>(kSlotC, n);
     const bool ready = candidates.ready() && best;
     if (!ready) {
 #pragma omp atomic write
@@ -62,7 +62,7 @@ static int select_units(const T* u, int64_t rows, int64_t F, int64_t stride, int
 #pragma omp parallel num_threads(larger(1, n_threads))
   {
     const Candidates candidates = Candidates::reserve(F);
-    int32_t* best = scratch_of<int32_t>(kSlotC, k);
+    int32_t* best = scratch_of<int32_t>(kSlotC, F);
     float* value = scratch_of<float>(kSlotA, F + VL);
     float* magnitude = scratch_of<float>(kSlotB, F + VL);
     const bool ready = candidates.ready() && best && value && magnitude;

@@ -146,6 +146,17 @@ SPARSE_FFN_API int sparse_ffn_bag_backward(const sparse_ffn_bag* args, const voi
 SPARSE_FFN_API int sparse_ffn_bag_backward_sparse(const sparse_ffn_bag* args, const void* dout, void* dweight,
                                                   int64_t* rows, void* dvalue_rows, int64_t* n_rows);
 
+/* ---- Wide product -----------------------------------------------------------------------------------------------
+ * out[b] = x[b] w[b]^T in fp32, whatever the dtype: x [B, M, K] with strides of its first two dimensions, w [B, N, K]. */
+typedef struct sparse_ffn_wide_product {
+  int64_t B, M, N, K;
+  int64_t x_stride_b, x_stride_m;
+  int32_t dtype, n_threads;
+  const void* x;
+  const void* w;
+} sparse_ffn_wide_product;
+SPARSE_FFN_API int sparse_ffn_wide_product_forward(const sparse_ffn_wide_product* args, float* out /* [B, M, N] */);
+
 /* ---- Selection --------------------------------------------------------------------------------------------------
  * All selections are exact, ranked by value descending, ties to the lower index; a NaN ranks last. */
 /* Product keys. Row (t, h) has two tables of n scores, at scores + t * stride_t + h * stride_h (+ stride_s). */

@@ -71,6 +71,16 @@ class Bag(ctypes.Structure):
     )
 
 
+class WideProduct(ctypes.Structure):
+    """``sparse_ffn_wide_product``."""
+
+    _fields_ = (
+        *((name, _i64) for name in ("B", "M", "N", "K", "x_stride_b", "x_stride_m")),
+        *((name, _i32) for name in ("dtype", "n_threads")),
+        *((name, _p) for name in ("x", "w")),
+    )
+
+
 class ProductKeys(ctypes.Structure):
     """``sparse_ffn_product_keys``."""
 
@@ -93,6 +103,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "bag_forward": (_POINTER(Bag), _p),
     "bag_backward": (_POINTER(Bag), _p, _p, _p),
     "bag_backward_sparse": (_POINTER(Bag), _p, _p, _p, _p, _POINTER(_i64)),
+    "wide_product_forward": (_POINTER(WideProduct), _p),
     "product_key_topk": (_POINTER(ProductKeys), _p, _p, _p),
     "product_key_topk_backward": (_POINTER(ProductKeys), _p, _p, _p),
     "topk": (_p, _i64, _i64, _i64, _i64, _i32, _p, _p),

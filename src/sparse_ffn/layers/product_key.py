@@ -113,22 +113,20 @@ class ProductKeyMemory(SparseFFN):
     def _scores(self, x: Tensor) -> Tensor:
         """Scores of the two halves' sub-keys [T, H, 2, N], in fp32 at least under any autocast."""
         with without_autocast(x):
-            wide = torch.promote_types(self.sub_keys.dtype, torch.float32)
-            sub_keys_SHNC, x = self.sub_keys.to(wide), x.to(wide)
             if self.query is None:  # all heads see x: one product for each half
-                score_STM = torch.bmm(
-                    self._normalised(rearrange(x, "t (s c) -> s t c", s=2)),
-                    rearrange(sub_keys_SHNC, "s h n c -> s c (h n)"),
-                )
+                query_TSC = self._normalised(rearrange(x, "t (s c) -> t s c", s=2))
+                score_STM = ops.wide_product(query_TSC.transpose(0, 1), self.sub_keys.flatten(1, 2))
                 return rearrange(score_STM, "s t (h n) -> t h s n", h=self.n_heads)
-            query = F.linear(x, self.query.weight.to(wide))
-            score_BTN = torch.bmm(
-                self._normalised(rearrange(query, "t (b c) -> b t c", b=2 * self.n_heads)),
-                rearrange(sub_keys_SHNC, "s h n c -> (h s) c n"),
-            )
+            query = ops.wide_product(x.unsqueeze(0), self.query.weight.unsqueeze(0)).squeeze(0)
+            query_TBC = self._normalised(rearrange(query, "t (b c) -> t b c", b=2 * self.n_heads))
+            sub_keys_BNC = rearrange(self.sub_keys, "s h n c -> (h s) n c")
+            score_BTN = ops.wide_product(query_TBC.transpose(0, 1), sub_keys_BNC)
             return rearrange(score_BTN, "(h s) t n -> t h s n", s=2)
 
     def _normalised(self, query: Tensor) -> Tensor:
+        """Halves of queries, normalised in fp32 at least if at all."""
+        if self.query_norm is not None:
+            query = query.to(torch.promote_types(query.dtype, torch.float32))
         if self.query_norm == "layer":
             return F.layer_norm(query, query.shape[-1:])
         if self.query_norm == "rms":
