@@ -108,8 +108,9 @@ template <class T> static int forward(const sparse_ffn_bag& p, T* out) {
       forward_gather(c, chunk);
       continue;
     }
-    SortedSlots s;
-    if (!sort_slots<T>(c, 0, c.T, &s)) return SPARSE_FFN_NO_MEMORY;
+    const SortedSlots s = SortedSlots::reserve(c);
+    if (!s.ready()) return SPARSE_FFN_NO_MEMORY;
+    sort_slots<T>(c, s);
 #pragma omp parallel num_threads(larger(1, p.n_threads))
     {
       float* sums = scratch_of<float>(kSlotAcc, c.T * kBlock);
@@ -186,17 +187,15 @@ static int backward(const sparse_ffn_bag& p, const T* dout, T* dweight, T* dvalu
   const int64_t S = p.T * p.J;
   int32_t* place = rows ? scratch_of<int32_t>(kSlotAux, p.N + 1) : nullptr;  // value row -> its row in the sparse gradient
   float* dots = dweight ? scratch_of<float>(kSlotDgate, S + 1) : nullptr;
-  if ((rows && !place) || (dweight && !dots)) return SPARSE_FFN_NO_MEMORY;
-  SortedSlots s;
-  bool sorted = false;
+  const SortedSlots s = SortedSlots::reserve(p);
+  if ((rows && !place) || (dweight && !dots) || !s.ready()) return SPARSE_FFN_NO_MEMORY;
 #pragma omp parallel num_threads(p.n_threads > 1 ? 2 : 1)
   {
     // The kernel clears a fresh gradient's pages on one core, in about the time that one core takes to sort.
-    if (dvalues && !rows && omp_get_thread_num() == omp_get_num_threads() - 1)
+    if (dvalues && !rows && omp_get_thread_num() == 0)
       advise_huge_pages(dvalues, static_cast<size_t>(p.N * p.O) * sizeof(T));
-    if (omp_get_thread_num() == 0) sorted = sort_slots<T>(p, 0, p.T, &s);
+    if (omp_get_thread_num() == omp_get_num_threads() - 1) sort_slots<T>(p, s);
   }
-  if (!sorted) return SPARSE_FFN_NO_MEMORY;
   if (rows) {
     int64_t used = 0;
     for (int64_t n = 0; n < p.N; n++) {

@@ -16,6 +16,10 @@ static ALWAYS_INLINE VI ordered(V v) {
   return v != v ? VI{} + kLowest : rank;
 }
 
+static ALWAYS_INLINE float value_of(int32_t rank) {
+  return float_of(static_cast<uint32_t>(rank < 0 ? rank ^ 0x7fffffff : rank));
+}
+
 // Candidates: values and what they stand for, in the order in which ties are resolved.
 struct Candidates {
   int32_t* value;
@@ -52,7 +56,7 @@ static inline int64_t count_from(const int32_t* value, int64_t count, int64_t th
 
 // Drops candidates that cannot be among the k best. Every value is at least `least`. Returns how many are left.
 static inline int64_t prune(const Candidates& c, int64_t count, int64_t k, int32_t least) {
-  if (count <= k + 4 * VL) return count;  // counting them costs no more
+  if (count <= k + VL) return count;
   VI most = VI{} + kLowest;
   for (int64_t i = 0; i < count; i += VL) {
     const VI v = load(c.value + i);
@@ -61,8 +65,14 @@ static inline int64_t prune(const Candidates& c, int64_t count, int64_t k, int32
   int64_t lo = least, hi = kLowest;  // at least k reach lo; fewer than k reach hi
   for (int i = 0; i < VL; i++) hi = most[i] > hi ? most[i] : hi;
   hi++;
-  while (hi - lo > 1) {
-    const int64_t middle = lo + (hi - lo) / 2;
+  for (int step = 0; hi - lo > 1; step++) {
+    // Halving the values gets there in few steps; halving their ranks gets there in any case.
+    int64_t middle = lo + (hi - lo) / 2;
+    if (step < 8) {
+      const int64_t rank = ordered(splat(0.5f * value_of(static_cast<int32_t>(lo)) +
+                                         0.5f * value_of(static_cast<int32_t>(hi - 1))))[0];
+      if (rank > lo && rank < hi) middle = rank;
+    }
     const int64_t n = count_from(c.value, count, middle);
     if (n < k) { hi = middle; continue; }
     lo = middle;

@@ -10,8 +10,20 @@ SPARSE_FFN_BEGIN
 struct SortedSlots {
   int32_t* begin;   // [N + 1]: row n owns sorted positions begin[n] .. begin[n + 1] - 1, in the order of its slots
   int32_t* order;   // [S]: sorted position -> slot
-  int32_t* token;   // [S]: its token, from 0 at the first token sorted
+  int32_t* token;   // [S]: its token
   float* weight;    // [S]: its weight
+  int32_t* next;    // [threads, N], of the sort
+  int64_t threads;
+
+  // In scratch of the calling thread.
+  static SortedSlots reserve(const sparse_ffn_bag& p) {
+    const int64_t S = p.T * p.J;
+    const int64_t threads = larger<int64_t>(1, lesser<int64_t>(p.n_threads, S / (p.N + 1)));
+    return {scratch_of<int32_t>(kSlotOffsets, p.N + 1), scratch_of<int32_t>(kSlotOrder, S + 1),
+            scratch_of<int32_t>(kSlotToken, S + 1),     scratch_of<float>(kSlotGate, S + 1),
+            scratch_of<int32_t>(kSlotPartial, threads * p.N + 1), threads};
+  }
+  bool ready() const { return begin && order && token && weight && next; }
 
   // First row of part i of `parts`, equal in slots and rows.
   int64_t part(int64_t N, int64_t i, int64_t parts) const {
@@ -26,22 +38,14 @@ struct SortedSlots {
   }
 };
 
-// Stable counting sort of the slots of tokens t0 .. t1-1; threads count and place ranges of tokens. False: out of memory.
-template <class T> static bool sort_slots(const sparse_ffn_bag& p, int64_t t0, int64_t t1, SortedSlots* out) {
-  const int64_t S = (t1 - t0) * p.J;
-  const int64_t threads = larger<int64_t>(1, lesser<int64_t>(p.n_threads, S / (p.N + 1)));
-  SortedSlots s;
-  s.begin = scratch_of<int32_t>(kSlotOffsets, p.N + 1);
-  s.order = scratch_of<int32_t>(kSlotOrder, S + 1);
-  s.token = scratch_of<int32_t>(kSlotToken, S + 1);
-  s.weight = scratch_of<float>(kSlotGate, S + 1);
-  int32_t* next = scratch_of<int32_t>(kSlotPartial, threads * p.N + 1);  // [threads, N]: counts, then places
-  if (!s.begin || !s.order || !s.token || !s.weight || !next) return false;
+// Stable counting sort of all slots; threads count and place ranges of tokens.
+template <class T> static void sort_slots(const sparse_ffn_bag& p, const SortedSlots& s) {
   const T* weight = static_cast<const T*>(p.weight);
-#pragma omp parallel num_threads(static_cast<int>(threads))
+  int32_t* next = s.next;
+#pragma omp parallel num_threads(static_cast<int>(s.threads))
   {
     const int64_t n = omp_get_num_threads(), i = omp_get_thread_num();
-    const int64_t first = t0 + (t1 - t0) * i / n, last = t0 + (t1 - t0) * (i + 1) / n;
+    const int64_t first = p.T * i / n, last = p.T * (i + 1) / n;
     int32_t* mine = next + i * p.N;
     memset(mine, 0, static_cast<size_t>(p.N) * 4);
     for (int64_t slot = first * p.J; slot < last * p.J; slot++) mine[p.index[slot]]++;
@@ -63,12 +67,10 @@ template <class T> static bool sort_slots(const sparse_ffn_bag& p, int64_t t0, i
       for (int64_t slot = t * p.J; slot < (t + 1) * p.J; slot++) {
         const int32_t at = mine[p.index[slot]]++;
         s.order[at] = static_cast<int32_t>(slot);
-        s.token[at] = static_cast<int32_t>(t - t0);
+        s.token[at] = static_cast<int32_t>(t);
         s.weight[at] = to_float(weight[slot]);
       }
   }
-  *out = s;
-  return true;
 }
 
 SPARSE_FFN_END

@@ -25,4 +25,5 @@ def forward(x: Tensor, w: Tensor) -> Tensor:
 def backward(grad: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and w. They are rounded to their dtype in any case: so may the factor be."""
     grad = grad.to(x.dtype)
-    return torch.bmm(grad, w), torch.bmm(grad.transpose(1, 2), x)
+    dx, dw = (native.empty(*t.shape, dtype=t.dtype) for t in (x, w))
+    return torch.bmm(grad, w, out=dx), torch.bmm(grad.transpose(1, 2), x, out=dw)
