@@ -100,7 +100,7 @@ def memory_case(
     def margin(x: Tensor) -> Tensor:
         module = oracle.module
         assert isinstance(module, sf.ProductKeyMemory)
-        first, second = module._scores(x)
+        first, second = module._scores(x).unbind(2)
         k = min(shape.k + 1, shape.n**2)
         with sf.backend("reference"):
             best, _ = sf.functional.product_key_topk(first, second, k)

@@ -291,7 +291,13 @@ def test_opcheck_holds_for_every_op(backend: str) -> None:
         torch.library.opcheck(library.cvmm.default, call)
         back = (torch.randn(6, G), x, keys.transpose(1, 2), index[:, 0], gather, scatter, reduction, backend)
         torch.library.opcheck(library.cvmm_backward.default, back)
-    torch.library.opcheck(library.product_key_topk.default, (torch.randn(4, 5), torch.randn(4, 5), 6, backend))
+    scores = torch.randn(2, 3, 4, 5).permute(2, 1, 0, 3).detach().requires_grad_()
+    torch.library.opcheck(library.product_key_topk.default, (scores, 6, backend))
+    _, picked = functional.product_key_topk(scores[:, :, 0], scores[:, :, 1], 6)
+    picked = picked.reshape(4, 3, 6)
+    torch.library.opcheck(
+        library.product_key_topk_backward.default, (torch.randn(4, 3, 6), picked, 5, scores.stride(), backend)
+    )
 
 
 def arguments(name: str) -> dict[str, Any]:

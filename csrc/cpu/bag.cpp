@@ -1,17 +1,24 @@
 // bag.cpp - the weighted bag: out[t] = sum_j weight[t,j] * values[index[t,j]], and its gradients.
-// The backward sorts the slots by value row. One pass over the sorted list then reads each used value row once and gives
-// both gradients: dweight is a dot product with it, dvalues sums weight * dout in the order of the slots. Threads own
-// value rows, so nothing is atomic and the result does not depend on the number of threads.
-#include <omp.h>
-
+// Gathering rows costs one read of a row from L3 or memory for each slot. Where rows are shared by several slots the work
+// goes by value row instead, over the sorted slots and over a block of columns at a time: the table streams by once, and
+// what is met at random, the tokens' sums or output gradients, is a compact block that stays in L2.
+// Threads own output columns (forward) or value rows (backward), so nothing is atomic and the result does not depend on
+// the number of threads.
 #include "ops.h"
+#include "slots.h"
 #include "vec.h"
 
 SPARSE_FFN_BEGIN
 
-static constexpr int64_t kBagColumns = 8 * VL;  // columns summed in registers at a time
+static constexpr int kBlockVectors = 4;                   // of a row, kept in registers: with as many sums beside them
+static constexpr int64_t kBlock = kBlockVectors * VL;     // columns in a block
+static constexpr int64_t kChunkTokens = 512 * 1024 / (kBlock * 4);  // tokens whose block is half of an L2 of 1 MB
+static constexpr int64_t kRowsAhead = 4;                  // value rows fetched before their turn
+static constexpr int64_t kSharing = 4;                    // slots a row, from which sorting pays
+static constexpr int64_t kSmallTable = 4 << 20;           // bytes, up to which rows come from L2 often enough to gather them
+static constexpr int64_t kGatherColumns = 8 * VL;         // columns summed in registers at a time by gathering
 
-template <class T> static void bag_row(const sparse_ffn_bag& p, int64_t t, int64_t first, int64_t columns, T* out) {
+template <class T> static void gather_row(const sparse_ffn_bag& p, int64_t t, int64_t first, int64_t columns, T* out) {
   const T* values = static_cast<const T*>(p.values) + first;
   const T* weight = static_cast<const T*>(p.weight) + t * p.J;
   const int64_t* index = p.index + t * p.J;
@@ -22,7 +29,7 @@ template <class T> static void bag_row(const sparse_ffn_bag& p, int64_t t, int64
         prefetch(reinterpret_cast<const char*>(values + index[j + 4] * p.O) + i);
     const V w = splat(to_float(weight[j]));
     const T* row = values + index[j] * p.O;
-    if (columns == kBagColumns) {
+    if (columns == kGatherColumns) {
 #pragma GCC unroll 8
       for (int v = 0; v < 8; v++) acc[v] = fma(w, load(row + v * VL), acc[v]);
     } else {
@@ -32,93 +39,185 @@ template <class T> static void bag_row(const sparse_ffn_bag& p, int64_t t, int64
   for (int64_t i = 0; i < columns; i += VL) store_upto(out + i, acc[i / VL], columns - i);
 }
 
-template <class T> static int forward(const sparse_ffn_bag& p, T* out) {
+template <class T> static void forward_gather(const sparse_ffn_bag& p, T* out) {
 #pragma omp parallel for num_threads(larger(1, p.n_threads)) schedule(static)
   for (int64_t t = 0; t < p.T; t++)
-    for (int64_t first = 0; first < p.O; first += kBagColumns)
-      bag_row(p, t, first, lesser(kBagColumns, p.O - first), out + t * p.O + first);
-  return SPARSE_FFN_OK;
+    for (int64_t first = 0; first < p.O; first += kGatherColumns)
+      gather_row(p, t, first, lesser(kGatherColumns, p.O - first), out + t * p.O + first);
 }
 
-// Stable counting sort of the slots by value row. order [S]; begin [N + 1].
-static void sort_slots(const int64_t* index, int64_t S, int64_t N, int32_t* order, int32_t* begin) {
-  memset(begin, 0, static_cast<size_t>(N + 1) * 4);
-  for (int64_t s = 0; s < S; s++) begin[index[s]]++;
-  int32_t total = 0;
-  for (int64_t n = 0; n <= N; n++) {
-    const int32_t count = begin[n];
-    begin[n] = total;
-    total += count;
+// Columns of a row into registers; those past the end are zero.
+template <class T> static ALWAYS_INLINE void load_block(const T* row, int64_t columns, V* v) {
+  if (columns == kBlock) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kBlockVectors; i++) v[i] = load(row + i * VL);
+  } else {
+    for (int i = 0; i < kBlockVectors; i++)
+      v[i] = columns > i * VL ? load_upto(row + i * VL, columns - i * VL) : zero();
   }
-  for (int64_t s = 0; s < S; s++) order[begin[index[s]]++] = static_cast<int32_t>(s);
-  for (int64_t n = N; n > 0; n--) begin[n] = begin[n - 1];
-  begin[0] = 0;
+}
+template <class T> static ALWAYS_INLINE void store_block(T* row, int64_t columns, const V* v) {
+  if (columns == kBlock) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kBlockVectors; i++) store(row + i * VL, v[i]);
+  } else {
+    for (int i = 0; i < kBlockVectors; i++)
+      if (columns > i * VL) store_upto(row + i * VL, v[i], columns - i * VL);
+  }
+}
+template <class T> static ALWAYS_INLINE void prefetch_block(const T* row) {
+  for (int64_t b = 0; b < kBlock * static_cast<int64_t>(sizeof(T)); b += 64)
+    prefetch(reinterpret_cast<const char*>(row) + b);
 }
 
-// One value row: its slots' weight gradients and its own gradient (sum_row [padded O] is scratch).
+// One block of columns of `tokens` outputs; sums: [tokens, kBlock] of scratch.
 template <class T>
-static void backward_row(const sparse_ffn_bag& p, const int32_t* order, int64_t slots, const T* dout, const T* value,
-                         T* dweight, T* dvalue, float* sum_row) {
-  const T* weight = static_cast<const T*>(p.weight);
-  const uint32_t J = static_cast<uint32_t>(p.J);
-  if (dvalue) memset(sum_row, 0, static_cast<size_t>(round_up(p.O, VL)) * 4);
-  for (int64_t i = 0; i < slots; i++) {
-    if (i + 2 < slots) {
-      const char* ahead = reinterpret_cast<const char*>(dout + static_cast<uint32_t>(order[i + 2]) / J * p.O);
-      for (int64_t b = 0; b < p.O * static_cast<int64_t>(sizeof(T)); b += 64) prefetch(ahead + b);
+static void forward_block(const sparse_ffn_bag& p, const SortedSlots& s, int64_t first, int64_t tokens, float* sums, T* out) {
+  const int64_t columns = lesser(kBlock, p.O - first);
+  const T* values = static_cast<const T*>(p.values) + first;
+  memset(sums, 0, static_cast<size_t>(tokens * kBlock) * 4);
+  for (int64_t n = 0; n < p.N; n++) {
+    if (n + kRowsAhead < p.N) prefetch_block(values + (n + kRowsAhead) * p.O);
+    const int64_t last = s.begin[n + 1];
+    V v[kBlockVectors];
+    load_block(values + n * p.O, columns, v);
+    for (int64_t i = s.begin[n]; i < last; i++) {
+      const V w = splat(s.weight[i]);
+      float* sum = sums + int64_t{s.token[i]} * kBlock;
+#pragma GCC unroll 8
+      for (int j = 0; j < kBlockVectors; j++) store(sum + j * VL, fma(w, v[j], load(sum + j * VL)));
     }
-    const int64_t s = order[i];
-    const T* d = dout + static_cast<uint32_t>(s) / J * p.O;
-    const V w = splat(to_float(weight[s]));
-    V dot[2] = {};
-    for (int64_t c = 0; c < p.O; c += VL) {
-      const int64_t left = p.O - c;
-      const V dv = load_upto(d + c, left);
-      if (dweight) dot[c / VL & 1] = fma(dv, load_upto(value + c, left), dot[c / VL & 1]);
-      if (dvalue) store(sum_row + c, fma(w, dv, load(sum_row + c)));
-    }
-    if (dweight) from_float(sum(dot[0] + dot[1]), dweight + s);
   }
-  if (dvalue)
-    for (int64_t c = 0; c < p.O; c += VL) store_upto(dvalue + c, load(sum_row + c), p.O - c);
+  for (int64_t t = 0; t < tokens; t++) {
+    V v[kBlockVectors];
+    load_block(sums + t * kBlock, kBlock, v);
+    store_block(out + t * p.O + first, columns, v);
+  }
+}
+
+template <class T> static int forward(const sparse_ffn_bag& p, T* out) {
+  advise_huge_pages(out, static_cast<size_t>(p.T * p.O) * sizeof(T));
+  int failed = 0;
+  for (int64_t t0 = 0; t0 < p.T; t0 += kChunkTokens) {
+    sparse_ffn_bag c = p;
+    c.T = lesser(kChunkTokens, p.T - t0);
+    c.index += t0 * p.J;
+    c.weight = static_cast<const T*>(p.weight) + t0 * p.J;
+    T* chunk = out + t0 * p.O;
+    if (c.T * p.J < kSharing * p.N || p.N * p.O * static_cast<int64_t>(sizeof(T)) <= kSmallTable) {
+      forward_gather(c, chunk);
+      continue;
+    }
+    const SortedSlots s = SortedSlots::reserve(c);
+    if (!s.ready()) return SPARSE_FFN_NO_MEMORY;
+    sort_slots<T>(c, s);
+#pragma omp parallel num_threads(larger(1, p.n_threads))
+    {
+      float* sums = scratch_of<float>(kSlotAcc, c.T * kBlock);
+      if (!sums) {
+#pragma omp atomic write
+        failed = 1;
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t first = 0; first < p.O; first += kBlock)
+        if (sums) forward_block(c, s, first, c.T, sums, chunk);
+    }
+  }
+  return failed ? SPARSE_FFN_NO_MEMORY : SPARSE_FFN_OK;
+}
+
+// One block of columns of a value row: its own gradient, and its slots' dot products with the output gradients, added to
+// dots (by sorted position; null: not wanted) or written at the first block.
+template <class T, bool kDots>
+static ALWAYS_INLINE void backward_block(const int32_t* token, const float* weight, int64_t slots, const float* dout,
+                                         const V* value, V* sums, float* dots, bool add) {
+  const auto one = [&](int64_t i) {
+    const float* d = dout + int64_t{token[i]} * kBlock;
+    const V w = splat(weight[i]);
+    V dot = zero();
+#pragma GCC unroll 8
+    for (int j = 0; j < kBlockVectors; j++) {
+      const V dv = load(d + j * VL);
+      sums[j] = fma(w, dv, sums[j]);
+      if (kDots) dot = j ? fma(dv, value[j], dot) : dv * value[j];
+    }
+    return dot;
+  };
+  int64_t i = 0;
+  for (; i + 4 <= slots; i += 4) {
+    const V a = one(i), b = one(i + 1), c = one(i + 2), d = one(i + 3);
+    if (kDots) sum4(a, b, c, d, dots + i, add);
+  }
+  for (; i < slots; i++) {
+    const V a = one(i);
+    if (kDots) dots[i] = (add ? dots[i] : 0.f) + sum(a);
+  }
+}
+
+// All slots of value rows n0 .. n1-1. packed: [T, kBlock] of scratch; dots [S] by sorted position, or null.
+template <class T>
+static void backward_rows(const sparse_ffn_bag& p, const SortedSlots& s, int64_t n0, int64_t n1, const T* dout, T* dvalues,
+                          const int32_t* place, float* packed, float* dots) {
+  const T* values = static_cast<const T*>(p.values);
+  for (int64_t first = 0; first < p.O; first += kBlock) {
+    const int64_t columns = lesser(kBlock, p.O - first);
+    V v[kBlockVectors];
+    for (int64_t t = 0; t < p.T; t++) {
+      load_block(dout + t * p.O + first, columns, v);
+      store_block(packed + t * kBlock, kBlock, v);
+    }
+    for (int64_t n = n0; n < n1; n++) {
+      if (dots && n + kRowsAhead < n1) prefetch_block(values + (n + kRowsAhead) * p.O + first);
+      const int64_t begin = s.begin[n], slots = s.begin[n + 1] - begin;
+      V sums[kBlockVectors] = {};
+      if (dots && slots) {
+        load_block(values + n * p.O + first, columns, v);
+        backward_block<T, true>(s.token + begin, s.weight + begin, slots, packed, v, sums, dots + begin, first > 0);
+      } else {
+        backward_block<T, false>(s.token + begin, s.weight + begin, slots, packed, v, sums, nullptr, false);
+      }
+      if (dvalues && (slots || !place)) store_block(dvalues + (place ? place[n] : n) * p.O + first, columns, sums);
+    }
+  }
 }
 
 // rows null: dvalues is [N, O]; else row-sparse, see sparse_ffn_bag_backward_sparse.
 template <class T>
 static int backward(const sparse_ffn_bag& p, const T* dout, T* dweight, T* dvalues, int64_t* rows, int64_t* n_rows) {
   const int64_t S = p.T * p.J;
-  int32_t* order = scratch_of<int32_t>(kSlotOrder, S + 1);
-  int32_t* begin = scratch_of<int32_t>(kSlotOffsets, p.N + 1);
   int32_t* place = rows ? scratch_of<int32_t>(kSlotAux, p.N + 1) : nullptr;  // value row -> its row in the sparse gradient
-  if (!order || !begin || (rows && !place)) return SPARSE_FFN_NO_MEMORY;
-  sort_slots(p.index, S, p.N, order, begin);
+  float* dots = dweight ? scratch_of<float>(kSlotDgate, S + 1) : nullptr;
+  const SortedSlots s = SortedSlots::reserve(p);
+  if ((rows && !place) || (dweight && !dots) || !s.ready()) return SPARSE_FFN_NO_MEMORY;
+#pragma omp parallel num_threads(p.n_threads > 1 ? 2 : 1)
+  {
+    // The kernel clears a fresh gradient's pages on one core, in about the time that one core takes to sort.
+    if (dvalues && !rows && omp_get_thread_num() == 0)
+      advise_huge_pages(dvalues, static_cast<size_t>(p.N * p.O) * sizeof(T));
+    if (omp_get_thread_num() == omp_get_num_threads() - 1) sort_slots<T>(p, s);
+  }
   if (rows) {
     int64_t used = 0;
     for (int64_t n = 0; n < p.N; n++) {
       place[n] = static_cast<int32_t>(used);
-      if (begin[n + 1] > begin[n]) rows[used++] = n;
+      if (s.begin[n + 1] > s.begin[n]) rows[used++] = n;
     }
     *n_rows = used;
-  } else if (dvalues) {
-    advise_huge_pages(dvalues, static_cast<size_t>(p.N * p.O) * sizeof(T));
   }
+  if (dweight && !p.O) memset(dweight, 0, static_cast<size_t>(S) * sizeof(T));
   int failed = 0;
 #pragma omp parallel num_threads(larger(1, p.n_threads))
   {
-    float* sum_row = scratch_of<float>(kSlotRow, round_up(p.O, VL));
-    if (!sum_row) {
+    const int64_t i = omp_get_thread_num(), n = omp_get_num_threads();
+    const int64_t n0 = s.part(p.N, i, n), n1 = s.part(p.N, i + 1, n);
+    float* packed = scratch_of<float>(kSlotAcc, p.T * kBlock + 1);
+    if (packed && p.O) {
+      backward_rows(p, s, n0, n1, dout, dvalues, place, packed, dots);
+      if (dweight)
+        for (int64_t k = s.begin[n0]; k < s.begin[n1]; k++) from_float(dots[k], dweight + s.order[k]);
+    } else if (!packed) {
 #pragma omp atomic write
       failed = 1;
-    }
-#pragma omp for schedule(dynamic, 64)
-    for (int64_t n = 0; n < p.N; n++) {
-      if (!sum_row) continue;
-      const int64_t slots = begin[n + 1] - begin[n];
-      T* dvalue = dvalues ? dvalues + (rows ? place[n] : n) * p.O : nullptr;
-      if (slots)
-        backward_row(p, order + begin[n], slots, dout, static_cast<const T*>(p.values) + n * p.O, dweight, dvalue, sum_row);
-      else if (dvalue && !rows)
-        memset(dvalue, 0, static_cast<size_t>(p.O) * sizeof(T));
     }
   }
   return failed ? SPARSE_FFN_NO_MEMORY : SPARSE_FFN_OK;

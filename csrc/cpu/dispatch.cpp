@@ -105,6 +105,12 @@ int check(const sparse_ffn_bag* p) {
   return all_below(p->index, p->T * p->J, p->N) ? SPARSE_FFN_OK : SPARSE_FFN_BAD_INDEX;
 }
 
+int check(const sparse_ffn_product_keys* p) {
+  if (!p || p->T < 0 || p->H < 0 || p->n < 0 || p->k < 0 || (p->n <= 0xffff && p->k > p->n * p->n))
+    return SPARSE_FFN_BAD_ARGUMENT;
+  return p->n > 0x7fff ? SPARSE_FFN_TOO_LARGE : SPARSE_FFN_OK;  // pairs of positions are kept in 32 bits
+}
+
 // Up to here reading the touched weights dominates, and the decode path reads each of them once, unpacked.
 constexpr int64_t kDecodeTokens = 32;
 
@@ -235,12 +241,29 @@ int sparse_ffn_bag_backward_sparse(const sparse_ffn_bag* args, const void* dout,
   return kernels().bag_backward(*args, dout, dweight, dvalue_rows, rows, n_rows);
 }
 
-int sparse_ffn_product_key_topk(const float* first, const float* second, int64_t R, int64_t n, int64_t k,
-                                int32_t n_threads, int64_t* index, float* sums) {
-  if (R < 0 || n < 0 || k < 0 || (R > 0 && (!first || !second || !index))) return SPARSE_FFN_BAD_ARGUMENT;
-  if (n > 0xffff) return SPARSE_FFN_TOO_LARGE;
-  if (k > n * n) return SPARSE_FFN_BAD_ARGUMENT;
-  return k ? kernels().product_key_topk(first, second, R, n, k, n_threads, index, sums) : SPARSE_FFN_OK;
+int sparse_ffn_wide_product_forward(const sparse_ffn_wide_product* p, float* out) {
+  if (!p || !known_dtype(p->dtype) || p->B < 0 || p->M < 0 || p->N < 0 || p->K < 0) return SPARSE_FFN_BAD_ARGUMENT;
+  if (p->B * p->M * p->N == 0) return SPARSE_FFN_OK;
+  if (!out || (p->K > 0 && (!p->x || !p->w)) || p->x_stride_b < 0 || p->x_stride_m < 0) return SPARSE_FFN_BAD_ARGUMENT;
+  if (p->M > kMaxSlots / p->B || (p->B - 1) * p->x_stride_b + (p->M - 1) * p->x_stride_m > kMaxSlots)
+    return SPARSE_FFN_TOO_LARGE;
+  return kernels().wide_product(*p, out);
+}
+
+int sparse_ffn_product_key_topk(const sparse_ffn_product_keys* args, const float* scores, int64_t* index, float* sums) {
+  if (const int bad = check(args)) return bad;
+  if (args->T * args->H * args->k == 0) return SPARSE_FFN_OK;
+  return scores && index ? kernels().product_key_topk(*args, scores, index, sums) : SPARSE_FFN_BAD_ARGUMENT;
+}
+
+int sparse_ffn_product_key_topk_backward(const sparse_ffn_product_keys* args, const float* dsums, const int64_t* index,
+                                         float* dscores) {
+  if (const int bad = check(args)) return bad;
+  const int64_t rows = args->T * args->H;
+  if (rows * args->n == 0) return SPARSE_FFN_OK;
+  if (!dscores || (args->k > 0 && (!dsums || !index))) return SPARSE_FFN_BAD_ARGUMENT;
+  if (!all_below(index, rows * args->k, args->n * args->n)) return SPARSE_FFN_BAD_INDEX;
+  return kernels().product_key_topk_backward(*args, dsums, index, dscores);
 }
 
 int sparse_ffn_topk(const float* scores, int64_t R, int64_t n, int64_t stride, int64_t k, int32_t n_threads,

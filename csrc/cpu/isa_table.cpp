@@ -21,7 +21,9 @@ const KernelTable table = {STRINGIFY(SPARSE_FFN_ISA_NAME),
                            cvmm_backward,
                            bag_forward,
                            bag_backward,
+                           wide_product,
                            product_key_topk,
+                           product_key_topk_backward,
                            topk,
                            topk_activation};
 

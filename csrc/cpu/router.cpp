@@ -104,16 +104,18 @@ int route_tokens(const sparse_ffn_experts& p, const sparse_ffn_router& r, int64_
   int failed = 0;
 #pragma omp parallel num_threads(static_cast<int>(larger<int64_t>(1, lesser<int64_t>(p.n_threads, chunks))))
   {
-    uint64_t* keys = scratch_of<uint64_t>(kSlotRow, p.E + VL);
-    float* row = scratch_of<float>(kSlotC, 2 * padded);
+    const Candidates candidates = Candidates::reserve(p.E);
+    float* row = scratch_of<float>(kSlotC, 2 * padded + p.E);
     float* probability = row + padded;
-    if (!keys || !row) {
+    int32_t* best = reinterpret_cast<int32_t*>(row + 2 * padded);
+    const bool ready = candidates.ready() && row;
+    if (!ready) {
 #pragma omp atomic write
       failed = 1;
     }
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < chunks; c++) {
-      if (!keys || !row) continue;
+      if (!ready) continue;
       const int64_t first = c / per_group * length + c % per_group * kChunk;
       const int64_t last = lesser(first + kChunk, (c / per_group + 1) * length);
       float* sums = partial ? partial + c * p.E : nullptr;
@@ -125,8 +127,8 @@ int route_tokens(const sparse_ffn_experts& p, const sparse_ffn_router& r, int64_
           store_upto(row + i, r.bias ? load_upto(z + i, p.E - i) + load_upto(r.bias + i, p.E - i) : load_upto(z + i, p.E - i),
                      p.E - i);
         if (p.K > 16 || !select_short(row, p.E, p.K, index + t * p.K)) {
-          select_row(row, p.E, p.K, keys);
-          for (int64_t j = 0; j < p.K; j++) index[t * p.K + j] = index_of(keys[j]);
+          select_row(row, p.E, p.K, candidates, best);
+          for (int64_t j = 0; j < p.K; j++) index[t * p.K + j] = best[j];
         }
         gates(p, r, z, index + t * p.K, probability, gate + t * p.K);
         if (!sums || (r.mask && !r.mask[t])) continue;

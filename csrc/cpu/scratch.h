@@ -6,7 +6,7 @@ namespace sparse_ffn {
 
 // What a buffer is for; one buffer per purpose and thread.
 enum Slot {
-  kSlotA, kSlotB, kSlotC, kSlotAcc, kSlotLines,                       // owned by each worker
+  kSlotA, kSlotB, kSlotC, kSlotAcc, kSlotLines, kSlotRank, kSlotIndex,  // owned by each worker
   kSlotToken, kSlotGate, kSlotHidden, kSlotDz, kSlotRow,  // owned by the calling thread, shared with its workers
   kSlotOrder, kSlotOffsets, kSlotAux, kSlotLogits, kSlotDlogits, kSlotPartial, kSlotDgate, kSlotCount
 };

@@ -1,4 +1,4 @@
-// topk.cpp - the selections: rows of scores, the two halves of product keys, and TopKFFN's hidden units.
+// topk.cpp - the selections: rows of scores, and TopKFFN's hidden units.
 #include "ops.h"
 #include "select.h"
 #include "vec_math.h"
@@ -10,73 +10,23 @@ int topk(const float* scores, int64_t R, int64_t n, int64_t stride, int64_t k, i
   int failed = 0;
 #pragma omp parallel num_threads(larger(1, n_threads))
   {
-    uint64_t* keys = scratch_of<uint64_t>(kSlotRow, n + VL);
-    if (!keys) {
-#pragma omp atomic write
-      failed = 1;
-    }
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < R; r++) {
-      if (!keys) continue;
-      const float* row = scores + r * stride;
-      select_row(row, n, k, keys);
-      for (int64_t j = 0; j < k; j++) {
-        const int64_t i = index_of(keys[j]);
-        index[r * k + j] = i;
-        if (values) values[r * k + j] = row[i];
-      }
-    }
-  }
-  return failed ? SPARSE_FFN_NO_MEMORY : SPARSE_FFN_OK;
-}
-
-// One row of the product: best of both halves, then of the pairs that can win. Pair (i, j) is beaten or preceded by all
-// (i', j') with i' <= i and j' <= j, so it can be among the k best only if (i + 1)(j + 1) <= k: about k ln k pairs of k^2.
-static void product_row(const float* first, const float* second, int64_t n, int64_t k, uint64_t* keys, int32_t* half,
-                        float* value, uint64_t* pairs, int64_t* index, float* sums) {
-  const int64_t m = lesser(k, n);
-  for (int h = 0; h < 2; h++) {
-    const float* row = h ? second : first;
-    select_row(row, n, m, keys);
-    for (int64_t i = 0; i < m; i++) {
-      half[h * m + i] = static_cast<int32_t>(index_of(keys[i]));
-      value[h * m + i] = row[half[h * m + i]];
-    }
-  }
-  int64_t count = 0;
-  for (int64_t i = 0; i < m; i++)
-    for (int64_t j = 0; j < m && (i + 1) * (j + 1) <= k; j++) pairs[count++] = key_of(value[i] + value[m + j], i * m + j);
-  if (k < count) partition_largest(pairs, count, k);
-  sort_descending(pairs, k);
-  for (int64_t c = 0; c < k; c++) {
-    const int64_t position = index_of(pairs[c]), i = position / m, j = position % m;
-    index[c] = half[i] * n + half[m + j];
-    if (sums) sums[c] = value[i] + value[m + j];
-  }
-}
-
-int product_key_topk(const float* first, const float* second, int64_t R, int64_t n, int64_t k, int32_t n_threads,
-                     int64_t* index, float* sums) {
-  const int64_t m = lesser(k, n);
-  int64_t most = 0;  // pairs with (i + 1)(j + 1) <= k
-  for (int64_t i = 0; i < m; i++) most += lesser(m, k / (i + 1));
-  int failed = 0;
-#pragma omp parallel num_threads(larger(1, n_threads))
-  {
-    uint64_t* keys = scratch_of<uint64_t>(kSlotRow, n + VL);
-    int32_t* half = scratch_of<int32_t>(kSlotC, 2 * m + 1);
-    float* value = scratch_of<float>(kSlotA, 2 * m + 1);
-    uint64_t* pairs = scratch_of<uint64_t>(kSlotB, most + 1);
-    const bool ready = keys && half && value && pairs;
+    const Candidates candidates = Candidates::reserve(n);
+    int32_t* best = scratch_of<int32_t>(kSlotC, n);
+    const bool ready = candidates.ready() && best;
     if (!ready) {
 #pragma omp atomic write
       failed = 1;
     }
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < R; r++)
-      if (ready)
-        product_row(first + r * n, second + r * n, n, k, keys, half, value, pairs, index + r * k,
-                    sums ? sums + r * k : nullptr);
+    for (int64_t r = 0; r < R; r++) {
+      if (!ready) continue;
+      const float* row = scores + r * stride;
+      select_row(row, n, k, candidates, best);
+      for (int64_t j = 0; j < k; j++) {
+        index[r * k + j] = best[j];
+        if (values) values[r * k + j] = row[best[j]];
+      }
+    }
   }
   return failed ? SPARSE_FFN_NO_MEMORY : SPARSE_FFN_OK;
 }
@@ -111,10 +61,11 @@ static int select_units(const T* u, int64_t rows, int64_t F, int64_t stride, int
   int failed = 0;
 #pragma omp parallel num_threads(larger(1, n_threads))
   {
-    uint64_t* keys = scratch_of<uint64_t>(kSlotRow, F + VL);
+    const Candidates candidates = Candidates::reserve(F);
+    int32_t* best = scratch_of<int32_t>(kSlotC, F);
     float* value = scratch_of<float>(kSlotA, F + VL);
     float* magnitude = scratch_of<float>(kSlotB, F + VL);
-    const bool ready = keys && value && magnitude;
+    const bool ready = candidates.ready() && best && value && magnitude;
     if (!ready) {
 #pragma omp atomic write
       failed = 1;
@@ -123,10 +74,10 @@ static int select_units(const T* u, int64_t rows, int64_t F, int64_t stride, int
     for (int64_t t = 0; t < rows; t++) {
       if (!ready) continue;
       activate(u + t * stride, F, norm, value, magnitude);
-      select_row(magnitude, F, k, keys);
+      select_row(magnitude, F, k, candidates, best);
       for (int64_t j = 0; j < k; j++) {
-        index[t * k + j] = index_of(keys[j]);
-        from_float(value[index[t * k + j]], kept + t * k + j);
+        index[t * k + j] = best[j];
+        from_float(value[best[j]], kept + t * k + j);
       }
     }
   }

@@ -162,6 +162,35 @@ static ALWAYS_INLINE uint32_t lanes_of(VI mask) {
 #endif
 }
 
+static ALWAYS_INLINE VI load(const int32_t* p) { VI v; memcpy(&v, p, sizeof v); return v; }
+// The marked lanes, in order, to p; up to VL elements are written.
+static ALWAYS_INLINE void compress(int32_t* p, VI v, uint32_t lanes) {
+#if defined(__AVX512F__)  // in a register: compressing to memory is slow on AMD
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), __m512i(v)));
+#else
+  for (; lanes; lanes &= lanes - 1) *p++ = v[__builtin_ctz(lanes)];
+#endif
+}
+// The four vectors' sums, into out[0] .. out[3] or added to them.
+static ALWAYS_INLINE void sum4(V a, V b, V c, V d, float* out, bool add) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const auto half = [](V v) {
+    return _mm256_add_ps(_mm512_castps512_ps256(__m512(v)), _mm512_extractf32x8_ps(__m512(v), 1));
+  };
+#else
+  const auto half = [](V v) { return __m256(v); };
+#endif
+  const __m256 ab = _mm256_hadd_ps(half(a), half(b)), cd = _mm256_hadd_ps(half(c), half(d));
+  const __m256 all = _mm256_hadd_ps(ab, cd);
+  const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+  _mm_storeu_ps(out, add ? _mm_add_ps(_mm_loadu_ps(out), sums) : sums);
+#else
+  const float sums[4] = {sum(a), sum(b), sum(c), sum(d)};
+  for (int i = 0; i < 4; i++) out[i] = (add ? out[i] : 0.f) + sums[i];
+#endif
+}
+
 template <class T> static ALWAYS_INLINE V load_upto(const T* p, int64_t n) {
   return n >= VL ? load(p) : load_n(p, static_cast<int>(n));
 }

@@ -25,7 +25,7 @@ extern "C" {
 #define SPARSE_FFN_API __attribute__((visibility("default")))
 #endif
 
-#define SPARSE_FFN_ABI_VERSION 2
+#define SPARSE_FFN_ABI_VERSION 3
 
 enum sparse_ffn_status {
   SPARSE_FFN_OK = 0,
@@ -149,12 +149,32 @@ SPARSE_FFN_API int sparse_ffn_bag_backward(const sparse_ffn_bag* args, const voi
 SPARSE_FFN_API int sparse_ffn_bag_backward_sparse(const sparse_ffn_bag* args, const void* dout, void* dweight,
                                                   int64_t* rows, void* dvalue_rows, int64_t* n_rows);
 
+/* ---- Wide product -----------------------------------------------------------------------------------------------
+ * out[b] = x[b] w[b]^T in fp32, whatever the dtype: x [B, M, K] with strides of its first two dimensions, w [B, N, K]. */
+typedef struct sparse_ffn_wide_product {
+  int64_t B, M, N, K;
+  int64_t x_stride_b, x_stride_m;
+  int32_t dtype, n_threads;
+  const void* x;
+  const void* w;
+} sparse_ffn_wide_product;
+SPARSE_FFN_API int sparse_ffn_wide_product_forward(const sparse_ffn_wide_product* args, float* out /* [B, M, N] */);
+
 /* ---- Selection --------------------------------------------------------------------------------------------------
  * All selections are exact, ranked by value descending, ties to the lower index; a NaN ranks last. */
-/* Top-k of the n*n sums first[r,i] + second[r,j]; index = i*n + j. Tables [R, n] fp32; ties go to the lower position in
- * the k x k list of both halves' best. sums may be null. */
-SPARSE_FFN_API int sparse_ffn_product_key_topk(const float* first, const float* second, int64_t R, int64_t n, int64_t k,
-                                               int32_t n_threads, int64_t* index, float* sums);
+/* Product keys. Row (t, h) has two tables of n scores, at scores + t * stride_t + h * stride_h (+ stride_s). */
+typedef struct sparse_ffn_product_keys {
+  int64_t T, H, n, k;
+  int64_t stride_t, stride_h, stride_s;
+  int32_t n_threads, reserved;
+} sparse_ffn_product_keys;
+/* Top-k of the n*n sums first[i] + second[j] of each row; index [T, H, k] = i*n + j; ties go to the lower position in the
+ * k x k list of both halves' best. sums [T, H, k] may be null. */
+SPARSE_FFN_API int sparse_ffn_product_key_topk(const sparse_ffn_product_keys* args, const float* scores, int64_t* index,
+                                               float* sums);
+/* Gradient of the scores, in the strides of args: 2*T*H*n elements without gaps, each written. */
+SPARSE_FFN_API int sparse_ffn_product_key_topk_backward(const sparse_ffn_product_keys* args, const float* dsums,
+                                                        const int64_t* index, float* dscores);
 /* Top-k of each row of scores [R, n] (row stride given); values may be null. */
 SPARSE_FFN_API int sparse_ffn_topk(const float* scores, int64_t R, int64_t n, int64_t stride, int64_t k,
                                    int32_t n_threads, int64_t* index, float* values);

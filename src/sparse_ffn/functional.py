@@ -161,7 +161,10 @@ def product_key_topk(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Ten
         raise ValueError(f"first and second must have one shape [..., n], got {list(first.shape)} and "
                          f"{list(second.shape)}")  # fmt: skip
     check_positive("k", k, at_most=first.shape[-1] ** 2, limit="n²")
-    return ops.product_key_topk(first, second, k)
+    n = first.shape[-1]
+    scores = torch.stack((first, second), -2).reshape(first.shape[:-1].numel(), 1, 2, n)
+    best, index = ops.product_key_topk(scores, k)
+    return best.view(*first.shape[:-1], k), index.view(*first.shape[:-1], k)
 
 
 def topk_ffn(

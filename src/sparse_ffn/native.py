@@ -17,7 +17,7 @@ from torch import Tensor
 HUGE_PAGE = 2 << 20
 LIBRARY_NAME = "libsparse_ffn_cpu.so"
 LIBRARY_VARIABLE = "SPARSE_FFN_LIBRARY"
-ABI_VERSION = 2
+ABI_VERSION = 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "identity": 4, "squared_relu": 5}
 GATES = {"sigmoid": 0, "softmax": 1, "softmax_selected": 2, "one": 3}
@@ -72,6 +72,25 @@ class Bag(ctypes.Structure):
     )
 
 
+class WideProduct(ctypes.Structure):
+    """``sparse_ffn_wide_product``."""
+
+    _fields_ = (
+        *((name, _i64) for name in ("B", "M", "N", "K", "x_stride_b", "x_stride_m")),
+        *((name, _i32) for name in ("dtype", "n_threads")),
+        *((name, _p) for name in ("x", "w")),
+    )
+
+
+class ProductKeys(ctypes.Structure):
+    """``sparse_ffn_product_keys``."""
+
+    _fields_ = (
+        *((name, _i64) for name in ("T", "H", "n", "k", "stride_t", "stride_h", "stride_s")),
+        *((name, _i32) for name in ("n_threads", "reserved")),
+    )
+
+
 _POINTER = ctypes.POINTER
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "route": (_p, _i64, _i64, _p, _p),
@@ -85,7 +104,9 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "bag_forward": (_POINTER(Bag), _p),
     "bag_backward": (_POINTER(Bag), _p, _p, _p),
     "bag_backward_sparse": (_POINTER(Bag), _p, _p, _p, _p, _POINTER(_i64)),
-    "product_key_topk": (_p, _p, _i64, _i64, _i64, _i32, _p, _p),
+    "wide_product_forward": (_POINTER(WideProduct), _p),
+    "product_key_topk": (_POINTER(ProductKeys), _p, _p, _p),
+    "product_key_topk_backward": (_POINTER(ProductKeys), _p, _p, _p),
     "topk": (_p, _i64, _i64, _i64, _i64, _i32, _p, _p),
     "topk_activation": (_p, _i64, _i64, _i64, _i32, _i32, _p, _i64, _i32, _p, _p),
 }

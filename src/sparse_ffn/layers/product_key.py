@@ -102,8 +102,7 @@ class ProductKeyMemory(SparseFFN):
     def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
         # T tokens, H heads, N sub-keys, C half a query, K selected values
         x = x.reshape(-1, self.d_model)
-        first_THN, second_THN = self._scores(x)
-        score_THK, index_THK = ops.product_key_topk(first_THN, second_THN, self.k)
+        score_THK, index_THK = ops.product_key_topk(self._scores(x), self.k)
         if self.activation == "softmax":
             weight_THK = torch.softmax(score_THK, dim=-1)
         else:
@@ -111,22 +110,28 @@ class ProductKeyMemory(SparseFFN):
         weight_THK = F.dropout(weight_THK, self.dropout, self.training)
         return ops.weighted_bag(self.values, index_THK.flatten(1), weight_THK.flatten(1), sparse_grad=self.sparse_grad)
 
-    def _scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores of the two halves' sub-keys, each [T, H, N], in fp32 at least under any autocast."""
+    def _scores(self, x: Tensor) -> Tensor:
+        """Scores of the two halves' sub-keys [T, H, 2, N], in fp32 at least under any autocast."""
         with without_autocast(x):
-            wide = torch.promote_types(self.sub_keys.dtype, torch.float32)
-            x = x.to(wide)
-            if self.query is None:
-                query_THSC = rearrange(x, "t (s c) -> t 1 s c", s=2).expand(-1, self.n_heads, -1, -1)
-            else:
-                query = F.linear(x, self.query.weight.to(wide))
-                query_THSC = rearrange(query, "t (h s c) -> t h s c", h=self.n_heads, s=2)
-            if self.query_norm == "layer":
-                query_THSC = F.layer_norm(query_THSC, query_THSC.shape[-1:])
-            elif self.query_norm == "rms":
-                query_THSC = F.rms_norm(query_THSC, query_THSC.shape[-1:], eps=1e-5)
-            score_THSN = torch.einsum("thsc,shnc->thsn", query_THSC, self.sub_keys.to(wide))
-            return score_THSN[:, :, 0], score_THSN[:, :, 1]
+            if self.query is None:  # all heads see x: one product for each half
+                query_TSC = self._normalised(rearrange(x, "t (s c) -> t s c", s=2))
+                score_STM = ops.wide_product(query_TSC.transpose(0, 1), self.sub_keys.flatten(1, 2))
+                return rearrange(score_STM, "s t (h n) -> t h s n", h=self.n_heads)
+            query = ops.wide_product(x.unsqueeze(0), self.query.weight.unsqueeze(0)).squeeze(0)
+            query_TBC = self._normalised(rearrange(query, "t (b c) -> t b c", b=2 * self.n_heads))
+            sub_keys_BNC = rearrange(self.sub_keys, "s h n c -> (h s) n c")
+            score_BTN = ops.wide_product(query_TBC.transpose(0, 1), sub_keys_BNC)
+            return rearrange(score_BTN, "(h s) t n -> t h s n", s=2)
+
+    def _normalised(self, query: Tensor) -> Tensor:
+        """Halves of queries, normalised in fp32 at least if at all."""
+        if self.query_norm is not None:
+            query = query.to(torch.promote_types(query.dtype, torch.float32))
+        if self.query_norm == "layer":
+            return F.layer_norm(query, query.shape[-1:])
+        if self.query_norm == "rms":
+            return F.rms_norm(query, query.shape[-1:], eps=1e-5)
+        return query
 
     def param_groups(self, values_lr: float, **options: Any) -> list[dict[str, Any]]:
         """Optimizer parameter groups: the value table with a learning rate of its own, then all other parameters.

@@ -1,40 +1,72 @@
-"""Product-key top-k: the torch.library op, its fake, and the choice of the backend. Indices carry no gradient."""
+"""Product-key top-k: the torch.library op, its fake, its autograd, and the choice of the backend."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_ffn.backend import choose
-from sparse_ffn.ops.library import define
+from sparse_ffn.ops.library import define, refuse_double_backward, set_autograd
 from sparse_ffn.ops.product_key_topk import cpu as native
 from sparse_ffn.ops.product_key_topk import reference
 from sparse_ffn.ops.product_key_topk import torch as plain
 
 
-def product_key_topk(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def product_key_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of the n x n sums of two score tables; arguments are trusted to fit.
 
-    Shapes: first and second [..., n] -> scores [..., k], differentiable, and value indices int64 [..., k].
+    Shapes: scores [T, H, 2, n], of any strides without gaps -> sums [T, H, k], differentiable, and value indices int64
+    [T, H, k].
     """
-    chosen = choose(first)
+    chosen = choose(scores)
     if chosen == "reference":
+        first, second = scores.unbind(2)
         index = reference.product_key_topk(first.detach(), second.detach(), k)
-    else:
-        index = _op(first.detach(), second.detach(), k, chosen)
-    n = first.shape[-1]
-    return first.gather(-1, index // n) + second.gather(-1, index % n), index
+        return reference.sums(first, second, index), index
+    best, index = _forward(scores, k, chosen)
+    return best, index
 
 
-_KERNELS = {"torch": plain.product_key_topk, "cpu": native.product_key_topk}
+_KERNELS = {"torch": (plain.forward, plain.backward), "cpu": (native.forward, native.backward)}
 
 
-def _kernel(first: Tensor, second: Tensor, k: int, backend: str) -> Tensor:
-    return _KERNELS[backend](first, second, k)
+def _forward_kernel(scores: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
+    return _KERNELS[backend][0](scores, k)
 
 
-def _fake(first: Tensor, second: Tensor, k: int, backend: str) -> Tensor:
-    return first.new_empty((*first.shape[:-1], k), dtype=torch.int64)
+def _forward_fake(scores: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
+    best = scores.new_empty(*scores.shape[:2], k)
+    return best, torch.empty_like(best, dtype=torch.int64)
 
 
-_op = define("product_key_topk(Tensor first, Tensor second, int k, str backend) -> Tensor", _kernel, _fake)
+def _backward_kernel(grad: Tensor, index: Tensor, n: int, stride: list[int], backend: str) -> Tensor:
+    return _KERNELS[backend][1](grad, index, n, stride)
+
+
+def _backward_fake(grad: Tensor, index: Tensor, n: int, stride: list[int], backend: str) -> Tensor:
+    return torch.empty_strided((*grad.shape[:2], 2, n), stride, dtype=grad.dtype, device=grad.device)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    scores, _, chosen = inputs
+    ctx.save_for_backward(output[1])  # not the scores: they are large, and their shape is enough
+    ctx.options = scores.shape[-1], scores.stride(), chosen
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd(ctx: Any, grad: Tensor, unused: Any) -> tuple[Tensor | None, ...]:
+    return _backward(grad, *ctx.saved_tensors, *ctx.options), None, None
+
+
+_forward = define(
+    "product_key_topk(Tensor scores, int k, str backend) -> (Tensor best, Tensor index)", _forward_kernel, _forward_fake
+)
+_backward = define(
+    "product_key_topk_backward(Tensor grad, Tensor index, SymInt n, SymInt[] stride, str backend) -> Tensor",
+    _backward_kernel,
+    _backward_fake,
+)
+_forward = set_autograd(_forward, _autograd, _setup_context)
+refuse_double_backward(_backward)

@@ -36,3 +36,9 @@ def product_key_topk(
     sums = first.gather(-1, pair_first) + second.gather(-1, pair_second)
     best = topk(sums, k)
     return pair_first.gather(-1, best) * n + pair_second.gather(-1, best)
+
+
+def sums(first: Tensor, second: Tensor, index: Tensor) -> Tensor:
+    """The sums that value indices stand for."""
+    n = first.shape[-1]
+    return first.gather(-1, index // n) + second.gather(-1, index % n)

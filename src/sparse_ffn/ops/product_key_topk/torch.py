@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from sparse_ffn.ops.product_key_topk import reference
 from sparse_ffn.ops.select import eager_stable_topk
 
+# T tokens, H heads, S the two halves, N sub-keys, K selected
 
-def product_key_topk(first: Tensor, second: Tensor, k: int) -> Tensor:
-    """As the reference."""
-    return reference.product_key_topk(first, second, k, eager_stable_topk)
+
+def forward(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest sums [T, H, K] of scores [T, H, S, N], and their value indices."""
+    first, second = scores.unbind(2)
+    index = reference.product_key_topk(first, second, k, eager_stable_topk)
+    return reference.sums(first, second, index), index
+
+
+def backward(grad: Tensor, index: Tensor, n: int, stride: Sequence[int]) -> Tensor:
+    """Gradient of the scores [T, H, S, N], in their strides."""
+    shape = (*grad.shape[:2], 2, n)
+    dscores = torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device).zero_()
+    first, second = dscores.unbind(2)
+    first.scatter_add_(-1, index // n, grad)
+    second.scatter_add_(-1, index % n, grad)
+    return dscores

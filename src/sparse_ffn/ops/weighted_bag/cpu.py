@@ -14,7 +14,7 @@ from sparse_ffn.native import DTYPES, Bag
 def forward(values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """The bags [N, O]."""
     arguments, _keep = _arguments(values, index, weight)
-    out = torch.empty(index.shape[0], values.shape[1], dtype=values.dtype)
+    out = native.empty(index.shape[0], values.shape[1], dtype=values.dtype)
     native.call("bag_forward", arguments, out.data_ptr())
     return out
 
@@ -23,7 +23,7 @@ def backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> tup
     """Gradients of values and weight."""
     arguments, _keep = _arguments(values, index, weight)
     grad = grad.contiguous()
-    dvalues = torch.empty(values.shape, dtype=values.dtype)
+    dvalues = native.empty(*values.shape, dtype=values.dtype)
     dweight = torch.empty(weight.shape, dtype=values.dtype)
     native.call("bag_backward", arguments, grad.data_ptr(), dweight.data_ptr(), dvalues.data_ptr())
     return dvalues, dweight.to(weight.dtype)
@@ -33,7 +33,7 @@ def values_backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor)
     """Gradient of values alone; only the shape and dtype of ``values`` matter."""
     arguments, _keep = _arguments(values, index, weight)
     grad = grad.contiguous()
-    dvalues = torch.empty(values.shape, dtype=values.dtype)
+    dvalues = native.empty(*values.shape, dtype=values.dtype)
     native.call("bag_backward", arguments, grad.data_ptr(), None, dvalues.data_ptr())
     return dvalues
 
@@ -44,7 +44,7 @@ def backward_rows(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -
     grad = grad.contiguous()
     most = min(index.numel(), values.shape[0])
     rows, count = torch.empty(most, dtype=torch.int64), ctypes.c_int64(0)
-    drows = torch.empty(most, values.shape[1], dtype=values.dtype)
+    drows = native.empty(most, values.shape[1], dtype=values.dtype)
     dweight = torch.empty(weight.shape, dtype=values.dtype)
     native.call(
         "bag_backward_sparse",
