@@ -14,7 +14,7 @@ from sparse_ffn.ops.wide_product.reference import wide_product as reference
 
 
 def wide_product(x: Tensor, w: Tensor) -> Tensor:
-    """x [B, M, K] times w [B, N, K] transposed: [B, M, N], in fp32 at least.
+    """The product of x [B, M, K] with w [B, N, K] transposed: [B, M, N], in fp32 at least.
 
     The core gains most with bf16, where torch would round its result, or multiply in fp32.
     """

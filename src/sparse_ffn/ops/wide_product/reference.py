@@ -7,6 +7,6 @@ from torch import Tensor
 
 
 def wide_product(x: Tensor, w: Tensor) -> Tensor:
-    """x [B, M, K] times w [B, N, K] transposed: [B, M, N], in fp32 at least."""
+    """The product of x [B, M, K] with w [B, N, K] transposed: [B, M, N], in fp32 at least."""
     wide = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
     return torch.bmm(x.to(wide), w.to(wide).transpose(1, 2))
