@@ -1,0 +1,159 @@
+"""Block sizes: tables per architecture, kernel, arithmetic and size of the problem, looked up in Python.
+
+Nothing is measured or cached at run time. The numbers in the tables come from the compile gate (``make gate``): the
+largest tiles that keep their accumulators in registers and their operands in shared memory on that architecture.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One configuration of a kernel with a matrix product: output tile m x n, step k, warps and pipeline stages."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    @property
+    def meta(self) -> dict[str, int]:
+        """The keyword arguments of a launch."""
+        return {
+            **{"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k},
+            **{"num_warps": self.warps, "num_stages": self.stages},
+        }
+
+
+@dataclass(frozen=True)
+class Sort:
+    """Block sizes of the routing: slots of a block, its parts, rows and columns of a scan, positions, tiles."""
+
+    block: int = 256
+    part: int = 32
+    scan: int = 64
+    columns: int = 16
+    positions: int = 512
+    tiles: int = 64
+
+
+SORT = Sort()
+
+_Table = dict[tuple[str, str], tuple[Tile, ...]]
+
+
+def _table(text: str) -> _Table:
+    """Lines of a kernel, an arithmetic, and tiles written "m x n x k / warps / stages", narrow ones first."""
+    table: _Table = {}
+    for line in text.strip().splitlines():
+        kernel, kind, *tiles = line.split()
+        sizes = (tuple(int(n) for n in re.split("[x/]", t)) for t in tiles)
+        table[kernel, kind] = (*table.get((kernel, kind), ()), *(Tile(*t) for t in sizes))
+    return table
+
+
+# The kernels are those with one accumulator ("one": rows, hidden gradient, up without GLU), with two ("two": up
+# with GLU) and the gradient of the matrices ("outer", m and n are a matrix's sides). "half" is bf16 and fp16.
+_SM80 = _table("""
+    one    half   16x64x64/4/4   16x128x64/4/4   32x64x64/4/4   32x128x64/4/3
+    one    half   64x64x64/4/3   64x128x64/4/3   128x64x64/4/3  128x128x32/8/4
+    two    half   16x64x64/4/4   32x64x64/4/3    64x64x32/4/4   128x64x32/8/4
+    outer  half   64x64x64/4/3   64x128x32/4/4   128x64x32/4/4  128x128x32/8/4
+    one    tf32   16x64x32/4/4   16x128x32/4/4   32x64x32/4/4   32x128x32/4/3
+    one    tf32   64x64x32/4/3   64x128x32/4/3   128x64x32/4/3  128x128x16/8/4
+    two    tf32   16x64x32/4/3   32x64x32/4/3    64x64x16/4/4   128x64x16/8/4
+    outer  tf32   64x64x32/4/3   64x128x16/4/4   128x64x16/4/4  128x128x16/8/4
+    one    fp32   16x64x16/4/2   32x64x16/4/2    64x64x16/8/2
+    two    fp32   16x32x16/4/2   32x32x16/4/2    64x32x16/8/2
+    outer  fp32   32x64x16/4/2   64x64x16/8/2
+""")
+_SM90 = _SM80 | _table("""
+    one    half   16x64x64/4/4   16x128x64/4/4   32x64x64/4/4   32x128x64/4/4
+    one    half   64x64x64/4/4   64x128x64/4/4   128x64x64/4/4  128x128x64/8/4
+    two    half   16x64x64/4/4   32x64x64/4/4    64x64x64/4/4   128x64x64/8/4
+    outer  half   64x64x64/4/4   64x128x64/4/4   128x64x64/4/4  128x128x64/8/4
+""")
+_GFX942 = {key: tuple(Tile(t.m, t.n, min(t.k, 32), t.warps, 2) for t in tiles) for key, tiles in _SM80.items()}
+TABLES: dict[str, _Table] = {"sm_80": _SM80, "sm_90": _SM90, "gfx942": _GFX942}
+
+_fixed: Tile | None = None
+_architecture: str | None = None
+
+
+@contextmanager
+def fixed(tile: Tile | None = None, architecture: str | None = None) -> Iterator[None]:
+    """Launch everything with one tile, or by one architecture's table (tests, the compile gate, tuning)."""
+    global _fixed, _architecture
+    previous, (_fixed, _architecture) = (_fixed, _architecture), (tile, architecture)
+    try:
+        yield
+    finally:
+        _fixed, _architecture = previous
+
+
+def architecture(device: torch.device) -> str:
+    """The table for a device: its own one, or that of the oldest architecture of its kind."""
+    if _architecture is not None:
+        return _architecture
+    return "sm_80" if device.type != "cuda" else _of_device(device)
+
+
+@functools.cache
+def _of_device(device: torch.device) -> str:
+    if torch.version.hip is not None:
+        return "gfx942"
+    return "sm_90" if torch.cuda.get_device_capability(device) in ((9, 0), (10, 0), (10, 3)) else "sm_80"
+
+
+def arithmetic(dtype: torch.dtype, precision: str) -> str:
+    """The column of the tables: "half", "tf32" or "fp32"."""
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if precision == "tf32" else "fp32"
+
+
+def block_m(device: torch.device, kind: str, mean_rows: float) -> int:
+    """Rows of a tile: one table serves all products of a call, so all take the same."""
+    if _fixed is not None:
+        return _fixed.m
+    largest = 64 if kind == "fp32" else 128
+    return next((m for m in (16, 32, 64) if mean_rows <= m and m < largest), largest)
+
+
+def tile(device: torch.device, kernel: str, kind: str, n: int, m: int | None = None, side: int | None = None) -> Tile:
+    """The tile of a kernel for n columns.
+
+    Args:
+        device: where it runs.
+        kernel: "one", "two" or "outer".
+        kind: what ``arithmetic`` says.
+        n: columns of the product.
+        m: rows of the tile as ``block_m`` says (not for "outer").
+        side: rows of the product ("outer").
+    """
+    if _fixed is not None:
+        return _fixed
+    choices = TABLES[architecture(device)][kernel, kind]
+    if side is not None:
+        m = max((t.m for t in choices if t.m < 2 * side), default=min(t.m for t in choices))
+    choices = tuple(t for t in choices if t.m == m)
+    return next((t for t in choices if n <= t.n), choices[-1])
+
+
+def n_processors(device: torch.device) -> int:
+    """Multiprocessors of a device; 108 (an A100's) where there is none to ask."""
+    return 108 if device.type != "cuda" or _architecture is not None else _processors(device)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
