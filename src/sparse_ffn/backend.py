@@ -121,7 +121,11 @@ def _no_triton(device: torch.device) -> str | None:
 
 @functools.cache
 def _triton_missing() -> str | None:
-    return None if importlib.util.find_spec("triton") else "triton is not installed"
+    try:
+        found = importlib.util.find_spec("triton") is not None
+    except ImportError:
+        found = False
+    return None if found else "triton is not installed"
 
 
 @functools.cache

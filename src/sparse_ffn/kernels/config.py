@@ -39,7 +39,7 @@ class Sort:
     """Block sizes of the routing: slots of a block, its parts, rows and columns of a scan, positions, tiles."""
 
     block: int = 256
-    part: int = 32
+    part: int = 16
     scan: int = 64
     columns: int = 16
     positions: int = 512
@@ -61,8 +61,10 @@ def _table(text: str) -> _Table:
     return table
 
 
-# The kernels are those with one accumulator ("one": rows, hidden gradient, up without GLU), with two ("two": up
-# with GLU) and the gradient of the matrices ("outer", m and n are a matrix's sides). "half" is bf16 and fp16.
+# Kernels by what they hold in registers: "one" accumulator (rows, plain up and hidden gradient), "two" or as much beside
+# one (up and hidden gradient of a GLU or under dropout); "outer" is the gradient of the matrices, m and n their sides.
+# "half" is bf16 and fp16; "odd" is either of them or tf32 where a size is no multiple of 16: loads are narrow there, and
+# their addresses take the registers.
 _SM80 = _table("""
     one    half   16x64x64/4/4   16x128x64/4/4   32x64x64/4/4   32x128x64/4/3
     one    half   64x64x64/4/3   64x128x64/4/3   128x64x64/4/3  128x128x32/8/4
@@ -72,8 +74,11 @@ _SM80 = _table("""
     one    tf32   64x64x32/4/3   64x128x32/4/3   128x64x32/4/3  128x128x16/8/4
     two    tf32   16x64x32/4/3   32x64x32/4/3    64x64x16/4/4   128x64x16/8/4
     outer  tf32   64x64x32/4/3   64x128x16/4/4   128x64x16/4/4  128x128x16/8/4
+    one    odd    16x64x32/4/2   32x64x32/4/2    64x64x32/4/2
+    two    odd    16x64x32/4/2   32x64x32/4/2    64x64x32/8/2
+    outer  odd    64x64x32/4/2
     one    fp32   16x64x16/4/2   32x64x16/4/2    64x64x16/8/2
-    two    fp32   16x32x16/4/2   32x32x16/4/2    64x32x16/8/2
+    two    fp32   16x32x16/4/2   32x32x16/4/2    64x32x16/4/2
     outer  fp32   32x64x16/4/2   64x64x16/8/2
 """)
 _SM90 = _SM80 | _table("""
@@ -114,19 +119,21 @@ def _of_device(device: torch.device) -> str:
     return "sm_90" if torch.cuda.get_device_capability(device) in ((9, 0), (10, 0), (10, 3)) else "sm_80"
 
 
-def arithmetic(dtype: torch.dtype, precision: str) -> str:
-    """The column of the tables: "half", "tf32" or "fp32"."""
-    if dtype != torch.float32:
-        return "half"
-    return "tf32" if precision == "tf32" else "fp32"
+def arithmetic(dtype: torch.dtype, precision: str, *sizes: int) -> str:
+    """The column of the tables for matrices of these sizes: "half", "tf32", "odd" or "fp32"."""
+    if dtype == torch.float32 and precision != "tf32":
+        return "fp32"
+    if any(size % 16 for size in sizes):
+        return "odd"
+    return "tf32" if dtype == torch.float32 else "half"
 
 
 def block_m(device: torch.device, kind: str, mean_rows: float) -> int:
-    """Rows of a tile: one table serves all products of a call, so all take the same."""
+    """Rows of a tile: one table of tiles serves all products of a call, so all take the same."""
     if _fixed is not None:
         return _fixed.m
-    largest = 64 if kind == "fp32" else 128
-    return next((m for m in (16, 32, 64) if mean_rows <= m and m < largest), largest)
+    heights = sorted({t.m for t in TABLES[architecture(device)]["one", kind]})
+    return next((m for m in heights if mean_rows <= m), heights[-1])
 
 
 def tile(device: torch.device, kernel: str, kind: str, n: int, m: int | None = None, side: int | None = None) -> Tile:
@@ -134,7 +141,7 @@ def tile(device: torch.device, kernel: str, kind: str, n: int, m: int | None = N
 
     Args:
         device: where it runs.
-        kernel: "one", "two" or "outer".
+        kernel: "one", "two" or "outer", see above the tables.
         kind: what ``arithmetic`` says.
         n: columns of the product.
         m: rows of the tile as ``block_m`` says (not for "outer").

@@ -17,14 +17,15 @@ from sparse_ffn.kernels.routing import Plan
 
 @triton.jit
 def tile_of(tile_expert, tile_row, offsets, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """This program's expert (-1: idle), positions, which of them are the expert's, and columns."""
+    """This program's expert (-1: idle), first position, positions, which of them are the expert's, and columns."""
     n_blocks = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0) // n_blocks  # the blocks of one tile side by side: its gathered rows stay in the cache
     n = (tl.program_id(0) % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     expert = tl.load(tile_expert + tile).to(tl.int64)
-    p = tl.load(tile_row + tile) + tl.arange(0, BLOCK_M)
+    first = tl.load(tile_row + tile)
+    p = first + tl.arange(0, BLOCK_M)
     end = tl.load(offsets + tl.maximum(expert, 0) + 1)
-    return expert, p, p < end, n
+    return expert, first.to(tl.int64), p, p < end, n
 
 
 @triton.jit
@@ -89,7 +90,7 @@ def up_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Hidden units of each position: act(x key + bias), or act(x gate_key) · (x key + bias); see ``up``."""
-    expert, p, ok, g = tile_of(tile_expert, tile_row, offsets, G, BLOCK_M, BLOCK_N)
+    expert, first, p, ok, g = tile_of(tile_expert, tile_row, offsets, G, BLOCK_M, BLOCK_N)
     if expert < 0:
         return
     g_ok = g < G
@@ -109,25 +110,25 @@ def up_kernel(
     if BIAS:
         bias = tl.load(key_bias + expert * stride_be + g.to(tl.int64) * stride_bg, mask=g_ok, other=0.0)
         up += bias.to(tl.float32)[None, :]
-    at = p.to(tl.int64)[:, None] * G + g[None, :]
+    at = tl.arange(0, BLOCK_M)[:, None] * G + g[None, :]  # 32 bits from the tile's first row: half the registers
     mask = ok[:, None] & g_ok[None, :]
     if GLU:
         hidden = activate(pre, ACTIVATION)
         if SAVE_Z:
-            tl.store(z + at, pre.to(z.dtype.element_ty), mask=mask)
-            tl.store(other + at, up.to(z.dtype.element_ty), mask=mask)
+            tl.store(z + first * G + at, pre.to(z.dtype.element_ty), mask=mask)
+            tl.store(other + first * G + at, up.to(z.dtype.element_ty), mask=mask)
         hidden *= up
     else:
         hidden = activate(up, ACTIVATION)
         if SAVE_Z:
             saved = hidden if ACTIVATION == "relu" else up  # what ReLU keeps says all that its backward pass asks
-            tl.store(z + at, saved.to(z.dtype.element_ty), mask=mask)
+            tl.store(z + first * G + at, saved.to(z.dtype.element_ty), mask=mask)
     if STORE_H:
         if SCALE:
             slot = tl.load(order + p, mask=ok, other=0).to(tl.int64)
             scale = tl.load(hidden_scale + slot[:, None] * G + g[None, :], mask=mask, other=0.0)
             hidden *= scale.to(tl.float32)
-        tl.store(h + at, hidden.to(h.dtype.element_ty), mask=mask)
+        tl.store(h + first * G + at, hidden.to(h.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -140,7 +141,7 @@ def rows_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Each position's row times its expert's matrix, and what comes before and after; see ``multiply``."""
-    expert, p, ok, n = tile_of(tile_expert, tile_row, offsets, N, BLOCK_M, BLOCK_N)
+    expert, _, p, ok, n = tile_of(tile_expert, tile_row, offsets, N, BLOCK_M, BLOCK_N)
     if expert < 0:
         return
     n_ok = n < N
@@ -169,15 +170,44 @@ def rows_kernel(
 
 
 @triton.jit
+def unit_gradients(
+    dh, weight, z, other, hidden_scale, scale_at, dz, dother, weighted, g, ok, G,
+    ACTIVATION: tl.constexpr, GLU: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """From the gradient at columns g of a tile to those of z and other; returns the rows' sums of dh · h."""
+    at = tl.arange(0, dh.shape[0])[:, None] * G + g[None, :]
+    mask = ok[:, None] & (g < G)[None, :]
+    pre = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
+    active = activate(pre, ACTIVATION)
+    hidden = active
+    if GLU:
+        up = tl.load(other + at, mask=mask, other=0.0).to(tl.float32)
+        hidden *= up
+    if SCALE:
+        scale = tl.load(hidden_scale + scale_at[:, None] + g[None, :], mask=mask, other=0.0).to(tl.float32)
+        hidden *= scale
+    dot = tl.sum(dh * hidden, 1)
+    tl.store(weighted + at, (hidden * weight).to(weighted.dtype.element_ty), mask=mask)
+    dh *= weight
+    if SCALE:
+        dh *= scale
+    if GLU:
+        tl.store(dother + at, (dh * active).to(dother.dtype.element_ty), mask=mask)
+        dh *= up
+    tl.store(dz + at, (dh * derivative(pre, ACTIVATION)).to(dz.dtype.element_ty), mask=mask)
+    return dot
+
+
+@triton.jit
 def hidden_gradient_kernel(
     grad, rows, values, z, other, hidden_scale, gate, dz, dother, weighted, dgate,
     order, offsets, tile_expert, tile_row, G, O, S, stride_grad, stride_ve, stride_vg, stride_vo,
-    ACTIVATION: tl.constexpr, GLU: tl.constexpr, SCALE: tl.constexpr,
+    ACTIVATION: tl.constexpr, GLU: tl.constexpr, SCALE: tl.constexpr, HALVES: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The gradient at each hidden unit, and what follows from it element by element; see ``hidden_gradient``."""
-    expert, p, ok, g = tile_of(tile_expert, tile_row, offsets, G, BLOCK_M, BLOCK_N)
+    expert, first, p, ok, g = tile_of(tile_expert, tile_row, offsets, G, BLOCK_M, BLOCK_N)
     if expert < 0:
         return
     g_ok = g < G
@@ -187,30 +217,28 @@ def hidden_gradient_kernel(
         dh, grad, row, ok, stride_grad, values + expert * stride_ve, g, g_ok, stride_vo, stride_vg, O,
         BLOCK_K, EVEN_K, PRECISION,
     )  # fmt: skip
-    at = p.to(tl.int64)[:, None] * G + g[None, :]
-    mask = ok[:, None] & g_ok[None, :]
     slot = tl.load(order + p, mask=ok, other=0).to(tl.int64)
-    pre = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
-    active = activate(pre, ACTIVATION)
-    hidden = active
-    if GLU:
-        up = tl.load(other + at, mask=mask, other=0.0).to(tl.float32)
-        hidden *= up
-    if SCALE:
-        scale = tl.load(hidden_scale + slot[:, None] * G + g[None, :], mask=mask, other=0.0).to(tl.float32)
-        hidden *= scale
-    part = (tl.program_id(0) % tl.cdiv(G, BLOCK_N)).to(tl.int64) * S
-    tl.store(dgate + part + slot, tl.sum(dh * hidden, 1), mask=ok)
-
     weight = tl.load(gate + slot, mask=ok, other=0.0).to(tl.float32)[:, None]
-    tl.store(weighted + at, (hidden * weight).to(weighted.dtype.element_ty), mask=mask)
-    dh *= weight
-    if SCALE:
-        dh *= scale
+    z, dz, weighted = z + first * G, dz + first * G, weighted + first * G
     if GLU:
-        tl.store(dother + at, (dh * active).to(dother.dtype.element_ty), mask=mask)
-        dh *= up
-    tl.store(dz + at, (dh * derivative(pre, ACTIVATION)).to(dz.dtype.element_ty), mask=mask)
+        other, dother = other + first * G, dother + first * G
+    scale_at = slot * G
+    if HALVES:  # one half of the columns after the other: all that meets here would not fit into registers at once
+        low, high = tl.split(tl.permute(tl.reshape(dh, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
+        half = (tl.program_id(0) % tl.cdiv(G, BLOCK_N)) * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        dot = unit_gradients(
+            low, weight, z, other, hidden_scale, scale_at, dz, dother, weighted, half, ok, G, ACTIVATION, GLU, SCALE
+        )
+        half += BLOCK_N // 2
+        dot += unit_gradients(
+            high, weight, z, other, hidden_scale, scale_at, dz, dother, weighted, half, ok, G, ACTIVATION, GLU, SCALE
+        )
+    else:
+        dot = unit_gradients(
+            dh, weight, z, other, hidden_scale, scale_at, dz, dother, weighted, g, ok, G, ACTIVATION, GLU, SCALE
+        )
+    part = (tl.program_id(0) % tl.cdiv(G, BLOCK_N)).to(tl.int64) * S
+    tl.store(dgate + part + slot, dot, mask=ok)
 
 
 def up(
@@ -315,7 +343,7 @@ def hidden_gradient(
         hidden_gradient_kernel, plan.n_tiles * cdiv(G, tile.n), grad, plan.rows, values, z, other, hidden_scale, gate,
         dz, dother, weighted, dgate, plan.order, plan.offsets, plan.tile_expert, plan.tile_row,
         G, O, plan.order.shape[0], grad.stride(0), *values.stride(),
-        ACTIVATION=activation, GLU=other is not None, SCALE=hidden_scale is not None,
+        ACTIVATION=activation, GLU=other is not None, SCALE=hidden_scale is not None, HALVES=tile.n > 32,
         EVEN_K=O % tile.k == 0, PRECISION=precision, **tile.meta,
     )  # fmt: skip
 

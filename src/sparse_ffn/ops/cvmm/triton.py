@@ -25,7 +25,7 @@ def forward(
 ) -> Tensor:
     """Output [n_out, L]."""
     (E, _, L), S, how = weight.shape, expert.shape[0], precision(x)
-    kind = config.arithmetic(x.dtype, how)
+    kind = config.arithmetic(x.dtype, how, *weight.shape[1:])
     order, offsets = routing.sort_slots(expert, E)
     plan = routing.plan(order, offsets, 1, config.block_m(x.device, kind, S / E), inverse=False)
     y_SL = x.new_empty(S, L)
@@ -49,7 +49,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and reduction (empty if absent)."""
     (E, M, L), S, how, x, grad = weight.shape, expert.shape[0], precision(x), rows(x), rows(grad)
-    kind = config.arithmetic(x.dtype, how)
+    kind = config.arithmetic(x.dtype, how, *weight.shape[1:])
     order, offsets = routing.sort_slots(expert, E)
     plan = routing.plan(order, offsets, 1, config.block_m(x.device, kind, S / E), inverse=False)
     x_rows, grad_rows = _rows(gather, order), _rows(scatter, order)

@@ -87,7 +87,7 @@ def _forward(
     how, x = precision(x), rows(x)
     keys, values = matrices(keys), matrices(values)
     gate_keys = None if gate_keys is None else matrices(gate_keys)
-    kind = config.arithmetic(x.dtype, how)
+    kind = config.arithmetic(x.dtype, how, *keys.shape[1:], O)
     block_m = config.block_m(x.device, kind, order.shape[0] / E)
     plan = routing.plan(order, offsets, K, block_m, inverse=True)
 
@@ -124,14 +124,15 @@ def backward(
     (E, G, D), (T, K), O, S = keys.shape, gate.shape, values.shape[2], order.shape[0]
     how, x, grad = precision(x), rows(x), rows(grad)
     keys, values = matrices(keys), matrices(values)
-    kind = config.arithmetic(x.dtype, how)
+    kind = config.arithmetic(x.dtype, how, G, D, O)
     block_m = config.block_m(x.device, kind, S / E)
     plan = routing.plan(order, offsets, K, block_m, inverse=True)
     other_SG = None if gate_keys is None else other
 
     dz_SG, weighted_SG = torch.empty_like(z), torch.empty_like(z)
     dother_SG = None if gate_keys is None else torch.empty_like(z)
-    tile = config.tile(x.device, "one", kind, G, block_m)
+    simple = gate_keys is None and hidden_scale is None
+    tile = config.tile(x.device, "one" if simple else "two", kind, G, block_m)
     dgates = x.new_empty(cdiv(G, tile.n), S, dtype=torch.float32)
     grouped.hidden_gradient(
         plan, grad, values, z, other_SG, None if hidden_scale is None else hidden_scale.contiguous(),
