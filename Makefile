@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint docs format clean
+.PHONY: demo test gate lint docs format clean
 
 demo: $(READY)  ## train the same small language model with each FFN; table, picture and JSON in runs/demo
 	$(BIN)/python -m examples.language_model $(ARGS)
 
-test: $(READY)  ## the whole test suite
+test: $(READY)  ## the whole test suite; the GPU kernels interpreted, or compiled where there is a GPU
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/gpu $(ARGS)
+
+gate: $(READY)  ## compile every GPU kernel for every target (no GPU needed), judge it, and write docs/kernels.md
+	$(BIN)/python tools/compile_gate.py --write docs/kernels.md
 
 lint: $(READY)  ## ruff and mypy, as CI runs them
 	$(BIN)/ruff check .

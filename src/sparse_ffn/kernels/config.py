@@ -61,10 +61,10 @@ def _table(text: str) -> _Table:
     return table
 
 
-# Kernels by what they hold in registers: "one" accumulator (rows, plain up and hidden gradient), "two" or as much beside
-# one (up and hidden gradient of a GLU or under dropout); "outer" is the gradient of the matrices, m and n their sides.
-# "half" is bf16 and fp16; "odd" is either of them or tf32 where a size is no multiple of 16: loads are narrow there, and
-# their addresses take the registers.
+# Kernels by what they hold in registers: "one" accumulator (rows, plain up and hidden gradient), "two" or as much as
+# that (up and hidden gradient of a GLU or under dropout); "outer" is the gradient of the matrices, m and n their sides.
+# "half" is bf16 and fp16; "odd" is either of them or tf32 where a size is no multiple of 16: loads are narrow there,
+# and their addresses take the registers.
 _SM80 = _table("""
     one    half   16x64x64/4/4   16x128x64/4/4   32x64x64/4/4   32x128x64/4/3
     one    half   64x64x64/4/3   64x128x64/4/3   128x64x64/4/3  128x128x32/8/4

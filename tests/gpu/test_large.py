@@ -1,0 +1,153 @@
+"""Offsets past 2^31: tensors that are huge by their strides, of which only a few rows are ever touched.
+
+torch.empty maps memory without touching it, and the interpreter reads in place: none of this costs memory. A product of
+32-bit numbers that overflows is an error in the interpreter, so these tests fail where 64 bits are missing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from net import random
+from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
+
+from sparse_ffn.kernels import combine, config, grouped, outer, routing
+
+pytestmark = [
+    pytest.mark.usefixtures("small_blocks"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU this memory would be real"),
+]
+FAR = (1 << 31) + 16
+TILE = config.Tile(16, 16, 16, 4, 2)
+
+
+def spread(x: Tensor, dim: int = 0) -> Tensor:
+    """The same numbers, with a stride along ``dim`` (two entries) that passes 2^31 elements."""
+    assert x.shape[dim] == 2
+    strides = [0] * x.dim()
+    size = 1
+    for d in reversed(range(x.dim())):
+        if d != dim:
+            strides[d], size = size, size * x.shape[d]
+    strides[dim] = FAR
+    return torch.empty(FAR + size, dtype=torch.float16).as_strided(x.shape, strides).copy_(x)
+
+
+def only(monkeypatch: pytest.MonkeyPatch, module: Any, program: int) -> None:
+    """Let a module's launches run one program of a grid that no interpreter would get through."""
+    number = TensorHandle(np.array([program], np.int32), tl.int32)
+    monkeypatch.setattr(InterpreterBuilder, "create_get_program_id", lambda self, axis: number)
+    monkeypatch.setattr(module, "launch", lambda kernel, grid, *a, **meta: kernel[(1,)](*a, **meta))
+
+
+def plan_of(expert: list[int], n_experts: int) -> routing.Plan:
+    order, offsets = routing.sort_slots(torch.tensor(expert), n_experts)
+    return routing.plan(order, offsets, 1, 16, inverse=True)
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=2e-3, atol=2e-3)
+
+
+def test_rows_and_experts_far_apart() -> None:
+    x, keys = random(2, 20).half(), random(2, 18, 20).half()
+    plan = plan_of([1, 0], 2)
+    expected = torch.stack([keys[1].double() @ x[0].double(), keys[0].double() @ x[1].double()])
+    z, other, h = (torch.empty(2, 18, dtype=torch.float16) for _ in range(3))
+    far = spread(keys)
+    grouped.up(plan, spread(x), far, far, None, None, z, other, h, "identity", TILE, "ieee")
+    close(z[plan.inverse.long()], expected)
+    close(other, z)
+
+    out = torch.empty(2, 18, dtype=torch.float16)
+    grouped.multiply(plan, spread(x), spread(keys).transpose(1, 2), out, TILE, "ieee", rows=plan.order, unsort=True)
+    close(out, expected)
+
+    weight = torch.empty(2, 20, 18)
+    outer.outer(
+        spread(x), spread(x[:, :18]), plan.offsets, plan.order, weight, TILE, "ieee",
+        left_rows=plan.order, right_rows=plan.order,
+    )  # fmt: skip
+    close(weight[1], torch.outer(x[0].double(), x[0, :18].double()))
+
+    total = torch.empty(1, 20, dtype=torch.float16)
+    combine.combine(spread(x), torch.tensor([1, 0], dtype=torch.int32), None, total, 2)
+    close(total[0], x.double().sum(0))
+    members, offsets = torch.tensor([1, 0], dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)
+    combine.add_segments(spread(x), members, offsets, total)
+    close(total[0], x.double().sum(0))
+
+
+def test_hidden_gradient_of_experts_far_apart() -> None:
+    grad, values = random(2, 20).half(), random(2, 18, 20).half()
+    plan = plan_of([1, 0], 2)
+    z, dz, weighted = (torch.ones(2, 18, dtype=torch.float16) for _ in range(3))
+    dgate = torch.empty(2, 2)
+    grouped.hidden_gradient(
+        plan, spread(grad), spread(values), z, None, None, torch.ones(2), dz, None, weighted, dgate,
+        "relu", TILE, "ieee",
+    )  # fmt: skip
+    expected = torch.stack([values[1].double() @ grad[0].double(), values[0].double() @ grad[1].double()])
+    close(dz[plan.inverse.long()], expected)
+
+
+# outputs of 17 rows of WIDE numbers: the last row begins past 2^31
+WIDE = (1 << 27) + 16
+
+
+def wide(rows: int) -> Tensor:
+    return torch.empty(rows, WIDE, dtype=torch.float16)
+
+
+def test_hidden_units_past_two_billion(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, keys, plan = random(17, 16).half(), random(1, 1, 16).half(), plan_of([0] * 17, 1)
+    z, h, dz, weighted = wide(17), wide(17), wide(17), wide(17)
+    expected = (x[16].double() @ keys[0, 0].double()).expand(16)
+    only(monkeypatch, grouped, 2 * (WIDE // 16) - 1)
+    every = keys.expand(1, WIDE, 16)
+    grouped.up(plan, x, every, every, None, None, z, h, h, "identity", TILE, "ieee")
+    close(z[16, -16:], expected)
+    dgate = torch.empty(WIDE // 16, 17)
+    z[16, -16:] = 1
+    grouped.hidden_gradient(
+        plan, x, every, z, None, None, torch.ones(17), dz, None, weighted, dgate, "identity", TILE, "ieee"
+    )
+    close(dz[16, -16:], expected)
+
+
+def test_products_past_two_billion(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b, plan, out = random(17, 16).half(), random(1, 16, 1).half(), plan_of([0] * 17, 1), wide(17)
+    only(monkeypatch, grouped, 2 * (WIDE // 16) - 1)
+    grouped.multiply(plan, a, b.expand(1, 16, WIDE), out, TILE, "ieee")
+    close(out[16, -16:], (a[16].double() @ b[0, :, 0].double()).expand(16))
+
+
+def test_matrix_gradients_past_two_billion(monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right, plan, out = random(2, 17).half(), wide(2), plan_of([0] * 2, 1), wide(17)
+    right[:, -16:] = random(2, 16).half()
+    only(monkeypatch, outer, 2 * (WIDE // 16) - 1)
+    outer.outer(left, right, plan.offsets, plan.order, out.unsqueeze(0), TILE, "ieee")
+    close(out[16, -16:], left[:, 16].double() @ right[:, -16:].double())
+    rows = wide(17)
+    rows[:, -16:] = 1
+    sums = torch.empty(1, WIDE, dtype=torch.float16)
+    only(monkeypatch, outer, WIDE // outer.SUM_BLOCK_N)  # the last, ragged block
+    outer.sum_rows(rows, plan_of([0] * 17, 1).offsets, sums)
+    close(sums[0, -16:], torch.full((16,), 17))
+
+
+def test_sums_past_two_billion(monkeypatch: pytest.MonkeyPatch) -> None:
+    y, out = wide(17), wide(17)
+    y[16, -16:] = random(16).half()
+    only(monkeypatch, combine, 4 * (WIDE // combine.BLOCK_N + 1) + WIDE // combine.BLOCK_N)
+    combine.combine(y, torch.arange(17, dtype=torch.int32), None, out, 1)
+    close(out[16, -16:], y[16, -16:])
+    out[16, -16:] = 0
+    only(monkeypatch, combine, 17 * (WIDE // combine.BLOCK_N + 1) - 1)
+    members, offsets = torch.arange(17, dtype=torch.int32), torch.arange(18, dtype=torch.int32)
+    combine.add_segments(y, members, offsets, out)
+    close(out[16, -16:], y[16, -16:])
