@@ -18,6 +18,7 @@ else:
     import interpreter
 
     interpreter.install(seed=0)
+    torch.set_num_threads(1)  # test_seeded_bugs forks
 
 import sparse_ffn as sf  # noqa: E402
 from sparse_ffn.kernels import config, routing  # noqa: E402

@@ -6,6 +6,8 @@ torch.empty maps memory without touching it, and the interpreter reads in place:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -37,11 +39,14 @@ def spread(x: Tensor, dim: int = 0) -> Tensor:
     return torch.empty(FAR + size, dtype=torch.float16).as_strided(x.shape, strides).copy_(x)
 
 
-def only(monkeypatch: pytest.MonkeyPatch, module: Any, program: int) -> None:
+@contextmanager
+def only(module: Any, program: int) -> Iterator[None]:
     """Let a module's launches run one program of a grid that no interpreter would get through."""
     number = TensorHandle(np.array([program], np.int32), tl.int32)
-    monkeypatch.setattr(InterpreterBuilder, "create_get_program_id", lambda self, axis: number)
-    monkeypatch.setattr(module, "launch", lambda kernel, grid, *a, **meta: kernel[(1,)](*a, **meta))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_get_program_id", lambda self, axis: number)
+        patch.setattr(module, "launch", lambda kernel, grid, *a, **meta: kernel[(1,)](*a, **meta))
+        yield
 
 
 def plan_of(expert: list[int], n_experts: int) -> routing.Plan:
@@ -103,51 +108,63 @@ def wide(rows: int) -> Tensor:
     return torch.empty(rows, WIDE, dtype=torch.float16)
 
 
-def test_hidden_units_past_two_billion(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, keys, plan = random(17, 16).half(), random(1, 1, 16).half(), plan_of([0] * 17, 1)
-    z, h, dz, weighted = wide(17), wide(17), wide(17), wide(17)
-    expected = (x[16].double() @ keys[0, 0].double()).expand(16)
-    only(monkeypatch, grouped, 2 * (WIDE // 16) - 1)
-    every = keys.expand(1, WIDE, 16)
-    grouped.up(plan, x, every, every, None, None, z, h, h, "identity", TILE, "ieee")
-    close(z[16, -16:], expected)
-    dgate = torch.empty(WIDE // 16, 17)
-    z[16, -16:] = 1
-    grouped.hidden_gradient(
-        plan, x, every, z, None, None, torch.ones(17), dz, None, weighted, dgate, "identity", TILE, "ieee"
-    )
-    close(dz[16, -16:], expected)
+def test_hidden_units_past_two_billion() -> None:
+    S, G = 2064, (1 << 20) + 16
+    x, keys, plan = random(S, 16).half(), random(1, 1, 16).half(), plan_of([0] * S, 1)
+    z, h, dz, weighted = (torch.empty(S, G, dtype=torch.float16) for _ in range(4))
+    expected, every = x[-16:].double() @ keys[0].double().t().expand(16, 16), keys.expand(1, G, 16)
+    last = (S // 16) * (G // 16) - 1
+    with only(grouped, last):
+        grouped.up(plan, x, every, None, None, None, z, None, h, "identity", TILE, "ieee")
+    close(z[-16:, -16:], expected)
+    close(h[-16:, -16:], expected)
+    dgate = torch.empty(G // 16, S)
+    z[-16:, -16:] = 1
+    with only(grouped, last):
+        grouped.hidden_gradient(
+            plan, x, every, z, None, None, torch.ones(S), dz, None, weighted, dgate, "identity", TILE, "ieee"
+        )
+    close(dz[-16:, -16:], expected)
 
 
-def test_products_past_two_billion(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_of_too_many_units_are_refused() -> None:
+    """Inside a tile offsets have 32 bits."""
+    keys = torch.empty(1, 1, 1).expand(1, 1 << 24, 1)
+    with pytest.raises(ValueError, match="fewer than 2"):
+        grouped.up(plan_of([0], 1), torch.empty(1, 1), keys, None, None, None, None, None, keys, "relu", TILE, "ieee")
+
+
+def test_products_past_two_billion() -> None:
     a, b, plan, out = random(17, 16).half(), random(1, 16, 1).half(), plan_of([0] * 17, 1), wide(17)
-    only(monkeypatch, grouped, 2 * (WIDE // 16) - 1)
-    grouped.multiply(plan, a, b.expand(1, 16, WIDE), out, TILE, "ieee")
+    with only(grouped, 2 * (WIDE // 16) - 1):
+        grouped.multiply(plan, a, b.expand(1, 16, WIDE), out, TILE, "ieee")
     close(out[16, -16:], (a[16].double() @ b[0, :, 0].double()).expand(16))
 
 
-def test_matrix_gradients_past_two_billion(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matrix_gradients_past_two_billion() -> None:
     left, right, plan, out = random(2, 17).half(), wide(2), plan_of([0] * 2, 1), wide(17)
     right[:, -16:] = random(2, 16).half()
-    only(monkeypatch, outer, 2 * (WIDE // 16) - 1)
-    outer.outer(left, right, plan.offsets, plan.order, out.unsqueeze(0), TILE, "ieee")
+    with only(outer, 2 * (WIDE // 16) - 1):
+        outer.outer(left, right, plan.offsets, plan.order, out.unsqueeze(0), TILE, "ieee")
     close(out[16, -16:], left[:, 16].double() @ right[:, -16:].double())
     rows = wide(17)
     rows[:, -16:] = 1
     sums = torch.empty(1, WIDE, dtype=torch.float16)
-    only(monkeypatch, outer, WIDE // outer.SUM_BLOCK_N)  # the last, ragged block
-    outer.sum_rows(rows, plan_of([0] * 17, 1).offsets, sums)
+    offsets = plan_of([0] * 17, 1).offsets
+    with only(outer, WIDE // outer.SUM_BLOCK_N):  # the last, ragged block
+        outer.sum_rows(rows, offsets, sums)
     close(sums[0, -16:], torch.full((16,), 17))
 
 
-def test_sums_past_two_billion(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_past_two_billion() -> None:
     y, out = wide(17), wide(17)
     y[16, -16:] = random(16).half()
-    only(monkeypatch, combine, 4 * (WIDE // combine.BLOCK_N + 1) + WIDE // combine.BLOCK_N)
-    combine.combine(y, torch.arange(17, dtype=torch.int32), None, out, 1)
+    blocks = WIDE // combine.BLOCK_N + 1  # the last one is ragged
+    with only(combine, 5 * blocks - 1):
+        combine.combine(y, torch.arange(17, dtype=torch.int32), None, out, 1)
     close(out[16, -16:], y[16, -16:])
     out[16, -16:] = 0
-    only(monkeypatch, combine, 17 * (WIDE // combine.BLOCK_N + 1) - 1)
     members, offsets = torch.arange(17, dtype=torch.int32), torch.arange(18, dtype=torch.int32)
-    combine.add_segments(y, members, offsets, out)
+    with only(combine, 17 * blocks - 1):
+        combine.add_segments(y, members, offsets, out)
     close(out[16, -16:], y[16, -16:])

@@ -262,6 +262,8 @@ def up(
     result), other the ungated half of a GLU; None: kept nowhere. h may be z where both would hold the same.
     """
     G, D = keys.shape[1:]
+    if G >= 1 << 24:
+        raise ValueError(f"an expert has fewer than 2**24 hidden units here, got {G}")
     launch(
         up_kernel, plan.n_tiles * cdiv(G, tile.n), x, plan.rows, keys, gate_keys, key_bias, hidden_scale,
         z, other, h, plan.order, plan.offsets, plan.tile_expert, plan.tile_row, G, D, x.stride(0),
