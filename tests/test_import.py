@@ -64,7 +64,17 @@ print(time.perf_counter() - start)
 def test_info_names_versions_devices_backends_and_the_choice() -> None:
     command = [sys.executable, "-m", "sparse_ffn.info"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for words in ("sparse-ffn", "torch", "triton", "einops", "devices", "reference", "native core", "(automatic: "):
+    for words in (
+        "sparse-ffn",
+        "torch",
+        "triton",
+        "einops",
+        "devices",
+        "reference",
+        "native core",
+        "triton kernels",
+        "(automatic: ",
+    ):
         assert words in out
     env = {**os.environ, "SPARSE_FFN_BACKEND": "reference"}
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout

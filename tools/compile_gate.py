@@ -1,6 +1,6 @@
 """The compile gate: every kernel the library can launch, compiled for every target without a GPU, and judged.
 
-    python tools/compile_gate.py [--write docs/kernels.md] [--target sm_90 ...] [--jobs N]
+    python tools/compile_gate.py [--quick] [--write docs/kernels.md] [--target sm_90 ...] [--jobs N]
 
 The library's own host code runs on CPU tensors under a driver that stands in for a GPU's: Triton then compiles what a
 launch would have run, with the same block sizes, dtypes and specialisations, and launches nothing. Of each kernel the
@@ -74,9 +74,9 @@ class Compiled:
     dtype: str
     tile: str
     registers: int
-    spills: int
+    spilled: int
     shared: int
-    matrix: str
+    instruction: str
     problem: str
 
 
@@ -121,10 +121,10 @@ def compiling(number: int, target: Target, seen: dict[int, tuple[JITFunction, di
         JITFunction.run, Tensor.new_empty = run, new_empty
 
 
-def cases(target: str) -> Iterator[Callable[[], None]]:
-    """Calls that together launch every kernel in every configuration."""
+def cases(target: str, quick: bool) -> Iterator[Callable[[], None]]:
+    """Calls that together launch every kernel in every configuration; quick: but fp16, which takes bf16's tables."""
     every = [(torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"), (torch.float16, "ieee")]
-    for dtype, switch in every if target in ("sm_80", "sm_90") else every[:2]:
+    for dtype, switch in every[: 3 if quick else 4] if target in ("sm_80", "sm_90") else every[:2]:
         plain = ["relu"] if dtype != torch.float16 and target in ("sm_80", "sm_90") else []
         for block_m in (16, 32, 64, 128):
             for width in (64, 256):
@@ -181,10 +181,15 @@ def usage(kernel: Any) -> tuple[int, int, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
+        resources = _output(TOOLS / "cuobjdump", "--dump-resource-usage", file.name)
+        registers, stack = (int(re.search(rf"{name}:(\d+)", resources)[1]) for name in ("REG", "STACK"))
+        if stack:  # a stack frame may be there for another reason: look for what moves registers to and from it
+            stack = 4 * len(re.findall(r"\b(?:STL|LDL)\b", _output(TOOLS / "nvdisasm", "-c", file.name)))
     return registers, stack, kernel.asm["ptx"]
+
+
+def _output(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def judge(name: str, function: JITFunction, arguments: dict[str, Any], kernel: Any) -> Compiled:
@@ -197,7 +202,11 @@ def judge(name: str, function: JITFunction, arguments: dict[str, Any], kernel: A
     blocks = [arguments[b] for b in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if "BLOCK_K" in arguments]
     warps, stages = kernel.metadata.num_warps, kernel.metadata.num_stages
     tile = f"{'x'.join(map(str, blocks))}, {warps} warps, {stages} stages" if blocks else f"{warps} warps"
-    flags = [str(v) if n == "ACTIVATION" else n.lower() for n, v in arguments.items() if v is True or n == "ACTIVATION"]
+    flags = [
+        str(v) if n == "ACTIVATION" else n.lower()
+        for n, v in arguments.items()
+        if n.isupper() and (v is True or n == "ACTIVATION")
+    ]
     problems = []
     instruction = ""
     if blocks and dtype != "fp32":
@@ -215,33 +224,67 @@ def judge(name: str, function: JITFunction, arguments: dict[str, Any], kernel: A
     )  # fmt: skip
 
 
-def work(job: tuple[int, str, int, int]) -> list[Compiled]:
+def work(job: tuple[int, str, bool, int, int]) -> list[Compiled]:
     """Every ``step``-th case of a target from ``first`` on."""
-    number, name, first, step = job
+    number, name, quick, first, step = job
     torch.set_num_threads(1)
     seen: dict[int, tuple[JITFunction, dict[str, Any], Any]] = {}
     with compiling(number, TARGETS[name], seen):
-        for case in list(cases(name))[first::step]:
+        for case in list(cases(name, quick))[first::step]:
             case()
     return [judge(name, *launch) for launch in seen.values()]
 
 
+BEGIN, END = "<!-- compile gate: begin -->", "<!-- compile gate: end -->"
+
+
+def table(results: set[Compiled]) -> str:
+    """One line for each kernel, dtype and tile of a target: the largest numbers of all its forms."""
+    groups: dict[tuple[str, ...], list[Compiled]] = {}
+    for r in results:
+        groups.setdefault(
+            (r.kernel, "fp16, bf16" if r.dtype in ("fp16", "bf16") else r.dtype, r.tile, r.target), []
+        ).append(r)
+    lines = ["| kernel | operands | tile | target | forms | registers | spilled | shared, KiB | instruction |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for (kernel, dtype, tile, target), rs in sorted(
+        groups.items(), key=lambda g: (g[0][:2], _numbers(g[0][2]), g[0][3])
+    ):
+        shared = max(r.shared for r in rs) / KIB
+        spilled, registers = max(r.spilled for r in rs), max(r.registers for r in rs)
+        lines.append(
+            f"| `{kernel}` | {dtype} | {tile} | {target} | {len(rs)} | {registers} | {spilled} | {shared:.4g} "
+            f"| {rs[0].instruction or '-'} |"
+        )
+    return "\n".join(lines)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
 def main() -> int:
+    """Compile, print what is wrong, write the table if asked to; 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--target", nargs="*", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--quick", action="store_true", help="without fp16, which takes the same tiles as bf16")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--write", type=Path, help="a page whose table to replace")
     arguments = parser.parse_args()
     start, parts = time.perf_counter(), 8
-    jobs = [(i, name, part, parts) for i, name in enumerate(arguments.target) for part in range(parts)]
+    names = arguments.target
+    jobs = [(i, name, arguments.quick, part, parts) for i, name in enumerate(names) for part in range(parts)]
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
         results = {r for chunk in pool.imap_unordered(work, jobs) for r in chunk}
     bad = sorted((r for r in results if r.problem), key=str)
     for r in bad:
         print(r)
-    print(
-        f"{len(results)} kernels for {', '.join(arguments.target)}, {len(bad)} bad, {time.perf_counter() - start:.0f} s"
-    )
+    seconds = time.perf_counter() - start
+    print(f"{len(results)} kernels for {', '.join(names)}, {len(bad)} bad, {seconds:.0f} s")
+    if arguments.write and not bad:
+        before, _, rest = arguments.write.read_text().partition(BEGIN)
+        after = rest.partition(END)[2]
+        arguments.write.write_text(f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{after}")
     return bool(bad)
 
 

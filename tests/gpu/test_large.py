@@ -17,26 +17,21 @@ from net import random
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
 
-from sparse_ffn.kernels import combine, config, grouped, outer, routing
+from sparse_ffn.kernels import combine, config, decode, grouped, outer, routing
 
 pytestmark = [
     pytest.mark.usefixtures("small_blocks"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU this memory would be real"),
 ]
-FAR = (1 << 31) + 16
+FAR = (1 << 30) + 8  # a stride of 32 bits, of which twice has not
 TILE = config.Tile(16, 16, 16, 4, 2)
 
 
-def spread(x: Tensor, dim: int = 0) -> Tensor:
-    """The same numbers, with a stride along ``dim`` (two entries) that passes 2^31 elements."""
-    assert x.shape[dim] == 2
-    strides = [0] * x.dim()
-    size = 1
-    for d in reversed(range(x.dim())):
-        if d != dim:
-            strides[d], size = size, size * x.shape[d]
-    strides[dim] = FAR
-    return torch.empty(FAR + size, dtype=torch.float16).as_strided(x.shape, strides).copy_(x)
+def spread(x: Tensor) -> Tensor:
+    """The same numbers, with a stride along the first dimension (three entries) of which twice passes 2^31."""
+    assert x.shape[0] == 3
+    strides = (FAR, *x[0].contiguous().stride())
+    return torch.empty(2 * FAR + x[0].numel(), dtype=torch.float16).as_strided(x.shape, strides).copy_(x)
 
 
 @contextmanager
@@ -59,45 +54,52 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 def test_rows_and_experts_far_apart() -> None:
-    x, keys = random(2, 20).half(), random(2, 18, 20).half()
-    plan = plan_of([1, 0], 2)
-    expected = torch.stack([keys[1].double() @ x[0].double(), keys[0].double() @ x[1].double()])
-    z, other, h = (torch.empty(2, 18, dtype=torch.float16) for _ in range(3))
+    x, keys, plan = random(3, 20).half(), random(3, 18, 20).half(), plan_of([2, 1, 0], 3)
+    expected = torch.stack([keys[2 - i].double() @ x[i].double() for i in range(3)])
+    z, other, h = (torch.empty(3, 18, dtype=torch.float16) for _ in range(3))
     far = spread(keys)
     grouped.up(plan, spread(x), far, far, None, None, z, other, h, "identity", TILE, "ieee")
     close(z[plan.inverse.long()], expected)
     close(other, z)
 
-    out = torch.empty(2, 18, dtype=torch.float16)
-    grouped.multiply(plan, spread(x), spread(keys).transpose(1, 2), out, TILE, "ieee", rows=plan.order, unsort=True)
+    out = torch.empty(3, 18, dtype=torch.float16)
+    grouped.multiply(plan, spread(x), far.transpose(1, 2), out, TILE, "ieee", rows=plan.order, unsort=True)
     close(out, expected)
 
-    weight = torch.empty(2, 20, 18)
+    weight = torch.empty(3, 20, 18)
     outer.outer(
         spread(x), spread(x[:, :18]), plan.offsets, plan.order, weight, TILE, "ieee",
         left_rows=plan.order, right_rows=plan.order,
     )  # fmt: skip
-    close(weight[1], torch.outer(x[0].double(), x[0, :18].double()))
+    close(weight[0], torch.outer(x[2].double(), x[2, :18].double()))
 
     total = torch.empty(1, 20, dtype=torch.float16)
-    combine.combine(spread(x), torch.tensor([1, 0], dtype=torch.int32), None, total, 2)
-    close(total[0], x.double().sum(0))
-    members, offsets = torch.tensor([1, 0], dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)
+    combine.combine(spread(x), torch.tensor([2, 0], dtype=torch.int32), None, total, 2)
+    close(total[0], x[2].double() + x[0].double())
+    members, offsets = torch.tensor([2, 0], dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)
     combine.add_segments(spread(x), members, offsets, total)
-    close(total[0], x.double().sum(0))
+    close(total[0], x[2].double() + x[0].double())
+
+
+def test_decoding_of_experts_far_apart() -> None:
+    x, keys, index = random(3, 20).half(), random(3, 18, 20).half(), torch.tensor([[0], [1], [2]])
+    h, y = torch.empty(3, 18), torch.empty(3, 20)
+    far = spread(keys)
+    decode.up_rows(spread(x), index, far, None, None, None, h, "identity")
+    close(h[2], keys[2].double() @ x[2].double())
+    decode.down_rows(h, index, far, y)
+    close(y[2], h[2].double() @ keys[2].double())
 
 
 def test_hidden_gradient_of_experts_far_apart() -> None:
-    grad, values = random(2, 20).half(), random(2, 18, 20).half()
-    plan = plan_of([1, 0], 2)
-    z, dz, weighted = (torch.ones(2, 18, dtype=torch.float16) for _ in range(3))
-    dgate = torch.empty(2, 2)
+    grad, values, plan = random(3, 20).half(), random(3, 18, 20).half(), plan_of([2, 1, 0], 3)
+    z, dz, weighted = (torch.ones(3, 18, dtype=torch.float16) for _ in range(3))
+    dgate = torch.empty(2, 3)
     grouped.hidden_gradient(
-        plan, spread(grad), spread(values), z, None, None, torch.ones(2), dz, None, weighted, dgate,
+        plan, spread(grad), spread(values), z, None, None, torch.ones(3), dz, None, weighted, dgate,
         "relu", TILE, "ieee",
     )  # fmt: skip
-    expected = torch.stack([values[1].double() @ grad[0].double(), values[0].double() @ grad[1].double()])
-    close(dz[plan.inverse.long()], expected)
+    close(dz[plan.inverse.long()], torch.stack([values[2 - i].double() @ grad[i].double() for i in range(3)]))
 
 
 # outputs of 17 rows of WIDE numbers: the last row begins past 2^31

@@ -66,7 +66,7 @@ def _table(text: str) -> _Table:
 # "half" is bf16 and fp16; "odd" is either of them or tf32 where a size is no multiple of 16: loads are narrow there,
 # and their addresses take the registers.
 _SM80 = _table("""
-    one    half   16x64x64/4/4   16x128x64/4/4   32x64x64/4/4   32x128x64/4/3
+    one    half   16x64x64/4/4   16x128x64/4/4   32x64x64/4/3   32x128x64/4/3
     one    half   64x64x64/4/3   64x128x64/4/3   128x64x64/4/3  128x128x32/8/4
     two    half   16x64x64/4/4   32x64x64/4/3    64x64x32/4/4   128x64x32/8/4
     outer  half   64x64x64/4/3   64x128x32/4/4   128x64x32/4/4  128x128x32/8/4
@@ -74,8 +74,8 @@ _SM80 = _table("""
     one    tf32   64x64x32/4/3   64x128x32/4/3   128x64x32/4/3  128x128x16/8/4
     two    tf32   16x64x32/4/3   32x64x32/4/3    64x64x16/4/4   128x64x16/8/4
     outer  tf32   64x64x32/4/3   64x128x16/4/4   128x64x16/4/4  128x128x16/8/4
-    one    odd    16x64x32/4/2   32x64x32/4/2    64x64x32/4/2
-    two    odd    16x64x32/4/2   32x64x32/4/2    64x64x32/8/2
+    one    odd    16x64x32/4/2   32x64x32/4/2    64x64x32/8/2
+    two    odd    16x64x32/4/2   32x64x32/4/2    64x32x32/8/2
     outer  odd    64x64x32/4/2
     one    fp32   16x64x16/4/2   32x64x16/4/2    64x64x16/8/2
     two    fp32   16x32x16/4/2   32x32x16/4/2    64x32x16/4/2

@@ -26,7 +26,8 @@ def product_key_topk(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Ten
     return first.gather(-1, index // n) + second.gather(-1, index % n), index
 
 
-_KERNELS = {"torch": plain.product_key_topk, "cpu": native.product_key_topk}
+_PLAIN = plain.product_key_topk
+_KERNELS = {"torch": _PLAIN, "cpu": native.product_key_topk, "triton": _PLAIN}  # triton: no kernel of its own yet
 
 
 def _kernel(first: Tensor, second: Tensor, k: int, backend: str) -> Tensor:

@@ -42,7 +42,12 @@ def topk_ffn(
     return out
 
 
-_KERNELS = {"torch": (plain.forward, plain.backward), "cpu": (native.forward, native.backward)}
+_PLAIN = (plain.forward, plain.backward)
+_KERNELS = {
+    "torch": _PLAIN,
+    "cpu": (native.forward, native.backward),
+    "triton": _PLAIN,
+}  # triton: no kernel of its own yet
 
 
 def _forward_kernel(*args: Any) -> tuple[Tensor, ...]:

@@ -37,6 +37,7 @@ _PLAIN = (plain.forward, plain.backward, plain.backward_rows)
 _KERNELS = {
     "reference": _PLAIN,  # for the sparse gradient, which the reference has not
     "torch": _PLAIN,
+    "triton": _PLAIN,  # no kernel of its own yet
     "cpu": (native.forward, native.backward, native.backward_rows),
 }
 
