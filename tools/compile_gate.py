@@ -59,7 +59,7 @@ TARGETS = {
     # 99 KiB, not an A100's 163: the table also serves sm_86, sm_89 and sm_120
     "sm_80": Target(GPUTarget("cuda", 80, 32), "sm_80", 99 * KIB, "mma.sync", "mma.sync"),
     "sm_90": Target(GPUTarget("cuda", 90, 32), "sm_90", 227 * KIB, "mma.sync", "wgmma.mma_async"),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), "sm_90", 227 * KIB, "mma.sync", "tcgen05.mma"),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), "sm_100", 227 * KIB, "mma.sync", "tcgen05.mma"),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), "gfx942", 64 * KIB, "v_mfma", "v_mfma"),
 }
 

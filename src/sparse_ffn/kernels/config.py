@@ -87,8 +87,12 @@ _SM90 = _SM80 | _table("""
     two    half   16x64x64/4/4   32x64x64/4/4    64x64x64/4/4   128x64x64/8/4
     outer  half   64x64x64/4/4   64x128x64/4/4   128x64x64/4/4  128x128x64/8/4
 """)
+_SM100 = _SM90 | _table("""
+    one    tf32   16x64x32/4/4   16x128x32/4/4   32x64x32/4/4   32x128x32/4/3
+    one    tf32   64x64x32/8/3   64x128x32/4/3   128x64x32/4/3  128x128x16/8/4
+""")
 _GFX942 = {key: tuple(Tile(t.m, t.n, min(t.k, 32), t.warps, 2) for t in tiles) for key, tiles in _SM80.items()}
-TABLES: dict[str, _Table] = {"sm_80": _SM80, "sm_90": _SM90, "gfx942": _GFX942}
+TABLES: dict[str, _Table] = {"sm_80": _SM80, "sm_90": _SM90, "sm_100": _SM100, "gfx942": _GFX942}
 
 _fixed: Tile | None = None
 _architecture: str | None = None
@@ -116,7 +120,7 @@ def architecture(device: torch.device) -> str:
 def _of_device(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "gfx942"
-    return "sm_90" if torch.cuda.get_device_capability(device) in ((9, 0), (10, 0), (10, 3)) else "sm_80"
+    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
 
 
 def arithmetic(dtype: torch.dtype, precision: str, *sizes: int) -> str:
