@@ -46,7 +46,17 @@ class Sort:
     tiles: int = 64
 
 
+@dataclass(frozen=True)
+class Bag:
+    """Block sizes of the weighted bag: rows gathered at once, columns of a program, most slots of a segment."""
+
+    rows: int = 8
+    columns: int = 512
+    cap: int = 256
+
+
 SORT = Sort()
+BAG = Bag()
 
 _Table = dict[tuple[str, str], tuple[Tile, ...]]
 
