@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.backend import choose
-from sparse_ffn.ops.library import define
-from sparse_ffn.ops.product_key_topk import cpu as native
+from sparse_ffn.ops.library import define, implementation
 from sparse_ffn.ops.product_key_topk import reference
-from sparse_ffn.ops.product_key_topk import torch as plain
 
 
 def product_key_topk(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -26,12 +24,9 @@ def product_key_topk(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Ten
     return first.gather(-1, index // n) + second.gather(-1, index % n), index
 
 
-_PLAIN = plain.product_key_topk
-_KERNELS = {"torch": _PLAIN, "cpu": native.product_key_topk, "triton": _PLAIN}  # triton: no kernel of its own yet
-
-
 def _kernel(first: Tensor, second: Tensor, k: int, backend: str) -> Tensor:
-    return _KERNELS[backend](first, second, k)
+    index: Tensor = implementation("product_key_topk", backend).product_key_topk(first, second, k)
+    return index
 
 
 def _fake(first: Tensor, second: Tensor, k: int, backend: str) -> Tensor:

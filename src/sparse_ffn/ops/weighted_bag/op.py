@@ -18,7 +18,7 @@ def weighted_bag(values: Tensor, index: Tensor, weight: Tensor, *, sparse_grad: 
 
     Shapes: values [F, O], index int64 [N, K], weight [N, K] (its own dtype); result [N, O] in the dtype of values or
     autocast's. With ``sparse_grad`` the gradient of values is a coalesced sparse tensor of the rows that were read
-    (not under torch.compile).
+    (not under torch.compile); on a GPU its size is why the backward pass waits for the device once.
     """
     if sparse_grad:  # casts inside: torch's cast cannot pass a sparse gradient on
         out: Tensor = _SparseGradient.apply(values, index, weight)  # type: ignore[no-untyped-call]
