@@ -38,6 +38,9 @@ from triton.runtime.jit import JITFunction
 from sparse_ffn.kernels import config
 from sparse_ffn.ops.cvmm import triton as cvmm
 from sparse_ffn.ops.expert_ffn import triton as expert_ffn
+from sparse_ffn.ops.product_key_topk import triton as product_key_topk
+from sparse_ffn.ops.topk_ffn import triton as topk_ffn
+from sparse_ffn.ops.weighted_bag import triton as weighted_bag
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KIB = 1024
@@ -135,6 +138,14 @@ def cases(target: str, quick: bool) -> Iterator[Callable[[], None]]:
         yield partial(experts, dtype, switch, 128, 256, "gelu")
         yield partial(experts, dtype, switch, 128, 100, "relu")
         yield partial(cvmms, dtype, switch, 128, 100)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for width in (1, 100, 256, 1024):
+            yield partial(bags, dtype, width)
+        for n, k in ((20, 4), (128, 16), (256, 32), (512, 32), (1024, 64), (2000, 64)):
+            yield partial(product_keys, dtype, n, k)
+        for n_units in (100, 1024, 4096, 8192):
+            for activation, form in (("relu", "plain"), ("gelu", "full"), ("gelu_tanh", "full")):
+                yield partial(selections, dtype, n_units, activation, form)
 
 
 def experts(dtype: torch.dtype, switch: str, block_m: int, width: int, form: str) -> None:
@@ -170,6 +181,36 @@ def cvmms(dtype: torch.dtype, switch: str, block_m: int, width: int) -> None:
     for options in ((None, None, None), (slot, slot, torch.empty(S))):
         cvmm.forward(x, weight, slot, *options, S)
         cvmm.backward(grad, x, weight, slot, *options)
+
+
+def bags(dtype: torch.dtype, width: int) -> None:
+    """Weighted bag, forward and both backwards."""
+    values, index = torch.empty(512, width, dtype=dtype), torch.zeros(64, 32, dtype=torch.int64)
+    weight, grad = torch.empty(64, 32, dtype=dtype), torch.empty(64, width, dtype=dtype)
+    weighted_bag.forward(values, index, weight)
+    weighted_bag.backward(grad, values, index, weight)
+    weighted_bag.backward_rows(grad, values, index, weight)
+
+
+def product_keys(dtype: torch.dtype, n: int, k: int) -> None:
+    """Product-key top-k of tables of n scores."""
+    table = torch.empty(16, n, dtype=dtype)
+    product_key_topk.product_key_topk(table, table, k)
+
+
+def selections(dtype: torch.dtype, n_units: int, activation: str, form: str) -> None:
+    """Top-k FFN, gathered and dense; form "full" has all that can be fused."""
+    T, D = 4, 64
+
+    def empty(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    x, keys, values = empty(T, D), empty(n_units, D), empty(n_units, D)
+    units = (empty(n_units, D), empty(n_units), empty(T, n_units)) if form == "full" else (None, None, None)
+    for sparse in (True, False):
+        topk_ffn.gathers = lambda *sizes, sparse=sparse: sparse
+        _, *saved = topk_ffn.forward(x, keys, values, 32, *units, activation, form == "full")
+        topk_ffn.backward(empty(T, D), x, keys, values, *units, *saved, activation)
 
 
 def usage(kernel: Any) -> tuple[int, int, str]:
