@@ -168,16 +168,16 @@ def test_weighted_bag_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU this memory would be real")
 def test_offsets_past_two_billion() -> None:
     """See test_large: rows of the table and of the gradient far apart, then outputs that begin far away."""
-    values, grad = random(2, 20).half(), random(2, 20).half()
+    values, grad = random(3, 20).half(), random(3, 20).half()
     far, far_grad = test_large.spread(values), test_large.spread(grad)
-    index, weight = torch.tensor([[1, 0], [1, 1]]), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    out = torch.empty(2, 20, dtype=torch.float16)
+    index, weight = torch.tensor([[2, 0], [1, 1], [0, 2]]), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    out = torch.empty(3, 20, dtype=torch.float16)
     bag.bag(far, index, weight, out)
-    test_large.close(out[0], values[1].double() + 2 * values[0].double())
-    dots = bag.bag_gradient(segments.every_row(index, 2, 8), far_grad, weight, out, far)
-    test_large.close(out[0], 2 * grad[0].double())
+    test_large.close(out[2], 5 * values[0].double() + 6 * values[2].double())
+    dots = bag.bag_gradient(segments.every_row(index, 3, 8), far_grad, weight, out, far)
+    test_large.close(out[2], grad[0].double() + 6 * grad[2].double())
     assert dots is not None
-    test_large.close(dots[0, 1], grad[0].double() @ values[0].double())
+    torch.testing.assert_close(dots[2, 1].double(), grad[2].double() @ values[2].double(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU this memory would be real")

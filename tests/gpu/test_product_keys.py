@@ -86,7 +86,7 @@ def test_it_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU this memory would be real")
 def test_rows_far_apart() -> None:
-    first, second = torch.randn(2, 20).half(), torch.randn(2, 20).half()
-    out = torch.empty(2, 5, dtype=torch.int64)
+    first, second = torch.randn(3, 20).half(), torch.randn(3, 20).half()
+    out = torch.empty(3, 5, dtype=torch.int64)
     product_keys.product_keys(test_large.spread(first), test_large.spread(second), 5, out)
     assert torch.equal(out, reference.product_key_topk(first, second, 5))

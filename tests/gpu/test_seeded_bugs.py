@@ -12,11 +12,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import test_bag
 import test_large
+import test_product_keys
+import test_topk
 import torch
 from net import check, cvmm_case, expert_case, guarded, traps
 
-from sparse_ffn.kernels import combine, decode, grouped, outer, routing
+from sparse_ffn.kernels import bag, combine, config, decode, grouped, outer, product_keys, routing, topk
 
 pytestmark = [
     pytest.mark.usefixtures("small_blocks"),
@@ -56,6 +59,26 @@ def in_parts() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(outer, "n_parts", lambda *sizes: 3)
         check(expert_case("all on one expert"))
+
+
+def bags() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "BAG", config.Bag(cap=8))  # some rows in several segments
+        check(test_bag.bag_case("random"))
+        check(test_bag.bag_case("one hot row"))
+
+
+def far_bags() -> None:
+    test_bag.test_offsets_past_two_billion()
+
+
+def pairs() -> None:
+    test_product_keys.test_zeros_of_both_signs_are_equal_and_infinities_have_their_place("cpu")
+    test_product_keys.test_ties_go_to_the_lower_position("cpu", 3, torch.float32)
+
+
+def selections() -> None:
+    check(test_topk.topk_case(form="everything"))
 
 
 FAULTS: dict[str, tuple[ModuleType, str, str, Callable[[], Any]]] = {
@@ -101,6 +124,22 @@ FAULTS: dict[str, tuple[ModuleType, str, str, Callable[[], Any]]] = {
     "tail of an expert's rows not masked": (outer, "ok = p < end", "ok = p >= 0", plain),
     "reduction left out of the weights' gradient": (outer, "        if SCALE:", "        if False:", plain),
     "decode reads the wrong token": (decode, "(slot // K).to(tl.int64)", "slot.to(tl.int64)", decoded),
+    # bags, product keys, top-k
+    "a segment's slots not masked": (bag, "ok = p < end", "ok = p >= 0", bags),
+    "segments that overlap": (bag, "begin = row_begin + nth * CAP", "begin = row_begin", bags),
+    "parts of a row in one place": (bag, "(tl.load(row_part + r) + nth)", "tl.load(row_part + r)", bags),
+    "rows of the table addressed in 32 bits": (
+        bag, "row[:, None] * stride_values", "row.to(tl.int32)[:, None] * stride_values", far_bags,
+    ),
+    "rows of the gradient addressed in 32 bits": (
+        bag, "(slot // K).to(tl.int64)[:, None]", "(slot // K)[:, None]", far_bags,
+    ),
+    "two zeros": (product_keys, "tl.where(score == 0, 0.0, score)", "score", pairs),
+    "ties to the higher position": (
+        product_keys, "pack(total.to(tl.float32), p)", "pack(total.to(tl.float32), p ^ (PAIRS - 1))", pairs,
+    ),
+    "all ties at the threshold taken": (topk, "(equal & (n_equal <= wanted))", "equal", selections),
+    "dropout left out of the score": (topk, "    if SCALE:", "    if False:", selections),
 }  # fmt: skip
 
 
@@ -142,7 +181,11 @@ def swap(module: ModuleType, path: Path) -> None:
     spec.loader.exec_module(faulty)
     if module is routing:
         setattr(faulty, "SORT", routing.SORT)  # noqa: B010 (the small blocks of this test)
-    users = [m for n, m in sys.modules.items() if n.startswith("sparse_ffn.") or n in ("test_large", __name__)]
+    users = [
+        m
+        for n, m in sys.modules.items()
+        if n.startswith("sparse_ffn.") or n in ("test_bag", "test_large", "test_product_keys", __name__)
+    ]
     for user in users:
         for name, value in list(vars(user).items()):
             if value is module:

@@ -174,8 +174,8 @@ def test_it_never_waits_for_the_device(form: str, sparse: bool, monkeypatch: pyt
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU this memory would be real")
 def test_rows_far_apart() -> None:
-    pre = random(2, 20).half()
-    index, z, h = torch.empty(2, 3, dtype=torch.int32), torch.empty(2, 3).half(), torch.empty(2, 3).half()
+    pre = random(3, 20).half()
+    index, z, h = torch.empty(3, 3, dtype=torch.int32), torch.empty(3, 3).half(), torch.empty(3, 3).half()
     far = test_large.spread(pre)
     topk.select(far, far, far, None, index, z, torch.empty_like(z), h, "identity")
     assert torch.equal(z, pre.gather(1, index.long()))
