@@ -74,7 +74,7 @@ def far_bags() -> None:
 
 def pairs() -> None:
     test_product_keys.test_zeros_of_both_signs_are_equal_and_infinities_have_their_place("cpu")
-    test_product_keys.test_ties_go_to_the_lower_position("cpu", 3, torch.float32)
+    test_product_keys.test_ties_go_to_the_lower_position(3, torch.float32, "cpu")
 
 
 def selections() -> None:

@@ -104,7 +104,8 @@ def product_keys(first: Tensor, second: Tensor, k: int, out: Tensor) -> None:
     width, top = min(n, k), power_of_two(k)
     chunk = max(min(power_of_two(n), CHUNK), top, 16)
     pairs = max(power_of_two(sum(min(width, k // (i + 1)) for i in range(width))), top, 16)
+    warps = max(chunk // 64, 1) if n > chunk else max(chunk // 128, 1)  # merging takes more registers
     launch(
         product_keys_kernel, M, first, second, out, n, k, width, first.stride(0), second.stride(0),
-        CHUNK=chunk, MANY=n > chunk, TOP=top, PAIRS=pairs, num_warps=min(max(chunk // 128, 1), 8),
+        CHUNK=chunk, MANY=n > chunk, TOP=top, PAIRS=pairs, num_warps=warps,
     )  # fmt: skip
