@@ -4,13 +4,17 @@ BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv/.peers
 
-.PHONY: demo test sanitize bench lint docs format clean
+.PHONY: demo test gate sanitize bench lint docs format clean
 
 demo: $(READY)  ## train the same small language model with each FFN; table, picture and JSON in runs/demo
 	$(BIN)/python -m examples.language_model $(ARGS)
 
-test: $(READY)  ## the whole test suite
+test: $(READY)  ## the whole test suite; the GPU kernels interpreted, or compiled where there is a GPU
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/gpu $(ARGS)
+
+gate: $(READY)  ## compile every GPU kernel for every target, without a GPU, and judge it
+	$(BIN)/python tools/compile_gate.py $(ARGS)
 
 sanitize: $(READY)  ## the tests of the ops against a core built with ASan and UBSan
 	.ci/sanitize

@@ -376,7 +376,7 @@ def test_backend_is_forced_restored_and_checked() -> None:
             assert choose(x) == "torch"
         assert choose(x) == "reference"
     with (
-        pytest.raises(ValueError, match=r"'fast'; allowed are 'auto', 'reference', 'torch', 'cpu'"),
+        pytest.raises(ValueError, match=r"'fast'; allowed are 'auto', 'reference', 'torch', 'cpu', 'triton'"),
         sf.backend("fast"),
     ):
         pass

@@ -64,7 +64,17 @@ print(time.perf_counter() - start)
 def test_info_names_versions_devices_backends_and_the_choice() -> None:
     command = [sys.executable, "-m", "sparse_ffn.info"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for words in ("sparse-ffn", "torch", "triton", "einops", "devices", "reference", "native core", "(automatic: "):
+    for words in (
+        "sparse-ffn",
+        "torch",
+        "triton",
+        "einops",
+        "devices",
+        "reference",
+        "native core",
+        "triton kernels",
+        "(automatic: ",
+    ):
         assert words in out
     env = {**os.environ, "SPARSE_FFN_BACKEND": "reference"}
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
@@ -81,4 +91,25 @@ except ValueError as error:
 """
     out = run(code, SPARSE_FFN_BACKEND="fast")
     assert "SPARSE_FFN_BACKEND is 'fast'" in out
-    assert "'reference', 'torch', 'cpu'" in out
+    assert "'reference', 'torch', 'cpu', 'triton'" in out
+
+
+def test_forcing_triton_where_it_cannot_compute_says_why() -> None:
+    code = """
+import sys, torch, sparse_ffn as sf
+layer, x = sf.SigmaMoE(8, 4, 4, 2), torch.randn(2, 8)
+with sf.backend("triton"):
+    try:
+        layer(x)
+    except RuntimeError as error:
+        print(error)
+print([name for name in sys.modules if name.startswith("sparse_ffn.kernels")])
+"""
+    assert "backend 'triton' is forced, but it computes on CUDA and ROCm devices, not on cpu" in run(code)
+    assert "triton is not installed" in run(WITHOUT_TRITON + code, TRITON_INTERPRET="1")
+    double = code.replace(
+        "import sys, torch", "import sys, torch; torch.set_default_dtype(torch.float64)\nimport torch"
+    )
+    out = run(double, TRITON_INTERPRET="1")
+    assert "it has no float64" in out
+    assert out.endswith("[]\n")

@@ -4,10 +4,13 @@
 ``torch`` is sparse arithmetic out of torch's own matrix products; it runs on every device and needs no compiler.
 On a GPU it waits for the device once in each pass of a MoE layer, to learn where each expert's rows begin.
 ``cpu`` is the native core, built from csrc/ when the package is installed.
+``triton`` are the GPU kernels of sparse_ffn.kernels, compiled by Triton when they are first used.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -23,7 +26,9 @@ BACKENDS = {
     "reference": "plain differentiable torch, dense arithmetic (double backward, vmap, every device)",
     "torch": "sparse arithmetic with torch's matrix products, no compiler needed",
     "cpu": "native core for CPU tensors of fp32, bf16 and fp16",
+    "triton": "GPU kernels for CUDA and ROCm tensors of fp32, bf16 and fp16",
 }
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _forced: str | None = None
 _environment = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
@@ -40,7 +45,7 @@ def backend(name: str) -> Iterator[None]:
     Wins over the environment variable ``SPARSE_FFN_BACKEND``. A backward pass uses the backend of its forward pass.
 
     Args:
-        name: ``"auto"``, ``"reference"``, ``"torch"`` or ``"cpu"``.
+        name: ``"auto"``, ``"reference"``, ``"torch"``, ``"cpu"`` or ``"triton"``.
 
     Raises:
         ValueError: the name is none of these.
@@ -61,7 +66,8 @@ def choose(x: Tensor) -> str:
     if name == "auto":
         if native.PROBLEM is not None and x.device.type == "cpu":
             _warn_once()
-        return "torch" if unavailable("cpu", x.device, x.dtype) else "cpu"
+        fast = _fast(x.device)
+        return "torch" if unavailable(fast, x.device, x.dtype) else fast
     _check(name, f"environment variable {ENVIRONMENT_VARIABLE}")
     reason = unavailable(name, x.device, x.dtype)
     if reason:
@@ -71,13 +77,16 @@ def choose(x: Tensor) -> str:
 
 def unavailable(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Why a backend cannot compute on this device in this dtype, or None if it can."""
-    if name != "cpu":
-        return None
-    if device.type != "cpu":
-        return f"it computes on the CPU, not on {device.type}"
-    if native.PROBLEM is not None:
-        return f"the native core is missing: {native.PROBLEM}"
-    return None if dtype in native.DTYPES else f"it has no {str(dtype).removeprefix('torch.')}"
+    if name == "cpu":
+        if device.type != "cpu":
+            return f"it computes on the CPU, not on {device.type}"
+        if native.PROBLEM is not None:
+            return f"the native core is missing: {native.PROBLEM}"
+        return None if dtype in native.DTYPES else f"it has no {str(dtype).removeprefix('torch.')}"
+    if name == "triton":
+        reason = _no_triton(device)
+        return reason or (None if dtype in _TRITON_DTYPES else f"it has no {str(dtype).removeprefix('torch.')}")
+    return None
 
 
 def explain(device: torch.device | str = "cpu") -> str:
@@ -87,10 +96,45 @@ def explain(device: torch.device | str = "cpu") -> str:
         return f"{_forced} (forced by sparse_ffn.backend)"
     if _forced is None and _environment != "auto":
         return f"{_environment} (forced by {ENVIRONMENT_VARIABLE})"
-    reason = unavailable("cpu", device)
+    fast = _fast(device)
+    reason = unavailable(fast, device)
     if reason:
-        return f"torch (automatic: {BACKENDS['torch']}; not cpu: {reason})"
-    return f"cpu (automatic: {BACKENDS['cpu']}, here with {native.instruction_set()}; torch for fp64)"
+        return f"torch (automatic: {BACKENDS['torch']}; not {fast}: {reason})"
+    how = f", here with {native.instruction_set()}" if fast == "cpu" else ""
+    return f"{fast} (automatic: {BACKENDS[fast]}{how}; torch for fp64)"
+
+
+def _fast(device: torch.device) -> str:
+    """The backend made for a kind of device."""
+    return "cpu" if device.type == "cpu" else "triton"
+
+
+def _no_triton(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on a device, or None if they can."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted):
+        return (
+            f"it computes on CUDA and ROCm devices, not on {device.type} (there only with TRITON_INTERPRET=1, slowly)"
+        )
+    return _triton_missing() or (None if device.type == "cpu" else _too_old(device))
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    try:
+        found = importlib.util.find_spec("triton") is not None
+    except ImportError:
+        found = False
+    return None if found else "triton is not installed"
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"  # for a fake tensor of one
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return None
 
 
 def _check(name: str, origin: str) -> None:

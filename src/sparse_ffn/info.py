@@ -9,7 +9,7 @@ import sys
 import torch
 
 from sparse_ffn import native
-from sparse_ffn.backend import BACKENDS, ENVIRONMENT_VARIABLE, explain
+from sparse_ffn.backend import BACKENDS, ENVIRONMENT_VARIABLE, explain, unavailable
 
 
 def chosen(device: torch.device | str = "cpu") -> str:
@@ -33,8 +33,9 @@ def report() -> str:
         "backends",
         *(f"  {name:10} {what}" for name, what in BACKENDS.items()),
         f"  native core: {native.PROBLEM or 'loaded, ' + native.instruction_set()}",
+        f"  triton kernels: {unavailable('triton', torch.device('cuda')) or 'ready'}",
         "",
-        f"chosen     {explain()}",
+        *(f"chosen     {chosen(device)}" for device in (("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))),
         f"to force   sparse_ffn.backend(name) or {ENVIRONMENT_VARIABLE}=name",
     ]
     return "\n".join(lines)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -55,6 +58,15 @@ def refuse_double_backward(op: Any) -> None:
         )
 
     set_autograd(op, backward, lambda ctx, inputs, output: None)
+
+
+@functools.cache
+def implementation(op: str, backend: str) -> ModuleType:
+    """The module of an op's folder that computes it on a backend, imported when it is first asked for.
+
+    That keeps ``import sparse_ffn`` free of triton, which costs a second and is not everywhere.
+    """
+    return importlib.import_module(f"sparse_ffn.ops.{op}.{backend}")
 
 
 def absent(like: Tensor) -> Tensor:

@@ -8,10 +8,8 @@ from torch import Tensor
 
 from sparse_ffn.backend import choose
 from sparse_ffn.ops.autocast import autocast_dtype, cast
-from sparse_ffn.ops.cvmm import cpu as native
 from sparse_ffn.ops.cvmm import reference
-from sparse_ffn.ops.cvmm import torch as plain
-from sparse_ffn.ops.library import absent, define, refuse_double_backward, set_autograd
+from sparse_ffn.ops.library import absent, define, implementation, refuse_double_backward, set_autograd
 
 
 def cvmm(
@@ -39,11 +37,9 @@ def cvmm(
     return out
 
 
-_KERNELS = {"torch": (plain.forward, plain.backward), "cpu": (native.forward, native.backward)}
-
-
 def _forward_kernel(*args: Any) -> Tensor:
-    return _KERNELS[args[-1]][0](*args[:-1])
+    out: Tensor = implementation("cvmm", args[-1]).forward(*args[:-1])
+    return out
 
 
 def _forward_fake(
@@ -60,7 +56,8 @@ def _forward_fake(
 
 
 def _backward_kernel(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _KERNELS[rest[-1]][1](grad.contiguous(), *rest[:-1])
+    out: tuple[Tensor, Tensor, Tensor] = implementation("cvmm", rest[-1]).backward(grad.contiguous(), *rest[:-1])
+    return out
 
 
 def _backward_fake(

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from sparse_ffn.backend import choose
 from sparse_ffn.ops.autocast import autocast_dtype, cast
-from sparse_ffn.ops.expert_ffn import cpu as native
 from sparse_ffn.ops.expert_ffn import reference
-from sparse_ffn.ops.expert_ffn import torch as plain
-from sparse_ffn.ops.library import absent, define, refuse_double_backward, set_autograd
+from sparse_ffn.ops.library import absent, define, implementation, refuse_double_backward, set_autograd
 
 
 def expert_ffn(
@@ -48,14 +46,9 @@ def expert_ffn(
     return out
 
 
-_KERNELS = {
-    "torch": (plain.forward, plain.backward, plain.inference),
-    "cpu": (native.forward, native.backward, native.inference),
-}
-
-
 def _inference_kernel(*args: Any) -> Tensor:
-    return _KERNELS[args[-1]][2](*args[:-1])
+    out: Tensor = implementation("expert_ffn", args[-1]).inference(*args[:-1])
+    return out
 
 
 def _inference_fake(*args: Any) -> Tensor:
@@ -63,7 +56,8 @@ def _inference_fake(*args: Any) -> Tensor:
 
 
 def _forward_kernel(*args: Any) -> tuple[Tensor, ...]:
-    return _KERNELS[args[-1]][0](*args[:-1])
+    out: tuple[Tensor, ...] = implementation("expert_ffn", args[-1]).forward(*args[:-1])
+    return out
 
 
 def _forward_fake(
@@ -93,7 +87,9 @@ def _forward_fake(
 
 def _backward_kernel(*args: Any) -> tuple[Tensor, ...]:
     grad, *rest = args[:-1]
-    return _KERNELS[args[-1]][1](grad.contiguous(), *rest)  # y.sum() sends an expanded gradient
+    grad = grad.contiguous()  # y.sum() sends an expanded one
+    out: tuple[Tensor, ...] = implementation("expert_ffn", args[-1]).backward(grad, *rest)
+    return out
 
 
 def _backward_fake(

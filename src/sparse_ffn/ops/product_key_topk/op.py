@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.backend import choose
-from sparse_ffn.ops.library import define, refuse_double_backward, set_autograd
-from sparse_ffn.ops.product_key_topk import cpu as native
+from sparse_ffn.ops.library import define, implementation, refuse_double_backward, set_autograd
 from sparse_ffn.ops.product_key_topk import reference
-from sparse_ffn.ops.product_key_topk import torch as plain
 
 
 def product_key_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -29,11 +27,9 @@ def product_key_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return best, index
 
 
-_KERNELS = {"torch": (plain.forward, plain.backward), "cpu": (native.forward, native.backward)}
-
-
 def _forward_kernel(scores: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
-    return _KERNELS[backend][0](scores, k)
+    out: tuple[Tensor, Tensor] = implementation("product_key_topk", backend).forward(scores, k)
+    return out
 
 
 def _forward_fake(scores: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
@@ -42,7 +38,8 @@ def _forward_fake(scores: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]
 
 
 def _backward_kernel(grad: Tensor, index: Tensor, n: int, stride: list[int], backend: str) -> Tensor:
-    return _KERNELS[backend][1](grad, index, n, stride)
+    out: Tensor = implementation("product_key_topk", backend).backward(grad, index, n, stride)
+    return out
 
 
 def _backward_fake(grad: Tensor, index: Tensor, n: int, stride: list[int], backend: str) -> Tensor:

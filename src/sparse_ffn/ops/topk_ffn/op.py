@@ -9,10 +9,8 @@ from torch import Tensor
 
 from sparse_ffn.backend import choose
 from sparse_ffn.ops.autocast import autocast_dtype, cast
-from sparse_ffn.ops.library import absent, define, refuse_double_backward, set_autograd
-from sparse_ffn.ops.topk_ffn import cpu as native
+from sparse_ffn.ops.library import absent, define, implementation, refuse_double_backward, set_autograd
 from sparse_ffn.ops.topk_ffn import reference
-from sparse_ffn.ops.topk_ffn import torch as plain
 
 
 def topk_ffn(
@@ -42,11 +40,9 @@ def topk_ffn(
     return out
 
 
-_KERNELS = {"torch": (plain.forward, plain.backward), "cpu": (native.forward, native.backward)}
-
-
 def _forward_kernel(*args: Any) -> tuple[Tensor, ...]:
-    return _KERNELS[args[-1]][0](*args[:-1])
+    out: tuple[Tensor, ...] = implementation("topk_ffn", args[-1]).forward(*args[:-1])
+    return out
 
 
 def _forward_fake(
@@ -60,7 +56,8 @@ def _forward_fake(
 
 def _backward_kernel(*args: Any) -> tuple[Tensor, ...]:
     grad, *rest = args[:-1]
-    return _KERNELS[args[-1]][1](grad.contiguous(), *rest)
+    out: tuple[Tensor, ...] = implementation("topk_ffn", args[-1]).backward(grad.contiguous(), *rest)
+    return out
 
 
 def _backward_fake(

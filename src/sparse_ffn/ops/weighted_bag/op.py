@@ -9,10 +9,8 @@ from torch import Tensor
 
 from sparse_ffn.backend import choose
 from sparse_ffn.ops.autocast import autocast_dtype, cast
-from sparse_ffn.ops.library import define, refuse_double_backward, set_autograd
-from sparse_ffn.ops.weighted_bag import cpu as native
+from sparse_ffn.ops.library import define, implementation, refuse_double_backward, set_autograd
 from sparse_ffn.ops.weighted_bag import reference
-from sparse_ffn.ops.weighted_bag import torch as plain
 
 
 def weighted_bag(values: Tensor, index: Tensor, weight: Tensor, *, sparse_grad: bool = False) -> Tensor:
@@ -20,7 +18,7 @@ def weighted_bag(values: Tensor, index: Tensor, weight: Tensor, *, sparse_grad: 
 
     Shapes: values [F, O], index int64 [N, K], weight [N, K] (its own dtype); result [N, O] in the dtype of values or
     autocast's. With ``sparse_grad`` the gradient of values is a coalesced sparse tensor of the rows that were read
-    (not under torch.compile).
+    (not under torch.compile); on a GPU its size is why the backward pass waits for the device once.
     """
     if sparse_grad:  # casts inside: torch's cast cannot pass a sparse gradient on
         out: Tensor = _SparseGradient.apply(values, index, weight)  # type: ignore[no-untyped-call]
@@ -33,16 +31,9 @@ def weighted_bag(values: Tensor, index: Tensor, weight: Tensor, *, sparse_grad: 
     return out
 
 
-_PLAIN = (plain.forward, plain.backward, plain.backward_rows)
-_KERNELS = {
-    "reference": _PLAIN,  # for the sparse gradient, which the reference has not
-    "torch": _PLAIN,
-    "cpu": (native.forward, native.backward, native.backward_rows),
-}
-
-
 def _forward_kernel(values: Tensor, index: Tensor, weight: Tensor, backend: str) -> Tensor:
-    return _KERNELS[backend][0](values, index, weight)
+    out: Tensor = implementation("weighted_bag", backend).forward(values, index, weight)
+    return out
 
 
 def _forward_fake(values: Tensor, index: Tensor, weight: Tensor, backend: str) -> Tensor:
@@ -52,7 +43,10 @@ def _forward_fake(values: Tensor, index: Tensor, weight: Tensor, backend: str) -
 def _backward_kernel(
     grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return _KERNELS[backend][1](grad.contiguous(), values, index, weight)
+    out: tuple[Tensor, Tensor] = implementation("weighted_bag", backend).backward(
+        grad.contiguous(), values, index, weight
+    )
+    return out
 
 
 def _backward_fake(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -76,7 +70,8 @@ class _SparseGradient(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         ctx.dtype = values.dtype
         values = values.to(autocast_dtype(values))
-        ctx.chosen = choose(values)
+        chosen = choose(values)
+        ctx.chosen = "torch" if chosen == "reference" else chosen  # the reference has no sparse gradient
         ctx.save_for_backward(values, index, weight)
         return _forward_kernel(values, index, weight, ctx.chosen)
 
@@ -84,7 +79,7 @@ class _SparseGradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, index, weight = ctx.saved_tensors
-        rows, drows, dweight = _KERNELS[ctx.chosen][2](grad, values, index, weight)
+        rows, drows, dweight = implementation("weighted_bag", ctx.chosen).backward_rows(grad, values, index, weight)
         dvalues = torch.sparse_coo_tensor(
             rows.unsqueeze(0), drows.to(ctx.dtype), values.shape, is_coalesced=True, check_invariants=False
         )

@@ -1,0 +1,180 @@
+"""Block sizes: tables per architecture, kernel, arithmetic and size of the problem, looked up in Python.
+
+Nothing is measured or cached at run time. The numbers in the tables come from the compile gate (``make gate``): the
+largest tiles that keep their accumulators in registers and their operands in shared memory on that architecture.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One configuration of a kernel with a matrix product: output tile m x n, step k, warps and pipeline stages."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    @property
+    def meta(self) -> dict[str, int]:
+        """The keyword arguments of a launch."""
+        return {
+            **{"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k},
+            **{"num_warps": self.warps, "num_stages": self.stages},
+        }
+
+
+@dataclass(frozen=True)
+class Sort:
+    """Block sizes of the routing: slots of a block, its parts, rows and columns of a scan, positions, tiles."""
+
+    block: int = 256
+    part: int = 16
+    scan: int = 64
+    columns: int = 16
+    positions: int = 512
+    tiles: int = 64
+
+
+@dataclass(frozen=True)
+class Bag:
+    """Block sizes of the weighted bag: rows gathered at once, columns of a program, most slots of a segment."""
+
+    rows: int = 8
+    columns: int = 512
+    cap: int = 256
+
+
+SORT = Sort()
+BAG = Bag()
+
+_Table = dict[tuple[str, str], tuple[Tile, ...]]
+
+
+def _table(text: str) -> _Table:
+    """Lines of a kernel, an arithmetic, and tiles written "m x n x k / warps / stages", narrow ones first."""
+    table: _Table = {}
+    for line in text.strip().splitlines():
+        kernel, kind, *tiles = line.split()
+        sizes = (tuple(int(n) for n in re.split("[x/]", t)) for t in tiles)
+        table[kernel, kind] = (*table.get((kernel, kind), ()), *(Tile(*t) for t in sizes))
+    return table
+
+
+# Kernels by what they hold in registers: "one" accumulator (rows, plain up and hidden gradient), "two" or as much as
+# that (up and hidden gradient of a GLU or under dropout); "outer" is the gradient of the matrices, m and n their sides.
+# "half" is bf16 and fp16; "odd" is either of them or tf32 where a size is no multiple of 16: loads are narrow there,
+# and their addresses take the registers.
+_SM80 = _table("""
+    one    half   16x64x64/4/4   16x128x64/4/4   32x64x64/4/3   32x128x64/4/3
+    one    half   64x64x64/4/3   64x128x64/4/3   128x64x64/4/3  128x128x32/8/4
+    two    half   16x64x64/4/4   32x64x64/4/3    64x64x32/4/4   128x64x32/8/4
+    outer  half   64x64x64/4/3   64x128x32/4/4   128x64x32/4/4  128x128x32/8/4
+    one    tf32   16x64x32/4/4   16x128x32/4/4   32x64x32/4/4   32x128x32/4/3
+    one    tf32   64x64x32/4/3   64x128x32/4/3   128x64x32/4/3  128x128x16/8/4
+    two    tf32   16x64x32/4/3   32x64x32/4/3    64x64x16/4/4   128x64x16/8/4
+    outer  tf32   64x64x32/4/3   64x128x16/4/4   128x64x16/4/4  128x128x16/8/4
+    one    odd    16x64x32/4/2   32x64x32/4/2    64x64x32/8/2
+    two    odd    16x64x32/4/2   32x64x32/4/2    64x32x32/8/2
+    outer  odd    64x64x32/4/2
+    one    fp32   16x64x16/4/2   32x64x16/4/2    64x64x16/8/2
+    two    fp32   16x32x16/4/2   32x32x16/4/2    64x32x16/4/2
+    outer  fp32   32x64x16/4/2   64x64x16/8/2
+""")
+_SM90 = _SM80 | _table("""
+    one    half   16x64x64/4/4   16x128x64/4/4   32x64x64/4/4   32x128x64/4/4
+    one    half   64x64x64/4/4   64x128x64/4/4   128x64x64/4/4  128x128x64/8/4
+    two    half   16x64x64/4/4   32x64x64/4/4    64x64x64/4/4   128x64x64/8/4
+    outer  half   64x64x64/4/4   64x128x64/4/4   128x64x64/4/4  128x128x64/8/4
+""")
+_SM100 = _SM90 | _table("""
+    one    tf32   16x64x32/4/4   16x128x32/4/4   32x64x32/4/4   32x128x32/4/3
+    one    tf32   64x64x32/8/3   64x128x32/4/3   128x64x32/4/3  128x128x16/8/4
+""")
+_GFX942 = {key: tuple(Tile(t.m, t.n, min(t.k, 32), t.warps, 2) for t in tiles) for key, tiles in _SM80.items()}
+TABLES: dict[str, _Table] = {"sm_80": _SM80, "sm_90": _SM90, "sm_100": _SM100, "gfx942": _GFX942}
+
+_fixed: Tile | None = None
+_architecture: str | None = None
+
+
+@contextmanager
+def fixed(tile: Tile | None = None, architecture: str | None = None) -> Iterator[None]:
+    """Launch everything with one tile, or by one architecture's table (tests, the compile gate, tuning)."""
+    global _fixed, _architecture
+    previous, (_fixed, _architecture) = (_fixed, _architecture), (tile, architecture)
+    try:
+        yield
+    finally:
+        _fixed, _architecture = previous
+
+
+def architecture(device: torch.device) -> str:
+    """The table for a device: its own one, or that of the oldest architecture of its kind."""
+    if _architecture is not None:
+        return _architecture
+    return "sm_80" if device.type != "cuda" else _of_device(device)
+
+
+@functools.cache
+def _of_device(device: torch.device) -> str:
+    if torch.version.hip is not None:
+        return "gfx942"
+    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
+
+
+def arithmetic(dtype: torch.dtype, precision: str, *sizes: int) -> str:
+    """The column of the tables for matrices of these sizes: "half", "tf32", "odd" or "fp32"."""
+    if dtype == torch.float32 and precision != "tf32":
+        return "fp32"
+    if any(size % 16 for size in sizes):
+        return "odd"
+    return "tf32" if dtype == torch.float32 else "half"
+
+
+def block_m(device: torch.device, kind: str, mean_rows: float) -> int:
+    """Rows of a tile: one table of tiles serves all products of a call, so all take the same."""
+    if _fixed is not None:
+        return _fixed.m
+    heights = sorted({t.m for t in TABLES[architecture(device)]["one", kind]})
+    return next((m for m in heights if mean_rows <= m), heights[-1])
+
+
+def tile(device: torch.device, kernel: str, kind: str, n: int, m: int | None = None, side: int | None = None) -> Tile:
+    """The tile of a kernel for n columns.
+
+    Args:
+        device: where it runs.
+        kernel: "one", "two" or "outer", see above the tables.
+        kind: what ``arithmetic`` says.
+        n: columns of the product.
+        m: rows of the tile as ``block_m`` says (not for "outer").
+        side: rows of the product ("outer").
+    """
+    if _fixed is not None:
+        return _fixed
+    choices = TABLES[architecture(device)][kernel, kind]
+    if side is not None:
+        m = max((t.m for t in choices if t.m < 2 * side), default=min(t.m for t in choices))
+    choices = tuple(t for t in choices if t.m == m)
+    return next((t for t in choices if n <= t.n), choices[-1])
+
+
+def n_processors(device: torch.device) -> int:
+    """Multiprocessors of a device; 108 (an A100's) where there is none to ask."""
+    return 108 if device.type != "cuda" or _architecture is not None else _processors(device)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

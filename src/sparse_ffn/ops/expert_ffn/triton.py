@@ -1,0 +1,161 @@
+"""Expert FFN out of the Triton kernels: sort, grouped products, sums over a token's slots; no host wait."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_ffn.kernels import combine, config, decode, grouped, outer, routing
+from sparse_ffn.kernels.launch import cdiv, matrices, on_device, precision, rows
+from sparse_ffn.ops.library import absent
+
+# T tokens, K slots a token, S = T·K, E experts, G units of an expert, D d_model, O d_out; _S rows are sorted by expert
+
+
+@on_device
+def forward(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    index: Tensor,
+    gate: Tensor,
+    gate_keys: Tensor | None,
+    key_bias: Tensor | None,
+    hidden_scale: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output [T, O] and what the backward pass needs: z [S, G], GLU's other half [S, G], order [S], offsets [E + 1]."""
+    order, offsets = routing.sort_slots(index, keys.shape[0])
+    z_SG = x.new_empty(order.shape[0], keys.shape[1])
+    other_SG = None if gate_keys is None else torch.empty_like(z_SG)
+    out = _forward(x, keys, values, gate, gate_keys, key_bias, hidden_scale, activation, order, offsets, z_SG, other_SG)
+    return out, z_SG, absent(x) if other_SG is None else other_SG, order, offsets
+
+
+@on_device
+def inference(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    index: Tensor,
+    gate: Tensor,
+    gate_keys: Tensor | None,
+    key_bias: Tensor | None,
+    hidden_scale: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Output [T, O], nothing saved."""
+    if not few_slots(index.numel(), keys.shape[0]):
+        order, offsets = routing.sort_slots(index, keys.shape[0])
+        return _forward(
+            x, keys, values, gate, gate_keys, key_bias, hidden_scale, activation, order, offsets, None, None
+        )
+    index = index.contiguous()
+    h_SG = x.new_empty(index.numel(), keys.shape[1], dtype=torch.float32)
+    y_SO = x.new_empty(index.numel(), values.shape[2], dtype=torch.float32)
+    out = x.new_empty(x.shape[0], values.shape[2])
+    scale = None if hidden_scale is None else hidden_scale.contiguous()
+    decode.up_rows(rows(x), index, keys, gate_keys, key_bias, scale, h_SG, activation)
+    decode.down_rows(h_SG, index, values, y_SO)
+    combine.combine(y_SO, None, gate.contiguous(), out, index.shape[1])
+    return out
+
+
+def few_slots(n_slots: int, n_experts: int) -> bool:
+    """Whether to take each slot by itself, which reads an expert's weights once for each of its slots.
+
+    While there are no more slots than experts that is rarely more than once; below 16 the sort would cost more.
+    """
+    return n_slots <= max(16, n_experts)
+
+
+def _forward(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gate: Tensor,
+    gate_keys: Tensor | None,
+    key_bias: Tensor | None,
+    hidden_scale: Tensor | None,
+    activation: str,
+    order: Tensor,
+    offsets: Tensor,
+    z_SG: Tensor | None,
+    other_SG: Tensor | None,
+) -> Tensor:
+    (E, G, _), (T, K), O = keys.shape, gate.shape, values.shape[2]
+    how, x = precision(x), rows(x)
+    keys, values = matrices(keys), matrices(values)
+    gate_keys = None if gate_keys is None else matrices(gate_keys)
+    kind = config.arithmetic(x.dtype, how, *keys.shape[1:], O)
+    block_m = config.block_m(x.device, kind, order.shape[0] / E)
+    plan = routing.plan(order, offsets, K, block_m, inverse=True)
+
+    # ReLU's saved activations are the hidden units themselves
+    is_z = z_SG is not None and activation == "relu" and gate_keys is None and hidden_scale is None
+    h_SG = z_SG if is_z and z_SG is not None else x.new_empty(order.shape[0], G)
+    tile = config.tile(x.device, "one" if gate_keys is None else "two", kind, G, block_m)
+    scale = None if hidden_scale is None else hidden_scale.contiguous()
+    grouped.up(plan, x, keys, gate_keys, key_bias, scale, z_SG, other_SG, h_SG, activation, tile, how)
+    y_SO = x.new_empty(order.shape[0], O)
+    grouped.multiply(plan, h_SG, values, y_SO, config.tile(x.device, "one", kind, O, block_m), how)
+    out = x.new_empty(T, O)
+    combine.combine(y_SO, plan.inverse, gate.contiguous(), out, K)
+    return out
+
+
+@on_device
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gate: Tensor,
+    gate_keys: Tensor | None,
+    key_bias: Tensor | None,
+    hidden_scale: Tensor | None,
+    z: Tensor,
+    other: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, keys, values, gate, gate_keys and key_bias; empty tensors for the arguments that are absent."""
+    (E, G, D), (T, K), O, S = keys.shape, gate.shape, values.shape[2], order.shape[0]
+    how, x, grad = precision(x), rows(x), rows(grad)
+    keys, values = matrices(keys), matrices(values)
+    kind = config.arithmetic(x.dtype, how, G, D, O)
+    block_m = config.block_m(x.device, kind, S / E)
+    plan = routing.plan(order, offsets, K, block_m, inverse=True)
+    other_SG = None if gate_keys is None else other
+
+    dz_SG, weighted_SG = torch.empty_like(z), torch.empty_like(z)
+    dother_SG = None if gate_keys is None else torch.empty_like(z)
+    simple = gate_keys is None and hidden_scale is None
+    tile = config.tile(x.device, "one" if simple else "two", kind, G, block_m)
+    dgates = x.new_empty(cdiv(G, tile.n), S, dtype=torch.float32)
+    grouped.hidden_gradient(
+        plan, grad, values, z, other_SG, None if hidden_scale is None else hidden_scale.contiguous(),
+        gate.contiguous(), dz_SG, dother_SG, weighted_SG, dgates, activation, tile, how,
+    )  # fmt: skip
+    dgate = dgates.sum(0).to(gate.dtype).view(T, K)
+
+    def to_matrix(left: Tensor, right: Tensor, width: int) -> Tensor:
+        out = x.new_empty(E, G, width)
+        tile = config.tile(x.device, "outer", kind, width, side=G)
+        outer.outer(left, right, offsets, order, out, tile, how, right_rows=plan.rows)
+        return out
+
+    dvalues = to_matrix(weighted_SG, grad, O)
+    dup_SG = dz_SG if dother_SG is None else dother_SG
+    dkeys = to_matrix(dup_SG, x, D)
+    dgate_keys = absent(x) if gate_keys is None else to_matrix(dz_SG, x, D)
+    dkey_bias = absent(x) if key_bias is None else key_bias.new_empty(E, G)
+    if key_bias is not None:
+        outer.sum_rows(dup_SG, offsets, dkey_bias)
+
+    second = None if gate_keys is None else (dz_SG, matrices(gate_keys))
+    dx_SD, dx = x.new_empty(S, D), x.new_empty(T, D)
+    grouped.multiply(plan, dup_SG, keys, dx_SD, config.tile(x.device, "one", kind, D, block_m), how, second=second)
+    combine.combine(dx_SD, plan.inverse, None, dx, K)
+    return dx, dkeys, dvalues, dgate, dgate_keys, dkey_bias

@@ -1,0 +1,29 @@
+"""Product-key top-k in one kernel for k up to 64 and n below 32768; with torch's own sorts beyond that."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_ffn.kernels import product_keys
+from sparse_ffn.kernels.launch import on_device, rows
+from sparse_ffn.ops.product_key_topk import reference
+from sparse_ffn.ops.product_key_topk.torch import backward as backward
+
+
+def forward(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest sums [T, H, k] of scores [T, H, 2, n], and their value indices."""
+    first, second = scores.unbind(2)
+    index = product_key_topk(first, second, k)
+    return reference.sums(first, second, index), index
+
+
+@on_device
+def product_key_topk(first: Tensor, second: Tensor, k: int) -> Tensor:
+    """The indices, as the reference gives them."""
+    n = first.shape[-1]
+    if not product_keys.fits(n, k):
+        return reference.product_key_topk(first, second, k)
+    out = first.new_empty(*first.shape[:-1], k, dtype=torch.int64)
+    product_keys.product_keys(rows(first.reshape(-1, n)), rows(second.reshape(-1, n)), k, out)
+    return out

@@ -1,0 +1,168 @@
+"""Top-k FFN out of the Triton kernels: select fused after torch's product, then only the selected units' rows.
+
+Where so many units are selected that reading their rows one by one takes longer than a dense product, the products
+are dense ones of matrices with zeros: see ``gathers``. Saved are index and pre-activations of the selected units.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse_ffn.kernels import bag, config, segments, topk
+from sparse_ffn.kernels.launch import on_device, precision, rows
+from sparse_ffn.ops.activations import hidden, hidden_backward
+from sparse_ffn.ops.library import absent
+from sparse_ffn.ops.select import stable_topk
+from sparse_ffn.ops.topk_ffn.reference import rank
+
+# T tokens, K selected units, F hidden units, D d_model, O d_out
+
+# Of an H100, from its data sheet and other kernels' rates, not measured here: sustained operations per second of dense
+# products, bytes per second out of the second-level cache (gathered rows) and out of the memory.
+PRODUCTS = {"half": 600e12, "tf32": 300e12, "fp32": 50e12}
+CACHE, MEMORY = 5.5e12, 3.0e12
+
+
+def gathers(x: Tensor, n_units: int, k: int) -> bool:
+    """Whether reading the k selected rows of each token is predicted to be faster than a dense product.
+
+    Both times for one column of the values. For 16 bits and many tokens that is k < 0.92 % of d_ff.
+    """
+    T, size = x.shape[0], x.element_size()
+    rate = PRODUCTS[config.arithmetic(x.dtype, precision(x))]
+    dense = max(2 * T * n_units / rate, n_units * size / MEMORY)
+    return max(T * k * size / CACHE, min(n_units, T * k) * size / MEMORY) < dense
+
+
+@on_device
+def forward(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    k: int,
+    gate_keys: Tensor | None,
+    key_bias: Tensor | None,
+    hidden_scale: Tensor | None,
+    activation: str,
+    norm_aware: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output [T, O]; the selected units int32 [T, K], their z and, for a GLU, their other half [T, K]."""
+    up_TF = F.linear(x, keys, key_bias)
+    z_TF, other_TF = (up_TF, None) if gate_keys is None else (F.linear(x, gate_keys), up_TF)
+    (T, n_units), sparse = z_TF.shape, gathers(x, keys.shape[0], k)
+    if not topk.fits(n_units):
+        return _sorted(z_TF, other_TF, values, k, hidden_scale, activation, norm_aware, sparse)
+    index, z_TK = x.new_empty(T, k, dtype=torch.int32), x.new_empty(T, k)
+    other_TK = None if other_TF is None else torch.empty_like(z_TK)
+    h_TK = torch.empty_like(z_TK)
+    norm_F = torch.linalg.vector_norm(values, dim=1, dtype=torch.float32) if norm_aware else None
+    scale = None if hidden_scale is None else rows(hidden_scale)
+    topk.select(rows(z_TF), other_TF, scale, norm_F, index, z_TK, other_TK, h_TK, activation)
+    out = _product(values, index, h_TK, sparse)
+    return out, index, z_TK, absent(x) if other_TK is None else other_TK
+
+
+@on_device
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gate_keys: Tensor | None,
+    key_bias: Tensor | None,
+    hidden_scale: Tensor | None,
+    index: Tensor,
+    z: Tensor,
+    other: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, keys, values, gate_keys and key_bias; empty tensors for the arguments that are absent."""
+    products = _Gathered if gathers(x, keys.shape[0], index.shape[1]) else _Dense
+    of = products(index, keys.shape[0])
+    scale_TK = None if hidden_scale is None else hidden_scale.gather(1, index.long()).float()
+    z_TK, other_TK = z.float(), None if gate_keys is None else other.float()
+    dvalues, dh_TK = of.both_gradients(grad, values, hidden(activation, z_TK, other_TK, scale_TK))
+    dz_TK, dother_TK = hidden_backward(activation, dh_TK, z_TK, other_TK, scale_TK)
+    dup_TK = dz_TK if dother_TK is None else dother_TK
+    dx, dkeys = of.gradients(dup_TK, keys, x)
+    dkey_bias = absent(x)
+    if key_bias is not None:
+        one = x.new_ones(1, 1).expand(x.shape[0], 1)
+        dkey_bias = of.gradients(dup_TK, None, one)[1].squeeze(1)
+    if gate_keys is None:
+        return dx, dkeys, dvalues, absent(x), dkey_bias
+    dx_too, dgate_keys = of.gradients(dz_TK, gate_keys, x)
+    return dx + dx_too, dkeys, dvalues, dgate_keys, dkey_bias
+
+
+class _Gathered:
+    """Products with the [T, F] matrix of the selected units' numbers, row by row."""
+
+    def __init__(self, index: Tensor, n_units: int) -> None:
+        self.index = index
+        self.segments = segments.every_row(index, n_units, config.BAG.cap)
+
+    def both_gradients(self, grad: Tensor, values: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of values and h where the output is h @ values."""
+        dvalues = grad.new_empty(values.shape)
+        dh = bag.bag_gradient(self.segments, rows(grad), h.contiguous(), dvalues, rows(values))
+        assert dh is not None
+        return dvalues, dh
+
+    def gradients(self, dz: Tensor, keys: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of x (empty without keys) and keys where z = x @ keys.T."""
+        dkeys = x.new_empty(self.segments.n_rows, x.shape[1])
+        bag.bag_gradient(self.segments, rows(x), dz.contiguous(), dkeys)
+        return absent(x) if keys is None else _bag(keys, self.index, dz), dkeys
+
+
+class _Dense:
+    """The same out of torch's dense products."""
+
+    def __init__(self, index: Tensor, n_units: int) -> None:
+        self.index, self.n_units = index.long(), n_units
+
+    def both_gradients(self, grad: Tensor, values: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        return self._matrix(h.to(grad.dtype)).t() @ grad, (grad @ values.t()).gather(1, self.index).float()
+
+    def gradients(self, dz: Tensor, keys: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+        dz_TF = self._matrix(dz.to(x.dtype))
+        return absent(x) if keys is None else dz_TF @ keys, dz_TF.t() @ x
+
+    def _matrix(self, selected: Tensor) -> Tensor:
+        return _densify(selected, self.index, self.n_units)
+
+
+def _sorted(
+    z_TF: Tensor,
+    other_TF: Tensor | None,
+    values: Tensor,
+    k: int,
+    hidden_scale: Tensor | None,
+    activation: str,
+    norm_aware: bool,
+    sparse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The forward pass beyond ``topk.MAX_F`` units: torch sorts them."""
+    h_TF = hidden(activation, z_TF, other_TF, hidden_scale)
+    index = stable_topk(rank(h_TF, values, norm_aware), k)
+    h_TK = h_TF.gather(1, index)
+    out = _product(values, index, h_TK, sparse)
+    other_TK = absent(z_TF) if other_TF is None else other_TF.gather(1, index)
+    return out, index.to(torch.int32), z_TF.gather(1, index), other_TK
+
+
+def _product(values: Tensor, index: Tensor, h: Tensor, sparse: bool) -> Tensor:
+    return _bag(values, index, h) if sparse else _densify(h, index.long(), values.shape[0]) @ values
+
+
+def _densify(selected: Tensor, index: Tensor, width: int) -> Tensor:
+    return selected.new_zeros(selected.shape[0], width).scatter_(1, index, selected)
+
+
+def _bag(values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    out = values.new_empty(index.shape[0], values.shape[1])
+    bag.bag(rows(values), index.contiguous(), weight.contiguous(), out)
+    return out

@@ -1,0 +1,43 @@
+"""Tests of the Triton kernels: interpreted on the CPU (TRITON_INTERPRET=1), compiled where there is a GPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if GPU:
+    os.environ.pop("TRITON_INTERPRET", None)
+else:
+    assert os.environ.get("TRITON_INTERPRET") == "1", "without a GPU run these tests as `make test` does"
+    sys.path.insert(0, os.path.dirname(__file__))
+    import interpreter
+
+    interpreter.install(seed=0)
+    torch.set_num_threads(1)  # test_seeded_bugs forks
+
+import sparse_ffn as sf  # noqa: E402
+from sparse_ffn.kernels import config, routing  # noqa: E402
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if GPU else "cpu"
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Blocks of 16 everywhere: two or three on every axis of a small problem, and ragged tails."""
+    monkeypatch.setattr(routing, "SORT", config.Sort(block=16, part=8, scan=4, columns=4, positions=16, tiles=4))
+    with config.fixed(config.Tile(16, 16, 16, 4, 2)):
+        yield
+
+
+@pytest.fixture
+def triton_backend() -> Iterator[None]:
+    with sf.backend("triton"):
+        yield

@@ -1,0 +1,198 @@
+"""The net that every kernel must pass: results against float64, with traps around all memory that it touches.
+
+Inputs lie inside larger buffers of NaN (or of huge indices), so that a read outside shows in the result. Whatever the
+host code allocates lies inside larger buffers too: filled with NaN, since reading what nothing wrote must show, and
+between canaries, since writing there must show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sparse_ffn as sf
+from sparse_ffn import ops
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+MARGIN = 4096  # elements on either side
+CANARY = {torch.float32: -12345.5, torch.float16: -12344.0, torch.bfloat16: -12352.0, torch.int32: -7777777}
+
+
+def _poison(x: Tensor) -> Tensor:
+    """Fill: NaN, or an index that points into the margin."""
+    return x.fill_(float("nan") if x.is_floating_point() else -2000)
+
+
+def guarded(x: Tensor) -> Tensor:
+    """The same numbers and strides between margins of NaN."""
+    if 0 in x.stride():
+        return x  # expanded: its rows overlap
+    size = 1 + sum((n - 1) * abs(s) for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    parent = _poison(torch.zeros(size + 2 * MARGIN, dtype=x.dtype, device=x.device))
+    view = parent.as_strided(x.shape, x.stride(), MARGIN)
+    view.copy_(x)
+    return view
+
+
+@contextmanager
+def traps() -> Iterator[None]:
+    """Guard all that is allocated inside; AssertionError at the end if a canary died."""
+    parents: list[tuple[Tensor, int]] = []
+    empty, new_empty, empty_like = torch.empty, Tensor.new_empty, torch.empty_like
+
+    def allocate(shape: Any, dtype: torch.dtype, device: Any) -> Tensor:
+        shape = torch.Size(shape)
+        parent = empty(shape.numel() + 2 * MARGIN, dtype=dtype, device=device).fill_(CANARY[dtype])
+        parents.append((parent, shape.numel()))
+        return _poison(parent[MARGIN : MARGIN + shape.numel()]).view(shape)
+
+    def trapped_new_empty(self: Tensor, *shape: Any, dtype: torch.dtype | None = None, **rest: Any) -> Tensor:
+        dtype = dtype or self.dtype
+        if rest or dtype not in CANARY:
+            return new_empty(self, *shape, dtype=dtype, **rest)
+        return allocate(shape[0] if not isinstance(shape[0], int) else shape, dtype, self.device)
+
+    torch.empty_like = lambda x, **k: trapped_new_empty(x, x.shape, **k)  # type: ignore[assignment]
+    Tensor.new_empty = trapped_new_empty  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.empty_like, Tensor.new_empty = empty_like, new_empty  # type: ignore[assignment]
+    for parent, size in parents:
+        canary = CANARY[parent.dtype]
+        assert (parent[:MARGIN] == canary).all(), "written before the begin of a tensor"
+        assert (parent[MARGIN + size :] == canary).all(), "written past the end of a tensor"
+
+
+@dataclass
+class Case:
+    """A call of an op: its tensors in float64, its dtype, its other options."""
+
+    op: Callable[..., Tensor]
+    tensors: dict[str, Tensor]
+    dtype: torch.dtype = torch.float32
+    options: dict[str, Any] = field(default_factory=dict)
+    trained: tuple[str, ...] = ()
+    sum_gradient: bool = False  # the stride-0 gradient that y.sum() sends
+
+
+def results(case: Case, tensors: dict[str, Tensor], grad: Tensor | None = None) -> dict[str, Tensor]:
+    """Output and gradients, or the output of a call without any."""
+    if grad is None:
+        with torch.no_grad():
+            return {"output": case.op(**tensors, **case.options)}
+    leaves = {n: t.detach().requires_grad_() for n, t in tensors.items() if n in case.trained}
+    y = case.op(**tensors | leaves, **case.options)
+    grads = torch.autograd.grad(y, leaves.values(), grad.to(y.dtype))
+    return {"output": y.detach(), **{f"d{n}": g for n, g in zip(leaves, grads, strict=True)}}
+
+
+def gradient(case: Case, shape: torch.Size, device: str) -> Tensor | None:
+    if not case.trained:
+        return None
+    if case.sum_gradient:
+        return torch.ones((), dtype=case.dtype, device=device).expand(shape)
+    return torch.linspace(-1, 1, shape.numel(), device=device).view(shape).to(case.dtype)
+
+
+def magnitudes(case: Case, tensors: dict[str, Tensor], grad: Tensor | None) -> dict[str, Tensor]:
+    """What every sum would be if nothing in it cancelled: the scale of each number's rounding errors."""
+    options = dict(case.options)
+    if options.get("activation") not in (None, "squared_relu"):
+        options["activation"] = "identity"
+    tensors = {n: t.abs() if t.is_floating_point() else t for n, t in tensors.items()}
+    return results(replace(case, options=options), tensors, None if grad is None else grad.abs())
+
+
+def check(case: Case, device: str = "cpu") -> dict[str, Tensor]:
+    """Assert that the triton backend meets the reference in float64 on the same numbers; return its results."""
+    narrow = {n: _cast(t, case.dtype, n).to(device) for n, t in case.tensors.items()}
+    wide = {n: t.detach().double() if t.is_floating_point() else t for n, t in narrow.items()}
+    with sf.backend("reference"):
+        grad = gradient(case, results(case, wide)["output"].shape, device)
+        expected, scales = results(case, wide, grad), magnitudes(case, wide, grad)
+    narrow = {n: guarded(t) for n, t in narrow.items()}
+    with sf.backend("triton"), traps():
+        actual = results(case, narrow, grad)
+    for name, want in expected.items():
+        assert actual[name].shape == want.shape, f"{name}: {actual[name].shape}"
+        excess = (actual[name].double() - want).abs() / (TOLERANCE[case.dtype] * scales[name].abs() + 1e-30)
+        worst = excess.max().item() if want.numel() else 0.0
+        assert worst <= 1, f"{name}: {worst:.3g} times the error allowed"
+    return actual
+
+
+def _cast(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    if not x.is_floating_point():
+        return x
+    if name in ("gate", "reduction"):  # these keep a dtype of their own
+        return x.float()
+    return x.to(dtype) if 0 in x.stride() else torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+ROUTINGS: dict[str, Callable[[], tuple[int, Tensor]]] = {  # experts, index
+    "random": lambda: (5, torch.rand(23, 5).topk(3).indices),
+    "one token": lambda: (5, torch.tensor([[4, 0]])),
+    "no token": lambda: (5, torch.empty(0, 3, dtype=torch.int64)),
+    "all on one expert": lambda: (5, torch.full((37, 1), 3)),
+    "an expert named twice": lambda: (5, torch.tensor([[1, 1], [1, 2], [0, 0]] * 6)),
+    "empty experts first": lambda: (5, torch.full((20, 2), 4) - torch.tensor([[0, 1]])),
+    "ragged": lambda: (4, torch.repeat_interleave(torch.arange(4), torch.tensor([1, 17, 0, 46])).flip(0).unsqueeze(1)),
+    "k = E": lambda: (5, torch.arange(5).repeat(7, 1)),
+    "one expert": lambda: (1, torch.zeros(19, 1, dtype=torch.int64)),
+}
+
+
+def expert_case(
+    routing: str = "random",
+    dtype: torch.dtype = torch.float32,
+    *,
+    form: str = "plain",
+    activation: str = "relu",
+    sizes: tuple[int, int, int] = (24, 20, 33),
+    train: bool = True,
+) -> Case:
+    """Expert FFN of D, G, O = sizes; form "everything" has GLU, bias and dropout."""
+    (E, index), (D, G, O) = ROUTINGS[routing](), sizes
+    T, K = index.shape
+    tensors = {"x": random(T, D), "keys": random(E, G, D), "values": random(E, G, O), "index": index}
+    tensors["gate"] = torch.rand(T, K, dtype=torch.float64)
+    if form == "everything":
+        tensors |= {"gate_keys": random(E, G, D), "key_bias": random(E, G)}
+        tensors["hidden_scale"] = (torch.rand(T, K, G) > 0.3).double() * 1.5
+    trained = tuple(n for n in tensors if n not in ("index", "hidden_scale")) if train else ()
+    return Case(ops.expert_ffn, tensors, dtype, {"activation": activation}, trained)
+
+
+def cvmm_case(
+    routing: str = "random",
+    dtype: torch.dtype = torch.float32,
+    *,
+    form: str = "plain",
+    sizes: tuple[int, int] = (24, 33),
+    train: bool = True,
+) -> Case:
+    """CVMM of M, L = sizes; form names which of gather, scatter and reduction it has."""
+    (E, index), (M, L) = ROUTINGS[routing](), sizes
+    expert = index.flatten()
+    S = expert.numel()
+    n_rows = 4 if "gather" in form else S
+    tensors = {"x": random(n_rows, M), "weight": random(E, M, L), "expert": expert}
+    options: dict[str, Any] = {}
+    if "gather" in form:
+        tensors["gather"] = torch.randint(0, n_rows, (S,))
+    if "scatter" in form:
+        tensors["scatter"], options["n_out"] = torch.randint(0, 6, (S,)), 7  # a row that no slot names is zero
+    if "reduction" in form:
+        tensors["reduction"] = torch.rand(S, dtype=torch.float64)
+    trained = tuple(n for n in ("x", "weight", "reduction") if n in tensors) if train else ()
+    return Case(ops.cvmm, tensors, dtype, options, trained)

@@ -1,0 +1,157 @@
+"""Expert FFN and CVMM out of the Triton kernels against float64, forward and all gradients, inside traps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from net import ROUTINGS, TOLERANCE, Case, check, cvmm_case, expert_case, random
+from torch import Tensor
+
+import sparse_ffn as sf
+from sparse_ffn.kernels import outer
+from sparse_ffn.ops.activations import ACTIVATIONS
+from sparse_ffn.ops.expert_ffn import triton as expert_ffn
+
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16", "bf16"])
+routings = pytest.mark.parametrize("routing", ROUTINGS)
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
+
+@dtypes
+@routings
+@pytest.mark.parametrize("form", ["plain", "everything"])
+def test_expert_ffn(form: str, routing: str, dtype: torch.dtype, device: str) -> None:
+    names = list(ACTIVATIONS)
+    activation = names[list(ROUTINGS).index(routing) % len(names)]
+    check(expert_case(routing, dtype, form=form, activation=activation), device)
+
+
+@pytest.mark.parametrize("form", ["plain", "everything"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_expert_ffn_with_every_activation(activation: str, form: str, device: str) -> None:
+    check(expert_case("ragged", form=form, activation=activation, sizes=(16, 20, 16)), device)
+
+
+@pytest.mark.parametrize("form", ["plain", "everything"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (16, 16, 16), (32, 16, 48), (33, 17, 1), (1, 40, 17)])
+def test_expert_ffn_of_any_size(sizes: tuple[int, int, int], form: str, device: str) -> None:
+    check(expert_case(form=form, sizes=sizes, activation="silu"), device)
+
+
+@dtypes
+@pytest.mark.parametrize("few", [True, False], ids=["decode", "sorted"])
+@pytest.mark.parametrize("form", ["plain", "everything"])
+def test_inference(form: str, few: bool, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expert_ffn, "few_slots", lambda n_slots, n_experts: few)
+    monkeypatch.setattr(expert_ffn.decode, "BLOCK_D", 16)
+    monkeypatch.setattr(expert_ffn.decode, "BLOCK_O", 16)
+    for routing in ("one token", "no token", "an expert named twice"):
+        check(expert_case(routing, dtype, form=form, activation="gelu", train=False), device)
+
+
+def test_which_calls_are_decoded() -> None:
+    assert expert_ffn.few_slots(16, 4)
+    assert not expert_ffn.few_slots(17, 4)
+    assert expert_ffn.few_slots(64, 64)
+    assert not expert_ffn.few_slots(65, 64)
+
+
+@dtypes
+@routings
+@pytest.mark.parametrize("form", ["plain", "gather", "gather, scatter, reduction"])
+def test_cvmm(form: str, routing: str, dtype: torch.dtype, device: str) -> None:
+    check(cvmm_case(routing, dtype, form=form), device)
+
+
+@pytest.mark.parametrize("form", ["scatter", "reduction", "gather, reduction"])
+def test_cvmm_with_some_of_its_indices(form: str, device: str) -> None:
+    check(cvmm_case("ragged", form=form), device)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (16, 16), (33, 17), (48, 1)])
+def test_cvmm_of_any_size(sizes: tuple[int, int], device: str) -> None:
+    check(cvmm_case(form="gather, scatter, reduction", sizes=sizes), device)
+
+
+def test_strided_arguments_and_the_gradient_of_a_sum(device: str) -> None:
+    case = expert_case("ragged", form="everything", activation="gelu_tanh")
+    across: dict[str, Tensor] = {}
+    for name, t in case.tensors.items():
+        if name in ("keys", "values", "gate_keys"):
+            across[name] = t.transpose(1, 2).contiguous().transpose(1, 2)
+        elif t.is_floating_point():
+            padded = t.new_zeros(*t.shape[:-1], 2 * t.shape[-1])
+            across[name] = padded[..., : t.shape[-1]].copy_(t) if name == "x" else padded[..., ::2].copy_(t)
+        else:
+            across[name] = t.t().contiguous().t()
+    check(Case(case.op, across, case.dtype, case.options, case.trained, sum_gradient=True), device)
+
+    case = cvmm_case("ragged", form="gather, reduction")
+    case.tensors["weight"] = random(4, 33, 24).transpose(1, 2)
+    case.tensors["x"] = random(24, 4).t()  # no unit stride anywhere: copied
+    case.sum_gradient = True
+    check(case, device)
+
+
+def test_experts_that_share_a_matrix(device: str) -> None:
+    case = cvmm_case("random")
+    case.tensors["weight"] = case.tensors["weight"][:1].expand(5, -1, -1)
+    case.trained = ("x",)
+    check(case, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("routing", ["ragged", "all on one expert", "no token"])
+def test_weight_gradients_in_parts(
+    routing: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outer, "n_parts", lambda *sizes: 3)
+    check(expert_case(routing, dtype, form="everything", activation="gelu"), device)
+    check(cvmm_case(routing, dtype, form="gather, reduction"), device)
+
+
+def test_parts_only_where_they_fill_the_device() -> None:
+    cpu = torch.device("cpu")  # counts as an A100's 108 processors
+    assert outer.n_parts(cpu, 512, 1 << 20) == 1
+    assert outer.n_parts(cpu, 20, 1 << 20) == 10
+    assert outer.n_parts(cpu, 1, 1 << 20) == outer.MAX_PARTS
+    assert outer.n_parts(cpu, 1, 600) == 2
+    assert outer.n_parts(cpu, 1, 0) == 1
+
+
+def test_experts_without_tokens_get_exactly_zero(device: str) -> None:
+    actual = check(expert_case("empty experts first", form="everything", activation="silu"), device)
+    for name in ("dkeys", "dvalues", "dgate_keys", "dkey_bias"):
+        assert (actual[name][:3] == 0).all()
+        assert (actual[name][3:] != 0).any()
+    assert (check(cvmm_case("empty experts first"), device)["dweight"][:3] == 0).all()
+
+
+def test_two_runs_are_bit_equal(device: str) -> None:
+    case = expert_case("random", torch.bfloat16, form="everything", activation="gelu")
+    first, second = check(case, device), check(case, device)
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda **o: sf.SigmaMoE(16, 5, 20, 2, glu=True, bias=True, dropout=0.1, activation="gelu", **o),
+        lambda **o: sf.ProductKeyMemory(16, 6, 4, **o),
+        lambda **o: sf.TopKFFN(16, 40, 5, **o),
+    ],
+    ids=["moe", "pkm", "topk"],
+)
+def test_every_layer_trains(layer: Callable[..., torch.nn.Module], device: str) -> None:
+    """Also with a batch dimension, under autocast, and with no token."""
+    module = layer(device=device)
+    for shape in ((2, 7, 16), (0, 16)):
+        with sf.backend("triton"), torch.autocast(device, torch.bfloat16):
+            y = module(torch.randn(shape, device=device))
+        assert y.dtype == torch.bfloat16
+        (y.float().square().sum() + sf.aux_loss(module)).backward()
+        for parameter in module.parameters():
+            assert parameter.grad is not None
+            assert parameter.grad.isfinite().all()

@@ -1,0 +1,91 @@
+"""Product-key top-k out of its kernel: exactly the reference's indices, ties included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import test_large
+import torch
+from net import TOLERANCE, guarded, traps
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import sparse_ffn as sf
+from sparse_ffn import ops
+from sparse_ffn.kernels import product_keys
+from sparse_ffn.ops.product_key_topk import reference
+from sparse_ffn.ops.product_key_topk import triton as product_key_topk
+
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16", "bf16"])
+
+
+def check_same(first: Tensor, second: Tensor, k: int) -> None:
+    with traps():
+        actual = product_key_topk.product_key_topk(guarded(first), guarded(second), k)
+    assert torch.equal(actual, reference.product_key_topk(first, second, k))
+
+
+@dtypes
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 9), (20, 1), (20, 5), (33, 16), (7, 40)])
+def test_every_size(n: int, k: int, dtype: torch.dtype, device: str) -> None:
+    check_same(torch.randn(3, n, device=device).to(dtype), torch.randn(3, n, device=device).to(dtype), k)
+
+
+@dtypes
+@pytest.mark.parametrize("levels", [1, 3])
+def test_ties_go_to_the_lower_position(levels: int, dtype: torch.dtype, device: str) -> None:
+    first, second = (torch.randint(0, levels, (3, 24), device=device).to(dtype) for _ in range(2))
+    check_same(first, second, 11)
+
+
+def test_zeros_of_both_signs_are_equal_and_infinities_have_their_place(device: str) -> None:
+    first = torch.tensor([[-0.0, 0.0, -0.0, 0.0], [-float("inf"), 1, -1, -float("inf")]], device=device)
+    second = torch.tensor([[0.0, -0.0, 0.0, -0.0], [2, 1, -3, 5]], device=device)
+    check_same(first, second, 3)
+
+
+@pytest.mark.parametrize(("n", "k"), [(40, 8), (33, 16)])
+def test_rows_in_chunks(n: int, k: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product_keys, "CHUNK", 16)
+    check_same(torch.randn(2, n, device=device), torch.randint(0, 4, (2, n), device=device).float(), k)
+
+
+def test_the_largest_k(device: str) -> None:
+    check_same(torch.randn(1, 1500, device=device), torch.randn(1, 1500, device=device), 64)
+
+
+def test_beyond_the_kernel_torch_sorts(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert product_keys.fits(2048, 64)
+    assert not product_keys.fits(2048, 65)
+    assert not product_keys.fits(1 << 15, 8)
+    monkeypatch.setattr(product_keys, "launch", None)
+    check_same(torch.randn(2, 70, device=device), torch.randn(2, 70, device=device), 65)
+
+
+def test_op_of_strided_scores_has_gradients(device: str) -> None:
+    tables = torch.randn(3, 2, 40, 2, device=device, requires_grad=True)
+    grads = []
+    for name in ("reference", "triton"):
+        with sf.backend(name):
+            score, index = ops.product_key_topk(tables.transpose(2, 3), 6)
+        grads.append((index, *torch.autograd.grad(score.square().sum(), tables)))
+    assert torch.equal(grads[0][0], grads[1][0])
+    assert torch.equal(grads[0][1], grads[1][1])
+
+
+def test_it_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[Any] = []
+    monkeypatch.setattr(product_keys, "launch", lambda kernel, grid, *a, **meta: launched.append(grid))
+    with FakeTensorMode() as mode:
+        tables = mode.from_tensor(torch.empty(2, 5, 40))
+        assert product_key_topk.product_key_topk(tables, tables, 7).shape == (2, 5, 7)
+    assert launched == [10]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU this memory would be real")
+def test_rows_far_apart() -> None:
+    first, second = torch.randn(3, 20).half(), torch.randn(3, 20).half()
+    out = torch.empty(3, 5, dtype=torch.int64)
+    product_keys.product_keys(test_large.spread(first), test_large.spread(second), 5, out)
+    assert torch.equal(out, reference.product_key_topk(first, second, 5))

@@ -1,0 +1,113 @@
+"""The sort, the plan and its tiles against torch, and the host code of both ops without a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from net import ROUTINGS, cvmm_case, expert_case, guarded, traps
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sparse_ffn.kernels import combine, decode, grouped, outer, routing
+from sparse_ffn.ops.cvmm import triton as cvmm
+from sparse_ffn.ops.expert_ffn import triton as expert_ffn
+
+INDICES: dict[str, Callable[[], tuple[int, torch.Tensor]]] = {
+    **ROUTINGS,
+    "many experts": lambda: (300, torch.randint(0, 300, (500, 2))),
+    "two of many": lambda: (70, torch.randint(0, 2, (90, 1)) * 69),
+    "1 of 16": lambda: (16, torch.tensor([[15]])),
+}
+
+
+@pytest.mark.parametrize("name", INDICES)
+@pytest.mark.parametrize("blocks", ["small", "real"])
+def test_sort_is_the_stable_sort(name: str, blocks: str, device: str, request: pytest.FixtureRequest) -> None:
+    if blocks == "small":
+        request.getfixturevalue("small_blocks")
+    E, index = INDICES[name]()
+    flat = index.flatten()
+    with traps():
+        order, offsets = routing.sort_slots(guarded(flat.to(device)), E)
+    assert torch.equal(order.long().cpu(), flat.sort(stable=True).indices)
+    counts = torch.bincount(flat, minlength=E)
+    assert torch.equal(offsets.long().cpu(), torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+
+
+@pytest.mark.parametrize("name", INDICES)
+@pytest.mark.parametrize("block_m", [16, 128])
+def test_tiles_cover_every_position_once(name: str, block_m: int, device: str) -> None:
+    E, index = INDICES[name]()
+    k = index.shape[1]
+    order, offsets = routing.sort_slots(index.to(device), E)
+    with traps():
+        plan = routing.plan(order, offsets, k, block_m, inverse=True)
+    assert torch.equal(plan.rows.cpu(), order.cpu() // k)
+    assert torch.equal(plan.inverse.long().cpu(), order.long().cpu().argsort())
+    bounds = offsets.tolist()
+    seen = torch.zeros(order.shape[0], dtype=torch.int64)
+    for e, row in zip(plan.tile_expert.tolist(), plan.tile_row.tolist(), strict=True):
+        if e >= 0:
+            assert bounds[e] <= row < bounds[e + 1]
+            seen[row : min(row + block_m, bounds[e + 1])] += 1
+    assert (seen == 1).all()
+
+
+def test_slots_of_unknown_experts_are_left_out(device: str, small_blocks: None) -> None:
+    """On a GPU nothing checks the indices; one out of range must not write outside of its tensors."""
+    index = torch.tensor([3, -1, 0, 5, 9, 0, 3] * 5, device=device)
+    with traps():
+        order, offsets = routing.sort_slots(index, 5)
+    known = [i for e in range(5) for i, x in enumerate(index.tolist()) if x == e]
+    assert order[: len(known)].tolist() == known
+    assert offsets[-1] == len(known)
+
+
+def test_too_many_slots_are_refused() -> None:
+    with pytest.raises(ValueError, match="fewer than 2"):
+        routing.sort_slots(torch.empty(1, dtype=torch.int64).expand(1 << 30), 2)
+
+
+@pytest.mark.parametrize("form", ["plain", "everything"])
+def test_expert_ffn_never_waits_for_the_device(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under FakeTensorMode a number that only the device knows cannot be read: .item() and its kin raise."""
+    launched = without_launches(monkeypatch)
+    t = {n: x.float() if x.is_floating_point() else x for n, x in expert_case(form=form).tensors.items()}
+    with FakeTensorMode() as mode:
+        t = {n: mode.from_tensor(x) for n, x in t.items()}
+        units = tuple(t.get(n) for n in ("gate_keys", "key_bias", "hidden_scale"))
+        call = (*(t[n] for n in ("x", "keys", "values", "index", "gate")), *units, "relu")
+        out, *saved = expert_ffn.forward(*call)
+        assert out.shape == expert_ffn.inference(*call).shape == (23, 33)
+        grads = expert_ffn.backward(out, *call[:3], *call[4:8], *saved, "relu")
+        assert grads[1].shape == t["keys"].shape
+    names = {"count", "scan", "place", "plan", "up", "rows", "combine", "hidden_gradient", "outer"}
+    assert launched - {"sum_rows_kernel"} == {f"{name}_kernel" for name in names}
+
+
+def test_cvmm_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = without_launches(monkeypatch)
+    case = cvmm_case(form="gather, scatter, reduction")
+    t = {n: x.float() if x.is_floating_point() else x for n, x in case.tensors.items()}
+    with FakeTensorMode() as mode:
+        t = {n: mode.from_tensor(x) for n, x in t.items()}
+        options = (t["gather"], t["scatter"], t["reduction"])
+        out = cvmm.forward(t["x"], t["weight"], t["expert"], *options, 7)
+        assert out.shape == (7, 33)
+        cvmm.backward(out, t["x"], t["weight"], t["expert"], *options)
+    assert {"rows_kernel", "outer_kernel", "segments_kernel"} <= launched
+
+
+def without_launches(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The names of the kernels that would have been launched."""
+    names: set[str] = set()
+
+    def launch(kernel: Any, grid: int, *arguments: Any, **meta: Any) -> None:
+        assert isinstance(grid, int)
+        names.add(kernel.fn.__name__)
+
+    for module in (routing, grouped, outer, combine, decode):
+        monkeypatch.setattr(module, "launch", launch)
+    return names

@@ -1,0 +1,194 @@
+"""A test of the net itself: faults planted in the kernels' source, each of which it must catch."""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import test_bag
+import test_large
+import test_product_keys
+import test_topk
+import torch
+from net import check, cvmm_case, expert_case, guarded, traps
+
+from sparse_ffn.kernels import bag, combine, config, decode, grouped, outer, product_keys, routing, topk
+
+pytestmark = [
+    pytest.mark.usefixtures("small_blocks"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a fault may corrupt the GPU's memory"),
+]
+
+
+def everything() -> None:
+    check(expert_case("ragged", form="everything", activation="gelu"))
+
+
+def plain() -> None:
+    check(expert_case("ragged"))
+    check(cvmm_case("random", form="gather, scatter, reduction"))
+
+
+def sort() -> None:
+    index = torch.randint(0, 5, (200,))
+    with traps():
+        order, _ = routing.sort_slots(guarded(index), 5)
+    assert torch.equal(order.long(), index.sort(stable=True).indices)
+
+
+def decoded() -> None:
+    check(expert_case("one token", form="everything", train=False))
+
+
+def far() -> None:
+    test_large.test_rows_and_experts_far_apart()
+
+
+def one_sum() -> None:
+    check(expert_case())
+
+
+def in_parts() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outer, "n_parts", lambda *sizes: 3)
+        check(expert_case("all on one expert"))
+
+
+def bags() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "BAG", config.Bag(cap=8))  # some rows in several segments
+        check(test_bag.bag_case("random"))
+        check(test_bag.bag_case("one hot row"))
+
+
+def far_bags() -> None:
+    test_bag.test_offsets_past_two_billion()
+
+
+def pairs() -> None:
+    test_product_keys.test_zeros_of_both_signs_are_equal_and_infinities_have_their_place("cpu")
+    test_product_keys.test_ties_go_to_the_lower_position(3, torch.float32, "cpu")
+
+
+def selections() -> None:
+    check(test_topk.topk_case(form="everything"))
+
+
+FAULTS: dict[str, tuple[ModuleType, str, str, Callable[[], Any]]] = {
+    # the nine classes of faults that any grouped product can have
+    "row mask one too far": (grouped, "p, p < end, n", "p, p <= end, n", plain),
+    "no mask on the tail of K": (grouped, "k_ok = k < K - start", "k_ok = k < K", plain),
+    "no mask on stored columns": (
+        grouped, "mask = ok[:, None] & n_ok[None, :]", "mask = ok[:, None] & (n >= 0)[None, :]", plain,
+    ),
+    "rows addressed in 32 bits": (
+        grouped, "row.to(tl.int64)[:, None] * stride_a", "row[:, None] * stride_a", far,
+    ),
+    "swapped strides": (grouped, "g, g_ok, stride_kd, stride_kg, D", "g, g_ok, stride_kg, stride_kd, D", plain),
+    "last block of K dropped": (grouped, "in range(0, K, BLOCK_K)", "in range(0, K - 15, BLOCK_K)", plain),
+    "masked load without other": (
+        grouped, "mask=row_ok[:, None] & k_ok[None, :], other=0.0)", "mask=row_ok[:, None] & k_ok[None, :])", plain,
+    ),
+    "expert 0 skipped": (routing, "busy = tile < carry", "busy = (tile < carry) & (expert > 0)", plain),
+    "another program's output read": (
+        routing, "begin = tl.gather(end - total, tl.where(known, expert, 0), 0)",
+        "begin = tl.load(offsets + expert, mask=known, other=0)", sort,
+    ),
+    # and some of our own
+    "experts addressed in 32 bits": (
+        grouped, "tl.load(tile_expert + tile).to(tl.int64)", "tl.load(tile_expert + tile)",
+        far,
+    ),
+    "sort not stable": (routing, "before[None, :] < slot[:, None]", "before[None, :] > slot[:, None]", sort),
+    "blocks before not counted": (routing, "begin + earlier + rank", "begin + rank", sort),
+    "tile's rows not from its expert's begin": (routing, "(tile - first) * BLOCK_M", "tile * BLOCK_M", plain),
+    "idle tiles at work": (grouped, "    if expert < 0:\n        return\n    g_ok", "    g_ok", plain),
+    "bias left out": (grouped, "    if BIAS:", "    if False:", everything),
+    "halves of a GLU swapped": (grouped, "(dh * active).to(dother", "(dh * up).to(dother", everything),
+    "dropout left out of the gradient": (grouped, "        dh *= scale", "        dh *= 1", everything),
+    "parts of the gate's gradient in one place": (
+        grouped, "(tl.program_id(0) % tl.cdiv(G, BLOCK_N)).to(tl.int64) * S", "0", everything,
+    ),
+    "derivative at the wrong place": (grouped, "derivative(pre, ACTIVATION)", "derivative(dh, ACTIVATION)", plain),
+    "gate left out of the sum": (combine, "        if GATED:", "        if False:", plain),
+    "a token's sum cut short": (combine, "for j in range(0, K)", "for j in range(0, K - 1)", one_sum),
+    "parts that overlap": (outer, "end = tl.minimum(end, begin + length)", "end = end", in_parts),
+    "a part forgotten": (combine, "for i in range(0, n_parts)", "for i in range(1, n_parts)", in_parts),
+    "tail of an expert's rows not masked": (outer, "ok = p < end", "ok = p >= 0", plain),
+    "reduction left out of the weights' gradient": (outer, "        if SCALE:", "        if False:", plain),
+    "decode reads the wrong token": (decode, "(slot // K).to(tl.int64)", "slot.to(tl.int64)", decoded),
+    # bags, product keys, top-k
+    "a segment's slots not masked": (bag, "ok = p < end", "ok = p >= 0", bags),
+    "segments that overlap": (bag, "begin = row_begin + nth * CAP", "begin = row_begin", bags),
+    "parts of a row in one place": (bag, "(tl.load(row_part + r) + nth)", "tl.load(row_part + r)", bags),
+    "rows of the table addressed in 32 bits": (
+        bag, "row[:, None] * stride_values", "row.to(tl.int32)[:, None] * stride_values", far_bags,
+    ),
+    "rows of the gradient addressed in 32 bits": (
+        bag, "(slot // K).to(tl.int64)[:, None]", "(slot // K)[:, None]", far_bags,
+    ),
+    "two zeros": (product_keys, "tl.where(score == 0, 0.0, score)", "score", pairs),
+    "ties to the higher position": (
+        product_keys, "pack(total.to(tl.float32), p)", "pack(total.to(tl.float32), p ^ (PAIRS - 1))", pairs,
+    ),
+    "all ties at the threshold taken": (topk, "(equal & (n_equal <= wanted))", "equal", selections),
+    "dropout left out of the score": (topk, "    if SCALE:", "    if False:", selections),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_caught(fault: str, tmp_path: Path) -> None:
+    module, old, new, cases = FAULTS[fault]
+    source = Path(str(module.__file__)).read_text()
+    assert old in source, "the fault no longer fits the source"
+    path = tmp_path / f"faulty_{module.__name__.rpartition('.')[2]}.py"
+    path.write_text(source.replace(old, new))
+    assert alarm(lambda: (swap(module, path), cases()))
+
+
+@pytest.mark.parametrize("cases", {c: None for *_, c in FAULTS.values()}, ids=lambda c: c.__name__)
+def test_there_is_no_alarm_without_a_fault(cases: Callable[[], Any]) -> None:
+    assert not alarm(cases)
+
+
+def alarm(cases: Callable[[], Any]) -> bool:
+    """Whether the cases fail in a child process: by a wrong result, a dead canary, an overflow, or a crash."""
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        try:
+            cases()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] != 0
+
+
+def swap(module: ModuleType, path: Path) -> None:
+    """Load the file and put it in the module's place, wherever the library refers to it or to what is in it."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    faulty = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = faulty
+    spec.loader.exec_module(faulty)
+    if module is routing:
+        setattr(faulty, "SORT", routing.SORT)  # noqa: B010 (the small blocks of this test)
+    users = [
+        m
+        for n, m in sys.modules.items()
+        if n.startswith("sparse_ffn.") or n in ("test_bag", "test_large", "test_product_keys", __name__)
+    ]
+    for user in users:
+        for name, value in list(vars(user).items()):
+            if value is module:
+                setattr(user, name, faulty)
+            elif getattr(value, "__module__", None) == module.__name__ and user is not module and hasattr(faulty, name):
+                setattr(user, name, getattr(faulty, name))

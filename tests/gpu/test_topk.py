@@ -1,0 +1,181 @@
+"""Top-k FFN out of the Triton kernels: the reference's units exactly, results and gradients against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import test_large
+import torch
+from net import TOLERANCE, Case, check, guarded, random, traps
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sparse_ffn import ops
+from sparse_ffn.kernels import bag, config, topk
+from sparse_ffn.ops.activations import ACTIVATIONS, hidden
+from sparse_ffn.ops.select import stable_topk
+from sparse_ffn.ops.topk_ffn import triton as topk_ffn
+from sparse_ffn.ops.topk_ffn.reference import rank
+
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16", "bf16"])
+ways = pytest.mark.parametrize("sparse", [True, False], ids=["gathered", "dense"])
+
+
+@pytest.fixture(autouse=True)
+def small_bags(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = config.Bag(rows=8, columns=32, cap=8)
+    monkeypatch.setattr(bag, "BAG", small)
+    monkeypatch.setattr(topk, "CHOSEN", 16)
+    monkeypatch.setattr(config, "BAG", small)
+
+
+def choose(sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topk_ffn, "gathers", lambda *sizes: sparse)
+
+
+def units(t: dict[str, Tensor], activation: str) -> Tensor:
+    up = t["x"] @ t["keys"].t() + t.get("key_bias", 0)
+    pre, other = (t["x"] @ t["gate_keys"].t(), up) if "gate_keys" in t else (up, None)
+    return hidden(activation, pre, other, t.get("hidden_scale"))
+
+
+def topk_case(
+    sizes: tuple[int, int, int, int, int] = (5, 10, 37, 19, 6),
+    dtype: torch.dtype = torch.float32,
+    *,
+    form: str = "plain",
+    activation: str = "relu",
+    norm_aware: bool = False,
+) -> Case:
+    """T, D, F, O, k = sizes. Small whole numbers: products are exact in every dtype, and ties are everywhere.
+
+    What it meets is the float64 sum over the reference's units, so that all magnitudes are of the same units.
+    """
+    T, D, n_units, O, k = sizes
+
+    def whole(*shape: int) -> Tensor:
+        return torch.randint(-1, 2, shape).double()
+
+    t = {"x": whole(T, D), "keys": whole(n_units, D), "values": random(n_units, O)}
+    if form == "everything":
+        t |= {"gate_keys": whole(n_units, D), "key_bias": whole(n_units), "hidden_scale": 2 * whole(T, n_units).abs()}
+    narrow_values = t["values"].to(dtype).double()
+    index = stable_topk(rank(units(t, activation), narrow_values, norm_aware), k)
+    selected = torch.zeros(T, n_units, dtype=torch.bool).scatter(1, index, True)
+
+    def op(activation: str, **tensors: Tensor) -> Tensor:
+        if tensors["x"].dtype != torch.float64:
+            return ops.topk_ffn(k=k, activation=activation, norm_aware=norm_aware, **tensors)
+        return torch.where(selected.to(tensors["x"].device), units(tensors, activation), 0) @ tensors["values"]
+
+    return Case(op, t, dtype, {"activation": activation}, tuple(n for n in t if n != "hidden_scale"))
+
+
+@ways
+@dtypes
+@pytest.mark.parametrize("form", ["plain", "everything"])
+def test_topk_ffn(form: str, dtype: torch.dtype, sparse: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(sparse, monkeypatch)
+    check(topk_case(dtype=dtype, form=form), device)
+    check(topk_case(dtype=dtype, form=form, activation="squared_relu", norm_aware=True), device)
+
+
+@ways
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 1, 1, 1, 1), (0, 4, 5, 6, 2), (3, 8, 16, 16, 16), (2, 5, 33, 1, 33), (3, 5, 7, 4, 1)],
+)
+def test_any_size(
+    sizes: tuple[int, int, int, int, int], sparse: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose(sparse, monkeypatch)
+    check(topk_case(sizes, form="everything"), device)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(True, monkeypatch)
+    check(topk_case(activation=activation), device)
+
+
+def test_strided_arguments_and_the_gradient_of_a_sum(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(True, monkeypatch)
+    case = topk_case(form="everything")
+    for name in ("x", "keys", "values", "gate_keys", "hidden_scale"):
+        case.tensors[name] = case.tensors[name].t().contiguous().t()
+    case.sum_gradient = True
+    check(case, device)
+
+
+@dtypes
+@pytest.mark.parametrize("k", [1, 7, 300])
+def test_selection_is_the_stable_topk(k: int, dtype: torch.dtype, device: str) -> None:
+    """Ties of every kind: rounding of a dtype, zeros, equal numbers of both signs."""
+    coarse = (torch.randn(2, 300, device=device) * 4).round() / 4
+    for pre in (coarse.to(dtype), torch.randn(2, 300, device=device).to(dtype) * 1e-6):
+        for norm in (None, torch.rand(300, device=device)):
+            index, z = pre.new_empty(2, k, dtype=torch.int32), pre.new_empty(2, k)
+            h = torch.empty_like(z)
+            with traps():
+                topk.select(guarded(pre), None, None, norm, index, z, None, h, "identity")
+            score = pre.abs() if norm is None else pre.abs().float() * norm
+            assert torch.equal(index.long(), stable_topk(score, k).sort().values)
+            assert torch.equal(z, pre.gather(1, index.long()))
+            assert torch.equal(h, z)
+
+
+def test_many_units_are_sorted_by_torch(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert topk.fits(8192)
+    assert not topk.fits(8193)
+    monkeypatch.setattr(topk, "MAX_F", 36)
+    for sparse in (True, False):
+        choose(sparse, monkeypatch)
+        check(topk_case(form="everything", norm_aware=True), device)
+
+
+def test_which_calls_gather() -> None:
+    many, one = torch.empty(1 << 14, 1, dtype=torch.bfloat16), torch.empty(1, 1, dtype=torch.bfloat16)
+    assert topk_ffn.gathers(many, 4096, 37)
+    assert not topk_ffn.gathers(many, 4096, 38)
+    assert topk_ffn.gathers(one, 4096, 2048)
+    assert topk_ffn.gathers(many.float(), 4096, 128)  # without tf32
+
+
+def test_two_runs_are_bit_equal(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(True, monkeypatch)
+    case = topk_case(dtype=torch.bfloat16, form="everything")
+    first, second = check(case, device), check(case, device)
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+@ways
+@pytest.mark.parametrize("form", ["plain", "everything"])
+def test_it_never_waits_for_the_device(form: str, sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(sparse, monkeypatch)
+    launched: set[str] = set()
+
+    def launch(kernel: Any, grid: int, *arguments: Any, **meta: Any) -> None:
+        launched.add(kernel.fn.__name__)
+
+    monkeypatch.setattr(bag, "launch", launch)
+    monkeypatch.setattr(topk, "launch", launch)
+    t = {n: x.float() for n, x in topk_case(form=form).tensors.items()}
+    with FakeTensorMode() as mode:
+        t = {n: mode.from_tensor(x) for n, x in t.items()}
+        units = tuple(t.get(n) for n in ("gate_keys", "key_bias", "hidden_scale"))
+        arguments = (t["x"], t["keys"], t["values"])
+        out, *saved = topk_ffn.forward(*arguments, 6, *units, "relu", True)
+        grads = topk_ffn.backward(out, *arguments, *units, *saved, "relu")
+    assert [g.shape for g in grads[:3]] == [x.shape for x in arguments]
+    gathered = {"bag_kernel", "bag_gradient_kernel", "hot_rows_kernel"}
+    assert launched == {"select_kernel", "chosen_kernel"} | (gathered if sparse else set())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU this memory would be real")
+def test_rows_far_apart() -> None:
+    pre = random(3, 20).half()
+    index, z, h = torch.empty(3, 3, dtype=torch.int32), torch.empty(3, 3).half(), torch.empty(3, 3).half()
+    far = test_large.spread(pre)
+    topk.select(far, far, far, None, index, z, torch.empty_like(z), h, "identity")
+    assert torch.equal(z, pre.gather(1, index.long()))

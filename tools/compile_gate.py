@@ -1,0 +1,333 @@
+"""The compile gate: every kernel the library can launch, compiled for every target without a GPU, and judged.
+
+    python tools/compile_gate.py [--quick] [--write docs/kernels.md] [--target sm_90 ...] [--jobs N]
+
+The library's own host code runs on CPU tensors under a driver that stands in for a GPU's: Triton then compiles what a
+launch would have run, with the same block sizes, dtypes and specialisations, and launches nothing. Of each kernel the
+gate reads registers, spills, shared memory and instructions from the assembly.
+
+It fails on a spill, on more shared memory than the target has, and on a missing tensor-core instruction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from sparse_ffn.kernels import config
+from sparse_ffn.ops.cvmm import triton as cvmm
+from sparse_ffn.ops.expert_ffn import triton as expert_ffn
+from sparse_ffn.ops.product_key_topk import triton as product_key_topk
+from sparse_ffn.ops.topk_ffn import triton as topk_ffn
+from sparse_ffn.ops.weighted_bag import triton as weighted_bag
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+KIB = 1024
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "int", torch.int64: "int"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for: which table the library takes there, and the shared memory of a block."""
+
+    gpu: GPUTarget
+    table: str
+    shared: int
+    matrix: str  # the tensor-core instruction
+    wide_matrix: str  # and that of tiles with at least 64 rows and 4 warps
+
+
+TARGETS = {
+    # 99 KiB, not an A100's 163: the table also serves sm_86, sm_89 and sm_120
+    "sm_80": Target(GPUTarget("cuda", 80, 32), "sm_80", 99 * KIB, "mma.sync", "mma.sync"),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), "sm_90", 227 * KIB, "mma.sync", "wgmma.mma_async"),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), "sm_100", 227 * KIB, "mma.sync", "tcgen05.mma"),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), "gfx942", 64 * KIB, "v_mfma", "v_mfma"),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as it came out of the compiler."""
+
+    target: str
+    kernel: str
+    form: str
+    dtype: str
+    tile: str
+    registers: int
+    spilled: int
+    shared: int
+    instruction: str
+    problem: str
+
+
+class Driver:
+    """Stands in for a GPU's driver: a target, and a device number of its own, since kernels are cached by number."""
+
+    def __init__(self, number: int, target: GPUTarget) -> None:
+        self.number, self.target = number, target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.number
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> None:
+        return None
+
+
+@contextlib.contextmanager
+def compiling(number: int, target: Target, seen: dict[int, tuple[JITFunction, dict[str, Any], Any]]) -> Iterator[None]:
+    """Launches inside compile for the target, and are written down in ``seen`` instead of being run."""
+    run, new_empty = JITFunction.run, Tensor.new_empty
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        seen[id(kernel)] = (self, dict(zip(self.arg_names, args, strict=False)) | kwargs, kernel)
+
+    driver.set_active(Driver(number, target.gpu))
+    JITFunction.run = record
+    Tensor.new_empty = Tensor.new_zeros  # no kernel writes the indices that torch's own ops then read
+    try:
+        with config.fixed(architecture=target.table):
+            yield
+    finally:
+        JITFunction.run, Tensor.new_empty = run, new_empty
+
+
+def cases(target: str, quick: bool) -> Iterator[Callable[[], None]]:
+    """Calls that together launch every kernel in every configuration; quick: but fp16, which takes bf16's tables."""
+    every = [(torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"), (torch.float16, "ieee")]
+    for dtype, switch in every[: 3 if quick else 4] if target in ("sm_80", "sm_90") else every[:2]:
+        plain = ["relu"] if dtype != torch.float16 and target in ("sm_80", "sm_90") else []
+        for block_m in (16, 32, 64, 128):
+            for width in (64, 256):
+                for form in ("full", *plain):
+                    yield partial(experts, dtype, switch, block_m, width, form)
+                yield partial(cvmms, dtype, switch, block_m, width)
+            yield partial(experts, dtype, switch, block_m, 100, "full")  # sizes off every grid
+        yield partial(experts, dtype, switch, 128, 256, "gelu")
+        yield partial(experts, dtype, switch, 128, 100, "relu")
+        yield partial(cvmms, dtype, switch, 128, 100)
+    for dtype in (torch.bfloat16, torch.float32) if quick else (torch.bfloat16, torch.float32, torch.float16):
+        for width in (1, 100, 256, 1024):
+            yield partial(bags, dtype, width)
+        for n, k in ((20, 4), (128, 16), (256, 32), (512, 32), (1024, 64), (2000, 64)):
+            yield partial(product_keys, dtype, n, k)
+        for n_units in (100, 1024, 4096, 8192):
+            for activation, form in (("relu", "plain"), ("gelu", "full"), ("gelu_tanh", "full")):
+                yield partial(selections, dtype, n_units, activation, form)
+
+
+def experts(dtype: torch.dtype, switch: str, block_m: int, width: int, form: str) -> None:
+    """Expert FFN, training, inference, decode and backward; form "full" has all that can be fused."""
+    torch.backends.cuda.matmul.fp32_precision = switch
+    E, K, G, D = 8, 2, width, width if width % 16 == 0 else width + 1
+    T = E * block_m // K
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    x, keys, values = empty(T, D), empty(E, G, D), empty(E, G, D)
+    index, gate = torch.zeros(T, K, dtype=torch.int64), torch.empty(T, K)
+    units = (empty(E, G, D), empty(E, G)) if form == "full" else (None, None)
+    scale = empty(T, K, G) if form == "full" else None
+    activation = "gelu" if form == "full" else form
+    call = (x, keys, values, index, gate, *units, scale, activation)
+    _, *saved = expert_ffn.forward(*call)
+    expert_ffn.inference(*call)
+    expert_ffn.inference(
+        x[:1], keys, values, index[:1], gate[:1], *units, None if scale is None else scale[:1], activation
+    )
+    expert_ffn.backward(empty(T, D), x, keys, values, gate, *units, scale, *saved, activation)
+
+
+def cvmms(dtype: torch.dtype, switch: str, block_m: int, width: int) -> None:
+    """CVMM with and without gather, scatter and reduction, forward and backward."""
+    torch.backends.cuda.matmul.fp32_precision = switch
+    E, M, L = 8, width, width
+    S = E * block_m
+    x, weight, grad = (torch.empty(s, dtype=dtype) for s in ((S, M), (E, M, L), (S, L)))
+    slot = torch.zeros(S, dtype=torch.int64)
+    for options in ((None, None, None), (slot, slot, torch.empty(S))):
+        cvmm.forward(x, weight, slot, *options, S)
+        cvmm.backward(grad, x, weight, slot, *options)
+
+
+def bags(dtype: torch.dtype, width: int) -> None:
+    """Weighted bag, forward and both backwards."""
+    values, index = torch.empty(512, width, dtype=dtype), torch.zeros(64, 32, dtype=torch.int64)
+    weight, grad = torch.empty(64, 32, dtype=dtype), torch.empty(64, width, dtype=dtype)
+    weighted_bag.forward(values, index, weight)
+    weighted_bag.backward(grad, values, index, weight)
+    weighted_bag.backward_rows(grad, values, index, weight)
+
+
+def product_keys(dtype: torch.dtype, n: int, k: int) -> None:
+    """Product-key top-k of tables of n scores."""
+    table = torch.empty(16, n, dtype=dtype)
+    product_key_topk.product_key_topk(table, table, k)
+
+
+def selections(dtype: torch.dtype, n_units: int, activation: str, form: str) -> None:
+    """Top-k FFN, gathered and dense; form "full" has all that can be fused."""
+    T, D = 4, 64
+
+    def empty(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    x, keys, values = empty(T, D), empty(n_units, D), empty(n_units, D)
+    units = (empty(n_units, D), empty(n_units), empty(T, n_units)) if form == "full" else (None, None, None)
+    for sparse in (True, False):
+        topk_ffn.gathers = lambda *sizes, sparse=sparse: sparse
+        _, *saved = topk_ffn.forward(x, keys, values, 32, *units, activation, form == "full")
+        topk_ffn.backward(empty(T, D), x, keys, values, *units, *saved, activation)
+
+
+def usage(kernel: Any) -> tuple[int, int, str]:
+    """Registers, bytes spilled and assembly of a compiled kernel."""
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        registers, spilled = (re.search(rf"\.{name}:\s*(\d+)", text) for name in ("vgpr_count", "vgpr_spill_count"))
+        return int(registers[1]), 4 * int(spilled[1]), text
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        resources = _output(TOOLS / "cuobjdump", "--dump-resource-usage", file.name)
+        registers, stack = (int(re.search(rf"{name}:(\d+)", resources)[1]) for name in ("REG", "STACK"))
+        if stack:  # a stack frame may be there for another reason: look for what moves registers to and from it
+            stack = 4 * len(re.findall(r"\b(?:STL|LDL)\b", _output(TOOLS / "nvdisasm", "-c", file.name)))
+    return registers, stack, kernel.asm["ptx"]
+
+
+def _output(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def judge(name: str, function: JITFunction, arguments: dict[str, Any], kernel: Any) -> Compiled:
+    """What came out, and what is wrong with it."""
+    target = TARGETS[name]
+    registers, spilled, text = usage(kernel)
+    dtype = next(DTYPES[a.dtype] for a in arguments.values() if isinstance(a, Tensor) and a.dtype in DTYPES)
+    if arguments.get("PRECISION") == "tf32":
+        dtype = "tf32"
+    blocks = [arguments[b] for b in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if "BLOCK_K" in arguments]
+    warps, stages = kernel.metadata.num_warps, kernel.metadata.num_stages
+    tile = f"{'x'.join(map(str, blocks))}, {warps} warps, {stages} stages" if blocks else f"{warps} warps"
+    flags = [
+        str(v) if n == "ACTIVATION" else n.lower()
+        for n, v in arguments.items()
+        if n.isupper() and (v is True or n == "ACTIVATION")
+    ]
+    problems = []
+    instruction = ""
+    if blocks and dtype != "fp32":
+        wide = blocks[0] >= 64 and warps >= 4
+        instruction = next(iter(re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma", text)), "none")
+        if instruction != (target.wide_matrix if wide else target.matrix):
+            problems.append(f"{instruction} instead of {target.wide_matrix if wide else target.matrix}")
+    if spilled:
+        problems.append("spills")
+    if kernel.metadata.shared > target.shared:
+        problems.append("too much shared memory")
+    return Compiled(
+        name, function.__name__.removesuffix("_kernel"), " ".join(flags), dtype, tile, registers, spilled,
+        kernel.metadata.shared, instruction, ", ".join(problems),
+    )  # fmt: skip
+
+
+def work(job: tuple[int, str, bool, int, int]) -> list[Compiled]:
+    """Every ``step``-th case of a target from ``first`` on."""
+    number, name, quick, first, step = job
+    torch.set_num_threads(1)
+    seen: dict[int, tuple[JITFunction, dict[str, Any], Any]] = {}
+    with compiling(number, TARGETS[name], seen):
+        for case in list(cases(name, quick))[first::step]:
+            case()
+    return [judge(name, *launch) for launch in seen.values()]
+
+
+BEGIN, END = "<!-- compile gate: begin -->", "<!-- compile gate: end -->"
+
+
+def table(results: set[Compiled]) -> str:
+    """One line for each kernel, dtype and tile of a target: the largest numbers of all its forms."""
+    groups: dict[tuple[str, ...], list[Compiled]] = {}
+    for r in results:
+        groups.setdefault(
+            (r.kernel, "fp16, bf16" if r.dtype in ("fp16", "bf16") else r.dtype, r.tile, r.target), []
+        ).append(r)
+    lines = ["| kernel | operands | tile | target | forms | registers | spilled | shared, KiB | instruction |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for (kernel, dtype, tile, target), rs in sorted(
+        groups.items(), key=lambda g: (g[0][:2], _numbers(g[0][2]), g[0][3])
+    ):
+        shared = max(r.shared for r in rs) / KIB
+        spilled, registers = max(r.spilled for r in rs), max(r.registers for r in rs)
+        lines.append(
+            f"| `{kernel}` | {dtype} | {tile} | {target} | {len(rs)} | {registers} | {spilled} | {shared:.4g} "
+            f"| {rs[0].instruction or '-'} |"
+        )
+    return "\n".join(lines)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
+def main() -> int:
+    """Compile, print what is wrong, write the table if asked to; 1 if anything is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--target", nargs="*", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--quick", action="store_true", help="without fp16, which takes the same tiles as bf16")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--write", type=Path, help="a page whose table to replace")
+    arguments = parser.parse_args()
+    start, parts = time.perf_counter(), 8
+    names = arguments.target
+    jobs = [(i, name, arguments.quick, part, parts) for i, name in enumerate(names) for part in range(parts)]
+    with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
+        results = {r for chunk in pool.imap_unordered(work, jobs) for r in chunk}
+    bad = sorted((r for r in results if r.problem), key=str)
+    for r in bad:
+        print(r)
+    seconds = time.perf_counter() - start
+    print(f"{len(results)} kernels for {', '.join(names)}, {len(bad)} bad, {seconds:.0f} s")
+    if arguments.write and not bad:
+        before, _, rest = arguments.write.read_text().partition(BEGIN)
+        after = rest.partition(END)[2]
+        arguments.write.write_text(f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{after}")
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
