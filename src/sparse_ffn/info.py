@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from sparse_ffn import native
+from sparse_ffn import cuda, native
 from sparse_ffn.backend import BACKENDS, ENVIRONMENT_VARIABLE, explain
 
 
@@ -33,6 +33,7 @@ def report() -> str:
         "backends",
         *(f"  {name:10} {what}" for name, what in BACKENDS.items()),
         f"  native core: {native.PROBLEM or 'loaded, ' + native.instruction_set()}",
+        f"  CUDA library: {cuda.library().problem or 'loaded'}",
         "",
         f"chosen     {explain()}",
         f"to force   sparse_ffn.backend(name) or {ENVIRONMENT_VARIABLE}=name",

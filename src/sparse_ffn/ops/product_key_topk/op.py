@@ -26,7 +26,11 @@ def product_key_topk(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Ten
     return first.gather(-1, index // n) + second.gather(-1, index % n), index
 
 
-_KERNELS = {"torch": plain.product_key_topk, "cpu": native.product_key_topk}
+_KERNELS = {
+    "torch": plain.product_key_topk,
+    "cpu": native.product_key_topk,
+    "cuda": plain.product_key_topk,  # csrc/cuda has no kernel for it
+}
 
 
 def _kernel(first: Tensor, second: Tensor, k: int, backend: str) -> Tensor:

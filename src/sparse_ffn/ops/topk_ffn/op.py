@@ -42,7 +42,11 @@ def topk_ffn(
     return out
 
 
-_KERNELS = {"torch": (plain.forward, plain.backward), "cpu": (native.forward, native.backward)}
+_KERNELS = {
+    "torch": (plain.forward, plain.backward),
+    "cpu": (native.forward, native.backward),
+    "cuda": (plain.forward, plain.backward),  # csrc/cuda has no kernels for it
+}
 
 
 def _forward_kernel(*args: Any) -> tuple[Tensor, ...]:

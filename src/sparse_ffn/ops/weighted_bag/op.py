@@ -11,6 +11,7 @@ from sparse_ffn.backend import choose
 from sparse_ffn.ops.autocast import autocast_dtype, cast
 from sparse_ffn.ops.library import define, refuse_double_backward, set_autograd
 from sparse_ffn.ops.weighted_bag import cpu as native
+from sparse_ffn.ops.weighted_bag import cuda as kernels
 from sparse_ffn.ops.weighted_bag import reference
 from sparse_ffn.ops.weighted_bag import torch as plain
 
@@ -38,6 +39,7 @@ _KERNELS = {
     "reference": _PLAIN,  # for the sparse gradient, which the reference has not
     "torch": _PLAIN,
     "cpu": (native.forward, native.backward, native.backward_rows),
+    "cuda": (kernels.forward, kernels.backward, kernels.backward_rows),
 }
 
 
