@@ -124,7 +124,7 @@ def call(name: str, *arguments: Any) -> None:
 def give_workspace(arguments: Any, name: str, like: Tensor) -> Tensor:
     """Allocate the workspace of a function and enter it into its argument block; keep what this returns alive."""
     size = library().functions[f"{name}_workspace"](arguments)
-    workspace = like.new_empty(size, dtype=torch.uint8)
+    workspace = like.new_empty(-(-size // 4), dtype=torch.float32)
     arguments.workspace, arguments.workspace_bytes = workspace.data_ptr(), size
     return workspace
 
