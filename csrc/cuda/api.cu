@@ -7,7 +7,9 @@ namespace {
 
 constexpr int64_t kMaxSlots = 0x7fffffff;
 
-int status_of(cudaError_t error) { return error == cudaSuccess ? SPARSE_FFN_CUDA_OK : SPARSE_FFN_CUDA_RUNTIME + static_cast<int>(error); }
+int status_of(cudaError_t error) {
+  return error == cudaSuccess ? SPARSE_FFN_CUDA_OK : SPARSE_FFN_CUDA_RUNTIME + static_cast<int>(error);
+}
 
 // The caller's framework has a runtime of its own: make its device this one's, too.
 cudaError_t enter(int32_t device) {
@@ -23,7 +25,8 @@ int64_t size_of(int32_t dtype) { return dtype == 0 ? 4 : 2; }
 
 int check(const sparse_ffn_cuda_cvmm* p) {
   if (!p || !known_dtype(p->dtype) || !p->offsets) return SPARSE_FFN_CUDA_BAD_ARGUMENT;
-  if (p->rows_x < 0 || p->rows_out < 0 || p->S < 0 || p->E < 0 || p->M < 0 || p->L < 0) return SPARSE_FFN_CUDA_BAD_ARGUMENT;
+  if (p->rows_x < 0 || p->rows_out < 0 || p->S < 0) return SPARSE_FFN_CUDA_BAD_ARGUMENT;
+  if (p->E < 0 || p->M < 0 || p->L < 0) return SPARSE_FFN_CUDA_BAD_ARGUMENT;
   if (p->S > kMaxSlots) return SPARSE_FFN_CUDA_TOO_LARGE;
   if (p->w_stride_m != 1 && p->w_stride_l != 1) return SPARSE_FFN_CUDA_BAD_ARGUMENT;
   if (p->S > 0 && (p->E == 0 || (p->M > 0 && (!p->x || (p->L > 0 && !p->w))))) return SPARSE_FFN_CUDA_BAD_ARGUMENT;
@@ -42,7 +45,9 @@ int check(const sparse_ffn_cuda_bag* p) {
 
 // Rows of slots that wait to be summed, and the pieces of that sum.
 int64_t pieces_bytes(int64_t slots, int64_t columns) { return slots / kPiece * columns * 4; }
-int64_t rows_bytes(int64_t slots, int64_t columns, int32_t dtype) { return round_up(slots * columns * size_of(dtype), 256); }
+int64_t rows_bytes(int64_t slots, int64_t columns, int32_t dtype) {
+  return round_up(slots * columns * size_of(dtype), 256);
+}
 int64_t slots_bytes(int64_t slots, int64_t columns, int32_t dtype) {
   return rows_bytes(slots, columns, dtype) + pieces_bytes(slots, columns);
 }
@@ -54,7 +59,9 @@ int64_t forward_bytes(const sparse_ffn_cuda_cvmm& p) { return p.out_offsets ? sl
 int64_t backward_bytes(const sparse_ffn_cuda_cvmm& p) {  // the passes follow one another: they share it
   return larger(p.x_offsets ? slots_bytes(p.S, p.M, p.dtype) : 0, partial_bytes(p));
 }
-bool enough(const void* workspace, int64_t bytes, int64_t needed) { return needed == 0 || (workspace && bytes >= needed); }
+bool enough(const void* workspace, int64_t bytes, int64_t needed) {
+  return needed == 0 || (workspace && bytes >= needed);
+}
 
 template <class T> Rows<T> rows_of(const void* data, int64_t stride, const int64_t* index) {
   const T* typed = static_cast<const T*>(data);
@@ -118,7 +125,8 @@ template <class T> cudaError_t cvmm_forward(const sparse_ffn_cuda_cvmm& p, void*
 }
 
 template <class T>
-cudaError_t cvmm_backward(const sparse_ffn_cuda_cvmm& p, const void* dout, int64_t dout_stride, void* dx, void* dw, float* dscale) {
+cudaError_t cvmm_backward(const sparse_ffn_cuda_cvmm& p, const void* dout, int64_t dout_stride, void* dx, void* dw,
+                          float* dscale) {
   cudaError_t error = cudaSuccess;
   if (dx) {
     error = multiply_rows<T>(p, {dout, dout_stride, p.L, p.M, p.w_stride_l, p.w_stride_m, p.rows_x, p.scatter, p.gather,
@@ -126,8 +134,8 @@ cudaError_t cvmm_backward(const sparse_ffn_cuda_cvmm& p, const void* dout, int64
     if (error != cudaSuccess) return error;
   }
   if (dscale) {  // the slots' rows of dx before scaling are still in the workspace
-    error = run_dots(Dots<T>{p.S, p.M, 1, static_cast<const T*>(p.workspace), static_cast<const T*>(p.x), p.M, p.x_stride,
-                             p.gather, dscale}, p.stream);
+    const T *unscaled = static_cast<const T*>(p.workspace), *x = static_cast<const T*>(p.x);
+    error = run_dots(Dots<T>{p.S, p.M, 1, unscaled, x, p.M, p.x_stride, p.gather, dscale}, p.stream);
     if (error != cudaSuccess) return error;
   }
   if (dw) {
@@ -164,11 +172,13 @@ template <class T> cudaError_t bag_forward(const sparse_ffn_cuda_bag& p, void* o
   return run_segment_sum(sum, p.stream);
 }
 
-template <class T> cudaError_t bag_backward(const sparse_ffn_cuda_bag& p, const void* dout, float* dweight, void* dvalues) {
+template <class T>
+cudaError_t bag_backward(const sparse_ffn_cuda_bag& p, const void* dout, float* dweight, void* dvalues) {
   const T* grad = static_cast<const T*>(dout);
   if (dweight) {
-    const cudaError_t error = run_dots(
-        Dots<T>{p.T * p.J, p.O, larger<int64_t>(p.J, 1), grad, static_cast<const T*>(p.values), p.O, p.O, p.index, dweight}, p.stream);
+    const T* values = static_cast<const T*>(p.values);
+    const Dots<T> dots{p.T * p.J, p.O, larger<int64_t>(p.J, 1), grad, values, p.O, p.O, p.index, dweight};
+    const cudaError_t error = run_dots(dots, p.stream);
     if (error != cudaSuccess) return error;
   }
   if (!dvalues) return cudaSuccess;
@@ -233,12 +243,15 @@ const char* sparse_ffn_cuda_status_text(int status) {
   if (status == SPARSE_FFN_CUDA_BAD_ARGUMENT) return "bad argument";
   if (status == SPARSE_FFN_CUDA_TOO_LARGE) return "more than 2^31 - 1 slots in one call";
 #if !defined(SPARSE_FFN_CUDA_EMULATED)
-  if (status > SPARSE_FFN_CUDA_RUNTIME) return cudaGetErrorString(static_cast<cudaError_t>(status - SPARSE_FFN_CUDA_RUNTIME));
+  if (status > SPARSE_FFN_CUDA_RUNTIME)
+    return cudaGetErrorString(static_cast<cudaError_t>(status - SPARSE_FFN_CUDA_RUNTIME));
 #endif
   return "unknown error";
 }
 
-int64_t sparse_ffn_cuda_cvmm_forward_workspace(const sparse_ffn_cuda_cvmm* args) { return check(args) ? 0 : forward_bytes(*args); }
+int64_t sparse_ffn_cuda_cvmm_forward_workspace(const sparse_ffn_cuda_cvmm* args) {
+  return check(args) ? 0 : forward_bytes(*args);
+}
 int sparse_ffn_cuda_cvmm_forward(const sparse_ffn_cuda_cvmm* args, void* out) {
   if (const int bad = check(args)) return bad;
   if (!enough(args->workspace, args->workspace_bytes, forward_bytes(*args))) return SPARSE_FFN_CUDA_BAD_ARGUMENT;
@@ -247,9 +260,11 @@ int sparse_ffn_cuda_cvmm_forward(const sparse_ffn_cuda_cvmm* args, void* out) {
   return run_for(args->dtype, args->device, [&](auto example) { return cvmm_forward<decltype(example)>(*args, out); });
 }
 
-int64_t sparse_ffn_cuda_cvmm_backward_workspace(const sparse_ffn_cuda_cvmm* args) { return check(args) ? 0 : backward_bytes(*args); }
-int sparse_ffn_cuda_cvmm_backward(const sparse_ffn_cuda_cvmm* args, const void* dout, int64_t dout_stride, void* dx, void* dw,
-                                  float* dscale) {
+int64_t sparse_ffn_cuda_cvmm_backward_workspace(const sparse_ffn_cuda_cvmm* args) {
+  return check(args) ? 0 : backward_bytes(*args);
+}
+int sparse_ffn_cuda_cvmm_backward(const sparse_ffn_cuda_cvmm* args, const void* dout, int64_t dout_stride, void* dx,
+                                  void* dw, float* dscale) {
   if (const int bad = check(args)) return bad;
   if (!enough(args->workspace, args->workspace_bytes, backward_bytes(*args))) return SPARSE_FFN_CUDA_BAD_ARGUMENT;
   if (args->S > 0 && args->L > 0 && !dout) return SPARSE_FFN_CUDA_BAD_ARGUMENT;
@@ -274,7 +289,8 @@ int sparse_ffn_cuda_bag_backward(const sparse_ffn_cuda_bag* args, const void* do
   const int64_t slots = args->T * args->J;
   if (slots > 0 && args->O > 0 && !dout) return SPARSE_FFN_CUDA_BAD_ARGUMENT;
   if (dvalues && (!args->offsets || (slots > 0 && !args->members))) return SPARSE_FFN_CUDA_BAD_ARGUMENT;
-  if (dvalues && !enough(args->workspace, args->workspace_bytes, pieces_bytes(slots, args->O))) return SPARSE_FFN_CUDA_BAD_ARGUMENT;
+  if (dvalues && !enough(args->workspace, args->workspace_bytes, pieces_bytes(slots, args->O)))
+    return SPARSE_FFN_CUDA_BAD_ARGUMENT;
   return run_for(args->dtype, args->device,
                  [&](auto example) { return bag_backward<decltype(example)>(*args, dout, dweight, dvalues); });
 }

@@ -27,7 +27,7 @@ __device__ inline void from_float(float v, float& out) { out = v; }
 __device__ inline void from_float(float v, bf16& out) { out = __float2bfloat16(v); }
 __device__ inline void from_float(float v, fp16& out) { out = __float2half(v); }
 
-// Copies `bytes` (0..16) to shared memory and fills up to 16 with zeros; past L1, which gathered rows would only thrash.
+// Copies `bytes` (0..16) to shared memory, filled up to 16 with zeros; past L1, which gathered rows would only thrash.
 __device__ inline void copy_async(void* shared, const void* global, int bytes) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(global), "r"(bytes) : "memory");
@@ -51,7 +51,8 @@ __device__ inline float warp_sum(float v) {
 template <class Arguments>
 inline cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, void* stream, const Arguments& arguments) {
   if (blocks <= 0) return cudaSuccess;
-  kernel<<<static_cast<unsigned>(lesser(blocks, kMaxBlocks)), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments);
+  const unsigned grid = static_cast<unsigned>(lesser(blocks, kMaxBlocks));
+  kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments);
   return cudaGetLastError();
 }
 
@@ -64,7 +65,8 @@ namespace sparse_ffn_cuda {
 template <class T, int W> struct alignas(W * sizeof(T) < 16 ? W * sizeof(T) : 16) Run {
   T v[W];
 };
-template <class T, int W> __device__ inline void store_run(T* to, const Run<float, W>& from, int64_t left, bool aligned) {
+template <class T, int W>
+__device__ inline void store_run(T* to, const Run<float, W>& from, int64_t left, bool aligned) {
   Run<T, W> narrow;
 #pragma unroll
   for (int i = 0; i < W; i++) from_float(from.v[i], narrow.v[i]);

@@ -1,6 +1,6 @@
 // emulated.h - device.h's names on the CPU, so that the very same kernels run in tests where there is no GPU.
-// A block's threads are fibers that take turns at barriers, in an order that changes from turn to turn; blocks run one after
-// the other, the last one first. An asynchronous copy shows NaN until it is waited for. Slow, and for tests only.
+// A block's threads are fibers that take turns at barriers, in an order that changes from turn to turn; blocks run one
+// after the other, the last one first. An asynchronous copy shows NaN until it is waited for. Slow, and for tests only.
 #pragma once
 #include <ucontext.h>
 
@@ -114,9 +114,13 @@ template <class T, class L> void load_tile(float* v, int rows, int columns, cons
     for (int c = 0; c < columns; c++) v[r * columns + c] = to_float(is_row<L> ? from[r * ld + c] : from[c * ld + r]);
 }
 template <int M, int N, int K, class F, class T, class L>
-void load_matrix_sync(fragment<matrix_a, M, N, K, F, L>& f, const T* from, unsigned ld) { load_tile<T, L>(f.v, M, K, from, ld); }
+void load_matrix_sync(fragment<matrix_a, M, N, K, F, L>& f, const T* from, unsigned ld) {
+  load_tile<T, L>(f.v, M, K, from, ld);
+}
 template <int M, int N, int K, class F, class T, class L>
-void load_matrix_sync(fragment<matrix_b, M, N, K, F, L>& f, const T* from, unsigned ld) { load_tile<T, L>(f.v, K, N, from, ld); }
+void load_matrix_sync(fragment<matrix_b, M, N, K, F, L>& f, const T* from, unsigned ld) {
+  load_tile<T, L>(f.v, K, N, from, ld);
+}
 template <int M, int N, int K, class T, class LA, class LB>
 void mma_sync(fragment<accumulator, M, N, K, float>& d, const fragment<matrix_a, M, N, K, T, LA>& a,
               const fragment<matrix_b, M, N, K, T, LB>& b, const fragment<accumulator, M, N, K, float>&) {

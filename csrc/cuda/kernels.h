@@ -4,6 +4,10 @@
 
 namespace sparse_ffn_cuda {
 
+// Kernels of independent items, one a thread: where a thread begins and how far it steps.
+__device__ inline int64_t first_item() { return blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; }
+__device__ inline int64_t item_step() { return gridDim.x * static_cast<int64_t>(kThreads); }
+
 // out[target[s]] = scale[s] * a[s] @ w[e] for the rows s of each expert
 template <class T> struct Grouped {
   int64_t S, E, K, N;

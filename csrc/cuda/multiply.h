@@ -10,7 +10,8 @@ template <class T, bool A_ACROSS, bool B_ACROSS> struct Tiles {
   using Storage = T;
   static constexpr int kPad = 16 / sizeof(T);
   static constexpr int kDepth = 64 / sizeof(T);
-  static constexpr int kOuterA = A_ACROSS ? kDepth : kRows, kInnerA = A_ACROSS ? kRows : kDepth, kPitchA = kInnerA + kPad;
+  static constexpr int kOuterA = A_ACROSS ? kDepth : kRows, kInnerA = A_ACROSS ? kRows : kDepth;
+  static constexpr int kPitchA = kInnerA + kPad;
   static constexpr int kOuterB = B_ACROSS ? kColumns : kDepth, kInnerB = B_ACROSS ? kDepth : kColumns;
   static constexpr int kPitchB = kInnerB + kPad;
   static constexpr int kElementsA = kOuterA * kPitchA, kStage = kElementsA + kOuterB * kPitchB;
@@ -26,8 +27,9 @@ template <class T, bool A_ACROSS, bool B_ACROSS, bool PLAIN = false> struct Mult
   template <bool C, class X, class Y> struct Either { using type = X; };
   template <class X, class Y> struct Either<false, X, Y> { using type = Y; };
   using In = typename Operand<T, T>::type;
-  using A = wmma::fragment<wmma::matrix_a, 16, 16, kK, In, typename Either<A_ACROSS, wmma::col_major, wmma::row_major>::type>;
-  using B = wmma::fragment<wmma::matrix_b, 16, 16, kK, In, typename Either<B_ACROSS, wmma::col_major, wmma::row_major>::type>;
+  template <bool ACROSS> using Layout = typename Either<ACROSS, wmma::col_major, wmma::row_major>::type;
+  using A = wmma::fragment<wmma::matrix_a, 16, 16, kK, In, Layout<A_ACROSS>>;
+  using B = wmma::fragment<wmma::matrix_b, 16, 16, kK, In, Layout<B_ACROSS>>;
   wmma::fragment<wmma::accumulator, 16, 16, kK, float> sum[kDown][kRight];
 
   static __device__ int row(int i) { return (threadIdx.x / 64 * kDown + i) * 16; }
@@ -46,13 +48,15 @@ template <class T, bool A_ACROSS, bool B_ACROSS, bool PLAIN = false> struct Mult
       A left[kDown];
 #pragma unroll
       for (int i = 0; i < kDown; i++) {
-        wmma::load_matrix_sync(left[i], A_ACROSS ? a + k * Base::kPitchA + row(i) : a + row(i) * Base::kPitchA + k, Base::kPitchA);
+        const int at = A_ACROSS ? k * Base::kPitchA + row(i) : row(i) * Base::kPitchA + k;
+        wmma::load_matrix_sync(left[i], a + at, Base::kPitchA);
         if constexpr (kTf32) round_to_tf32(left[i]);
       }
 #pragma unroll
       for (int j = 0; j < kRight; j++) {
         B right;
-        wmma::load_matrix_sync(right, B_ACROSS ? b + column(j) * Base::kPitchB + k : b + k * Base::kPitchB + column(j), Base::kPitchB);
+        const int at = B_ACROSS ? column(j) * Base::kPitchB + k : k * Base::kPitchB + column(j);
+        wmma::load_matrix_sync(right, b + at, Base::kPitchB);
         if constexpr (kTf32) round_to_tf32(right);
 #pragma unroll
         for (int i = 0; i < kDown; i++) wmma::mma_sync(sum[i][j], left[i], right, sum[i][j]);
@@ -60,8 +64,8 @@ template <class T, bool A_ACROSS, bool B_ACROSS, bool PLAIN = false> struct Mult
     }
   }
 
-  // Calls visit(row, column, run of 8) for the thread's part of the sums; which thread holds which number of a fragment is
-  // not documented, so they pass through shared memory, one patch a warp.
+  // Calls visit(row, column, run of 8) for the thread's part of the sums; which thread holds which number of a fragment
+  // is not documented, so they pass through shared memory, one patch a warp.
   template <class Visit> __device__ void each(float* shared, Visit visit) {
     float* patch = shared + threadIdx.x / 32 * (16 * kPitch);
     const int lane = threadIdx.x % 32, r = lane / 2, c = lane % 2 * kRun;
@@ -81,7 +85,8 @@ template <class T, bool A_ACROSS, bool B_ACROSS, bool PLAIN = false> struct Mult
 };
 
 // fp32 as it is: 8 x 8 sums a thread.
-template <bool A_ACROSS, bool B_ACROSS> struct Multiply<float, A_ACROSS, B_ACROSS, true> : Tiles<float, A_ACROSS, B_ACROSS> {
+template <bool A_ACROSS, bool B_ACROSS>
+struct Multiply<float, A_ACROSS, B_ACROSS, true> : Tiles<float, A_ACROSS, B_ACROSS> {
   using Base = Tiles<float, A_ACROSS, B_ACROSS>;
   static constexpr int kDown = 8, kRight = 8, kRun = 4;
   float sum[kDown][kRight];
@@ -101,7 +106,8 @@ template <bool A_ACROSS, bool B_ACROSS> struct Multiply<float, A_ACROSS, B_ACROS
     for (int k = 0; k < Base::kDepth; k++) {
       float left[kDown], right[kRight];
 #pragma unroll
-      for (int i = 0; i < kDown; i++) left[i] = A_ACROSS ? a[k * Base::kPitchA + row(i)] : a[row(i) * Base::kPitchA + k];
+      for (int i = 0; i < kDown; i++)
+        left[i] = A_ACROSS ? a[k * Base::kPitchA + row(i)] : a[row(i) * Base::kPitchA + k];
 #pragma unroll
       for (int j = 0; j < kRight; j++)
         right[j] = B_ACROSS ? b[column(j) * Base::kPitchB + k] : b[k * Base::kPitchB + column(j)];

@@ -1,5 +1,5 @@
-// outer.cu - the weights' gradient: for each expert the product of its rows of x, transposed, with its rows of dout. The
-// sum over rows is split where experts are few; the parts are added in their order by a second kernel.
+// outer.cu - the weights' gradient: for each expert the product of its rows of x, transposed, with its rows of dout.
+// The sum over rows is split where experts are few; the parts are added in their order by a second kernel.
 #include "kernels.h"
 
 namespace sparse_ffn_cuda {
@@ -7,7 +7,8 @@ namespace sparse_ffn_cuda {
 template <class M, class T> __global__ void __launch_bounds__(kThreads) outer(Outer<T> p) {
   alignas(128) __shared__ unsigned char memory[2 * M::kStage * sizeof(T)];
   T* shared = reinterpret_cast<T*>(memory);
-  const int64_t across = ceil_div(p.L, kColumns), tiles_of_one = matrix_tiles(p.M, p.L), total = p.E * tiles_of_one * p.parts;
+  const int64_t across = ceil_div(p.L, kColumns), tiles_of_one = matrix_tiles(p.M, p.L);
+  const int64_t total = p.E * tiles_of_one * p.parts;
   for (int64_t tile = blockIdx.x; tile < total; tile += gridDim.x) {
     const int64_t part = tile / (p.E * tiles_of_one), e = tile / tiles_of_one % p.E, within = tile % tiles_of_one;
     const Range rows = split_range(e, part, p.parts, M::kDepth, p.offsets);
@@ -47,7 +48,7 @@ template <class T> struct Parts {
   T* out;
 };
 template <class T> __global__ void __launch_bounds__(kThreads) add_parts(Parts<T> p) {
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < p.n; i += gridDim.x * static_cast<int64_t>(kThreads)) {
+  for (int64_t i = first_item(); i < p.n; i += item_step()) {
     float sum = 0.0f;
     for (int64_t part = 0; part < p.parts; part++) sum += p.partial[part * p.n + i];
     from_float(sum, p.out[i]);

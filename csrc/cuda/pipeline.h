@@ -15,7 +15,8 @@ template <class T> struct Rows {
 
 // tile[o][i] = row (outer + o), element (inner + i); zero from outer_end and inner_end on. No byte past them is read.
 template <int OUTER, int INNER, int PITCH, class T>
-__device__ inline void copy_tile(T* tile, const Rows<T>& rows, int64_t outer, int64_t outer_end, int64_t inner, int64_t inner_end) {
+__device__ inline void copy_tile(T* tile, const Rows<T>& rows, int64_t outer, int64_t outer_end, int64_t inner,
+                                 int64_t inner_end) {
   constexpr int kRun = 16 / sizeof(T), kRuns = INNER / kRun;
 #pragma unroll 1
   for (int c = threadIdx.x; c < OUTER * kRuns; c += kThreads) {
@@ -32,7 +33,8 @@ __device__ inline void copy_tile(T* tile, const Rows<T>& rows, int64_t outer, in
   }
 }
 
-// sum += the product over `depth`, in steps of M::kDepth: copy(tiles, at) brings a step's two tiles, adjust may change them.
+// sum += the product over `depth`, in steps of M::kDepth: copy(tiles, at) brings a step's two tiles, adjust may change
+// them.
 template <class M, class Copy, class Adjust>
 __device__ inline void multiply(M& sum, typename M::Storage* shared, int64_t depth, Copy copy, Adjust adjust) {
   if (depth > 0) copy(shared, 0);

@@ -11,14 +11,15 @@ __device__ inline void add_member(const SegmentSum<T>& p, int64_t position, int6
   const int64_t m = p.members ? p.members[position] : position;
   const int64_t row = p.index ? p.index[m] : m / p.divisor;
   const float weight = p.weight ? p.weight[m] : 1.0f;
-  const Run<T, kWide<T>> run = load_run<T, kWide<T>>(p.source + row * p.stride + column, p.columns - column, p.aligned);
+  const T* source = p.source + row * p.stride + column;
+  const Run<T, kWide<T>> run = load_run<T, kWide<T>>(source, p.columns - column, p.aligned);
 #pragma unroll
   for (int i = 0; i < kWide<T>; i++) sum.v[i] += weight * to_float(run.v[i]);
 }
 
 template <class T> __global__ void __launch_bounds__(kThreads) sum_pieces(SegmentSum<T> p) {
   const int64_t wide = ceil_div(p.columns, kWide<T>), total = p.n_members / kPiece * wide;
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < total; i += gridDim.x * static_cast<int64_t>(kThreads)) {
+  for (int64_t i = first_item(); i < total; i += item_step()) {
     const int64_t piece = i / wide, column = i % wide * kWide<T>;
     if (!piece_inside(piece, p.offsets, p.rows)) continue;
     Run<float, kWide<T>> sum{};
@@ -29,9 +30,10 @@ template <class T> __global__ void __launch_bounds__(kThreads) sum_pieces(Segmen
 
 template <class T> __global__ void __launch_bounds__(kThreads) sum_segments(SegmentSum<T> p) {
   const int64_t wide = ceil_div(p.columns, kWide<T>), total = p.rows * wide;
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < total; i += gridDim.x * static_cast<int64_t>(kThreads)) {
+  for (int64_t i = first_item(); i < total; i += item_step()) {
     const int64_t row = i / wide, column = i % wide * kWide<T>;
-    const int64_t begin = p.offsets ? p.offsets[row] : row * p.length, end = p.offsets ? p.offsets[row + 1] : begin + p.length;
+    const int64_t begin = p.offsets ? p.offsets[row] : row * p.length;
+    const int64_t end = p.offsets ? p.offsets[row + 1] : begin + p.length;
     Run<float, kWide<T>> sum{};
     for (int64_t at = begin; at < end;) {
       if (p.pieces && takes_piece(at, end)) {
@@ -65,8 +67,8 @@ template cudaError_t run_segment_sum(const SegmentSum<fp16>&, void*);
 template <class T> __global__ void __launch_bounds__(kThreads) dots(Dots<T> p) {
   constexpr int kWarps = kThreads / 32;
   const int lane = threadIdx.x % 32;
-  for (int64_t first = blockIdx.x * static_cast<int64_t>(kWarps); first < p.n; first += gridDim.x * static_cast<int64_t>(kWarps)) {
-    const int64_t s = first + threadIdx.x / 32;
+  for (int64_t turn = blockIdx.x; turn < ceil_div(p.n, kWarps); turn += gridDim.x) {
+    const int64_t s = turn * kWarps + threadIdx.x / 32;
     float sum = 0.0f;
     if (s < p.n) {
       const T* a = p.a + s / p.divisor * p.a_stride;

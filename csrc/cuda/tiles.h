@@ -33,9 +33,9 @@ template <class First> SPARSE_FFN_BOTH int64_t last_at_or_before(int64_t n, int6
 }
 
 // ---- Rows grouped by expert ----
-// Expert e's tiles are numbered from offsets[e] / kRows + e. A segment of c rows that begins at any offset needs at most
-// one tile more than the whole tiles' boundaries it spans, so that no two experts share a number, and S / kRows + E numbers
-// are enough whatever the counts are; some numbers stand for no tile.
+// Expert e's tiles are numbered from offsets[e] / kRows + e. A segment needs at most one tile more than the multiples
+// of kRows that it passes, so that no two experts share a number, and S / kRows + E numbers are enough whatever the
+// counts are; some numbers stand for no tile.
 struct Range {
   int64_t expert, begin, end;  // begin >= end: nothing to do
 };
@@ -64,8 +64,9 @@ SPARSE_FFN_BOTH Range split_range(int64_t e, int64_t part, int64_t parts, int64_
 }
 
 // ---- Sums over segments of a sorted list ----
-// Members that fill a whole block of kPiece positions inside one segment are summed by a pass of their own, which splits
-// long segments over the device; a segment's sum takes them in the order of the list, with what is left at both ends.
+// Members that fill a whole block of kPiece positions inside one segment are summed by a pass of their own, which
+// splits long segments over the device; a segment's sum takes them in the order of the list, with what is left at both
+// ends.
 struct Begin {
   const int32_t* offsets;
   SPARSE_FFN_BOTH int64_t operator()(int64_t i) const { return offsets[i]; }

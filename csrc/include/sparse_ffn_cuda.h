@@ -1,14 +1,14 @@
 /* sparse_ffn_cuda.h - plain C ABI of the CUDA kernels of sparse-ffn, for NVIDIA GPUs where Triton is missing.
  *
  * Conventions
- *  - No torch, no C++ in the interface: raw device pointers, int64 sizes, strides in elements, a stream. Argument blocks
- *    themselves are host memory. Nothing waits for the device, so every call can be captured in a CUDA graph.
+ *  - No torch, no C++ in the interface: raw device pointers, int64 sizes, strides in elements, a stream. Argument
+ *    blocks themselves are host memory. Nothing waits for the device, so every call can be captured in a CUDA graph.
  *  - Storage is fp32, bf16 or fp16 (one dtype per call), numbered as in sparse_ffn.h; every sum is accumulated in fp32.
  *    With tf32 set, products of fp32 operands may round them to tf32; without it they are plain fp32.
  *  - Outputs are fully written: nothing needs to be zeroed. Results are deterministic: no float atomics anywhere.
  *  - Slots are sorted by expert by the caller: gather, scatter and scale are given in sorted order.
  *  - Indices are trusted: checking them would mean waiting for the device.
- *  - The caller gives the workspace, of at least as many bytes as the function named *_workspace says, 256-byte aligned.
+ *  - The caller gives the workspace, of at least as many bytes as the function *_workspace says, 256-byte aligned.
  *  - Every function returns SPARSE_FFN_CUDA_OK, a code below, or SPARSE_FFN_CUDA_RUNTIME + the cudaError_t.
  */
 #ifndef SPARSE_FFN_CUDA_H

@@ -5,7 +5,7 @@
 On a GPU it waits for the device once in each pass of a MoE layer, to learn where each expert's rows begin.
 ``cpu`` is the native core, built from csrc/ when the package is installed.
 ``triton`` are the GPU kernels of sparse_ffn.kernels, compiled by Triton when they are first used.
-``cuda`` are kernels for NVIDIA GPUs where Triton is missing, built from csrc/cuda on request when the package is installed.
+``cuda`` are kernels for NVIDIA GPUs where Triton is missing, built from csrc/cuda on request at installation.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ static void check(const std::vector<int64_t>& counts, bool walk) {
   for (int64_t p = 0; p < S / kPiece; p++)
     if (piece_inside(p, offsets.data(), E)) {
       const int64_t e = last_at_or_before(E, p * kPiece, Begin{offsets.data()});
-      require(offsets[e] <= p * kPiece && (p + 1) * kPiece <= offsets[e + 1], "a piece that is summed lies in one segment");
+      require(offsets[e] <= p * kPiece && (p + 1) * kPiece <= offsets[e + 1], "a summed piece lies in one segment");
     }
 }
 
