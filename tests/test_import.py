@@ -91,7 +91,7 @@ except ValueError as error:
 """
     out = run(code, SPARSE_FFN_BACKEND="fast")
     assert "SPARSE_FFN_BACKEND is 'fast'" in out
-    assert "'reference', 'torch', 'cpu', 'triton'" in out
+    assert "'reference', 'torch', 'cpu', 'triton', 'cuda'" in out
 
 
 def test_forcing_triton_where_it_cannot_compute_says_why() -> None:

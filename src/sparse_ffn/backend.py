@@ -5,6 +5,7 @@
 On a GPU it waits for the device once in each pass of a MoE layer, to learn where each expert's rows begin.
 ``cpu`` is the native core, built from csrc/ when the package is installed.
 ``triton`` are the GPU kernels of sparse_ffn.kernels, compiled by Triton when they are first used.
+``cuda`` are kernels for NVIDIA GPUs where Triton is missing, built from csrc/cuda on request at installation.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from sparse_ffn import native
+from sparse_ffn import cuda, native
 
 ENVIRONMENT_VARIABLE = "SPARSE_FFN_BACKEND"
 BACKENDS = {
@@ -27,6 +28,7 @@ BACKENDS = {
     "torch": "sparse arithmetic with torch's matrix products, no compiler needed",
     "cpu": "native core for CPU tensors of fp32, bf16 and fp16",
     "triton": "GPU kernels for CUDA and ROCm tensors of fp32, bf16 and fp16",
+    "cuda": "CUDA kernels without Triton, for CUDA tensors of fp32, bf16 and fp16",
 }
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,7 +47,7 @@ def backend(name: str) -> Iterator[None]:
     Wins over the environment variable ``SPARSE_FFN_BACKEND``. A backward pass uses the backend of its forward pass.
 
     Args:
-        name: ``"auto"``, ``"reference"``, ``"torch"``, ``"cpu"`` or ``"triton"``.
+        name: ``"auto"``, ``"reference"``, ``"torch"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Raises:
         ValueError: the name is none of these.
@@ -66,8 +68,7 @@ def choose(x: Tensor) -> str:
     if name == "auto":
         if native.PROBLEM is not None and x.device.type == "cpu":
             _warn_once()
-        fast = _fast(x.device)
-        return "torch" if unavailable(fast, x.device, x.dtype) else fast
+        return next((fast for fast in _fast(x.device) if not unavailable(fast, x.device, x.dtype)), "torch")
     _check(name, f"environment variable {ENVIRONMENT_VARIABLE}")
     reason = unavailable(name, x.device, x.dtype)
     if reason:
@@ -86,6 +87,8 @@ def unavailable(name: str, device: torch.device, dtype: torch.dtype = torch.floa
     if name == "triton":
         reason = _no_triton(device)
         return reason or (None if dtype in _TRITON_DTYPES else f"it has no {str(dtype).removeprefix('torch.')}")
+    if name == "cuda":
+        return _no_cuda(device) or (None if dtype in cuda.DTYPES else f"it has no {str(dtype).removeprefix('torch.')}")
     return None
 
 
@@ -96,17 +99,18 @@ def explain(device: torch.device | str = "cpu") -> str:
         return f"{_forced} (forced by sparse_ffn.backend)"
     if _forced is None and _environment != "auto":
         return f"{_environment} (forced by {ENVIRONMENT_VARIABLE})"
-    fast = _fast(device)
-    reason = unavailable(fast, device)
-    if reason:
-        return f"torch (automatic: {BACKENDS['torch']}; not {fast}: {reason})"
+    reasons = {name: unavailable(name, device) for name in _fast(device)}
+    fast = next((name for name, reason in reasons.items() if not reason), None)
+    if fast is None:
+        why = "; ".join(f"not {name}: {reason}" for name, reason in reasons.items())
+        return f"torch (automatic: {BACKENDS['torch']}; {why})"
     how = f", here with {native.instruction_set()}" if fast == "cpu" else ""
     return f"{fast} (automatic: {BACKENDS[fast]}{how}; torch for fp64)"
 
 
-def _fast(device: torch.device) -> str:
-    """The backend made for a kind of device."""
-    return "cpu" if device.type == "cpu" else "triton"
+def _fast(device: torch.device) -> tuple[str, ...]:
+    """The backends made for a kind of device, the best one first."""
+    return ("cpu",) if device.type == "cpu" else ("triton", "cuda")
 
 
 def _no_triton(device: torch.device) -> str | None:
@@ -126,6 +130,25 @@ def _triton_missing() -> str | None:
     except ImportError:
         found = False
     return None if found else "triton is not installed"
+
+
+def _no_cuda(device: torch.device) -> str | None:
+    """Why the kernels of csrc/cuda cannot run on a device, or None if they can."""
+    library = cuda.library()
+    if device.type == "cpu" and library.emulated:
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"it computes on NVIDIA GPUs, not on {'ROCm' if device.type == 'cuda' else device.type}"
+    if library.problem is not None:
+        return f"the CUDA library is missing: {library.problem}"
+    if library.emulated:
+        return "the library was built to emulate a GPU on the CPU"
+    return _too_old(device) or _no_driver()
+
+
+@functools.cache
+def _no_driver() -> str | None:
+    return cuda.driver_problem()
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from sparse_ffn import native
+from sparse_ffn import cuda, native
 from sparse_ffn.backend import BACKENDS, ENVIRONMENT_VARIABLE, explain, unavailable
 
 
@@ -34,6 +34,7 @@ def report() -> str:
         *(f"  {name:10} {what}" for name, what in BACKENDS.items()),
         f"  native core: {native.PROBLEM or 'loaded, ' + native.instruction_set()}",
         f"  triton kernels: {unavailable('triton', torch.device('cuda')) or 'ready'}",
+        f"  CUDA library: {cuda.library().problem or 'loaded'}",
         "",
         *(f"chosen     {chosen(device)}" for device in (("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))),
         f"to force   sparse_ffn.backend(name) or {ENVIRONMENT_VARIABLE}=name",

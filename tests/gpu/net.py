@@ -109,15 +109,15 @@ def magnitudes(case: Case, tensors: dict[str, Tensor], grad: Tensor | None) -> d
     return results(replace(case, options=options), tensors, None if grad is None else grad.abs())
 
 
-def check(case: Case, device: str = "cpu") -> dict[str, Tensor]:
-    """Assert that the triton backend meets the reference in float64 on the same numbers; return its results."""
+def check(case: Case, device: str = "cpu", backend: str = "triton") -> dict[str, Tensor]:
+    """Assert that a backend meets the reference in float64 on the same numbers; return its results."""
     narrow = {n: _cast(t, case.dtype, n).to(device) for n, t in case.tensors.items()}
     wide = {n: t.detach().double() if t.is_floating_point() else t for n, t in narrow.items()}
     with sf.backend("reference"):
         grad = gradient(case, results(case, wide)["output"].shape, device)
         expected, scales = results(case, wide, grad), magnitudes(case, wide, grad)
     narrow = {n: guarded(t) for n, t in narrow.items()}
-    with sf.backend("triton"), traps():
+    with sf.backend(backend), traps():
         actual = results(case, narrow, grad)
     for name, want in expected.items():
         assert actual[name].shape == want.shape, f"{name}: {actual[name].shape}"

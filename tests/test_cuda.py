@@ -1,0 +1,185 @@
+"""The kernels of csrc/cuda against float64, forward and all gradients: on the CPU by the emulator, and on a GPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import sparse_ffn as sf
+from sparse_ffn import cuda, ops
+from sparse_ffn.backend import explain, unavailable
+
+sys.path.insert(0, str(Path(__file__).parent / "gpu"))
+from net import ROUTINGS, TOLERANCE, Case, check, cvmm_case, expert_case, random
+
+CSRC = Path(__file__).parent.parent / "csrc"
+COMPILER = shutil.which(os.environ.get("CXX") or "c++")
+SOURCES = ("api", "grouped", "outer", "sums")
+FORMS = ("plain", "gather", "scatter", "reduction", "gather, scatter, reduction")
+
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16", "bf16"])
+routings = pytest.mark.parametrize("routing", ROUTINGS)
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that runs the kernels on the CPU."""
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("emulator")
+    flags = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror")
+    build = [COMPILER, *flags, "-DSPARSE_FFN_CUDA_EMULATED", "-x", "c++", "-c"]
+    jobs = [subprocess.Popen([*build, CSRC / "cuda" / f"{n}.cu", "-o", folder / f"{n}.o"]) for n in SOURCES]
+    assert [job.wait() for job in jobs] == [0] * len(jobs)
+    library = folder / "libemulated.so"
+    subprocess.run([COMPILER, "-shared", *(folder / f"{name}.o" for name in SOURCES), "-o", library], check=True)
+    return library
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if request.param == "cuda":
+        reason = unavailable("cuda", torch.device("cuda"))
+        if reason:
+            pytest.skip(reason)
+        yield "cuda"
+        return
+    monkeypatch.setenv(cuda.LIBRARY_VARIABLE, str(request.getfixturevalue("emulator")))
+    cuda.library.cache_clear()
+    yield "cpu"
+    monkeypatch.undo()
+    cuda.library.cache_clear()
+
+
+@dtypes
+@routings
+@pytest.mark.parametrize("form", FORMS)
+def test_cvmm(form: str, routing: str, dtype: torch.dtype, device: str) -> None:
+    if form != FORMS[-1] and dtype != torch.float32:
+        pytest.skip("its parts are tested in fp32")
+    check(cvmm_case(routing, dtype, form=form), device, "cuda")
+
+
+@dtypes
+@pytest.mark.parametrize("sizes", [(1, 1), (32, 64), (48, 136), (130, 72)])
+def test_cvmm_of_any_size(sizes: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    check(cvmm_case("random", dtype, form=FORMS[-1], sizes=sizes), device, "cuda")
+
+
+@dtypes
+def test_long_segments_and_split_sums(dtype: torch.dtype, device: str) -> None:
+    """More slots than a tile has rows, than a piece has members, and enough of them for the weights' split sum."""
+    S = 1200
+    tensors = {
+        "x": random(5, 9),
+        "weight": random(2, 9, 16),
+        "expert": (torch.rand(S) < 0.3).long(),
+        "gather": torch.randint(0, 5, (S,)),
+        "scatter": torch.randint(0, 3, (S,)) * 2,
+        "reduction": torch.rand(S, dtype=torch.float64),
+    }
+    case = Case(ops.cvmm, tensors, dtype, {"n_out": 6}, ("x", "weight", "reduction"))
+    first, second = check(case, device, "cuda"), check(case, device, "cuda")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_tf32_where_torch_allows_it(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = cvmm_case("random", form=FORMS[-1], sizes=(36, 20))
+    monkeypatch.setitem(TOLERANCE, torch.float32, 2e-3)
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        rounded = check(case, device, "cuda")
+        matmul.fp32_precision = "ieee"
+        plain = check(case, device, "cuda")
+    finally:
+        matmul.fp32_precision = before
+    assert all((rounded[name] != plain[name]).any() for name in plain)  # the tensor cores' path was taken
+
+
+@dtypes
+@pytest.mark.parametrize("form", ["plain", "everything"])
+@pytest.mark.parametrize("routing", ["random", "no token", "an expert named twice", "ragged"])
+def test_expert_ffn(routing: str, form: str, dtype: torch.dtype, device: str) -> None:
+    check(expert_case(routing, dtype, form=form, activation="silu"), device, "cuda")
+
+
+def test_inference(device: str) -> None:
+    check(expert_case("random", form="everything", activation="relu", train=False), device, "cuda")
+
+
+def test_strided_arguments_and_the_gradient_of_a_sum(device: str) -> None:
+    case = cvmm_case("ragged", sizes=(24, 40))
+    x, weight = case.tensors["x"], case.tensors["weight"]
+    case.tensors["weight"] = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    wide = x.new_zeros(x.shape[0], 60)
+    case.tensors["x"] = wide[:, 3:27].copy_(x)
+    case.sum_gradient = True
+    check(case, device, "cuda")
+
+
+def bag_case(n_bags: int, k: int, rows: int, width: int, dtype: torch.dtype) -> Case:
+    index = torch.randint(0, rows, (n_bags, k))
+    index[: n_bags // 2] = rows - 1  # a hot row
+    tensors = {"values": random(rows, width), "index": index}
+    tensors["weight"] = random(n_bags, k).sign() * (0.5 + torch.rand(n_bags, k))  # products above fp16's subnormals
+    return Case(ops.weighted_bag, tensors, dtype, {}, ("values", "weight"))
+
+
+@dtypes
+@pytest.mark.parametrize("sizes", [(150, 3, 40, 24), (7, 1, 1, 1), (34, 5, 300, 13), (0, 4, 9, 8), (2, 2, 5, 70)])
+def test_weighted_bag(sizes: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> None:
+    check(bag_case(*sizes, dtype), device, "cuda")
+
+
+def test_row_sparse_gradient(device: str) -> None:
+    tensors = {n: t.float().to(device) if t.is_floating_point() else t.to(device)
+               for n, t in bag_case(90, 3, 200, 12, torch.float32).tensors.items()}  # fmt: skip
+
+    def gradients(sparse: bool) -> tuple[Tensor, ...]:
+        leaves = {n: tensors[n].clone().requires_grad_() for n in ("values", "weight")}
+        y = ops.weighted_bag(**tensors | leaves, sparse_grad=sparse)
+        return torch.autograd.grad(y.square().sum(), tuple(leaves.values()))
+
+    with sf.backend("cuda"):
+        (dense, dweight), (rows, same) = gradients(False), gradients(True)
+    assert rows.is_sparse
+    assert torch.equal(rows.to_dense(), dense)
+    assert torch.equal(same, dweight)
+
+
+def test_layers_train_on_it(device: str) -> None:
+    for layer in (sf.SigmaMoE(16, 4, 8, 2), sf.ProductKeyMemory(16, 4, 4), sf.TopKFFN(16, 32, 4)):
+        layer = layer.to(device)
+        with sf.backend("cuda"):
+            layer(torch.randn(5, 16, device=device)).square().sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_forcing_it_where_it_cannot_compute_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cuda.LIBRARY_VARIABLE, "/nowhere/lib.so")
+    cuda.library.cache_clear()
+    words = "'cuda' is forced, but it computes on NVIDIA GPUs, not on cpu"
+    with sf.backend("cuda"), pytest.raises(RuntimeError, match=words):
+        sf.SigmaMoE(8, 4, 4, 2)(torch.randn(3, 8))
+    if torch.version.hip is None:
+        assert "the CUDA library is missing" in (unavailable("cuda", torch.device("cuda")) or "")
+    assert "torch (automatic" in explain("meta")
+    monkeypatch.undo()
+    cuda.library.cache_clear()
+
+
+def test_bad_arguments_are_refused(device: str) -> None:
+    with pytest.raises(ValueError, match="bad argument"):
+        cuda.call("cvmm_forward", cuda.Cvmm(), None)
+    too_many = cuda.Bag(1 << 20, 1 << 20)
+    with pytest.raises(ValueError, match="more than 2"):
+        cuda.call("bag_forward", too_many, None)
