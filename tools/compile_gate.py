@@ -127,7 +127,7 @@ def compiling(number: int, target: Target, seen: dict[int, tuple[JITFunction, di
 def cases(target: str, quick: bool) -> Iterator[Callable[[], None]]:
     """Calls that together launch every kernel in every configuration; quick: but fp16, which takes bf16's tables."""
     every = [(torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"), (torch.float16, "ieee")]
-    for dtype, switch in every[: 3 if quick else 4] if target in ("sm_80", "sm_90") else every[:2]:
+    for dtype, switch in every[: 3 if quick else 4] if target in ("sm_80", "sm_90") else every[:3]:
         plain = ["relu"] if dtype != torch.float16 and target in ("sm_80", "sm_90") else []
         for block_m in (16, 32, 64, 128):
             for width in (64, 256):
@@ -135,7 +135,11 @@ def cases(target: str, quick: bool) -> Iterator[Callable[[], None]]:
                     yield partial(experts, dtype, switch, block_m, width, form)
                 yield partial(cvmms, dtype, switch, block_m, width)
             yield partial(experts, dtype, switch, block_m, 100, "full")  # sizes off every grid
-        yield partial(experts, dtype, switch, 128, 256, "gelu")
+        for form in ("gelu", "dropout"):
+            yield partial(experts, dtype, switch, 128, 256, form)
+        for width, depth in ((64, 256), (256, 64)):
+            yield partial(experts, dtype, switch, 128, width, "relu", depth)
+        yield partial(experts, dtype, switch, 512, 64, "relu")  # weight gradients in parts
         yield partial(experts, dtype, switch, 128, 100, "relu")
         yield partial(cvmms, dtype, switch, 128, 100)
     for dtype in (torch.bfloat16, torch.float32) if quick else (torch.bfloat16, torch.float32, torch.float16):
@@ -148,10 +152,10 @@ def cases(target: str, quick: bool) -> Iterator[Callable[[], None]]:
                 yield partial(selections, dtype, n_units, activation, form)
 
 
-def experts(dtype: torch.dtype, switch: str, block_m: int, width: int, form: str) -> None:
+def experts(dtype: torch.dtype, switch: str, block_m: int, width: int, form: str, depth: int | None = None) -> None:
     """Expert FFN, training, inference, decode and backward; form "full" has all that can be fused."""
     torch.backends.cuda.matmul.fp32_precision = switch
-    E, K, G, D = 8, 2, width, width if width % 16 == 0 else width + 1
+    E, K, G, D = 8, 2, width, depth or (width if width % 16 == 0 else width + 1)
     T = E * block_m // K
 
     def empty(*shape: int) -> Tensor:
@@ -160,8 +164,8 @@ def experts(dtype: torch.dtype, switch: str, block_m: int, width: int, form: str
     x, keys, values = empty(T, D), empty(E, G, D), empty(E, G, D)
     index, gate = torch.zeros(T, K, dtype=torch.int64), torch.empty(T, K)
     units = (empty(E, G, D), empty(E, G)) if form == "full" else (None, None)
-    scale = empty(T, K, G) if form == "full" else None
-    activation = "gelu" if form == "full" else form
+    scale = empty(T, K, G) if form in ("full", "dropout") else None
+    activation = "gelu" if form in ("full", "dropout") else form
     call = (x, keys, values, index, gate, *units, scale, activation)
     _, *saved = expert_ffn.forward(*call)
     expert_ffn.inference(*call)
@@ -300,6 +304,20 @@ def table(results: set[Compiled]) -> str:
     return "\n".join(lines)
 
 
+def unlaunched(results: set[Compiled], targets: list[str]) -> list[str]:
+    """The tiles of the tables that no case took: nothing in them may go unseen."""
+    seen = {(r.target, r.kernel == "outer", r.dtype, r.tile) for r in results}
+    missing = []
+    for target in targets:
+        for (kernel, kind), tiles in config.TABLES[TARGETS[target].table].items():
+            dtype = {"half": "bf16", "odd": "bf16"}.get(kind, kind)
+            for t in tiles:
+                text = f"{t.m}x{t.n}x{t.k}, {t.warps} warps, {t.stages} stages"
+                if (target, kernel == "outer", dtype, text) not in seen:
+                    missing.append(f"never launched: {kernel} {kind} {text} for {target}")
+    return missing
+
+
 def _numbers(text: str) -> list[int]:
     return [int(n) for n in re.findall(r"\d+", text)]
 
@@ -317,7 +335,7 @@ def main() -> int:
     jobs = [(i, name, arguments.quick, part, parts) for i, name in enumerate(names) for part in range(parts)]
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
         results = {r for chunk in pool.imap_unordered(work, jobs) for r in chunk}
-    bad = sorted((r for r in results if r.problem), key=str)
+    bad = [*sorted((r for r in results if r.problem), key=str), *unlaunched(results, names)]
     for r in bad:
         print(r)
     seconds = time.perf_counter() - start

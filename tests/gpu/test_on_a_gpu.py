@@ -1,0 +1,59 @@
+"""What only a GPU can show: CUDA graphs, and production tiles on real sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from net import check, cvmm_case, expert_case, random
+
+import sparse_ffn as sf
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 300, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+def test_real_tiles(tokens: int, dtype: torch.dtype) -> None:
+    for sizes in ((256, 128, 256), (100, 60, 36)):
+        for form in ("plain", "everything"):
+            case = expert_case("random", dtype, form=form, activation="silu", sizes=sizes)
+            index = torch.rand(tokens, 5).topk(3).indices
+            case.tensors |= {"x": random(tokens, sizes[0]), "index": index, "gate": torch.rand(tokens, 3).double()}
+            if form == "everything":
+                case.tensors["hidden_scale"] = (torch.rand(tokens, 3, sizes[1]) > 0.3).double()
+            check(case, "cuda")
+    check(cvmm_case("ragged", dtype, form="gather, scatter, reduction", sizes=(256, 128)), "cuda")
+
+
+def test_a_training_step_in_a_cuda_graph() -> None:
+    layer = sf.SigmaMoE(64, 16, 32, 4, device="cuda")
+    x = torch.randn(512, 64, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles and warms up
+        for _ in range(3):
+            layer(x).square().sum().backward()
+    torch.cuda.current_stream().wait_stream(side)
+    layer.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+        y.square().sum().backward()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    captured = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+    layer.zero_grad(set_to_none=True)
+    expected = layer(x)
+    expected.square().sum().backward()
+    assert torch.equal(y, expected)
+    for got, parameter in zip(captured, layer.parameters(), strict=True):
+        assert torch.equal(got, parameter.grad)
+
+
+def test_layer_compiles_whole() -> None:
+    layer = sf.SigmaMoE(64, 16, 32, 4, device="cuda").eval()
+    x = torch.randn(512, 64, device="cuda")
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
