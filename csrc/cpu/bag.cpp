@@ -1,7 +1,7 @@
 // bag.cpp - the weighted bag: out[t] = sum_j weight[t,j] * values[index[t,j]], and its gradients.
-// Gathering rows costs one read of a row from L3 or memory for each slot. Where rows are shared by several slots the work
-// goes by value row instead, over the sorted slots and over a block of columns at a time: the table streams by once, and
-// what is met at random, the tokens' sums or output gradients, is a compact block that stays in L2.
+// Gathering rows costs one read of a row from L3 or memory for each slot. Where rows are shared by several slots the
+// work goes by value row instead, over the sorted slots and over a block of columns at a time: the table streams by
+// once, and what is met at random, the tokens' sums or output gradients, is a compact block that stays in L2.
 // Threads own output columns (forward) or value rows (backward), so nothing is atomic and the result does not depend on
 // the number of threads.
 #include "ops.h"
@@ -15,7 +15,7 @@ static constexpr int64_t kBlock = kBlockVectors * VL;     // columns in a block
 static constexpr int64_t kChunkTokens = 512 * 1024 / (kBlock * 4);  // tokens whose block is half of an L2 of 1 MB
 static constexpr int64_t kRowsAhead = 4;                  // value rows fetched before their turn
 static constexpr int64_t kSharing = 4;                    // slots a row, from which sorting pays
-static constexpr int64_t kSmallTable = 4 << 20;           // bytes, up to which rows come from L2 often enough to gather them
+static constexpr int64_t kSmallTable = 4 << 20;           // bytes, up to which rows come from L2 often enough
 static constexpr int64_t kGatherColumns = 8 * VL;         // columns summed in registers at a time by gathering
 
 template <class T> static void gather_row(const sparse_ffn_bag& p, int64_t t, int64_t first, int64_t columns, T* out) {
@@ -72,7 +72,8 @@ template <class T> static ALWAYS_INLINE void prefetch_block(const T* row) {
 
 // One block of columns of `tokens` outputs; sums: [tokens, kBlock] of scratch.
 template <class T>
-static void forward_block(const sparse_ffn_bag& p, const SortedSlots& s, int64_t first, int64_t tokens, float* sums, T* out) {
+static void forward_block(const sparse_ffn_bag& p, const SortedSlots& s, int64_t first, int64_t tokens, float* sums,
+                          T* out) {
   const int64_t columns = lesser(kBlock, p.O - first);
   const T* values = static_cast<const T*>(p.values) + first;
   memset(sums, 0, static_cast<size_t>(tokens * kBlock) * 4);
@@ -126,8 +127,8 @@ template <class T> static int forward(const sparse_ffn_bag& p, T* out) {
   return failed ? SPARSE_FFN_NO_MEMORY : SPARSE_FFN_OK;
 }
 
-// One block of columns of a value row: its own gradient, and its slots' dot products with the output gradients, added to
-// dots (by sorted position; null: not wanted) or written at the first block.
+// One block of columns of a value row: its own gradient, and its slots' dot products with the output gradients, added
+// to dots (by sorted position) or written at the first block.
 template <class T, bool kDots>
 static ALWAYS_INLINE void backward_block(const int32_t* token, const float* weight, int64_t slots, const float* dout,
                                          const V* value, V* sums, float* dots, bool add) {
@@ -156,8 +157,8 @@ static ALWAYS_INLINE void backward_block(const int32_t* token, const float* weig
 
 // All slots of value rows n0 .. n1-1. packed: [T, kBlock] of scratch; dots [S] by sorted position, or null.
 template <class T>
-static void backward_rows(const sparse_ffn_bag& p, const SortedSlots& s, int64_t n0, int64_t n1, const T* dout, T* dvalues,
-                          const int32_t* place, float* packed, float* dots) {
+static void backward_rows(const sparse_ffn_bag& p, const SortedSlots& s, int64_t n0, int64_t n1, const T* dout,
+                          T* dvalues, const int32_t* place, float* packed, float* dots) {
   const T* values = static_cast<const T*>(p.values);
   for (int64_t first = 0; first < p.O; first += kBlock) {
     const int64_t columns = lesser(kBlock, p.O - first);
@@ -185,7 +186,8 @@ static void backward_rows(const sparse_ffn_bag& p, const SortedSlots& s, int64_t
 template <class T>
 static int backward(const sparse_ffn_bag& p, const T* dout, T* dweight, T* dvalues, int64_t* rows, int64_t* n_rows) {
   const int64_t S = p.T * p.J;
-  int32_t* place = rows ? scratch_of<int32_t>(kSlotAux, p.N + 1) : nullptr;  // value row -> its row in the sparse gradient
+  // value row -> its row in the sparse gradient
+  int32_t* place = rows ? scratch_of<int32_t>(kSlotAux, p.N + 1) : nullptr;
   float* dots = dweight ? scratch_of<float>(kSlotDgate, S + 1) : nullptr;
   const SortedSlots s = SortedSlots::reserve(p);
   if ((rows && !place) || (dweight && !dots) || !s.ready()) return SPARSE_FFN_NO_MEMORY;
@@ -231,10 +233,12 @@ int bag_forward(const sparse_ffn_bag& p, void* out) {
   }
 }
 
-int bag_backward(const sparse_ffn_bag& p, const void* dout, void* dweight, void* dvalues, int64_t* rows, int64_t* n_rows) {
+int bag_backward(const sparse_ffn_bag& p, const void* dout, void* dweight, void* dvalues, int64_t* rows,
+                 int64_t* n_rows) {
   const auto run = [&](auto example) {
     using T = decltype(example);
-    return backward<T>(p, static_cast<const T*>(dout), static_cast<T*>(dweight), static_cast<T*>(dvalues), rows, n_rows);
+    return backward<T>(p, static_cast<const T*>(dout), static_cast<T*>(dweight), static_cast<T*>(dvalues), rows,
+                       n_rows);
   };
   switch (p.dtype) {
     case SPARSE_FFN_FP32: return run(float{});

@@ -56,6 +56,8 @@ constexpr int64_t kMaxSlots = 0x7fffffff;
 
 bool known_dtype(int32_t dtype) { return dtype >= SPARSE_FFN_FP32 && dtype <= SPARSE_FFN_FP16; }
 
+bool known_norm(int32_t norm) { return norm >= SPARSE_FFN_NORM_NONE && norm <= SPARSE_FFN_NORM_RMS; }
+
 int check(const sparse_ffn_experts* p, bool needs_order) {
   if (!p) return SPARSE_FFN_BAD_ARGUMENT;
   if (p->T < 0 || p->D < 0 || p->O < 0 || p->E < 0 || p->G < 0 || p->K < 0) return SPARSE_FFN_BAD_ARGUMENT;
@@ -126,6 +128,11 @@ const char* sparse_ffn_isa(void) { return kernels().name; }
 void sparse_ffn_release_scratch(void) { release_scratch(); }
 void* sparse_ffn_allocate(int64_t bytes) { return bytes > 0 ? allocate_at_huge_page(static_cast<size_t>(bytes)) : nullptr; }
 void sparse_ffn_free(void* memory) { free(memory); }
+int sparse_ffn_find_pages(void* p, int64_t bytes) {
+  if (bytes < 0 || (bytes > 0 && !p)) return SPARSE_FFN_BAD_ARGUMENT;
+  advise_huge_pages(p, static_cast<size_t>(bytes));
+  return SPARSE_FFN_OK;
+}
 
 int sparse_ffn_route(const int64_t* index, int64_t S, int64_t E, int32_t* order, int32_t* offsets) {
   if (S < 0 || E < 0 || !offsets || (S > 0 && (!index || !order))) return SPARSE_FFN_BAD_ARGUMENT;
@@ -241,13 +248,25 @@ int sparse_ffn_bag_backward_sparse(const sparse_ffn_bag* args, const void* dout,
   return kernels().bag_backward(*args, dout, dweight, dvalue_rows, rows, n_rows);
 }
 
-int sparse_ffn_wide_product_forward(const sparse_ffn_wide_product* p, float* out) {
-  if (!p || !known_dtype(p->dtype) || p->B < 0 || p->M < 0 || p->N < 0 || p->K < 0) return SPARSE_FFN_BAD_ARGUMENT;
+int sparse_ffn_wide_product_forward(const sparse_ffn_wide_product* p, float* out, float* scale) {
+  if (!p || !known_dtype(p->dtype) || !known_norm(p->norm)) return SPARSE_FFN_BAD_ARGUMENT;
+  if (p->B < 0 || p->M < 0 || p->N < 0 || p->K < 0) return SPARSE_FFN_BAD_ARGUMENT;
+  if (p->norm && (p->norm_width < 1 || p->N % p->norm_width)) return SPARSE_FFN_BAD_ARGUMENT;
   if (p->B * p->M * p->N == 0) return SPARSE_FFN_OK;
-  if (!out || (p->K > 0 && (!p->x || !p->w)) || p->x_stride_b < 0 || p->x_stride_m < 0) return SPARSE_FFN_BAD_ARGUMENT;
+  if (!out || (p->norm && !scale) || (p->K > 0 && (!p->x || !p->w))) return SPARSE_FFN_BAD_ARGUMENT;
+  if (p->x_stride_b < 0 || p->x_stride_m < 0) return SPARSE_FFN_BAD_ARGUMENT;
   if (p->M > kMaxSlots / p->B || (p->B - 1) * p->x_stride_b + (p->M - 1) * p->x_stride_m > kMaxSlots)
     return SPARSE_FFN_TOO_LARGE;
-  return kernels().wide_product(*p, out);
+  return kernels().wide_product(*p, out, scale);
+}
+
+int sparse_ffn_normalised_backward(const sparse_ffn_normalised* p, const float* dout, const float* out,
+                                   const float* scale, void* dproduct) {
+  if (!p || !known_dtype(p->dtype) || !known_norm(p->norm) || !p->norm) return SPARSE_FFN_BAD_ARGUMENT;
+  if (p->M < 0 || p->pieces < 0 || p->width < 0) return SPARSE_FFN_BAD_ARGUMENT;
+  if (p->M * p->pieces * p->width == 0) return SPARSE_FFN_OK;
+  if (!dout || !out || !scale || !dproduct) return SPARSE_FFN_BAD_ARGUMENT;
+  return kernels().normalised_backward(*p, dout, out, scale, dproduct);
 }
 
 int sparse_ffn_product_key_topk(const sparse_ffn_product_keys* args, const float* scores, int64_t* index, float* sums) {

@@ -25,7 +25,9 @@ struct KernelTable {
   int (*bag_forward)(const sparse_ffn_bag&, void* out);
   int (*bag_backward)(const sparse_ffn_bag&, const void* dout, void* dweight, void* dvalues, int64_t* rows,
                       int64_t* n_rows);
-  int (*wide_product)(const sparse_ffn_wide_product&, float* out);
+  int (*wide_product)(const sparse_ffn_wide_product&, float* out, float* scale);
+  int (*normalised_backward)(const sparse_ffn_normalised&, const float* dout, const float* out, const float* scale,
+                             void* dproduct);
   int (*product_key_topk)(const sparse_ffn_product_keys&, const float* scores, int64_t* index, float* sums);
   int (*product_key_topk_backward)(const sparse_ffn_product_keys&, const float* dsums, const int64_t* index,
                                   float* dscores);

@@ -48,6 +48,9 @@ SPARSE_FFN_API void sparse_ffn_release_scratch(void);
 /* Memory for a large output: it starts at a huge page (2 MiB). Null when there is none. */
 SPARSE_FFN_API void* sparse_ffn_allocate(int64_t bytes);
 SPARSE_FFN_API void sparse_ffn_free(void* memory);
+/* Finds the memory behind a fresh buffer that others will write, with huge pages where there are. All functions here do
+ * so for their own large outputs. */
+SPARSE_FFN_API int sparse_ffn_find_pages(void* p, int64_t bytes);
 
 /* ---- Routing ----------------------------------------------------------------------------------------------------
  * Stable counting sort of the slots by expert. index [S] in [0, E) -> order [S] (sorted position -> slot) and
@@ -150,15 +153,29 @@ SPARSE_FFN_API int sparse_ffn_bag_backward_sparse(const sparse_ffn_bag* args, co
                                                   int64_t* rows, void* dvalue_rows, int64_t* n_rows);
 
 /* ---- Wide product -----------------------------------------------------------------------------------------------
- * out[b] = x[b] w[b]^T in fp32, whatever the dtype: x [B, M, K] with strides of its first two dimensions, w [B, N, K]. */
+ * out[b] = x[b] w[b]^T in fp32, whatever the dtype: x [B, M, K] with strides of its first two dimensions, w [B, N, K].
+ * With a norm, each piece of norm_width columns (a divisor of N) is normalised: (z - mean) * scale with scale
+ * 1 / sqrt(variance + 1e-5), or z / sqrt(mean(z^2) + 1e-5). */
+enum sparse_ffn_norm { SPARSE_FFN_NORM_NONE = 0, SPARSE_FFN_NORM_LAYER = 1, SPARSE_FFN_NORM_RMS = 2 };
 typedef struct sparse_ffn_wide_product {
   int64_t B, M, N, K;
-  int64_t x_stride_b, x_stride_m;
-  int32_t dtype, n_threads;
+  int64_t x_stride_b, x_stride_m, norm_width;
+  int32_t dtype, norm, n_threads, reserved;
   const void* x;
   const void* w;
 } sparse_ffn_wide_product;
-SPARSE_FFN_API int sparse_ffn_wide_product_forward(const sparse_ffn_wide_product* args, float* out /* [B, M, N] */);
+/* out [B, M, N]; scale [B, M, N / norm_width], only with a norm. */
+SPARSE_FFN_API int sparse_ffn_wide_product_forward(const sparse_ffn_wide_product* args, float* out, float* scale);
+
+/* Gradient of what a norm was applied to: M rows of `pieces` pieces; dout piece at m * stride_m + piece * stride_piece. */
+typedef struct sparse_ffn_normalised {
+  int64_t M, pieces, width;
+  int64_t stride_m, stride_piece;
+  int32_t dtype, norm, n_threads, reserved;
+} sparse_ffn_normalised;
+/* out [M, pieces, width] and scale [M, pieces] of the forward; dproduct [M, pieces, width] in the dtype. */
+SPARSE_FFN_API int sparse_ffn_normalised_backward(const sparse_ffn_normalised* args, const float* dout, const float* out,
+                                                  const float* scale, void* dproduct);
 
 /* ---- Selection --------------------------------------------------------------------------------------------------
  * All selections are exact, ranked by value descending, ties to the lower index; a NaN ranks last. */

@@ -20,6 +20,7 @@ LIBRARY_VARIABLE = "SPARSE_FFN_LIBRARY"
 ABI_VERSION = 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "identity": 4, "squared_relu": 5}
+NORMS = {"layer": 1, "rms": 2}
 GATES = {"sigmoid": 0, "softmax": 1, "softmax_selected": 2, "one": 3}
 
 _p, _i64, _i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -76,9 +77,18 @@ class WideProduct(ctypes.Structure):
     """``sparse_ffn_wide_product``."""
 
     _fields_ = (
-        *((name, _i64) for name in ("B", "M", "N", "K", "x_stride_b", "x_stride_m")),
-        *((name, _i32) for name in ("dtype", "n_threads")),
+        *((name, _i64) for name in ("B", "M", "N", "K", "x_stride_b", "x_stride_m", "norm_width")),
+        *((name, _i32) for name in ("dtype", "norm", "n_threads", "reserved")),
         *((name, _p) for name in ("x", "w")),
+    )
+
+
+class Normalised(ctypes.Structure):
+    """``sparse_ffn_normalised``."""
+
+    _fields_ = (
+        *((name, _i64) for name in ("M", "pieces", "width", "stride_m", "stride_piece")),
+        *((name, _i32) for name in ("dtype", "norm", "n_threads", "reserved")),
     )
 
 
@@ -93,6 +103,7 @@ class ProductKeys(ctypes.Structure):
 
 _POINTER = ctypes.POINTER
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "find_pages": (_p, _i64),
     "route": (_p, _i64, _i64, _p, _p),
     "experts_forward": (_POINTER(Experts), _p, _p, _p),
     "experts_infer": (_POINTER(Experts), _p, _p),
@@ -104,7 +115,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "bag_forward": (_POINTER(Bag), _p),
     "bag_backward": (_POINTER(Bag), _p, _p, _p),
     "bag_backward_sparse": (_POINTER(Bag), _p, _p, _p, _p, _POINTER(_i64)),
-    "wide_product_forward": (_POINTER(WideProduct), _p),
+    "wide_product_forward": (_POINTER(WideProduct), _p, _p),
+    "normalised_backward": (_POINTER(Normalised), _p, _p, _p, _p),
     "product_key_topk": (_POINTER(ProductKeys), _p, _p, _p),
     "product_key_topk_backward": (_POINTER(ProductKeys), _p, _p, _p),
     "topk": (_p, _i64, _i64, _i64, _i64, _i32, _p, _p),
@@ -145,6 +157,13 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     memory = (ctypes.c_char * size).from_address(address)
     weakref.finalize(memory, _library.sparse_ffn_free, address).atexit = False  # tensors may outlive the interpreter
     return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def empty_for_torch(*shape: int, dtype: torch.dtype) -> Tensor:
+    """``empty`` for an output that torch's kernels write and not the core, which finds its outputs' memory itself."""
+    out = empty(*shape, dtype=dtype)
+    call("find_pages", out.data_ptr(), out.nbytes)
+    return out
 
 
 def call(name: str, *arguments: Any) -> None:

@@ -114,24 +114,13 @@ class ProductKeyMemory(SparseFFN):
         """Scores of the two halves' sub-keys [T, H, 2, N], in fp32 at least under any autocast."""
         with without_autocast(x):
             if self.query is None:  # all heads see x: one product for each half
-                query_TSC = self._normalised(rearrange(x, "t (s c) -> t s c", s=2))
+                query_TSC = ops.normalise(rearrange(x, "t (s c) -> t s c", s=2), self.query_norm)
                 score_STM = ops.wide_product(query_TSC.transpose(0, 1), self.sub_keys.flatten(1, 2))
                 return rearrange(score_STM, "s t (h n) -> t h s n", h=self.n_heads)
-            query = ops.wide_product(x.unsqueeze(0), self.query.weight.unsqueeze(0)).squeeze(0)
-            query_TBC = self._normalised(rearrange(query, "t (b c) -> t b c", b=2 * self.n_heads))
+            query_TBC = ops.normalised_product(x, self.query.weight, 2 * self.n_heads, self.query_norm)
             sub_keys_BNC = rearrange(self.sub_keys, "s h n c -> (h s) n c")
             score_BTN = ops.wide_product(query_TBC.transpose(0, 1), sub_keys_BNC)
             return rearrange(score_BTN, "(h s) t n -> t h s n", s=2)
-
-    def _normalised(self, query: Tensor) -> Tensor:
-        """Halves of queries, normalised in fp32 at least if at all."""
-        if self.query_norm is not None:
-            query = query.to(torch.promote_types(query.dtype, torch.float32))
-        if self.query_norm == "layer":
-            return F.layer_norm(query, query.shape[-1:])
-        if self.query_norm == "rms":
-            return F.rms_norm(query, query.shape[-1:], eps=1e-5)
-        return query
 
     def param_groups(self, values_lr: float, **options: Any) -> list[dict[str, Any]]:
         """Optimizer parameter groups: the value table with a learning rate of its own, then all other parameters.

@@ -22,7 +22,7 @@ def forward(
 ) -> Tensor:
     """Output [n_out, L]."""
     arguments, _keep, _ = _arguments(x, weight, expert, gather, scatter, reduction, n_out)
-    out = torch.empty(n_out, weight.shape[2], dtype=x.dtype)
+    out = native.empty(n_out, weight.shape[2], dtype=x.dtype)
     native.call("cvmm_forward", arguments, out.data_ptr())
     return out
 
@@ -39,7 +39,7 @@ def backward(
     """Gradients of x, weight and reduction (empty if absent)."""
     arguments, _keep, order = _arguments(x, weight, expert, gather, scatter, reduction, grad.shape[0])
     grad = native.rows(grad)
-    dx, dweight = torch.empty(x.shape, dtype=x.dtype), torch.empty(weight.shape, dtype=x.dtype)
+    dx, dweight = native.empty(*x.shape, dtype=x.dtype), native.empty(*weight.shape, dtype=x.dtype)
     dscale = None if reduction is None else torch.empty(expert.shape[0], dtype=torch.float32)
     native.call(
         "cvmm_backward", arguments, grad.data_ptr(), grad.stride(0), dx.data_ptr(), dweight.data_ptr(), pointer(dscale)

@@ -6,24 +6,51 @@ import torch
 from torch import Tensor
 
 from sparse_ffn import native
-from sparse_ffn.native import DTYPES, WideProduct
+from sparse_ffn.native import DTYPES, NORMS, Normalised, WideProduct, pointer
 
 
 def forward(x: Tensor, w: Tensor) -> Tensor:
     """As the reference."""
+    return _product(x, w, None, 1)[0]
+
+
+def normalised_forward(x: Tensor, w: Tensor, pieces: int, norm: str) -> tuple[Tensor, Tensor]:
+    """As the reference, and the factor that each piece was multiplied by [M, pieces]."""
+    out, scale = _product(x.unsqueeze(0), w.unsqueeze(0), norm, pieces)
+    assert scale is not None
+    return out.view(x.shape[0], pieces, -1), scale.view(x.shape[0], pieces)
+
+
+def _product(x: Tensor, w: Tensor, norm: str | None, pieces: int) -> tuple[Tensor, Tensor | None]:
     x = x if x.stride(2) == 1 else x.contiguous()
     w = w.contiguous()
     out = native.empty(*x.shape[:2], w.shape[1], dtype=torch.float32)
+    scale = None if norm is None else torch.empty(*x.shape[:2], pieces)
     arguments = WideProduct(
-        *(*x.shape[:2], *w.shape[1:], *x.stride()[:2]),
-        *(DTYPES[x.dtype], torch.get_num_threads(), x.data_ptr(), w.data_ptr()),
+        *(*x.shape[:2], *w.shape[1:], *x.stride()[:2], w.shape[1] // pieces),
+        *(DTYPES[x.dtype], 0 if norm is None else NORMS[norm], torch.get_num_threads(), 0),
+        *(x.data_ptr(), w.data_ptr()),
     )
-    native.call("wide_product_forward", arguments, out.data_ptr())
-    return out
+    native.call("wide_product_forward", arguments, out.data_ptr(), pointer(scale))
+    return out, scale
 
 
 def backward(grad: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and w. They are rounded to their dtype in any case: so may the factor be."""
     grad = grad.to(x.dtype)
-    dx, dw = (native.empty(*t.shape, dtype=t.dtype) for t in (x, w))
+    dx, dw = (native.empty_for_torch(*t.shape, dtype=t.dtype) for t in (x, w))
     return torch.bmm(grad, w, out=dx), torch.bmm(grad.transpose(1, 2), x, out=dw)
+
+
+def normalised_backward(
+    grad: Tensor, x: Tensor, w: Tensor, out: Tensor, scale: Tensor, norm: str
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and w; grad [M, pieces, width] may be strided."""
+    grad = grad if grad.stride(2) == 1 else grad.contiguous()
+    dproduct = native.empty(out.shape[0], w.shape[0], dtype=x.dtype)
+    arguments = Normalised(
+        *(*out.shape, *grad.stride()[:2]), *(DTYPES[x.dtype], NORMS[norm], torch.get_num_threads(), 0)
+    )
+    native.call("normalised_backward", arguments, *(t.data_ptr() for t in (grad, out, scale, dproduct)))
+    dx, dw = (native.empty_for_torch(*t.shape, dtype=t.dtype) for t in (x, w))
+    return torch.mm(dproduct, w, out=dx), torch.mm(dproduct.t(), x, out=dw)

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_ffn.backend import choose
 from sparse_ffn.ops.library import define, refuse_double_backward, set_autograd
 from sparse_ffn.ops.wide_product import cpu as native
-from sparse_ffn.ops.wide_product.reference import wide_product as reference
+from sparse_ffn.ops.wide_product import reference
 
 
 def wide_product(x: Tensor, w: Tensor) -> Tensor:
@@ -18,13 +18,22 @@ def wide_product(x: Tensor, w: Tensor) -> Tensor:
 
     The core gains most with bf16, where torch would round its result, or multiply in fp32.
     """
-    if x.dtype == w.dtype and x.dtype in _NATIVE and choose(x) == "cpu":
-        out: Tensor = _forward(x, w)
-        return out
-    return reference(x, w)
+    if not _native(x, w):
+        return reference.wide_product(x, w)
+    out: Tensor = _forward(x, w)
+    return out
 
 
-_NATIVE = (torch.float32, torch.bfloat16)
+def normalised_product(x: Tensor, w: Tensor, pieces: int, norm: str | None) -> Tensor:
+    """x [M, K] times w [N, K] transposed, each of its pieces normalised: [M, pieces, N / pieces], in fp32 at least."""
+    if norm is None or not _native(x, w):
+        return reference.normalised_product(x, w, pieces, norm)
+    out: Tensor = _normalised(x, w, pieces, norm)[0]
+    return out
+
+
+def _native(x: Tensor, w: Tensor) -> bool:
+    return x.dtype == w.dtype and x.dtype in (torch.float32, torch.bfloat16) and choose(x) == "cpu"
 
 
 def _forward_fake(x: Tensor, w: Tensor) -> Tensor:
@@ -50,3 +59,40 @@ _backward = define(
 )
 _forward = set_autograd(_forward, _autograd, _setup_context)
 refuse_double_backward(_backward)
+
+
+def _normalised_fake(x: Tensor, w: Tensor, pieces: int, norm: str) -> tuple[Tensor, Tensor]:
+    out = x.new_empty(x.shape[0], pieces, w.shape[0] // pieces, dtype=torch.float32)
+    return out, x.new_empty(x.shape[0], pieces, dtype=torch.float32)
+
+
+def _normalised_backward_fake(
+    grad: Tensor, x: Tensor, w: Tensor, out: Tensor, scale: Tensor, norm: str
+) -> tuple[Tensor, Tensor]:
+    return _backward_fake(grad, x, w)
+
+
+def _normalised_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, w, _, ctx.norm = inputs
+    ctx.save_for_backward(x, w, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _normalised_autograd(ctx: Any, grad: Tensor, unused: Any) -> tuple[Tensor | None, ...]:
+    dx, dw = _normalised_backward(grad, *ctx.saved_tensors, ctx.norm)
+    return dx, dw, None, None
+
+
+_normalised = define(
+    "normalised_product(Tensor x, Tensor w, int pieces, str norm) -> (Tensor out, Tensor scale)",
+    native.normalised_forward,
+    _normalised_fake,
+)
+_normalised_backward = define(
+    "normalised_product_backward(Tensor grad, Tensor x, Tensor w, Tensor out, Tensor scale, str norm) "
+    "-> (Tensor dx, Tensor dw)",
+    native.normalised_backward,
+    _normalised_backward_fake,
+)
+_normalised = set_autograd(_normalised, _normalised_autograd, _normalised_setup)
+refuse_double_backward(_normalised_backward)
