@@ -25,7 +25,7 @@ def wide_product(x: Tensor, w: Tensor) -> Tensor:
 
 
 def normalised_product(x: Tensor, w: Tensor, pieces: int, norm: str | None) -> Tensor:
-    """x [M, K] times w [N, K] transposed, each of its pieces normalised: [M, pieces, N / pieces], in fp32 at least."""
+    """Pieces, normalised, of x [M, K] times w [N, K] transposed: [M, pieces, N / pieces], in fp32 at least."""
     if norm is None or not _native(x, w):
         return reference.normalised_product(x, w, pieces, norm)
     out: Tensor = _normalised(x, w, pieces, norm)[0]

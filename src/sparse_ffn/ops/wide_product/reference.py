@@ -22,6 +22,6 @@ def normalise(x: Tensor, norm: str | None) -> Tensor:
 
 
 def normalised_product(x: Tensor, w: Tensor, pieces: int, norm: str | None) -> Tensor:
-    """x [M, K] times w [N, K] transposed, each of its pieces normalised: [M, pieces, N / pieces], in fp32 at least."""
+    """Pieces, normalised, of x [M, K] times w [N, K] transposed: [M, pieces, N / pieces], in fp32 at least."""
     product = wide_product(x.unsqueeze(0), w.unsqueeze(0)).squeeze(0)
-    return normalise(product.unflatten(1, (pieces, -1)), norm)
+    return normalise(product.view(product.shape[0], pieces, -1), norm)
