@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sparse_ffn as sf
-from sparse_ffn import native, ops
+from sparse_ffn import functional, native, ops
 from sparse_ffn.ops.activations import ACTIVATIONS
 
 EFFORT = float(os.environ.get("SPARSE_FFN_FUZZ", "1"))
@@ -323,11 +323,11 @@ def score_tables(draw: Callable[..., Any]) -> tuple[Tensor, Tensor, int]:
 def test_product_key_topk(poisoned: None, drawn: tuple[Tensor, Tensor, int]) -> None:
     first, second, k = drawn
     with sf.backend("reference"):
-        best, index = ops.product_key_topk(first, second, k)
+        best, index = functional.product_key_topk(first, second, k)
     every = (first.unsqueeze(-1) + second.unsqueeze(-2)).flatten(-2)
     assert torch.equal(best, every.sort(dim=-1, descending=True).values[..., :k])
     for backend in backends(first.dtype)[1:]:
         with sf.backend(backend):
-            actual_best, actual_index = ops.product_key_topk(first, second, k)
+            actual_best, actual_index = functional.product_key_topk(first, second, k)
         assert torch.equal(actual_index, index), backend
         assert torch.equal(actual_best, best), backend

@@ -145,7 +145,8 @@ every_layer = pytest.mark.parametrize("name", LAYERS)
 def backends_of(graph: torch.fx.Graph) -> set[str]:
     """Which backends the sparse ops of a graph compute with: their last argument, or the core for its own op."""
     targets = [(str(node.target), node) for node in graph.nodes if str(node.target).startswith("sparse_ffn")]
-    return {"cpu" if "routed_ffn" in target else node.args[-1] for target, node in targets}
+    own = ("routed_ffn", "wide_product", "normalised_product")
+    return {"cpu" if any(n in target for n in own) else node.args[-1] for target, node in targets}
 
 
 @built

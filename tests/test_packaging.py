@@ -138,7 +138,7 @@ def test_installed_wheel_trains_on_the_core_outside_the_source_tree(
     python = install(distributions.wheel, tmp_path)
     report = run(python, "-m", "sparse_ffn.info", cwd=tmp_path)
     assert "native core: loaded" in report
-    assert "chosen     cpu (automatic" in report
+    assert "chosen     cpu: cpu (automatic" in report
     assert run(python, "-c", STEP, cwd=tmp_path).startswith(str(tmp_path))
 
 
@@ -167,4 +167,4 @@ print(*[w.message for w in caught if w.category is sf.SparseFFNWarning], sep="\\
     assert "Install a C++ compiler and reinstall: pip install" in warning
     report = run(python, "-m", "sparse_ffn.info", cwd=tmp_path)
     assert "native core: it was not built when sparse-ffn was installed" in report
-    assert "chosen     torch (automatic" in report
+    assert "chosen     cpu: torch (automatic" in report

@@ -18,7 +18,7 @@ def normalised_forward(x: Tensor, w: Tensor, pieces: int, norm: str) -> tuple[Te
     """As the reference, and the factor that each piece was multiplied by [M, pieces]."""
     out, scale = _product(x.unsqueeze(0), w.unsqueeze(0), norm, pieces)
     assert scale is not None
-    return out.view(x.shape[0], pieces, -1), scale.view(x.shape[0], pieces)
+    return out.view(x.shape[0], pieces, w.shape[0] // pieces), scale.view(x.shape[0], pieces)
 
 
 def _product(x: Tensor, w: Tensor, norm: str | None, pieces: int) -> tuple[Tensor, Tensor | None]:

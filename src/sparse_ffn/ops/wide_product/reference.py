@@ -24,4 +24,4 @@ def normalise(x: Tensor, norm: str | None) -> Tensor:
 def normalised_product(x: Tensor, w: Tensor, pieces: int, norm: str | None) -> Tensor:
     """Pieces, normalised, of x [M, K] times w [N, K] transposed: [M, pieces, N / pieces], in fp32 at least."""
     product = wide_product(x.unsqueeze(0), w.unsqueeze(0)).squeeze(0)
-    return normalise(product.view(product.shape[0], pieces, -1), norm)
+    return normalise(product.view(product.shape[0], pieces, w.shape[0] // pieces), norm)
