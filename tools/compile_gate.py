@@ -137,7 +137,7 @@ def cases(target: str, quick: bool) -> Iterator[Callable[[], None]]:
             yield partial(experts, dtype, switch, block_m, 100, "full")  # sizes off every grid
         for form in ("gelu", "dropout"):
             yield partial(experts, dtype, switch, 128, 256, form)
-        for width, depth in ((64, 256), (256, 64)):
+        for width, depth in ((64, 256), (256, 64), (32, 64)):
             yield partial(experts, dtype, switch, 128, width, "relu", depth)
         yield partial(experts, dtype, switch, 512, 64, "relu")  # weight gradients in parts
         yield partial(experts, dtype, switch, 128, 100, "relu")
