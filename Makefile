@@ -10,7 +10,7 @@ demo: $(READY)  ## train the same small language model with each FFN; table, pic
 	$(BIN)/python -m examples.language_model $(ARGS)
 
 test: $(READY)  ## the whole test suite; the GPU kernels interpreted, or compiled where there is a GPU
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --ignore tests/gpu $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/gpu $(ARGS)
 
 gate: $(READY)  ## compile every GPU kernel for every target, without a GPU, and judge it
