@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "kernel_table.h"
+#include "blocks.h"
 #include "scratch.h"
 
 namespace sparse_ffn {
@@ -125,9 +126,12 @@ extern "C" {
 
 int sparse_ffn_abi_version(void) { return SPARSE_FFN_ABI_VERSION; }
 const char* sparse_ffn_isa(void) { return kernels().name; }
-void sparse_ffn_release_scratch(void) { release_scratch(); }
-void* sparse_ffn_allocate(int64_t bytes) { return bytes > 0 ? allocate_at_huge_page(static_cast<size_t>(bytes)) : nullptr; }
-void sparse_ffn_free(void* memory) { free(memory); }
+void sparse_ffn_release_memory(void) {
+  release_scratch();
+  release_blocks();
+}
+void* sparse_ffn_allocate(int64_t bytes) { return bytes > 0 ? take_block(static_cast<size_t>(bytes)) : nullptr; }
+void sparse_ffn_free(void* memory, int64_t bytes) { free_block(memory, static_cast<size_t>(bytes)); }
 int sparse_ffn_find_pages(void* p, int64_t bytes) {
   if (bytes < 0 || (bytes > 0 && !p)) return SPARSE_FFN_BAD_ARGUMENT;
   advise_huge_pages(p, static_cast<size_t>(bytes));
