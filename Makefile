@@ -9,9 +9,10 @@ PEERS := .venv/.peers
 demo: $(READY)  ## train the same small language model with each FFN; table, picture and JSON in runs/demo
 	$(BIN)/python -m examples.language_model $(ARGS)
 
+# passive: two processes whose threads wait by spinning keep the cores from each other
 test: $(READY)  ## the whole test suite; the GPU kernels interpreted, or compiled where there is a GPU
-	$(BIN)/python -m pytest -n 2 --ignore tests/gpu $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/gpu $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --ignore tests/gpu $(ARGS)
+	OMP_WAIT_POLICY=passive TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/gpu $(ARGS)
 
 gate: $(READY)  ## compile every GPU kernel for every target, without a GPU, and judge it
 	$(BIN)/python tools/compile_gate.py $(ARGS)

@@ -196,6 +196,10 @@ int sparse_ffn_moe_forward(const sparse_ffn_experts* args, const sparse_ffn_rout
                            float* softmax_sums) {
   if (const int bad = check(args, router)) return bad;
   sparse_ffn_experts p = *args;
+  if (!gate) gate = static_cast<float*>(scratch(kSlotDgate, static_cast<size_t>(p.T * p.K + 1) * 4));
+  if (!order) order = static_cast<int32_t*>(scratch(kSlotOrder, static_cast<size_t>(p.T * p.K + 1) * 4));
+  if (!offsets) offsets = static_cast<int32_t*>(scratch(kSlotOffsets, static_cast<size_t>(p.E + 1) * 4));
+  if (!gate || !order || !offsets) return SPARSE_FFN_NO_MEMORY;
   p.gate = gate;
   p.order = order;
   p.offsets = offsets;

@@ -103,7 +103,8 @@ typedef struct sparse_ffn_router {
   int64_t groups;            /* runs of T / groups tokens with sums of their own */
   int32_t gate, reserved;
 } sparse_ffn_router;
-/* As experts_forward; index, gate [T, K], order [T*K] and offsets [E+1] are outputs here (those in args are ignored).
+/* As experts_forward; index, gate [T, K], order [T*K] and offsets [E+1] are outputs here (those in args are ignored);
+ * all but index may be null.
  * softmax_sums [groups, E], the sum of the tokens' softmax over all scores, may be null. */
 SPARSE_FFN_API int sparse_ffn_moe_forward(const sparse_ffn_experts* args, const sparse_ffn_router* router, void* out,
                                           void* saved_z, void* saved_zg, int64_t* index, float* gate, int32_t* order,

@@ -66,7 +66,9 @@ def choose(x: Tensor) -> str:
     """The name of the backend for an op on x (its device, and its dtype after autocast)."""
     name = _environment if _forced is None else _forced
     if name == "auto":
-        if native.PROBLEM is not None and x.device.type == "cpu":
+        if x.is_cpu:
+            if native.PROBLEM is None:
+                return "cpu" if x.dtype in native.DTYPES else "torch"
             _warn_once()
         return next((fast for fast in _fast(x.device) if not unavailable(fast, x.device, x.dtype)), "torch")
     _check(name, f"environment variable {ENVIRONMENT_VARIABLE}")

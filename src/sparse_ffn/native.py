@@ -153,9 +153,10 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     address = _library.sparse_ffn_allocate(size) if size >= HUGE_PAGE else None
     if address is None:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(*shape, dtype=dtype)
     memory = (ctypes.c_char * size).from_address(address)
-    weakref.finalize(memory, _library.sparse_ffn_free, address, size).atexit = False  # tensors may outlive the interpreter
+    # not at exit: tensors may outlive the interpreter
+    weakref.finalize(memory, _library.sparse_ffn_free, address, size).atexit = False
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 

@@ -35,7 +35,8 @@ def set_autograd(op: Any, backward: Callable[..., Any], setup_context: Callable[
     torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=_library)
 
     def forward(ctx: Any, *args: Any) -> Any:  # not split in two: apply() would inspect the signature on every call
-        output = op(*args)
+        with torch._C._AutoDispatchBelowAutograd():  # past the formula registered above: its node would be the second
+            output = op(*args)
         setup_context(ctx, args, output)
         return output
 
