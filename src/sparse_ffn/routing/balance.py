@@ -94,14 +94,15 @@ class _MeanNegativeEntropy(torch.autograd.Function):
     def forward(ctx: Any, sums_BE: Tensor, count: int) -> Tensor:
         p_BE = sums_BE / count
         log_BE = p_BE.clamp_min(torch.finfo(p_BE.dtype).tiny).log_()
-        ctx.save_for_backward(p_BE, log_BE)
-        ctx.factor = 1 / (count * sums_BE.shape[0])
-        return torch.dot(p_BE.flatten(), log_BE.flatten()) / sums_BE.shape[0]
+        loss: Tensor = torch.dot(p_BE.flatten(), log_BE.flatten()) / sums_BE.shape[0]
+        slope_BE = log_BE.add_(p_BE >= torch.finfo(p_BE.dtype).tiny).div_(count * sums_BE.shape[0])
+        ctx.save_for_backward(slope_BE)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        p_BE, log_BE = ctx.saved_tensors
-        return (log_BE + (p_BE >= torch.finfo(p_BE.dtype).tiny)) * (grad * ctx.factor), None
+        (slope_BE,) = ctx.saved_tensors
+        return slope_BE * grad, None
 
 
 def switch(routing: Routing | FusedRouting, pool: Pool) -> Tensor:
