@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "kernel_table.h"
+#include "phases.h"
 #include "blocks.h"
 #include "scratch.h"
 
@@ -204,8 +205,8 @@ int sparse_ffn_moe_forward(const sparse_ffn_experts* args, const sparse_ffn_rout
   p.order = order;
   p.offsets = offsets;
   if (const int bad = check(&p, true)) return bad;
-  if (const int bad = kernels().route_tokens(p, *router, index, gate, softmax_sums)) return bad;
-  if (const int bad = sparse_ffn_route(index, p.T * p.K, p.E, order, offsets)) return bad;
+  if (const int bad = PHASE("route", kernels().route_tokens(p, *router, index, gate, softmax_sums))) return bad;
+  if (const int bad = PHASE("sort", sparse_ffn_route(index, p.T * p.K, p.E, order, offsets))) return bad;
   return sparse_ffn_experts_forward(&p, out, saved_z, saved_zg);
 }
 

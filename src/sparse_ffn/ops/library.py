@@ -49,8 +49,8 @@ def set_autograd(op: Any, backward: Callable[..., Any], setup_context: Callable[
     return call
 
 
-def refuse_double_backward(op: Any) -> None:
-    """Make differentiating a backward op an error that says what to do."""
+def refuse_double_backward(op: Any) -> Callable[..., Any]:
+    """Make differentiating a backward op an error that says what to do; return the callable that costs least."""
 
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
@@ -58,7 +58,15 @@ def refuse_double_backward(op: Any) -> None:
             "with sparse_ffn.backend('reference'): ..."
         )
 
-    set_autograd(op, backward, lambda ctx, inputs, output: None)
+    torch.library.register_autograd(op.name(), backward, setup_context=lambda ctx, inputs, output: None, lib=_library)
+
+    def call(*args: Any) -> Any:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return op(*args)
+        with torch._C._AutoDispatchBelowAutograd():  # nothing is recorded: past the check of all arguments
+            return op(*args)
+
+    return call
 
 
 @functools.cache
