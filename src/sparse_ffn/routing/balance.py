@@ -95,7 +95,8 @@ class _MeanNegativeEntropy(torch.autograd.Function):
         p_BE = sums_BE / count
         ctx.save_for_backward(p_BE)
         ctx.factor = 1 / (count * sums_BE.shape[0])
-        return torch.special.entr(p_BE).sum() * (-1 / sums_BE.shape[0])
+        loss: Tensor = torch.special.entr(p_BE).sum() * (-1 / sums_BE.shape[0])
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
