@@ -36,7 +36,7 @@ METHOD = """\
 - **Kept** is the number of elements that autograd keeps for the backward pass beyond the input and the parameters,
   counted exactly. **Peak** is the highest memory during the pass above what was in use before: on a CPU the resident
   memory of the process, scratch memory of native code included; on a GPU torch's counter.
-- "failed", "wrong", "too large" (for half of the free memory) and "not installed" are said, never left out.
+- "failed", "wrong", "too large" (for half of the free memory) and "not importable" are said, never left out.
 
 ## How to reproduce
 

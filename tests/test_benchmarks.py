@@ -21,7 +21,7 @@ from benchmarks.moe import glu_case, moe_case
 from benchmarks.results import Report, Result, Row
 from benchmarks.run import run_case
 from benchmarks.shapes import MemoryShape, MoEShape, TopKShape
-from benchmarks.timing import Quartiles, Run, Samples, race
+from benchmarks.timing import Quartiles, Run, Samples, race, wall_clock
 
 TINY = MoEShape(24, 16, 4, 8, 2)
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def test_ratios_are_of_the_same_round() -> None:
 def test_race_takes_turns_and_divides_the_time() -> None:
     clock = Clock()
     runs = {"fast": clock.takes(0.1), "base": clock.takes(0.2), "slow": clock.takes(30.0), "other": clock.takes(1.0)}
-    samples = race(runs, 12.0, lead=("fast", "base"), clock=clock)
+    samples = race(runs, 12.0, lead=("fast", "base"), stopwatch=wall_clock(clock))
     rounds = {name: samples.time(name).rounds for name in runs}
     assert rounds == {"fast": 30, "base": 30, "slow": 1, "other": 3}
     assert samples.ratio("fast", "base").median == pytest.approx(0.5)
@@ -90,7 +90,7 @@ def test_race_does_not_time_preparation_nor_the_first_call() -> None:
     def prepare() -> None:
         clock.now += 7.0
 
-    samples = race({"a": Run(prepare, first_is_slow.call)}, 10.0, clock=clock)
+    samples = race({"a": Run(prepare, first_is_slow.call)}, 10.0, stopwatch=wall_clock(clock))
     assert samples.time("a").high == pytest.approx(0.01)
 
 
@@ -102,9 +102,9 @@ def test_race_calls_a_very_slow_contender_once() -> None:
         clock.now += 5.0
 
     runs = {"base": clock.takes(0.1), "slow": Run(lambda: None, slow)}
-    samples = race(runs, 4.0, lead=["base"], clock=clock)
+    samples = race(runs, 4.0, lead=["base"], stopwatch=wall_clock(clock))
     assert len(calls) == 1
-    race(runs, 4.0, lead=["base"], clock=clock, first={"slow": 6.0})
+    race(runs, 4.0, lead=["base"], stopwatch=wall_clock(clock), first={"slow": 6.0})
     assert len(calls) == 1
     assert samples.ratio("slow", "base").median == pytest.approx(50)
 
@@ -119,7 +119,7 @@ def test_a_slow_moment_leaves_paired_ratios_alone() -> None:
 
         return Run(lambda: None, call)
 
-    samples = race({"a": spends(0.1), "b": spends(0.1)}, 8.0, clock=clock)
+    samples = race({"a": spends(0.1), "b": spends(0.1)}, 8.0, stopwatch=wall_clock(clock))
     assert samples.time("a").high > 1.2 * samples.time("a").low
     assert samples.ratio("a", "b").median == pytest.approx(1.0, abs=0.05)
 
@@ -223,11 +223,11 @@ def test_a_missing_peer_is_named(no_peers: None) -> None:
     for case in (moe_case(TINY, "fp32", CPU), glu_case(TINY, "fp32", CPU)):
         (row,) = run_case(case, ["fwdbwd"], 0.01)
         assert row.results[0].status == "timed"
-        missing = [result for result in row.results if result.status == "not installed"]
+        missing = [result for result in row.results if result.status == "not importable"]
         assert {result.name.split(" ")[0] for result in missing} == packages[case.group]
         assert all("pip install" in result.note for result in missing)
         for table in (report.contenders(row), report.peers([row])):
-            assert "not installed" in report.text(table)
+            assert "not importable" in report.text(table)
 
 
 def test_a_crashing_peer_does_not_end_the_run() -> None:
@@ -289,7 +289,7 @@ def moe_row(ours: float, peer: float, kept: int = 10) -> Row:
         timed("sparse-ffn", "ours", ours, memory.Saved(kept, 4 * kept)),
         timed("dense, equal compute", "baseline", 1.0),
         timed("per-expert loop", "peer", peer),
-        Result("st-moe-pytorch", "peer", "", "not installed", "pip install st-moe-pytorch"),
+        Result("st-moe-pytorch", "peer", "", "not importable", "pip install st-moe-pytorch"),
     )
     return Row("moe", "2048,512,16,128,4", "fp32", "fwdbwd", "dense, equal compute", 2048 * 4 * 132, results)
 
@@ -323,7 +323,7 @@ def test_layers_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str], n
     for words in (
         "load average before the run",
         "st-moe-pytorch",
-        "not installed: pip install",
+        "not importable: import of",
         "Targets: ",
         "elements kept",
     ):
@@ -347,12 +347,36 @@ def test_cvmm_end_to_end() -> None:
 
 def test_sweeps_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(sweeps, "EXPERTS", (4, 8))
-    monkeypatch.setattr(sweeps, "WIDTHS", (16,))
-    monkeypatch.setattr(sweeps, "EXPERTS_WIDTH", 16)
-    result = sweeps.main(["--tokens", "32", "--seconds", "0.02", "--plot", str(tmp_path / "growth.png")])
-    assert [row.shape.split(";")[0] for row in result.rows] == ["N_E=4", "N_E=8", "d_model=16"]
-    assert (tmp_path / "growth.png").stat().st_size > 0
+    small = [
+        replace(sweep, points=sweep.points[:2], sizes=lambda n, sizes=sweep.sizes: (16, sizes(n)[1], 8))
+        for sweep in sweeps.SWEEPS
+    ]
+    monkeypatch.setattr(sweeps, "SWEEPS", small)
+    picture = tmp_path / "growth.png"
+    result = sweeps.main(
+        ["--tokens", "16", "--seconds", "0.01", "--points", "1", "--sweeps", "c", "e", "--plot", str(picture)]
+    )
+    assert [row.shape for row in result.rows] == ["N_E=8; d_model=512, T=16", "d_model=128; N_E=32, T=16"]
+    assert [row.group for row in result.rows] == ["experts", "width"]
+    assert picture.stat().st_size > 0
+
+
+def test_the_sweeps_are_the_papers() -> None:
+    """arXiv 2310.10837, appendix B: all have d_ff = 4 d_model in (a) and (b), G = 128 in (a), (c) and (e)."""
+    sizes = {sweep.letter: [sweep.sizes(n) for n in sweep.points] for sweep in sweeps.SWEEPS}
+    assert sizes["a"] == [
+        (128, 4, 128),
+        (256, 8, 128),
+        (512, 16, 128),
+        (1024, 32, 128),
+        (2048, 64, 128),
+        (4096, 128, 128),
+    ]
+    assert sizes["b"][0] == (128, 32, 16)
+    assert all(4 * d == E * G for d, E, G in (*sizes["a"], *sizes["b"]))
+    assert sizes["c"] == [(512, E, 128) for E in (8, 16, 32, 64, 128, 256)]
+    assert sizes["d"] == [(512, 32, G) for G in (64, 128, 256, 512, 1024)]
+    assert sizes["e"] == [(d, 32, 128) for d in (128, 256, 512, 1024, 2048)]
 
 
 def test_a_bad_shape_is_refused() -> None:
