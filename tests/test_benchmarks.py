@@ -14,7 +14,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import bench_cvmm, bench_layers, check, contender, document, machine, memory, report, sweeps, targets
+from benchmarks import (
+    bench_cvmm,
+    bench_layers,
+    check,
+    contender,
+    document,
+    gpu_page,
+    machine,
+    memory,
+    predict,
+    report,
+    sweeps,
+    targets,
+)
 from benchmarks.contender import Case, Contender, Entry, Oracle
 from benchmarks.memories import memory_case, topk_case
 from benchmarks.moe import glu_case, moe_case
@@ -302,6 +315,88 @@ def test_targets_are_judged() -> None:
     assert [v.met for v in targets.verdicts(moe_row(1.1, 1.9, kept=10**7))] == [False, False, False]
     broken = replace(moe_row(1.0, 1.9), results=(Result("sparse-ffn", "ours", "", "wrong", "off"),))
     assert [(v.measured, v.met) for v in targets.verdicts(broken)] == [(None, False), (None, False)]
+
+
+def test_targets_on_a_gpu_are_others() -> None:
+    row = replace(moe_row(1.3, 1.31), shape="16384,1024,64,256,8", dtype="bf16", saved_bound=None, device="cuda")
+    found = [*targets.verdicts(replace(row, experts_kept=100, experts_bound=100))]
+    assert [(v.target, v.met) for v in found] == [("≤ 1.33", True), ("≥ 1.0", True), ("≤ 100", True)]
+    worse = replace(moe_row(1.4, 1.39), shape=row.shape, dtype="bf16", saved_bound=None, device="cuda")
+    assert [v.met for v in targets.verdicts(replace(worse, experts_kept=101, experts_bound=100))] == [False] * 3
+    assert [v.met for v in targets.verdicts(replace(row, experts_bound=100))] == [True, True, False]  # none measured
+    fine = replace(row, shape="16384,1024,64,128,8")
+    assert next(targets.verdicts(fine)).target == "≤ 1.67"
+    assert [v.what for v in targets.verdicts(replace(fine, dtype="fp32"))] == ["times faster than per-expert loop"]
+
+
+# the section on GPUs
+
+
+@pytest.mark.parametrize(
+    ("shape", "rates", "cached", "kept"),
+    [  # the study of the design, computed by hand for these shapes as GLUs
+        ("16384,512,16,128,4", (218, 294), (283, 329), 48),
+        ("16384,1024,64,128,8", (256, 298), (364, 422), 96),
+        ("16384,1024,64,256,8", (390, 405), (434, 470), 160),
+        ("16384,1024,256,64,16", (143, 168), (300, 369), 96),
+        ("16384,2048,256,128,16", (277, 320), (389, 446), 192),
+    ],
+)
+def test_predictions_are_the_studys(shape: str, rates: tuple[int, int], cached: tuple[int, int], kept: int) -> None:
+    sizes = MoEShape.parse(shape)
+    assert [r / 1e12 for r in predict.experts(sizes, glu=True).rates] == pytest.approx(rates, abs=1)
+    assert [r / 1e12 for r in predict.experts(sizes, glu=True, cached=True).rates] == pytest.approx(cached, abs=1)
+    assert predict.kept_bytes(sizes, glu=True) == kept * 2**20
+    assert predict.kept_bytes(sizes, glu=False) < predict.kept_bytes(sizes, glu=True)
+
+
+def test_without_results_the_page_says_that_nothing_was_measured(tmp_path: Path) -> None:
+    text = gpu_page.section(gpu_page.load(tmp_path / "none"))
+    assert "No GPU was at hand: nothing in this section was measured" in text
+    assert "Predicted, not measured" in text
+    assert "| 16384,1024,64,128,8 | GLU | 256 | 298 |" in text
+    assert " ms [" not in text
+
+
+def gpu_run(folder: Path) -> None:
+    facts = {"GPU": "NVIDIA H100 80GB HBM3", machine.LOAD: "0.1, 0.1, 0.1"}
+    row = replace(moe_row(1.3, 1.4), shape="16384,1024,64,256,8", dtype="bf16", device="cuda")
+    Report(facts, "python -m benchmarks.bench_layers --device cuda", (row,)).save(folder / "h100" / "layers.json")
+    point = replace(row, group="experts", shape="N_E=8; d_model=512, T=32768")
+    Report(facts, "python -m benchmarks.sweeps --device cuda", (point,)).save(folder / "h100" / "sweeps.json")
+
+
+def test_results_are_shown_and_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    gpu_run(tmp_path / "gpu")
+    page = tmp_path / "docs" / "benchmarks.md"
+    page.parent.mkdir()
+    page.write_text(f"# Benchmarks\n\na number of a CPU\n\n{document.METHOD}\n{document.AFTER}\nall rows\n")
+    arguments = ["--runs", str(tmp_path), "--docs", str(page.parent), "--gpu"]
+    document.main([*arguments, str(tmp_path / "gpu")])
+    text = page.read_text()
+    for words in ("### NVIDIA H100 80GB HBM3", "≤ 1.33", "| met |", "images/gpu-h100-sweeps.png", "a number of a CPU"):
+        assert words in text
+    assert "No GPU was at hand" not in text
+    assert (page.parent / "images" / "gpu-h100-layers.png").stat().st_size > 0
+    document.main([*arguments, str(tmp_path / "gone")])  # and the section is replaced, not added to
+    again = page.read_text()
+    assert "No GPU was at hand" in again
+    assert "### NVIDIA" not in again
+    for words in ("## On a GPU", "## How it is measured", "all rows", "a number of a CPU"):
+        assert again.count(words) == 1
+
+
+def test_a_page_of_someone_else_is_left_alone() -> None:
+    with pytest.raises(ValueError, match="not a page that this program wrote"):
+        document.refreshed("# Notes\n", {})
+
+
+def test_the_committed_page_is_up_to_date_in_what_needs_no_measurement() -> None:
+    page = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+    assert (
+        document.refreshed(page.read_text(), gpu_page.load(page.parents[1] / "benchmarks" / "gpu")) == page.read_text()
+    )
 
 
 def test_results_survive_json() -> None:

@@ -21,7 +21,7 @@ from sparse_ffn.tune.search import Search, merged
 CPU, CARD = torch.device("cpu"), Card("NVIDIA H100 80GB HBM3", "sm_90")
 ENTRIES = list(config.launchable("sm_90"))
 PROBLEM = Problem("half", 2048, 64, 8, 128, 1024, glu=False)
-BEST = Tile.parse("128x256x64/8/3")
+BEST, GOOD = Tile.parse("128x128x32/8/5"), Tile.parse("128x128x64/8/3")
 
 
 @pytest.fixture
@@ -112,14 +112,15 @@ def search(runner: Made, seconds: float = 1e9, **options: object) -> Search:
 
 
 def test_the_best_tile_of_each_class_is_chosen() -> None:
-    runner = Made({BEST: 10.0, Tile.parse("128x128x64/4/4"): 7.0})
+    wide = Tile.parse("128x256x64/8/3")
+    runner = Made({BEST: 10.0, GOOD: 7.0, wide: 12.0})
     decided = search(runner)
     assert decided.run([PROBLEM])
     assert decided.found.heights == {("half", 128): 128}
     assert decided.found.tiles == {
-        ("one", "half", 128, 128): Tile.parse("128x128x64/4/4"),  # no wider than the class
+        ("one", "half", 128, 128): BEST,
         ("one", "half", 128, 1024): BEST,
-        ("outer", "half", 128, 1024): BEST,
+        ("outer", "half", 128, 1024): wide,
     }
 
 
@@ -139,10 +140,10 @@ def test_a_gain_within_the_noise_changes_nothing() -> None:
 
 
 def test_another_height_wins_with_its_own_tiles() -> None:
-    decided = search(Made({Tile.parse("64x256x64/4/3"): 30.0}))
+    decided = search(Made({Tile.parse("64x256x64/8/3"): 30.0}))
     decided.run([PROBLEM])
     assert decided.found.heights == {("half", 128): 64}
-    assert decided.found.tiles["one", "half", 64, 1024] == Tile.parse("64x256x64/4/3")
+    assert decided.found.tiles["one", "half", 64, 1024] == Tile.parse("64x256x64/8/3")
 
 
 def test_classes_are_decided_once() -> None:
@@ -155,7 +156,7 @@ def test_classes_are_decided_once() -> None:
 
 
 def test_only_the_kernels_asked_for() -> None:
-    decided = search(Made({BEST: 10.0, Tile.parse("128x128x64/4/4"): 7.0}), kernels=["outer"])
+    decided = search(Made({BEST: 10.0, GOOD: 7.0}), kernels=["outer"])
     decided.run([PROBLEM])
     assert {kernel for kernel, *_ in decided.found.tiles} == {"outer"}
 
@@ -186,7 +187,7 @@ def test_an_earlier_run_counts_where_this_one_measured_nothing() -> None:
 
 
 def measured() -> Tuned:
-    return Tuned({("half", 128): 64}, {("one", "half", 64, 1024): Tile.parse("64x256x64/4/3")})
+    return Tuned({("half", 128): 64}, {("one", "half", 64, 1024): Tile.parse("64x256x64/8/3")})
 
 
 def test_the_file_lies_where_the_platform_wants_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -249,7 +250,7 @@ def test_so_is_a_damaged_one(content: bytes, folder: Path) -> None:
 def test_what_was_measured_goes_before_the_tables(folder: Path, card: torch.device) -> None:
     tuned.save(measured(), CARD)
     assert config.block_m(card, "half", 2000) == 64
-    assert config.tile(card, "one", "half", 900, 64) == Tile.parse("64x256x64/4/3")
+    assert config.tile(card, "one", "half", 900, 64) == Tile.parse("64x256x64/8/3")
     # and where nothing was measured the tables do
     assert config.block_m(card, "half", 20) == 32
     assert config.tile(card, "one", "half", 64, 64) == Tile.parse("64x64x64/4/4")
