@@ -10,7 +10,7 @@ from benchmarks.results import MODES, Report, Row
 from benchmarks.shapes import GPU_FINE, GPU_MEMORY, GPU_SHAPES, GPU_WIDE
 from benchmarks.targets import TO_DENSE
 
-PARTS = ("layers", "cvmm", "sweeps")
+PARTS = ("layers", "cvmm", "sweeps", "tuned")
 Cards = Mapping[str, Mapping[str, Report]]  # by the folder's name, then by part
 
 NOTHING = """\
