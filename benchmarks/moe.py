@@ -89,7 +89,8 @@ class Problem:
             )
         else:
             module = GatedFFN(self.shape.D, d_ff, **self.factory)
-        return Contender(module, Oracle(module))
+        # on a GPU its float64 could fill the memory, and of its tokens one is like another
+        return Contender(module, Oracle(module), tokens=1024 if self.device.type == "cuda" else None)
 
 
 class OnBackend(nn.Module):

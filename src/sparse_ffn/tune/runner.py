@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,17 @@ from sparse_ffn.tune.problems import DTYPES, Problem
 
 ERROR = {"half": 2e-2, "tf32": 5e-3, "fp32": 1e-4}  # relative, in the Frobenius norm
 LEAST, MOST, SECONDS = 5, 50, 0.05  # samples of one time, and about how long they may take
+
+
+@contextmanager
+def arithmetic(kind: str) -> Iterator[None]:
+    """Torch's switch for fp32 products, as a kind of problem needs it."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if kind == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 class DeviceRunner:
@@ -38,7 +50,7 @@ class DeviceRunner:
 
         self._prepare(problem)
         try:
-            with config.using(table), backend("triton"):
+            with arithmetic(problem.kind), config.using(table), backend("triton"):
                 found = self._step()
         except TritonError as failure:  # too much shared memory, or more than the compiler can do
             return f"does not run ({type(failure).__name__})"
@@ -52,15 +64,13 @@ class DeviceRunner:
         """Median over some steps, of a table that was checked: its kernels are compiled."""
         self._prepare(problem)
         begin, samples = time.perf_counter(), [0.0]
-        with config.using(table), backend("triton"):
+        with arithmetic(problem.kind), config.using(table), backend("triton"):
             while len(samples) <= LEAST or (len(samples) <= MOST and time.perf_counter() - begin < SECONDS):
                 samples.append(self.stopwatch(self._step))
         return statistics.median(samples[1:])
 
     def _prepare(self, problem: Problem) -> None:
         """The problem's tensors, and what must come out."""
-        tf32 = problem.kind == "tf32"
-        torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
         if problem == self.problem:
             return
         self.problem, p = problem, problem
@@ -79,7 +89,7 @@ class DeviceRunner:
         self.trained = [t for name, t in self.arguments.items() if name != "index"]
         self.names = ["the output", *(f"{name}'s gradient" for name in self.arguments if name != "index")]
         self.grad = torch.randn(p.T, p.D, **options).to(DTYPES[p.kind])
-        with backend("torch"):
+        with arithmetic(p.kind), backend("torch"):
             self.expected = [t.detach().clone() for t in self._step()]
 
     def _step(self) -> list[Tensor]:
