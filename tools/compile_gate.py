@@ -1,6 +1,6 @@
 """The compile gate: every kernel the library can launch, compiled for every target without a GPU, and judged.
 
-    python tools/compile_gate.py [--quick] [--write docs/kernels.md] [--target sm_90 ...] [--jobs N]
+    python tools/compile_gate.py [--quick | --candidates] [--write docs/kernels.md] [--target sm_90 ...] [--jobs N]
 
 The library's own host code runs on CPU tensors under a driver that stands in for a GPU's: Triton then compiles what a
 launch would have run, with the same block sizes, dtypes and specialisations, and launches nothing. Of each kernel the
@@ -35,7 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from sparse_ffn.kernels import config
+from sparse_ffn.kernels import candidates, config, tuned
 from sparse_ffn.ops.cvmm import triton as cvmm
 from sparse_ffn.ops.expert_ffn import triton as expert_ffn
 from sparse_ffn.ops.product_key_topk import triton as product_key_topk
@@ -150,6 +150,28 @@ def cases(target: str, quick: bool) -> Iterator[Callable[[], None]]:
         for n_units in (100, 1024, 4096, 8192):
             for activation, form in (("relu", "plain"), ("gelu", "full"), ("gelu_tanh", "full")):
                 yield partial(selections, dtype, n_units, activation, form)
+
+
+def tuning(target: str) -> Iterator[Callable[[], None]]:
+    """Calls that launch each tile which tuning may choose beside those of the tables."""
+    for (kernel, kind), tiles in candidates.TABLES.get(target, {}).items():
+        dtype, switch = (torch.bfloat16, "ieee") if kind == "half" else (torch.float32, "tf32")
+        for tile in tiles:
+            rows = tuned.WIDTHS if kernel == "outer" else (tile.m,)
+            measured = tuned.Tuned(
+                {} if kernel == "outer" else {(kind, r): tile.m for r in tuned.ROWS},
+                {(kernel, kind, m, n): tile for m in rows for n in tuned.WIDTHS},
+            )
+            for form in {"one": ("relu", "gelu", "full"), "two": ("full", "dropout"), "outer": ("relu",)}[kernel]:
+                yield partial(with_tile, measured, experts, dtype, switch, tile.m, 256, form)
+            if kernel != "two":
+                yield partial(with_tile, measured, cvmms, dtype, switch, tile.m, 256)
+
+
+def with_tile(measured: tuned.Tuned, case: Callable[..., None], *arguments: Any) -> None:
+    """A case by a table of measurements."""
+    with config.using(measured):
+        case(*arguments)
 
 
 def experts(dtype: torch.dtype, switch: str, block_m: int, width: int, form: str, depth: int | None = None) -> None:
@@ -269,13 +291,15 @@ def judge(name: str, function: JITFunction, arguments: dict[str, Any], kernel: A
     )  # fmt: skip
 
 
-def work(job: tuple[int, str, bool, int, int]) -> list[Compiled]:
+def work(job: tuple[int, str, str, int, int]) -> list[Compiled]:
     """Every ``step``-th case of a target from ``first`` on."""
-    number, name, quick, first, step = job
+    number, name, what, first, step = job
     torch.set_num_threads(1)
     seen: dict[int, tuple[JITFunction, dict[str, Any], Any]] = {}
     with compiling(number, TARGETS[name], seen):
-        for case in list(cases(name, quick))[first::step]:
+        calls = [] if what == "candidates" else list(cases(name, what == "quick"))
+        calls += [] if what == "quick" else list(tuning(name))
+        for case in calls[first::step]:
             case()
     return [judge(name, *launch) for launch in seen.values()]
 
@@ -304,17 +328,21 @@ def table(results: set[Compiled]) -> str:
     return "\n".join(lines)
 
 
-def unlaunched(results: set[Compiled], targets: list[str]) -> list[str]:
-    """The tiles of the tables that no case took: nothing in them may go unseen."""
+def unlaunched(results: set[Compiled], targets: list[str], what: str) -> list[str]:
+    """The tiles that no case took: nothing that may be launched may go unseen."""
     seen = {(r.target, r.kernel == "outer", r.dtype, r.tile) for r in results}
     missing = []
     for target in targets:
-        for (kernel, kind), tiles in config.TABLES[TARGETS[target].table].items():
+        present = config.launchable(TARGETS[target].table)
+        if what == "quick":
+            present = config.entries(config.TABLES[TARGETS[target].table])
+        elif what == "candidates":
+            present = config.entries(candidates.TABLES.get(target, {}))
+        for kernel, kind, t in present:
             dtype = {"half": "bf16", "odd": "bf16"}.get(kind, kind)
-            for t in tiles:
-                text = f"{t.m}x{t.n}x{t.k}, {t.warps} warps, {t.stages} stages"
-                if (target, kernel == "outer", dtype, text) not in seen:
-                    missing.append(f"never launched: {kernel} {kind} {text} for {target}")
+            text = f"{t.m}x{t.n}x{t.k}, {t.warps} warps, {t.stages} stages"
+            if (target, kernel == "outer", dtype, text) not in seen:
+                missing.append(f"never launched: {kernel} {kind} {text} for {target}")
     return missing
 
 
@@ -326,16 +354,19 @@ def main() -> int:
     """Compile, print what is wrong, write the table if asked to; 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--target", nargs="*", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--quick", action="store_true", help="without fp16, which takes the same tiles as bf16")
+    quick = "without fp16, which takes the same tiles as bf16, and without the tiles for tuning"
+    parser.add_argument("--quick", dest="what", action="store_const", const="quick", default="all", help=quick)
+    tuning = "only the tiles for tuning"
+    parser.add_argument("--candidates", dest="what", action="store_const", const="candidates", help=tuning)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--write", type=Path, help="a page whose table to replace")
     arguments = parser.parse_args()
     start, parts = time.perf_counter(), 8
     names = arguments.target
-    jobs = [(i, name, arguments.quick, part, parts) for i, name in enumerate(names) for part in range(parts)]
+    jobs = [(i, name, arguments.what, part, parts) for i, name in enumerate(names) for part in range(parts)]
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
         results = {r for chunk in pool.imap_unordered(work, jobs) for r in chunk}
-    bad = [*sorted((r for r in results if r.problem), key=str), *unlaunched(results, names)]
+    bad = [*sorted((r for r in results if r.problem), key=str), *unlaunched(results, names, arguments.what)]
     for r in bad:
         print(r)
     seconds = time.perf_counter() - start

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn import cuda, native
+from sparse_ffn.warning import SparseFFNWarning as SparseFFNWarning
 
 ENVIRONMENT_VARIABLE = "SPARSE_FFN_BACKEND"
 BACKENDS = {
@@ -34,10 +35,6 @@ _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _forced: str | None = None
 _environment = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
-
-
-class SparseFFNWarning(UserWarning):
-    """A warning of this library."""
 
 
 @contextmanager
