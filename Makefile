@@ -24,6 +24,7 @@ bench: $(PEERS)  ## time the layers against dense networks and other libraries; 
 	$(BIN)/python -m benchmarks.bench_layers --json runs/bench/layers.json --plot runs/bench/layers.png $(ARGS)
 	$(BIN)/python -m benchmarks.bench_cvmm --json runs/bench/cvmm.json --plot runs/bench/cvmm.png
 	$(BIN)/python -m benchmarks.sweeps --json runs/bench/sweeps.json --plot runs/bench/sweeps.png
+	$(BIN)/python -m benchmarks.passes --json runs/bench/passes.json
 	$(BIN)/python -m benchmarks.document
 
 lint: $(READY)  ## ruff and mypy, as CI runs them

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -98,9 +99,10 @@ def build(folder: Path) -> Path:
     Raises:
         SystemExit: CMake or the compiler fails or is missing.
     """
+    cmake = shutil.which("cmake") or str(Path(sys.executable).parent / "cmake")
+    configure = [cmake, "-S", "csrc", "-B", str(folder), "-DSPARSE_FFN_PHASES=ON"]
     try:
-        for command in (["cmake", "-S", "csrc", "-B", folder, "-DSPARSE_FFN_PHASES=ON"],
-                        ["cmake", "--build", folder, "--parallel", str(os.cpu_count())]):  # fmt: skip
+        for command in (configure, [cmake, "--build", str(folder), "--parallel", str(os.cpu_count())]):
             subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     except FileNotFoundError:
         raise SystemExit("the profile needs CMake: pip install cmake") from None
