@@ -7,6 +7,7 @@ go on; what a part leaves of its share goes to those after it. ``summary.json`` 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -94,20 +95,19 @@ def run(
 
 def start(part: Part, seconds: float, log: Path) -> int | None:
     """Run a part as a process of its own, its children included when it is stopped."""
-    environment = os.environ | part.environment
+    # a library that could not be built must not stand before one that is installed
+    added = {n: v for n, v in part.environment.items() if not v.endswith(".so") or Path(v).is_file()}
+    environment = os.environ | added
     with log.open("wb") as file:
         options = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
         process = subprocess.Popen(part.command, cwd=ROOT, env=environment, **options)  # type: ignore[call-overload]
         try:
             return int(process.wait(seconds))
         except subprocess.TimeoutExpired:
-            for how in (signal.SIGTERM, signal.SIGKILL):
-                os.killpg(process.pid, how)
-                try:
+            for how in (signal.SIGTERM, signal.SIGKILL):  # the second one for whoever is left of the group
+                with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                    os.killpg(process.pid, how)
                     process.wait(5)
-                    break
-                except subprocess.TimeoutExpired:
-                    continue
             return None
 
 
@@ -162,7 +162,7 @@ def parts(out: Path, *, rehearse: bool) -> list[Part]:
 
 def _page(out: Path) -> tuple[str, ...]:
     """The documentation's page with these results, and their pictures, beside them."""
-    folders = ("--runs", str(out / "none"), "--docs", str(out / "page"), "--gpu", str(out.parent))
+    folders = ("--runs", str(out / "none"), "--docs", str(out / "page"), "--gpu", str(out))
     return (sys.executable, "-m", "benchmarks.document", *folders)
 
 
