@@ -143,7 +143,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--runs", type=Path, default=Path("runs/bench"), help="where the JSON files are")
     arguments.add_argument("--docs", type=Path, default=Path("docs"), help="where the page goes")
-    arguments.add_argument("--gpu", type=Path, default=Path("benchmarks/gpu"), help="where a folder for each card is")
+    arguments.add_argument(
+        "--gpu", type=Path, default=Path("benchmarks/gpu"), help="a card's folder, or one of such folders"
+    )
     options = arguments.parse_args(argv)
     cards, target = gpu_page.load(options.gpu), options.docs / "benchmarks.md"
     gpu_page.draw(cards, options.docs / "images")

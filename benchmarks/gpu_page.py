@@ -21,7 +21,7 @@ of it on a machine that has one (on one H100 in less than ten minutes), tests fi
 
 ```sh
 benchmarks/run_gpu.sh                                   # JSON and pictures in runs/gpu/<card>
-python -m benchmarks.document --gpu runs/gpu            # this section from them
+python -m benchmarks.document --gpu runs/gpu/<card>     # this section from them
 ```
 """
 MEASURED = """\
@@ -45,9 +45,9 @@ targets are {wide} for the first shape and {fine} for the second, with ReLU. Kep
 
 
 def load(folder: Path) -> Cards:
-    """The reports below a folder that has one folder for each card."""
-    cards = {}
-    for place in sorted(folder.iterdir()) if folder.is_dir() else ():
+    """The reports in a card's folder, or in a folder that has one for each card."""
+    cards, places = {}, [folder] if any(folder.glob("*.json")) else sorted(folder.glob("*/"))
+    for place in places:
         found = {part: Report.load(place / f"{part}.json") for part in PARTS if (place / f"{part}.json").is_file()}
         if found:
             cards[place.name] = found

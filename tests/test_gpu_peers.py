@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import sparse_ffn as sf
 from benchmarks import cvmm, gpu_peers
 from benchmarks.check import errors
-from benchmarks.contender import Case, Contender, NotInstalled
+from benchmarks.contender import Case, Contender, Experts, NotInstalled
 from benchmarks.memory import saved_for_backward
 from benchmarks.moe import ExpertsAlone, Problem, moe_case, sonic_bytes
 from benchmarks.run import run_case
@@ -168,7 +168,7 @@ class LigerFusedMoEFunction:
 
 
 CVMM_SOURCE = """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import torch
 
 @dataclass
@@ -308,3 +308,18 @@ def test_what_experts_keep_is_compared_with_sonic_moes_formula(glu: bool) -> Non
         assert torch.allclose(alone(p.x), p.layer(p.x), atol=1e-5)
     if not glu:
         assert saved_for_backward(alone, p.x).bytes <= sonic_bytes(TINY, 4, glu=glu) + 8 * TINY.T * TINY.k
+
+
+def test_what_the_experts_keep_is_measured_with_a_case() -> None:
+    case = moe_case(TINY, "fp32", CPU)
+    assert case.experts is None  # compared on a GPU only
+    p = Problem(TINY, "fp32", CPU, glu=False)
+    with sf.backend("torch"):
+        (row,) = run_case(replace(case, experts=Experts(ExpertsAlone(p.layer, p.x), 7)), ["fwdbwd"], 0.01, peers=[])
+        broken = replace(case, experts=Experts(nn.Linear(3, 3), 7), entries=case.entries[:1])
+        (without,) = run_case(broken, ["fwd"], 0.01)
+    assert row.experts_bound == 7
+    assert row.experts_kept is not None
+    assert row.experts_kept >= TINY.T * TINY.k * TINY.G * 4
+    assert (without.experts_kept, without.experts_bound) == (None, 7)
+    assert row.device == "cpu"

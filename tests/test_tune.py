@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from collections.abc import Iterator
@@ -317,3 +318,57 @@ def test_the_help_says_where_the_file_lies(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         command.main(["--help"])
     assert tuned.DIRECTORY_VARIABLE in capsys.readouterr().out
+
+
+def test_the_command_stores_what_it_finds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path, card: torch.device
+) -> None:
+    """All of it but the card: times are made up, the budget is that of the clock on the wall."""
+    from sparse_ffn.tune import runner, stopwatch
+
+    made = Made({BEST: 10.0}, per_call=0.0)
+    monkeypatch.setattr(command, "_no_gpu", lambda device: None)
+    monkeypatch.setattr(command, "problems", lambda kinds: [PROBLEM])
+    monkeypatch.setattr(stopwatch, "GPUStopwatch", lambda device: None)
+    monkeypatch.setattr(runner, "DeviceRunner", lambda device, seconds_of: made)
+    earlier = Tuned({("tf32", 16): 16}, {("one", "half", 128, 1024): GOOD})
+    tuned.save(earlier, CARD)
+    assert command.main(["--dtype", "bf16", "--seconds", "600"]) == 0
+    out = capsys.readouterr().out
+    assert str(CARD.path) in out
+    assert f"one    half  rows  128 columns  1024: {BEST}" in out
+    stored = tuned.load(CARD, ENTRIES)
+    assert stored is not None
+    assert stored.tiles["one", "half", 128, 1024] == BEST
+    assert stored.heights == {("tf32", 16): 16, ("half", 128): 128}
+    config._from_file.cache_clear()
+    assert config.tile(card, "one", "half", 1024, 128) == BEST  # a later launch takes it
+
+
+def test_the_gpus_stopwatch_hides_the_launches_and_empties_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparse_ffn.tune import stopwatch
+
+    happened: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            happened.append("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 2.5  # milliseconds
+
+    class Cache:
+        def zero_(self) -> None:
+            happened.append("cache")
+
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **options: Cache())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: happened.append("busy"))
+    seconds = stopwatch.GPUStopwatch(torch.device("cuda"))(lambda: happened.append("call"))
+    assert seconds == 0.0025
+    assert happened == ["wait", "cache", "busy", "event", "call", "event", "wait"]

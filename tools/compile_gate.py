@@ -125,10 +125,13 @@ def compiling(number: int, target: Target, seen: dict[int, tuple[JITFunction, di
 
 
 def cases(target: str, quick: bool) -> Iterator[Callable[[], None]]:
-    """Calls that together launch every kernel in every configuration; quick: but fp16, which takes bf16's tables."""
+    """Calls that together launch every kernel in every configuration.
+
+    Quick: without fp16, which takes bf16's tables, and of the newer and rarer targets only the forms that fuse most.
+    """
     every = [(torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"), (torch.float16, "ieee")]
-    for dtype, switch in every[: 3 if quick else 4] if target in ("sm_80", "sm_90") else every[:3]:
-        plain = ["relu"] if dtype != torch.float16 and target in ("sm_80", "sm_90") else []
+    plain = ["relu"] if target in ("sm_80", "sm_90") or not quick else []
+    for dtype, switch in every[: 3 if quick else 4]:
         for block_m in (16, 32, 64, 128):
             for width in (64, 256):
                 for form in ("full", *plain):
@@ -142,14 +145,25 @@ def cases(target: str, quick: bool) -> Iterator[Callable[[], None]]:
         yield partial(experts, dtype, switch, 512, 64, "relu")  # weight gradients in parts
         yield partial(experts, dtype, switch, 128, 100, "relu")
         yield partial(cvmms, dtype, switch, 128, 100)
+        for form in ("relu", "dropout", "full"):
+            yield partial(experts, dtype, switch, 128, 100, form, k=4)  # so many that all experts are computed
+        if dtype != torch.float32:  # fp32 weights under autocast
+            for width, depth in ((256, 256), (64, 256), (256, 64), (64, 64), (100, 100)):
+                yield partial(experts, dtype, switch, 128, width, "full", depth, weights=torch.float32)
+            yield partial(experts, dtype, switch, 512, 64, "relu", weights=torch.float32)
+            yield partial(cvmms, dtype, switch, 128, 256, torch.float32)
     for dtype in (torch.bfloat16, torch.float32) if quick else (torch.bfloat16, torch.float32, torch.float16):
         for width in (1, 100, 256, 1024):
-            yield partial(bags, dtype, width)
+            yield partial(bags, dtype, width, dtype)
+            if dtype != torch.float32:
+                yield partial(bags, dtype, width, torch.float32)
         for n, k in ((20, 4), (128, 16), (256, 32), (512, 32), (1024, 64), (2000, 64)):
             yield partial(product_keys, dtype, n, k)
         for n_units in (100, 1024, 4096, 8192):
             for activation, form in (("relu", "plain"), ("gelu", "full"), ("gelu_tanh", "full")):
-                yield partial(selections, dtype, n_units, activation, form)
+                yield partial(selections, dtype, n_units, activation, form, dtype)
+            if dtype != torch.float32:
+                yield partial(selections, dtype, n_units, "gelu", "full", torch.float32)
 
 
 def tuning(target: str) -> Iterator[Callable[[], None]]:
@@ -174,18 +188,28 @@ def with_tile(measured: tuned.Tuned, case: Callable[..., None], *arguments: Any)
         case(*arguments)
 
 
-def experts(dtype: torch.dtype, switch: str, block_m: int, width: int, form: str, depth: int | None = None) -> None:
+def experts(
+    dtype: torch.dtype,
+    switch: str,
+    block_m: int,
+    width: int,
+    form: str,
+    depth: int | None = None,
+    *,
+    k: int = 2,
+    weights: torch.dtype | None = None,
+) -> None:
     """Expert FFN, training, inference, decode and backward; form "full" has all that can be fused."""
     torch.backends.cuda.matmul.fp32_precision = switch
-    E, K, G, D = 8, 2, width, depth or (width if width % 16 == 0 else width + 1)
+    E, K, G, D = 8, k, width, depth or (width if width % 16 == 0 else width + 1)
     T = E * block_m // K
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype)
 
-    x, keys, values = empty(T, D), empty(E, G, D), empty(E, G, D)
+    x, keys, values = empty(T, D), empty(E, G, D).to(dtype=weights), empty(E, G, D).to(dtype=weights)
     index, gate = torch.zeros(T, K, dtype=torch.int64), torch.empty(T, K)
-    units = (empty(E, G, D), empty(E, G)) if form == "full" else (None, None)
+    units = (empty(E, G, D).to(dtype=weights), empty(E, G).to(dtype=weights)) if form == "full" else (None, None)
     scale = empty(T, K, G) if form in ("full", "dropout") else None
     activation = "gelu" if form in ("full", "dropout") else form
     call = (x, keys, values, index, gate, *units, scale, activation)
@@ -197,42 +221,46 @@ def experts(dtype: torch.dtype, switch: str, block_m: int, width: int, form: str
     expert_ffn.backward(empty(T, D), x, keys, values, gate, *units, scale, *saved, activation)
 
 
-def cvmms(dtype: torch.dtype, switch: str, block_m: int, width: int) -> None:
+def cvmms(dtype: torch.dtype, switch: str, block_m: int, width: int, weights: torch.dtype | None = None) -> None:
     """CVMM with and without gather, scatter and reduction, forward and backward."""
     torch.backends.cuda.matmul.fp32_precision = switch
     E, M, L = 8, width, width
     S = E * block_m
     x, weight, grad = (torch.empty(s, dtype=dtype) for s in ((S, M), (E, M, L), (S, L)))
-    slot = torch.zeros(S, dtype=torch.int64)
+    slot, weight = torch.zeros(S, dtype=torch.int64), weight.to(dtype=weights)
     for options in ((None, None, None), (slot, slot, torch.empty(S))):
         cvmm.forward(x, weight, slot, *options, S)
         cvmm.backward(grad, x, weight, slot, *options)
 
 
-def bags(dtype: torch.dtype, width: int) -> None:
+def bags(dtype: torch.dtype, width: int, table: torch.dtype) -> None:
     """Weighted bag, forward and both backwards."""
-    values, index = torch.empty(512, width, dtype=dtype), torch.zeros(64, 32, dtype=torch.int64)
+    values, index = torch.empty(512, width, dtype=table), torch.zeros(64, 32, dtype=torch.int64)
     weight, grad = torch.empty(64, 32, dtype=dtype), torch.empty(64, width, dtype=dtype)
-    weighted_bag.forward(values, index, weight)
+    weighted_bag.forward(values, index, weight, dtype)
     weighted_bag.backward(grad, values, index, weight)
     weighted_bag.backward_rows(grad, values, index, weight)
 
 
 def product_keys(dtype: torch.dtype, n: int, k: int) -> None:
-    """Product-key top-k of tables of n scores."""
-    table = torch.empty(16, n, dtype=dtype)
-    product_key_topk.product_key_topk(table, table, k)
+    """Product-key top-k of tables of n scores, forward and backward."""
+    scores = torch.empty(16, 1, 2, n, dtype=dtype)
+    product_key_topk.product_key_topk(*scores.unbind(2), k)
+    index = torch.zeros(16, 1, k, dtype=torch.int64)
+    product_key_topk.backward(scores.new_empty(16, 1, k), index, n, scores.stride())
 
 
-def selections(dtype: torch.dtype, n_units: int, activation: str, form: str) -> None:
+def selections(dtype: torch.dtype, n_units: int, activation: str, form: str, weights: torch.dtype) -> None:
     """Top-k FFN, gathered and dense; form "full" has all that can be fused."""
     T, D = 4, 64
 
     def empty(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
 
-    x, keys, values = empty(T, D), empty(n_units, D), empty(n_units, D)
-    units = (empty(n_units, D), empty(n_units), empty(T, n_units)) if form == "full" else (None, None, None)
+    x, keys, values = empty(T, D), empty(n_units, D).to(dtype=weights), empty(n_units, D).to(dtype=weights)
+    units = (None, None, None)
+    if form == "full":
+        units = (empty(n_units, D).to(dtype=weights), empty(n_units).to(dtype=weights), empty(T, n_units))
     for sparse in (True, False):
         topk_ffn.gathers = lambda *sizes, sparse=sparse: sparse
         _, *saved = topk_ffn.forward(x, keys, values, 32, *units, activation, form == "full")

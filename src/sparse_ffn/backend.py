@@ -59,17 +59,18 @@ def backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
-def choose(x: Tensor) -> str:
-    """The name of the backend for an op on x (its device, and its dtype after autocast)."""
+def choose(x: Tensor, dtype: torch.dtype | None = None) -> str:
+    """The name of the backend for an op on x's device that computes in ``dtype``, x's own if not given."""
+    dtype = x.dtype if dtype is None else dtype
     name = _environment if _forced is None else _forced
     if name == "auto":
         if x.is_cpu:
             if native.PROBLEM is None:
                 return "cpu" if x.dtype in native.DTYPES else "torch"
             _warn_once()
-        return next((fast for fast in _fast(x.device) if not unavailable(fast, x.device, x.dtype)), "torch")
+        return next((fast for fast in _fast(x.device) if not unavailable(fast, x.device, dtype)), "torch")
     _check(name, f"environment variable {ENVIRONMENT_VARIABLE}")
-    reason = unavailable(name, x.device, x.dtype)
+    reason = unavailable(name, x.device, dtype)
     if reason:
         raise RuntimeError(f"backend {name!r} is forced, but {reason}")
     return name

@@ -16,7 +16,7 @@ from sparse_ffn.tune.problems import Problem
 from sparse_ffn.tune.runner import DeviceRunner
 from sparse_ffn.tune.search import Search
 
-TINY = Problem("fp32", 5, 2, 1, 20, 16, glu=True)
+TINY = Problem("fp32", 3, 4, 1, 20, 16, glu=True)
 TILES = {
     "one": ("16x16x16/4/2", "16x32x16/4/2"),
     "two": ("16x16x16/4/2", "16x32x16/4/2"),
