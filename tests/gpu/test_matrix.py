@@ -1,4 +1,4 @@
-"""The cells of docs/compatibility.md in the column triton: its checks make CPU tensors, so only the interpreter runs."""
+"""The column triton of docs/compatibility.md: the checks make CPU tensors, so that only the interpreter runs them."""
 
 from __future__ import annotations
 
