@@ -22,6 +22,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class OneFileOneWorker(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path, _, _ = nodeid.partition("::")
-            return path if path.endswith((".md", "test_packaging.py")) else nodeid
+            return path if path.endswith((".md", "test_packaging.py", "test_matrix_distributed.py")) else nodeid
 
     return OneFileOneWorker(config, log)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import matrix
 import pytest
-from conftest import BACKENDS
-
-import sparse_ffn as sf
-
-CASES = [case for case in matrix.CASES if case.feature.processes == 1 and case.backend in BACKENDS]
+from matrix.cases import Case, runnable
+from matrix.table import PAGE, written
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_feature_works_or_is_refused_in_clear_words(case: matrix.Case) -> None:
-    with sf.backend(case.backend):
-        if case.error is None:
-            case.feature.check(case.layer)
-        else:
-            with pytest.raises(RuntimeError, match=case.error):
-                case.feature.check(case.layer)
+@pytest.mark.parametrize("case", runnable(1, "reference", "torch", "cpu"), ids=str)
+def test_feature(case: Case) -> None:
+    case.run()
+
+
+def test_the_page_shows_what_is_declared() -> None:
+    page = PAGE.read_text()
+    assert written(page) == page, "run python -m tests.matrix"

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import matrix
 import pytest
-from conftest import BACKENDS
 from matrix import distributed
+from matrix.cases import Case, runnable
 
-CASES = [case for case in matrix.CASES if case.feature.processes == 2 and case.backend in BACKENDS]
+CASES = runnable(2, "reference", "torch", "cpu")
 
 
 @pytest.fixture(scope="module")
 def problems() -> distributed.Problems:
-    return distributed.run(BACKENDS)
+    return distributed.run(CASES)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_feature_works_in_two_processes(case: matrix.Case, problems: distributed.Problems) -> None:
-    problem = problems[case.feature.name, case.backend, case.layer]
-    assert not problem, problem
+def test_feature_in_two_processes(case: Case, problems: distributed.Problems) -> None:
+    assert not problems[str(case)], problems[str(case)]

@@ -2,7 +2,3 @@
 
 ``python -m tests.matrix`` writes the tables of docs/compatibility.md.
 """
-
-from .cases import CASES as CASES
-from .cases import FEATURES as FEATURES
-from .cases import Case as Case

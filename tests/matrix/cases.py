@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import torch
+
+from sparse_ffn.backend import unavailable
 
 from . import compiler, copies, distributed, functions, tools, training
-from .feature import REFERENCE, Feature
+from .feature import REFERENCE, Case, Feature
 
 GROUPS: dict[str, tuple[Feature, ...]] = {
     "Compilers": compiler.FEATURES,
@@ -18,18 +20,6 @@ GROUPS: dict[str, tuple[Feature, ...]] = {
 FEATURES = tuple(feature for features in GROUPS.values() for feature in features)
 
 
-class Case(NamedTuple):
-    """A feature with one layer on one backend, and the words of the error that is right, if one is."""
-
-    feature: Feature
-    backend: str
-    layer: str
-    error: str | None
-
-    def __str__(self) -> str:
-        return f"{self.feature.check.__name__}-{self.layer}-{self.backend}"
-
-
 CASES = [
     Case(feature, backend, layer, error)
     for feature in FEATURES
@@ -37,3 +27,9 @@ CASES = [
     for backend, layers in outcome.items()
     for layer in layers
 ]
+
+
+def runnable(processes: int, *backends: str) -> list[Case]:
+    """The cases of these backends, as far as they can compute on a CPU here."""
+    usable = [name for name in backends if unavailable(name, torch.device("cpu")) is None]
+    return [case for case in CASES if case.feature.processes == processes and case.backend in usable]

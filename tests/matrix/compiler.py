@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .feature import feature
+from .feature import AND_TRITON, feature
 from .layers import ALL, assert_near, build, step, tokens
 
 # 128 tokens: inductor 2.13 computes wrong router gradients on the CPU from graphs of about a hundred scores
@@ -15,7 +15,7 @@ from .layers import ALL, assert_near, build, step, tokens
 
 @feature("`torch.compile(fullgraph=True)`, traced")
 def traced(name: str) -> None:
-    """`backend="aot_eager"`: one graph; after two token counts no third one compiles anew; gradients are eager's."""
+    """`backend="aot_eager"`: one graph; after two token counts a third compiles nothing; results are eager's."""
     torch._dynamo.reset()
     layer = build(name)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -23,6 +23,8 @@ def traced(name: str) -> None:
     step(layer, tokens(96), compiled)
     with torch.compiler.set_stance("fail_on_recompile"):
         assert_near(step(layer, tokens(40), compiled), step(layer, tokens(40)))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.eval()(tokens(40)), layer.eval()(tokens(40)))
 
 
 @feature(
@@ -43,7 +45,7 @@ def inductor(name: str) -> None:
         assert_near(step(layer, tokens(300), compiled), step(layer, tokens(300)), 1e-4)
 
 
-@feature("`torch.export`")
+@feature("`torch.export`", AND_TRITON)
 def export(name: str) -> None:
     """With a dynamic token count; the program computes what the layer computes."""
     _exported(name, strict=False)

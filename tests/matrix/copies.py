@@ -14,7 +14,7 @@ import torch
 import sparse_ffn as sf
 
 from .feature import feature
-from .layers import D, LAYERS, assert_near, build, loss, step, tokens
+from .layers import LAYERS, D, assert_near, build, loss, step, tokens
 
 
 def _used(name: str) -> sf.SparseFFN:

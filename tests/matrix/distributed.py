@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import traceback
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparse_ffn as sf
 
-from .feature import EVERY_BACKEND, Feature, feature
+from .feature import EVERY_BACKEND, Case, feature
 from .layers import ALL, MIXTURES, assert_near, build, loss, step, tokens
 
 WORLD = 2
@@ -131,38 +130,33 @@ def shared_memory(name: str) -> None:
 SHARED: dict[str, sf.SparseFFN] = {}
 """In a worker: the layers that its parent shares."""
 FEATURES = (data_parallel, synced_balance, fully_sharded, fully_sharded_bf16, shared_memory)
-Problems = dict[tuple[str, str, str], str]
+Problems = dict[str, str]
 
 
-def run(backends: tuple[str, ...]) -> Problems:
-    """Run the features in two processes: (feature, backend, layer) -> traceback of what went wrong, or ""."""
+def run(cases: list[Case]) -> Problems:
+    """Run the cases in two processes: name of the case -> tracebacks of what went wrong, or ""."""
     with tempfile.TemporaryDirectory() as folder:
         shared = {name: build(name).share_memory() for name in ALL}
-        mp.spawn(_worker, (folder, backends, shared), nprocs=WORLD)
+        mp.spawn(_worker, (folder, [str(case) for case in cases], shared), nprocs=WORLD)
         results = [torch.load(Path(folder, f"{rank}.pt")) for rank in range(WORLD)]
-    return {key: "\n".join(filter(None, (r[key] for r in results))) for key in results[0]}
+    return {name: "\n".join(filter(None, (r[name] for r in results))) for name in results[0]}
 
 
-def _worker(rank: int, folder: str, backends: tuple[str, ...], shared: dict[str, sf.SparseFFN]) -> None:
+def _worker(rank: int, folder: str, names: list[str], shared: dict[str, sf.SparseFFN]) -> None:
+    from .cases import CASES  # which imports this module
+
     torch.set_num_threads(1)
     SHARED.update(shared)
-    options = {"rank": rank, "world_size": WORLD, "timeout": timedelta(seconds=120)}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", **options)
-    problems = {}
-    for feature_ in FEATURES:
-        for backend in backends:
-            for name in feature_.works[backend]:
-                problems[feature_.name, backend, name] = _problem(feature_, backend, name)
-                dist.barrier()
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=timedelta(seconds=120))
+    problems = {str(case): _problem(case) for case in CASES if str(case) in names}
     torch.save(problems, Path(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
 
-def _problem(feature_: Feature, backend: str, name: str) -> str:
-    check: Callable[[str], None] = feature_.check
+def _problem(case: Case) -> str:
     try:
-        with sf.backend(backend):
-            check(name)
-    except Exception:  # one rank may fail alone: the other then waits until its timeout
+        case.run()
+    except Exception:  # where one process fails alone, the other finds a closed connection or waits for its timeout
         return traceback.format_exc()
     return ""

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from .feature import feature
+from .feature import AND_TRITON, feature
 from .layers import ALL, DENSE, NOT_DENSE, assert_near, build, loss, step, tokens
 
-FIRST_ORDER = {"torch": NOT_DENSE, "cpu": NOT_DENSE}
+FIRST_ORDER = {"torch": NOT_DENSE, "cpu": NOT_DENSE, "triton": ("SigmaMoE",)}
 ANY_ORDER = {"reference": ALL, "torch": DENSE, "cpu": DENSE}
 
 
@@ -28,7 +28,7 @@ def functional(name: str) -> None:
     assert_near(found, {key: expected[key] for key in found})
 
 
-@feature("`torch.func.grad`")
+@feature("`torch.func.grad`", AND_TRITON)
 def grad(name: str) -> None:
     """Gradients are backward's, those of `aux_loss` inside the function included (`balance="bias"`: in evaluation)."""
     layer, x = build(name), tokens(12)
@@ -87,7 +87,7 @@ def double_backward(name: str) -> None:
 def forward_mode(name: str) -> None:
     """The directional derivative is the one that the gradient gives."""
     layer, x, direction = build(name).eval(), tokens(12), tokens(12, seed=3)
-    value, slope = torch.func.jvp(lambda x: layer(x).square().sum(), (x,), (direction,))
+    _, slope = torch.func.jvp(lambda x: layer(x).square().sum(), (x,), (direction,))
     gradient = torch.func.grad(lambda x: layer(x).square().sum())(x)
     torch.testing.assert_close(slope, (gradient * direction).sum(), rtol=1e-4, atol=1e-4)
     with torch.no_grad(), torch.autograd.forward_ad.dual_level():

@@ -7,9 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-from .feature import feature
+from .feature import AND_TRITON, feature
 from .layers import assert_near, build, step, tokens
 
 
@@ -23,10 +22,15 @@ class _Half(nn.Module):
 
 def _owners(layer: nn.Module) -> list[tuple[nn.Module, str]]:
     """Every parameter's module and its name in it."""
-    return [(module, name) for module in layer.modules() for name in list(module._parameters) if module._parameters[name] is not None]
+    return [
+        (module, name)
+        for module in layer.modules()
+        for name in list(module._parameters)
+        if module._parameters[name] is not None
+    ]
 
 
-@feature("`torch.nn.utils.parametrize`")
+@feature("`torch.nn.utils.parametrize`", AND_TRITON)
 def parametrized(name: str) -> None:
     """All parameters at once: the same function, half the gradients at the originals, deep copies, removal."""
     layer, x = build(name), tokens(40)
@@ -68,6 +72,8 @@ def _pruned(layer: nn.Module) -> list[tuple[nn.Module, str]]:
 @feature("torchao `quantize_`")
 def quantized(name: str) -> None:
     """Int8 weights: `nn.Linear`s alone change, here a product-key layer's query; routers, keys, values stay."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_  # takes seconds
+
     model, x = nn.Sequential(nn.Linear(8, 8), build(name)).eval(), tokens(40)
     with torch.no_grad():
         expected = model(x)

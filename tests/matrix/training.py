@@ -11,7 +11,7 @@ from torch.utils import checkpoint as checkpointing
 
 import sparse_ffn as sf
 
-from .feature import feature
+from .feature import AND_TRITON, feature
 from .layers import MIXTURES, assert_near, build, loss, step, tokens
 
 
@@ -78,9 +78,9 @@ def grad_scaler(name: str) -> None:
     assert scaler.get_scale() == scale / 2
 
 
-@feature("`checkpoint(use_reentrant=False)`")
+@feature("`checkpoint(use_reentrant=False)`", AND_TRITON)
 def checkpoint(name: str) -> None:
-    """Gradients equal to the bit, dropout and noise included; the recomputed forward selects the same; the loss counts once."""
+    """Gradients equal to the bit, with dropout and noise; recomputing selects the same; the balance counts once."""
     _checkpointed(name, reentrant=False)
 
 
