@@ -53,7 +53,8 @@ _VIT = {"image_size": 16, "patch_size": 8, **{k: v for k, v in _BERT.items() if 
 def _timm(name: str, n: int, *, size: int = 32, **options: Any) -> Made:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=0, **options)
+    make = timm.models.MlpMixer if name == "mixer" else lambda **o: timm.create_model(name, **o)
+    model = make(num_classes=0, **options)
     x = torch.randn(2, 3, size, size)
     return model, lambda m: m(x), n
 
@@ -93,7 +94,9 @@ def _decoder() -> Made:
 
 def _sequential() -> Made:
     inner = nn.Sequential(nn.Sequential(nn.Linear(16, 48), nn.SiLU()), nn.Dropout(0.1), nn.Linear(48, 16, bias=False))
-    model = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16), nn.LayerNorm(16), inner, nn.Dropout(0.1))
+    model = nn.Sequential(
+        nn.LayerNorm(16), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16), nn.LayerNorm(16), inner, nn.Dropout(0.1)
+    )
     x = torch.randn(2, 6, 16)
     return model, lambda m: m(x), 2
 
@@ -123,7 +126,7 @@ MODELS: dict[str, Callable[[], Made]] = {
     "transformers Falcon": lambda: _transformers("Falcon", 2, ffn_hidden_size=48,
                                                  **{k: v for k, v in _BERT.items() if k != "intermediate_size"}),
     "timm ViT": lambda: _timm("vit_tiny_patch16_224", 2, img_size=32, embed_dim=16, depth=2, num_heads=2),
-    "timm Mixer": lambda: _timm("mixer_s16_224", 4, img_size=32, embed_dim=16, num_blocks=2),
+    "timm Mixer": lambda: _timm("mixer", 4, img_size=32, patch_size=8, embed_dim=16, num_blocks=2),
     "timm ConvNeXt": lambda: _timm("convnext_atto", 4, depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), conv_mlp=False),
     "timm EVA": lambda: _timm("eva02_tiny_patch14_224", 2, size=28, img_size=28, embed_dim=24, depth=2, num_heads=2),
     "torchvision ViT": lambda: _torchvision("vit"),

@@ -62,7 +62,7 @@ def build(config: FFNConfig, ffn: FFNWeights, inputs: Tensor | None = None) -> B
     """
     assert ffn.gate_bias is None
     config = config.resolve(ffn)
-    place = {"device": ffn.keys.device, "dtype": ffn.keys.dtype}
+    place: dict[str, Any] = {"device": ffn.keys.device, "dtype": ffn.keys.dtype}
     layer = config.layer(d_model=ffn.d_model, d_out=ffn.d_out, **config.arguments(), **place)
     if config.init == "fresh":
         note = "fresh weights"
@@ -92,7 +92,7 @@ def _experts(layer: MoE, config: _ExpertsConfig, ffn: FFNWeights, inputs: Tensor
     n, k = layer.n_experts, layer.k
     units_EG, how = _partition(config, ffn, inputs, n)
     order = units_EG.flatten().to(ffn.keys.device)
-    per_unit = {name: t[order] for name, t in ffn.tensors().items() if name != "out_bias"}
+    per_unit: dict[str, Any] = {name: t[order] for name, t in ffn.tensors().items() if name != "out_bias"}
     ffn = replace(ffn, **per_unit)
     _copy(layer, ffn)
     if layer.keys.is_meta:
@@ -100,7 +100,7 @@ def _experts(layer: MoE, config: _ExpertsConfig, ffn: FFNWeights, inputs: Tensor
     fitted = config.router_init == "fitted" or (config.router_init is None and inputs is not None)
     if fitted and inputs is None:
         raise ValueError('router_init = "fitted" needs calibration: give inputs, see sparse_ffn.calibrate')
-    weight = mean_keys(ffn, n) if not fitted else fit_router(ffn, n, inputs)
+    weight = fit_router(ffn, n, inputs) if fitted and inputs is not None else mean_keys(ffn, n)
     router = "router fitted to the experts' contributions" if fitted else "router from mean keys"
     gate = _gate_at_zero(layer)
     if gate == 1:
@@ -134,7 +134,8 @@ def _partition(config: _ExpertsConfig, ffn: FFNWeights, inputs: Tensor | None, n
 def coactivation(ffn: FFNWeights, inputs: Tensor, n_tokens: int = 2048) -> Tensor:
     """What each unit adds to the output on each token, by size: [F, tokens]."""
     h = ffn.hidden(inputs[:n_tokens].to(ffn.keys)).float().abs()
-    return (h * ffn.values.float().norm(dim=1)).t()
+    sizes: Tensor = h * ffn.values.float().norm(dim=1)
+    return sizes.t()
 
 
 def _gate_at_zero(layer: MoE) -> float:

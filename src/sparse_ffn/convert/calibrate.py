@@ -54,8 +54,8 @@ def calibrate(
 
     Args:
         model: before ``sparsify_``; it runs in evaluation mode, which is put back.
-        batches: each a mapping (keyword arguments), a tuple or list (positional arguments), or one argument. Tokens that
-            a mapping's ``attention_mask`` [batch, length] marks as padding are left out.
+        batches: each a mapping (keyword arguments), a tuple or list (positional arguments), or one argument. Tokens
+            that a mapping's ``attention_mask`` [batch, length] marks as padding are left out.
         filter_fn: as ``sparsify_``'s: only these FFNs.
         max_tokens: rows kept for each FFN, a uniform sample.
 

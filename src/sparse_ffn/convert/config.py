@@ -1,4 +1,4 @@
-"""The configs of conversion: the layers' own arguments as dataclasses, with the sizes optional, and how weights carry over."""
+"""The configs of conversion: the layers' arguments, sizes optional, and what becomes of the weights."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class FFNConfig:
             found[name] = value if own is None else own
             if self.init != "fresh" and name != "dropout" and found[name] != value:
                 raise ValueError(
-                    f"{name} = {own!r} contradicts the FFN, which has {value!r}: init={self.init!r} keeps its function. "
-                    'Leave it out, or take init="fresh"'
+                    f"{name} = {own!r} contradicts the FFN, which has {value!r}, and init={self.init!r} keeps its "
+                    'function: leave it out, or take init="fresh"'
                 )
         return dataclasses.replace(self, **found, **self._sizes(ffn))
 
@@ -100,7 +100,8 @@ def config_from_dict(values: Mapping[str, Any]) -> FFNConfig:
     name = values.pop("config", None)
     kinds = {cls.__name__: cls for cls in CONFIGS}
     check_choice("config", name, kinds)
-    return kinds[str(name)](**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+    fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    return kinds[str(name)](**fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +145,7 @@ class TopKFFNConfig(FFNConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ProductKeyMemoryConfig(FFNConfig):
-    """For ``ProductKeyMemory``. ``init="pkm"`` keeps the FFN's values; its keys are no product, so sub-keys start fresh.
+    """For ``ProductKeyMemory``. ``init="pkm"`` keeps the FFN's values; its keys are no product: sub-keys start fresh.
 
     Args:
         n_sub_keys: n; None for the least n with n² >= d_ff.
@@ -176,15 +177,15 @@ class _ExpertsConfig(FFNConfig):
 
     Args:
         n_experts: E; None for d_ff / expert_size (8 for ``"upcycle"``).
-        expert_size: G; None for d_ff / n_experts, or if that is None too the largest divisor of d_ff up to 128 (d_ff for
-            ``"upcycle"``).
+        expert_size: G; None for d_ff / n_experts, or if that is None too the largest divisor of d_ff up to 128 (d_ff
+            for ``"upcycle"``).
         k: experts for a token; None for a quarter of them (2 for ``"upcycle"``).
         init: ``"split"`` cuts the hidden units into experts in their order, ``"cluster"`` groups units that belong
             together; both give the dense output at k = n_experts. ``"upcycle"`` copies the whole FFN into every expert,
             ``"fresh"`` starts anew.
         cluster_by: ``"keys"`` or ``"coactivation"`` (needs calibration); None for the latter with calibration.
-        router_init: ``"mean_keys"`` (Avg-K) or ``"fitted"`` to the experts' true contributions (needs calibration); None
-            for the latter with calibration.
+        router_init: ``"mean_keys"`` (Avg-K) or ``"fitted"`` to the experts' true contributions (needs calibration);
+            None for the latter with calibration.
     """
 
     inits = ("split", "cluster", "upcycle", "fresh")

@@ -71,8 +71,8 @@ def as_linear(name: str, module: nn.Module) -> Linear | None:
             y = run(copied, (x,)).outputs
         except Exception:  # whatever it is, it does not map such an input
             continue
-        w = copied.weight.t() if transposed else copied.weight
-        if len(y) == 1 and close(y[0], F.linear(x, w, copied.bias if bias is not None else None)):
+        found = Linear(copied, name, transposed)
+        if len(y) == 1 and close(y[0], F.linear(x, found.weight, found.bias)):
             return Linear(module, name, transposed)
     return None
 

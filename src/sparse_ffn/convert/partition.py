@@ -41,7 +41,7 @@ def balanced_kmeans(features_FC: Tensor, n_clusters: int, n_iters: int = 20) -> 
 
 
 def _spread(point_FC: Tensor, n: int) -> Tensor:
-    """n starting centers: the point nearest to the mean, then each time the one farthest from all so far."""
+    """Starting centers: the point nearest to the mean, then each time the one farthest from all so far."""
     chosen = [int((point_FC @ point_FC.mean(0)).argmax())]
     nearest_F = point_FC @ point_FC[chosen[0]]
     for _ in range(n - 1):
@@ -53,8 +53,8 @@ def _spread(point_FC: Tensor, n: int) -> Tensor:
 def balanced_assignment(similarity_FE: Tensor, n_rounds: int = 100) -> Tensor:
     """A cluster for each unit, F/E units each, of high total similarity.
 
-    Prices per cluster rise where too many units want in (Sinkhorn's column scaling); what is then still uneven is settled
-    by deferred acceptance: a full cluster keeps those that lose most elsewhere, the others ask the next best.
+    Prices per cluster rise where too many units want in (Sinkhorn's column scaling). What is then still uneven is
+    settled by deferred acceptance: a full cluster keeps those that lose most elsewhere, the others ask the next best.
 
     Args:
         similarity_FE: [F, E], higher is better.

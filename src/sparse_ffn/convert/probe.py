@@ -43,7 +43,9 @@ def probe_copy(module: nn.Module) -> nn.Module:
         if buffer.is_meta:
             memo[id(buffer)] = torch.zeros(buffer.shape, dtype=buffer.dtype)
         else:
-            memo[id(buffer)] = buffer.to("cpu", torch.float64 if buffer.is_floating_point() else buffer.dtype, copy=True)
+            memo[id(buffer)] = buffer.to(
+                "cpu", torch.float64 if buffer.is_floating_point() else buffer.dtype, copy=True
+            )
     return copy.deepcopy(module, memo).eval()
 
 
@@ -63,7 +65,6 @@ class Trace:
     dropouts: list[tuple[float, Tensor]] = field(default_factory=list)
     """Rate and input of every dropout that dropped."""
     outputs: list[Tensor] = field(default_factory=list)
-    n_args: int = 1
 
     def only(self, module: nn.Module) -> Call | None:
         """The one call of a module, None if there was none or there were several."""
@@ -89,7 +90,9 @@ class _Dropouts(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def run(copied: nn.Module, args: Iterable[Tensor], watch: Iterable[nn.Module] = (), train: bool = False) -> Trace:
+def run(
+    copied: nn.Module, args: Iterable[Tensor | None], watch: Iterable[nn.Module] = (), train: bool = False
+) -> Trace:
     """Run a probe copy and watch some of its modules.
 
     Args:

@@ -68,7 +68,9 @@ class Report:
             rows.append((name, s.pattern, s.layer, _change(*s.parameters), _change(*s.flops), *moved, s.note))
         lines = [f"{len(self.swaps)} FFN{'' if len(self.swaps) == 1 else 's'} replaced"]
         if self.swaps:
-            lines[0] += f": parameters {_change(*self._total('parameters'))}, FLOPs/token {_change(*self._total('flops'))}"
+            lines[0] += (
+                f": parameters {_change(*self._total('parameters'))}, FLOPs/token {_change(*self._total('flops'))}"
+            )
             widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
             lines += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines += _section("left: looked like an FFN", [f"{name}: {why}" for name, why in self.unknown.items()])

@@ -17,13 +17,13 @@ SMALL = 0.1  # standard deviation of logits at which gates hardly differ, while 
 def mean_keys(ffn: FFNWeights, n_experts: int) -> Tensor:
     """Avg-K: the mean key of each expert's units (the gate's in a GLU), [E, D]."""
     keys = ffn.keys if ffn.gate_keys is None else ffn.gate_keys
-    return keys.unflatten(0, (n_experts, -1)).mean(1)
+    return keys.view(n_experts, -1, keys.shape[1]).mean(1)
 
 
 def contributions(ffn: FFNWeights, n_experts: int, x_TD: Tensor) -> Tensor:
     """Norm of each expert's part of the output, [T, E] in fp32."""
-    h_TEG = ffn.hidden(x_TD).unflatten(1, (n_experts, -1))
-    values_EGO = ffn.values.unflatten(0, (n_experts, -1))
+    h_TEG = ffn.hidden(x_TD).view(len(x_TD), n_experts, -1)
+    values_EGO = ffn.values.reshape(n_experts, -1, ffn.d_out)
     return torch.stack([(h_TEG[:, e] @ values_EGO[e]).float().norm(dim=1) for e in range(n_experts)], dim=1)
 
 
@@ -47,8 +47,8 @@ def fit_router(ffn: FFNWeights, n_experts: int, inputs: Tensor, n_steps: int = 3
         weight = torch.zeros(n_experts, x_TD.shape[1], device=x_TD.device, requires_grad=True)
         optimizer = torch.optim.Adam([weight], lr=0.01)
         for _ in range(n_steps):
-            optimizer.zero_grad()
-            F.cross_entropy(F.linear(x_TD / scale, weight), share_TE).backward()
+            loss = F.cross_entropy(F.linear(x_TD / scale, weight), share_TE)
+            weight.grad = torch.autograd.grad(loss, weight)[0]
             optimizer.step()
     return (weight.detach() / scale).to(ffn.keys.dtype)
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from sparse_ffn.convert.build import Built, ConstantInput, build
 from sparse_ffn.convert.calibrate import Filter
 from sparse_ffn.convert.config import FFNConfig
-from sparse_ffn.convert.find import Found, find, find_one, put, set_attribute, switch_off_fast_path
+from sparse_ffn.convert.edits import put, set_attribute, switch_off_fast_path
+from sparse_ffn.convert.find import find, find_one
+from sparse_ffn.convert.found import Found
 from sparse_ffn.convert.report import Report, Swap
 from sparse_ffn.convert.weights import FFNWeights
 from sparse_ffn.layers import MoE, SparseFFN
@@ -34,7 +36,7 @@ def sparsify_(
     Args:
         model: any module. Device, dtype, training mode, ``requires_grad`` and sharing of modules are kept.
         config: what the FFNs become; or a mapping from the names of some of them to the config of each.
-        filter_fn: ``filter_fn(module, name) -> bool`` says which FFNs are replaced, called with what is now at ``name``.
+        filter_fn: ``filter_fn(module, name) -> bool`` says which FFNs are replaced; it gets what is at ``name`` now.
         calibration: what ``calibrate`` returned for this model.
 
     Returns:
@@ -78,7 +80,7 @@ def from_dense(ffn: nn.Module, config: FFNConfig, *, inputs: Tensor | None = Non
         inputs: [..., d_model] that it sees, for calibration.
 
     Returns:
-        The layer; with a dropout after it if the FFN ends in one, and a ``ConstantInput`` before it if its gate has a bias.
+        The layer; a dropout after it if the FFN ends in one, and a ``ConstantInput`` before it if its gate has a bias.
 
     Raises:
         ValueError: the module is no FFN (the message says what was seen), or the config does not fit it.
@@ -143,7 +145,7 @@ def moved(layer: SparseFFN, ffn: FFNWeights, inputs: Tensor) -> float:
     if isinstance(layer, MoE):
         layer._last = None
     wanted = ffn.output(inputs).float()
-    return ((y - wanted).norm() / wanted.norm().clamp_min(1e-30)).item()
+    return float((y - wanted).norm() / wanted.norm().clamp_min(1e-30))
 
 
 def _check_uniform(name: str, ffn: FFNWeights) -> None:
