@@ -50,7 +50,7 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
     config = options.pop("config", None)
     if config is None:
         config = transformers.AutoConfig.from_pretrained(path)
-    record = getattr(config, KEY, None)
+    record: dict[str, dict[str, Any]] = getattr(config, KEY, None) or {}
     if not record:
         raise ValueError(
             f"the config of {str(path)!r} records no conversion: call record_conversion(model, report) before "
