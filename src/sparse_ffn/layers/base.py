@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_ffn.checks import check_choice, check_positive, check_rate
+from sparse_ffn.layers.parametrizations import Parametrizations
 from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.autocast import autocast_enabled
 
@@ -89,6 +90,10 @@ class SparseFFN(nn.Module):
         if self.out_bias is not None:
             y = y + self.out_bias.to(y.dtype)
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.d_out)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As Module's; torch.nn.utils.parametrize gets a table that accepts the names of our parameters."""
+        super().__setattr__(name, Parametrizations() if name == "parametrizations" else value)
 
     def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
         """The layer without its output bias: [..., d_model] -> [tokens, d_out]."""

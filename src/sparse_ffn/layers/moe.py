@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, TypedDict
@@ -220,7 +221,7 @@ class MoE(SparseFFN):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """As ``_route_then_compute``, in one op."""
         router = self.router
-        if not self.training and not torch.is_grad_enabled():
+        if not self.training and not torch.is_grad_enabled() and not ops.under_transforms():
             y, index_TK = ops.routed_ffn_inference(
                 x_TD, router.weight, router.bias, self.keys, self.values, self.gate_keys, self.key_bias,
                 self.k, gate_function, self.activation,
@@ -260,13 +261,32 @@ class MoE(SparseFFN):
         """Without what the last forward left behind: copies and pickles start clean."""
         return {**self.__dict__, "_last": None}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> MoE:
+        """As ``__getstate__``, which torch.nn.utils.parametrize overrides."""
+        twin = self.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__ = copy.deepcopy({**self.__dict__, "_last": None}, memo)
+        return twin
+
     @property
     def _aux(self) -> Tensor | None:
-        return None if self._last is None else self._last[0]
+        last = self._living()
+        return None if last is None else last[0]
 
     @property
     def _routed(self) -> tuple[Tensor, Tensor | None] | None:
-        return None if self._last is None else self._last[1:]
+        last = self._living()
+        return None if last is None else last[1:]
+
+    def _living(self) -> tuple[Tensor | None, Tensor, Tensor | None] | None:
+        """What the last forward left behind; tensors of a torch.func transform end with it."""
+        for tensor in self._last or ():
+            if tensor is not None and torch._C._functorch.unwrap_if_dead(tensor) is not tensor:
+                raise RuntimeError(
+                    "the last forward of this layer ran inside a transform of torch.func (vmap, grad, ...) that is "
+                    "over: ask for aux_loss and routing_stats inside the transformed function"
+                )
+        return self._last
 
     @property
     def active_fraction(self) -> float:

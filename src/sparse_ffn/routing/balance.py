@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.ops.autocast import without_autocast
+from sparse_ffn.ops.library import under_transforms
 from sparse_ffn.routing.distributed import all_reduce_sum
 from sparse_ffn.routing.routers import FusedRouting, Routing
 
@@ -79,7 +80,7 @@ class Pool:
 
 def entropy(routing: Routing | FusedRouting, pool: Pool) -> Tensor:
     """Negative entropy of the mean softmax."""
-    if isinstance(routing, FusedRouting) and not isinstance(pool.count_B1, Tensor):
+    if isinstance(routing, FusedRouting) and not isinstance(pool.count_B1, Tensor) and not under_transforms():
         summed: Tensor = _MeanNegativeEntropy.apply(routing.softmax_BE, pool.count_B1)  # type: ignore[no-untyped-call]
         return summed
     p_BE = pool.mean_softmax(routing)
