@@ -132,8 +132,12 @@ def _partition(config: _ExpertsConfig, ffn: FFNWeights, inputs: Tensor | None, n
 
 
 def coactivation(ffn: FFNWeights, inputs: Tensor, n_tokens: int = 2048) -> Tensor:
-    """What each unit adds to the output on each token, by size: [F, tokens]."""
-    h = ffn.hidden(inputs[:n_tokens].to(ffn.keys)).float().abs()
+    """How strongly each unit adds to the output on each token: [F, tokens].
+
+    A plain unit counts where it is on: the small negative values of GELU and SiLU tie no units together.
+    """
+    h = ffn.hidden(inputs[:n_tokens].to(ffn.keys)).float()
+    h = torch.relu(h) if ffn.gate_keys is None else h.abs()
     sizes: Tensor = h * ffn.values.float().norm(dim=1)
     return sizes.t()
 
