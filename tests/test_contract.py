@@ -65,7 +65,15 @@ def test_public_names_are_frozen() -> None:
     assert public == {
         *("DenseFFN", "TopKFFN", "ProductKeyMemory", "SparseFFN"),
         *("MoE", "SigmaMoE", "SoftmaxMoE", "SwitchMoE", "SBaseMoE", "NoisyTopKMoE"),
-        *("sparsify_", "from_dense", "calibrate", "DenseFFNConfig", "TopKFFNConfig", "ProductKeyMemoryConfig"),
+        *(
+            "sparsify_",
+            "from_dense",
+            "to_dense",
+            "calibrate",
+            "DenseFFNConfig",
+            "TopKFFNConfig",
+            "ProductKeyMemoryConfig",
+        ),
         *("MoEConfig", "SigmaMoEConfig", "SoftmaxMoEConfig", "SwitchMoEConfig", "SBaseMoEConfig", "NoisyTopKMoEConfig"),
         *("aux_loss", "routing_stats", "update_router_bias", "parameter_equal", "backend", "SparseFFNWarning"),
     }

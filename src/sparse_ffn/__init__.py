@@ -15,6 +15,7 @@ from sparse_ffn.convert import TopKFFNConfig as TopKFFNConfig
 from sparse_ffn.convert import calibrate as calibrate
 from sparse_ffn.convert import from_dense as from_dense
 from sparse_ffn.convert import sparsify_ as sparsify_
+from sparse_ffn.convert import to_dense as to_dense
 from sparse_ffn.layers import DenseFFN as DenseFFN
 from sparse_ffn.layers import MoE as MoE
 from sparse_ffn.layers import NoisyTopKMoE as NoisyTopKMoE

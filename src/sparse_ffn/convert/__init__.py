@@ -1,5 +1,6 @@
 """Conversion: the FFNs of existing models become sparse layers, with their weights, and go back."""
 
+from sparse_ffn.convert.back import to_dense as to_dense
 from sparse_ffn.convert.build import ConstantInput as ConstantInput
 from sparse_ffn.convert.calibrate import calibrate as calibrate
 from sparse_ffn.convert.checkpoints import from_transformers as from_transformers

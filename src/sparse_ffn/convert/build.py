@@ -72,14 +72,14 @@ def build(config: FFNConfig, ffn: FFNWeights, inputs: Tensor | None = None) -> B
     elif isinstance(layer, ProductKeyMemory):
         note = _memory(layer, ffn)
     else:
-        _copy(layer, ffn)
+        copy_weights(layer, ffn)
         exact = "exact" if layer.k == ffn.d_ff else f"the {layer.k} largest of {ffn.d_ff} units"
         note = f"weights kept: {exact}"
     _freeze(layer, ffn)
     return Built(layer, config, note)
 
 
-def _copy(layer: SparseFFN, ffn: FFNWeights) -> None:
+def copy_weights(layer: SparseFFN, ffn: FFNWeights) -> None:
     """Set the parameters of a layer to the FFN's tensors of the same names, in the layer's shapes."""
     for name, parameter in layer.named_parameters(recurse=False):
         value = ffn.tensors().get(name)
@@ -94,7 +94,7 @@ def _experts(layer: MoE, config: _ExpertsConfig, ffn: FFNWeights, inputs: Tensor
     order = units_EG.flatten().to(ffn.keys.device)
     per_unit: dict[str, Any] = {name: t[order] for name, t in ffn.tensors().items() if name != "out_bias"}
     ffn = replace(ffn, **per_unit)
-    _copy(layer, ffn)
+    copy_weights(layer, ffn)
     if layer.keys.is_meta:
         return how
     fitted = config.router_init == "fitted" or (config.router_init is None and inputs is not None)
@@ -102,7 +102,7 @@ def _experts(layer: MoE, config: _ExpertsConfig, ffn: FFNWeights, inputs: Tensor
         raise ValueError('router_init = "fitted" needs calibration: give inputs, see sparse_ffn.calibrate')
     weight = fit_router(ffn, n, inputs) if fitted and inputs is not None else mean_keys(ffn, n)
     router = "router fitted to the experts' contributions" if fitted else "router from mean keys"
-    gate = _gate_at_zero(layer)
+    gate = gate_at_zero(layer)
     if gate == 1:
         layer.router.weight.copy_(weight)
     elif k == n and not fitted:
@@ -132,13 +132,17 @@ def _partition(config: _ExpertsConfig, ffn: FFNWeights, inputs: Tensor | None, n
 
 
 def coactivation(ffn: FFNWeights, inputs: Tensor, n_tokens: int = 2048) -> Tensor:
-    """What each unit adds to the output on each token, by size: [F, tokens]."""
-    h = ffn.hidden(inputs[:n_tokens].to(ffn.keys)).float().abs()
+    """How strongly each unit adds to the output on each token: [F, tokens].
+
+    A plain unit counts where it is on: the small negative values of GELU and SiLU tie no units together.
+    """
+    h = ffn.hidden(inputs[:n_tokens].to(ffn.keys)).float()
+    h = torch.relu(h) if ffn.gate_keys is None else h.abs()
     sizes: Tensor = h * ffn.values.float().norm(dim=1)
     return sizes.t()
 
 
-def _gate_at_zero(layer: MoE) -> float:
+def gate_at_zero(layer: MoE) -> float:
     """The weight of a selected expert where all logits are zero."""
     router = layer.router
     if isinstance(router, OpenRouter):
@@ -160,7 +164,7 @@ def _correct(layer: MoE, ffn: FFNWeights, inputs: Tensor) -> str:
     mean = torch.zeros_like(count).index_add_(0, index, gate) / count.clamp_min(1)
     mean = torch.where(count > 0, mean, mean[count > 0].mean())
     if not isinstance(layer.router, OpenRouter):
-        layer.values.mul_((_gate_at_zero(layer) / mean).view(-1, 1, 1).to(layer.values.dtype))
+        layer.values.mul_((gate_at_zero(layer) / mean).view(-1, 1, 1).to(layer.values.dtype))
         done += ", rescaled by mean gates"
     if layer.out_bias is not None:
         layer.out_bias.add_((ffn.output(x).float() - layer(x).float()).mean(0).to(layer.out_bias.dtype))
@@ -178,7 +182,7 @@ def _upcycle(layer: MoE, ffn: FFNWeights) -> str:
     for name in ("key_bias", "out_bias"):
         if name not in ffn.tensors() and (missing := getattr(layer, name)) is not None:
             missing.zero_()
-    total = layer.k * _gate_at_zero(layer)
+    total = layer.k * gate_at_zero(layer)
     layer.values.div_(total)
     return f"{layer.n_experts} copies, fresh router, values times {1 / total:g}"
 

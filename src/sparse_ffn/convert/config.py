@@ -75,7 +75,7 @@ class FFNConfig:
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of the layer that a resolved config stands for, without widths, device and dtype."""
-        kept = {f.name for f in dataclasses.fields(self)} - _OF_CONVERSION
+        kept = {f.name for f in dataclasses.fields(self)} - OF_CONVERSION
         return {name: getattr(self, name) for name in kept}
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class FFNConfig:
         return {"config": type(self).__name__, **dataclasses.asdict(self)}
 
 
-_OF_CONVERSION = {"init", "cluster_by", "router_init"}
+OF_CONVERSION = {"init", "cluster_by", "router_init"}
 
 
 def config_from_dict(values: Mapping[str, Any]) -> FFNConfig:

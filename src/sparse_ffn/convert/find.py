@@ -6,7 +6,7 @@ from torch import nn
 
 from sparse_ffn.convert.blocks import block_roles, match_block
 from sparse_ffn.convert.found import Found, Unknown
-from sparse_ffn.convert.linears import as_linear
+from sparse_ffn.convert.linears import as_linear, hooks
 from sparse_ffn.convert.pairs import match_pair, pairs
 
 
@@ -26,16 +26,18 @@ def find(model: nn.Module) -> tuple[list[Found], dict[str, str]]:
             continue
         inside = [linears[m] for m in module.modules() if m in linears]
         reasons: list[str] = []
-        block = block_roles(module, inside) if name and not done & {linear.module for linear in inside} else None
-        if block is not None:
+        block = block_roles(module, inside) if not done & {linear.module for linear in inside} else None
+        if block is not None and name:
             try:
                 found.append(match_block(name, module, *block))
                 done |= {linear.module for linear in inside}
                 continue
             except Unknown as why:
                 reasons.append(str(why))
+        # hooks go with the module, and a GLU is not put in piecewise
+        whole = block is not None and (hooks(module) is not None or block[0][0].n_out * len(block[0]) != block[1].n_in)
         for up, down in pairs(name, module, inside):
-            if done & {up.module, down.module}:
+            if done & {up.module, down.module} or whole:
                 continue
             try:
                 found.append(match_pair(name, module, up, down))
@@ -46,7 +48,8 @@ def find(model: nn.Module) -> tuple[list[Found], dict[str, str]]:
             done |= {up.module, down.module}
         # attention too has matrices of fitting shapes, but none that widen: what does not widen goes without a reason
         if block is not None and not done & {linear.module for linear in inside} and block[1].n_in > block[0][0].n_in:
-            unknown[name] = f"{reasons[0]}; {_seen(module)}"
+            reason = reasons[0] if reasons else "the model itself is the FFN: from_dense makes a layer of it"
+            unknown[name] = f"{reason}; {_seen(module)}"
             done |= {linear.module for linear in inside}
     order = {name: i for i, name in enumerate(names)}
     return sorted(found, key=lambda f: order[f.name]), {n: unknown[n] for n in sorted(unknown, key=order.__getitem__)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_ffn.convert.probe import close, probe_copy, probe_input, run
+from sparse_ffn.convert.probe import HOOKS, close, probe_copy, probe_input, run
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def as_linear(name: str, module: nn.Module) -> Linear | None:
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if weight is None or weight.dim() != 2 or not weight.is_floating_point() or set(parameters) - {"weight", "bias"}:
         return None
-    if isinstance(module, nn.Embedding) or next(module.children(), None) is not None or hooks(module):
+    if isinstance(module, nn.Embedding) or next(module.children(), None) is not None:
         return None
     if type(module) is nn.Linear:
         return Linear(module, name, transposed=False)
@@ -77,16 +77,10 @@ def as_linear(name: str, module: nn.Module) -> Linear | None:
     return None
 
 
-_HOOKS = (
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
-    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
-)  # fmt: skip
-
-
 def hooks(module: nn.Module) -> str | None:
     """What would be lost if the module, or one inside it, went away: the first kind of hook found."""
     for inner in module.modules():
-        for kind in _HOOKS:
+        for kind in HOOKS:
             if getattr(inner, kind, None):
                 return f"{type(inner).__name__} has {kind.strip('_').replace('_', ' ')}"
         if "forward" in inner.__dict__:

@@ -30,9 +30,9 @@ def pairs(name: str, module: nn.Module, inside: list[Linear]) -> Iterator[tuple[
 def match_pair(name: str, module: nn.Module, up: Linear, down: Linear) -> Found:
     a, b = relative(up.name, name), relative(down.name, name)
     owners = list(dict.fromkeys(["", a.rpartition(".")[0], b.rpartition(".")[0]]))
-    for linear in (up, down):
-        if (why := hooks(linear.module)) is not None:
-            raise Unknown(f"not replaced, since {why}")
+    patched = [type(m).__name__ for m in module.modules() if "forward" in vars(m)]
+    if patched:
+        raise Unknown(f"forward of {patched[0]} is patched, so that a copy cannot be probed")
     copied = try_copy(module)
     leaves = [m for m in copied.modules() if not any(True for _ in m.children())]
     x = probe_input(up.n_in)
@@ -53,6 +53,10 @@ def match_pair(name: str, module: nn.Module, up: Linear, down: Linear) -> Found:
             edits.append(_dropout_slot(copied, owners, trained, h, rate))
     owner, _, attribute = b.rpartition(".")
     edits.append(Edit(owner, attribute, nn.Identity))
+    gone = [module.get_submodule(edit.owner)._modules.get(edit.attribute) for edit in edits]
+    for part in (up.module, *gone):
+        if part is not None and (why := hooks(part)) is not None:
+            raise Unknown(f"not replaced, since {why}")
     found = Found(up.name, up.module, (up,), down, formula, dropout, enclosing=name, edits=tuple(edits))
     _verify(found, module, a, args, trace, trained)
     return found

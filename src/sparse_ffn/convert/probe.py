@@ -21,6 +21,12 @@ from torch.utils._pytree import tree_leaves
 TOLERANCE = 1e-6  # above what differently rounded constants do, far below the difference of gelu and gelu_tanh
 
 
+HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
+    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+
+
 def close(a: Tensor, b: Tensor) -> bool:
     """Whether two fp64 tensors of a probe are the same but for rounding."""
     if a.shape != b.shape or not (a.is_floating_point() and b.is_floating_point()):
@@ -46,7 +52,11 @@ def probe_copy(module: nn.Module) -> nn.Module:
             memo[id(buffer)] = buffer.to(
                 "cpu", torch.float64 if buffer.is_floating_point() else buffer.dtype, copy=True
             )
-    return copy.deepcopy(module, memo).eval()
+    copied = copy.deepcopy(module, memo).eval()
+    for inner in copied.modules():
+        for kind in HOOKS:  # what users hang on their model is not for probes
+            getattr(inner, kind, {}).clear()
+    return copied
 
 
 @dataclass
