@@ -358,3 +358,13 @@ def test_sweeps_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_bad_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="T,D,E,G,k"):
         MoEShape.parse("1,2,3,4,5")
+
+
+def test_experts_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers", minversion="5")
+    from benchmarks import bench_experts
+
+    rows = bench_experts.main(["--shapes", "8,16,4,8,2", "1,16,4,8,2", "--dtype", "fp32", "--seconds", "0.05"])
+    assert [sorted(row) for row in rows] == [["batched_mm", "eager", "grouped_mm"]] * 3
+    assert all(ratio.low > 0 for row in rows for ratio in row.values())
+    assert "fp32 8,16,4,8,2 forward and backward: time over ours" in capsys.readouterr().out
