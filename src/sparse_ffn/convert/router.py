@@ -27,29 +27,34 @@ def contributions(ffn: FFNWeights, n_experts: int, x_TD: Tensor) -> Tensor:
     return torch.stack([(h_TEG[:, e] @ values_EGO[e]).float().norm(dim=1) for e in range(n_experts)], dim=1)
 
 
-def fit_router(ffn: FFNWeights, n_experts: int, inputs: Tensor, n_steps: int = 300) -> Tensor:
+def fit_router(ffn: FFNWeights, n_experts: int, inputs: Tensor, n_steps: int = 20) -> Tensor:
     """Weights [E, D] whose logits rank the experts as their contributions do.
 
-    Softmax regression on each token's shares of the squared contributions, full batch.
+    Softmax regression on each token's shares of the squared contributions, full batch. Few steps of L-BFGS do better on
+    tokens that were not seen than many.
 
     Args:
         ffn: units in the experts' order.
         n_experts: E.
         inputs: [T, D].
-        n_steps: of Adam.
+        n_steps: most iterations.
     """
     x_TD = inputs.to(ffn.keys)
     part_TE = contributions(ffn, n_experts, x_TD).square()
     share_TE = part_TE / part_TE.sum(1, keepdim=True).clamp_min(1e-30)
     x_TD = x_TD.float()
     scale = x_TD.square().mean().sqrt().clamp_min(1e-12)
-    with torch.enable_grad():
-        weight = torch.zeros(n_experts, x_TD.shape[1], device=x_TD.device, requires_grad=True)
-        optimizer = torch.optim.Adam([weight], lr=0.01)
-        for _ in range(n_steps):
-            loss = F.cross_entropy(F.linear(x_TD / scale, weight), share_TE)
+    x_TD = x_TD / scale
+    weight = torch.zeros(n_experts, x_TD.shape[1], device=x_TD.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=n_steps, line_search_fn="strong_wolfe")
+
+    def loss_and_gradient() -> float:
+        with torch.enable_grad():
+            loss = F.cross_entropy(F.linear(x_TD, weight), share_TE)
             weight.grad = torch.autograd.grad(loss, weight)[0]
-            optimizer.step()
+        return float(loss)
+
+    optimizer.step(loss_and_gradient)  # type: ignore[no-untyped-call]
     return (weight.detach() / scale).to(ffn.keys.dtype)
 
 
