@@ -500,3 +500,13 @@ def test_a_profile_measures_the_step_the_dense_step_and_the_rate() -> None:
     found = passes.measure(TINY, "fp32", 0.01)
     assert set(found) == {"step", "dense", "rate"}
     assert all(value > 0 for value in found.values())
+
+
+def test_experts_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers", minversion="5")
+    from benchmarks import bench_experts
+
+    rows = bench_experts.main(["--shapes", "8,16,4,8,2", "1,16,4,8,2", "--dtype", "fp32", "--seconds", "0.05"])
+    assert [sorted(row) for row in rows] == [["batched_mm", "eager", "grouped_mm"]] * 3
+    assert all(ratio.low > 0 for row in rows for ratio in row.values())
+    assert "fp32 8,16,4,8,2 forward and backward: time over ours" in capsys.readouterr().out

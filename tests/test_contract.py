@@ -65,6 +65,16 @@ def test_public_names_are_frozen() -> None:
     assert public == {
         *("DenseFFN", "TopKFFN", "ProductKeyMemory", "SparseFFN"),
         *("MoE", "SigmaMoE", "SoftmaxMoE", "SwitchMoE", "SBaseMoE", "NoisyTopKMoE"),
+        *(
+            "sparsify_",
+            "from_dense",
+            "to_dense",
+            "calibrate",
+            "DenseFFNConfig",
+            "TopKFFNConfig",
+            "ProductKeyMemoryConfig",
+        ),
+        *("MoEConfig", "SigmaMoEConfig", "SoftmaxMoEConfig", "SwitchMoEConfig", "SBaseMoEConfig", "NoisyTopKMoEConfig"),
         *("aux_loss", "routing_stats", "update_router_bias", "parameter_equal", "backend", "SparseFFNWarning"),
     }
     functions = {"cvmm", "expert_ffn", "weighted_bag", "product_key_topk", "topk_ffn"}

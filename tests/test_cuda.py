@@ -23,7 +23,7 @@ from net import ROUTINGS, TOLERANCE, Case, check, cvmm_case, expert_case, random
 CSRC = Path(__file__).parent.parent / "csrc"
 COMPILER = shutil.which(os.environ.get("CXX") or "c++")
 SOURCES = ("api", "grouped", "outer", "sums")
-FORMS = ("plain", "gather", "scatter", "reduction", "gather, scatter, reduction")
+FORMS = ("plain", "gather", "scatter", "reduction", "transposed, reduction", "gather, scatter, reduction")
 
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16", "bf16"])
 routings = pytest.mark.parametrize("routing", ROUTINGS)

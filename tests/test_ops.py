@@ -123,6 +123,22 @@ def test_cvmm_takes_transposed_and_expanded_weights_without_a_copy(on_backend: s
     torch.testing.assert_close(functional.cvmm(x, shared, expert), x @ keys[0].t())
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "gather, scatter, reduction"])
+def test_cvmm_lays_out_the_gradient_of_a_transposed_weight_as_the_weight(full: bool) -> None:
+    leaves = {"x": leaf(9, D, dtype=torch.float32), "matrices": leaf(E, O, D, dtype=torch.float32)}
+    indices = {"gather": torch.randint(0, 9, (9,)), "scatter": torch.randint(0, 6, (9,))} if full else {}
+    reduction = {"reduction": leaf(9, dtype=torch.float32)} if full else {}
+    tensors = {**leaves, "expert": torch.randint(0, E, (9,)), **indices, **reduction}
+    options: dict[str, Any] = {"n_out": 7} if full else {}
+    assert_meets_reference(lambda matrices, **t: ops.cvmm(weight=matrices.mT, **t, **options), tensors, torch.float32)
+
+    rest = [tensors.get(name) for name in ("expert", "gather", "scatter", "reduction")]
+    x, weight, grad = leaves["x"].detach(), leaves["matrices"].detach().mT, torch.randn(options.get("n_out", 9), O)
+    for backend in ("torch",) if native.PROBLEM else ("torch", "cpu"):
+        _, dweight, _ = torch.ops.sparse_ffn.cvmm_backward(grad, x, weight, *rest, backend)
+        assert dweight.stride() == weight.stride()
+
+
 def test_two_cvmms_make_the_sigma_moe_of_the_paper(on_backend: str) -> None:
     """Up: gathered by token; down: scattered by token with the gates as reduction weights (appendix B.1)."""
     layer, x = sf.SigmaMoE(D, E, G, 2), torch.randn(11, D)

@@ -66,7 +66,7 @@ def choose(x: Tensor, dtype: torch.dtype | None = None) -> str:
     if name == "auto":
         if x.is_cpu:
             if native.PROBLEM is None:
-                return "cpu" if x.dtype in native.DTYPES else "torch"
+                return "cpu" if dtype in native.DTYPES else "torch"
             _warn_once()
         return next((fast for fast in _fast(x.device) if not unavailable(fast, x.device, dtype)), "torch")
     _check(name, f"environment variable {ENVIRONMENT_VARIABLE}")

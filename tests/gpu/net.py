@@ -212,12 +212,13 @@ def cvmm_case(
     sizes: tuple[int, int] = (24, 33),
     train: bool = True,
 ) -> Case:
-    """CVMM of M, L = sizes; form names which of gather, scatter and reduction it has."""
+    """CVMM of M, L = sizes; form names which of gather, scatter and reduction it has, and a transposed weight."""
     (E, index), (M, L) = ROUTINGS[routing](), sizes
     expert = index.flatten()
     S = expert.numel()
     n_rows = 4 if "gather" in form else S
-    tensors = {"x": random(n_rows, M), "weight": random(E, M, L), "expert": expert}
+    weight = random(E, L, M).mT if "transposed" in form else random(E, M, L)
+    tensors = {"x": random(n_rows, M), "weight": weight, "expert": expert}
     options: dict[str, Any] = {}
     if "gather" in form:
         tensors["gather"] = torch.randint(0, n_rows, (S,))

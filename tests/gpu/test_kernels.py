@@ -65,7 +65,9 @@ def test_cvmm(form: str, routing: str, dtype: torch.dtype, device: str) -> None:
     check(cvmm_case(routing, dtype, form=form), device)
 
 
-@pytest.mark.parametrize("form", ["scatter", "reduction", "gather, reduction"])
+@pytest.mark.parametrize(
+    "form", ["scatter", "reduction", "gather, reduction", "transposed", "gather, reduction, transposed"]
+)
 def test_cvmm_with_some_of_its_indices(form: str, device: str) -> None:
     check(cvmm_case("ragged", form=form), device)
 

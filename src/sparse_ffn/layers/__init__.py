@@ -9,4 +9,5 @@ from sparse_ffn.layers.moe_variants import SigmaMoE as SigmaMoE
 from sparse_ffn.layers.moe_variants import SoftmaxMoE as SoftmaxMoE
 from sparse_ffn.layers.moe_variants import SwitchMoE as SwitchMoE
 from sparse_ffn.layers.product_key import ProductKeyMemory as ProductKeyMemory
+from sparse_ffn.layers.shared_expert import SharedExpertMoE as SharedExpertMoE
 from sparse_ffn.layers.topk import TopKFFN as TopKFFN

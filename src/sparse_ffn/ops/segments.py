@@ -52,6 +52,14 @@ def segment_sum(rows: Tensor, bounds: list[int]) -> Tensor:
     return out
 
 
+def is_transposed(weight: Tensor) -> bool:
+    """Whether a stack of matrices [E, M, L] is a transposed view; its gradient is then one too.
+
+    Gradients that are laid out as their parameter need no copy where autograd accumulates them.
+    """
+    return weight.stride(1) == 1 and weight.stride(2) != 1
+
+
 def unsort(rows: Tensor, order: Tensor) -> Tensor:
     """Bring rows in sorted order back to slot order: result[order[s]] = rows[s]."""
     position = torch.empty_like(order)

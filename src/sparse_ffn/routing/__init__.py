@@ -1,6 +1,7 @@
 """Routing: routers (scores to gates), balance losses, statistics. Pure torch, at least fp32."""
 
 from sparse_ffn.routing.balance import balance_loss as balance_loss
+from sparse_ffn.routing.deepseek import DeepSeekRouter as DeepSeekRouter
 from sparse_ffn.routing.routers import ROUTERS as ROUTERS
 from sparse_ffn.routing.routers import NoisyTopKRouter as NoisyTopKRouter
 from sparse_ffn.routing.routers import OpenRouter as OpenRouter

@@ -125,6 +125,7 @@ class Router(nn.Module):
             score_TE = self.rank(seen_TE.detach(), mask_T)
             if self.bias is not None:
                 score_TE = score_TE + self.bias
+            score_TE = self.limit(score_TE)
             alive_TE: Tensor | None = None
             if self.training and self.expert_dropout > 0:
                 alive_TE = torch.rand_like(logits_TE) >= self.expert_dropout
@@ -145,6 +146,10 @@ class Router(nn.Module):
     def rank(self, logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
         """The scores whose k largest are selected."""
         return logits_TE
+
+    def limit(self, score_TE: Tensor) -> Tensor:
+        """The scores with the selection bias, -inf for experts that the token cannot reach."""
+        return score_TE
 
     def gate(self, logits_TE: Tensor, index_TK: Tensor, alive_TK: Tensor | None) -> Tensor:
         """The weights of the selected experts; ``alive_TK`` is False where expert dropout struck (None: nowhere)."""

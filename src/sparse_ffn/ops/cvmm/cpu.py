@@ -8,7 +8,7 @@ from torch import Tensor
 from sparse_ffn import native
 from sparse_ffn.native import DTYPES, Cvmm, pointer
 from sparse_ffn.ops.library import absent
-from sparse_ffn.ops.segments import unsort
+from sparse_ffn.ops.segments import is_transposed, unsort
 
 
 def forward(
@@ -37,13 +37,20 @@ def backward(
     reduction: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and reduction (empty if absent)."""
+    x = native.rows(x)
     arguments, _keep, order = _arguments(x, weight, expert, gather, scatter, reduction, grad.shape[0])
-    grad = native.rows(grad)
-    dx, dweight = native.empty(*x.shape, dtype=x.dtype), native.empty(*weight.shape, dtype=x.dtype)
+    grad, dx = native.rows(grad), native.empty(*x.shape, dtype=x.dtype)
     dscale = None if reduction is None else torch.empty(expert.shape[0], dtype=torch.float32)
-    native.call(
-        "cvmm_backward", arguments, grad.data_ptr(), grad.stride(0), dx.data_ptr(), dweight.data_ptr(), pointer(dscale)
-    )
+    transposed = is_transposed(weight)
+    dweight = native.empty(*(weight.mT if transposed else weight).shape, dtype=x.dtype)
+    call = "cvmm_backward", arguments, grad.data_ptr(), grad.stride(0), dx.data_ptr()
+    if transposed:
+        native.call(*call, None, pointer(dscale))
+        mirrored, _keep_too, _ = _arguments(grad, weight.mT, expert, scatter, gather, reduction, x.shape[0])
+        native.call("cvmm_backward", mirrored, x.data_ptr(), x.stride(0), None, dweight.data_ptr(), None)
+        dweight = dweight.mT
+    else:
+        native.call(*call, dweight.data_ptr(), pointer(dscale))
     if reduction is None or dscale is None:
         return dx, dweight, absent(x)
     return dx, dweight, unsort(dscale.unsqueeze(1), order).squeeze(1).to(reduction.dtype)

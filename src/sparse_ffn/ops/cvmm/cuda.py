@@ -11,7 +11,7 @@ from sparse_ffn import cuda
 from sparse_ffn.cuda import DTYPES, Cvmm, on_device
 from sparse_ffn.native import pointer, rows
 from sparse_ffn.ops.library import absent
-from sparse_ffn.ops.segments import sort_by_expert, unsort
+from sparse_ffn.ops.segments import is_transposed, sort_by_expert, unsort
 
 # S slots, N rows of x, M and L the matrices' sides, E experts
 
@@ -65,6 +65,8 @@ def backward(
         ctypes.byref(arguments),
         *(grad.data_ptr(), grad.stride(0), dx.data_ptr(), dweight.data_ptr(), pointer(dscale)),
     )
+    if is_transposed(weight):
+        dweight = dweight.transpose(1, 2).contiguous().transpose(1, 2)
     if reduction is None or dscale is None:
         return dx, dweight, absent(x)
     return dx, dweight, unsort(dscale.unsqueeze(1), order).squeeze(1).to(reduction.dtype)

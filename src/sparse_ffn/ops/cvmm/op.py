@@ -10,6 +10,7 @@ from sparse_ffn.backend import choose
 from sparse_ffn.ops.autocast import autocast_dtype, cast, weights_for
 from sparse_ffn.ops.cvmm import reference
 from sparse_ffn.ops.library import absent, define, implementation, refuse_double_backward, set_autograd
+from sparse_ffn.ops.segments import is_transposed
 
 
 def cvmm(
@@ -72,7 +73,10 @@ def _backward_fake(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dreduction = absent(x) if reduction is None else reduction.new_empty(reduction.shape)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), dreduction
+    E, M, L = weight.shape
+    if is_transposed(weight):
+        return x.new_empty(x.shape), weight.new_empty(E, L, M).transpose(1, 2), dreduction
+    return x.new_empty(x.shape), weight.new_empty(E, M, L), dreduction
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparse_ffn.ops.library import absent
-from sparse_ffn.ops.segments import add_rows, segment_mm, segment_outer, sort_by_expert, unsort
+from sparse_ffn.ops.segments import add_rows, is_transposed, segment_mm, segment_outer, sort_by_expert, unsort
 
 # S slots (rows), N rows of x, M and L the matrices' sides, E experts; rows are sorted by expert unless named otherwise
 
@@ -49,6 +49,8 @@ def backward(
         factor = reduction.index_select(0, order).to(x.dtype).unsqueeze(1)
         x_SM, dx_SM = x_SM * factor, dx_SM * factor
     dx = unsort(dx_SM, order) if gather is None else add_rows(x.shape[0], rows, dx_SM)
+    if is_transposed(weight):
+        return dx, segment_outer(grad_SL, x_SM, bounds).transpose(1, 2), dreduction
     return dx, segment_outer(x_SM, grad_SL, bounds), dreduction
 
 

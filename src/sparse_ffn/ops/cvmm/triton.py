@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_ffn.kernels import columns, combine, config, grouped, outer, routing
 from sparse_ffn.kernels.launch import cdiv, matrices, on_device, precision, rows
 from sparse_ffn.ops.library import absent
-from sparse_ffn.ops.segments import sort_by_expert
+from sparse_ffn.ops.segments import is_transposed, sort_by_expert
 
 # S slots, N rows of x, M and L the matrices' sides, E experts
 
@@ -71,11 +71,19 @@ def backward(
 
     dx = _sums(x, product, gather, S, x.shape[0], M, tile.n)
     dreduction = absent(x) if reduction is None or dots is None else dots.sum(0).to(reduction.dtype)
-    dweight = weight.new_empty(E, M, L)
-    outer.outer(
-        x, grad, offsets, order, dweight, config.tile(x.device, "outer", kind, L, side=M), how,
-        left_rows=x_rows, right_rows=grad_rows, scale=scale,
-    )  # fmt: skip
+    if is_transposed(weight):
+        dweight = weight.new_empty(E, L, M)
+        outer.outer(
+            grad, x, offsets, order, dweight, config.tile(x.device, "outer", kind, M, side=L), how,
+            left_rows=grad_rows, right_rows=x_rows, scale=scale,
+        )  # fmt: skip
+        dweight = dweight.transpose(1, 2)
+    else:
+        dweight = weight.new_empty(E, M, L)
+        outer.outer(
+            x, grad, offsets, order, dweight, config.tile(x.device, "outer", kind, L, side=M), how,
+            left_rows=x_rows, right_rows=grad_rows, scale=scale,
+        )  # fmt: skip
     return dx, dweight, dreduction
 
 

@@ -1,0 +1,24 @@
+"""Conversion: the FFNs of existing models become sparse layers, with their weights, and go back."""
+
+from sparse_ffn.convert.back import to_dense as to_dense
+from sparse_ffn.convert.build import ConstantInput as ConstantInput
+from sparse_ffn.convert.calibrate import calibrate as calibrate
+from sparse_ffn.convert.checkpoints import from_transformers as from_transformers
+from sparse_ffn.convert.checkpoints import to_transformers as to_transformers
+from sparse_ffn.convert.config import DenseFFNConfig as DenseFFNConfig
+from sparse_ffn.convert.config import FFNConfig as FFNConfig
+from sparse_ffn.convert.config import MoEConfig as MoEConfig
+from sparse_ffn.convert.config import NoisyTopKMoEConfig as NoisyTopKMoEConfig
+from sparse_ffn.convert.config import ProductKeyMemoryConfig as ProductKeyMemoryConfig
+from sparse_ffn.convert.config import SBaseMoEConfig as SBaseMoEConfig
+from sparse_ffn.convert.config import SigmaMoEConfig as SigmaMoEConfig
+from sparse_ffn.convert.config import SoftmaxMoEConfig as SoftmaxMoEConfig
+from sparse_ffn.convert.config import SwitchMoEConfig as SwitchMoEConfig
+from sparse_ffn.convert.config import TopKFFNConfig as TopKFFNConfig
+from sparse_ffn.convert.config import config_from_dict as config_from_dict
+from sparse_ffn.convert.moe_layer import from_moe_layer as from_moe_layer
+from sparse_ffn.convert.moe_layer import to_moe_layer as to_moe_layer
+from sparse_ffn.convert.report import Report as Report
+from sparse_ffn.convert.report import Swap as Swap
+from sparse_ffn.convert.sparsify import from_dense as from_dense
+from sparse_ffn.convert.sparsify import sparsify_ as sparsify_

@@ -1,0 +1,82 @@
+"""to_dense: a sparse layer as the dense FFN that computes the same, where there is one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_ffn.convert.build import copy_weights, gate_at_zero
+from sparse_ffn.convert.weights import FFNWeights
+from sparse_ffn.layers import DenseFFN, MoE, ProductKeyMemory, SparseFFN
+from sparse_ffn.routing.routers import OpenRouter
+
+
+@torch.no_grad()
+def to_dense(layer: SparseFFN) -> DenseFFN:
+    """The dense FFN that computes what a layer computes in evaluation.
+
+    Args:
+        layer: one whose k selects everything, with gates that do not depend on the token: ``TopKFFN`` at k = d_ff,
+            ``MoE`` at k = n_experts with an open or a zero router, ``ProductKeyMemory`` at k = n_sub_keys² without
+            ``query_norm`` and softmax.
+
+    Returns:
+        A new ``DenseFFN`` of the same device, dtype and training mode. Its units are in the layer's order.
+
+    Raises:
+        TypeError: no layer of this library.
+        ValueError: no dense FFN computes the same; the message says why.
+    """
+    if not isinstance(layer, SparseFFN):
+        raise TypeError(f"layer must be a layer of sparse_ffn, got {type(layer).__name__}")
+    if isinstance(layer, MoE):
+        weights = _experts(layer)
+    elif isinstance(layer, ProductKeyMemory):
+        weights = _memory(layer)
+    elif isinstance(layer, DenseFFN):
+        if layer.k < layer.d_ff:
+            raise _no_dense(layer, f"k = {layer.k} of d_ff = {layer.d_ff} units are used, others for each token")
+        weights = FFNWeights(
+            layer.keys, layer.values, layer.activation, layer.gate_keys, layer.key_bias, None, layer.out_bias
+        )  # fmt: skip
+    else:
+        raise _no_dense(layer, "its function is unknown here")
+    bias = weights.key_bias is not None
+    dense = DenseFFN(
+        weights.d_model, weights.d_ff, activation=layer.activation, glu=weights.gate_keys is not None, bias=bias,
+        d_out=weights.d_out, dropout=layer.dropout, device=weights.keys.device, dtype=weights.keys.dtype,
+    )  # fmt: skip
+    copy_weights(dense, weights)
+    return dense.train(layer.training)
+
+
+def _no_dense(layer: SparseFFN, why: str) -> ValueError:
+    return ValueError(f"no dense FFN computes what this {type(layer).__name__} does: {why}")
+
+
+def _experts(layer: MoE) -> FFNWeights:
+    if layer.k < layer.n_experts:
+        raise _no_dense(layer, f"k = {layer.k} of n_experts = {layer.n_experts} are used, others for each token")
+    if not isinstance(layer.router, OpenRouter) and bool(layer.router.weight.any()):
+        raise _no_dense(layer, "its gates depend on the token (the router's weights are not zero)")
+
+    def flat(rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else rows.flatten(0, 1)
+
+    keys, values = layer.keys.flatten(0, 1), layer.values.flatten(0, 1) * gate_at_zero(layer)
+    return FFNWeights(
+        keys, values, layer.activation, flat(layer.gate_keys), flat(layer.key_bias), None, layer.out_bias
+    )  # fmt: skip
+
+
+def _memory(layer: ProductKeyMemory) -> FFNWeights:
+    if layer.k < layer.d_ff:
+        raise _no_dense(layer, f"k = {layer.k} of {layer.d_ff} values are used, others for each token")
+    if layer.activation == "softmax" or layer.query_norm is not None:
+        raise _no_dense(layer, "its weights are normalised over the token's scores or query")
+    first, second = layer.sub_keys  # [H, N, C] each
+    n = layer.n_sub_keys
+    keys = torch.cat([first.repeat_interleave(n, 1), second.repeat(1, n, 1)], dim=2)  # [H, N·N, 2C]
+    if layer.query is not None:
+        keys = keys @ layer.query.weight.view(layer.n_heads, -1, layer.d_model)
+    return FFNWeights(keys.flatten(0, 1), layer.values.repeat(layer.n_heads, 1), layer.activation)

@@ -1,0 +1,54 @@
+"""FFNs that are a module of their own: Sequential, Mlp, gate/up/down, wi/wo and the like."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sparse_ffn.convert.attempt import try_copy, try_run
+from sparse_ffn.convert.found import Found, Unknown, find_formula, relative
+from sparse_ffn.convert.linears import Linear, hooks
+from sparse_ffn.convert.probe import close, probe_input
+
+
+def block_roles(module: nn.Module, inside: list[Linear]) -> tuple[list[Linear], Linear] | None:
+    """The linear maps of a module that by its shapes can be an FFN and nothing else: the first ones, the last one."""
+    if len(inside) not in (2, 3) or sum(1 for _ in module.parameters()) != sum(
+        1 for linear in inside for _ in linear.module.parameters()
+    ):
+        return None
+    for down in reversed(inside):
+        ups = [linear for linear in inside if linear is not down]
+        widths = {(up.n_in, up.n_out) for up in ups}
+        if len(widths) == 1 and ups[0].n_out in ((down.n_in, 2 * down.n_in) if len(ups) == 1 else (down.n_in,)):
+            return ups, down
+    return None
+
+
+def match_block(name: str, module: nn.Module, ups: list[Linear], down: Linear) -> Found:
+    if (why := hooks(module)) is not None:
+        raise Unknown(f"not replaced, since {why}")
+    if next(module.buffers(), None) is not None:
+        raise Unknown("not replaced, since it has buffers: " + ", ".join(n for n, _ in module.named_buffers()))
+    copied = try_copy(module)
+    inside = [copied.get_submodule(relative(linear.name, name)) for linear in (*ups, down)]
+    x = probe_input(ups[0].n_in)
+    trace, _ = try_run(copied, [(x,)], inside)
+    calls = [trace.only(m) for m in inside]
+    if None in calls or len(trace.outputs) != 1:
+        raise Unknown("its linear maps are not called once each, or it returns more than a tensor")
+    *first, last = [call for call in calls if call is not None]
+    if not all(close(call.input, x) for call in first) or not close(trace.outputs[0], last.output):
+        raise Unknown(f"more than {', '.join(u.name.rpartition('.')[2] for u in (*ups, down))} and an activation")
+    formula = find_formula([call.output for call in first], last.input)
+    dropout = out_dropout = 0.0
+    trace, _ = try_run(copied, [(x,)], inside, train=True)
+    first = [call for m in inside[:-1] if (call := trace.only(m)) is not None]
+    h, y = formula.hidden([call.output for call in first]), trace.calls[inside[-1]][0].output
+    for rate, dropped in trace.dropouts:
+        if close(dropped, h) and not dropout:
+            dropout = rate
+        elif close(dropped, y) and not out_dropout:
+            out_dropout = rate
+        else:
+            raise Unknown(f"dropout {rate} is neither on the hidden units nor on the output")
+    return Found(name, module, tuple(ups), down, formula, dropout, out_dropout)

@@ -1,0 +1,209 @@
+"""From the weights of a dense FFN and a config to a layer of this library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparse_ffn.convert.config import FFNConfig, _ExpertsConfig
+from sparse_ffn.convert.partition import balanced_kmeans, contiguous
+from sparse_ffn.convert.router import centre, fit_router, mean_keys
+from sparse_ffn.convert.weights import PAD, FFNWeights
+from sparse_ffn.layers import MoE, ProductKeyMemory, SparseFFN
+from sparse_ffn.routing.routers import OpenRouter, SoftmaxRouter
+
+
+@dataclass(frozen=True)
+class Built:
+    """A converted layer."""
+
+    layer: SparseFFN
+    config: FFNConfig
+    """Resolved: every size given."""
+    note: str
+    """What was done with the weights."""
+
+
+class ConstantInput(nn.Module):
+    """Appends a 1 and zeros to the last dimension: with it a column of keys is a bias, as a GLU's gate may need.
+
+    Args:
+        pad: width that is added.
+    """
+
+    def __init__(self, pad: int = PAD) -> None:
+        super().__init__()
+        self.pad = pad
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_model] -> [..., d_model + pad]."""
+        return F.pad(F.pad(x, (0, 1), value=1.0), (0, self.pad - 1))
+
+    def extra_repr(self) -> str:
+        """The width."""
+        return f"pad={self.pad}"
+
+
+@torch.no_grad()
+def build(config: FFNConfig, ffn: FFNWeights, inputs: Tensor | None = None) -> Built:
+    """Make a layer that starts from a dense FFN.
+
+    Args:
+        config: which layer, and how.
+        ffn: its weights, without a gate bias.
+        inputs: [T, d_model] that the FFN sees, for what needs calibration.
+
+    Raises:
+        ValueError: the config does not fit the FFN.
+    """
+    assert ffn.gate_bias is None
+    config = config.resolve(ffn)
+    place: dict[str, Any] = {"device": ffn.keys.device, "dtype": ffn.keys.dtype}
+    layer = config.layer(d_model=ffn.d_model, d_out=ffn.d_out, **config.arguments(), **place)
+    if config.init == "fresh":
+        note = "fresh weights"
+    elif isinstance(config, _ExpertsConfig):
+        assert isinstance(layer, MoE)
+        note = _experts(layer, config, ffn, inputs)
+    elif isinstance(layer, ProductKeyMemory):
+        note = _memory(layer, ffn)
+    else:
+        copy_weights(layer, ffn)
+        exact = "exact" if layer.k == ffn.d_ff else f"the {layer.k} largest of {ffn.d_ff} units"
+        note = f"weights kept: {exact}"
+    _freeze(layer, ffn)
+    return Built(layer, config, note)
+
+
+def copy_weights(layer: SparseFFN, ffn: FFNWeights) -> None:
+    """Set the parameters of a layer to the FFN's tensors of the same names, in the layer's shapes."""
+    for name, parameter in layer.named_parameters(recurse=False):
+        value = ffn.tensors().get(name)
+        parameter.copy_(torch.zeros_like(parameter) if value is None else value.reshape(parameter.shape))
+
+
+def _experts(layer: MoE, config: _ExpertsConfig, ffn: FFNWeights, inputs: Tensor | None) -> str:
+    if config.init == "upcycle":
+        return _upcycle(layer, ffn)
+    n, k = layer.n_experts, layer.k
+    units_EG, how = _partition(config, ffn, inputs, n)
+    order = units_EG.flatten().to(ffn.keys.device)
+    per_unit: dict[str, Any] = {name: t[order] for name, t in ffn.tensors().items() if name != "out_bias"}
+    ffn = replace(ffn, **per_unit)
+    copy_weights(layer, ffn)
+    if layer.keys.is_meta:
+        return how
+    fitted = config.router_init == "fitted" or (config.router_init is None and inputs is not None)
+    if fitted and inputs is None:
+        raise ValueError('router_init = "fitted" needs calibration: give inputs, see sparse_ffn.calibrate')
+    weight = fit_router(ffn, n, inputs) if fitted and inputs is not None else mean_keys(ffn, n)
+    router = "router fitted to the experts' contributions" if fitted else "router from mean keys"
+    gate = gate_at_zero(layer)
+    if gate == 1:
+        layer.router.weight.copy_(weight)
+    elif k == n and not fitted:
+        layer.router.weight.zero_()
+        router = "zero router"
+    else:
+        layer.router.weight.copy_(centre(weight, inputs))
+    layer.values.div_(gate)
+    if gate != 1:
+        router += f", values times {1 / gate:g}"
+    if fitted and inputs is not None:
+        router += _correct(layer, ffn, inputs)
+    return f"{how}; {router}"
+
+
+def _partition(config: _ExpertsConfig, ffn: FFNWeights, inputs: Tensor | None, n: int) -> tuple[Tensor, str]:
+    if config.init == "split":
+        return contiguous(ffn.d_ff, n), f"{n} experts of {ffn.d_ff // n} units in their order"
+    by = config.cluster_by or ("keys" if inputs is None else "coactivation")
+    if by == "coactivation":
+        if inputs is None:
+            raise ValueError('cluster_by = "coactivation" needs calibration: give inputs, see sparse_ffn.calibrate')
+        features = coactivation(ffn, inputs)
+    else:
+        features = ffn.keys if ffn.gate_keys is None else ffn.gate_keys
+    return balanced_kmeans(features, n), f"{n} experts of {ffn.d_ff // n} units clustered by {by}"
+
+
+def coactivation(ffn: FFNWeights, inputs: Tensor, n_tokens: int = 2048) -> Tensor:
+    """How strongly each unit adds to the output on each token: [F, tokens].
+
+    A plain unit counts where it is on: the small negative values of GELU and SiLU tie no units together.
+    """
+    h = ffn.hidden(inputs[:n_tokens].to(ffn.keys)).float()
+    h = torch.relu(h) if ffn.gate_keys is None else h.abs()
+    sizes: Tensor = h * ffn.values.float().norm(dim=1)
+    return sizes.t()
+
+
+def gate_at_zero(layer: MoE) -> float:
+    """The weight of a selected expert where all logits are zero."""
+    router = layer.router
+    if isinstance(router, OpenRouter):
+        return 1.0
+    if isinstance(router, SoftmaxRouter):
+        return 1 / (layer.n_experts if router.order == "before" else layer.k)
+    return 1 / layer.k if hasattr(router, "noise_weight") else 0.5
+
+
+def _correct(layer: MoE, ffn: FFNWeights, inputs: Tensor) -> str:
+    """Undo the mean of what routing changes: gates by the values, the mean of unselected experts by the output bias."""
+    training = layer.training
+    layer.eval()
+    x = inputs.to(ffn.keys)
+    done = ""
+    routing = layer.router(x)
+    index, gate = routing.index_TK.flatten(), routing.gate_TK.flatten().float()
+    count = torch.zeros(layer.n_experts, device=x.device).index_add_(0, index, torch.ones_like(gate))
+    mean = torch.zeros_like(count).index_add_(0, index, gate) / count.clamp_min(1)
+    mean = torch.where(count > 0, mean, mean[count > 0].mean())
+    if not isinstance(layer.router, OpenRouter):
+        layer.values.mul_((gate_at_zero(layer) / mean).view(-1, 1, 1).to(layer.values.dtype))
+        done += ", rescaled by mean gates"
+    if layer.out_bias is not None:
+        layer.out_bias.add_((ffn.output(x).float() - layer(x).float()).mean(0).to(layer.out_bias.dtype))
+        done += ", output bias corrected"
+    layer._last = None
+    layer.train(training)
+    return done
+
+
+def _upcycle(layer: MoE, ffn: FFNWeights) -> str:
+    """Each expert a copy; the values are divided by what the k gates sum to where the router is undecided."""
+    for name, tensor in ffn.tensors().items():
+        own: Tensor = getattr(layer, name)
+        own.copy_(tensor if name == "out_bias" else tensor.expand(layer.n_experts, *tensor.shape))
+    for name in ("key_bias", "out_bias"):
+        if name not in ffn.tensors() and (missing := getattr(layer, name)) is not None:
+            missing.zero_()
+    total = layer.k * gate_at_zero(layer)
+    layer.values.div_(total)
+    return f"{layer.n_experts} copies, fresh router, values times {1 / total:g}"
+
+
+def _memory(layer: ProductKeyMemory, ffn: FFNWeights) -> str:
+    if ffn.gate_keys is not None:
+        raise ValueError('init = "pkm" keeps values of a plain FFN; this one is a GLU: take init="fresh"')
+    if ffn.out_bias is not None and not ffn.out_bias.is_meta and bool(ffn.out_bias.any()):
+        raise ValueError('init = "pkm" has nowhere to keep a non-zero output bias: take init="fresh"')
+    if layer.d_ff < ffn.d_ff:
+        raise ValueError(f"n_sub_keys² = {layer.d_ff} must be at least d_ff = {ffn.d_ff} to keep the values")
+    layer.values[: ffn.d_ff].copy_(ffn.values)
+    layer.values[ffn.d_ff :].zero_()
+    return f"values kept, {layer.n_sub_keys}² product keys fresh: the function is a new one"
+
+
+def _freeze(layer: SparseFFN, ffn: FFNWeights) -> None:
+    """Frozen stays frozen; what had no counterpart trains if anything does."""
+    if not ffn.trainable:
+        return
+    present = {name: ffn.trainable[name] for name in ffn.tensors() if name in ffn.trainable}
+    some: Any = any(present.values())
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(present.get(name, some))

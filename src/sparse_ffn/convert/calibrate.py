@@ -1,0 +1,103 @@
+"""Calibration: what the FFNs of a model see on real batches, a uniform sample of it in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ffn.checks import check_positive
+from sparse_ffn.convert.find import find
+
+Filter = Callable[[nn.Module, str], bool]
+
+
+class Reservoir:
+    """A uniform sample of the rows that went by.
+
+    Args:
+        size: most rows kept.
+        seed: of the draw.
+    """
+
+    def __init__(self, size: int, seed: int = 0) -> None:
+        self.size, self.seen = size, 0
+        self._generator = torch.Generator().manual_seed(seed)
+        self._rows: Tensor | None = None
+        self._rank = torch.empty(0)
+
+    def add(self, rows: Tensor) -> None:
+        """Let rows [n, width] go by."""
+        rows = rows.detach()
+        self.seen += len(rows)
+        # every row draws a number, and the largest stay: no row's chance depends on when it came
+        rank = torch.cat([self._rank, torch.rand(len(rows), generator=self._generator, dtype=torch.float64)])
+        kept = rank.topk(min(self.size, len(rank))).indices.sort().values
+        old = len(self._rank)
+        new = rows[(kept[kept >= old] - old).to(rows.device)].cpu()
+        self._rows = new if self._rows is None else torch.cat([self._rows[kept[kept < old]], new])
+        self._rank = rank[kept]
+
+    @property
+    def rows(self) -> Tensor:
+        """The sample [at most size, width], on the CPU, in the order in which the rows came."""
+        return torch.empty(0, 0) if self._rows is None else self._rows
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module, batches: Iterable[Any], filter_fn: Filter | None = None, *, max_tokens: int = 4096
+) -> dict[str, Tensor]:
+    """Run a model on batches and keep a sample of what each of its FFNs gets.
+
+    Args:
+        model: before ``sparsify_``; it runs in evaluation mode, which is put back.
+        batches: each a mapping (keyword arguments), a tuple or list (positional arguments), or one argument. Tokens
+            that a mapping's ``attention_mask`` [batch, length] marks as padding are left out.
+        filter_fn: as ``sparsify_``'s: only these FFNs.
+        max_tokens: rows kept for each FFN, a uniform sample.
+
+    Returns:
+        By name, what ``sparsify_(calibration=...)`` takes: [at most max_tokens, d_model] on the CPU.
+
+    Raises:
+        ValueError: no FFN is found, or one was never called.
+    """
+    check_positive("max_tokens", max_tokens)
+    found = [f for f in find(model)[0] if filter_fn is None or filter_fn(f.module, f.name)]
+    if not found:
+        raise ValueError("the model has no FFN that sparsify_ would find (and filter_fn admit)")
+    samples = {f.name: Reservoir(max_tokens) for f in found}
+    mask: Tensor | None = None
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x: Tensor = args[0]
+            real = x.flatten(0, -2) if mask is None or mask.shape != x.shape[:-1] else x[mask.to(x.device)]
+            samples[name].add(real)
+
+        return hook
+
+    handles = [f.ups[0].module.register_forward_pre_hook(keep(f.name)) for f in found]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for batch in batches:
+            if isinstance(batch, Mapping):
+                given = batch.get("attention_mask")
+                mask = given.bool() if isinstance(given, Tensor) else None
+                model(**batch)
+            else:
+                mask = None
+                model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    empty = [name for name, sample in samples.items() if not sample.seen]
+    if empty:
+        raise ValueError(f"these FFNs saw no token of the batches: {', '.join(empty)}")
+    return {name: sample.rows for name, sample in samples.items()}

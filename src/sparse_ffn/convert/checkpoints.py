@@ -1,0 +1,243 @@
+"""Checkpoints of transformers' MoE models: the state of one block in, a layer out, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ffn.checks import check_choice
+from sparse_ffn.layers import DenseFFN, MoE
+from sparse_ffn.layers.shared_expert import SharedExpertMoE
+from sparse_ffn.routing.deepseek import DeepSeekRouter
+from sparse_ffn.routing.routers import ROUTERS, Router
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+PARTS = ("gate_proj", "up_proj", "down_proj")  # of a gated FFN: our gate_keys, keys, values (transposed)
+ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "relu": "relu", "relu2": "squared_relu", "gelu": "gelu", "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh", "linear": "identity",
+}  # fmt: skip
+"""transformers' names of activations and ours."""
+CORRECTION_BIAS = "gate.e_score_correction_bias"
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a family of models names the tensors of a block."""
+
+    expert: tuple[str, str, str] = PARTS
+    """The three matrices in checkpoints that hold each expert by itself."""
+    shared: str | None = None
+    """The shared expert; None where the family has none."""
+
+
+STYLES = {
+    "mixtral": Style(expert=("w1", "w3", "w2")),
+    "olmoe": Style(),
+    "qwen2_moe": Style(shared="shared_expert"),
+    "qwen3_moe": Style(),
+    "deepseek_v2": Style(shared="shared_experts"),
+    "deepseek_v3": Style(shared="shared_experts"),
+}
+
+
+def from_transformers(
+    state_dict: Mapping[str, Tensor], config: Any, *, prefix: str = "", **options: Any
+) -> MoE | SharedExpertMoE:
+    """Make a layer from one MoE block of a transformers checkpoint; it computes what the block computes.
+
+    Takes ``mixtral``, ``olmoe``, ``qwen2_moe``, ``qwen3_moe``, ``deepseek_v2`` and ``deepseek_v3``, with experts fused
+    (``experts.gate_up_proj`` [E, 2G, D]) or one by one (``experts.0.gate_proj.weight``). A scaling factor of the gates
+    is multiplied into the values. A shared expert makes the result a ``SharedExpertMoE``. What only training has, such
+    as Mixtral's jitter, is left out.
+
+    Args:
+        state_dict: any that contains the block.
+        config: the model's: a ``PretrainedConfig``, or what its config.json holds.
+        prefix: of the block's keys, such as ``"model.layers.3.mlp."``; every key that starts with it must be used.
+        options: of ``MoE``, for training: ``balance``, ``aux``, ... DeepSeek-V3's correction bias means
+            ``balance="bias"``, which is the default there.
+
+    Returns:
+        The layer, in the dtype and on the device of the experts.
+
+    Raises:
+        ValueError: a model that no layer here computes exactly, a key that is missing, or one that nothing uses.
+    """
+    facts = _facts(config)
+    style, keys = STYLES[facts["model_type"]], Keys(state_dict, prefix)
+    activation = ACTIVATIONS[facts["hidden_act"]]
+    gate_keys, up, down = _experts(keys, style)
+    ours = {"keys": up, "gate_keys": gate_keys, "values": down.mT * facts.get("routed_scaling_factor", 1.0)}
+    ours["router.weight"] = keys.take("gate.weight")
+    if facts["model_type"] == "deepseek_v3":
+        ours["router.bias"] = keys.take(CORRECTION_BIAS)
+        options = {"balance": "bias", **options}
+    sizes = (up.shape[2], up.shape[0], up.shape[1], facts["num_experts_per_tok"])
+    router = _router(facts, sizes)
+    moe = MoE(*sizes, router=router, activation=activation, glu=True, device="meta", dtype=up.dtype, **options)
+    moe.router.to(ours["router.weight"].dtype)  # some models keep it wider than the experts
+    if style.shared is None or f"{style.shared}.up_proj.weight" not in keys.left:
+        keys.finish()
+        return filled(moe, ours)
+    gate, up, down = (keys.take(f"{style.shared}.{part}.weight") for part in PARTS)
+    shared = DenseFFN(
+        sizes[0], up.shape[0], activation=activation, glu=True, bias=False, device="meta", dtype=up.dtype
+    )  # fmt: skip
+    whole = {f"routed.{name}": tensor for name, tensor in ours.items()}
+    whole |= {"shared.gate_keys": gate, "shared.keys": up, "shared.values": down.mT}
+    gated = facts["model_type"] == "qwen2_moe"
+    if gated:
+        whole["gate.weight"] = keys.take("shared_expert_gate.weight")
+    keys.finish()
+    return filled(SharedExpertMoE(moe, shared, gated=gated), whole)
+
+
+def to_transformers(
+    layer: MoE | SharedExpertMoE, config: Any, *, prefix: str = "", fused: bool = True
+) -> dict[str, Tensor]:
+    """The block of a transformers checkpoint that computes what a layer computes: ``from_transformers`` backwards.
+
+    Args:
+        layer: of the structure that ``from_transformers`` makes for this config.
+        config: the model's.
+        prefix: put before each name.
+        fused: fused experts, as transformers 5 has them; otherwise one by one.
+
+    Returns:
+        Names and tensors; its scaling factor is divided out of the values.
+
+    Raises:
+        ValueError: the layer is not what the config says.
+    """
+    facts = _facts(config)
+    style = STYLES[facts["model_type"]]
+    moe = layer.routed if isinstance(layer, SharedExpertMoE) else layer
+    _check_fits(layer, moe, facts)
+    gate, up = moe.gate_keys, moe.keys
+    down = moe.values.mT / facts.get("routed_scaling_factor", 1.0)
+    assert gate is not None  # _check_fits
+    state: dict[str, Tensor] = {"gate.weight": moe.router.weight}
+    if facts["model_type"] == "deepseek_v3":
+        assert moe.router.bias is not None
+        state[CORRECTION_BIAS] = moe.router.bias
+    if fused:
+        state |= {"experts.gate_up_proj": torch.cat((gate, up), 1), "experts.down_proj": down}
+    else:
+        for e in range(moe.n_experts):
+            named = zip(style.expert, (gate[e], up[e], down[e]), strict=True)
+            state |= {f"experts.{e}.{part}.weight": matrix for part, matrix in named}
+    if isinstance(layer, SharedExpertMoE):
+        matrices = (layer.shared.gate_keys, layer.shared.keys, layer.shared.values.mT)
+        state |= {f"{style.shared}.{p}.weight": m for p, m in zip(PARTS, matrices, strict=True) if m is not None}
+        if layer.gate is not None:
+            state["shared_expert_gate.weight"] = layer.gate.weight
+    return {prefix + name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
+
+
+class Keys:
+    """The tensors of a state dict under a prefix, taken one by one until none is left."""
+
+    def __init__(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+        self.prefix = prefix
+        self.left = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
+
+    def take(self, name: str) -> Tensor:
+        """The tensor of that name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if name not in self.left:
+            raise ValueError(f"the checkpoint has no {self.prefix + name!r}; it still has {sorted(self.left)[:20]}")
+        return self.left.pop(name)
+
+    def finish(self) -> None:
+        """Raise ValueError unless every tensor was taken."""
+        if self.left:
+            unused = ", ".join(repr(self.prefix + name) for name in sorted(self.left))
+            raise ValueError(f"the checkpoint has keys that this layer has no place for: {unused}")
+
+
+def filled(layer: Layer, tensors: Mapping[str, Tensor]) -> Layer:
+    """A layer that was built on meta, with these tensors for its parameters and buffers, on their device."""
+    layer.to_empty(device=next(iter(tensors.values())).device)
+    layer.load_state_dict(dict(tensors))
+    return layer
+
+
+def _facts(config: Any) -> dict[str, Any]:
+    """The config as a dict, if it is of a model whose blocks a layer can compute."""
+    facts = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    check_choice("config.model_type", facts.get("model_type"), STYLES)
+    needed = {"num_experts_per_tok", "hidden_act"} | {
+        "mixtral": set(),
+        "deepseek_v2": {"routed_scaling_factor", "topk_method", "norm_topk_prob"},
+        "deepseek_v3": {"routed_scaling_factor", "n_group", "topk_group", "norm_topk_prob"},
+    }.get(facts["model_type"], {"norm_topk_prob"})
+    missing = sorted(name for name in needed if facts.get(name) is None)
+    if missing:
+        raise ValueError(f"config must say {', '.join(missing)}, which decide what the block computes")
+    check_choice("config.hidden_act", facts["hidden_act"], ACTIVATIONS)
+    if facts["model_type"] == "deepseek_v2" and (facts["topk_method"] != "greedy" or facts["norm_topk_prob"]):
+        raise ValueError(
+            f"config has topk_method = {facts['topk_method']!r} and norm_topk_prob = {facts['norm_topk_prob']!r}: of "
+            "DeepSeek-V2's routers only 'greedy' without renormalisation has a counterpart here"
+        )
+    return facts
+
+
+def _check_fits(layer: MoE | SharedExpertMoE, moe: MoE, facts: Mapping[str, Any]) -> None:
+    kind, shared = facts["model_type"], isinstance(layer, SharedExpertMoE)
+    k = facts["num_experts_per_tok"]
+    named = _router(facts, (moe.d_model, moe.n_experts, moe.expert_size, k))
+    router = ROUTERS[named](moe.d_model, moe.n_experts, k, device="meta") if isinstance(named, str) else named
+    checks = {
+        "router": (_traits(moe.router), _traits(router)),
+        "activation": (moe.activation, ACTIVATIONS[facts["hidden_act"]]),
+        "glu": (moe.gate_keys is not None, True),
+        "bias": (moe.out_bias is not None, False),
+        "d_out": (moe.d_out, moe.d_model),
+        "shared expert": (shared, kind == "qwen2_moe" or (shared and kind.startswith("deepseek"))),
+        "gated shared expert": (isinstance(layer, SharedExpertMoE) and layer.gate is not None, kind == "qwen2_moe"),
+    }
+    for what, (has, should) in checks.items():
+        if has != should:
+            raise ValueError(f"the layer is no {kind} block of this config: its {what} is {has!r}, not {should!r}")
+
+
+def _traits(router: Router) -> tuple[Any, ...]:
+    """What decides which function a router computes."""
+    options = ("order", "normalize", "n_groups", "topk_groups")
+    found = {name: getattr(router, name, None) for name in options}
+    found["order"] = "after" if found["order"] == "renormalize" else found["order"]  # one function, two names
+    return type(router).__name__, router.k, *((name, value) for name, value in found.items() if value is not None)
+
+
+def _router(facts: Mapping[str, Any], sizes: tuple[int, int, int, int]) -> str | DeepSeekRouter:
+    """The router that ranks and weighs as the model's does."""
+    d_model, n_experts, _, k = sizes
+    if facts["model_type"] == "deepseek_v3":
+        return DeepSeekRouter(
+            d_model, n_experts, k, normalize=facts["norm_topk_prob"], n_groups=facts["n_group"],
+            topk_groups=facts["topk_group"], selection_bias=True, device="meta",
+        )  # fmt: skip
+    normalized = facts["model_type"] == "mixtral" or facts.get("norm_topk_prob", False)
+    return "softmax_topk" if normalized else "softmax"
+
+
+def _experts(keys: Keys, style: Style) -> tuple[Tensor, Tensor, Tensor]:
+    """The experts' gate and up [E, G, D] and down [E, D, G]."""
+    indices = {name.split(".")[1] for name in keys.left if name.startswith("experts.")}
+    if not all(index.isdecimal() for index in indices) or not indices:
+        gate, up = keys.take("experts.gate_up_proj").chunk(2, dim=1)
+        return gate, up, keys.take("experts.down_proj")
+    gate, up, down = (
+        torch.stack([keys.take(f"experts.{e}.{part}.weight") for e in range(len(indices))]) for part in style.expert
+    )
+    return gate, up, down

@@ -1,0 +1,148 @@
+"""Probing: a module is run on small random inputs, with random weights in fp64, to see what it computes.
+
+Nothing of the module itself is touched: a copy runs, whose parameters are random, so that zero or meta weights tell as
+much as any.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+TOLERANCE = 1e-6  # above what differently rounded constants do, far below the difference of gelu and gelu_tanh
+
+
+HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
+    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether two fp64 tensors of a probe are the same but for rounding."""
+    if a.shape != b.shape or not (a.is_floating_point() and b.is_floating_point()):
+        return False
+    scale = max(1.0, b.abs().max().item()) if b.numel() else 1.0
+    return bool(((a.double() - b.double()).abs() <= TOLERANCE * scale).all())
+
+
+def probe_copy(module: nn.Module) -> nn.Module:
+    """A copy on the CPU in fp64 and evaluation mode, with random weights: the same ones in every copy."""
+    generator = torch.Generator().manual_seed(0)
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            value = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / parameter.shape[-1] ** 0.5
+        else:
+            value = 0.5 + torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
+        memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
+    for buffer in module.buffers():
+        if buffer.is_meta:
+            memo[id(buffer)] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+        else:
+            memo[id(buffer)] = buffer.to(
+                "cpu", torch.float64 if buffer.is_floating_point() else buffer.dtype, copy=True
+            )
+    copied = copy.deepcopy(module, memo).eval()
+    for inner in copied.modules():
+        for kind in HOOKS:  # what users hang on their model is not for probes
+            getattr(inner, kind, {}).clear()
+    return copied
+
+
+@dataclass
+class Call:
+    """What one call of a module got and gave."""
+
+    input: Tensor
+    output: Tensor
+
+
+@dataclass
+class Trace:
+    """What was seen while a copy ran."""
+
+    calls: dict[nn.Module, list[Call]] = field(default_factory=dict)
+    dropouts: list[tuple[float, Tensor]] = field(default_factory=list)
+    """Rate and input of every dropout that dropped."""
+    outputs: list[Tensor] = field(default_factory=list)
+
+    def only(self, module: nn.Module) -> Call | None:
+        """The one call of a module, None if there was none or there were several."""
+        calls = self.calls.get(module, [])
+        return calls[0] if len(calls) == 1 else None
+
+
+class _Dropouts(TorchFunctionMode):
+    def __init__(self, seen: list[tuple[float, Tensor]]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.dropout, torch.dropout):
+            names = ("input", "p", "training") if func is F.dropout else ("input", "p", "train")
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            rate, training = given.get("p", 0.5), given.get(names[2], True)
+            if training and rate > 0:
+                self.seen.append((rate, given["input"].clone()))
+        return func(*args, **kwargs)
+
+
+def run(
+    copied: nn.Module, args: Iterable[Tensor | None], watch: Iterable[nn.Module] = (), train: bool = False
+) -> Trace:
+    """Run a probe copy and watch some of its modules.
+
+    Args:
+        copied: what ``probe_copy`` returned.
+        args: its positional arguments.
+        watch: modules of the copy whose inputs and outputs are wanted.
+        train: run in training mode, with a random state that is put back afterwards.
+    """
+    trace = Trace()
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+            trace.calls[module][-1].output = output.clone()
+
+    def note_input(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        first = inputs[0] if inputs and isinstance(inputs[0], Tensor) else torch.empty(0)
+        trace.calls.setdefault(module, []).append(Call(first.clone(), torch.empty(0)))
+
+    copied.train(train)
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        for module in watch:
+            for handle in (module.register_forward_pre_hook(note_input), module.register_forward_hook(note)):
+                stack.callback(handle.remove)
+        if train:
+            torch.manual_seed(0)
+            stack.enter_context(_Dropouts(trace.dropouts))
+        output = copied(*args)
+    trace.outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+    return trace
+
+
+def same_outputs(a: Trace, b: Trace) -> bool:
+    """Whether two runs gave the same tensors."""
+    return len(a.outputs) == len(b.outputs) and all(close(x, y) for x, y in zip(a.outputs, b.outputs, strict=True))
+
+
+def probe_input(width: int, seed: int = 1) -> Tensor:
+    """[2, 3, width] in fp64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 3, width, generator=generator, dtype=torch.float64)

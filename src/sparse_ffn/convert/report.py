@@ -1,0 +1,103 @@
+"""What sparsify_ did and what it left: a report that prints as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from sparse_ffn.convert.config import FFNConfig
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One FFN that was replaced."""
+
+    name: str
+    """Where the new layer is."""
+    pattern: str
+    """What was there: its linear maps, activation, GLU."""
+    layer: str
+    """The new layer's class and sizes."""
+    config: FFNConfig
+    """Resolved: with ``init="fresh"`` it makes a layer of the same shapes."""
+    parameters: tuple[int, int]
+    """Before and after."""
+    flops: tuple[int, int]
+    """Forward, for a token, before and after."""
+    note: str
+    """What was done with the weights."""
+    shared: tuple[str, ...] = ()
+    """Other names of the same module, which share the new layer."""
+    moved: float | None = None
+    """Relative error of the output on the calibration data, None without: ‖new - old‖ / ‖old‖."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All swaps, and all that was left as it was. ``print`` it."""
+
+    swaps: tuple[Swap, ...]
+    unknown: dict[str, str]
+    """What looked like an FFN by its shapes: name, and why it was left."""
+    skipped: tuple[str, ...]
+    """FFNs that ``filter_fn`` or the given names left out."""
+    others: dict[str, int]
+    """All other modules with matrices, as ``layers.*.name (Kind, shape)``, and how many."""
+
+    @property
+    def names(self) -> list[str]:
+        """Where the new layers are."""
+        return [swap.name for swap in self.swaps]
+
+    @property
+    def configs(self) -> dict[str, FFNConfig]:
+        """Resolved configs by name: ``sparsify_`` takes them, to give another copy of the model the same layers."""
+        return {swap.name: swap.config for swap in self.swaps}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON: by name, the config of each layer."""
+        return {name: config.to_dict() for name, config in self.configs.items()}
+
+    def __str__(self) -> str:
+        head = ("name", "was", "is", "parameters", "FLOPs/token", *(("moved",) if self._measured else ()), "weights")
+        rows = [head]
+        for s in self.swaps:
+            moved = ("-" if s.moved is None else f"{s.moved:.2%}",) if self._measured else ()
+            name = s.name + "".join(f" = {other}" for other in s.shared)
+            rows.append((name, s.pattern, s.layer, _change(*s.parameters), _change(*s.flops), *moved, s.note))
+        lines = [f"{len(self.swaps)} FFN{'' if len(self.swaps) == 1 else 's'} replaced"]
+        if self.swaps:
+            lines[0] += (
+                f": parameters {_change(*self._total('parameters'))}, FLOPs/token {_change(*self._total('flops'))}"
+            )
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            lines += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += _section("left: looked like an FFN", [f"{name}: {why}" for name, why in self.unknown.items()])
+        lines += _section("left: not selected", self.skipped)
+        lines += _section("left: no FFN", [f"{count} x {name}" for name, count in self.others.items()])
+        return "\n".join(lines)
+
+    @property
+    def _measured(self) -> bool:
+        return any(swap.moved is not None for swap in self.swaps)
+
+    def _total(self, what: str) -> tuple[int, int]:
+        pairs = [getattr(swap, what) for swap in self.swaps]
+        return sum(before for before, _ in pairs), sum(after for _, after in pairs)
+
+
+def _section(title: str, entries: Iterable[str]) -> list[str]:
+    entries = list(entries)
+    return [f"{title}:", *(f"  {entry}" for entry in entries)] if entries else []
+
+
+def _change(before: int, after: int) -> str:
+    return f"{_short(before)} -> {_short(after)} ({after / max(before, 1):.0%})"
+
+
+def _short(n: int) -> str:
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if n >= size:
+            return f"{n / size:.3g}{unit}"
+    return str(n)

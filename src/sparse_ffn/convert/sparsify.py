@@ -1,0 +1,227 @@
+"""sparsify_: the FFNs of a model become sparse layers, in place; from_dense: one FFN becomes a layer."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ffn.convert.build import Built, ConstantInput, build
+from sparse_ffn.convert.calibrate import Filter
+from sparse_ffn.convert.config import FFNConfig
+from sparse_ffn.convert.edits import put, set_attribute, switch_off_fast_path
+from sparse_ffn.convert.find import find, find_one
+from sparse_ffn.convert.found import Found
+from sparse_ffn.convert.report import Report, Swap
+from sparse_ffn.convert.weights import FFNWeights
+from sparse_ffn.layers import MoE, SparseFFN
+
+
+def sparsify_(
+    model: nn.Module,
+    config: FFNConfig | Mapping[str, FFNConfig],
+    filter_fn: Filter | None = None,
+    *,
+    calibration: Mapping[str, Tensor] | None = None,
+) -> Report:
+    """Replace the feed-forward blocks of a model by sparse layers, in place.
+
+    They are found by what they compute: copies of modules run on small random inputs with random weights, and only what
+    then equals a two-layer FFN is replaced. Either all are replaced or, with an error, none.
+
+    Args:
+        model: any module. Device, dtype, training mode, ``requires_grad`` and sharing of modules are kept.
+        config: what the FFNs become; or a mapping from the names of some of them to the config of each.
+        filter_fn: ``filter_fn(module, name) -> bool`` says which FFNs are replaced; it gets what is at ``name`` now.
+        calibration: what ``calibrate`` returned for this model.
+
+    Returns:
+        What was replaced and what was left, with parameters, FLOPs and what was done with the weights.
+
+    Raises:
+        TypeError: ``config`` is no config of this library.
+        ValueError: the config does not fit an FFN, or names one that is not there. The model is as it was.
+    """
+    _check_config(config)
+    found, unknown = find(model)
+    if isinstance(config, Mapping):
+        missing = [name for name in config if name not in {f.name for f in found}]
+        if missing:
+            raise ValueError(f"no FFN is at {', '.join(map(repr, missing))}; there are {[f.name for f in found]}")
+    skipped: list[str] = []
+    plans: list[_Plan] = []
+    slots = _slots(model)
+    owners = _parameter_owners(model)
+    built: dict[object, nn.Module] = {}
+    for f in found:
+        chosen = config.get(f.name) if isinstance(config, Mapping) else config
+        if chosen is None or (filter_fn is not None and not filter_fn(f.module, f.name)):
+            skipped.append(f.name)
+            continue
+        if (why := _entangled(f, slots, owners)) is not None:
+            unknown[f.name] = why
+            continue
+        plans.append(_plan(f, chosen, None if calibration is None else calibration.get(f.name), slots, built))
+    _swap(model, plans)
+    gone = {linear.module for f in found if f.name not in skipped for linear in (*f.ups, f.down)}
+    return Report(tuple(p.swap for p in plans), unknown, tuple(skipped), _others(model, gone, plans))
+
+
+def from_dense(ffn: nn.Module, config: FFNConfig, *, inputs: Tensor | None = None) -> nn.Module:
+    """Make a sparse layer from one FFN, which stays as it is.
+
+    Args:
+        ffn: a module that computes a two-layer FFN: any that ``sparsify_`` finds within a model.
+        config: what it becomes.
+        inputs: [..., d_model] that it sees, for calibration.
+
+    Returns:
+        The layer; a dropout after it if the FFN ends in one, and a ``ConstantInput`` before it if its gate has a bias.
+
+    Raises:
+        ValueError: the module is no FFN (the message says what was seen), or the config does not fit it.
+    """
+    _check_config(config)
+    f = find_one(ffn)
+    return _plan(f, config, None if inputs is None else inputs.flatten(0, -2), {}, {}).module
+
+
+def _check_config(config: object) -> None:
+    for each in config.values() if isinstance(config, Mapping) else (config,):
+        if not isinstance(each, FFNConfig):
+            raise TypeError(f"config must be a config of sparse_ffn, such as SigmaMoEConfig(k=4), got {each!r}")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    found: Found
+    module: nn.Module
+    swap: Swap
+
+
+def _plan(
+    f: Found, config: FFNConfig, inputs: Tensor | None, slots: Mapping[int, list[tuple[nn.Module, str, str]]],
+    done: dict[object, nn.Module],
+) -> _Plan:  # fmt: skip
+    """Build what replaces an FFN, without touching the model."""
+    ffn = f.weights()
+    _check_uniform(f.name, ffn)
+    # the same parameters in two modules stay the same: one new layer stands in both places
+    identity = (tuple(id(p) for linear in (*f.ups, f.down) for p in linear.module.parameters()), f.formula, config)
+    wide = ffn.gate_bias is not None
+    rows = inputs if inputs is None else inputs.to(ffn.keys)
+    if wide and rows is not None:
+        rows = ConstantInput()(rows)
+    try:
+        made: Built = build(config, ffn.with_constant_input() if wide else ffn, rows)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{f.name or 'the FFN'} ({f.pattern}, d_ff = {ffn.d_ff}): {error}") from error
+    parts: list[nn.Module] = [*([ConstantInput()] if wide else []), made.layer]
+    if f.out_dropout:
+        parts.append(nn.Dropout(f.out_dropout))
+    module = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
+    module = done.setdefault(identity, module.train(f.module.training))
+    note = made.note + ("; a constant input carries the gate's bias" if wide else "")
+    swap = Swap(
+        f.name, f.pattern, _describe(made.layer), made.config,
+        (ffn.n_parameters(), made.layer.n_parameters), (ffn.flops_per_token(), made.layer.flops_per_token()), note,
+        tuple(path for _, _, path in slots.get(id(f.module), []) if path != f.name),
+        None if rows is None else moved(made.layer, ffn.with_constant_input() if wide else ffn, rows),
+    )  # fmt: skip
+    return _Plan(f, module, swap)
+
+
+@torch.no_grad()
+def moved(layer: SparseFFN, ffn: FFNWeights, inputs: Tensor) -> float:
+    """Relative error of a layer's output: ‖layer(x) - ffn(x)‖ / ‖ffn(x)‖ over all inputs, in evaluation mode."""
+    training = layer.training
+    layer.eval()
+    y = layer(inputs).float()
+    layer.train(training)
+    if isinstance(layer, MoE):
+        layer._last = None
+    wanted = ffn.output(inputs).float()
+    return float((y - wanted).norm() / wanted.norm().clamp_min(1e-30))
+
+
+def _check_uniform(name: str, ffn: FFNWeights) -> None:
+    kinds = {(t.dtype, t.device) for t in ffn.tensors().values()}
+    if len(kinds) > 1:
+        raise ValueError(f"{name}: its parameters differ in dtype or device: {sorted(map(str, kinds))}")
+
+
+def _describe(layer: SparseFFN) -> str:
+    sizes = f"E={layer.n_experts} G={layer.expert_size} k={layer.k}" if isinstance(layer, MoE) else f"k={layer.k}"
+    return f"{type(layer).__name__} {sizes}"
+
+
+def _slots(model: nn.Module) -> dict[int, list[tuple[nn.Module, str, str]]]:
+    """Where each module hangs: its owners, their attributes, the full names."""
+    slots: dict[int, list[tuple[nn.Module, str, str]]] = defaultdict(list)
+    for path, owner in model.named_modules():
+        for attribute, child in owner._modules.items():
+            if child is not None:
+                slots[id(child)].append((owner, attribute, f"{path}.{attribute}" if path else attribute))
+    return slots
+
+
+def _parameter_owners(model: nn.Module) -> dict[int, set[nn.Module]]:
+    owners: dict[int, set[nn.Module]] = defaultdict(set)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)].add(module)
+    return owners
+
+
+def _entangled(
+    f: Found, slots: Mapping[int, list[tuple[nn.Module, str, str]]], owners: Mapping[int, set[nn.Module]]
+) -> str | None:  # fmt: skip
+    """Why an FFN cannot be taken out: something else uses a part of it."""
+    linears = (*f.ups, f.down)
+    for linear in linears:
+        if len(slots.get(id(linear.module), ())) > 1:
+            return f"{linear.name} is used in several places: {', '.join(p for _, _, p in slots[id(linear.module)])}"
+    sharing = [{id(o) for p in linear.module.parameters() for o in owners[id(p)]} for linear in linears]
+    if len({len(s) for s in sharing}) > 1:
+        shared = [linear.name for linear, s in zip(linears, sharing, strict=True) if len(s) > 1]
+        return f"only some of its parameters are tied to other modules: {', '.join(shared)}"
+    return None
+
+
+def _swap(model: nn.Module, plans: list[_Plan]) -> None:
+    """Put all new modules in; on any error take all out again."""
+    undo: list[Callable[[], None]] = []
+    slots = _slots(model)
+    try:
+        for plan in plans:
+            for owner, attribute, _ in slots[id(plan.found.module)]:
+                undo.append(set_attribute(owner, attribute, plan.module))
+            if plan.found.edits:
+                enclosing = model.get_submodule(plan.found.enclosing)
+                undo += put(enclosing, plan.found.edits)
+                for module in model.modules():
+                    if any(inner is enclosing for inner in module.modules()):
+                        undo += switch_off_fast_path(module)
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+
+
+def _others(model: nn.Module, gone: set[nn.Module], plans: list[_Plan]) -> dict[str, int]:
+    """The modules that still have matrices of their own, grouped by name with the numbers left out."""
+    new = {inner for plan in plans for inner in plan.module.modules()}
+    counts: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if module in new or module in gone:
+            continue
+        matrices = [p for p in module.parameters(recurse=False) if p.dim() > 1]
+        if matrices:
+            pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or "the model itself"
+            shapes = " ".join("x".join(map(str, p.shape)) for p in matrices)
+            counts[f"{pattern} ({type(module).__name__} {shapes})"] += 1
+    return dict(counts)

@@ -1,0 +1,1 @@
+"""Thin bridges to other libraries; each file imports its library, so none is imported with the package."""

@@ -1,0 +1,71 @@
+"""The experts of transformers' MoE models, computed by this library's kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from sparse_ffn import ops
+
+NAME = "sparse_ffn"
+
+
+def register() -> None:
+    """Offer the kernels to every MoE model of transformers 5 as the experts implementation ``"sparse_ffn"``.
+
+    Choose it with ``from_pretrained(..., experts_implementation="sparse_ffn")`` or, at any time, with
+    ``model.set_experts_implementation("sparse_ffn")``. The model keeps its router, parameters and checkpoint format;
+    outputs and gradients are those of the ``"eager"`` implementation to rounding. Calling this again changes nothing.
+    """
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What a module of experts computes, in two products: up (with its gate's half) and down.
+
+    Between them the model's own code runs, so that every activation, clamp, bias and norm is the model's.
+
+    Args:
+        experts: the module, in transformers' convention: ``gate_up_proj`` (``up_proj`` where ``has_gate`` is False) and
+            ``down_proj``, stacks of [out, in] matrices ([in, out] where ``is_transposed``), perhaps with ``*_bias``.
+        hidden_states: [T, D].
+        top_k_index: int64 [T, K]; n_experts stands for an expert of another process (expert parallelism).
+        top_k_weights: [T, K].
+
+    Returns:
+        [T, D] in the dtype of ``hidden_states``.
+
+    Raises:
+        ValueError: the weights' shape is not the indices'.
+    """
+    if top_k_weights.shape != top_k_index.shape:
+        raise ValueError(f"top_k_weights must have the shape of top_k_index, {list(top_k_index.shape)}, "
+                         f"got {list(top_k_weights.shape)}")  # fmt: skip
+    (tokens, k), expert, weight = top_k_index.shape, top_k_index.reshape(-1), top_k_weights.reshape(-1, 1)
+    if _flag(experts, "_is_expert_parallel", True):
+        elsewhere = expert >= experts.down_proj.shape[0]
+        expert, weight = expert.masked_fill(elsewhere, 0), weight.masked_fill(elsewhere.unsqueeze(1), 0)
+    token = torch.arange(tokens * k, device=expert.device) // k
+    if _flag(experts, "has_gate", True):
+        h = experts._apply_gate(_product(experts, "gate_up_proj", hidden_states, expert, token))
+    else:
+        h = experts.act_fn(_product(experts, "up_proj", hidden_states, expert, token))
+    y = _product(experts, "down_proj", h, expert, None)
+    if _flag(experts, "has_post_expert_norm", False):
+        y = experts.post_expert_norm(y)
+    return (y * weight).view(tokens, k, y.shape[1]).sum(1).to(hidden_states.dtype)
+
+
+def _product(experts: Any, name: str, x: Tensor, expert: Tensor, rows: Tensor | None) -> Tensor:
+    """Each slot's row of x times its expert's matrix, plus its bias: [slots, out]."""
+    matrices: Tensor = getattr(experts, name)
+    y = ops.cvmm(x.to(matrices.dtype), matrices if experts.is_transposed else matrices.mT, expert, gather=rows)
+    return y + getattr(experts, f"{name}_bias")[expert] if experts.has_bias else y
+
+
+def _flag(experts: Any, name: str, default: bool) -> bool:
+    """A fact about the experts; versions of transformers before it became one have the default."""
+    return bool(getattr(experts, name, default))

@@ -1,0 +1,83 @@
+"""Converted models of transformers, saved and loaded: the conversion is written into the model's config."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import transformers
+
+from sparse_ffn.convert import Report, config_from_dict, sparsify_
+
+KEY = "sparse_ffn"  # of the record in config.json
+
+
+def record_conversion(model: Any, report: Report) -> None:
+    """Write what ``sparsify_`` did into ``model.config``, so that ``save_pretrained`` saves it with the weights.
+
+    After it every way to save works: ``model.save_pretrained``, the Trainer's checkpoints, ``push_to_hub``. Load with
+    ``from_pretrained`` of this module. For a model that was converted in several steps, call it after each.
+
+    Args:
+        model: a ``transformers.PreTrainedModel`` that ``sparsify_`` converted.
+        report: what ``sparsify_`` returned.
+
+    Raises:
+        ValueError: the report names a module that the model does not have.
+    """
+    names = {name for name, _ in model.named_modules()}
+    missing = [name for name in report.names if name not in names]
+    if missing:
+        raise ValueError(f"report is of another model: this one has no {', '.join(map(repr, missing))}")
+    setattr(model.config, KEY, {**(getattr(model.config, KEY, None) or {}), **report.to_dict()})
+
+
+def from_pretrained(path: str, model_class: type[Any] | None = None, **options: Any) -> Any:
+    """Load a converted model: its class is built from the config, converted as recorded, then given the weights.
+
+    Args:
+        path: what transformers' ``from_pretrained`` takes: a folder or a name on the hub.
+        model_class: a class of transformers (no ``Auto`` class); None for the one that was saved.
+        options: for the class's own ``from_pretrained``.
+
+    Returns:
+        What ``model_class.from_pretrained(path, **options)`` returns.
+
+    Raises:
+        ValueError: the config records no conversion, or does not fit the model.
+    """
+    config = options.pop("config", None)
+    if config is None:
+        config = transformers.AutoConfig.from_pretrained(path)
+    record: dict[str, dict[str, Any]] = getattr(config, KEY, None) or {}
+    if not record:
+        raise ValueError(
+            f"the config of {str(path)!r} records no conversion: call record_conversion(model, report) before "
+            "save_pretrained, or load an unconverted model with transformers itself"
+        )
+    base: Any = model_class or getattr(transformers, config.architectures[0])
+
+    class Converted(base):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            _convert(self, record)
+
+    Converted.__name__ = base.__name__
+    loaded = Converted.from_pretrained(path, config=config, **options)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
+    model.__class__ = base
+    return loaded
+
+
+def _convert(model: Any, record: dict[str, dict[str, Any]]) -> None:
+    """Layers of the recorded shapes in the recorded places; the weights are those of the checkpoint."""
+    prefix = f"{model.base_model_prefix}."
+    names = {name for name, _ in model.named_modules()}
+
+    def here(name: str) -> str:  # a model without its head lacks a prefix, and the other way round
+        return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in names), name)
+
+    configs = {here(name): config_from_dict(values) for name, values in record.items()}
+    with torch.device("cpu"):  # transformers builds on meta; what sparsify_ tries out needs numbers
+        sparsify_(model, {name: dataclasses.replace(config, init="fresh") for name, config in configs.items()})

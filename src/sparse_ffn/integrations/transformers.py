@@ -1,0 +1,5 @@
+"""Hugging Face transformers: its MoE models on this library's kernels; converted models saved and loaded."""
+
+from sparse_ffn.integrations.experts import register as register
+from sparse_ffn.integrations.pretrained import from_pretrained as from_pretrained
+from sparse_ffn.integrations.pretrained import record_conversion as record_conversion

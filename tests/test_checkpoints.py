@@ -1,0 +1,216 @@
+"""Foreign MoE checkpoints: a layer computes what the block did, going back gives the same state, errors are loud."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sparse_ffn as sf
+from sparse_ffn.convert import from_moe_layer, from_transformers, to_moe_layer, to_transformers
+from sparse_ffn.layers import SharedExpertMoE
+from sparse_ffn.routing import DeepSeekRouter
+
+D, G, E, K = 16, 12, 6, 2
+SIZES = {
+    "hidden_size": D,
+    "moe_intermediate_size": G,
+    "intermediate_size": G,
+    "num_experts_per_tok": K,
+    "num_attention_heads": 2,
+}
+DEEPSEEK = {"n_routed_experts": E, "n_shared_experts": 2, "routed_scaling_factor": 2.5}
+V3 = {**DEEPSEEK, "norm_topk_prob": True, "n_group": 3, "topk_group": 2}
+# model_type, the block's class, the config's own facts
+BLOCKS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", "MixtralSparseMoeBlock", {"num_local_experts": E}),
+    "olmoe": ("olmoe", "OlmoeSparseMoeBlock", {"num_experts": E, "norm_topk_prob": False}),
+    "olmoe, normalised": ("olmoe", "OlmoeSparseMoeBlock", {"num_experts": E, "norm_topk_prob": True}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        "Qwen2MoeSparseMoeBlock",
+        {"num_experts": E, "shared_expert_intermediate_size": 20, "norm_topk_prob": False},
+    ),
+    "qwen3_moe": ("qwen3_moe", "Qwen3MoeSparseMoeBlock", {"num_experts": E, "norm_topk_prob": True}),
+    "deepseek_v2": ("deepseek_v2", "DeepseekV2Moe", {**DEEPSEEK, "topk_method": "greedy", "norm_topk_prob": False}),
+    "deepseek_v3": ("deepseek_v3", "DeepseekV3MoE", V3),
+    "deepseek_v3, one group": ("deepseek_v3", "DeepseekV3MoE", {**V3, "n_group": 1, "topk_group": 1}),
+    "deepseek_v3, raw gates": ("deepseek_v3", "DeepseekV3MoE", {**V3, "norm_topk_prob": False}),
+}
+
+
+def block(name: str) -> tuple[Any, nn.Module]:
+    """A block of transformers with random weights, biases included, and its config."""
+    transformers = pytest.importorskip("transformers", minversion="5")
+    kind, cls, facts = BLOCKS[name]
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **SIZES, **facts)
+    config._experts_implementation = "eager"
+    module = getattr(getattr(transformers.models, kind), f"modeling_{kind}")
+    made: nn.Module = getattr(module, cls)(config)
+    for tensor in made.state_dict().values():
+        nn.init.normal_(tensor, 0.0, 0.5)
+    return config, made.eval()
+
+
+def one_by_one(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """The names of transformers 4: each expert by itself."""
+    gate, up, down = ("w1", "w3", "w2") if kind == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    split = {n: t for n, t in state.items() if not n.startswith("experts.")}
+    for e in range(E):
+        fused = state["experts.gate_up_proj"][e]
+        split[f"experts.{e}.{gate}.weight"], split[f"experts.{e}.{up}.weight"] = fused[:G], fused[G:]
+        split[f"experts.{e}.{down}.weight"] = state["experts.down_proj"][e]
+    return split
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "one by one"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_layer_computes_what_the_block_does_and_goes_back(name: str, fused: bool) -> None:
+    config, theirs = block(name)
+    state = {f"mlp.{n}": t for n, t in theirs.state_dict().items()}
+    if not fused:
+        state = {f"mlp.{n}": t for n, t in one_by_one(theirs.state_dict(), BLOCKS[name][0]).items()}
+    layer = from_transformers({**state, "norm.weight": torch.ones(D)}, config, prefix="mlp.").eval()
+    x = torch.randn(2, 25, D)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+    back = to_transformers(layer, config.to_dict(), prefix="mlp.", fused=fused)
+    assert back.keys() == state.keys()
+    for key, tensor in back.items():
+        torch.testing.assert_close(tensor, state[key], rtol=1e-6, atol=0)
+
+
+def test_shared_experts_become_a_layer_of_their_own() -> None:
+    config, theirs = block("qwen2_moe")
+    layer = from_transformers(theirs.state_dict(), config, balance="switch", aux="attach")
+    assert isinstance(layer, SharedExpertMoE)
+    assert isinstance(layer.shared, sf.DenseFFN)
+    assert layer.shared.d_ff == 20
+    layer.train()(torch.randn(5, D))
+    assert sf.aux_loss(layer) > 0  # found inside
+    assert list(sf.routing_stats(layer)) == ["routed"]
+    config, theirs = block("deepseek_v3")
+    without = {n: t for n, t in theirs.state_dict().items() if not n.startswith("shared_experts")}
+    assert isinstance(from_transformers(without, config), sf.MoE)
+    with pytest.raises(ValueError, match=r"shared has \(d_model, d_out\) = \(8, 8\), the routed experts \(16, 16\)"):
+        SharedExpertMoE(sf.MoE(16, 4, 8, 2), sf.DenseFFN(8, 16))
+
+
+def test_deepseeks_bias_is_moved_and_gradients_flow() -> None:
+    config, theirs = block("deepseek_v3")
+    layer = from_transformers(theirs.state_dict(), config)
+    assert isinstance(layer, SharedExpertMoE)
+    before = layer.routed.router.bias.clone()
+    torch.testing.assert_close(before, theirs.gate.e_score_correction_bias, rtol=0, atol=0)
+    layer.train()(torch.randn(40, D)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in layer.parameters())
+    sf.update_router_bias(layer)
+    assert not torch.equal(layer.routed.router.bias, before)
+
+
+def test_a_router_wider_than_its_experts_stays_so() -> None:
+    config, theirs = block("deepseek_v3")
+    state = {n: t if n.startswith("gate.") else t.bfloat16() for n, t in theirs.state_dict().items()}
+    layer = from_transformers(state, config)
+    assert (layer.routed.keys.dtype, layer.routed.router.weight.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(layer.routed.router.weight, state["gate.weight"])
+    x = torch.randn(30, D).bfloat16()
+    scale = theirs(x.float()).abs().max()
+    torch.testing.assert_close(layer.eval()(x).float() / scale, theirs(x.float()) / scale, rtol=0, atol=0.03)
+
+
+def test_the_state_is_copied_not_shared() -> None:
+    config, theirs = block("mixtral")
+    layer = from_transformers(theirs.state_dict(), config)
+    before = theirs.gate.weight.clone()
+    with torch.no_grad():
+        layer.router.weight.zero_()
+    assert torch.equal(theirs.gate.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("mixtral", lambda s, c: s.pop("gate.weight"), r"has no 'gate.weight'; it still has \[\]"),
+        ("mixtral", lambda s, c: s.pop("experts.gate_up_proj"), "has no 'experts.gate_up_proj'; it still has"),
+        ("mixtral", lambda s, c: s.update({"gate.bias": torch.ones(E)}), "no place for: 'gate.bias'"),
+        ("olmoe", lambda s, c: c.pop("norm_topk_prob"), "config must say norm_topk_prob"),
+        ("olmoe", lambda s, c: c.update(model_type="gpt_oss"), "config.model_type must be one of 'mixtral'.*'gpt_oss'"),
+        ("olmoe", lambda s, c: c.update(hidden_act="mish"), "config.hidden_act must be one of 'silu'.*got 'mish'"),
+        ("qwen2_moe", lambda s, c: s.pop("shared_expert_gate.weight"), "has no 'shared_expert_gate.weight'"),
+        ("qwen3_moe", lambda s, c: s.update({"shared_expert.up_proj.weight": torch.ones(1)}), "no place for"),
+        ("deepseek_v2", lambda s, c: c.update(topk_method="group_limited_greedy"), "only 'greedy' without"),
+        ("deepseek_v3", lambda s, c: c.update(n_group=4), "n_groups = 4 must divide n_experts = 6 into groups"),
+        ("deepseek_v3", lambda s, c: c.update(topk_group=4), "topk_groups must be at least 1 and at most n_groups = 3"),
+    ],
+)
+def test_what_has_no_exact_counterpart_is_an_error(name: str, change: Any, message: str) -> None:
+    config, theirs = block(name)
+    state, facts = dict(theirs.state_dict()), config.to_dict()
+    change(state, facts)
+    with pytest.raises(ValueError, match=message):
+        from_transformers(state, facts)
+
+
+def test_going_back_refuses_a_layer_that_is_another_function() -> None:
+    config, theirs = block("mixtral")
+    good = {"router": "softmax_topk", "activation": "silu", "glu": True}
+    for change, message in (
+        ({"router": "sigmoid"}, "its router is"),
+        ({"activation": "relu"}, "its activation is 'relu', not 'silu'"),
+        ({"glu": False}, "its glu is False"),
+        ({"bias": True}, "its bias is True"),
+        ({"d_out": 8}, "its d_out is 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            to_transformers(sf.MoE(D, E, G, K, **{**good, **change}), config)
+    layer = sf.MoE(D, E, G, K, **good)
+    theirs.load_state_dict(to_transformers(layer, config))
+    torch.testing.assert_close(theirs(torch.ones(1, 3, D)), layer(torch.ones(1, 3, D)))
+    with pytest.raises(ValueError, match="shared expert is True, not False"):
+        to_transformers(SharedExpertMoE(layer, sf.DenseFFN(D, 8)), config)
+
+
+def moe_layer_state(bias: bool) -> dict[str, Tensor]:
+    state = {"keys": torch.randn(E, D, G), "values": torch.randn(E, G, 8), "expert_sel": torch.randn(E, D)}
+    return state | ({"bias": torch.randn(E, G), "o_bias": torch.randn(8)} if bias else {})
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("router", "gates"), [("sigmoid", torch.sigmoid), ("softmax", lambda s: F.softmax(s, -1))])
+def test_the_papers_layer_by_its_definition(router: str, gates: Any, bias: bool) -> None:
+    state = moe_layer_state(bias)
+    layer = from_moe_layer({**state, "kv_sel_counts_100": torch.zeros(E, G)}, K, router=router)
+    x, zero = torch.randn(3, 7, D), torch.zeros(())
+    gate, index = gates(x @ state["expert_sel"].t()).topk(K, -1)
+    h = torch.einsum("btd,btkdg->btkg", x, state["keys"][index]) + (state["bias"][index] if bias else zero)
+    expected = torch.einsum("btk,btkg,btkgo->bto", gate, h.relu(), state["values"][index]) + state.get("o_bias", zero)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    back = to_moe_layer(layer, prefix="pkm.")
+    assert back.keys() == {f"pkm.{name}" for name in state}
+    assert all(torch.equal(back[f"pkm.{name}"], tensor) for name, tensor in state.items())
+
+
+def test_what_the_papers_code_knows_and_we_do_not_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no place for: 'sel_bias', 'shared_keys'"):
+        from_moe_layer({**moe_layer_state(False), "shared_keys": torch.ones(1), "sel_bias": torch.ones(E)}, K)
+    with pytest.raises(ValueError, match=r"has no 'a.keys'; it still has \[\]"):
+        from_moe_layer(moe_layer_state(False), K, prefix="a.")
+    with pytest.raises(ValueError, match="no place for gate_keys"):
+        to_moe_layer(sf.SigmaMoE(D, E, G, K, glu=True))
+
+
+def test_deepseeks_router_survives_expert_dropout_and_refuses_bad_sizes() -> None:
+    router = DeepSeekRouter(D, E, K, n_groups=3, topk_groups=1, expert_dropout=0.6).train()
+    gate = router(torch.randn(200, D)).gate_TK
+    assert gate.isfinite().all()
+    total = gate.sum(1)
+    assert (((total - 1).abs() < 1e-5) | (total == 0)).all()  # a token whose experts all dropped gets nothing
+    assert "n_groups=3, topk_groups=1" in repr(router)
+    with pytest.raises(ValueError, match=r"k = 3 must be at most topk_groups·\(n_experts/n_groups\) = 2"):
+        DeepSeekRouter(D, E, 3, n_groups=3, topk_groups=1)

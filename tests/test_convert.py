@@ -1,0 +1,519 @@
+"""Conversion: exact where it says exact, honest where not, and a model that is as it was after any error."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sparse_ffn as sf
+from sparse_ffn.convert import ConstantInput, build, config, config_from_dict
+from sparse_ffn.convert.calibrate import Reservoir
+from sparse_ffn.convert.partition import balanced_assignment, balanced_kmeans
+from sparse_ffn.ops.activations import ACTIVATIONS, activate
+
+OPEN = sf.MoEConfig(router="open", n_experts=4, k=4)
+
+
+class Activation(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return activate(self.name, x)
+
+
+class Mlp(nn.Module):
+    def __init__(self, activation: str = "relu", *, d_model: int = 6, d_ff: int = 16, d_out: int = 6, bias: Any = True):
+        super().__init__()
+        first, second = bias if isinstance(bias, tuple) else (bias, bias)
+        self.a = nn.Linear(d_model, d_ff, bias=first)
+        self.f = Activation(activation)
+        self.b = nn.Linear(d_ff, d_out, bias=second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.f(self.a(x)))
+
+
+class Gated(nn.Module):
+    """A GLU, its gate first or second, in one linear map or two."""
+
+    def __init__(self, activation: str = "silu", *, fused: str = "", bias: bool = False) -> None:
+        super().__init__()
+        self.fused, self.f = fused, Activation(activation)
+        if fused:
+            self.both = nn.Linear(6, 32, bias=bias)
+        else:
+            self.up, self.gate = nn.Linear(6, 16, bias=bias), nn.Linear(6, 16, bias=bias)
+        self.out = nn.Linear(16, 6, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.fused:
+            return self.out(self.up(x) * self.f(self.gate(x)))
+        y = self.both(x)
+        a, b = (y[..., ::2], y[..., 1::2]) if self.fused in ("even", "odd") else y.chunk(2, -1)
+        return self.out(self.f(a) * b if self.fused in ("first half", "even") else a * self.f(b))
+
+
+def same(a: nn.Module, b: nn.Module, width: int = 6, rtol: float = 1e-5) -> None:
+    x = torch.randn(2, 5, width)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    ya, yb = a(ours), b(theirs)
+    torch.testing.assert_close(ya, yb, rtol=rtol, atol=1e-5)
+    ya.square().sum().backward()
+    yb.square().sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=rtol, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------- configs
+
+
+@pytest.mark.parametrize("kind", config.CONFIGS)
+def test_configs_have_the_layers_arguments_and_defaults(kind: type[config.FFNConfig]) -> None:
+    of_the_ffn = {"d_model", "d_out", "device", "dtype"}
+    arguments: dict[str, Any] = {}
+    for cls in kind.layer.__mro__:  # variants pass **options on to MoE
+        if issubclass(cls, sf.SparseFFN) and cls is not sf.SparseFFN:
+            arguments = {n: p.default for n, p in inspect.signature(cls).parameters.items()} | arguments
+            if "options" not in arguments:
+                break
+            del arguments["options"]
+    if kind is not sf.MoEConfig:
+        arguments.pop("router", None)
+    fields = {f.name: f.default for f in dataclasses.fields(kind) if f.name not in config.OF_CONVERSION}
+    assert fields.keys() == arguments.keys() - of_the_ffn
+    for name, default in fields.items():
+        assert default is None or default == arguments[name], name
+
+
+@pytest.mark.parametrize("kind", config.CONFIGS)
+def test_configs_survive_json(kind: type[config.FFNConfig]) -> None:
+    chosen = kind(init=kind.inits[0], dropout=0.1)
+    assert config_from_dict(json.loads(json.dumps(chosen.to_dict()))) == chosen
+
+
+def test_configs_refuse_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="init must be one of 'split', 'cluster', 'upcycle', 'fresh', got 'topk'"):
+        sf.SigmaMoEConfig(init="topk")
+    with pytest.raises(ValueError, match=r"activation = 'gelu' contradicts the FFN, which has 'relu'"):
+        sf.from_dense(Mlp(), sf.MoEConfig(activation="gelu", expert_size=4))
+    with pytest.raises(ValueError, match=r"d_ff = 16\): n_experts·expert_size = 3·5 must be d_ff = 16"):
+        sf.from_dense(Mlp(), sf.MoEConfig(expert_size=5))
+    with pytest.raises(ValueError, match='cluster_by = "coactivation" needs calibration'):
+        sf.from_dense(Mlp(), sf.MoEConfig(expert_size=4, init="cluster", cluster_by="coactivation"))
+    with pytest.raises(TypeError, match="config must be a config of sparse_ffn"):
+        sf.sparsify_(Mlp(), sf.SigmaMoE)  # type: ignore[arg-type]
+
+
+def test_sizes_left_out_come_from_the_ffn() -> None:
+    layer = sf.from_dense(Mlp(d_ff=512), sf.SigmaMoEConfig())
+    assert (layer.n_experts, layer.expert_size, layer.k) == (4, 128, 1)
+    layer = sf.from_dense(Mlp(d_ff=96), sf.SigmaMoEConfig(n_experts=8))
+    assert (layer.n_experts, layer.expert_size, layer.k) == (8, 12, 2)
+
+
+# --------------------------------------------------------------------------------------------------------- exact
+
+
+@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a != "identity"])
+@pytest.mark.parametrize("bias", [True, False, (True, False), (False, True)])
+def test_split_is_exact_for_every_activation_and_bias(activation: str, bias: Any) -> None:
+    dense = Mlp(activation, d_out=7, bias=bias)
+    same(sf.from_dense(dense, OPEN), dense)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("fused", ["", "first half", "second half", "even", "odd"])
+def test_split_is_exact_for_glus(activation: str, fused: str) -> None:
+    dense = Gated(activation, fused=fused)
+    layer = sf.from_dense(dense, OPEN)
+    assert isinstance(layer, sf.MoE)
+    same(layer, dense, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fused", ["", "first half", "odd"])
+def test_a_gate_with_a_bias_takes_a_constant_input(fused: str) -> None:
+    dense = Gated(fused=fused, bias=True)
+    layer = sf.from_dense(dense, OPEN)
+    assert isinstance(layer[0], ConstantInput)
+    same(layer, dense, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [sf.MoEConfig, sf.SigmaMoEConfig, sf.SoftmaxMoEConfig, sf.SwitchMoEConfig,
+                                  sf.SBaseMoEConfig, sf.NoisyTopKMoEConfig])  # fmt: skip
+@pytest.mark.parametrize("init", ["split", "cluster"])
+def test_every_mixture_is_exact_at_all_experts(kind: type[Any], init: str) -> None:
+    dense = Mlp("gelu")
+    layer = sf.from_dense(dense, kind(n_experts=4, k=4, init=init)).eval()
+    same(layer, dense)
+    if kind is not sf.SwitchMoEConfig:
+        same(sf.from_dense(dense, sf.SoftmaxMoEConfig(n_experts=4, k=4, order="before")), dense)
+
+
+def test_topk_is_exact_at_all_units_and_keeps_the_largest_below() -> None:
+    dense = Mlp(bias=(True, True))
+    same(sf.from_dense(dense, sf.TopKFFNConfig(k=16)), dense)
+    x = torch.randn(9, 6)
+    h = dense.f(dense.a(x))
+    kept = h * (h >= h.topk(3).values[:, -1:])
+    torch.testing.assert_close(sf.from_dense(dense, sf.TopKFFNConfig(k=3))(x), dense.b(kept))
+
+
+def test_dense_and_fresh_and_upcycled() -> None:
+    dense = Mlp("silu")
+    same(sf.from_dense(dense, sf.DenseFFNConfig()), dense)
+    fresh = sf.from_dense(dense, sf.SigmaMoEConfig(init="fresh", n_experts=3, expert_size=8, k=2, activation="relu"))
+    assert (fresh.n_experts, fresh.activation) == (3, "relu")
+    # copies with gates that sum to 1 give the dense output whatever the router says
+    same(sf.from_dense(dense, sf.SoftmaxMoEConfig(init="upcycle", n_experts=3, k=2)), dense)
+    same(sf.from_dense(dense, sf.MoEConfig(router="open", init="upcycle", n_experts=3, k=2)), dense)
+
+
+def test_product_keys_keep_values_or_refuse() -> None:
+    dense = Mlp(d_ff=16, bias=False)
+    memory = sf.from_dense(dense, sf.ProductKeyMemoryConfig(init="pkm"))
+    assert memory.n_sub_keys == 4
+    torch.testing.assert_close(memory.values, dense.b.weight.t())
+    with pytest.raises(ValueError, match="nowhere to keep a non-zero output bias"):
+        sf.from_dense(Mlp(), sf.ProductKeyMemoryConfig(init="pkm"))
+    with pytest.raises(ValueError, match="this one is a GLU"):
+        sf.from_dense(Gated(), sf.ProductKeyMemoryConfig(init="pkm"))
+    with pytest.raises(ValueError, match="n_sub_keys² = 9 must be at least d_ff = 16"):
+        sf.from_dense(dense, sf.ProductKeyMemoryConfig(init="pkm", n_sub_keys=3))
+
+
+# ---------------------------------------------------------------------------------------------------------- back
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        sf.DenseFFN(6, 8, activation="gelu"),
+        sf.TopKFFN(6, 8, 8, glu=True),
+        sf.MoE(6, 4, 3, 4, router="open", bias=True, glu=True, activation="silu", d_out=5),
+        sf.ProductKeyMemory(6, 3, 9, n_heads=2),
+        sf.ProductKeyMemory(6, 3, 9, n_heads=2, query_dim=4, activation="gelu", d_out=5),
+    ],
+)
+def test_back_to_dense(layer: sf.SparseFFN) -> None:
+    dense = sf.to_dense(layer)
+    assert type(dense) is sf.DenseFFN
+    same(dense, layer, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [sf.SigmaMoEConfig, sf.SoftmaxMoEConfig, sf.NoisyTopKMoEConfig])
+def test_there_and_back(kind: type[Any]) -> None:
+    dense = Mlp("gelu")
+    same(sf.to_dense(sf.from_dense(dense, kind(n_experts=4, k=4)).eval()), dense)
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (sf.TopKFFN(6, 8, 3), "k = 3 of d_ff = 8"),
+        (sf.MoE(6, 4, 3, 2, router="open"), "k = 2 of n_experts = 4"),
+        (sf.SigmaMoE(6, 4, 3, 4), "its gates depend on the token"),
+        (sf.ProductKeyMemory(6, 3, 4), "k = 4 of 9 values"),
+        (sf.ProductKeyMemory(6, 3, 9, activation="softmax"), "normalised"),
+    ],
+)
+def test_no_way_back_is_said(layer: sf.SparseFFN, why: str) -> None:
+    with pytest.raises(ValueError, match=f"no dense FFN computes what this {type(layer).__name__} does: .*{why}"):
+        sf.to_dense(layer)
+
+
+# --------------------------------------------------------------------------------------- the model's own properties
+
+
+class Block(nn.Module):
+    def __init__(self, ffn: nn.Module | None = None) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+        self.ffn = Mlp() if ffn is None else ffn
+        self.register_buffer("scale", torch.ones(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.ffn(self.norm(x))
+
+
+def state(model: nn.Module) -> list[tuple[str, int]]:
+    modules = [(name, id(m)) for name, m in model.named_modules(remove_duplicate=False)]
+    return modules + [(name, id(t)) for name, t in (*model.named_parameters(), *model.named_buffers())]
+
+
+def test_dtype_mode_frozen_parameters_and_buffers_are_kept() -> None:
+    model = nn.Sequential(Block(), Block()).to(torch.bfloat16)
+    model[0].eval()
+    model[1].ffn.requires_grad_(False)
+    model[0].ffn.b.bias.requires_grad_(False)
+    scale = model[0].scale
+    sf.sparsify_(model, OPEN)
+    first, second = model[0].ffn, model[1].ffn
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert (first.training, first.router.training, second.training) == (False, False, True)
+    assert model[0].scale is scale
+    assert not any(p.requires_grad for p in second.parameters())
+    assert {n for n, p in first.named_parameters() if not p.requires_grad} == {"out_bias"}
+
+
+def test_meta_models_are_converted_without_data() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(Block(), Block())
+    report = sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, k=2))
+    assert len(report.swaps) == 2
+    assert model[0].ffn.keys.is_meta
+
+
+def test_shared_modules_stay_shared_and_tied_parameters_stay_tied() -> None:
+    shared = Mlp()
+    twin = Mlp()
+    twin.a.weight, twin.a.bias = shared.a.weight, shared.a.bias
+    twin.b.weight, twin.b.bias = shared.b.weight, shared.b.bias
+    model = nn.Sequential(Block(shared), Block(shared), Block(twin))
+    dense = copy.deepcopy(model)
+    report = sf.sparsify_(model, OPEN)
+    assert model[0].ffn is model[1].ffn is model[2].ffn
+    assert report.swaps[0].shared == ("1.ffn",)
+    same(model, dense)
+
+
+def test_what_is_partly_tied_is_left_and_listed() -> None:
+    model = nn.Sequential(Block(), nn.Linear(6, 16))
+    model[1].weight = model[0].ffn.a.weight
+    report = sf.sparsify_(model, OPEN)
+    assert "tied to other modules: 0.ffn.a" in report.unknown["0.ffn"]
+    assert isinstance(model[0].ffn, Mlp)
+
+
+@pytest.mark.parametrize("where", ["ffn", "ffn.a"])
+def test_hooks_are_not_thrown_away(where: str) -> None:
+    model = nn.Sequential(Block())
+    model[0].get_submodule(where).register_forward_hook(lambda *_: None)
+    report = sf.sparsify_(model, OPEN)
+    assert not report.swaps
+    assert "forward hooks" in str(report)
+
+
+def test_dropouts_are_kept() -> None:
+    inner = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.25), nn.Linear(16, 6), nn.Dropout(0.5))
+    model = nn.Sequential(Block(inner))
+    sf.sparsify_(model, OPEN)
+    layer, after = model[0].ffn
+    assert (layer.dropout, after.p) == (0.25, 0.5)
+
+
+def test_a_failure_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(Block(), Block(Mlp(d_ff=10)), nn.TransformerEncoderLayer(6, 2, 16))
+    before = state(model)
+    plain = {name: dict(vars(m)) for name, m in model.named_modules()}
+    with pytest.raises(ValueError, match=r"1\.ffn"):
+        sf.sparsify_(model, sf.MoEConfig(expert_size=4))  # the second FFN does not divide
+    assert state(model) == before
+    from sparse_ffn.convert import sparsify
+
+    def fails(*args: Any) -> Any:
+        raise RuntimeError("in the middle")
+
+    monkeypatch.setattr(sparsify, "put", fails)  # the first two are in place by then
+    with pytest.raises(RuntimeError, match="in the middle"):
+        sf.sparsify_(model, sf.MoEConfig(n_experts=2))
+    assert state(model) == before
+    assert {name: dict(vars(m)) for name, m in model.named_modules()} == plain
+
+
+def test_probing_touches_neither_random_state_nor_weights() -> None:
+    model = nn.Sequential(Block(), nn.TransformerEncoderLayer(6, 2, 16))
+    weights = {n: p.clone() for n, p in model.named_parameters()}
+    random = torch.get_rng_state()
+    sf.sparsify_(model, OPEN, lambda module, name: False)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(weights[n], p) for n, p in model.named_parameters())
+
+
+# -------------------------------------------------------------------------------------------------------- the report
+
+
+class Quick(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Inline(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(6), nn.Linear(6, 16), nn.Linear(16, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(F.relu(self.a(self.norm(x))))
+
+
+def test_what_is_unknown_is_listed_with_what_was_seen() -> None:
+    quick = Mlp()
+    quick.f = Quick()
+    normed = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.LayerNorm(16), nn.Linear(16, 6))
+    model = nn.Sequential(nn.Embedding(9, 6), Block(quick), Inline(), normed, nn.Linear(6, 3))
+    report = sf.sparsify_(model, OPEN)
+    assert not report.swaps
+    assert set(report.unknown) == {"1.ffn.a", "2.a", "3.0"}
+    assert "not one of relu" in report.unknown["1.ffn.a"]
+    assert "Quick" in report.unknown["1.ffn.a"]
+    assert "the activation is written into forward of Inline" in report.unknown["2.a"]
+    assert report.others == {
+        "* (Embedding 9x6)": 1, "*.ffn.a (Linear 16x6)": 1, "*.ffn.b (Linear 6x16)": 1, "*.a (Linear 16x6)": 1,
+        "*.b (Linear 6x16)": 1, "*.* (Linear 16x6)": 1, "*.* (Linear 6x16)": 1, "* (Linear 3x6)": 1,
+    }  # fmt: skip
+
+
+def test_the_report_prints_and_rebuilds() -> None:
+    model = nn.Sequential(Block(), Block(), Block())
+    dense = copy.deepcopy(model)
+    report = sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, k=1), lambda module, name: name != "1.ffn")
+    text = str(report)
+    assert "2 FFNs replaced: parameters 428 -> 476 (111%)" in text
+    assert "a, b: relu" in text
+    assert "SigmaMoE E=4 G=4 k=1" in text
+    assert "left: not selected:\n  1.ffn" in text
+    again = copy.deepcopy(dense)
+    configs = {name: config_from_dict(values) for name, values in json.loads(json.dumps(report.to_dict())).items()}
+    sf.sparsify_(again, {name: dataclasses.replace(c, init="fresh") for name, c in configs.items()})
+    again.load_state_dict(model.state_dict())
+    same(again, model)
+    with pytest.raises(ValueError, match="no FFN is at 'nowhere'"):
+        sf.sparsify_(dense, {"nowhere": sf.SigmaMoEConfig()})
+
+
+def test_a_root_that_is_an_ffn() -> None:
+    report = sf.sparsify_(Gated(), OPEN)
+    assert "the model itself is the FFN: from_dense" in report.unknown[""]
+    model = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 6))
+    dense = copy.deepcopy(model)
+    assert sf.sparsify_(model, OPEN).names == ["0"]
+    same(model, dense)
+
+
+def test_converted_transformer_layers_copy_train_and_evaluate() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    model = nn.TransformerEncoder(layer, 2)
+    dense = copy.deepcopy(model)
+    sf.sparsify_(model, OPEN)
+    x, padding = torch.randn(2, 5, 8), torch.zeros(2, 5, dtype=torch.bool)
+    for training in (True, False):
+        model.train(training)
+        dense.train(training)
+        with torch.no_grad():  # evaluation without gradients: the fast path's conditions
+            y = copy.deepcopy(model)(x, src_key_padding_mask=padding)
+            torch.testing.assert_close(y, dense(x, src_key_padding_mask=padding), rtol=1e-4, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------- calibration
+
+
+def test_the_reservoir_is_a_uniform_sample_in_bounded_memory() -> None:
+    reservoir = Reservoir(500)
+    for start in range(0, 20000, 250):
+        reservoir.add(torch.arange(start, start + 250).unsqueeze(1))
+        assert len(reservoir.rows) <= 500
+    rows = reservoir.rows.flatten()
+    assert len(rows.unique()) == 500
+    assert rows.tolist() == sorted(rows.tolist())
+    assert rows.float().mean().item() == pytest.approx(10000, rel=0.08)
+    quarters = torch.bincount(rows // 5000, minlength=4)
+    assert quarters.min() > 80
+
+
+def test_calibrate_runs_batches_leaves_padding_out_and_puts_everything_back() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block(nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 6)))
+
+        def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            return self.block(x)
+
+    model = Model()
+    x = torch.randn(2, 3, 6)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    found = sf.calibrate(model, [{"x": x, "attention_mask": mask}, (x,), x])
+    expected = model.block.norm(x).detach().flatten(0, 1)
+    torch.testing.assert_close(found["block.ffn"], torch.cat([expected[[0, 1, 3]], expected, expected]))
+    assert model.training
+    assert not model.block.ffn[0]._forward_pre_hooks
+    assert len(sf.calibrate(model, [x] * 9, max_tokens=7)["block.ffn"]) == 7
+    with pytest.raises(ValueError, match=r"saw no token of the batches: block\.ffn"):
+        sf.calibrate(model, [])
+    with pytest.raises(ValueError, match="no FFN"):
+        sf.calibrate(nn.Linear(3, 3), [torch.randn(1, 3)])
+
+
+def clustered(n_groups: int = 4, size: int = 4) -> tuple[Mlp, Tensor, Tensor]:
+    """An FFN whose units work in groups, each on tokens of its own; inputs; and the group of each unit."""
+    d = 8
+    group = torch.randperm(n_groups * size) % n_groups
+    dense = Mlp(d_model=d, d_ff=n_groups * size, d_out=d)
+    with torch.no_grad():
+        dense.a.weight.copy_(F.one_hot(group, d) * 2.0 + 0.1 * torch.randn(len(group), d))
+        dense.a.bias.fill_(-0.5)
+    x = 0.1 * torch.randn(400, d)
+    x[torch.arange(400), torch.arange(400) % n_groups] += 2.0
+    return dense, x, group
+
+
+@pytest.mark.parametrize("by", ["keys", "coactivation"])
+def test_clusters_find_units_that_work_together(by: str) -> None:
+    dense, x, group = clustered()
+    config = sf.MoEConfig(router="open", n_experts=4, k=1, init="cluster", cluster_by=by)
+    layer = sf.from_dense(dense, config, inputs=x)
+    for keys in layer.keys:
+        unit = torch.cdist(keys, dense.a.weight).argmin(1)
+        assert len(group[unit].unique()) == 1
+    error = (layer.eval()(x) - dense(x)).norm() / dense(x).norm()
+    assert error < 0.05
+    split = sf.from_dense(dense, dataclasses.replace(config, init="split", cluster_by=None), inputs=x)
+    assert (split.eval()(x) - dense(x)).norm() / dense(x).norm() > 5 * error
+
+
+@pytest.mark.parametrize("kind", [sf.SigmaMoEConfig, sf.SoftmaxMoEConfig, sf.SwitchMoEConfig])
+def test_calibrated_gates_are_rescaled_and_the_report_says_what_moved(kind: type[Any]) -> None:
+    dense, x, _ = clustered()
+    model = nn.Sequential(dense, nn.Tanh())
+    calibration = sf.calibrate(model, [x])
+    report = sf.sparsify_(model, kind(n_experts=4, k=1, init="cluster"), calibration=calibration)
+    assert "rescaled by mean gates" in report.swaps[0].note
+    error = ((model[0].eval()(x) - dense(x)).norm() / dense(x).norm()).item()
+    assert report.swaps[0].moved == pytest.approx(error, rel=1e-3)
+    assert error < 0.15
+    assert f"{error:.2%}" in str(report)
+
+
+def test_balanced_assignment_is_balanced_and_good() -> None:
+    similarity = torch.randn(60, 5)
+    cluster = balanced_assignment(similarity)
+    assert torch.bincount(cluster).tolist() == [12] * 5
+    value = similarity.gather(1, cluster.unsqueeze(1)).mean().item()
+    assert value > 0.85 * similarity.max(1).values.mean().item()
+    assert balanced_assignment(torch.zeros(12, 3)).bincount().tolist() == [4, 4, 4]
+
+
+def test_clusters_are_a_partition_and_the_same_each_time() -> None:
+    points = torch.randn(64, 8)
+    units = balanced_kmeans(points, 8)
+    assert units.shape == (8, 8)
+    assert torch.equal(units.flatten().sort().values, torch.arange(64))
+    assert torch.equal(units, balanced_kmeans(points, 8))
+    assert balanced_kmeans(torch.zeros(8, 3), 4).shape == (4, 2)
+
+
+def test_build_needs_no_gradient_graph() -> None:
+    dense, x, _ = clustered()
+    layer = sf.from_dense(dense, sf.MoEConfig(n_experts=4, init="cluster"), inputs=x)
+    assert all(p.grad_fn is None and p.grad is None for p in layer.parameters())
+    assert sf.routing_stats(layer) == {}
+    assert build.__name__ == "sparse_ffn.convert.build"

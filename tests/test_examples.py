@@ -1,0 +1,51 @@
+"""The small examples run, in small form, and do what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("transformers", minversion="5")
+pytest.importorskip("accelerate")
+
+from examples import convert_hf, serve_with_compile, swap_sequential, train_with_trainer
+
+EXAMPLES = (convert_hf, serve_with_compile, swap_sequential, train_with_trainer)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.__name__.rpartition(".")[2])
+def test_help_says_what_it_is_for(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        example.main(["--help"])
+    assert str(example.__doc__).splitlines()[0][:40] in capsys.readouterr().out
+
+
+def test_all_small_examples_are_tested() -> None:
+    folder = Path(swap_sequential.__file__).parent
+    assert {f.stem for f in folder.glob("*.py")} - {"__init__"} == {e.__name__.rpartition(".")[2] for e in EXAMPLES}
+
+
+def test_swap_sequential() -> None:
+    errors = swap_sequential.main(["--steps", "100", "--k", "16", "4"])
+    dense = errors[0][0]
+    assert errors[16][0] == pytest.approx(dense, rel=1e-3)  # all experts: the dense model
+    assert errors[4][0] > 1.1 * dense  # a quarter of them: something is missing
+    assert errors[4][1] < errors[4][0]  # training brings some of it back
+
+
+def test_convert_hf(tmp_path: Path) -> None:
+    assert convert_hf.main(["--out", str(tmp_path / "exact")]) < 1e-5
+    convert_hf.load(None).save_pretrained(tmp_path / "given")
+    assert convert_hf.main(["--model", str(tmp_path / "given"), "--k", "4"]) > 1e-4
+
+
+def test_train_with_trainer(tmp_path: Path) -> None:
+    before, after = train_with_trainer.main(["--steps", "20", "--out", str(tmp_path)])
+    assert after < before - 1
+    assert (tmp_path / "config.json").is_file()
+
+
+def test_serve_with_compile() -> None:
+    assert serve_with_compile.main(["--backend", "aot_eager", "--requests", "6", "--width", "32"]) == 1

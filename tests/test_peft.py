@@ -1,0 +1,121 @@
+"""peft: LoRA on experts and router by target_parameters; merged equals unmerged, on every backend, non-square sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparse_ffn as sf
+from sparse_ffn.integrations.peft import inner_first
+
+peft = pytest.importorskip("peft")
+
+D, E, G, O = 10, 3, 6, 8
+NAMES = ("keys", "values", "gate_keys", "router.weight")
+
+
+def adapted(layer: sf.MoE, *names: str) -> Any:
+    """A model around the layer with LoRA on these parameters, its adapters random instead of zero."""
+    model = nn.Sequential(nn.Linear(D, D), layer)
+    config = peft.LoraConfig(r=2, target_parameters=[f"1.{name}" for name in names], target_modules=[])
+    with inner_first(model):
+        model = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.normal_(0, 0.4)
+    return model
+
+
+def layer_of(**options: Any) -> sf.MoE:
+    torch.manual_seed(0)
+    return sf.MoE(D, E, G, 2, d_out=O, glu=True, activation="silu", **options)
+
+
+@pytest.mark.parametrize("router", ["sigmoid", "softmax_topk"])
+def test_merged_equals_unmerged(on_backend: str, router: str) -> None:
+    model, x = adapted(layer_of(router=router), *NAMES).eval(), torch.randn(7, D)
+    with torch.no_grad():
+        adapted_y = model(x)
+        with model.disable_adapter():
+            base_y = model(x)
+        assert (adapted_y - base_y).abs().max() > 0.1
+        model.merge_and_unload()  # the experts' adapters
+        whole = model.merge_and_unload()  # the router's, which was inside
+        torch.testing.assert_close(whole(x), adapted_y, rtol=1e-4, atol=1e-5)
+    assert type(whole[1]) is sf.MoE
+    assert type(whole[1].router).__name__ == {"sigmoid": "SigmoidRouter", "softmax_topk": "SoftmaxRouter"}[router]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_adapter_trains_and_the_layer_is_frozen(name: str) -> None:
+    layer = layer_of()
+    before = {n: p.detach().clone() for n, p in layer.named_parameters()}
+    model, x = adapted(layer, name), torch.randn(9, D)
+    loss = model(x).square().sum() + sf.aux_loss(model)
+    loss.backward()
+    trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora" in n and g is not None and g.abs().max() > 0 for n, g in trained.items())
+
+    # the gradient that reaches an adapter is that of the merged parameter, pulled through A·B
+    wrapper = next(m for m in model.modules() if type(m).__name__ == "ParamWrapper")
+    delta = wrapper.get_delta_weight("default").detach()
+    plain = layer_of()
+    plain.load_state_dict(before)
+    with torch.no_grad():
+        plain.get_parameter(name).add_(delta)
+    h = model.base_model.model[0](x).detach()
+    (plain(h).square().sum() + sf.aux_loss(plain)).backward()
+    pulled = torch.autograd.grad(
+        wrapper.get_delta_weight("default"), [p for n, p in model.named_parameters() if p.requires_grad],
+        plain.get_parameter(name).grad,
+    )  # fmt: skip
+    for got, want in zip(trained.values(), pulled, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+
+
+def test_the_balance_loss_and_statistics_are_found_inside() -> None:
+    model = adapted(layer_of(), "keys", "values", "router.weight").train()
+    model(torch.randn(9, D))
+    assert sf.aux_loss(model) != 0
+    assert len(sf.routing_stats(model)) == 1
+
+
+def test_adapters_are_saved_and_loaded(tmp_path: Path) -> None:
+    model, x = adapted(layer_of(), *NAMES).eval(), torch.randn(7, D)
+    y = model(x)
+    model.save_pretrained(tmp_path)
+    with model.disable_adapter():
+        plain = nn.Sequential(model.base_model.model[0], layer_of())  # the same seed: the same layer
+        torch.testing.assert_close(plain(x), model(x))
+    with inner_first(plain):
+        loaded = peft.PeftModel.from_pretrained(plain, tmp_path)
+    assert "named_modules" not in vars(plain)
+    torch.testing.assert_close(loaded.eval()(x), y)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_parametrized_weights_are_what_every_path_computes_with(backend: str) -> None:
+    class Double(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    x = torch.randn(7, D)
+    for layer, names in (
+        (layer_of(router="softmax"), ("keys", "values", "gate_keys")),
+        (sf.TopKFFN(D, 12, 4), ("keys", "values")),
+        (sf.DenseFFN(D, 12), ("keys", "values")),
+        (sf.ProductKeyMemory(D, 4, 3), ("sub_keys", "values")),
+    ):
+        with sf.backend(backend), torch.no_grad():
+            for name in names:
+                nn.utils.parametrize.register_parametrization(layer, name, Double())
+            parametrized = layer(x)
+            for name in names:
+                nn.utils.parametrize.remove_parametrizations(layer, name)
+            torch.testing.assert_close(parametrized, layer(x))

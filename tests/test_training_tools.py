@@ -1,0 +1,88 @@
+"""Lightning and accelerate need nothing special: one training run of each, with the balance loss active."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparse_ffn as sf
+
+D = 8
+
+
+def network(**options: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(D, D), sf.SigmaMoE(D, 4, 6, 2, **options), nn.Linear(D, 1))
+
+
+def data() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(64, D, generator=generator)
+    return list(zip(x, x[:, :1] * x[:, 1:2], strict=True))
+
+
+def test_lightning_trains_checkpoints_and_restores(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning")
+
+    class Regression(lightning.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network()
+            self.seen: list[float] = []
+
+        def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+            loss = (self.network(batch[0]) - batch[1]).square().mean()
+            self.seen.append(loss.item())
+            return loss + sf.aux_loss(self.network)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's advice on workers and loggers
+        module = Regression()
+        trainer = lightning.Trainer(
+            accelerator="cpu", devices=1, max_epochs=20, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, precision="bf16-mixed",
+        )  # fmt: skip
+        trainer.fit(module, torch.utils.data.DataLoader(data(), batch_size=32))
+        trainer.save_checkpoint(tmp_path / "model.ckpt")
+        restored = Regression.load_from_checkpoint(tmp_path / "model.ckpt")
+    assert module.seen[-1] < module.seen[0] / 2
+    assert sf.aux_loss(module) != 0
+    x = torch.randn(5, D)
+    assert torch.equal(restored.eval().network(x), module.eval().network(x))
+
+
+def test_accelerate_trains_saves_and_loads(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
+    model = network(balance_weight=1.0)
+    prepared = accelerator.prepare(model, torch.optim.Adam(model.parameters(), lr=1e-2),
+                                   torch.utils.data.DataLoader(data(), batch_size=16))  # fmt: skip
+    wrapped, optimizer, loader = prepared
+    losses = []
+    for _ in range(20):
+        for x, y in loader:
+            with accelerator.accumulate(wrapped):
+                loss = (wrapped(x) - y).square().mean()
+                accelerator.backward(loss + sf.aux_loss(wrapped))
+                accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+    accelerator.save_state(str(tmp_path))
+    x = torch.randn(5, D)
+    expected = wrapped.eval()(x)
+    with torch.no_grad():
+        model[1].keys.zero_()
+    accelerator.load_state(str(tmp_path))
+    assert torch.equal(wrapped(x), expected)

@@ -1,0 +1,131 @@
+"""Converted transformers models: saved, loaded, generating, trained by the Trainer with the balance loss active."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sparse_ffn as sf
+
+transformers = pytest.importorskip("transformers", minversion="5")
+
+from sparse_ffn.integrations.transformers import from_pretrained, record_conversion  # noqa: E402
+
+TOKENS = {"vocab_size": 32, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+SIZES = {**TOKENS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+MODELS: dict[str, dict[str, Any]] = {
+    "GPT2LMHeadModel": {**TOKENS, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32},
+    "LlamaForCausalLM": SIZES,
+    "BertForMaskedLM": {**SIZES, "max_position_embeddings": 32},  # its FFN is spread over two modules
+}
+
+
+def model_of(name: str) -> Any:
+    torch.manual_seed(0)
+    cls = getattr(transformers, name)
+    return cls(cls.config_class(**MODELS[name])).eval()
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(2, 32, shape, generator=torch.Generator().manual_seed(1))
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(tokens(2, 7)).logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_converted_model_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    model = model_of(name)
+    dense = logits(model)
+    report = sf.sparsify_(model, sf.MoEConfig(n_experts=4, k=2, router="softmax", balance="bias", init="cluster"))
+    record_conversion(model, report)
+    model.save_pretrained(tmp_path)
+    loaded, found = from_pretrained(str(tmp_path), output_loading_info=True)
+    assert not any(found.values())
+    assert type(loaded) is type(model)
+    assert not torch.equal(logits(model), dense)
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert str(loaded) == str(model)
+    loaded.save_pretrained(tmp_path / "again")  # the record survives
+    assert torch.equal(logits(from_pretrained(str(tmp_path / "again"))), logits(model))
+
+
+def test_several_conversions_another_class_and_another_dtype(tmp_path: Path) -> None:
+    model = model_of("LlamaForCausalLM")
+    record_conversion(model, sf.sparsify_(model, sf.SigmaMoEConfig(k=1, n_experts=4), lambda m, name: "0" in name))
+    record_conversion(model, sf.sparsify_(model, sf.TopKFFNConfig(k=6)))
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(str(tmp_path))
+    assert isinstance(loaded.model.layers[0].mlp, sf.SigmaMoE)
+    assert isinstance(loaded.model.layers[1].mlp, sf.TopKFFN)
+    assert torch.equal(logits(loaded), logits(model))
+
+    headless = from_pretrained(str(tmp_path), transformers.LlamaModel, dtype=torch.bfloat16)
+    assert headless.layers[0].mlp.keys.dtype == torch.bfloat16
+    wide = model.model(tokens(2, 7)).last_hidden_state
+    torch.testing.assert_close(headless(tokens(2, 7)).last_hidden_state.float(), wide, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForCausalLM"])
+def test_a_converted_model_generates_as_its_whole_forward_says(name: str) -> None:
+    model = model_of(name)
+    sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, k=2))
+    prompt = tokens(2, 5)
+    written = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, min_new_tokens=6, do_sample=False,
+        pad_token_id=1,
+    )  # fmt: skip
+    assert written.shape == (2, 11)
+    with torch.no_grad():  # with a cache, token by token, against all tokens at once; eos is suppressed in both
+        scores = model(written).logits[:, 4:-1].index_fill(-1, torch.tensor([1]), -torch.inf)
+    assert torch.equal(written[:, 5:], scores.argmax(-1))
+
+
+def test_a_missing_or_wrong_record_is_an_error(tmp_path: Path) -> None:
+    model, other = model_of("LlamaForCausalLM"), model_of("GPT2LMHeadModel")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"records no conversion: call record_conversion\(model, report\)"):
+        from_pretrained(str(tmp_path))
+    report = sf.sparsify_(model, sf.SigmaMoEConfig())
+    with pytest.raises(ValueError, match=r"report is of another model: this one has no 'model.layers.0.mlp'"):
+        record_conversion(other, report)
+    assert not hasattr(other.config, "sparse_ffn")
+
+
+def trained_router(weight: float, folder: Path) -> Tensor:
+    """The first router after one step of the Trainer with plain gradient descent, as change per learning rate."""
+    model = model_of("LlamaForCausalLM")
+    sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, k=2, aux="inject", balance_weight=weight))
+    router = model.model.layers[0].mlp.router.weight
+    with torch.no_grad():
+        router.normal_(generator=torch.Generator().manual_seed(2))  # unbalanced
+    before = router.detach().clone()
+    options = transformers.TrainingArguments(
+        str(folder), max_steps=1, learning_rate=0.5, lr_scheduler_type="constant", optim="sgd", use_cpu=True,
+        per_device_train_batch_size=2, save_strategy="no", report_to="none", max_grad_norm=0.0, disable_tqdm=True,
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in tokens(2, 7)]
+    transformers.Trainer(model, options, train_dataset=data).train()
+    assert sf.aux_loss(model) == 0  # injected, so that nobody adds it twice
+    return (router.detach() - before) / 0.5
+
+
+def test_the_trainer_trains_with_the_balance_loss_active(tmp_path: Path) -> None:
+    without, with_balance = trained_router(0.0, tmp_path), trained_router(3.0, tmp_path)
+
+    model = model_of("LlamaForCausalLM").train()  # the same by hand: the balance loss's own gradient
+    sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, k=2, balance_weight=3.0))
+    layers = [layer.mlp for layer in model.model.layers]
+    with torch.no_grad():
+        layers[0].router.weight.normal_(generator=torch.Generator().manual_seed(2))
+    model(tokens(2, 7))
+    (gradient,) = torch.autograd.grad(sf.aux_loss(model), layers[0].router.weight)
+    assert gradient.abs().max() > 1e-2
+    torch.testing.assert_close(with_balance - without, -gradient, rtol=1e-3, atol=1e-4)
