@@ -372,6 +372,64 @@ def test_what_is_unknown_is_listed_with_what_was_seen() -> None:
     }  # fmt: skip
 
 
+class Clipped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x).clamp(-10, 10)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU6, Clipped])
+@pytest.mark.parametrize("inside", [Block, nn.Sequential])  # an FFN of its own, and a pair in a larger module
+def test_a_clamp_that_only_large_values_show_is_seen(act: Any, inside: Any) -> None:
+    ffn = nn.Sequential(nn.Linear(6, 16), act(), nn.Linear(16, 6))
+    report = sf.sparsify_(nn.Sequential(Block(ffn)) if inside is Block else ffn, OPEN)
+    assert not report.swaps
+    assert "clamps" in str(report.unknown)
+
+
+class Pair(Mlp):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), None
+
+
+class First(nn.Module):
+    def __init__(self, ffn: nn.Module) -> None:
+        super().__init__()
+        self.ffn = ffn
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.ffn(x)[0]
+        return y
+
+
+def test_an_ffn_that_returns_a_tuple_goes_on_returning_one() -> None:
+    model = First(Pair())
+    dense = copy.deepcopy(model)
+    assert sf.sparsify_(model, OPEN).names == ["ffn.a"]  # within the module, not in its place
+    same(model, dense)
+
+
+class Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x) if self.training else x
+
+
+class Skipped(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training else super().forward(x)
+
+
+@pytest.mark.parametrize("other", [nn.AlphaDropout, nn.Dropout1d, Noise])
+def test_what_only_training_does_is_not_lost(other: Any) -> None:
+    inner = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), other(), nn.Linear(16, 6))
+    after = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6), other())
+    model = nn.Sequential(Block(inner), Block(after), Block(Skipped()))
+    report = sf.sparsify_(model, OPEN)
+    assert report.names == ["1.ffn.0"]
+    assert isinstance(model[1].ffn[3], other)
+    assert "in training" in report.unknown["0.ffn.0"]
+    assert "in training" in report.unknown["2.ffn.a"]
+
+
 def test_the_report_prints_and_rebuilds() -> None:
     model = nn.Sequential(Block(), Block(), Block())
     dense = copy.deepcopy(model)
