@@ -289,8 +289,38 @@ def test_what_is_partly_tied_is_left_and_listed() -> None:
     model = nn.Sequential(Block(), nn.Linear(6, 16))
     model[1].weight = model[0].ffn.a.weight
     report = sf.sparsify_(model, OPEN)
-    assert "tied to other modules: 0.ffn.a" in report.unknown["0.ffn"]
+    assert "tied to other modules, or to each other: 0.ffn.a" in report.unknown["0.ffn"]
     assert isinstance(model[0].ffn, Mlp)
+
+
+def twins(*tied: str) -> nn.Sequential:
+    model = nn.Sequential(Block(), Block())
+    for name in tied:
+        linear, _, parameter = name.partition(".")
+        setattr(getattr(model[1].ffn, linear), parameter, getattr(getattr(model[0].ffn, linear), parameter))
+    return model
+
+
+ALL = ("a.weight", "a.bias", "b.weight", "b.bias")
+
+
+def test_no_parameter_is_untied() -> None:
+    both = {"0.ffn", "1.ffn"}
+    assert set(sf.sparsify_(twins("a.weight", "b.weight"), OPEN).unknown) == both  # their biases differ
+    assert set(sf.sparsify_(twins(*ALL), OPEN, lambda module, name: name == "0.ffn").unknown) == {"0.ffn"}
+    configs = {"0.ffn": OPEN, "1.ffn": sf.SigmaMoEConfig(n_experts=4)}
+    assert set(sf.sparsify_(twins(*ALL), configs).unknown) == both
+    elsewhere = nn.ModuleList([Block(), nn.Linear(6, 16, bias=False), nn.Linear(16, 6, bias=False)])
+    elsewhere[1].weight, elsewhere[2].weight = elsewhere[0].ffn.a.weight, elsewhere[0].ffn.b.weight
+    assert set(sf.sparsify_(elsewhere, OPEN).unknown) == {"0.ffn"}
+    square = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    square[2].weight = square[0].weight
+    assert set(sf.sparsify_(square, OPEN).unknown) == {"0"}
+
+
+def test_lists_are_taken_where_tuples_are() -> None:
+    config = sf.SigmaMoEConfig(n_experts=4, balance=["entropy", "z"], balance_weight=[1e-3, 1e-4])
+    assert len(sf.sparsify_(nn.Sequential(Block()), config).swaps) == 1
 
 
 @pytest.mark.parametrize("where", ["ffn", "ffn.a"])

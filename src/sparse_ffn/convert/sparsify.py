@@ -53,16 +53,22 @@ def sparsify_(
         if missing:
             raise ValueError(f"no FFN is at {', '.join(map(repr, missing))}; there are {[f.name for f in found]}")
     skipped: list[str] = []
-    plans: list[_Plan] = []
-    slots = _slots(model)
-    owners = _parameter_owners(model)
-    built: dict[object, nn.Module] = {}
+    wanted: list[tuple[Found, FFNConfig]] = []
     for f in found:
         chosen = config.get(f.name) if isinstance(config, Mapping) else config
         if chosen is None or (filter_fn is not None and not filter_fn(f.module, f.name)):
             skipped.append(f.name)
-            continue
-        if (why := _entangled(f, slots, owners)) is not None:
+        else:
+            wanted.append((f, chosen))
+    plans: list[_Plan] = []
+    slots = _slots(model)
+    owners = _parameter_owners(model)
+    twins: dict[object, set[nn.Module]] = defaultdict(set)
+    for f, chosen in wanted:
+        twins[_identity(f, chosen)] |= {linear.module for linear in (*f.ups, f.down)}
+    built: dict[object, nn.Module] = {}
+    for f, chosen in wanted:
+        if (why := _entangled(f, slots, owners, twins[_identity(f, chosen)])) is not None:
             unknown[f.name] = why
             continue
         plans.append(_plan(f, chosen, None if calibration is None else calibration.get(f.name), slots, built))
@@ -110,8 +116,6 @@ def _plan(
     """Build what replaces an FFN, without touching the model."""
     ffn = f.weights()
     _check_uniform(f.name, ffn)
-    # the same parameters in two modules stay the same: one new layer stands in both places
-    identity = (tuple(id(p) for linear in (*f.ups, f.down) for p in linear.module.parameters()), f.formula, config)
     wide = ffn.gate_bias is not None
     rows = inputs if inputs is None else inputs.to(ffn.keys)
     if wide and rows is not None:
@@ -124,7 +128,7 @@ def _plan(
     if f.out_dropout:
         parts.append(nn.Dropout(f.out_dropout))
     module = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
-    module = done.setdefault(identity, module.train(f.module.training))
+    module = done.setdefault(_identity(f, config), module.train(f.module.training))
     note = made.note + ("; a constant input carries the gate's bias" if wide else "")
     swap = Swap(
         f.name, f.pattern, _describe(made.layer), made.config,
@@ -177,18 +181,26 @@ def _parameter_owners(model: nn.Module) -> dict[int, set[nn.Module]]:
     return owners
 
 
+def _identity(f: Found, config: FFNConfig) -> object:
+    """The same for FFNs that have the same parameters and become the same: one new layer stands in all their places."""
+    parameters = tuple(id(p) for linear in (*f.ups, f.down) for p in linear.module.parameters())
+    return parameters, f.formula, f.dropout, f.out_dropout, repr(config)
+
+
 def _entangled(
-    f: Found, slots: Mapping[int, list[tuple[nn.Module, str, str]]], owners: Mapping[int, set[nn.Module]]
+    f: Found, slots: Mapping[int, list[tuple[nn.Module, str, str]]], owners: Mapping[int, set[nn.Module]],
+    twins: set[nn.Module],
 ) -> str | None:  # fmt: skip
     """Why an FFN cannot be taken out: something else uses a part of it."""
     linears = (*f.ups, f.down)
     for linear in linears:
         if len(slots.get(id(linear.module), ())) > 1:
             return f"{linear.name} is used in several places: {', '.join(p for _, _, p in slots[id(linear.module)])}"
-    sharing = [{id(o) for p in linear.module.parameters() for o in owners[id(p)]} for linear in linears]
-    if len({len(s) for s in sharing}) > 1:
-        shared = [linear.name for linear, s in zip(linears, sharing, strict=True) if len(s) > 1]
-        return f"only some of its parameters are tied to other modules: {', '.join(shared)}"
+    own = {linear.module for linear in linears}
+    sharing = [[owners[id(p)] for p in linear.module.parameters()] for linear in linears]
+    shared = [n.name for n, s in zip(linears, sharing, strict=True) if any(o - twins or len(o & own) > 1 for o in s)]
+    if shared:
+        return f"some of its parameters are tied to other modules, or to each other: {', '.join(shared)}"
     return None
 
 
