@@ -332,6 +332,29 @@ def test_hooks_are_not_thrown_away(where: str) -> None:
     assert "forward hooks" in str(report)
 
 
+def test_a_compiled_ffn_is_left_and_a_compiled_model_converted() -> None:
+    ffn = Block(torch.compile(Mlp(), backend="eager"))
+    assert "convert first" in sf.sparsify_(ffn, OPEN).unknown["ffn._orig_mod"]
+    model = torch.compile(nn.Sequential(Block()), backend="eager")
+    x = torch.randn(2, 6)
+    before = model(x)
+    assert sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, k=1)).names == ["_orig_mod.0.ffn"]
+    assert not torch.allclose(model(x), before)
+
+
+class Quantised(torch.Tensor):
+    """Stands for the tensors of torchao, bitsandbytes and FSDP."""
+
+
+def test_special_kinds_of_parameters_are_left_and_listed() -> None:
+    model = nn.Sequential(Block(), Block())
+    special = model[0].ffn.a.weight.detach().as_subclass(Quantised)
+    model[0].ffn.a.weight = nn.Parameter(special)
+    report = sf.sparsify_(model, OPEN)
+    assert report.names == ["1.ffn"]
+    assert "weight of Linear is a Quantised" in report.unknown["0.ffn"]
+
+
 def test_dropouts_are_kept() -> None:
     inner = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.25), nn.Linear(16, 6), nn.Dropout(0.5))
     model = nn.Sequential(Block(inner))

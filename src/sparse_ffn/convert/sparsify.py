@@ -193,6 +193,8 @@ def _entangled(
 ) -> str | None:  # fmt: skip
     """Why an FFN cannot be taken out: something else uses a part of it."""
     linears = (*f.ups, f.down)
+    if any(attribute == "_orig_mod" for _, attribute, _ in slots.get(id(f.module), ())):
+        return "it is compiled, and the compiled code would go on running: convert first, then compile"
     for linear in linears:
         if len(slots.get(id(linear.module), ())) > 1:
             return f"{linear.name} is used in several places: {', '.join(p for _, _, p in slots[id(linear.module)])}"
