@@ -113,6 +113,21 @@ def test_configs_refuse_what_does_not_fit() -> None:
         sf.sparsify_(Mlp(), sf.SigmaMoE)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["k", "n_experts", "expert_size"])
+def test_a_size_of_zero_is_not_taken_for_one_left_out(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        sf.SigmaMoEConfig(**{name: 0})
+    with pytest.raises(TypeError, match=f"{name} must be an int"):
+        sf.SigmaMoEConfig(**{name: "4"})
+
+
+def test_zero_sub_keys_and_hidden_units_are_refused() -> None:
+    with pytest.raises(ValueError, match="n_sub_keys must be at least 1, got 0"):
+        sf.ProductKeyMemoryConfig(n_sub_keys=0)
+    with pytest.raises(ValueError, match="d_ff must be at least 1, got 0"):
+        sf.DenseFFNConfig(d_ff=0, init="fresh")
+
+
 def test_sizes_left_out_come_from_the_ffn() -> None:
     layer = sf.from_dense(Mlp(d_ff=512), sf.SigmaMoEConfig())
     assert (layer.n_experts, layer.expert_size, layer.k) == (4, 128, 1)
@@ -575,6 +590,21 @@ def clustered(n_groups: int = 4, size: int = 4) -> tuple[Mlp, Tensor, Tensor]:
     x = 0.1 * torch.randn(400, d)
     x[torch.arange(400), torch.arange(400) % n_groups] += 2.0
     return dense, x, group
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"elsewhere.ffn": torch.randn(9, 6)}, r"calibration has nothing for '0\.ffn', only for \['elsewhere\.ffn'\]"),
+        ({"0.ffn": torch.randn(9, 7)}, r"0\.ffn: its calibration must be .*d_model = 6\], got \[9, 7\]"),
+        ({"0.ffn": torch.empty(0, 6)}, r"at least 1 token.*got \[0, 6\]"),
+    ],
+)
+def test_a_calibration_that_does_not_fit_is_an_error(given: dict[str, Tensor], message: str) -> None:
+    model = nn.Sequential(Block())
+    with pytest.raises(ValueError, match=message):
+        sf.sparsify_(model, OPEN, calibration=given)
+    assert isinstance(model[0].ffn, Mlp)
 
 
 @pytest.mark.parametrize("by", ["keys", "coactivation"])

@@ -37,14 +37,15 @@ def sparsify_(
         model: any module. Device, dtype, training mode, ``requires_grad`` and sharing of modules are kept.
         config: what the FFNs become; or a mapping from the names of some of them to the config of each.
         filter_fn: ``filter_fn(module, name) -> bool`` says which FFNs are replaced; it gets what is at ``name`` now.
-        calibration: what ``calibrate`` returned for this model.
+        calibration: what ``calibrate`` returned for this model: it must hold every FFN that is replaced.
 
     Returns:
         What was replaced and what was left, with parameters, FLOPs and what was done with the weights.
 
     Raises:
         TypeError: ``config`` is no config of this library.
-        ValueError: the config does not fit an FFN, or names one that is not there. The model is as it was.
+        ValueError: the config does not fit an FFN, or names one that is not there; the calibration lacks one, or is of
+            another width. The model is as it was.
     """
     _check_config(config)
     found, unknown = find(model)
@@ -71,6 +72,8 @@ def sparsify_(
         if (why := _entangled(f, slots, owners, twins[_identity(f, chosen)])) is not None:
             unknown[f.name] = why
             continue
+        if calibration is not None and f.name not in calibration:
+            raise ValueError(f"calibration has nothing for {f.name!r}, only for {list(calibration)}")
         plans.append(_plan(f, chosen, None if calibration is None else calibration.get(f.name), slots, built))
     _swap(model, plans)
     gone = {linear.module for f in found if f.name not in skipped for linear in (*f.ups, f.down)}
@@ -93,7 +96,7 @@ def from_dense(ffn: nn.Module, config: FFNConfig, *, inputs: Tensor | None = Non
     """
     _check_config(config)
     f = find_one(ffn)
-    return _plan(f, config, None if inputs is None else inputs.flatten(0, -2), {}, {}).module
+    return _plan(f, config, None if inputs is None else inputs.reshape(-1, *inputs.shape[-1:]), {}, {}).module
 
 
 def _check_config(config: object) -> None:
@@ -117,6 +120,11 @@ def _plan(
     ffn = f.weights()
     _check_uniform(f.name, ffn)
     wide = ffn.gate_bias is not None
+    if inputs is not None and (inputs.dim() != 2 or inputs.shape[1] != ffn.d_model or not len(inputs)):
+        raise ValueError(
+            f"{f.name or 'the FFN'}: its calibration must be [at least 1 token, d_model = {ffn.d_model}], "
+            f"got {list(inputs.shape)}"
+        )
     rows = inputs if inputs is None else inputs.to(ffn.keys)
     if wide and rows is not None:
         rows = ConstantInput()(rows)
