@@ -18,6 +18,7 @@ from sparse_ffn.convert import ConstantInput, build, config, config_from_dict
 from sparse_ffn.convert.calibrate import Reservoir
 from sparse_ffn.convert.partition import balanced_assignment, balanced_kmeans
 from sparse_ffn.ops.activations import ACTIVATIONS, activate
+from sparse_ffn.routing import DeepSeekRouter
 
 OPEN = sf.MoEConfig(router="open", n_experts=4, k=4)
 
@@ -236,6 +237,7 @@ def test_there_and_back(kind: type[Any]) -> None:
         (sf.TopKFFN(6, 8, 3), "k = 3 of d_ff = 8"),
         (sf.MoE(6, 4, 3, 2, router="open"), "k = 2 of n_experts = 4"),
         (sf.SigmaMoE(6, 4, 3, 4), "its gates depend on the token"),
+        (sf.MoE(6, 4, 3, 4, router=DeepSeekRouter(6, 4, 4)), "gates of its DeepSeekRouter are unknown"),
         (sf.ProductKeyMemory(6, 3, 4), "k = 4 of 9 values"),
         (sf.ProductKeyMemory(6, 3, 9, activation="softmax"), "normalised"),
     ],
