@@ -287,6 +287,11 @@ def test_meta_models_are_converted_without_data() -> None:
     report = sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, k=2))
     assert len(report.swaps) == 2
     assert model[0].ffn.keys.is_meta
+    for needs in ({"init": "cluster"}, {"router_init": "fitted"}):
+        with torch.device("meta"):
+            model = nn.Sequential(Block())
+        with pytest.raises(ValueError, match=r"0\.ffn .* need numbers"):
+            sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, **needs))
 
 
 def test_shared_modules_stay_shared_and_tied_parameters_stay_tied() -> None:
