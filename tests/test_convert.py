@@ -287,11 +287,13 @@ def test_meta_models_are_converted_without_data() -> None:
     report = sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, k=2))
     assert len(report.swaps) == 2
     assert model[0].ffn.keys.is_meta
+    with torch.device("meta"):
+        model = nn.Sequential(Block())
     for needs in ({"init": "cluster"}, {"router_init": "fitted"}):
-        with torch.device("meta"):
-            model = nn.Sequential(Block())
         with pytest.raises(ValueError, match=r"0\.ffn .* need numbers"):
             sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, **needs))
+    with pytest.raises(ValueError, match=r"0\.ffn: calibration needs numbers"):
+        sf.sparsify_(model, OPEN, calibration={"0.ffn": torch.randn(9, 6)})
 
 
 def test_shared_modules_stay_shared_and_tied_parameters_stay_tied() -> None:
@@ -620,6 +622,7 @@ def clustered(n_groups: int = 4, size: int = 4) -> tuple[Mlp, Tensor, Tensor]:
     [
         ({"elsewhere.ffn": torch.randn(9, 6)}, r"calibration has nothing for '0\.ffn', only for \['elsewhere\.ffn'\]"),
         ({"0.ffn": torch.randn(9, 7)}, r"0\.ffn: its calibration must be .*d_model = 6\], got \[9, 7\]"),
+        ({"0.ffn": torch.full((9, 6), torch.nan)}, r"0\.ffn: its calibration must be finite"),
         ({"0.ffn": torch.empty(0, 6)}, r"at least 1 token.*got \[0, 6\]"),
     ],
 )

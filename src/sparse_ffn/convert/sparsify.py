@@ -125,6 +125,10 @@ def _plan(
             f"{f.name or 'the FFN'}: its calibration must be [at least 1 token, d_model = {ffn.d_model}], "
             f"got {list(inputs.shape)}"
         )
+    if inputs is not None and ffn.keys.is_meta:
+        raise ValueError(f"{f.name or 'the FFN'}: calibration needs numbers; a model on meta has none")
+    if inputs is not None and not bool(inputs.isfinite().all()):
+        raise ValueError(f"{f.name or 'the FFN'}: its calibration must be finite")
     rows = inputs if inputs is None else inputs.to(ffn.keys)
     if wide and rows is not None:
         rows = ConstantInput()(rows)
