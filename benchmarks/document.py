@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import gpu_page, machine, plot, report
+from benchmarks import gpu_page, machine, passes, plot, report
 from benchmarks.results import MODES, Report, Row
 
 INTRODUCTION = """\
@@ -46,6 +46,7 @@ make bench                                # everything on this page
 python -m benchmarks.bench_layers --help  # one part of it: --device --dtype --shapes --layers --peers --pass --seconds
 python -m benchmarks.bench_cvmm --help
 python -m benchmarks.sweeps --help
+python -m benchmarks.passes --help
 python -m benchmarks.document             # this page again, from the numbers of the last run in runs/bench
 benchmarks/run_gpu.sh                     # everything on a machine with a GPU: tests, benchmarks, sweeps, tuning
 ```
@@ -64,9 +65,25 @@ parameters grow with it.
 
 ![Time and memory against the number of experts and the width](images/bench-sweeps.png)
 """
+PASSES = f"""\
+## Where the time goes
+
+The passes of a training step of SigmaMoE, router and balance loss included, medians, timed inside the native core by
+`python -m benchmarks.passes`. A pass's floor is its arithmetic at the rate of `torch.mm` of two matrices of
+{passes.PRODUCT} x {passes.PRODUCT} in the same process, in fp32 or the layer's dtype, whichever is faster; the dense
+FFN's floor is that of its six products. What a pass takes beyond its floor is the packing of gathered rows and of
+weights, the sums over a token's experts, the last tile of each expert, writing the result, and waiting for memory: the
+rows of an expert are anywhere, and each expert's weights are read again in every pass.
+"""
 
 
-def page(layers: Report, cvmm: Report | None, sweeps: Report | None, cards: gpu_page.Cards) -> str:
+def page(
+    layers: Report,
+    cvmm: Report | None,
+    sweeps: Report | None,
+    cards: gpu_page.Cards,
+    profiles: Sequence[passes.Passes] = (),
+) -> str:
     """The text of the page."""
     parts = [INTRODUCTION + _facts(layers), "## The targets\n", report.markdown(report.targets(layers.rows)) + "\n"]
     parts.append("Of the peers of a row, the one that comes nearest is shown.\n")
@@ -75,6 +92,9 @@ def page(layers: Report, cvmm: Report | None, sweeps: Report | None, cards: gpu_
     for group, rows in layers.groups():
         if any(result.kind == "peer" for result in rows[0].results):
             parts.append(f"### {report.GROUPS[group]}\n\n{report.markdown(report.peers(rows))}\n")
+    if profiles:
+        parts.append(PASSES)
+        parts += [f"**{found.shape}, {found.dtype}**\n\n{report.markdown(found.table())}\n" for found in profiles]
     parts += [gpu_page.section(cards), METHOD, AFTER, *_contenders(layers)]
     if sweeps is not None:
         parts += [SWEEPS, *_rows(sweeps.rows)]
@@ -129,14 +149,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = arguments.parse_args(argv)
     cards, target = gpu_page.load(options.gpu), options.docs / "benchmarks.md"
     gpu_page.draw(cards, options.docs / "images")
-    found = {path.stem: Report.load(path) for path in options.runs.glob("*.json")}
+    found = {path.stem: Report.load(path) for path in options.runs.glob("*.json") if path.stem != "passes"}
+    timed = options.runs / "passes.json"
+    profiles = passes.load(timed) if timed.is_file() else []
     if "layers" not in found:
         if not target.is_file():
             raise SystemExit(f"{options.runs / 'layers.json'} is missing: run make bench")
         target.write_text(refreshed(target.read_text(), cards))
         print(f"no {options.runs / 'layers.json'}: the numbers of the CPU in {target} are left as they were")
         return
-    target.write_text(page(found["layers"], found.get("cvmm"), found.get("sweeps"), cards))
+    target.write_text(page(found["layers"], found.get("cvmm"), found.get("sweeps"), cards, profiles))
     plot.ratios(found["layers"], options.docs / "images" / "bench-layers.png")
     if "sweeps" in found:
         plot.growth(found["sweeps"], options.docs / "images" / "bench-sweeps.png")

@@ -23,6 +23,7 @@ from benchmarks import (
     gpu_page,
     machine,
     memory,
+    passes,
     predict,
     report,
     sweeps,
@@ -477,3 +478,25 @@ def test_the_sweeps_are_the_papers() -> None:
 def test_a_bad_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="T,D,E,G,k"):
         MoEShape.parse("1,2,3,4,5")
+
+
+def test_a_profile_reads_what_the_core_wrote_and_sets_the_floor_beside_it() -> None:
+    steps = [f"up {seconds}" for seconds in (9.0, 9.0, 9.0, 2.0, 4.0, 3.0)]  # the first three warm up
+    found = passes.Passes("8,16,4,8,2", "fp32", step=10.0, dense=6.0, rate=1024.0, seconds=passes.read(steps))
+    assert found.seconds == {"up": 3.0}
+    assert found.floor("up") == 2 * 8 * 2 * 8 * 16 / 1024
+    assert passes.flops(MoEShape.parse("8,16,4,8,2"))["dx"] == 2 * 8 * 2 * 8 * 16 + 2 * 8 * 16 * 4
+    header, body = found.table()
+    assert header == ("pass", "ms", "floor", "of floor")
+    assert body[0] == ["up", "3000.00", "4000.00", "0.75"]
+    assert [line[:2] for line in body[1:]] == [
+        ["Python, autograd, balance loss", "7000.00"],
+        ["**step**", "10000.00"],
+        ["dense FFN of equal compute", "6000.00"],
+    ]
+
+
+def test_a_profile_measures_the_step_the_dense_step_and_the_rate() -> None:
+    found = passes.measure(TINY, "fp32", 0.01)
+    assert set(found) == {"step", "dense", "rate"}
+    assert all(value > 0 for value in found.values())

@@ -64,7 +64,9 @@ def choose(x: Tensor, dtype: torch.dtype | None = None) -> str:
     dtype = x.dtype if dtype is None else dtype
     name = _environment if _forced is None else _forced
     if name == "auto":
-        if native.PROBLEM is not None and x.device.type == "cpu":
+        if x.is_cpu:
+            if native.PROBLEM is None:
+                return "cpu" if x.dtype in native.DTYPES else "torch"
             _warn_once()
         return next((fast for fast in _fast(x.device) if not unavailable(fast, x.device, dtype)), "torch")
     _check(name, f"environment variable {ENVIRONMENT_VARIABLE}")

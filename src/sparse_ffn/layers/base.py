@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_ffn.checks import check_choice, check_positive, check_rate
+from sparse_ffn.layers.parametrizations import Parametrizations
 from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.autocast import autocast_enabled
 
@@ -81,7 +82,7 @@ class SparseFFN(nn.Module):
             ValueError: a wrong shape or device, or ``router_input`` for a layer without a router.
         """
         self._check_input("x", x)
-        if x.shape[-1:] != (self.d_model,):
+        if not x.dim() or x.shape[-1] != self.d_model:
             raise ValueError(f"x must have shape [..., d_model = {self.d_model}], got {list(x.shape)}")
         if mask is not None:
             self._check_mask(x, mask)
@@ -89,6 +90,10 @@ class SparseFFN(nn.Module):
         if self.out_bias is not None:
             y = y + self.out_bias.to(y.dtype)
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.d_out)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As Module's; torch.nn.utils.parametrize gets a table that accepts the names of our parameters."""
+        super().__setattr__(name, Parametrizations() if name == "parametrizations" else value)
 
     def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
         """The layer without its output bias: [..., d_model] -> [tokens, d_out]."""
@@ -100,9 +105,11 @@ class SparseFFN(nn.Module):
         return x
 
     def _check_input(self, name: str, x: Tensor) -> None:
+        own = self.values
+        if x.dtype == own.dtype and x.device == own.device:
+            return
         if not x.is_floating_point():
             raise TypeError(f"{name} must be a floating tensor, got {str(x.dtype).removeprefix('torch.')}")
-        own = self.values
         if x.device != own.device:
             raise ValueError(f"{name} is on {x.device}, the layer's parameters are on {own.device}")
         double = torch.float64 in (x.dtype, own.dtype)  # autocast leaves fp64 alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, TypedDict
@@ -220,24 +221,25 @@ class MoE(SparseFFN):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """As ``_route_then_compute``, in one op."""
         router = self.router
-        if not self.training and not torch.is_grad_enabled():
+        keys, values, gate_keys, key_bias = _tensors(self, "keys", "values", "gate_keys", "key_bias")
+        if not self.training and not torch.is_grad_enabled() and not ops.under_transforms():
             y, index_TK = ops.routed_ffn_inference(
-                x_TD, router.weight, router.bias, self.keys, self.values, self.gate_keys, self.key_bias,
+                x_TD, router.weight, router.bias, keys, values, gate_keys, key_bias,
                 self.k, gate_function, self.activation,
             )  # fmt: skip
             return y, index_TK, None
         y, index_TK, gate_TK, softmax_BE = ops.routed_ffn(
             x_TD,
             router.weight,
-            self.keys,
-            self.values,
+            keys,
+            values,
             k=self.k,
             gate_function=gate_function,
             router_bias=router.bias,
             mask=mask_T,
             groups=self._n_sequences(x) or 1,
-            gate_keys=self.gate_keys,
-            key_bias=self.key_bias,
+            gate_keys=gate_keys,
+            key_bias=key_bias,
             hidden_scale=self._hidden_scale(x_TD, x_TD.shape[0], self.k, self.expert_size),
             activation=self.activation,
         )
@@ -260,13 +262,32 @@ class MoE(SparseFFN):
         """Without what the last forward left behind: copies and pickles start clean."""
         return {**self.__dict__, "_last": None}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> MoE:
+        """As ``__getstate__``, which torch.nn.utils.parametrize overrides."""
+        twin = self.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__ = copy.deepcopy({**self.__dict__, "_last": None}, memo)
+        return twin
+
     @property
     def _aux(self) -> Tensor | None:
-        return None if self._last is None else self._last[0]
+        last = self._living()
+        return None if last is None else last[0]
 
     @property
     def _routed(self) -> tuple[Tensor, Tensor | None] | None:
-        return None if self._last is None else self._last[1:]
+        last = self._living()
+        return None if last is None else last[1:]
+
+    def _living(self) -> tuple[Tensor | None, Tensor, Tensor | None] | None:
+        """What the last forward left behind; tensors of a torch.func transform end with it."""
+        for tensor in self._last or ():
+            if tensor is not None and torch._C._functorch.unwrap_if_dead(tensor) is not tensor:
+                raise RuntimeError(
+                    "the last forward of this layer ran inside a transform of torch.func (vmap, grad, ...) that is "
+                    "over: ask for aux_loss and routing_stats inside the transformed function"
+                )
+        return self._last
 
     @property
     def active_fraction(self) -> float:
@@ -298,6 +319,15 @@ class MoE(SparseFFN):
 
 
 _NO_LOSS = ("bias", "none")
+
+
+def _tensors(module: nn.Module, *names: str) -> list[Any]:
+    """Attributes of a module that are parameters unless someone put another tensor in their place.
+
+    Module.__getattr__ would cost 0.7 microseconds for each, a tenth of a decode step together.
+    """
+    own = module._parameters
+    return [own[name] if name in own else getattr(module, name) for name in names]
 
 
 def _balance(names: str | Sequence[str], weights: float | Sequence[float]) -> tuple[tuple[str, ...], tuple[float, ...]]:

@@ -14,6 +14,11 @@ from sparse_ffn.checks import check_choice, check_positive
 from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.ops.activations import activate
 from sparse_ffn.ops.autocast import without_autocast
+from sparse_ffn.plain import is_plain
+
+# einops notes each type of tensor that it meets, and torch.compile would compile a layer again when it has
+for _known in (torch.empty(1), nn.Parameter(torch.empty(1))):
+    rearrange(_known, "n -> n")
 
 
 class ProductKeyMemory(SparseFFN):
@@ -117,7 +122,11 @@ class ProductKeyMemory(SparseFFN):
                 query_TSC = ops.normalise(rearrange(x, "t (s c) -> t s c", s=2), self.query_norm)
                 score_STM = ops.wide_product(query_TSC.transpose(0, 1), self.sub_keys.flatten(1, 2))
                 return rearrange(score_STM, "s t (h n) -> t h s n", h=self.n_heads)
-            query_TBC = ops.normalised_product(x, self.query.weight, 2 * self.n_heads, self.query_norm)
+            if type(self.query) is nn.Linear and is_plain(self.query):
+                query_TBC = ops.normalised_product(x, self.query.weight, 2 * self.n_heads, self.query_norm)
+            else:  # quantised, pruned, parametrised, with LoRA: whatever it is now, it computes the query
+                query_TM = self.query(x.to(self.values.dtype))
+                query_TBC = ops.normalise(rearrange(query_TM, "t (b c) -> t b c", b=2 * self.n_heads), self.query_norm)
             sub_keys_BNC = rearrange(self.sub_keys, "s h n c -> (h s) n c")
             score_BTN = ops.wide_product(query_TBC.transpose(0, 1), sub_keys_BNC)
             return rearrange(score_BTN, "(h s) t n -> t h s n", s=2)

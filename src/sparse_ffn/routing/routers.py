@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules import module
 
 from sparse_ffn.checks import check_choice, check_positive, check_rate
 from sparse_ffn.ops.autocast import without_autocast
+from sparse_ffn.ops.library import under_transforms
 from sparse_ffn.ops.select import stable_topk
+from sparse_ffn.plain import is_plain
 from sparse_ffn.routing.sinkhorn import sinkhorn_potential
 
 
@@ -151,6 +152,11 @@ class Router(nn.Module):
 
     def count(self, index_TK: Tensor, mask_T: Tensor | None, alive_TK: Tensor | None = None) -> None:
         """Add the real tokens' slots to the loads of bias balancing."""
+        if under_transforms():
+            raise RuntimeError(
+                "balance=\"bias\" counts the experts' loads as a side effect, which is lost inside torch.func's "
+                "transforms: take another balance there, or evaluate"
+            )
         # a dropped expert fills a slot only where too few live: such slots are no load
         slots_TK = torch.ones_like(index_TK) if alive_TK is None else alive_TK.to(index_TK.dtype)
         if mask_T is not None:
@@ -282,12 +288,8 @@ def plain_gate(router: Router) -> str | None:
         gate = "softmax" if router.order == "before" else "softmax_selected"
     else:
         return None
-    hooked = (
-        router._forward_hooks or router._forward_pre_hooks or router._backward_hooks or router._backward_pre_hooks
-        or module._global_forward_hooks or module._global_forward_pre_hooks
-        or module._global_backward_hooks or module._global_backward_pre_hooks
-    )  # fmt: skip
-    return None if hooked or (router.training and router.expert_dropout > 0) else gate
+    drops = router.training and router.expert_dropout > 0
+    return gate if not drops and is_plain(router) else None
 
 
 def _before(*args: Any, **options: Any) -> Router:

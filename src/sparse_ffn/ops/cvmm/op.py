@@ -99,4 +99,4 @@ _backward = define(
     _backward_fake,
 )
 _forward = set_autograd(_forward, _autograd, _setup_context)
-refuse_double_backward(_backward)
+_backward = refuse_double_backward(_backward)

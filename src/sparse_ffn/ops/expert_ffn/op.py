@@ -10,7 +10,14 @@ from torch import Tensor
 from sparse_ffn.backend import choose
 from sparse_ffn.ops.autocast import autocast_dtype, cast, weights_for
 from sparse_ffn.ops.expert_ffn import reference
-from sparse_ffn.ops.library import absent, define, implementation, refuse_double_backward, set_autograd
+from sparse_ffn.ops.library import (
+    absent,
+    define,
+    implementation,
+    refuse_double_backward,
+    set_autograd,
+    under_transforms,
+)
 
 
 def expert_ffn(
@@ -39,7 +46,8 @@ def expert_ffn(
         return reference.expert_ffn(x, keys, values, index, gate, gate_keys, key_bias, hidden_scale, activation)
     arguments = (x, keys, values, index, gate, gate_keys, key_bias, hidden_scale, activation, chosen)
     trained = (x, keys, values, gate, gate_keys, key_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained)
+    if wanted or under_transforms():
         out: Tensor = _forward(*arguments)[0]
     else:
         out = _inference(*arguments)
@@ -149,4 +157,4 @@ _inference = define(
     _inference_fake,
 )
 _forward = set_autograd(_forward, _autograd, _setup_context)
-refuse_double_backward(_backward)
+_backward = refuse_double_backward(_backward)

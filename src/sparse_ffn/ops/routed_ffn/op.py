@@ -178,4 +178,4 @@ _inference = define(
     _inference_fake,
 )
 _forward = set_autograd(_forward, _autograd, _setup_context)
-refuse_double_backward(_backward)
+_backward = refuse_double_backward(_backward)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparse_ffn.backend import choose
 from sparse_ffn.ops.autocast import autocast_dtype, weights_for
-from sparse_ffn.ops.library import define, implementation, refuse_double_backward, set_autograd
+from sparse_ffn.ops.library import define, implementation, refuse_double_backward, set_autograd, under_transforms
 from sparse_ffn.ops.weighted_bag import reference
 
 
@@ -21,6 +21,8 @@ def weighted_bag(values: Tensor, index: Tensor, weight: Tensor, *, sparse_grad: 
     (not under torch.compile); on a GPU its size is why the backward pass waits for the device once.
     """
     if sparse_grad:  # casts inside: torch's cast cannot pass a sparse gradient on
+        if under_transforms():
+            raise RuntimeError("sparse_grad=True does not work inside torch.func's transforms: take sparse_grad=False")
         out: Tensor = _SparseGradient.apply(values, index, weight)  # type: ignore[no-untyped-call]
         return out
     dtype = autocast_dtype(values)
@@ -101,4 +103,4 @@ _backward = define(
     _backward_fake,
 )
 _forward = set_autograd(_forward, _autograd, _setup_context)
-refuse_double_backward(_backward)
+_backward = refuse_double_backward(_backward)

@@ -58,7 +58,7 @@ _backward = define(
     "wide_product_backward(Tensor grad, Tensor x, Tensor w) -> (Tensor dx, Tensor dw)", native.backward, _backward_fake
 )
 _forward = set_autograd(_forward, _autograd, _setup_context)
-refuse_double_backward(_backward)
+_backward = refuse_double_backward(_backward)
 
 
 def _normalised_fake(x: Tensor, w: Tensor, pieces: int, norm: str) -> tuple[Tensor, Tensor]:
@@ -95,4 +95,4 @@ _normalised_backward = define(
     _normalised_backward_fake,
 )
 _normalised = set_autograd(_normalised, _normalised_autograd, _normalised_setup)
-refuse_double_backward(_normalised_backward)
+_normalised_backward = refuse_double_backward(_normalised_backward)
