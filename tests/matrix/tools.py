@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from .feature import AND_TRITON, feature
+from .feature import feature
 from .layers import assert_near, build, step, tokens
 
 
@@ -30,7 +30,7 @@ def _owners(layer: nn.Module) -> list[tuple[nn.Module, str]]:
     ]
 
 
-@feature("`torch.nn.utils.parametrize`", AND_TRITON)
+@feature("`torch.nn.utils.parametrize`")
 def parametrized(name: str) -> None:
     """All parameters at once: the same function, half the gradients at the originals, deep copies, removal."""
     layer, x = build(name), tokens(40)
