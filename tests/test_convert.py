@@ -177,17 +177,31 @@ def test_dense_and_fresh_and_upcycled() -> None:
     same(sf.from_dense(dense, sf.MoEConfig(router="open", init="upcycle", n_experts=3, k=2)), dense)
 
 
-def test_product_keys_keep_values_or_refuse() -> None:
-    dense = Mlp(d_ff=16, bias=False)
-    memory = sf.from_dense(dense, sf.ProductKeyMemoryConfig(init="pkm"))
-    assert memory.n_sub_keys == 4
-    torch.testing.assert_close(memory.values, dense.b.weight.t())
-    with pytest.raises(ValueError, match="nowhere to keep a non-zero output bias"):
-        sf.from_dense(Mlp(), sf.ProductKeyMemoryConfig(init="pkm"))
-    with pytest.raises(ValueError, match="this one is a GLU"):
-        sf.from_dense(Gated(), sf.ProductKeyMemoryConfig(init="pkm"))
-    with pytest.raises(ValueError, match="n_sub_keys² = 9 must be at least d_ff = 16"):
-        sf.from_dense(dense, sf.ProductKeyMemoryConfig(init="pkm", n_sub_keys=3))
+def test_product_keys_are_recovered_where_the_keys_are_products() -> None:
+    memory = sf.ProductKeyMemory(6, 4, 16)
+    dense = sf.to_dense(memory)
+    shuffled = Mlp(d_ff=16, bias=False)
+    order = torch.randperm(16)
+    with torch.no_grad():
+        shuffled.a.weight.copy_(dense.keys[order])
+        shuffled.b.weight.copy_(dense.values[order].t())
+    same(sf.from_dense(shuffled, sf.ProductKeyMemoryConfig(init="pkm", k=16)), memory)
+
+
+@pytest.mark.parametrize(
+    ("dense", "options", "why"),
+    [
+        (Mlp(bias=(False, True)), {}, "nowhere to keep a non-zero out_bias"),
+        (Mlp(bias=(True, False)), {}, "nowhere to keep a non-zero key_bias"),
+        (Gated(), {}, "this one is a GLU"),
+        (Mlp(bias=False), {"n_sub_keys": 3}, "n_sub_keys² = 9 must be d_ff = 16"),
+        (Mlp(bias=False), {"n_heads": 2}, "needs n_heads = 1"),
+    ],
+)
+def test_product_keys_refuse_what_they_cannot_keep(dense: nn.Module, options: dict[str, int], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        sf.from_dense(dense, sf.ProductKeyMemoryConfig(init="pkm", **options))
+    assert isinstance(sf.from_dense(dense, sf.ProductKeyMemoryConfig(**options)), sf.ProductKeyMemory)
 
 
 # ---------------------------------------------------------------------------------------------------------- back

@@ -145,10 +145,12 @@ class TopKFFNConfig(FFNConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ProductKeyMemoryConfig(FFNConfig):
-    """For ``ProductKeyMemory``. ``init="pkm"`` keeps the FFN's values; its keys are no product: sub-keys start fresh.
+    """For ``ProductKeyMemory``. ``init="pkm"`` lays the units out on the nearest grid of product keys.
+
+    Exact at k = d_ff where the keys are products, as those of trained FFNs are not.
 
     Args:
-        n_sub_keys: n; None for the least n with n² >= d_ff.
+        n_sub_keys: n; None for the least n with n² >= d_ff. ``"pkm"`` needs n² = d_ff.
         k: values read by a head; None for a quarter of d_ff.
     """
 

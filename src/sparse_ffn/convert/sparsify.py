@@ -111,7 +111,7 @@ def _plan(
     ffn = f.weights()
     _check_uniform(f.name, ffn)
     # the same parameters in two modules stay the same: one new layer stands in both places
-    identity = (tuple(id(p) for linear in (*f.ups, f.down) for p in linear.module.parameters()), f.formula, config)
+    identity = (tuple(id(p) for linear in (*f.ups, f.down) for p in linear.module.parameters()), f.formula, id(config))
     wide = ffn.gate_bias is not None
     rows = inputs if inputs is None else inputs.to(ffn.keys)
     if wide and rows is not None:
