@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_ffn.convert.config import FFNConfig, _ExpertsConfig
+from sparse_ffn.convert.config import ExpertsConfig, FFNConfig
 from sparse_ffn.convert.partition import balanced_kmeans, contiguous, product_grid
 from sparse_ffn.convert.router import centre, fit_router, mean_keys
 from sparse_ffn.convert.weights import PAD, FFNWeights
@@ -66,7 +66,7 @@ def build(config: FFNConfig, ffn: FFNWeights, inputs: Tensor | None = None) -> B
     layer = config.layer(d_model=ffn.d_model, d_out=ffn.d_out, **config.arguments(), **place)
     if config.init == "fresh":
         note = "fresh weights"
-    elif isinstance(config, _ExpertsConfig):
+    elif isinstance(config, ExpertsConfig):
         assert isinstance(layer, MoE)
         note = _experts(layer, config, ffn, inputs)
     elif isinstance(layer, ProductKeyMemory):
@@ -86,7 +86,7 @@ def copy_weights(layer: SparseFFN, ffn: FFNWeights) -> None:
         parameter.copy_(torch.zeros_like(parameter) if value is None else value.reshape(parameter.shape))
 
 
-def _experts(layer: MoE, config: _ExpertsConfig, ffn: FFNWeights, inputs: Tensor | None) -> str:
+def _experts(layer: MoE, config: ExpertsConfig, ffn: FFNWeights, inputs: Tensor | None) -> str:
     if config.init == "upcycle":
         return _upcycle(layer, ffn)
     n, k = layer.n_experts, layer.k
@@ -118,7 +118,7 @@ def _experts(layer: MoE, config: _ExpertsConfig, ffn: FFNWeights, inputs: Tensor
     return f"{how}; {router}"
 
 
-def _partition(config: _ExpertsConfig, ffn: FFNWeights, inputs: Tensor | None, n: int) -> tuple[Tensor, str]:
+def _partition(config: ExpertsConfig, ffn: FFNWeights, inputs: Tensor | None, n: int) -> tuple[Tensor, str]:
     if config.init == "split":
         return contiguous(ffn.d_ff, n), f"{n} experts of {ffn.d_ff // n} units in their order"
     if ffn.keys.is_meta:

@@ -101,10 +101,7 @@ class _Plan:
     swap: Swap
 
 
-def _plan(
-    f: Found, config: FFNConfig, inputs: Tensor | None, slots: _Slots,
-    done: dict[object, nn.Module],
-) -> _Plan:  # fmt: skip
+def _plan(f: Found, config: FFNConfig, inputs: Tensor | None, slots: _Slots, done: dict[object, nn.Module]) -> _Plan:
     """Build what replaces an FFN, without touching the model."""
     ffn = f.weights()
     _check_uniform(f.name, ffn)
