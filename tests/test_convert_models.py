@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -167,10 +168,9 @@ def test_split_into_all_experts_changes_nothing(name: str) -> None:
     report = sf.sparsify_(model, sf.MoEConfig(router="open", expert_size=4, k=1, init="split"))
     assert len(report.swaps) == n, report
     assert not report.unknown, report
-    # k is each layer's own number of experts
-    full = {name: copy.copy(config) for name, config in report.configs.items()}
-    model = copy.deepcopy(dense)
-    report = sf.sparsify_(model, {name: _all(config) for name, config in full.items()})
+    model = copy.deepcopy(dense)  # again, with k each layer's own number of experts
+    full = {name: dataclasses.replace(config, k=config.n_experts) for name, config in report.configs.items()}
+    report = sf.sparsify_(model, full)
     assert all(sum(isinstance(m, sf.MoE) for m in model.get_submodule(name).modules()) == 1 for name in report.names)
     with torch.no_grad():
         expected = compared(dense)
@@ -179,9 +179,3 @@ def test_split_into_all_experts_changes_nothing(name: str) -> None:
     expected, expected_grad = _input_gradient(dense, compared)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5 * expected_grad.abs().max().item())
-
-
-def _all(config: Any) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(config, k=config.n_experts)

@@ -20,6 +20,8 @@ from sparse_ffn.convert.report import Report, Swap
 from sparse_ffn.convert.weights import FFNWeights
 from sparse_ffn.layers import MoE, SparseFFN
 
+_Slots = dict[int, list[tuple[nn.Module, str, str]]]
+
 
 def sparsify_(
     model: nn.Module,
@@ -52,23 +54,19 @@ def sparsify_(
         missing = [name for name in config if name not in {f.name for f in found}]
         if missing:
             raise ValueError(f"no FFN is at {', '.join(map(repr, missing))}; there are {[f.name for f in found]}")
-    skipped: list[str] = []
-    plans: list[_Plan] = []
+    configs = {f.name: config.get(f.name) if isinstance(config, Mapping) else config for f in found}
+    wanted = [f for f in found if configs[f.name] is not None and (filter_fn is None or filter_fn(f.module, f.name))]
+    skipped = tuple(f.name for f in found if f not in wanted)
     slots = _slots(model)
-    owners = _parameter_owners(model)
+    chosen = _free(model, wanted, slots, unknown)
+    plans: list[_Plan] = []
     built: dict[object, nn.Module] = {}
-    for f in found:
-        chosen = config.get(f.name) if isinstance(config, Mapping) else config
-        if chosen is None or (filter_fn is not None and not filter_fn(f.module, f.name)):
-            skipped.append(f.name)
-            continue
-        if (why := _entangled(f, slots, owners)) is not None:
-            unknown[f.name] = why
-            continue
-        plans.append(_plan(f, chosen, None if calibration is None else calibration.get(f.name), slots, built))
-    _swap(model, plans)
-    gone = {linear.module for f in found if f.name not in skipped for linear in (*f.ups, f.down)}
-    return Report(tuple(p.swap for p in plans), unknown, tuple(skipped), _others(model, gone, plans))
+    for f in chosen:
+        each = configs[f.name]
+        assert each is not None
+        plans.append(_plan(f, each, None if calibration is None else calibration.get(f.name), slots, built))
+    _swap(model, plans, slots)
+    return Report(tuple(p.swap for p in plans), unknown, skipped, _others(model, plans))
 
 
 def from_dense(ffn: nn.Module, config: FFNConfig, *, inputs: Tensor | None = None) -> nn.Module:
@@ -103,15 +101,12 @@ class _Plan:
     swap: Swap
 
 
-def _plan(
-    f: Found, config: FFNConfig, inputs: Tensor | None, slots: Mapping[int, list[tuple[nn.Module, str, str]]],
-    done: dict[object, nn.Module],
-) -> _Plan:  # fmt: skip
+def _plan(f: Found, config: FFNConfig, inputs: Tensor | None, slots: _Slots, done: dict[object, nn.Module]) -> _Plan:
     """Build what replaces an FFN, without touching the model."""
     ffn = f.weights()
     _check_uniform(f.name, ffn)
     # the same parameters in two modules stay the same: one new layer stands in both places
-    identity = (tuple(id(p) for linear in (*f.ups, f.down) for p in linear.module.parameters()), f.formula, config)
+    identity = (_identity(f), id(config))
     wide = ffn.gate_bias is not None
     rows = inputs if inputs is None else inputs.to(ffn.keys)
     if wide and rows is not None:
@@ -159,9 +154,9 @@ def _describe(layer: SparseFFN) -> str:
     return f"{type(layer).__name__} {sizes}"
 
 
-def _slots(model: nn.Module) -> dict[int, list[tuple[nn.Module, str, str]]]:
+def _slots(model: nn.Module) -> _Slots:
     """Where each module hangs: its owners, their attributes, the full names."""
-    slots: dict[int, list[tuple[nn.Module, str, str]]] = defaultdict(list)
+    slots: _Slots = defaultdict(list)
     for path, owner in model.named_modules():
         for attribute, child in owner._modules.items():
             if child is not None:
@@ -177,25 +172,34 @@ def _parameter_owners(model: nn.Module) -> dict[int, set[nn.Module]]:
     return owners
 
 
-def _entangled(
-    f: Found, slots: Mapping[int, list[tuple[nn.Module, str, str]]], owners: Mapping[int, set[nn.Module]]
-) -> str | None:  # fmt: skip
-    """Why an FFN cannot be taken out: something else uses a part of it."""
-    linears = (*f.ups, f.down)
-    for linear in linears:
-        if len(slots.get(id(linear.module), ())) > 1:
-            return f"{linear.name} is used in several places: {', '.join(p for _, _, p in slots[id(linear.module)])}"
-    sharing = [{id(o) for p in linear.module.parameters() for o in owners[id(p)]} for linear in linears]
-    if len({len(s) for s in sharing}) > 1:
-        shared = [linear.name for linear, s in zip(linears, sharing, strict=True) if len(s) > 1]
-        return f"only some of its parameters are tied to other modules: {', '.join(shared)}"
-    return None
+def _identity(f: Found) -> object:
+    """The same for FFNs of the same parameters in the same roles."""
+    return tuple(id(p) for linear in (*f.ups, f.down) for p in linear.module.parameters()), f.formula
 
 
-def _swap(model: nn.Module, plans: list[_Plan]) -> None:
+def _free(model: nn.Module, wanted: list[Found], slots: _Slots, unknown: dict[str, str]) -> list[Found]:
+    """The FFNs whose parts nothing else uses; the others become unknown, with the reason."""
+    owners = _parameter_owners(model)
+    free = wanted
+    while True:  # leaving one can tie down another
+        of = {linear.module: _identity(f) for f in free for linear in (*f.ups, f.down)}
+        left = {}
+        for f in free:
+            for linear in (*f.ups, f.down):
+                places = [path for _, _, path in slots.get(id(linear.module), [])]
+                if len(places) > 1:
+                    left[f.name] = f"{linear.name} is used in several places: {', '.join(places)}"
+                elif any(of.get(o) != _identity(f) for p in linear.module.parameters() for o in owners[id(p)]):
+                    left[f.name] = f"parameters of {linear.name} are tied to something that is not replaced alike"
+        if not left:
+            return free
+        unknown.update(left)
+        free = [f for f in free if f.name not in left]
+
+
+def _swap(model: nn.Module, plans: list[_Plan], slots: _Slots) -> None:
     """Put all new modules in; on any error take all out again."""
     undo: list[Callable[[], None]] = []
-    slots = _slots(model)
     try:
         for plan in plans:
             for owner, attribute, _ in slots[id(plan.found.module)]:
@@ -212,12 +216,12 @@ def _swap(model: nn.Module, plans: list[_Plan]) -> None:
         raise
 
 
-def _others(model: nn.Module, gone: set[nn.Module], plans: list[_Plan]) -> dict[str, int]:
+def _others(model: nn.Module, plans: list[_Plan]) -> dict[str, int]:
     """The modules that still have matrices of their own, grouped by name with the numbers left out."""
     new = {inner for plan in plans for inner in plan.module.modules()}
     counts: Counter[str] = Counter()
     for name, module in model.named_modules():
-        if module in new or module in gone:
+        if module in new:
             continue
         matrices = [p for p in module.parameters(recurse=False) if p.dim() > 1]
         if matrices:

@@ -11,6 +11,7 @@ import transformers
 from sparse_ffn.convert import Report, config_from_dict, sparsify_
 
 KEY = "sparse_ffn"  # of the record in config.json
+HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "trust_remote_code")
 
 
 def record_conversion(model: Any, report: Report) -> None:
@@ -45,18 +46,25 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
         What ``model_class.from_pretrained(path, **options)`` returns.
 
     Raises:
+        TypeError: ``model_class`` is an ``Auto`` class, or is not given and transformers does not have the saved one.
         ValueError: the config records no conversion, or does not fit the model.
     """
     config = options.pop("config", None)
     if config is None:
-        config = transformers.AutoConfig.from_pretrained(path)
+        where = {name: options[name] for name in HUB if name in options}
+        config = transformers.AutoConfig.from_pretrained(path, **where)
     record: dict[str, dict[str, Any]] = getattr(config, KEY, None) or {}
     if not record:
         raise ValueError(
             f"the config of {str(path)!r} records no conversion: call record_conversion(model, report) before "
             "save_pretrained, or load an unconverted model with transformers itself"
         )
-    base: Any = model_class or getattr(transformers, config.architectures[0])
+    base: Any = model_class or getattr(transformers, config.architectures[0], None)
+    if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedModel)):
+        raise TypeError(
+            f"model_class must be a model's own class, such as LlamaForCausalLM, got {base!r} for "
+            f"architectures = {config.architectures}"
+        )
 
     class Converted(base):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
