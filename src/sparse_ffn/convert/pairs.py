@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -29,6 +30,7 @@ def pairs(name: str, module: nn.Module, inside: list[Linear]) -> Iterator[tuple[
 
 def match_pair(name: str, module: nn.Module, up: Linear, down: Linear) -> Found:
     a, b = relative(up.name, name), relative(down.name, name)
+    module = _between(module, a, b)
     owners = list(dict.fromkeys(["", a.rpartition(".")[0], b.rpartition(".")[0]]))
     patched = [type(m).__name__ for m in module.modules() if "forward" in vars(m)]
     if patched:
@@ -60,6 +62,15 @@ def match_pair(name: str, module: nn.Module, up: Linear, down: Linear) -> Found:
     found = Found(up.name, up.module, (up,), down, formula, dropout, enclosing=name, edits=tuple(edits))
     _verify(found, module, a, args, trace, trained)
     return found
+
+
+def _between(module: nn.Module, up: str, down: str) -> nn.Module:
+    """Of a Sequential only what lies between the linear maps: what comes before may want another kind of input."""
+    if type(module).forward is not nn.Sequential.forward:
+        return module
+    names = list(module._modules)
+    first, last = (names.index(name.partition(".")[0]) for name in (up, down))
+    return nn.Sequential(OrderedDict(list(module.named_children())[first : last + 1]))
 
 
 def _activation_slot(
