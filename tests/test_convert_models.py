@@ -111,6 +111,7 @@ MODELS: dict[str, Callable[[], Made]] = {
     "transformers RoBERTa": lambda: _transformers("Roberta", 2, max_position_embeddings=16, **_BERT),
     "transformers DistilBERT": lambda: _transformers("DistilBert", 2, vocab_size=20, dim=16, hidden_dim=48, n_layers=2,
                                                      n_heads=2, max_position_embeddings=16),
+    "transformers DeBERTa-v2": lambda: _transformers("DebertaV2", 2, **_BERT),
     "transformers ALBERT": lambda: _transformers("Albert", 1, embedding_size=8, **_BERT),
     "transformers ViT": lambda: _transformers("ViT", 2, ids="pixel_values", **_VIT),
     "transformers DeiT": lambda: _transformers("DeiT", 2, ids="pixel_values", **_VIT),
