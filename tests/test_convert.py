@@ -319,6 +319,17 @@ def test_hooks_are_not_thrown_away(where: str) -> None:
     assert "forward hooks" in str(report)
 
 
+def test_what_is_compiled_by_itself_is_left_and_listed() -> None:
+    model = nn.Sequential(nn.LayerNorm(6), torch.compile(Mlp(), backend="eager"))
+    report = sf.sparsify_(model, OPEN)
+    assert not report.swaps
+    assert "convert first, then compile" in report.unknown["1._orig_mod"]
+    whole = torch.compile(nn.Sequential(Block()), backend="eager")
+    before = whole(torch.ones(1, 6))
+    assert sf.sparsify_(whole, sf.MoEConfig(router="open", n_experts=4, k=1)).names == ["_orig_mod.0.ffn"]
+    assert not torch.equal(whole(torch.ones(1, 6)), before)
+
+
 def test_dropouts_are_kept() -> None:
     inner = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.25), nn.Linear(16, 6), nn.Dropout(0.5))
     model = nn.Sequential(Block(inner))

@@ -185,6 +185,8 @@ def _free(model: nn.Module, wanted: list[Found], slots: _Slots, unknown: dict[st
         of = {linear.module: _identity(f) for f in free for linear in (*f.ups, f.down)}
         left = {}
         for f in free:
+            if any(attribute == "_orig_mod" for _, attribute, _ in slots.get(id(f.module), [])):
+                left[f.name] = "it is compiled by itself, and would go on as it was: convert first, then compile"
             for linear in (*f.ups, f.down):
                 places = [path for _, _, path in slots.get(id(linear.module), [])]
                 if len(places) > 1:
