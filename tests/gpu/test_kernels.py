@@ -137,7 +137,8 @@ def test_blocks_of_columns_change_no_bit(dtype: torch.dtype, device: str, monkey
             assert all(torch.equal(found[0][n], other[n]) for n in other)
 
 
-def test_the_buffer_holds_what_the_rule_says() -> None:
+def test_the_buffer_holds_what_the_rule_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "MAX_BYTES", 64 << 20)
     like = torch.empty(0, dtype=torch.bfloat16, device="meta")
     for n_rows, n_columns, widths in ((1 << 17, 1024, [256] * 4), (1 << 20, 200, [128, 72]), (1000, 1024, [1024])):
         found = list(columns.blocks(like, n_rows, n_columns, 128))
