@@ -9,9 +9,10 @@ PEERS := .venv/.peers
 demo: $(READY)  ## train the same small language model with each FFN; table, picture and JSON in runs/demo
 	$(BIN)/python -m examples.language_model $(ARGS)
 
+# passive: two processes whose threads wait by spinning keep the cores from each other
 test: $(READY)  ## the whole test suite; the GPU kernels interpreted, or compiled where there is a GPU
-	$(BIN)/python -m pytest -n 2 --ignore tests/gpu $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/gpu $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --ignore tests/gpu $(ARGS)
+	OMP_WAIT_POLICY=passive TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/gpu $(ARGS)
 
 gate: $(READY)  ## compile every GPU kernel for every target, without a GPU, and judge it
 	$(BIN)/python tools/compile_gate.py $(ARGS)
@@ -23,6 +24,7 @@ bench: $(PEERS)  ## time the layers against dense networks and other libraries; 
 	$(BIN)/python -m benchmarks.bench_layers --json runs/bench/layers.json --plot runs/bench/layers.png $(ARGS)
 	$(BIN)/python -m benchmarks.bench_cvmm --json runs/bench/cvmm.json --plot runs/bench/cvmm.png
 	$(BIN)/python -m benchmarks.sweeps --json runs/bench/sweeps.json --plot runs/bench/sweeps.png
+	$(BIN)/python -m benchmarks.passes --json runs/bench/passes.json
 	$(BIN)/python -m benchmarks.document
 
 lint: $(READY)  ## ruff and mypy, as CI runs them

@@ -1,4 +1,4 @@
-"""Benchmark of cvmm against torch's grouped_mm, a loop over experts, and one dense product of the same arithmetic."""
+"""Benchmark of cvmm against one dense product of the same arithmetic, torch's grouped_mm, and other libraries."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from benchmarks.contender import Case
 from benchmarks.cvmm import cvmm_case
 from benchmarks.options import add_shapes, collect, parser
 from benchmarks.results import Report
+from benchmarks.shapes import moe_shapes
 
 
 def main(argv: Sequence[str] | None = None) -> Report:
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
     def cases() -> Iterator[Case]:
         for dtype in options.dtype:
-            for shape in options.shapes:
+            for shape in options.shapes or moe_shapes(options.device):
                 yield cvmm_case(shape, dtype, options.device, down=False)
                 yield cvmm_case(shape, dtype, options.device, down=True)
 

@@ -14,7 +14,7 @@ from benchmarks.memories import memory_case, topk_case
 from benchmarks.moe import glu_case, moe_case
 from benchmarks.options import add_shapes, collect, parser
 from benchmarks.results import Report
-from benchmarks.shapes import MemoryShape, TopKShape
+from benchmarks.shapes import memory_shape, moe_shapes, topk_shape
 
 LAYERS = ("moe", "moe-glu", "pkm", "pkm-query", "topk")
 
@@ -26,19 +26,21 @@ def main(argv: Sequence[str] | None = None) -> Report:
     arguments.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS), help="default: all")
     options = arguments.parse_args(argv)
 
+    memory = memory_shape(options.device)
+
     def cases() -> Iterator[Case]:
         for dtype in options.dtype:
-            for shape in options.shapes:
+            for shape in options.shapes or moe_shapes(options.device):
                 if "moe" in options.layers:
                     yield moe_case(shape, dtype, options.device)
                 if "moe-glu" in options.layers:
                     yield glu_case(shape, dtype, options.device)
             if "pkm" in options.layers:
-                yield memory_case(MemoryShape(), dtype, options.device, learned=False)
+                yield memory_case(memory, dtype, options.device, learned=False)
             if "pkm-query" in options.layers:
-                yield memory_case(MemoryShape(), dtype, options.device, learned=True)
+                yield memory_case(memory, dtype, options.device, learned=True)
             if "topk" in options.layers:
-                yield topk_case(TopKShape(), dtype, options.device)
+                yield topk_case(topk_shape(options.device), dtype, options.device)
 
     return collect(options, cases, plot.ratios, argv)
 

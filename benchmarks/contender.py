@@ -28,15 +28,27 @@ class TooLarge(Exception):
 
 
 def require(module: str, package: str) -> ModuleType:
-    """Import a peer's module.
+    """Import a peer's module, which is in a package that pip can install.
 
     Raises:
-        NotInstalled: it cannot be found.
+        NotInstalled: it cannot be found, or its import fails.
+    """
+    return imported(module, f"pip install {package}")
+
+
+def imported(module: str, hint: str) -> ModuleType:
+    """Import a module; ``hint`` is what to do where it cannot be found.
+
+    Raises:
+        NotInstalled: it cannot be found, or its import fails.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise NotInstalled(f"pip install {package}") from error
+        raise NotInstalled(f"{error}; {hint}") from error
+    except Exception as error:  # what a package does while it is imported, a missing library of its own included
+        first = str(error).strip().splitlines()[:1]
+        raise NotInstalled(f"{type(error).__name__}: {''.join(first)}") from error
 
 
 def require_memory(needed: int, device: torch.device) -> None:
@@ -51,7 +63,10 @@ def require_memory(needed: int, device: torch.device) -> None:
 
 
 class Oracle:
-    """The same function in float64 on the reference backend, and its gradients; computed once, when first asked."""
+    """The same function in float64, and its gradients; computed once, when first asked.
+
+    On the reference backend; on a GPU, where sizes are beyond its dense arithmetic, on the one of torch's products.
+    """
 
     def __init__(self, module: nn.Module, loss: Loss | None = None) -> None:
         self.module = copy.deepcopy(module).double().train()
@@ -70,7 +85,7 @@ class Oracle:
         self._answers.clear()
 
     def _compute(self, x: Tensor, cotangent: Tensor) -> tuple[Gradients, Gradients]:
-        with backend("reference"):
+        with backend("torch" if x.device.type == "cuda" else "reference"):
             y = self.module(x)
         inputs = {"x": x, **dict(self.module.named_parameters())}
 
@@ -134,6 +149,14 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Our experts without a router, and the bytes that another library's keep for the backward pass beyond x."""
+
+    module: nn.Module
+    bound: int
+
+
+@dataclass(frozen=True)
 class Case:
     """Contenders on one input.
 
@@ -146,6 +169,7 @@ class Case:
         baseline: the entry that ratios are taken to.
         entries: the contenders; the first is ours.
         saved_bound: elements that ours may keep for the backward pass.
+        experts: our experts by themselves, if their memory is to be compared.
     """
 
     group: str
@@ -156,6 +180,7 @@ class Case:
     baseline: str
     entries: tuple[Entry, ...]
     saved_bound: int | None = None
+    experts: Experts | None = None
 
 
 def backward(y: Tensor, cotangent: Tensor, loss: Tensor | None) -> None:

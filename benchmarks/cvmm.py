@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import sparse_ffn as sf
-from benchmarks.contender import DTYPES, Case, Contender, Entry, Oracle
+from benchmarks import gpu_peers
+from benchmarks.contender import DTYPES, Case, Contender, Entry, Oracle, require
 from benchmarks.moe import grouped_mm
 from benchmarks.shapes import MoEShape
 
@@ -69,6 +73,44 @@ class Grouped(Product):
         return (rows * self.scale[order, None])[back].view(self.T, self.K, -1).sum(1)
 
 
+class ScatterMoE(Product):
+    """scattermoe's parallel_linear, which sorts, gathers and, with gates, weighs and sums."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.package = require("scattermoe.parallel_experts", "git+https://github.com/shawntan/scattermoe")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product."""
+        index_TK = self.expert.view(self.T, self.K)
+        order = self.package.flatten_sort_count(index_TK, num_experts=self.weight.shape[0])
+        if self.scale is None:
+            return self.package.parallel_linear(x, self.weight, self.K, *order)  # type: ignore[no-any-return]
+        gates_TK = self.scale.view(self.T, self.K)
+        return self.package.parallel_linear(x, self.weight, 1, *order, gates=gates_TK)  # type: ignore[no-any-return]
+
+
+class AuthorsCVMM(Product):
+    """The author's cvmm: as published, or his rewrite of it."""
+
+    def __init__(self, module: ModuleType, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16):
+            selection = self.module.cvmm_prepare_sel2(self.expert.view(self.T, self.K).int())
+            if self.scale is None:
+                y = self.module.cvmm(x, selection, self.weight)
+            else:
+                selection = selection.clone()
+                selection.reduction_weight = self.scale.view(self.T, self.K)
+                selection.sel_index, selection.out_index = selection.out_index, None
+                y = self.module.cvmm(x.view(self.T, self.K, -1), selection, self.weight)
+        return y.reshape(-1, self.weight.shape[2]).to(x.dtype)  # type: ignore[no-any-return]
+
+
 class Dense(nn.Module):
     """One matrix for all tokens, K times as wide: the same arithmetic without gather, sort or weights."""
 
@@ -82,8 +124,11 @@ class Dense(nn.Module):
         return (x.reshape(self.rows_in, -1) @ self.weight).reshape(self.rows_out, -1)
 
 
-def cvmm_case(shape: MoEShape, dtype: str, device: torch.device, *, down: bool) -> Case:
-    """The first product of an expert FFN (gather), or the second (weigh and scatter)."""
+def cvmm_case(shape: MoEShape, dtype: str, device: torch.device, *, down: bool, libraries: bool | None = None) -> Case:
+    """The first product of an expert FFN (gather), or the second (weigh and scatter).
+
+    ``libraries``: with those that need a GPU; None: where there is one.
+    """
     factory: dict[str, Any] = {"device": device, "dtype": DTYPES[dtype]}
     S = shape.T * shape.k
     rows_in, rows_out, M, L = (S, shape.T, shape.G, shape.D) if down else (shape.T, S, shape.D, shape.G)
@@ -92,20 +137,30 @@ def cvmm_case(shape: MoEShape, dtype: str, device: torch.device, *, down: bool) 
     scale = nn.Parameter(torch.rand(S, **factory)) if down else None
     oracle = Oracle(Ours(weight, index_TK, scale))
 
-    def of(product: type[Product]) -> Contender:
+    def of(product: Callable[..., Product]) -> Contender:
         return Contender(product(weight, index_TK, scale), oracle)
+
+    def authors(variable: str, module: str) -> Contender:
+        return of(partial(AuthorsCVMM, gpu_peers.from_folder(variable, module)))
 
     def dense() -> Contender:
         wide = (shape.k * M, L) if down else (M, shape.k * L)
         module = Dense(torch.randn(*wide, **factory) / math.sqrt(wide[0]), shape.T, rows_out)
         return Contender(module, Oracle(module))
 
-    entries = (
+    entries: tuple[Entry, ...] = (
         Entry("sparse-ffn", "ours", "functional.cvmm, indices checked", lambda: of(Ours)),
         Entry(DENSE, "baseline", "one product of the same arithmetic, k times as wide", dense),
         Entry("per-expert loop", "peer", "one product for each expert", lambda: of(Loop)),
         Entry("torch grouped_mm", "peer", "sort, torch's grouped_mm, unsort", lambda: of(Grouped)),
     )
+    if libraries or (libraries is None and device.type == "cuda"):
+        entries += (
+            Entry("ScatterMoE", "peer", "scattermoe's parallel_linear", lambda: of(ScatterMoE)),
+            Entry("moe_layer", "peer", "the author's published cvmm; fp16 inside for bf16",
+                  lambda: authors(gpu_peers.MOE_LAYER, "moe_layer.cvmm")),
+            Entry("cvmm, 2026", "peer", "the author's rewrite of it", lambda: authors(gpu_peers.CVMM, "cvmm")),
+        )  # fmt: skip
     x = torch.randn(rows_in, M, **factory).requires_grad_()
     return Case("cvmm-down" if down else "cvmm-up", str(shape), dtype, x, (rows_out, L), DENSE, entries)
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import machine, plot, report
+from benchmarks import gpu_page, machine, passes, plot, report
 from benchmarks.results import MODES, Report, Row
 
 INTRODUCTION = """\
@@ -36,7 +36,8 @@ METHOD = """\
 - **Kept** is the number of elements that autograd keeps for the backward pass beyond the input and the parameters,
   counted exactly. **Peak** is the highest memory during the pass above what was in use before: on a CPU the resident
   memory of the process, scratch memory of native code included; on a GPU torch's counter.
-- "failed", "wrong", "too large" (for half of the free memory) and "not installed" are said, never left out.
+- On a GPU the device's own clock is taken (CUDA events), after overwriting its second-level cache.
+- "failed", "wrong", "too large" (for half of the free memory) and "not importable" are said, never left out.
 
 ## How to reproduce
 
@@ -45,7 +46,9 @@ make bench                                # everything on this page
 python -m benchmarks.bench_layers --help  # one part of it: --device --dtype --shapes --layers --peers --pass --seconds
 python -m benchmarks.bench_cvmm --help
 python -m benchmarks.sweeps --help
+python -m benchmarks.passes --help
 python -m benchmarks.document             # this page again, from the numbers of the last run in runs/bench
+benchmarks/run_gpu.sh                     # everything on a machine with a GPU: tests, benchmarks, sweeps, tuning
 ```
 
 Run it on a machine that does nothing else: sparse and dense layers use memory and caches differently, so that other
@@ -55,15 +58,32 @@ experts.
 SWEEPS = """\
 ## Many experts
 
-The paper's sweeps (c) and (e) (appendix B), scaled to a CPU: k = 4 experts of 128 units, forward and backward. Its
+The paper's sweeps (c) and (e) (appendix B), scaled to a CPU: k = 4 experts of 128 units, forward and backward; on a GPU
+`python -m benchmarks.sweeps --device cuda` runs (a) to (e) at the paper's sizes. Its
 claim is that time and memory are nearly flat in the number of experts N_E, while those of the dense network of equal
 parameters grow with it.
 
 ![Time and memory against the number of experts and the width](images/bench-sweeps.png)
 """
+PASSES = f"""\
+## Where the time goes
+
+The passes of a training step of SigmaMoE, router and balance loss included, medians, timed inside the native core by
+`python -m benchmarks.passes`. A pass's floor is its arithmetic at the rate of `torch.mm` of two matrices of
+{passes.PRODUCT} x {passes.PRODUCT} in the same process, in fp32 or the layer's dtype, whichever is faster; the dense
+FFN's floor is that of its six products. What a pass takes beyond its floor is the packing of gathered rows and of
+weights, the sums over a token's experts, the last tile of each expert, writing the result, and waiting for memory: the
+rows of an expert are anywhere, and each expert's weights are read again in every pass.
+"""
 
 
-def page(layers: Report, cvmm: Report | None, sweeps: Report | None) -> str:
+def page(
+    layers: Report,
+    cvmm: Report | None,
+    sweeps: Report | None,
+    cards: gpu_page.Cards,
+    profiles: Sequence[passes.Passes] = (),
+) -> str:
     """The text of the page."""
     parts = [INTRODUCTION + _facts(layers), "## The targets\n", report.markdown(report.targets(layers.rows)) + "\n"]
     parts.append("Of the peers of a row, the one that comes nearest is shown.\n")
@@ -72,13 +92,32 @@ def page(layers: Report, cvmm: Report | None, sweeps: Report | None) -> str:
     for group, rows in layers.groups():
         if any(result.kind == "peer" for result in rows[0].results):
             parts.append(f"### {report.GROUPS[group]}\n\n{report.markdown(report.peers(rows))}\n")
-    parts += [METHOD, "## The contenders\n", *_contenders(layers)]
+    if profiles:
+        parts.append(PASSES)
+        parts += [f"**{found.shape}, {found.dtype}**\n\n{report.markdown(found.table())}\n" for found in profiles]
+    parts += [gpu_page.section(cards), METHOD, AFTER, *_contenders(layers)]
     if sweeps is not None:
         parts += [SWEEPS, *_rows(sweeps.rows)]
     parts += ["## All rows: layers\n", *_rows(layers.rows)]
     if cvmm is not None:
         parts += ["## All rows: cvmm\n", *_rows(cvmm.rows)]
     return "\n".join(parts)
+
+
+GPU, AFTER = "## On a GPU\n", "## The contenders\n"
+
+
+def refreshed(text: str, cards: gpu_page.Cards) -> str:
+    """A page of an earlier run with the section on GPUs, and what is said of the method, written anew.
+
+    Raises:
+        ValueError: it is no such page.
+    """
+    method = METHOD.splitlines(keepends=True)[0]
+    if method not in text or AFTER not in text:
+        raise ValueError(f"not a page that this program wrote: it lacks {method!r} or {AFTER!r}")
+    before = text.partition(GPU if GPU in text else method)[0]
+    return f"{before}{gpu_page.section(cards)}\n{METHOD}\n{AFTER}{text.partition(AFTER)[2]}"
 
 
 def _facts(layers: Report) -> str:
@@ -104,11 +143,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--runs", type=Path, default=Path("runs/bench"), help="where the JSON files are")
     arguments.add_argument("--docs", type=Path, default=Path("docs"), help="where the page goes")
+    arguments.add_argument(
+        "--gpu", type=Path, default=Path("benchmarks/gpu"), help="a card's folder, or one of such folders"
+    )
     options = arguments.parse_args(argv)
-    found = {path.stem: Report.load(path) for path in options.runs.glob("*.json")}
+    cards, target = gpu_page.load(options.gpu), options.docs / "benchmarks.md"
+    gpu_page.draw(cards, options.docs / "images")
+    found = {path.stem: Report.load(path) for path in options.runs.glob("*.json") if path.stem != "passes"}
+    timed = options.runs / "passes.json"
+    profiles = passes.load(timed) if timed.is_file() else []
     if "layers" not in found:
-        raise SystemExit(f"{options.runs / 'layers.json'} is missing: run make bench")
-    (options.docs / "benchmarks.md").write_text(page(found["layers"], found.get("cvmm"), found.get("sweeps")))
+        if not target.is_file():
+            raise SystemExit(f"{options.runs / 'layers.json'} is missing: run make bench")
+        target.write_text(refreshed(target.read_text(), cards))
+        print(f"no {options.runs / 'layers.json'}: the numbers of the CPU in {target} are left as they were")
+        return
+    target.write_text(page(found["layers"], found.get("cvmm"), found.get("sweeps"), cards, profiles))
     plot.ratios(found["layers"], options.docs / "images" / "bench-layers.png")
     if "sweeps" in found:
         plot.growth(found["sweeps"], options.docs / "images" / "bench-sweeps.png")

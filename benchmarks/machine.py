@@ -19,6 +19,7 @@ def describe(device: torch.device) -> dict[str, str]:
         "cores": f"{os.cpu_count()}, {torch.get_num_threads()} torch threads",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": info.version("triton"),
         "torch's CPU capability": torch.backends.cpu.get_cpu_capability(),
         "native core": native.PROBLEM or native.instruction_set(),
         "backend": info.chosen(device),

@@ -10,8 +10,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparse_ffn as sf
-from benchmarks import moe_peers
-from benchmarks.contender import DTYPES, Case, Contender, Entry, Gradients, Oracle, gap, own_gradients, separated
+from benchmarks import gpu_peers, moe_peers
+from benchmarks.contender import (
+    DTYPES,
+    Case,
+    Contender,
+    Entry,
+    Experts,
+    Gradients,
+    Oracle,
+    gap,
+    own_gradients,
+    separated,
+)
 from benchmarks.shapes import MoEShape
 
 # T tokens, D d_model, E experts, G units of an expert, K selected, S = T·K slots sorted by expert
@@ -52,6 +63,21 @@ class Problem:
         """Other experts behind the layer's router; they have the layer's parameters, under the same names."""
         return Contender(Routed(self.layer.router, experts), self.oracle, gradients=_routed_gradients)
 
+    def peer_experts(self, make: gpu_peers.Experts) -> Contender:
+        """A GPU library's experts, made from our layer, behind its router."""
+
+        def gradients(module: nn.Module) -> Gradients:
+            assert isinstance(experts, gpu_peers.PeerExperts)
+            return {"router.weight": gpu_peers.gradient(self.layer.router.weight), **experts.gradients()}
+
+        experts = make(self.layer)
+        return Contender(Routed(self.layer.router, experts), self.oracle, gradients=gradients)
+
+    def gpu_peers(self) -> tuple[Entry, ...]:
+        """The libraries that compute on GPUs, there."""
+        glu = self.layer.gate_keys is not None
+        return gpu_peers.entries(self.peer_experts, glu=glu) if self.device.type == "cuda" else ()
+
     def dense(self, d_ff: int) -> Contender:
         """A dense network of d_ff units without biases."""
         module: nn.Module
@@ -63,7 +89,8 @@ class Problem:
             )
         else:
             module = GatedFFN(self.shape.D, d_ff, **self.factory)
-        return Contender(module, Oracle(module))
+        # on a GPU its float64 could fill the memory, and of its tokens one is like another
+        return Contender(module, Oracle(module), tokens=1024 if self.device.type == "cuda" else None)
 
 
 class OnBackend(nn.Module):
@@ -98,6 +125,31 @@ class GatedFFN(nn.Module):
         """[T, D] -> [T, D]."""
         y: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
         return y
+
+
+class ExpertsAlone(nn.Module):
+    """Our experts, with a routing from before."""
+
+    def __init__(self, layer: sf.MoE, x: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self.gate_keys, self.activation = (
+            layer.keys, layer.values, layer.gate_keys, layer.activation,
+        )  # fmt: skip
+        with torch.no_grad():
+            routing = layer.router(x)
+        self.index, self.gate = routing.index_TK, routing.gate_TK.detach().to(x.dtype).requires_grad_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        return sf.functional.expert_ffn(
+            x, self.keys, self.values, self.index, self.gate, gate_keys=self.gate_keys, activation=self.activation
+        )
+
+
+def sonic_bytes(shape: MoEShape, element_size: int, *, glu: bool) -> int:
+    """What SonicMoE's experts keep for the backward pass beyond x: the pre-activations; scores, indices and offsets."""
+    slots = shape.T * shape.k
+    return slots * shape.G * element_size * (1 + glu) + 4 * 4 * slots + 4 * (shape.E + 1)
 
 
 class Routed(nn.Module):
@@ -178,6 +230,7 @@ def moe_case(shape: MoEShape, dtype: str, device: torch.device) -> Case:
         _equal_parameters(p),
         Entry("per-expert loop", "peer", "a Python loop over the experts, our router", loop),
         Entry("torch grouped_mm", "peer", "sort, torch's grouped_mm, unsort and sum, our router", grouped),
+        *p.gpu_peers(),
         Entry("st-moe-pytorch", "peer", moe_peers.ST_MOE, lambda: moe_peers.st_moe(p.layer, shape)),
         Entry("PEER-pytorch", "peer", moe_peers.PEER, lambda: moe_peers.peer(shape, **p.factory)),
     )
@@ -202,6 +255,7 @@ def glu_case(shape: MoEShape, dtype: str, device: torch.device) -> Case:
         _equal_compute(p),
         _equal_parameters(p),
         *map(transformers, ("eager", "batched_mm", "grouped_mm")),
+        *p.gpu_peers(),
     )
     return _case("moe-glu", p, entries)
 
@@ -219,5 +273,9 @@ def _equal_parameters(p: Problem) -> Entry:
 
 def _case(group: str, p: Problem, entries: tuple[Entry, ...]) -> Case:
     s = p.shape
-    bound = s.T * s.k * s.G + s.T * s.k * 4 if p.layer.gate_keys is None else None
-    return Case(group, str(s), p.dtype, p.x, (s.T, s.D), DENSE, entries, saved_bound=bound)
+    glu = p.layer.gate_keys is not None
+    bound = None if glu or p.device.type == "cuda" else s.T * s.k * s.G + s.T * s.k * 4
+    experts = None
+    if p.device.type == "cuda":
+        experts = Experts(ExpertsAlone(p.layer, p.x), sonic_bytes(s, DTYPES[p.dtype].itemsize, glu=glu))
+    return Case(group, str(s), p.dtype, p.x, (s.T, s.D), DENSE, entries, saved_bound=bound, experts=experts)

@@ -14,7 +14,7 @@ from benchmarks import machine, report
 from benchmarks.contender import DTYPES, Case
 from benchmarks.results import MODES, Report, Row
 from benchmarks.run import run_case
-from benchmarks.shapes import MOE_SHAPES, MoEShape
+from benchmarks.shapes import MoEShape
 
 Draw = Callable[[Report, Path], None]
 
@@ -35,8 +35,8 @@ def parser(description: str, *, seconds: float) -> argparse.ArgumentParser:
 
 
 def add_shapes(found: argparse.ArgumentParser) -> None:
-    """The option for the sizes of mixtures of experts."""
-    found.add_argument("--shapes", nargs="+", type=MoEShape.parse, default=list(MOE_SHAPES), metavar="T,D,E,G,k",
+    """The option for the sizes of mixtures of experts; None: those of the device."""
+    found.add_argument("--shapes", nargs="+", type=MoEShape.parse, metavar="T,D,E,G,k",
                        help="tokens, d_model, experts, units of an expert, selected experts")  # fmt: skip
 
 

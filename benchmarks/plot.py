@@ -90,9 +90,10 @@ def _style(i: int) -> dict[str, Any]:
 
 def growth(report: Report, path: Path) -> None:
     """Time and memory of the sweeps against what grows, a row of panels for each sweep."""
-    groups = list(report.groups())
+    groups = [((group, dtype), [row for row in rows if row.dtype == dtype])
+              for group, rows in report.groups() for dtype in dict.fromkeys(row.dtype for row in rows)]  # fmt: skip
     picture, axes = figure([1.0] * len(groups), [1.0, 1.0], 5.5, 3.6)
-    for (group, rows), (left, right) in zip(groups, axes, strict=True):
+    for ((group, _), rows), (left, right) in zip(groups, axes, strict=True):
         grows, fixed = rows[0].shape.split("; ")
         xs = [int(row.shape.split("; ")[0].split("=")[1]) for row in rows]
         for i, name in enumerate(result.name for result in rows[0].results):

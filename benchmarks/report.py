@@ -18,8 +18,11 @@ GROUPS = {
     "topk": "TopKFFN",
     "cvmm-up": "cvmm, tokens to slots: gather (T,D,E,G,k)",
     "cvmm-down": "cvmm, slots to tokens: weigh and scatter (T,D,E,G,k)",
-    "experts": "Growing number of experts",
-    "width": "Growing width",
+    "width-experts": "Growing width, more experts with it (a)",
+    "width-size": "Growing width, larger experts with it (b)",
+    "experts": "Growing number of experts (c)",
+    "size": "Growing size of experts (d)",
+    "width": "Growing width (e)",
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.memory import Saved
 from benchmarks.timing import Quartiles
 
-STATUSES = ("timed", "wrong", "failed", "not installed", "too large")
+STATUSES = ("timed", "wrong", "failed", "not importable", "too large")
 MODES = {"fwd": "forward, no grad", "fwdbwd": "forward + backward"}
 
 
@@ -48,7 +48,20 @@ class Result:
 
 @dataclass(frozen=True)
 class Row:
-    """All contenders at one shape, dtype and pass; ours is the first."""
+    """All contenders at one shape, dtype and pass; ours is the first.
+
+    Attributes:
+        group: which table it belongs to.
+        shape: the sizes, as text.
+        dtype: ``"fp32"`` or ``"bf16"``.
+        mode: one of ``MODES``.
+        baseline: whose time the ratios are taken to.
+        saved_bound: elements that ours may keep for the backward pass.
+        results: of the contenders.
+        device: ``"cpu"`` or ``"cuda"``.
+        experts_kept: bytes that our experts by themselves, without a router, keep for the backward pass beyond x.
+        experts_bound: what SonicMoE's experts keep, by their formula.
+    """
 
     group: str
     shape: str
@@ -57,6 +70,9 @@ class Row:
     baseline: str
     saved_bound: int | None
     results: tuple[Result, ...]
+    device: str = "cpu"
+    experts_kept: int | None = None
+    experts_bound: int | None = None
 
     def of(self, name: str) -> Result:
         """One contender's result."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from benchmarks.check import errors
 from benchmarks.contender import Case, Contender, Entry, NotInstalled, TooLarge, backward
 from benchmarks.memory import peak_bytes, saved_for_backward
 from benchmarks.results import Result, Row
-from benchmarks.timing import Run, race
+from benchmarks.timing import Run, race, stopwatch
 
 
 def run_case(case: Case, modes: Iterable[str], seconds: float, *, peers: Iterable[str] | None = None) -> list[Row]:
@@ -35,11 +36,24 @@ def run_case(case: Case, modes: Iterable[str], seconds: float, *, peers: Iterabl
             ready[entry.name] = contender
     for contender in ready.values():  # the answers are large and no longer needed
         contender.oracle.forget()
+    facts = {"device": case.x.device.type, **_experts(case)}
     rows = []
     for mode in modes:
         found = _time(case, mode, seconds, ready, dict(results), cotangent)
-        rows.append(Row(case.group, case.shape, case.dtype, mode, case.baseline, case.saved_bound, tuple(found)))
+        row = Row(case.group, case.shape, case.dtype, mode, case.baseline, case.saved_bound, tuple(found), **facts)
+        rows.append(row)
     return rows
+
+
+def _experts(case: Case) -> dict[str, Any]:
+    """What our experts keep, and what they may."""
+    if case.experts is None:
+        return {}
+    try:
+        kept = saved_for_backward(case.experts.module, case.x).bytes
+    except Exception:  # the table of the layers says what is wrong with them
+        return {"experts_bound": case.experts.bound}
+    return {"experts_kept": kept, "experts_bound": case.experts.bound}
 
 
 def _prepare(entry: Entry, x: Tensor, cotangent: Tensor) -> tuple[Result, Contender | None]:
@@ -49,7 +63,7 @@ def _prepare(entry: Entry, x: Tensor, cotangent: Tensor) -> tuple[Result, Conten
         contender = entry.build()
         found, wrong = errors(contender, x, cotangent)
     except NotInstalled as error:
-        return replace(result, status="not installed", note=str(error)), None
+        return replace(result, status="not importable", note=str(error)), None
     except TooLarge as error:
         return replace(result, status="too large", note=str(error)), None
     except Exception as error:  # whatever a peer raises, the others are still to be measured
@@ -70,11 +84,16 @@ def _time(
     cotangent: Tensor,
 ) -> list[Result]:
     gc.collect()  # a collection in the middle would be someone's time
+    if case.x.device.type == "cuda":
+        torch.cuda.empty_cache()  # of the check, and of whoever ran out of memory
     runs: dict[str, Run] = {}
     first: dict[str, float] = {}
     for name, contender in ready.items():
         try:
             run = _run(contender, mode, case.x, cotangent)
+            if case.x.device.type == "cuda":  # kernels are compiled at a first call: that is no time of theirs
+                run.prepare()
+                run.call()
             peak, first[name] = peak_bytes(run, case.x.device)
             saved = saved_for_backward(contender.module, case.x) if mode == "fwdbwd" else None
         except Exception as error:
@@ -84,7 +103,7 @@ def _time(
         results[name] = replace(results[name], peak_bytes=peak, saved=saved)
         run.prepare()
     ours = case.entries[0].name
-    samples = race(runs, seconds, lead=(ours, case.baseline), first=first, synchronize=_synchronize(case.x.device))
+    samples = race(runs, seconds, lead=(ours, case.baseline), first=first, stopwatch=stopwatch(case.x.device))
     for name in runs:
         results[name] = replace(
             results[name],
@@ -114,12 +133,6 @@ def _run(contender: Contender, mode: str, x: Tensor, cotangent: Tensor) -> Run:
         backward(y, cotangent, None if loss is None else loss(module))
 
     return Run(prepare, forward if mode == "fwd" else both)
-
-
-def _synchronize(device: torch.device) -> Callable[[], None]:
-    if device.type != "cuda":
-        return lambda: None
-    return lambda: torch.cuda.synchronize(device)
 
 
 def _first_line(error: Exception) -> str:

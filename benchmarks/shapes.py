@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class MoEShape:
@@ -63,3 +65,29 @@ SMALL = MoEShape.parse("512,412,16,128,4")
 DECODE = MoEShape.parse("32,1024,32,128,4")
 SINGLE = MoEShape.parse("1,512,16,128,4")
 MOE_SHAPES = (*LARGE, SMALL, DECODE, SINGLE)
+
+GPU_WIDE, GPU_FINE = (MoEShape.parse(s) for s in ("16384,1024,64,256,8", "16384,1024,64,128,8"))
+GPU_SHAPES = (
+    GPU_WIDE,
+    GPU_FINE,
+    *(MoEShape.parse(s) for s in ("16384,512,16,128,4", "16384,1024,256,64,16", "16384,2048,256,128,16")),
+    MoEShape.parse("16384,1024,512,128,8"),
+    DECODE,
+)
+GPU_MEMORY = MemoryShape(T=16384, D=1024, n=512, H=4, k=32)
+GPU_TOPK = TopKShape(T=16384, D=1024, F=4096, k=128)
+
+
+def moe_shapes(device: torch.device) -> tuple[MoEShape, ...]:
+    """What is measured on a device if nothing is asked for."""
+    return GPU_SHAPES if device.type == "cuda" else MOE_SHAPES
+
+
+def memory_shape(device: torch.device) -> MemoryShape:
+    """See moe_shapes."""
+    return GPU_MEMORY if device.type == "cuda" else MemoryShape()
+
+
+def topk_shape(device: torch.device) -> TopKShape:
+    """See moe_shapes."""
+    return GPU_TOPK if device.type == "cuda" else TopKShape()

@@ -13,8 +13,43 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-SHORT = 2e-3  # a sample of a quicker call is the mean over several, about this many seconds in all
+import torch
+
+from sparse_ffn.tune.stopwatch import GPUStopwatch
+
+SHORT = 2e-3
 MOST_ROUNDS = 200
+
+
+@dataclass(frozen=True)
+class Stopwatch:
+    """Takes the time of a call.
+
+    Attributes:
+        seconds_of: seconds that a call takes.
+        overhead: seconds that taking it costs beside.
+        short: a sample of a quicker call is the mean over several, about this many seconds in all.
+    """
+
+    seconds_of: Callable[[Callable[[], object]], float]
+    overhead: float = 0.0
+    short: float = SHORT
+
+
+def wall_clock(clock: Callable[[], float] = time.perf_counter) -> Stopwatch:
+    """By a clock of the host: for what has ended when the call returns."""
+
+    def seconds_of(call: Callable[[], object]) -> float:
+        begin = clock()
+        call()
+        return clock() - begin
+
+    return Stopwatch(seconds_of)
+
+
+def stopwatch(device: torch.device) -> Stopwatch:
+    """By the host's clock on a CPU, by the device's own on a GPU."""
+    return Stopwatch(GPUStopwatch(device), overhead=1e-3, short=0.0) if device.type == "cuda" else wall_clock()
 
 
 class Run(NamedTuple):
@@ -65,8 +100,7 @@ def race(
     *,
     lead: Iterable[str] = (),
     first: Mapping[str, float] | None = None,
-    synchronize: Callable[[], None] = lambda: None,
-    clock: Callable[[], float] = time.perf_counter,
+    stopwatch: Stopwatch | None = None,
 ) -> Samples:
     """Time the contenders in interleaved rounds.
 
@@ -77,18 +111,14 @@ def race(
         lead: contenders that get half of the time for themselves and take part in every round: those whose ratio
             matters most, and whom all others are compared with.
         first: seconds that a first call took, for contenders that had one already.
-        synchronize: waits for the device.
-        clock: seconds.
+        stopwatch: takes the time of a call; None: the host's clock.
     """
 
     def timed(run: Run) -> float:
         run.prepare()
-        synchronize()
-        begin = clock()
-        run.call()
-        synchronize()
-        return clock() - begin
+        return watch.seconds_of(run.call)
 
+    watch = stopwatch or wall_clock()
     leaders = set(lead) & runs.keys()
     parts = 2 if 0 < len(leaders) < len(runs) else 1
     taken: dict[str, dict[int, float]] = {name: {} for name in runs}
@@ -103,8 +133,9 @@ def race(
         while len(calls) < 2 or (sum(calls) < min(0.05, seconds / 20) and len(calls) < 10):
             calls.append(timed(runs[name]))
         cost = max(min(calls), 1e-9)
-        repeats[name] = min(50, math.ceil(SHORT / cost))
-        rounds[name] = min(MOST_ROUNDS, max(1, int(share / (cost * (repeats[name] + (repeats[name] > 1))))))
+        repeats[name] = max(1, min(50, math.ceil(watch.short / cost)))
+        calls_a_round = repeats[name] + (repeats[name] > 1)
+        rounds[name] = min(MOST_ROUNDS, max(1, int(share / ((cost + watch.overhead) * calls_a_round))))
     most = max(rounds.values(), default=0)
     rounds.update(dict.fromkeys(leaders, most))
 

@@ -14,14 +14,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import bench_cvmm, bench_layers, check, contender, document, machine, memory, report, sweeps, targets
+from benchmarks import (
+    bench_cvmm,
+    bench_layers,
+    check,
+    contender,
+    document,
+    gpu_page,
+    machine,
+    memory,
+    passes,
+    predict,
+    report,
+    sweeps,
+    targets,
+)
 from benchmarks.contender import Case, Contender, Entry, Oracle
 from benchmarks.memories import memory_case, topk_case
 from benchmarks.moe import glu_case, moe_case
 from benchmarks.results import Report, Result, Row
 from benchmarks.run import run_case
 from benchmarks.shapes import MemoryShape, MoEShape, TopKShape
-from benchmarks.timing import Quartiles, Run, Samples, race
+from benchmarks.timing import Quartiles, Run, Samples, race, wall_clock
 
 TINY = MoEShape(24, 16, 4, 8, 2)
 CPU = torch.device("cpu")
@@ -75,7 +89,7 @@ def test_ratios_are_of_the_same_round() -> None:
 def test_race_takes_turns_and_divides_the_time() -> None:
     clock = Clock()
     runs = {"fast": clock.takes(0.1), "base": clock.takes(0.2), "slow": clock.takes(30.0), "other": clock.takes(1.0)}
-    samples = race(runs, 12.0, lead=("fast", "base"), clock=clock)
+    samples = race(runs, 12.0, lead=("fast", "base"), stopwatch=wall_clock(clock))
     rounds = {name: samples.time(name).rounds for name in runs}
     assert rounds == {"fast": 30, "base": 30, "slow": 1, "other": 3}
     assert samples.ratio("fast", "base").median == pytest.approx(0.5)
@@ -90,7 +104,7 @@ def test_race_does_not_time_preparation_nor_the_first_call() -> None:
     def prepare() -> None:
         clock.now += 7.0
 
-    samples = race({"a": Run(prepare, first_is_slow.call)}, 10.0, clock=clock)
+    samples = race({"a": Run(prepare, first_is_slow.call)}, 10.0, stopwatch=wall_clock(clock))
     assert samples.time("a").high == pytest.approx(0.01)
 
 
@@ -102,9 +116,9 @@ def test_race_calls_a_very_slow_contender_once() -> None:
         clock.now += 5.0
 
     runs = {"base": clock.takes(0.1), "slow": Run(lambda: None, slow)}
-    samples = race(runs, 4.0, lead=["base"], clock=clock)
+    samples = race(runs, 4.0, lead=["base"], stopwatch=wall_clock(clock))
     assert len(calls) == 1
-    race(runs, 4.0, lead=["base"], clock=clock, first={"slow": 6.0})
+    race(runs, 4.0, lead=["base"], stopwatch=wall_clock(clock), first={"slow": 6.0})
     assert len(calls) == 1
     assert samples.ratio("slow", "base").median == pytest.approx(50)
 
@@ -119,7 +133,7 @@ def test_a_slow_moment_leaves_paired_ratios_alone() -> None:
 
         return Run(lambda: None, call)
 
-    samples = race({"a": spends(0.1), "b": spends(0.1)}, 8.0, clock=clock)
+    samples = race({"a": spends(0.1), "b": spends(0.1)}, 8.0, stopwatch=wall_clock(clock))
     assert samples.time("a").high > 1.2 * samples.time("a").low
     assert samples.ratio("a", "b").median == pytest.approx(1.0, abs=0.05)
 
@@ -223,11 +237,11 @@ def test_a_missing_peer_is_named(no_peers: None) -> None:
     for case in (moe_case(TINY, "fp32", CPU), glu_case(TINY, "fp32", CPU)):
         (row,) = run_case(case, ["fwdbwd"], 0.01)
         assert row.results[0].status == "timed"
-        missing = [result for result in row.results if result.status == "not installed"]
+        missing = [result for result in row.results if result.status == "not importable"]
         assert {result.name.split(" ")[0] for result in missing} == packages[case.group]
         assert all("pip install" in result.note for result in missing)
         for table in (report.contenders(row), report.peers([row])):
-            assert "not installed" in report.text(table)
+            assert "not importable" in report.text(table)
 
 
 def test_a_crashing_peer_does_not_end_the_run() -> None:
@@ -289,7 +303,7 @@ def moe_row(ours: float, peer: float, kept: int = 10) -> Row:
         timed("sparse-ffn", "ours", ours, memory.Saved(kept, 4 * kept)),
         timed("dense, equal compute", "baseline", 1.0),
         timed("per-expert loop", "peer", peer),
-        Result("st-moe-pytorch", "peer", "", "not installed", "pip install st-moe-pytorch"),
+        Result("st-moe-pytorch", "peer", "", "not importable", "pip install st-moe-pytorch"),
     )
     return Row("moe", "2048,512,16,128,4", "fp32", "fwdbwd", "dense, equal compute", 2048 * 4 * 132, results)
 
@@ -302,6 +316,88 @@ def test_targets_are_judged() -> None:
     assert [v.met for v in targets.verdicts(moe_row(1.1, 1.9, kept=10**7))] == [False, False, False]
     broken = replace(moe_row(1.0, 1.9), results=(Result("sparse-ffn", "ours", "", "wrong", "off"),))
     assert [(v.measured, v.met) for v in targets.verdicts(broken)] == [(None, False), (None, False)]
+
+
+def test_targets_on_a_gpu_are_others() -> None:
+    row = replace(moe_row(1.3, 1.31), shape="16384,1024,64,256,8", dtype="bf16", saved_bound=None, device="cuda")
+    found = [*targets.verdicts(replace(row, experts_kept=100, experts_bound=100))]
+    assert [(v.target, v.met) for v in found] == [("≤ 1.33", True), ("≥ 1.0", True), ("≤ 100", True)]
+    worse = replace(moe_row(1.4, 1.39), shape=row.shape, dtype="bf16", saved_bound=None, device="cuda")
+    assert [v.met for v in targets.verdicts(replace(worse, experts_kept=101, experts_bound=100))] == [False] * 3
+    assert [v.met for v in targets.verdicts(replace(row, experts_bound=100))] == [True, True, False]  # none measured
+    fine = replace(row, shape="16384,1024,64,128,8")
+    assert next(targets.verdicts(fine)).target == "≤ 1.67"
+    assert [v.what for v in targets.verdicts(replace(fine, dtype="fp32"))] == ["times faster than per-expert loop"]
+
+
+# the section on GPUs
+
+
+@pytest.mark.parametrize(
+    ("shape", "rates", "cached", "kept"),
+    [  # the study of the design, computed by hand for these shapes as GLUs
+        ("16384,512,16,128,4", (218, 294), (283, 329), 48),
+        ("16384,1024,64,128,8", (256, 298), (364, 422), 96),
+        ("16384,1024,64,256,8", (390, 405), (434, 470), 160),
+        ("16384,1024,256,64,16", (143, 168), (300, 369), 96),
+        ("16384,2048,256,128,16", (277, 320), (389, 446), 192),
+    ],
+)
+def test_predictions_are_the_studys(shape: str, rates: tuple[int, int], cached: tuple[int, int], kept: int) -> None:
+    sizes = MoEShape.parse(shape)
+    assert [r / 1e12 for r in predict.experts(sizes, glu=True).rates] == pytest.approx(rates, abs=1)
+    assert [r / 1e12 for r in predict.experts(sizes, glu=True, cached=True).rates] == pytest.approx(cached, abs=1)
+    assert predict.kept_bytes(sizes, glu=True) == kept * 2**20
+    assert predict.kept_bytes(sizes, glu=False) < predict.kept_bytes(sizes, glu=True)
+
+
+def test_without_results_the_page_says_that_nothing_was_measured(tmp_path: Path) -> None:
+    text = gpu_page.section(gpu_page.load(tmp_path / "none"))
+    assert "No GPU was at hand: nothing in this section was measured" in text
+    assert "Predicted, not measured" in text
+    assert "| 16384,1024,64,128,8 | GLU | 256 | 298 |" in text
+    assert " ms [" not in text
+
+
+def gpu_run(folder: Path) -> None:
+    facts = {"GPU": "NVIDIA H100 80GB HBM3", machine.LOAD: "0.1, 0.1, 0.1"}
+    row = replace(moe_row(1.3, 1.4), shape="16384,1024,64,256,8", dtype="bf16", device="cuda")
+    Report(facts, "python -m benchmarks.bench_layers --device cuda", (row,)).save(folder / "h100" / "layers.json")
+    point = replace(row, group="experts", shape="N_E=8; d_model=512, T=32768")
+    Report(facts, "python -m benchmarks.sweeps --device cuda", (point,)).save(folder / "h100" / "sweeps.json")
+
+
+def test_results_are_shown_and_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    gpu_run(tmp_path / "gpu")
+    page = tmp_path / "docs" / "benchmarks.md"
+    page.parent.mkdir()
+    page.write_text(f"# Benchmarks\n\na number of a CPU\n\n{document.METHOD}\n{document.AFTER}\nall rows\n")
+    arguments = ["--runs", str(tmp_path), "--docs", str(page.parent), "--gpu"]
+    document.main([*arguments, str(tmp_path / "gpu")])
+    text = page.read_text()
+    for words in ("### NVIDIA H100 80GB HBM3", "≤ 1.33", "| met |", "images/gpu-h100-sweeps.png", "a number of a CPU"):
+        assert words in text
+    assert "No GPU was at hand" not in text
+    assert (page.parent / "images" / "gpu-h100-layers.png").stat().st_size > 0
+    document.main([*arguments, str(tmp_path / "gone")])  # and the section is replaced, not added to
+    again = page.read_text()
+    assert "No GPU was at hand" in again
+    assert "### NVIDIA" not in again
+    for words in ("## On a GPU", "## How it is measured", "all rows", "a number of a CPU"):
+        assert again.count(words) == 1
+
+
+def test_a_page_of_someone_else_is_left_alone() -> None:
+    with pytest.raises(ValueError, match="not a page that this program wrote"):
+        document.refreshed("# Notes\n", {})
+
+
+def test_the_committed_page_is_up_to_date_in_what_needs_no_measurement() -> None:
+    page = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+    assert (
+        document.refreshed(page.read_text(), gpu_page.load(page.parents[1] / "benchmarks" / "gpu")) == page.read_text()
+    )
 
 
 def test_results_survive_json() -> None:
@@ -323,7 +419,7 @@ def test_layers_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str], n
     for words in (
         "load average before the run",
         "st-moe-pytorch",
-        "not installed: pip install",
+        "not importable: import of",
         "Targets: ",
         "elements kept",
     ):
@@ -347,17 +443,63 @@ def test_cvmm_end_to_end() -> None:
 
 def test_sweeps_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(sweeps, "EXPERTS", (4, 8))
-    monkeypatch.setattr(sweeps, "WIDTHS", (16,))
-    monkeypatch.setattr(sweeps, "EXPERTS_WIDTH", 16)
-    result = sweeps.main(["--tokens", "32", "--seconds", "0.02", "--plot", str(tmp_path / "growth.png")])
-    assert [row.shape.split(";")[0] for row in result.rows] == ["N_E=4", "N_E=8", "d_model=16"]
-    assert (tmp_path / "growth.png").stat().st_size > 0
+    small = [
+        replace(sweep, points=sweep.points[:2], sizes=lambda n, sizes=sweep.sizes: (16, sizes(n)[1], 8))
+        for sweep in sweeps.SWEEPS
+    ]
+    monkeypatch.setattr(sweeps, "SWEEPS", small)
+    picture = tmp_path / "growth.png"
+    result = sweeps.main(
+        ["--tokens", "16", "--seconds", "0.01", "--points", "1", "--sweeps", "c", "e", "--plot", str(picture)]
+    )
+    assert [row.shape for row in result.rows] == ["N_E=8; d_model=512, T=16", "d_model=128; N_E=32, T=16"]
+    assert [row.group for row in result.rows] == ["experts", "width"]
+    assert picture.stat().st_size > 0
+
+
+def test_the_sweeps_are_the_papers() -> None:
+    """arXiv 2310.10837, appendix B: all have d_ff = 4 d_model in (a) and (b), G = 128 in (a), (c) and (e)."""
+    sizes = {sweep.letter: [sweep.sizes(n) for n in sweep.points] for sweep in sweeps.SWEEPS}
+    assert sizes["a"] == [
+        (128, 4, 128),
+        (256, 8, 128),
+        (512, 16, 128),
+        (1024, 32, 128),
+        (2048, 64, 128),
+        (4096, 128, 128),
+    ]
+    assert sizes["b"][0] == (128, 32, 16)
+    assert all(4 * d == E * G for d, E, G in (*sizes["a"], *sizes["b"]))
+    assert sizes["c"] == [(512, E, 128) for E in (8, 16, 32, 64, 128, 256)]
+    assert sizes["d"] == [(512, 32, G) for G in (64, 128, 256, 512, 1024)]
+    assert sizes["e"] == [(d, 32, 128) for d in (128, 256, 512, 1024, 2048)]
 
 
 def test_a_bad_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="T,D,E,G,k"):
         MoEShape.parse("1,2,3,4,5")
+
+
+def test_a_profile_reads_what_the_core_wrote_and_sets_the_floor_beside_it() -> None:
+    steps = [f"up {seconds}" for seconds in (9.0, 9.0, 9.0, 2.0, 4.0, 3.0)]  # the first three warm up
+    found = passes.Passes("8,16,4,8,2", "fp32", step=10.0, dense=6.0, rate=1024.0, seconds=passes.read(steps))
+    assert found.seconds == {"up": 3.0}
+    assert found.floor("up") == 2 * 8 * 2 * 8 * 16 / 1024
+    assert passes.flops(MoEShape.parse("8,16,4,8,2"))["dx"] == 2 * 8 * 2 * 8 * 16 + 2 * 8 * 16 * 4
+    header, body = found.table()
+    assert header == ("pass", "ms", "floor", "of floor")
+    assert body[0] == ["up", "3000.00", "4000.00", "0.75"]
+    assert [line[:2] for line in body[1:]] == [
+        ["Python, autograd, balance loss", "7000.00"],
+        ["**step**", "10000.00"],
+        ["dense FFN of equal compute", "6000.00"],
+    ]
+
+
+def test_a_profile_measures_the_step_the_dense_step_and_the_rate() -> None:
+    found = passes.measure(TINY, "fp32", 0.01)
+    assert set(found) == {"step", "dense", "rate"}
+    assert all(value > 0 for value in found.values())
 
 
 def test_experts_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:

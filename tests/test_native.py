@@ -272,3 +272,37 @@ def test_a_forced_torch_backend_never_warns_of_the_missing_core() -> None:
     code = "import torch, sparse_ffn as sf; sf.SigmaMoE(8, 4, 4, 2)(torch.randn(5, 8))"
     result = run(code, SPARSE_FFN_LIBRARY="/nowhere/lib.so", SPARSE_FFN_BACKEND="torch", PYTHONWARNINGS="error")
     assert result.returncode == 0, result.stderr
+
+
+@built
+def test_memory_of_a_freed_output_serves_the_next_one_of_its_size() -> None:
+    rows = native.HUGE_PAGE // 4
+    kept = native.empty(rows, 3, dtype=torch.float32).fill_(1.0)
+    freed = native.empty(rows, 3, dtype=torch.float32)
+    assert freed.data_ptr() % native.HUGE_PAGE == 0
+    address = freed.data_ptr()
+    del freed
+    assert native.empty(rows, 5, dtype=torch.float32).data_ptr() != address
+    assert native.empty(rows, 3, dtype=torch.float32).data_ptr() == address
+    assert kept.eq(1).all()
+
+
+@built
+def test_no_more_than_256_mib_of_freed_outputs_are_kept() -> None:
+    code = """
+from pathlib import Path
+import torch
+from sparse_ffn import native
+def resident():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096 / 2**20
+native.empty(2 << 20, dtype=torch.uint8).zero_()
+before = resident()
+tensors = [native.empty((16 << 20) + 4096 * i, dtype=torch.uint8).zero_() for i in range(40)]
+assert resident() > before + 600, resident() - before
+del tensors
+print(resident() - before)
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    assert 100 < float(done.stdout) < 290

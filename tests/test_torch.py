@@ -1,32 +1,19 @@
-"""The layers inside torch's own machinery: compile, export, opcheck, gradcheck, autocast, checkpoint, DDP, copies."""
+"""The layers inside torch's own machinery, beyond the features that test_matrix.py tries one by one."""
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
 from collections.abc import Callable
 
 import pytest
 import torch
+from matrix.layers import LAYERS
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
+from torch.func import functional_call
+from torch.nn import functional as F
 
 import sparse_ffn as sf
 
-LAYERS: dict[str, Callable[..., sf.SparseFFN]] = {
-    "dense": lambda **o: sf.DenseFFN(8, 20, **o),
-    "topk": lambda **o: sf.TopKFFN(8, 20, 5, glu=True, activation="silu", norm_aware=True, **o),
-    "product_key": lambda **o: sf.ProductKeyMemory(8, 5, 7, n_heads=2, query_dim=6, query_norm="layer", **o),
-    "sigma": lambda **o: sf.SigmaMoE(8, 9, 4, 3, bias=True, **o),
-    "softmax": lambda **o: sf.SoftmaxMoE(8, 9, 4, 3, glu=True, activation="gelu", balance="cv2", **o),
-    "switch": lambda **o: sf.SwitchMoE(8, 9, 4, d_out=6, **o),
-    "sbase": lambda **o: sf.SBaseMoE(8, 9, 4, 3, balance="z", **o),
-    "noisy": lambda **o: sf.NoisyTopKMoE(8, 9, 4, 3, **o),
-    "open": lambda **o: sf.MoE(8, 9, 4, 3, router="open", balance="bias", **o),
-}
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
@@ -38,47 +25,6 @@ def gradients(layer: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> 
     return [y, x.grad, *(p.grad for p in layer.parameters())]
 
 
-def assert_all_close(actual: list[Tensor], expected: list[Tensor]) -> None:
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
-
-
-@every_layer
-def test_compiles_whole_and_gives_the_same_output_and_gradients(name: str, on_backend: str) -> None:
-    torch._dynamo.reset()
-    layer = LAYERS[name]()
-    if name == "noisy":
-        layer.router.perturb = lambda logits, x: logits  # compiled code draws other numbers
-    # inductor 2.13 fuses plain torch's tiny dense backward wrongly on the CPU (not the graph: aot_eager is right)
-    compiler = "aot_eager" if on_backend == "reference" else "inductor"
-    compiled = torch.compile(layer, fullgraph=True, backend=compiler, dynamic=True)
-    x = torch.randn(2, 64, 8)
-    assert_all_close(gradients(layer, compiled, x), gradients(layer, layer, x))
-    layer.eval()
-    torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)
-
-
-@every_layer
-def test_compiled_once_serves_every_number_of_tokens(name: str) -> None:
-    torch._dynamo.reset()
-    layer = LAYERS[name]().eval()
-    counter = CompileCounter()
-    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
-    for tokens in (7, 13, 40):
-        compiled(torch.randn(2, tokens, 8))
-    assert counter.frame_count == 1
-
-
-@every_layer
-@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
-def test_exports_with_a_dynamic_batch(name: str, strict: bool, on_backend: str) -> None:
-    layer = LAYERS[name]().eval()
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(layer, (torch.randn(3, 5, 8),), dynamic_shapes={"x": {0: batch}}, strict=strict)
-    x = torch.randn(7, 5, 8)
-    torch.testing.assert_close(program.module()(x), layer(x))
-
-
 @every_layer
 def test_first_derivatives_agree_with_finite_differences(name: str, on_backend: str) -> None:
     layer = LAYERS[name](dtype=torch.float64).eval()
@@ -86,7 +32,7 @@ def test_first_derivatives_agree_with_finite_differences(name: str, on_backend: 
     parameters = dict(layer.named_parameters())
 
     def call(x: Tensor, *tensors: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, dict(zip(parameters, tensors, strict=True)), (x,))
+        return functional_call(layer, dict(zip(parameters, tensors, strict=True)), (x,))
 
     assert torch.autograd.gradcheck(call, (x, *parameters.values()), fast_mode=True)
 
@@ -96,29 +42,6 @@ def test_second_derivatives_on_the_reference_backend(name: str) -> None:
     layer = LAYERS[name](dtype=torch.float64).eval()
     with sf.backend("reference"):
         assert torch.autograd.gradgradcheck(layer, torch.randn(3, 8, dtype=torch.float64, requires_grad=True))
-
-
-@pytest.mark.parametrize("name", ["topk", "product_key", "sigma"])
-def test_second_derivative_elsewhere_is_an_error_that_names_the_reference(name: str) -> None:
-    layer = LAYERS[name]()
-    x = torch.randn(3, 8, requires_grad=True)
-    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"sparse_ffn.backend\('reference'\)"):
-        grad.sum().backward()
-
-
-@every_layer
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_output_dtype_is_that_of_linear(name: str, dtype: torch.dtype, on_backend: str) -> None:
-    layer, x = LAYERS[name](), torch.randn(2, 5, 8)
-    linear = nn.Linear(8, 8)
-    with torch.autocast("cpu", dtype):
-        assert layer(x).dtype == linear(x).dtype == dtype
-        assert layer(x.to(dtype)).dtype == linear(x.to(dtype)).dtype
-        double = LAYERS[name](dtype=torch.float64)
-        assert double(x.double()).dtype == linear.double()(x.double()).dtype == torch.float64
-    (layer(x).sum() + sf.aux_loss(layer)).backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
 
 
 def test_autocast_leaves_the_routing_in_fp32(on_backend: str) -> None:
@@ -132,53 +55,9 @@ def test_autocast_leaves_the_routing_in_fp32(on_backend: str) -> None:
 
 
 @every_layer
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_changes_nothing(name: str, reentrant: bool) -> None:
-    aux = {"aux": "inject"} if isinstance(LAYERS[name](), sf.MoE) else {}
-    torch.manual_seed(1)
-    layer = LAYERS[name](**aux)
-    x = torch.randn(2, 6, 8)
-    torch.manual_seed(2)
-    expected = gradients(layer, layer, x)
-    torch.manual_seed(2)
-    actual = gradients(layer, lambda x: checkpoint(layer, x, use_reentrant=reentrant), x)
-    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
-
-
-def test_attached_loss_survives_non_reentrant_checkpointing_and_is_reported_lost_in_the_other() -> None:
-    layer, x = sf.SigmaMoE(8, 9, 4, 3, balance_weight=1.0), torch.randn(6, 8, requires_grad=True)
-    layer(x)
-    expected = torch.autograd.grad(sf.aux_loss(layer), layer.router.weight)[0]
-    checkpoint(layer, x, use_reentrant=False)
-    assert torch.equal(torch.autograd.grad(sf.aux_loss(layer), layer.router.weight)[0], expected)
-    checkpoint(layer, x, use_reentrant=True)
-    with pytest.warns(sf.SparseFFNWarning, match="use_reentrant=False"):
-        sf.aux_loss(layer)
-
-
-@every_layer
-def test_copies_pickles_and_state_dicts_give_the_same_layer(name: str) -> None:
-    layer, x = LAYERS[name](), torch.randn(4, 8)
-    layer(x)
-    layer.eval()
-    other = LAYERS[name]().eval()
-    buffer = io.BytesIO()
-    torch.save(layer.state_dict(), buffer)
-    buffer.seek(0)
-    other.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), other):
-        assert torch.equal(twin(x), layer(x))
-
-
-@every_layer
-def test_built_on_meta_then_emptied_and_reset_it_works(name: str) -> None:
-    layer = LAYERS[name](device="meta").to_empty(device="cpu")
-    with torch.no_grad():
-        for tensor in (*layer.parameters(), *layer.buffers()):
-            tensor.fill_(float("nan"))
-    layer.reset_parameters()
-    assert layer(torch.randn(4, 8)).isfinite().all()
-    assert all(t.isfinite().all() for t in layer.state_dict().values())
+def test_fp64_stays_fp64_under_autocast(name: str, on_backend: str) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert LAYERS[name](dtype=torch.float64)(torch.randn(5, 8, dtype=torch.float64)).dtype == torch.float64
 
 
 @every_layer
@@ -226,12 +105,68 @@ def test_forward_never_waits_for_the_device(name: str) -> None:
     assert y.shape == (6, layer.d_out)
 
 
-@every_layer
-def test_vmap_over_an_ensemble_on_the_reference_backend(name: str) -> None:
-    layers = [LAYERS[name]().eval() for _ in range(3)]
-    stacked, _ = torch.func.stack_module_state(layers)
-    x = torch.randn(5, 8)
-    with sf.backend("reference"):
-        together = torch.func.vmap(lambda p: torch.func.functional_call(layers[0], p, (x,)))(stacked)
-        one_by_one = torch.stack([layer(x) for layer in layers])
-    torch.testing.assert_close(together, one_by_one)
+# ------------------------------------------------------------------- submodules that are more than their weights
+
+
+class Added(nn.Module):
+    """What LoRA does to a linear map: another one beside it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.delta = base, nn.Parameter(torch.randn_like(base.weight))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + F.linear(x, self.delta)
+
+
+@pytest.mark.parametrize("query_norm", [None, "rms"])
+def test_a_query_that_was_wrapped_is_called(query_norm: str | None, on_backend: str) -> None:
+    layer, x = sf.ProductKeyMemory(8, 5, 7, n_heads=2, query_dim=6, query_norm=query_norm), torch.randn(20, 8)
+    merged = sf.ProductKeyMemory(8, 5, 7, n_heads=2, query_dim=6, query_norm=query_norm)
+    merged.load_state_dict(layer.state_dict())
+    layer.query = Added(layer.query)
+    with torch.no_grad():
+        merged.query.weight.add_(layer.query.delta)
+    torch.testing.assert_close(layer(x), merged(x))
+    layer(x).sum().backward()
+    assert layer.query.delta.grad.any()
+
+
+def test_hooks_on_the_query_run(on_backend: str) -> None:
+    layer, x = sf.ProductKeyMemory(8, 5, 7, query_dim=6), torch.randn(20, 8)
+    plain = layer(x)
+    layer.query.register_forward_hook(lambda module, args, y: 2 * y)
+    torch.testing.assert_close(layer(x), 2 * plain)  # scores and so ReLU's weights double
+
+
+# -------------------------------------------------------------------------- what a transform of torch.func cannot do
+
+
+def transformed(layer: nn.Module) -> None:
+    """A training forward of the layer under torch.func.grad."""
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    torch.func.grad(lambda p: functional_call(layer, p, (torch.randn(5, 8),)).sum())(parameters)
+
+
+def test_asking_for_the_loss_after_the_transform_says_that_it_is_over(on_backend: str) -> None:
+    layer = sf.SigmaMoE(8, 9, 4, 3)
+    transformed(layer)
+    for ask in (sf.aux_loss, sf.routing_stats):
+        with pytest.raises(RuntimeError, match=r"inside a transform of torch\.func .* that is over"):
+            ask(layer)
+    layer(torch.randn(5, 8))
+    assert sf.aux_loss(layer) != 0
+
+
+def test_counting_loads_in_a_transform_is_refused(on_backend: str) -> None:
+    with pytest.raises(RuntimeError, match=r'balance="bias" counts .* take another balance'):
+        transformed(sf.SigmaMoE(8, 9, 4, 3, balance="bias"))
+
+
+def test_a_sparse_gradient_in_a_transform_is_refused(on_backend: str) -> None:
+    with pytest.raises(RuntimeError, match="sparse_grad=True does not work inside"):
+        transformed(sf.ProductKeyMemory(8, 5, 7, sparse_grad=True))

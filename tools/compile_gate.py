@@ -1,6 +1,6 @@
 """The compile gate: every kernel the library can launch, compiled for every target without a GPU, and judged.
 
-    python tools/compile_gate.py [--quick] [--write docs/kernels.md] [--target sm_90 ...] [--jobs N]
+    python tools/compile_gate.py [--quick | --candidates] [--write docs/kernels.md] [--target sm_90 ...] [--jobs N]
 
 The library's own host code runs on CPU tensors under a driver that stands in for a GPU's: Triton then compiles what a
 launch would have run, with the same block sizes, dtypes and specialisations, and launches nothing. Of each kernel the
@@ -35,7 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from sparse_ffn.kernels import config
+from sparse_ffn.kernels import candidates, config, tuned
 from sparse_ffn.ops.cvmm import triton as cvmm
 from sparse_ffn.ops.expert_ffn import triton as expert_ffn
 from sparse_ffn.ops.product_key_topk import triton as product_key_topk
@@ -125,10 +125,13 @@ def compiling(number: int, target: Target, seen: dict[int, tuple[JITFunction, di
 
 
 def cases(target: str, quick: bool) -> Iterator[Callable[[], None]]:
-    """Calls that together launch every kernel in every configuration; quick: but fp16, which takes bf16's tables."""
+    """Calls that together launch every kernel in every configuration.
+
+    Quick: without fp16, which takes bf16's tables, and of the newer and rarer targets only the forms that fuse most.
+    """
     every = [(torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"), (torch.float16, "ieee")]
-    for dtype, switch in every[: 3 if quick else 4] if target in ("sm_80", "sm_90") else every[:3]:
-        plain = ["relu"] if dtype != torch.float16 and target in ("sm_80", "sm_90") else []
+    plain = ["relu"] if target in ("sm_80", "sm_90") or not quick else []
+    for dtype, switch in every[: 3 if quick else 4]:
         for block_m in (16, 32, 64, 128):
             for width in (64, 256):
                 for form in ("full", *plain):
@@ -142,28 +145,71 @@ def cases(target: str, quick: bool) -> Iterator[Callable[[], None]]:
         yield partial(experts, dtype, switch, 512, 64, "relu")  # weight gradients in parts
         yield partial(experts, dtype, switch, 128, 100, "relu")
         yield partial(cvmms, dtype, switch, 128, 100)
+        for form in ("relu", "dropout", "full"):
+            yield partial(experts, dtype, switch, 128, 100, form, k=4)  # so many that all experts are computed
+        if dtype != torch.float32:  # fp32 weights under autocast
+            for width, depth in ((256, 256), (64, 256), (256, 64), (64, 64), (100, 100)):
+                yield partial(experts, dtype, switch, 128, width, "full", depth, weights=torch.float32)
+            yield partial(experts, dtype, switch, 512, 64, "relu", weights=torch.float32)
+            yield partial(cvmms, dtype, switch, 128, 256, torch.float32)
     for dtype in (torch.bfloat16, torch.float32) if quick else (torch.bfloat16, torch.float32, torch.float16):
         for width in (1, 100, 256, 1024):
-            yield partial(bags, dtype, width)
+            yield partial(bags, dtype, width, dtype)
+            if dtype != torch.float32:
+                yield partial(bags, dtype, width, torch.float32)
         for n, k in ((20, 4), (128, 16), (256, 32), (512, 32), (1024, 64), (2000, 64)):
             yield partial(product_keys, dtype, n, k)
         for n_units in (100, 1024, 4096, 8192):
             for activation, form in (("relu", "plain"), ("gelu", "full"), ("gelu_tanh", "full")):
-                yield partial(selections, dtype, n_units, activation, form)
+                yield partial(selections, dtype, n_units, activation, form, dtype)
+            if dtype != torch.float32:
+                yield partial(selections, dtype, n_units, "gelu", "full", torch.float32)
 
 
-def experts(dtype: torch.dtype, switch: str, block_m: int, width: int, form: str, depth: int | None = None) -> None:
+def tuning(target: str) -> Iterator[Callable[[], None]]:
+    """Calls that launch each tile which tuning may choose beside those of the tables."""
+    for (kernel, kind), tiles in candidates.TABLES.get(target, {}).items():
+        dtype, switch = (torch.bfloat16, "ieee") if kind == "half" else (torch.float32, "tf32")
+        for tile in tiles:
+            rows = tuned.WIDTHS if kernel == "outer" else (tile.m,)
+            measured = tuned.Tuned(
+                {} if kernel == "outer" else {(kind, r): tile.m for r in tuned.ROWS},
+                {(kernel, kind, m, n): tile for m in rows for n in tuned.WIDTHS},
+            )
+            for form in {"one": ("relu", "gelu", "full"), "two": ("full", "dropout"), "outer": ("relu",)}[kernel]:
+                yield partial(with_tile, measured, experts, dtype, switch, tile.m, 256, form)
+            if kernel != "two":
+                yield partial(with_tile, measured, cvmms, dtype, switch, tile.m, 256)
+
+
+def with_tile(measured: tuned.Tuned, case: Callable[..., None], *arguments: Any) -> None:
+    """A case by a table of measurements."""
+    with config.using(measured):
+        case(*arguments)
+
+
+def experts(
+    dtype: torch.dtype,
+    switch: str,
+    block_m: int,
+    width: int,
+    form: str,
+    depth: int | None = None,
+    *,
+    k: int = 2,
+    weights: torch.dtype | None = None,
+) -> None:
     """Expert FFN, training, inference, decode and backward; form "full" has all that can be fused."""
     torch.backends.cuda.matmul.fp32_precision = switch
-    E, K, G, D = 8, 2, width, depth or (width if width % 16 == 0 else width + 1)
+    E, K, G, D = 8, k, width, depth or (width if width % 16 == 0 else width + 1)
     T = E * block_m // K
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype)
 
-    x, keys, values = empty(T, D), empty(E, G, D), empty(E, G, D)
+    x, keys, values = empty(T, D), empty(E, G, D).to(dtype=weights), empty(E, G, D).to(dtype=weights)
     index, gate = torch.zeros(T, K, dtype=torch.int64), torch.empty(T, K)
-    units = (empty(E, G, D), empty(E, G)) if form == "full" else (None, None)
+    units = (empty(E, G, D).to(dtype=weights), empty(E, G).to(dtype=weights)) if form == "full" else (None, None)
     scale = empty(T, K, G) if form in ("full", "dropout") else None
     activation = "gelu" if form in ("full", "dropout") else form
     call = (x, keys, values, index, gate, *units, scale, activation)
@@ -175,42 +221,46 @@ def experts(dtype: torch.dtype, switch: str, block_m: int, width: int, form: str
     expert_ffn.backward(empty(T, D), x, keys, values, gate, *units, scale, *saved, activation)
 
 
-def cvmms(dtype: torch.dtype, switch: str, block_m: int, width: int) -> None:
+def cvmms(dtype: torch.dtype, switch: str, block_m: int, width: int, weights: torch.dtype | None = None) -> None:
     """CVMM with and without gather, scatter and reduction, forward and backward."""
     torch.backends.cuda.matmul.fp32_precision = switch
     E, M, L = 8, width, width
     S = E * block_m
     x, weight, grad = (torch.empty(s, dtype=dtype) for s in ((S, M), (E, M, L), (S, L)))
-    slot = torch.zeros(S, dtype=torch.int64)
+    slot, weight = torch.zeros(S, dtype=torch.int64), weight.to(dtype=weights)
     for options in ((None, None, None), (slot, slot, torch.empty(S))):
         cvmm.forward(x, weight, slot, *options, S)
         cvmm.backward(grad, x, weight, slot, *options)
 
 
-def bags(dtype: torch.dtype, width: int) -> None:
+def bags(dtype: torch.dtype, width: int, table: torch.dtype) -> None:
     """Weighted bag, forward and both backwards."""
-    values, index = torch.empty(512, width, dtype=dtype), torch.zeros(64, 32, dtype=torch.int64)
+    values, index = torch.empty(512, width, dtype=table), torch.zeros(64, 32, dtype=torch.int64)
     weight, grad = torch.empty(64, 32, dtype=dtype), torch.empty(64, width, dtype=dtype)
-    weighted_bag.forward(values, index, weight)
+    weighted_bag.forward(values, index, weight, dtype)
     weighted_bag.backward(grad, values, index, weight)
     weighted_bag.backward_rows(grad, values, index, weight)
 
 
 def product_keys(dtype: torch.dtype, n: int, k: int) -> None:
-    """Product-key top-k of tables of n scores."""
-    table = torch.empty(16, n, dtype=dtype)
-    product_key_topk.product_key_topk(table, table, k)
+    """Product-key top-k of tables of n scores, forward and backward."""
+    scores = torch.empty(16, 1, 2, n, dtype=dtype)
+    product_key_topk.product_key_topk(*scores.unbind(2), k)
+    index = torch.zeros(16, 1, k, dtype=torch.int64)
+    product_key_topk.backward(scores.new_empty(16, 1, k), index, n, scores.stride())
 
 
-def selections(dtype: torch.dtype, n_units: int, activation: str, form: str) -> None:
+def selections(dtype: torch.dtype, n_units: int, activation: str, form: str, weights: torch.dtype) -> None:
     """Top-k FFN, gathered and dense; form "full" has all that can be fused."""
     T, D = 4, 64
 
     def empty(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
 
-    x, keys, values = empty(T, D), empty(n_units, D), empty(n_units, D)
-    units = (empty(n_units, D), empty(n_units), empty(T, n_units)) if form == "full" else (None, None, None)
+    x, keys, values = empty(T, D), empty(n_units, D).to(dtype=weights), empty(n_units, D).to(dtype=weights)
+    units = (None, None, None)
+    if form == "full":
+        units = (empty(n_units, D).to(dtype=weights), empty(n_units).to(dtype=weights), empty(T, n_units))
     for sparse in (True, False):
         topk_ffn.gathers = lambda *sizes, sparse=sparse: sparse
         _, *saved = topk_ffn.forward(x, keys, values, 32, *units, activation, form == "full")
@@ -269,13 +319,15 @@ def judge(name: str, function: JITFunction, arguments: dict[str, Any], kernel: A
     )  # fmt: skip
 
 
-def work(job: tuple[int, str, bool, int, int]) -> list[Compiled]:
+def work(job: tuple[int, str, str, int, int]) -> list[Compiled]:
     """Every ``step``-th case of a target from ``first`` on."""
-    number, name, quick, first, step = job
+    number, name, what, first, step = job
     torch.set_num_threads(1)
     seen: dict[int, tuple[JITFunction, dict[str, Any], Any]] = {}
     with compiling(number, TARGETS[name], seen):
-        for case in list(cases(name, quick))[first::step]:
+        calls = [] if what == "candidates" else list(cases(name, what == "quick"))
+        calls += [] if what == "quick" else list(tuning(name))
+        for case in calls[first::step]:
             case()
     return [judge(name, *launch) for launch in seen.values()]
 
@@ -304,17 +356,21 @@ def table(results: set[Compiled]) -> str:
     return "\n".join(lines)
 
 
-def unlaunched(results: set[Compiled], targets: list[str]) -> list[str]:
-    """The tiles of the tables that no case took: nothing in them may go unseen."""
+def unlaunched(results: set[Compiled], targets: list[str], what: str) -> list[str]:
+    """The tiles that no case took: nothing that may be launched may go unseen."""
     seen = {(r.target, r.kernel == "outer", r.dtype, r.tile) for r in results}
     missing = []
     for target in targets:
-        for (kernel, kind), tiles in config.TABLES[TARGETS[target].table].items():
+        present = config.launchable(TARGETS[target].table)
+        if what == "quick":
+            present = config.entries(config.TABLES[TARGETS[target].table])
+        elif what == "candidates":
+            present = config.entries(candidates.TABLES.get(target, {}))
+        for kernel, kind, t in present:
             dtype = {"half": "bf16", "odd": "bf16"}.get(kind, kind)
-            for t in tiles:
-                text = f"{t.m}x{t.n}x{t.k}, {t.warps} warps, {t.stages} stages"
-                if (target, kernel == "outer", dtype, text) not in seen:
-                    missing.append(f"never launched: {kernel} {kind} {text} for {target}")
+            text = f"{t.m}x{t.n}x{t.k}, {t.warps} warps, {t.stages} stages"
+            if (target, kernel == "outer", dtype, text) not in seen:
+                missing.append(f"never launched: {kernel} {kind} {text} for {target}")
     return missing
 
 
@@ -326,16 +382,19 @@ def main() -> int:
     """Compile, print what is wrong, write the table if asked to; 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--target", nargs="*", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--quick", action="store_true", help="without fp16, which takes the same tiles as bf16")
+    quick = "without fp16, which takes the same tiles as bf16, and without the tiles for tuning"
+    parser.add_argument("--quick", dest="what", action="store_const", const="quick", default="all", help=quick)
+    tuning = "only the tiles for tuning"
+    parser.add_argument("--candidates", dest="what", action="store_const", const="candidates", help=tuning)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--write", type=Path, help="a page whose table to replace")
     arguments = parser.parse_args()
     start, parts = time.perf_counter(), 8
     names = arguments.target
-    jobs = [(i, name, arguments.quick, part, parts) for i, name in enumerate(names) for part in range(parts)]
+    jobs = [(i, name, arguments.what, part, parts) for i, name in enumerate(names) for part in range(parts)]
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
         results = {r for chunk in pool.imap_unordered(work, jobs) for r in chunk}
-    bad = [*sorted((r for r in results if r.problem), key=str), *unlaunched(results, names)]
+    bad = [*sorted((r for r in results if r.problem), key=str), *unlaunched(results, names, arguments.what)]
     for r in bad:
         print(r)
     seconds = time.perf_counter() - start

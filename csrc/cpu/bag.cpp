@@ -191,13 +191,8 @@ static int backward(const sparse_ffn_bag& p, const T* dout, T* dweight, T* dvalu
   float* dots = dweight ? scratch_of<float>(kSlotDgate, S + 1) : nullptr;
   const SortedSlots s = SortedSlots::reserve(p);
   if ((rows && !place) || (dweight && !dots) || !s.ready()) return SPARSE_FFN_NO_MEMORY;
-#pragma omp parallel num_threads(p.n_threads > 1 ? 2 : 1)
-  {
-    // The kernel clears a fresh gradient's pages on one core, in about the time that one core takes to sort.
-    if (dvalues && !rows && omp_get_thread_num() == 0)
-      advise_huge_pages(dvalues, static_cast<size_t>(p.N * p.O) * sizeof(T));
-    if (omp_get_thread_num() == omp_get_num_threads() - 1) sort_slots<T>(p, s);
-  }
+  if (dvalues && !rows) advise_huge_pages(dvalues, static_cast<size_t>(p.N * p.O) * sizeof(T));
+  sort_slots<T>(p, s);
   if (rows) {
     int64_t used = 0;
     for (int64_t n = 0; n < p.N; n++) {

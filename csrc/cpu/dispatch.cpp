@@ -3,6 +3,8 @@
 #include <cstring>
 
 #include "kernel_table.h"
+#include "phases.h"
+#include "blocks.h"
 #include "scratch.h"
 
 namespace sparse_ffn {
@@ -125,9 +127,12 @@ extern "C" {
 
 int sparse_ffn_abi_version(void) { return SPARSE_FFN_ABI_VERSION; }
 const char* sparse_ffn_isa(void) { return kernels().name; }
-void sparse_ffn_release_scratch(void) { release_scratch(); }
-void* sparse_ffn_allocate(int64_t bytes) { return bytes > 0 ? allocate_at_huge_page(static_cast<size_t>(bytes)) : nullptr; }
-void sparse_ffn_free(void* memory) { free(memory); }
+void sparse_ffn_release_memory(void) {
+  release_scratch();
+  release_blocks();
+}
+void* sparse_ffn_allocate(int64_t bytes) { return bytes > 0 ? take_block(static_cast<size_t>(bytes)) : nullptr; }
+void sparse_ffn_free(void* memory, int64_t bytes) { free_block(memory, static_cast<size_t>(bytes)); }
 int sparse_ffn_find_pages(void* p, int64_t bytes) {
   if (bytes < 0 || (bytes > 0 && !p)) return SPARSE_FFN_BAD_ARGUMENT;
   advise_huge_pages(p, static_cast<size_t>(bytes));
@@ -192,12 +197,16 @@ int sparse_ffn_moe_forward(const sparse_ffn_experts* args, const sparse_ffn_rout
                            float* softmax_sums) {
   if (const int bad = check(args, router)) return bad;
   sparse_ffn_experts p = *args;
+  if (!gate) gate = static_cast<float*>(scratch(kSlotDgate, static_cast<size_t>(p.T * p.K + 1) * 4));
+  if (!order) order = static_cast<int32_t*>(scratch(kSlotOrder, static_cast<size_t>(p.T * p.K + 1) * 4));
+  if (!offsets) offsets = static_cast<int32_t*>(scratch(kSlotOffsets, static_cast<size_t>(p.E + 1) * 4));
+  if (!gate || !order || !offsets) return SPARSE_FFN_NO_MEMORY;
   p.gate = gate;
   p.order = order;
   p.offsets = offsets;
   if (const int bad = check(&p, true)) return bad;
-  if (const int bad = kernels().route_tokens(p, *router, index, gate, softmax_sums)) return bad;
-  if (const int bad = sparse_ffn_route(index, p.T * p.K, p.E, order, offsets)) return bad;
+  if (const int bad = PHASE("route", kernels().route_tokens(p, *router, index, gate, softmax_sums))) return bad;
+  if (const int bad = PHASE("sort", sparse_ffn_route(index, p.T * p.K, p.E, order, offsets))) return bad;
   return sparse_ffn_experts_forward(&p, out, saved_z, saved_zg);
 }
 

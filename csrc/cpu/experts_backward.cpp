@@ -5,6 +5,7 @@
 #include "gemm_outer.h"
 #include "gemm_scatter.h"
 #include "hidden.h"
+#include "phases.h"
 #include "router.h"
 
 SPARSE_FFN_BEGIN
@@ -66,7 +67,7 @@ static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_str
     dh.n_threads = p.n_threads;
     const HiddenBackwardFn<T> differentiate = hidden_backward_for<T>(p.activation, glu);
     const T* scale = static_cast<const T*>(p.hidden_scale);
-    const bool done = run_row_gemm(dh, [&](int64_t, int64_t s, const float* c) {
+    const bool done = PHASE("dh", run_row_gemm(dh, [&](int64_t, int64_t s, const float* c) {
       HiddenBackward<T> b{};
       b.c_dh = c;
       b.z = saved_z + s * p.G;
@@ -79,12 +80,12 @@ static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_str
       b.n = p.G;
       const float dgate = differentiate(b);
       if (grad.dgate) grad.dgate[p.order[s]] = dgate;
-    });
+    }));
     if (!done) return SPARSE_FFN_NO_MEMORY;
   }
   const T* dscore = nullptr;
   if (router) {
-    dscore = score_gradient<T>(p, *router, grad.dgate);
+    dscore = PHASE("dscores", score_gradient<T>(p, *router, grad.dgate));
     if (!dscore) return SPARSE_FFN_NO_MEMORY;
   }
   if (grad.dx) {
@@ -111,7 +112,7 @@ static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_str
       dx.extra_K = p.E;
     }
     dx.n_threads = p.n_threads;
-    if (!run_scatter_gemm(dx)) return SPARSE_FFN_NO_MEMORY;
+    if (!PHASE("dx", run_scatter_gemm(dx))) return SPARSE_FFN_NO_MEMORY;
   }
   OuterGemm<T> dw{};
   dw.M = p.G;
@@ -127,7 +128,7 @@ static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_str
     dw.N = p.D;
     dw.out[0] = grad.dkeys;
     dw.out[1] = glu ? grad.dgate_keys : nullptr;
-    if (!run_outer_gemm(dw)) return SPARSE_FFN_NO_MEMORY;
+    if (!PHASE("dkeys", run_outer_gemm(dw))) return SPARSE_FFN_NO_MEMORY;
   }
   if (grad.dvalues) {
     dw.a = recompute ? hidden : saved_z;
@@ -138,7 +139,7 @@ static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_str
     dw.scale = slots.gate;
     dw.out[0] = grad.dvalues;
     dw.out[1] = nullptr;
-    if (!run_outer_gemm(dw)) return SPARSE_FFN_NO_MEMORY;
+    if (!PHASE("dvalues", run_outer_gemm(dw))) return SPARSE_FFN_NO_MEMORY;
   }
   if (router && router->dweight) {
     const int32_t all[2] = {0, static_cast<int32_t>(p.T)};
@@ -152,7 +153,7 @@ static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_str
     dr.E = 1;
     dr.out[0] = static_cast<T*>(router->dweight);
     dr.n_threads = p.n_threads;
-    if (!run_outer_gemm(dr)) return SPARSE_FFN_NO_MEMORY;
+    if (!PHASE("drouter", run_outer_gemm(dr))) return SPARSE_FFN_NO_MEMORY;
   }
   if (grad.dkey_bias && !bias_gradient(p, dz, dz_stride, grad.dkey_bias)) return SPARSE_FFN_NO_MEMORY;
   return SPARSE_FFN_OK;

@@ -2,6 +2,7 @@
 #include "experts.h"
 #include "gemm_scatter.h"
 #include "hidden.h"
+#include "phases.h"
 
 SPARSE_FFN_BEGIN
 
@@ -31,7 +32,7 @@ template <class T> static int forward(const sparse_ffn_experts& p, T* out, T* sa
   const T* bias = static_cast<const T*>(p.key_bias);
   const T* scale = static_cast<const T*>(p.hidden_scale);
   const int64_t padded = up.padded();
-  const bool done = run_row_gemm(up, [&](int64_t e, int64_t s, const float* c) {
+  const bool done = PHASE("up", run_row_gemm(up, [&](int64_t e, int64_t s, const float* c) {
     HiddenForward<T> f{};
     f.c_z = c;
     f.c_zg = c + padded;
@@ -42,7 +43,7 @@ template <class T> static int forward(const sparse_ffn_experts& p, T* out, T* sa
     f.h = hidden + s * p.G;
     f.n = p.G;
     activate(f);
-  });
+  }));
   if (!done) return SPARSE_FFN_NO_MEMORY;
 
   ScatterGemm<T> down{};
@@ -63,7 +64,7 @@ template <class T> static int forward(const sparse_ffn_experts& p, T* out, T* sa
   down.out_stride = p.O;
   down.rows_out = p.T;
   down.n_threads = p.n_threads;
-  return run_scatter_gemm(down) ? SPARSE_FFN_OK : SPARSE_FFN_NO_MEMORY;
+  return PHASE("down", run_scatter_gemm(down)) ? SPARSE_FFN_OK : SPARSE_FFN_NO_MEMORY;
 }
 
 int experts_forward(const sparse_ffn_experts& p, void* out, void* saved_z, void* saved_zg) {

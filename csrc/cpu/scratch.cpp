@@ -73,11 +73,6 @@ void* scratch(Slot slot, size_t bytes) {
 }
 #endif
 
-void* allocate_at_huge_page(size_t bytes) {
-  void* memory = nullptr;
-  return posix_memalign(&memory, kHugePage, bytes) ? nullptr : memory;
-}
-
 void release_scratch() { buffers.release(); }
 
 }  // namespace sparse_ffn

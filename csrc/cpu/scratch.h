@@ -20,7 +20,4 @@ void release_scratch();
 // as much as the arithmetic that fills a fresh weight gradient.
 void advise_huge_pages(void* p, size_t bytes);
 
-// Memory that starts at a huge page; free() it. Null when there is none.
-void* allocate_at_huge_page(size_t bytes);
-
 }  // namespace sparse_ffn

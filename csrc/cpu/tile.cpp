@@ -59,6 +59,7 @@ static void tile(int64_t k_units, const float* a, int64_t a_stride, const float*
 #pragma GCC unroll 8
     for (int v = 0; v < NV; v++) bv[v] = load(b + v * VL);
     __builtin_prefetch(lines[k], 0, 2);
+    if constexpr (kLayout == Layout::kRows) __builtin_prefetch(a + MR * a_stride + k * MR, 0, 3);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; r++) {
       const V av = broadcast(kLayout == Layout::kPacked ? a + r * kRowStride

@@ -8,7 +8,7 @@
  *  - Every function returns SPARSE_FFN_OK or an error code and never throws. Outputs are fully written: nothing needs
  *    to be zeroed by the caller. Results are deterministic and do not depend on the number of threads.
  *  - Threads: n_threads of the OpenMP runtime of the process are used, never a second pool.
- *  - Scratch is kept per calling thread and reused between calls; sparse_ffn_release_scratch() frees the caller's.
+ *  - Scratch is kept per calling thread and reused between calls; sparse_ffn_release_memory() frees the caller's.
  */
 #ifndef SPARSE_FFN_H
 #define SPARSE_FFN_H
@@ -25,7 +25,7 @@ extern "C" {
 #define SPARSE_FFN_API __attribute__((visibility("default")))
 #endif
 
-#define SPARSE_FFN_ABI_VERSION 3
+#define SPARSE_FFN_ABI_VERSION 4
 
 enum sparse_ffn_status {
   SPARSE_FFN_OK = 0,
@@ -44,10 +44,12 @@ SPARSE_FFN_API int sparse_ffn_abi_version(void);
 /* Name of the instruction set in use: "avx512_bf16", "avx512", "avx2" or "generic". SPARSE_FFN_ISA=<name> in the
  * environment forces one that the CPU supports (for tests); it is read once, at the first call. */
 SPARSE_FFN_API const char* sparse_ffn_isa(void);
-SPARSE_FFN_API void sparse_ffn_release_scratch(void);
-/* Memory for a large output: it starts at a huge page (2 MiB). Null when there is none. */
+/* Frees the scratch of the calling thread and the outputs' memory that is kept for the next ones. */
+SPARSE_FFN_API void sparse_ffn_release_memory(void);
+/* Memory for a large output: it starts at a huge page (2 MiB). Null when there is none. Up to 256 MiB of what is freed,
+ * with the number of bytes that was asked for, is kept for outputs of the same size. */
 SPARSE_FFN_API void* sparse_ffn_allocate(int64_t bytes);
-SPARSE_FFN_API void sparse_ffn_free(void* memory);
+SPARSE_FFN_API void sparse_ffn_free(void* memory, int64_t bytes);
 /* Finds the memory behind a fresh buffer that others will write, with huge pages where there are. All functions here do
  * so for their own large outputs. */
 SPARSE_FFN_API int sparse_ffn_find_pages(void* p, int64_t bytes);
@@ -101,7 +103,8 @@ typedef struct sparse_ffn_router {
   int64_t groups;            /* runs of T / groups tokens with sums of their own */
   int32_t gate, reserved;
 } sparse_ffn_router;
-/* As experts_forward; index, gate [T, K], order [T*K] and offsets [E+1] are outputs here (those in args are ignored).
+/* As experts_forward; index, gate [T, K], order [T*K] and offsets [E+1] are outputs here (those in args are ignored);
+ * all but index may be null.
  * softmax_sums [groups, E], the sum of the tokens' softmax over all scores, may be null. */
 SPARSE_FFN_API int sparse_ffn_moe_forward(const sparse_ffn_experts* args, const sparse_ffn_router* router, void* out,
                                           void* saved_z, void* saved_zg, int64_t* index, float* gate, int32_t* order,

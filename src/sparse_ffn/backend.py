@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from sparse_ffn import cuda, native
+from sparse_ffn.warning import SparseFFNWarning as SparseFFNWarning
 
 ENVIRONMENT_VARIABLE = "SPARSE_FFN_BACKEND"
 BACKENDS = {
-    "reference": "plain differentiable torch, dense arithmetic (double backward, vmap, every device)",
+    "reference": "plain differentiable torch, dense arithmetic (double backward, forward mode, every device)",
     "torch": "sparse arithmetic with torch's matrix products, no compiler needed",
     "cpu": "native core for CPU tensors of fp32, bf16 and fp16",
     "triton": "GPU kernels for CUDA and ROCm tensors of fp32, bf16 and fp16",
@@ -34,10 +35,6 @@ _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _forced: str | None = None
 _environment = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
-
-
-class SparseFFNWarning(UserWarning):
-    """A warning of this library."""
 
 
 @contextmanager
@@ -62,15 +59,18 @@ def backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
-def choose(x: Tensor) -> str:
-    """The name of the backend for an op on x (its device, and its dtype after autocast)."""
+def choose(x: Tensor, dtype: torch.dtype | None = None) -> str:
+    """The name of the backend for an op on x's device that computes in ``dtype``, x's own if not given."""
+    dtype = x.dtype if dtype is None else dtype
     name = _environment if _forced is None else _forced
     if name == "auto":
-        if native.PROBLEM is not None and x.device.type == "cpu":
+        if x.is_cpu:
+            if native.PROBLEM is None:
+                return "cpu" if dtype in native.DTYPES else "torch"
             _warn_once()
-        return next((fast for fast in _fast(x.device) if not unavailable(fast, x.device, x.dtype)), "torch")
+        return next((fast for fast in _fast(x.device) if not unavailable(fast, x.device, dtype)), "torch")
     _check(name, f"environment variable {ENVIRONMENT_VARIABLE}")
-    reason = unavailable(name, x.device, x.dtype)
+    reason = unavailable(name, x.device, dtype)
     if reason:
         raise RuntimeError(f"backend {name!r} is forced, but {reason}")
     return name

@@ -20,11 +20,11 @@ def chosen(device: torch.device | str = "cpu") -> str:
 def report() -> str:
     """All of it as text: what an issue about this library should contain."""
     lines = [
-        f"sparse-ffn {_version('sparse-ffn')}",
+        f"sparse-ffn {version('sparse-ffn')}",
         f"python     {platform.python_version()} ({sys.platform}, {platform.machine()})",
         f"torch      {torch.__version__} ({torch.get_num_threads()} CPU threads)",
-        f"triton     {_version('triton')}",
-        f"einops     {_version('einops')}",
+        f"triton     {version('triton')}",
+        f"einops     {version('einops')}",
         "",
         "devices",
         f"  cpu      {torch.backends.cpu.get_cpu_capability()}",
@@ -42,7 +42,8 @@ def report() -> str:
     return "\n".join(lines)
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """An installed package's version."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

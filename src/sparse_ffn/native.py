@@ -17,7 +17,7 @@ from torch import Tensor
 HUGE_PAGE = 2 << 20
 LIBRARY_NAME = "libsparse_ffn_cpu.so"
 LIBRARY_VARIABLE = "SPARSE_FFN_LIBRARY"
-ABI_VERSION = 3
+ABI_VERSION = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "identity": 4, "squared_relu": 5}
 NORMS = {"layer": 1, "rms": 2}
@@ -153,9 +153,10 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     address = _library.sparse_ffn_allocate(size) if size >= HUGE_PAGE else None
     if address is None:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(*shape, dtype=dtype)
     memory = (ctypes.c_char * size).from_address(address)
-    weakref.finalize(memory, _library.sparse_ffn_free, address).atexit = False  # tensors may outlive the interpreter
+    # not at exit: tensors may outlive the interpreter
+    weakref.finalize(memory, _library.sparse_ffn_free, address, size).atexit = False
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
@@ -216,7 +217,7 @@ def _load() -> tuple[Any, str | None]:
         return None, f"{path} has ABI version {version}, this package needs {ABI_VERSION}"
     library.sparse_ffn_isa.restype = ctypes.c_char_p
     library.sparse_ffn_allocate.restype, library.sparse_ffn_allocate.argtypes = _p, (_i64,)
-    library.sparse_ffn_free.restype, library.sparse_ffn_free.argtypes = None, (_p,)
+    library.sparse_ffn_free.restype, library.sparse_ffn_free.argtypes = None, (_p, _i64)
     return library, None
 
 

@@ -21,7 +21,8 @@ else:
     torch.set_num_threads(1)  # test_seeded_bugs forks
 
 import sparse_ffn as sf  # noqa: E402
-from sparse_ffn.kernels import config, routing  # noqa: E402
+from sparse_ffn.kernels import columns, config, masked, routing  # noqa: E402
+from sparse_ffn.ops.expert_ffn import dense  # noqa: E402
 
 
 @pytest.fixture
@@ -31,7 +32,10 @@ def device() -> str:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Blocks of 16 everywhere: two or three on every axis of a small problem, and ragged tails."""
+    """Blocks of 16 everywhere: two or three on every axis of a small problem, and ragged tails; experts sorted."""
+    monkeypatch.setattr(dense, "wins", lambda n_experts, k: False)
+    monkeypatch.setattr(masked, "BLOCK_G", 16)
+    monkeypatch.setattr(columns, "MAX_BYTES", 1)  # one tile's columns at a time
     monkeypatch.setattr(routing, "SORT", config.Sort(block=16, part=8, scan=4, columns=4, positions=16, tiles=4))
     with config.fixed(config.Tile(16, 16, 16, 4, 2)):
         yield

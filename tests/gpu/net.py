@@ -2,7 +2,8 @@
 
 Inputs lie inside larger buffers of NaN (or of huge indices), so that a read outside shows in the result. Whatever the
 host code allocates lies inside larger buffers too: filled with NaN, since reading what nothing wrote must show, and
-between canaries, since writing there must show.
+between canaries, since writing there must show. With ``guard_pages`` all of them lie beside memory without access
+instead: that also shows what is read and not used.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pages
 import torch
 from torch import Tensor
 
@@ -20,7 +22,20 @@ from sparse_ffn import ops
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 MARGIN = 4096  # elements on either side
-CANARY = {torch.float32: -12345.5, torch.float16: -12344.0, torch.bfloat16: -12352.0, torch.int32: -7777777}
+CANARY = {torch.float32: -12345.5, torch.float16: -12344.0, torch.bfloat16: -12352.0}
+CANARY |= {torch.int32: -7777777, torch.int64: -7777777}
+_fence: pages.Side | None = None
+
+
+@contextmanager
+def guard_pages(side: pages.Side) -> Iterator[None]:
+    """Put all tensors at fences instead of between margins; a process that crosses one dies."""
+    global _fence
+    _fence = side
+    try:
+        yield
+    finally:
+        _fence = None
 
 
 def _poison(x: Tensor) -> Tensor:
@@ -33,8 +48,12 @@ def guarded(x: Tensor) -> Tensor:
     if 0 in x.stride():
         return x  # expanded: its rows overlap
     size = 1 + sum((n - 1) * abs(s) for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
-    parent = _poison(torch.zeros(size + 2 * MARGIN, dtype=x.dtype, device=x.device))
-    view = parent.as_strided(x.shape, x.stride(), MARGIN)
+    if _fence is not None:
+        view = pages.fenced(size, x.dtype, _fence)
+        view = view.as_strided(x.shape, x.stride(), view.storage_offset())
+    else:
+        parent = _poison(torch.zeros(size + 2 * MARGIN, dtype=x.dtype, device=x.device))
+        view = parent.as_strided(x.shape, x.stride(), MARGIN)
     view.copy_(x)
     return view
 
@@ -43,10 +62,12 @@ def guarded(x: Tensor) -> Tensor:
 def traps() -> Iterator[None]:
     """Guard all that is allocated inside; AssertionError at the end if a canary died."""
     parents: list[tuple[Tensor, int]] = []
-    empty, new_empty, empty_like = torch.empty, Tensor.new_empty, torch.empty_like
+    empty, new_empty, empty_like, strided = torch.empty, Tensor.new_empty, torch.empty_like, torch.empty_strided
 
     def allocate(shape: Any, dtype: torch.dtype, device: Any) -> Tensor:
         shape = torch.Size(shape)
+        if _fence is not None:
+            return _poison(pages.fenced(shape.numel(), dtype, _fence)).view(shape)
         parent = empty(shape.numel() + 2 * MARGIN, dtype=dtype, device=device).fill_(CANARY[dtype])
         parents.append((parent, shape.numel()))
         return _poison(parent[MARGIN : MARGIN + shape.numel()]).view(shape)
@@ -57,12 +78,18 @@ def traps() -> Iterator[None]:
             return new_empty(self, *shape, dtype=dtype, **rest)
         return allocate(shape[0] if not isinstance(shape[0], int) else shape, dtype, self.device)
 
+    def trapped_empty_strided(shape: Any, stride: Any, *, dtype: torch.dtype, device: Any = "cpu") -> Tensor:
+        flat = allocate((torch.Size(shape).numel(),), dtype, device)  # strides without gaps
+        return flat.as_strided(shape, stride, flat.storage_offset())
+
+    torch.empty_strided = trapped_empty_strided
     torch.empty_like = lambda x, **k: trapped_new_empty(x, x.shape, **k)  # type: ignore[assignment]
     Tensor.new_empty = trapped_new_empty  # type: ignore[assignment]
     try:
         yield
     finally:
         torch.empty_like, Tensor.new_empty = empty_like, new_empty  # type: ignore[assignment]
+        torch.empty_strided = strided
     for parent, size in parents:
         canary = CANARY[parent.dtype]
         assert (parent[:MARGIN] == canary).all(), "written before the begin of a tensor"
@@ -79,6 +106,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     trained: tuple[str, ...] = ()
     sum_gradient: bool = False  # the stride-0 gradient that y.sum() sends
+    wide: tuple[str, ...] = ()  # tensors that stay in fp32, as weights under autocast
 
 
 def results(case: Case, tensors: dict[str, Tensor], grad: Tensor | None = None) -> dict[str, Tensor]:
@@ -111,16 +139,19 @@ def magnitudes(case: Case, tensors: dict[str, Tensor], grad: Tensor | None) -> d
 
 def check(case: Case, device: str = "cpu", backend: str = "triton") -> dict[str, Tensor]:
     """Assert that a backend meets the reference in float64 on the same numbers; return its results."""
-    narrow = {n: _cast(t, case.dtype, n).to(device) for n, t in case.tensors.items()}
+    narrow = {
+        n: _cast(t, torch.float32 if n in case.wide else case.dtype, n).to(device) for n, t in case.tensors.items()
+    }
     wide = {n: t.detach().double() if t.is_floating_point() else t for n, t in narrow.items()}
     with sf.backend("reference"):
         grad = gradient(case, results(case, wide)["output"].shape, device)
         expected, scales = results(case, wide, grad), magnitudes(case, wide, grad)
     narrow = {n: guarded(t) for n, t in narrow.items()}
     with sf.backend(backend), traps():
-        actual = results(case, narrow, grad)
+        actual = results(case, narrow, None if grad is None else guarded(grad))
     for name, want in expected.items():
         assert actual[name].shape == want.shape, f"{name}: {actual[name].shape}"
+        assert actual[name].dtype == (case.dtype if name == "output" else narrow[name[1:]].dtype), name
         excess = (actual[name].double() - want).abs() / (TOLERANCE[case.dtype] * scales[name].abs() + 1e-30)
         worst = excess.max().item() if want.numel() else 0.0
         assert worst <= 1, f"{name}: {worst:.3g} times the error allowed"

@@ -71,7 +71,30 @@ def test_op_of_strided_scores_has_gradients(device: str) -> None:
             score, index = ops.product_key_topk(tables.transpose(2, 3), 6)
         grads.append((index, *torch.autograd.grad(score.square().sum(), tables)))
     assert torch.equal(grads[0][0], grads[1][0])
-    assert torch.equal(grads[0][1], grads[1][1])
+    torch.testing.assert_close(*(g[1] for g in grads))  # sums in another order
+
+
+@dtypes
+@pytest.mark.parametrize("k", [1, 6, 40])
+def test_gradients_are_exact_and_in_order(k: int, dtype: torch.dtype, device: str) -> None:
+    """A sub-key gets the fp32 sum of the gradients of all pairs that have it; whole numbers leave no error."""
+    n = 7
+    index = torch.rand(3, 2, n * n, device=device).topk(k).indices
+    grad = torch.randint(-3, 4, index.shape, device=device).to(dtype)
+    for stride in ((4 * n, 2 * n, n, 1), (n, 3 * n, 6 * n, 1)):  # heads of a token, or tokens of a head, side by side
+        with traps():
+            actual = product_key_topk.backward(guarded(grad), guarded(index), n, stride)
+        assert actual.stride() == stride
+        expected = torch.zeros(3, 2, 2, n, dtype=torch.float64, device=device)
+        expected[:, :, 0].scatter_add_(-1, index // n, grad.double())
+        expected[:, :, 1].scatter_add_(-1, index % n, grad.double())
+        assert torch.equal(actual.double(), expected)
+
+
+def test_gradients_of_two_runs_are_bit_equal(device: str) -> None:
+    index, grad = torch.randint(0, 49, (3, 2, 40), device=device), torch.randn(3, 2, 40, device=device)
+    first, second = (product_key_topk.backward(grad, index, 7, (28, 14, 7, 1)) for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_it_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,8 +102,11 @@ def test_it_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product_keys, "launch", lambda kernel, grid, *a, **meta: launched.append(grid))
     with FakeTensorMode() as mode:
         tables = mode.from_tensor(torch.empty(2, 5, 40))
-        assert product_key_topk.product_key_topk(tables, tables, 7).shape == (2, 5, 7)
-    assert launched == [10]
+        index = product_key_topk.product_key_topk(tables, tables, 7)
+        assert index.shape == (2, 5, 7)
+        grad = mode.from_tensor(torch.empty(2, 5, 7))
+        assert product_key_topk.backward(grad, index, 40, (400, 80, 40, 1)).shape == (2, 5, 2, 40)
+    assert launched == [10, 20]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU this memory would be real")

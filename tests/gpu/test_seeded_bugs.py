@@ -17,9 +17,22 @@ import test_large
 import test_product_keys
 import test_topk
 import torch
-from net import check, cvmm_case, expert_case, guarded, traps
+from net import check, cvmm_case, expert_case, guard_pages, guarded, traps
 
-from sparse_ffn.kernels import bag, combine, config, decode, grouped, outer, product_keys, routing, topk
+from sparse_ffn.kernels import (
+    bag,
+    columns,
+    combine,
+    config,
+    decode,
+    grouped,
+    masked,
+    outer,
+    product_keys,
+    routing,
+    topk,
+)
+from sparse_ffn.ops.expert_ffn import dense
 
 pytestmark = [
     pytest.mark.usefixtures("small_blocks"),
@@ -70,6 +83,26 @@ def bags() -> None:
 
 def far_bags() -> None:
     test_bag.test_offsets_past_two_billion()
+
+
+def wide_sums() -> None:
+    check(expert_case("ragged", sizes=(33, 20, 40)))
+
+
+def repeated() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dense, "wins", lambda n_experts, k: True)
+        check(expert_case("an expert named twice", form="everything"))
+
+
+def gradient_of_pairs() -> None:
+    test_product_keys.test_gradients_are_exact_and_in_order(40, torch.float32, "cpu")
+
+
+def fenced() -> None:
+    with guard_pages("after"):
+        check(expert_case("ragged", sizes=(16, 20, 16)))
+        check(test_bag.bag_case("random"))
 
 
 def pairs() -> None:
@@ -138,8 +171,24 @@ FAULTS: dict[str, tuple[ModuleType, str, str, Callable[[], Any]]] = {
     "ties to the higher position": (
         product_keys, "pack(total.to(tl.float32), p)", "pack(total.to(tl.float32), p ^ (PAIRS - 1))", pairs,
     ),
+    "halves swapped": (product_keys, "half == 0, pair // n", "half == 1, pair // n", gradient_of_pairs),
+    "gradients of later pairs lost": (
+        product_keys, "for other in range(0, k, BLOCK)", "for other in range(0, start + 1, BLOCK)", gradient_of_pairs,
+    ),
     "all ties at the threshold taken": (topk, "(equal & (n_equal <= wanted))", "equal", selections),
     "dropout left out of the score": (topk, "    if SCALE:", "    if False:", selections),
+    # blocks of columns, all experts at once
+    "every block of columns the first": (columns, "slice(begin, min(begin + width", "slice(0, min(width", wide_sums),
+    "an expert's last gate only": (masked, "weight += part", "weight = part", repeated),
+    "the gate left out of the gradient": (masked, "slope *= weight", "slope *= 1", repeated),
+    # reads outside that change no result: only guard pages see them
+    "columns read past the last row's end": (
+        bag, "mask=ok[:, None] & (o < O)[None, :], other=0.0).to(tl.float32) * factor",
+        "mask=ok[:, None], other=0.0).to(tl.float32) * factor", fenced,
+    ),
+    "units read past the last expert's end": (
+        grouped, "b_tile = tl.load(b_at, mask=n_ok[None, :], other=0.0)", "b_tile = tl.load(b_at)", fenced,
+    ),
 }  # fmt: skip
 
 
@@ -179,8 +228,9 @@ def swap(module: ModuleType, path: Path) -> None:
     faulty = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = faulty
     spec.loader.exec_module(faulty)
-    if module is routing:
-        setattr(faulty, "SORT", routing.SORT)  # noqa: B010 (the small blocks of this test)
+    for name, value in vars(module).items():
+        if name.isupper():
+            setattr(faulty, name, value)  # the small blocks of this test
     users = [
         m
         for n, m in sys.modules.items()

@@ -13,7 +13,7 @@ BLOCK_T, BLOCK_N, SPLIT_BLOCK = 4, 256, 1024
 
 @triton.jit
 def combine_kernel(
-    y, inverse, gate, out, T, N, K, stride_y,
+    y, inverse, gate, out, T, N, K, stride_y, stride_out,
     GATED: tl.constexpr, SORTED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out[t] = sum over j of gate[t, j] · y[position of slot t·K + j]."""
@@ -29,12 +29,12 @@ def combine_kernel(
         if GATED:
             row *= tl.load(gate + slot, mask=t < T, other=0.0).to(tl.float32)[:, None]
         total += row
-    at = out + t.to(tl.int64)[:, None] * N + n[None, :]
+    at = out + t.to(tl.int64)[:, None] * stride_out + n[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def segments_kernel(y, members, offsets, out, N, stride_y, BLOCK_N: tl.constexpr):
+def segments_kernel(y, members, offsets, out, N, stride_y, stride_out, BLOCK_N: tl.constexpr):
     """out[r] = sum of y[members[i]] for offsets[r] <= i < offsets[r + 1]."""
     n_blocks = tl.cdiv(N, BLOCK_N)
     r = (tl.program_id(0) // n_blocks).to(tl.int64)
@@ -43,7 +43,7 @@ def segments_kernel(y, members, offsets, out, N, stride_y, BLOCK_N: tl.constexpr
     for i in range(tl.load(offsets + r), tl.load(offsets + r + 1)):
         row = tl.load(members + i).to(tl.int64)
         total += tl.load(y + row * stride_y + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(out + r * N + n, total.to(out.dtype.element_ty), mask=n < N)
+    tl.store(out + r * stride_out + n, total.to(out.dtype.element_ty), mask=n < N)
 
 
 @triton.jit
@@ -59,22 +59,26 @@ def add_parts_kernel(parts, out, size, n_parts, BLOCK: tl.constexpr):
 def combine(y: Tensor, inverse: Tensor | None, gate: Tensor | None, out: Tensor, k: int) -> None:
     """out[t] = sum over j of gate[t, j] · y[inverse[t·k + j]]; without inverse y is in slot order, without gate 1.
 
-    Shapes: y [S, N], inverse int32 [S], gate [T, k] contiguous, out [T, N] contiguous.
+    Shapes: y [S, N], inverse int32 [S], gate [T, k] contiguous, out [T, N]; y and out have
+    unit stride in their rows.
     """
     T, N = out.shape
     launch(
         combine_kernel, cdiv(T, BLOCK_T) * cdiv(N, BLOCK_N), y, inverse, gate, out, T, N, k, y.stride(0),
-        GATED=gate is not None, SORTED=inverse is not None, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N,
+        out.stride(0), GATED=gate is not None, SORTED=inverse is not None, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N,
     )  # fmt: skip
 
 
 def add_segments(y: Tensor, members: Tensor, offsets: Tensor, out: Tensor) -> None:
     """out[r] = sum of the rows of y that ``members[offsets[r] : offsets[r + 1]]`` names, zero if none.
 
-    Shapes: y [S, N], members int32 [S], offsets int32 [R + 1], out [R, N] contiguous.
+    Shapes: y [S, N], members int32 [S], offsets int32 [R + 1], out [R, N]; y and out have unit stride in their
+    rows.
     """
     R, N = out.shape
-    launch(segments_kernel, R * cdiv(N, BLOCK_N), y, members, offsets, out, N, y.stride(0), BLOCK_N=BLOCK_N)
+    launch(
+        segments_kernel, R * cdiv(N, BLOCK_N), y, members, offsets, out, N, y.stride(0), out.stride(0), BLOCK_N=BLOCK_N
+    )
 
 
 def add_parts(parts: Tensor, out: Tensor) -> None:

@@ -1,37 +1,22 @@
 """Block sizes: tables per architecture, kernel, arithmetic and size of the problem, looked up in Python.
 
-Nothing is measured or cached at run time. The numbers in the tables come from the compile gate (``make gate``): the
-largest tiles that keep their accumulators in registers and their operands in shared memory on that architecture.
+Nothing is measured at run time. The numbers in the tables come from the compile gate (``make gate``): the largest tiles
+that keep their accumulators in registers and their operands in shared memory on that architecture. What
+``python -m sparse_ffn.tune`` measured on this card goes before them.
 """
 
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-
-@dataclass(frozen=True)
-class Tile:
-    """One configuration of a kernel with a matrix product: output tile m x n, step k, warps and pipeline stages."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-
-    @property
-    def meta(self) -> dict[str, int]:
-        """The keyword arguments of a launch."""
-        return {
-            **{"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k},
-            **{"num_warps": self.warps, "num_stages": self.stages},
-        }
+from sparse_ffn.kernels import candidates, tuned
+from sparse_ffn.kernels.tile import Table, table
+from sparse_ffn.kernels.tile import Tile as Tile
 
 
 @dataclass(frozen=True)
@@ -58,24 +43,11 @@ class Bag:
 SORT = Sort()
 BAG = Bag()
 
-_Table = dict[tuple[str, str], tuple[Tile, ...]]
-
-
-def _table(text: str) -> _Table:
-    """Lines of a kernel, an arithmetic, and tiles written "m x n x k / warps / stages", narrow ones first."""
-    table: _Table = {}
-    for line in text.strip().splitlines():
-        kernel, kind, *tiles = line.split()
-        sizes = (tuple(int(n) for n in re.split("[x/]", t)) for t in tiles)
-        table[kernel, kind] = (*table.get((kernel, kind), ()), *(Tile(*t) for t in sizes))
-    return table
-
-
 # Kernels by what they hold in registers: "one" accumulator (rows, plain up and hidden gradient), "two" or as much as
 # that (up and hidden gradient of a GLU or under dropout); "outer" is the gradient of the matrices, m and n their sides.
 # "half" is bf16 and fp16; "odd" is either of them or tf32 where a size is no multiple of 16: loads are narrow there,
 # and their addresses take the registers.
-_SM80 = _table("""
+_SM80 = table("""
     one    half   16x64x64/4/4   16x128x64/4/4   32x64x64/4/3   32x128x64/4/3
     one    half   64x64x64/4/3   64x128x64/4/3   128x64x64/4/3  128x128x32/8/4
     two    half   16x64x64/4/4   32x64x64/4/3    64x64x32/4/4   128x64x32/8/4
@@ -91,23 +63,24 @@ _SM80 = _table("""
     two    fp32   16x32x16/4/2   32x32x16/4/2    64x32x16/4/2
     outer  fp32   32x64x16/4/2   64x64x16/8/2
 """)
-_SM90 = _SM80 | _table("""
+_SM90 = _SM80 | table("""
     one    half   16x64x64/4/4   16x128x64/4/4   32x64x64/4/4   32x128x64/4/4
     one    half   64x64x64/4/4   64x128x64/4/4   128x64x64/4/4  128x128x64/8/4
     two    half   16x64x64/4/4   32x64x64/4/4    64x64x64/4/4   128x64x64/8/4
     outer  half   64x64x64/4/4   64x128x64/4/4   128x64x64/4/4  128x128x64/8/4
 """)
-_SM100 = _SM90 | _table("""
+_SM100 = _SM90 | table("""
     one    tf32   16x64x32/4/4   16x128x32/4/4   32x64x32/4/4   32x128x32/4/3
     one    tf32   64x64x32/8/3   64x128x32/4/3   128x64x32/4/3  128x128x16/8/4
     one    fp32   16x64x16/4/2   32x64x16/4/2
     two    fp32   16x32x16/4/2   32x32x16/4/2
 """)
 _GFX942 = {key: tuple(Tile(t.m, t.n, min(t.k, 32), t.warps, 2) for t in tiles) for key, tiles in _SM80.items()}
-TABLES: dict[str, _Table] = {"sm_80": _SM80, "sm_90": _SM90, "sm_100": _SM100, "gfx942": _GFX942}
+TABLES: dict[str, Table] = {"sm_80": _SM80, "sm_90": _SM90, "sm_100": _SM100, "gfx942": _GFX942}
 
 _fixed: Tile | None = None
 _architecture: str | None = None
+_measured: tuned.Tuned | None = None
 
 
 @contextmanager
@@ -119,6 +92,41 @@ def fixed(tile: Tile | None = None, architecture: str | None = None) -> Iterator
         yield
     finally:
         _fixed, _architecture = previous
+
+
+@contextmanager
+def using(measured: tuned.Tuned) -> Iterator[None]:
+    """Launch by a table of measurements instead of the one in the user's cache directory (tuning, its gate, tests)."""
+    global _measured
+    previous, _measured = _measured, measured
+    try:
+        yield
+    finally:
+        _measured = previous
+
+
+def launchable(name: str) -> Iterator[tuple[str, str, Tile]]:
+    """Kernel, arithmetic and tile of all that may be launched on an architecture: its table, and the candidates."""
+    yield from entries(TABLES[name])
+    yield from entries(candidates.TABLES.get(name, {}))
+
+
+def entries(tiles: Table) -> Iterator[tuple[str, str, Tile]]:
+    """Kernel, arithmetic and tile of a table."""
+    for (kernel, kind), choices in tiles.items():
+        yield from ((kernel, kind, t) for t in choices)
+
+
+def _tuned(device: torch.device) -> tuned.Tuned | None:
+    """What was measured on a device, read from its file at the first launch there."""
+    if _measured is not None:
+        return _measured
+    return None if device.type != "cuda" or _architecture is not None else _from_file(device)
+
+
+@functools.cache
+def _from_file(device: torch.device) -> tuned.Tuned | None:
+    return tuned.load(tuned.Card.of(device), launchable(_of_device(device)))
 
 
 def architecture(device: torch.device) -> str:
@@ -148,6 +156,10 @@ def block_m(device: torch.device, kind: str, mean_rows: float) -> int:
     """Rows of a tile: one table of tiles serves all products of a call, so all take the same."""
     if _fixed is not None:
         return _fixed.m
+    measured = _tuned(device)
+    height = None if measured is None else measured.height(kind, mean_rows)
+    if height is not None:
+        return height
     heights = sorted({t.m for t in TABLES[architecture(device)]["one", kind]})
     return next((m for m in heights if mean_rows <= m), heights[-1])
 
@@ -165,6 +177,10 @@ def tile(device: torch.device, kernel: str, kind: str, n: int, m: int | None = N
     """
     if _fixed is not None:
         return _fixed
+    measured, rows = _tuned(device), m if side is None else side
+    found = None if measured is None or rows is None else measured.tile(kernel, kind, rows, n)
+    if found is not None:
+        return found
     choices = TABLES[architecture(device)][kernel, kind]
     if side is not None:
         m = max((t.m for t in choices if t.m < 2 * side), default=min(t.m for t in choices))

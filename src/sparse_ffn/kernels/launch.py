@@ -47,8 +47,12 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def matrices(x: Tensor) -> Tensor:
-    """A stack of matrices that kernels can walk through, copied only if it is laid out across strides beyond 2^24."""
+def matrices(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A stack of matrices for products in ``dtype``, copied only if it has another or strides beyond 2^24.
+
+    A product would read each matrix once for every tile of its rows, so a cast before costs less than one inside of it.
+    """
+    x = x.to(dtype)
     return x if max(x.stride()[1:]) < 1 << 24 else x.contiguous()
 
 

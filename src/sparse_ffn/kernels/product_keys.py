@@ -1,4 +1,4 @@
-"""Product-key top-k: the largest of both halves, then of the pairs that can win, in one program a row.
+"""Product-key top-k: the largest of both halves, then of the pairs that can win, in one program a row; its gradient.
 
 A score and its position make one 64-bit integer: the score's bits above, in an order that integers have too, the
 position below, complemented. No two are equal and the larger one is the better one, ties to the lower position.
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_ffn.kernels.launch import launch, power_of_two
 
-MAX_K, MAX_N, CHUNK = 64, 1 << 15, 512
+MAX_K, MAX_N, CHUNK, GRADIENT = 64, 1 << 15, 512, 32
 LAST = tl.constexpr(0x7FFFFFFF)
 NONE = tl.constexpr(-(1 << 63))  # below every score
 
@@ -90,6 +90,32 @@ def product_keys_kernel(
     tl.store(out + row * k + c, tl.gather(value, chosen, 0).to(tl.int64), mask=c < k)
 
 
+@triton.jit
+def product_keys_gradient_kernel(
+    grad, index, out, n, k, H, stride_t, stride_h, stride_half, stride_n, BLOCK: tl.constexpr
+):
+    """One half of one row: each sub-key's sum of the gradients of the pairs that have it, written once."""
+    half = tl.program_id(0) % 2
+    row = (tl.program_id(0) // 2).to(tl.int64)
+    out += row // H * stride_t + row % H * stride_h + half * stride_half
+    for start in range(0, k, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        pair = tl.load(index + row * k + j, mask=j < k, other=0)
+        mine = tl.where(half == 0, pair // n, pair % n)
+        total = tl.zeros([BLOCK], tl.float32)
+        earlier = tl.zeros([BLOCK], tl.int32)
+        for other in range(0, k, BLOCK):
+            p = other + tl.arange(0, BLOCK)
+            pair = tl.load(index + row * k + p, mask=p < k, other=0)
+            theirs = tl.where(half == 0, pair // n, pair % n)
+            same = (mine[:, None] == theirs[None, :]) & (p < k)[None, :]
+            part = tl.load(grad + row * k + p, mask=p < k, other=0.0).to(tl.float32)
+            total += tl.sum(tl.where(same, part[None, :], 0.0), 1)
+            earlier += tl.sum((same & (p[None, :] < j[:, None])).to(tl.int32), 1)
+        first = (j < k) & (earlier == 0)  # the first pair that has a sub-key writes for all of them
+        tl.store(out + mine.to(tl.int64) * stride_n, total.to(out.dtype.element_ty), mask=first)
+
+
 def fits(n: int, k: int) -> bool:
     """Whether the kernel takes a problem: what it sorts stays in registers, and n·n in 31 bits."""
     return k <= MAX_K and n < MAX_N
@@ -108,4 +134,16 @@ def product_keys(first: Tensor, second: Tensor, k: int, out: Tensor) -> None:
     launch(
         product_keys_kernel, M, first, second, out, n, k, width, first.stride(0), second.stride(0),
         CHUNK=chunk, MANY=n > chunk, TOP=top, PAIRS=pairs, num_warps=warps,
+    )  # fmt: skip
+
+
+def product_keys_gradient(grad: Tensor, index: Tensor, out: Tensor) -> None:
+    """Each sub-key's sum of the gradients of the pairs that have it, in the order of the pairs, into zeros.
+
+    Shapes: grad and index int64 [T, H, k] contiguous, out [T, H, 2, n].
+    """
+    (T, H, k), n = grad.shape, out.shape[3]
+    launch(
+        product_keys_gradient_kernel, 2 * T * H, grad, index, out, n, k, H, *out.stride(),
+        BLOCK=max(min(power_of_two(k), GRADIENT), 16), num_warps=1,
     )  # fmt: skip

@@ -82,7 +82,7 @@ class SparseFFN(nn.Module):
             ValueError: a wrong shape or device, or ``router_input`` for a layer without a router.
         """
         self._check_input("x", x)
-        if x.shape[-1:] != (self.d_model,):
+        if not x.dim() or x.shape[-1] != self.d_model:
             raise ValueError(f"x must have shape [..., d_model = {self.d_model}], got {list(x.shape)}")
         if mask is not None:
             self._check_mask(x, mask)
@@ -105,9 +105,11 @@ class SparseFFN(nn.Module):
         return x
 
     def _check_input(self, name: str, x: Tensor) -> None:
+        own = self.values
+        if x.dtype == own.dtype and x.device == own.device:
+            return
         if not x.is_floating_point():
             raise TypeError(f"{name} must be a floating tensor, got {str(x.dtype).removeprefix('torch.')}")
-        own = self.values
         if x.device != own.device:
             raise ValueError(f"{name} is on {x.device}, the layer's parameters are on {own.device}")
         double = torch.float64 in (x.dtype, own.dtype)  # autocast leaves fp64 alone

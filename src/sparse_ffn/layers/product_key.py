@@ -16,6 +16,10 @@ from sparse_ffn.ops.activations import activate
 from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.plain import is_plain
 
+# einops notes each type of tensor that it meets, and torch.compile would compile a layer again when it has
+for _known in (torch.empty(1), nn.Parameter(torch.empty(1))):
+    rearrange(_known, "n -> n")
+
 
 class ProductKeyMemory(SparseFFN):
     """Sum over heads of act(score)·values over the k best of n² product keys (arXiv 2310.10837, Eq. 8; 1907.05242).

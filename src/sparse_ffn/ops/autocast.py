@@ -1,4 +1,9 @@
-"""Autocast for the ops: as for nn.Linear, matrix operands take the autocast dtype and float64 stays float64."""
+"""Autocast for the ops: as for nn.Linear, matrix operands take the autocast dtype and float64 stays float64.
+
+Weights in another dtype than the products' (fp32 masters) are cast before the op, so that autograd keeps the copy; but
+not for the GPU kernels, which cast inside of the op, in either pass, keep no copy, and give gradients in the weights'
+own dtype.
+"""
 
 from __future__ import annotations
 
@@ -36,3 +41,8 @@ def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
 def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """X in another dtype, None staying None."""
     return None if x is None else x.to(dtype)
+
+
+def weights_for(backend: str, dtype: torch.dtype, *weights: Tensor | None) -> tuple[Any, ...]:
+    """Weights as a backend's ops take them for products in ``dtype``: cast, or as they are."""
+    return weights if backend == "triton" else tuple(cast(w, dtype) for w in weights)

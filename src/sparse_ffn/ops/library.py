@@ -44,7 +44,8 @@ def set_autograd(op: Any, backward: Callable[..., Any], setup_context: Callable[
     torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=_library)
 
     def forward(ctx: Any, *args: Any) -> Any:  # not split in two: apply() would inspect the signature on every call
-        output = op(*args)
+        with torch._C._AutoDispatchBelowAutograd():  # past the formula registered above: its node would be the second
+            output = op(*args)
         setup_context(ctx, args, output)
         return output
 
@@ -79,7 +80,7 @@ def set_autograd(op: Any, backward: Callable[..., Any], setup_context: Callable[
 
 
 def refuse_double_backward(op: Any) -> Callable[..., Any]:
-    """Make differentiating a backward op an error that says what to do; return the callable that torch.func knows."""
+    """Make differentiating a backward op an error that says what to do; return the callable that costs least."""
 
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise _underivable(op, "second derivative")
@@ -87,7 +88,12 @@ def refuse_double_backward(op: Any) -> Callable[..., Any]:
     differentiable = set_autograd(op, backward, lambda ctx, inputs, output: None)
 
     def call(*args: Any) -> Any:
-        return differentiable(*args) if under_transforms() else op(*args)
+        if under_transforms():
+            return differentiable(*args)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return op(*args)
+        with torch._C._AutoDispatchBelowAutograd():  # nothing is recorded: past the check of all arguments
+            return op(*args)
 
     return call
 

@@ -94,15 +94,16 @@ class _MeanNegativeEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sums_BE: Tensor, count: int) -> Tensor:
         p_BE = sums_BE / count
-        log_BE = p_BE.clamp_min(torch.finfo(p_BE.dtype).tiny).log_()
-        ctx.save_for_backward(p_BE, log_BE)
+        ctx.save_for_backward(p_BE)
         ctx.factor = 1 / (count * sums_BE.shape[0])
-        return torch.dot(p_BE.flatten(), log_BE.flatten()) / sums_BE.shape[0]
+        loss: Tensor = torch.special.entr(p_BE).sum() * (-1 / sums_BE.shape[0])
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        p_BE, log_BE = ctx.saved_tensors
-        return (log_BE + (p_BE >= torch.finfo(p_BE.dtype).tiny)) * (grad * ctx.factor), None
+        (p_BE,) = ctx.saved_tensors
+        slope_BE = p_BE.clamp_min(torch.finfo(p_BE.dtype).tiny).log_().add_(1)
+        return slope_BE.mul_(grad * ctx.factor), None
 
 
 def switch(routing: Routing | FusedRouting, pool: Pool) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from sparse_ffn.backend import choose
-from sparse_ffn.ops.autocast import autocast_dtype, cast
+from sparse_ffn.ops.autocast import autocast_dtype, cast, weights_for
 from sparse_ffn.ops.cvmm import reference
 from sparse_ffn.ops.library import absent, define, implementation, refuse_double_backward, set_autograd
 from sparse_ffn.ops.segments import is_transposed
@@ -29,9 +29,10 @@ def cvmm(
     [n_out, L] in x's dtype or autocast's. Without gather slot s reads row s, without scatter it writes row s.
     """
     dtype = autocast_dtype(x)
-    x, weight = cast(x, dtype), cast(weight, dtype)
+    x = cast(x, dtype)
     rows = expert.shape[0] if n_out is None else n_out
     chosen = choose(x)
+    (weight,) = weights_for(chosen, dtype, weight)
     if chosen == "reference":
         return reference.cvmm(x, weight, expert, gather, scatter, reduction, rows)
     out: Tensor = _forward(x, weight, expert, gather, scatter, reduction, rows, chosen)

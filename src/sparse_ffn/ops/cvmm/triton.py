@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from sparse_ffn.kernels import combine, config, grouped, outer, routing
+from sparse_ffn.kernels import columns, combine, config, grouped, outer, routing
 from sparse_ffn.kernels.launch import cdiv, matrices, on_device, precision, rows
 from sparse_ffn.ops.library import absent
 from sparse_ffn.ops.segments import is_transposed, sort_by_expert
@@ -28,13 +30,14 @@ def forward(
     kind = config.arithmetic(x.dtype, how, *weight.shape[1:])
     order, offsets = routing.sort_slots(expert, E)
     plan = routing.plan(order, offsets, 1, config.block_m(x.device, kind, S / E), inverse=False)
-    y_SL = x.new_empty(S, L)
     tile = config.tile(x.device, "one", kind, L, plan.block_m)
+    a, b, sources = rows(x), matrices(weight, x.dtype), _rows(gather, order)
     scale = None if reduction is None else reduction.contiguous()
-    grouped.multiply(
-        plan, rows(x), matrices(weight), y_SL, tile, how, rows=_rows(gather, order), scale=scale, unsort=True
-    )
-    return y_SL if scatter is None else _add(y_SL, scatter, n_out)
+
+    def product(part: slice, y: Tensor) -> None:
+        grouped.multiply(plan, a, b[:, :, part], y, tile, how, rows=sources, scale=scale, unsort=True)
+
+    return _sums(x, product, scatter, S, n_out, L, tile.n)
 
 
 @on_device
@@ -55,28 +58,33 @@ def backward(
     x_rows, grad_rows = _rows(gather, order), _rows(scatter, order)
     scale = None if reduction is None else reduction.contiguous()
 
-    dx_SM = x.new_empty(S, M)
     tile = config.tile(x.device, "one", kind, M, plan.block_m)
     dots = None if scale is None else x.new_empty(cdiv(M, tile.n), S, dtype=torch.float32)
-    grouped.multiply(
-        plan, grad, matrices(weight).transpose(1, 2), dx_SM, tile, how, rows=grad_rows, scale=scale,
-        partner=None if scale is None else (x, x_rows), dots=dots, unsort=True,
-    )  # fmt: skip
+    b = matrices(weight, x.dtype).transpose(1, 2)
+
+    def product(part: slice, y: Tensor) -> None:
+        grouped.multiply(
+            plan, grad, b[:, :, part], y, tile, how, rows=grad_rows, scale=scale, unsort=True,
+            partner=None if scale is None else (x[:, part], x_rows),
+            dots=None if dots is None else dots[part.start // tile.n :],
+        )  # fmt: skip
+
+    dx = _sums(x, product, gather, S, x.shape[0], M, tile.n)
     dreduction = absent(x) if reduction is None or dots is None else dots.sum(0).to(reduction.dtype)
     if is_transposed(weight):
-        dweight = x.new_empty(E, L, M)
+        dweight = weight.new_empty(E, L, M)
         outer.outer(
             grad, x, offsets, order, dweight, config.tile(x.device, "outer", kind, M, side=L), how,
             left_rows=grad_rows, right_rows=x_rows, scale=scale,
         )  # fmt: skip
         dweight = dweight.transpose(1, 2)
     else:
-        dweight = x.new_empty(E, M, L)
+        dweight = weight.new_empty(E, M, L)
         outer.outer(
             x, grad, offsets, order, dweight, config.tile(x.device, "outer", kind, L, side=M), how,
             left_rows=x_rows, right_rows=grad_rows, scale=scale,
         )  # fmt: skip
-    return dx_SM if gather is None else _add(dx_SM, gather, x.shape[0]), dweight, dreduction
+    return dx, dweight, dreduction
 
 
 def _rows(index: Tensor | None, order: Tensor) -> Tensor:
@@ -84,9 +92,17 @@ def _rows(index: Tensor | None, order: Tensor) -> Tensor:
     return order if index is None else index.index_select(0, order).to(torch.int32)
 
 
-def _add(y: Tensor, target: Tensor, n: int) -> Tensor:
-    """out[target[s]] += y[s] into n rows, in the order of the slots."""
+def _sums(
+    like: Tensor, product: Callable[[slice, Tensor], None], target: Tensor | None, S: int, n: int, width: int, step: int
+) -> Tensor:
+    """out[target[s]] += y[s] into n rows, in the order of the slots; ``product`` writes columns of y [S, width]."""
+    if target is None:
+        out = like.new_empty(S, width)
+        product(slice(0, width), out)
+        return out
     members, offsets = sort_by_expert(target, n)
-    out = y.new_empty(n, y.shape[1])
-    combine.add_segments(y, members, offsets, out)
+    out = like.new_empty(n, width)
+    for part, y in columns.blocks(like, S, width, step):
+        product(part, y)
+        combine.add_segments(y, members, offsets, out[:, part])
     return out

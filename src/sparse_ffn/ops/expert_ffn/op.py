@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.backend import choose
-from sparse_ffn.ops.autocast import autocast_dtype, cast
+from sparse_ffn.ops.autocast import autocast_dtype, cast, weights_for
 from sparse_ffn.ops.expert_ffn import reference
 from sparse_ffn.ops.library import (
     absent,
@@ -39,9 +39,9 @@ def expert_ffn(
     autocast's.
     """
     dtype = autocast_dtype(x)
-    x, keys, values = cast(x, dtype), cast(keys, dtype), cast(values, dtype)
-    gate_keys, key_bias, hidden_scale = cast(gate_keys, dtype), cast(key_bias, dtype), cast(hidden_scale, dtype)
+    x, hidden_scale = cast(x, dtype), cast(hidden_scale, dtype)
     chosen = choose(x)
+    keys, values, gate_keys, key_bias = weights_for(chosen, dtype, keys, values, gate_keys, key_bias)
     if chosen == "reference":
         return reference.expert_ffn(x, keys, values, index, gate, gate_keys, key_bias, hidden_scale, activation)
     arguments = (x, keys, values, index, gate, gate_keys, key_bias, hidden_scale, activation, chosen)

@@ -1,12 +1,16 @@
-"""Expert FFN out of the Triton kernels: sort, grouped products, sums over a token's slots; no host wait."""
+"""Expert FFN out of the Triton kernels: sort, grouped products, sums over a token's slots; no host wait.
+
+Where ``dense.wins`` all experts are computed instead: there the slots keep their own order.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from sparse_ffn.kernels import combine, config, decode, grouped, outer, routing
+from sparse_ffn.kernels import columns, combine, config, decode, grouped, outer, routing
 from sparse_ffn.kernels.launch import cdiv, matrices, on_device, precision, rows
+from sparse_ffn.ops.expert_ffn import dense
 from sparse_ffn.ops.library import absent
 
 # T tokens, K slots a token, S = T·K, E experts, G units of an expert, D d_model, O d_out; _S rows are sorted by expert
@@ -25,6 +29,12 @@ def forward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output [T, O] and what the backward pass needs: z [S, G], GLU's other half [S, G], order [S], offsets [E + 1]."""
+    if dense.wins(keys.shape[0], index.shape[1]):
+        out, z, other = dense.forward(
+            x, keys, values, index, gate, gate_keys, key_bias, hidden_scale, activation, save=True
+        )
+        expert = index.reshape(-1).to(torch.int32)  # no order: each slot's expert, and no offsets
+        return out, z, other, expert, expert.new_zeros(keys.shape[0] + 1)
     order, offsets = routing.sort_slots(index, keys.shape[0])
     z_SG = x.new_empty(order.shape[0], keys.shape[1])
     other_SG = None if gate_keys is None else torch.empty_like(z_SG)
@@ -46,6 +56,10 @@ def inference(
 ) -> Tensor:
     """Output [T, O], nothing saved."""
     if not few_slots(index.numel(), keys.shape[0]):
+        if dense.wins(keys.shape[0], index.shape[1]):
+            return dense.forward(
+                x, keys, values, index, gate, gate_keys, key_bias, hidden_scale, activation, save=False
+            )[0]
         order, offsets = routing.sort_slots(index, keys.shape[0])
         return _forward(
             x, keys, values, gate, gate_keys, key_bias, hidden_scale, activation, order, offsets, None, None
@@ -84,9 +98,7 @@ def _forward(
     other_SG: Tensor | None,
 ) -> Tensor:
     (E, G, _), (T, K), O = keys.shape, gate.shape, values.shape[2]
-    how, x = precision(x), rows(x)
-    keys, values = matrices(keys), matrices(values)
-    gate_keys = None if gate_keys is None else matrices(gate_keys)
+    how, x, gate = precision(x), rows(x), gate.contiguous()
     kind = config.arithmetic(x.dtype, how, *keys.shape[1:], O)
     block_m = config.block_m(x.device, kind, order.shape[0] / E)
     plan = routing.plan(order, offsets, K, block_m, inverse=True)
@@ -96,11 +108,14 @@ def _forward(
     h_SG = z_SG if is_z and z_SG is not None else x.new_empty(order.shape[0], G)
     tile = config.tile(x.device, "one" if gate_keys is None else "two", kind, G, block_m)
     scale = None if hidden_scale is None else hidden_scale.contiguous()
-    grouped.up(plan, x, keys, gate_keys, key_bias, scale, z_SG, other_SG, h_SG, activation, tile, how)
-    y_SO = x.new_empty(order.shape[0], O)
-    grouped.multiply(plan, h_SG, values, y_SO, config.tile(x.device, "one", kind, O, block_m), how)
+    up = (matrices(keys, x.dtype), None if gate_keys is None else matrices(gate_keys, x.dtype), key_bias)
+    grouped.up(plan, x, *up, scale, z_SG, other_SG, h_SG, activation, tile, how)
+    del up  # casts of fp32 weights
+    values, tile = matrices(values, x.dtype), config.tile(x.device, "one", kind, O, block_m)
     out = x.new_empty(T, O)
-    combine.combine(y_SO, plan.inverse, gate.contiguous(), out, K)
+    for part, y in columns.blocks(x, order.shape[0], O, tile.n):
+        grouped.multiply(plan, h_SG, values[:, :, part], y, tile, how)
+        combine.combine(y, plan.inverse, gate, out[:, part], K)
     return out
 
 
@@ -121,9 +136,12 @@ def backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, keys, values, gate, gate_keys and key_bias; empty tensors for the arguments that are absent."""
+    if dense.wins(keys.shape[0], gate.shape[1]):
+        return dense.backward(
+            grad, x, keys, values, gate, gate_keys, key_bias, hidden_scale, z, other, order.view(gate.shape), activation
+        )
     (E, G, D), (T, K), O, S = keys.shape, gate.shape, values.shape[2], order.shape[0]
     how, x, grad = precision(x), rows(x), rows(grad)
-    keys, values = matrices(keys), matrices(values)
     kind = config.arithmetic(x.dtype, how, G, D, O)
     block_m = config.block_m(x.device, kind, S / E)
     plan = routing.plan(order, offsets, K, block_m, inverse=True)
@@ -135,27 +153,29 @@ def backward(
     tile = config.tile(x.device, "one" if simple else "two", kind, G, block_m)
     dgates = x.new_empty(cdiv(G, tile.n), S, dtype=torch.float32)
     grouped.hidden_gradient(
-        plan, grad, values, z, other_SG, None if hidden_scale is None else hidden_scale.contiguous(),
+        plan, grad, matrices(values, x.dtype), z, other_SG, None if hidden_scale is None else hidden_scale.contiguous(),
         gate.contiguous(), dz_SG, dother_SG, weighted_SG, dgates, activation, tile, how,
     )  # fmt: skip
     dgate = dgates.sum(0).to(gate.dtype).view(T, K)
 
-    def to_matrix(left: Tensor, right: Tensor, width: int) -> Tensor:
-        out = x.new_empty(E, G, width)
-        tile = config.tile(x.device, "outer", kind, width, side=G)
+    def to_matrix(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
+        out = weight.new_empty(weight.shape)
+        tile = config.tile(x.device, "outer", kind, weight.shape[2], side=G)
         outer.outer(left, right, offsets, order, out, tile, how, right_rows=plan.rows)
         return out
 
-    dvalues = to_matrix(weighted_SG, grad, O)
+    dvalues = to_matrix(weighted_SG, grad, values)
     dup_SG = dz_SG if dother_SG is None else dother_SG
-    dkeys = to_matrix(dup_SG, x, D)
-    dgate_keys = absent(x) if gate_keys is None else to_matrix(dz_SG, x, D)
+    dkeys = to_matrix(dup_SG, x, keys)
+    dgate_keys = absent(x) if gate_keys is None else to_matrix(dz_SG, x, gate_keys)
     dkey_bias = absent(x) if key_bias is None else key_bias.new_empty(E, G)
     if key_bias is not None:
         outer.sum_rows(dup_SG, offsets, dkey_bias)
 
-    second = None if gate_keys is None else (dz_SG, matrices(gate_keys))
-    dx_SD, dx = x.new_empty(S, D), x.new_empty(T, D)
-    grouped.multiply(plan, dup_SG, keys, dx_SD, config.tile(x.device, "one", kind, D, block_m), how, second=second)
-    combine.combine(dx_SD, plan.inverse, None, dx, K)
+    keys, gate_keys = matrices(keys, x.dtype), None if gate_keys is None else matrices(gate_keys, x.dtype)
+    dx, tile = x.new_empty(T, D), config.tile(x.device, "one", kind, D, block_m)
+    for part, y in columns.blocks(x, S, D, tile.n):
+        second = None if gate_keys is None else (dz_SG, gate_keys[:, :, part])
+        grouped.multiply(plan, dup_SG, keys[:, :, part], y, tile, how, second=second)
+        combine.combine(y, plan.inverse, None, dx[:, part], K)
     return dx, dkeys, dvalues, dgate, dgate_keys, dkey_bias

@@ -24,7 +24,12 @@ def backward(grad: Tensor, index: Tensor, n: int, stride: Sequence[int]) -> Tens
     """Gradient of the scores [T, H, S, N], in their strides."""
     shape = (*grad.shape[:2], 2, n)
     dscores = torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device).zero_()
-    first, second = dscores.unbind(2)
-    first.scatter_add_(-1, index // n, grad)
-    second.scatter_add_(-1, index % n, grad)
-    return dscores
+    if grad.device.type == "cpu":
+        first, second = dscores.unbind(2)
+        first.scatter_add_(-1, index // n, grad)
+        second.scatter_add_(-1, index % n, grad)
+        return dscores
+    # scatter_add_ would use float atomics; this sorts
+    T, H, S = (torch.arange(size, device=grad.device) for size in shape[:3])
+    place = (T.view(-1, 1, 1, 1), H.view(-1, 1, 1), S.view(-1, 1), torch.stack((index // n, index % n), 2))
+    return dscores.index_put_(place, grad.unsqueeze(2).expand(-1, -1, 2, -1), accumulate=True)

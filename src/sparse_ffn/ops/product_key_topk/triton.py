@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from sparse_ffn.kernels import product_keys
 from sparse_ffn.kernels.launch import on_device, rows
 from sparse_ffn.ops.product_key_topk import reference
-from sparse_ffn.ops.product_key_topk.torch import backward as backward
 
 
 def forward(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -27,3 +28,12 @@ def product_key_topk(first: Tensor, second: Tensor, k: int) -> Tensor:
     out = first.new_empty(*first.shape[:-1], k, dtype=torch.int64)
     product_keys.product_keys(rows(first.reshape(-1, n)), rows(second.reshape(-1, n)), k, out)
     return out
+
+
+@on_device
+def backward(grad: Tensor, index: Tensor, n: int, stride: Sequence[int]) -> Tensor:
+    """Gradient of the scores [T, H, 2, n], in their strides; no atomics, so runs are bit-equal."""
+    shape = (*grad.shape[:2], 2, n)
+    dscores = torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device).zero_()
+    product_keys.product_keys_gradient(grad.contiguous(), index.contiguous(), dscores)
+    return dscores

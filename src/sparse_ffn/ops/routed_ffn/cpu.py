@@ -24,18 +24,12 @@ def inference(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """Output [T, O] and the selected experts int64 [T, K]."""
-    (tokens, _), (n_experts, _, d_out) = x.shape, values.shape
-    x = native.rows(x)
+    tokens = x.shape[0]
     block, _keep = arguments(x, keys, values, None, gate_keys, key_bias, None, activation, None, None, k=k)
     router, _keep_router = _router(router_weight, router_bias, None, 1, gate_function)
-    out, index = native.empty(tokens, d_out, dtype=x.dtype), torch.empty(tokens, k, dtype=torch.int64)
-    scratch = torch.empty(2 * tokens * k + n_experts + 1, dtype=torch.int32)  # gates, order, offsets
-    first = scratch.data_ptr()
-    native.call(
-        "moe_forward",
-        *(block, router, out.data_ptr(), None, None, index.data_ptr()),
-        *(first, first + 4 * tokens * k, first + 8 * tokens * k, None),
-    )
+    out, index = native.empty(tokens, values.shape[2], dtype=x.dtype), torch.empty(tokens, k, dtype=torch.int64)
+    nothing = (None, None, None, None)
+    native.call("moe_forward", block, router, out.data_ptr(), None, None, index.data_ptr(), *nothing)
     return out, index
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.backend import choose
-from sparse_ffn.ops.autocast import autocast_dtype, cast
+from sparse_ffn.ops.autocast import autocast_dtype, cast, weights_for
 from sparse_ffn.ops.library import absent, define, implementation, refuse_double_backward, set_autograd
 from sparse_ffn.ops.topk_ffn import reference
 
@@ -31,9 +31,9 @@ def topk_ffn(
     multiplier, applied before the selection, no gradient); result [T, O] in x's dtype or autocast's.
     """
     dtype = autocast_dtype(x)
-    x, keys, values = cast(x, dtype), cast(keys, dtype), cast(values, dtype)
-    gate_keys, key_bias, hidden_scale = cast(gate_keys, dtype), cast(key_bias, dtype), cast(hidden_scale, dtype)
+    x, hidden_scale = cast(x, dtype), cast(hidden_scale, dtype)
     chosen = choose(x)
+    keys, values, gate_keys, key_bias = weights_for(chosen, dtype, keys, values, gate_keys, key_bias)
     if chosen == "reference":
         return reference.topk_ffn(x, keys, values, k, gate_keys, key_bias, hidden_scale, activation, norm_aware)
     out: Tensor = _forward(x, keys, values, k, gate_keys, key_bias, hidden_scale, activation, norm_aware, chosen)[0]

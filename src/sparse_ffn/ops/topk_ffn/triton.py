@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from sparse_ffn.kernels import bag, config, segments, topk
 from sparse_ffn.kernels.launch import on_device, precision, rows
 from sparse_ffn.ops.activations import hidden, hidden_backward
+from sparse_ffn.ops.autocast import cast
 from sparse_ffn.ops.library import absent
 from sparse_ffn.ops.select import stable_topk
 from sparse_ffn.ops.topk_ffn.reference import rank
@@ -49,8 +50,8 @@ def forward(
     norm_aware: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output [T, O]; the selected units int32 [T, K], their z and, for a GLU, their other half [T, K]."""
-    up_TF = F.linear(x, keys, key_bias)
-    z_TF, other_TF = (up_TF, None) if gate_keys is None else (F.linear(x, gate_keys), up_TF)
+    up_TF = F.linear(x, keys.to(x.dtype), cast(key_bias, x.dtype))
+    z_TF, other_TF = (up_TF, None) if gate_keys is None else (F.linear(x, gate_keys.to(x.dtype)), up_TF)
     (T, n_units), sparse = z_TF.shape, gathers(x, keys.shape[0], k)
     if not topk.fits(n_units):
         return _sorted(z_TF, other_TF, values, k, hidden_scale, activation, norm_aware, sparse)
@@ -87,10 +88,7 @@ def backward(
     dz_TK, dother_TK = hidden_backward(activation, dh_TK, z_TK, other_TK, scale_TK)
     dup_TK = dz_TK if dother_TK is None else dother_TK
     dx, dkeys = of.gradients(dup_TK, keys, x)
-    dkey_bias = absent(x)
-    if key_bias is not None:
-        one = x.new_ones(1, 1).expand(x.shape[0], 1)
-        dkey_bias = of.gradients(dup_TK, None, one)[1].squeeze(1)
+    dkey_bias = absent(x) if key_bias is None else of.sums(dup_TK, key_bias)
     if gate_keys is None:
         return dx, dkeys, dvalues, absent(x), dkey_bias
     dx_too, dgate_keys = of.gradients(dz_TK, gate_keys, x)
@@ -106,16 +104,22 @@ class _Gathered:
 
     def both_gradients(self, grad: Tensor, values: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of values and h where the output is h @ values."""
-        dvalues = grad.new_empty(values.shape)
+        dvalues = values.new_empty(values.shape)
         dh = bag.bag_gradient(self.segments, rows(grad), h.contiguous(), dvalues, rows(values))
         assert dh is not None
         return dvalues, dh
 
-    def gradients(self, dz: Tensor, keys: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of x (empty without keys) and keys where z = x @ keys.T."""
-        dkeys = x.new_empty(self.segments.n_rows, x.shape[1])
+    def gradients(self, dz: Tensor, keys: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of x and keys where z = x @ keys.T."""
+        dkeys = keys.new_empty(keys.shape)
         bag.bag_gradient(self.segments, rows(x), dz.contiguous(), dkeys)
-        return absent(x) if keys is None else _bag(keys, self.index, dz), dkeys
+        return _bag(keys, self.index, dz, x.dtype), dkeys
+
+    def sums(self, dz: Tensor, bias: Tensor) -> Tensor:
+        """Gradient of a bias that is part of z."""
+        dbias = bias.new_empty(bias.shape[0], 1)
+        bag.bag_gradient(self.segments, dz.new_ones(1, 1).expand(dz.shape[0], 1), dz.contiguous(), dbias)
+        return dbias.squeeze(1)
 
 
 class _Dense:
@@ -125,11 +129,15 @@ class _Dense:
         self.index, self.n_units = index.long(), n_units
 
     def both_gradients(self, grad: Tensor, values: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        return self._matrix(h.to(grad.dtype)).t() @ grad, (grad @ values.t()).gather(1, self.index).float()
+        dvalues = (self._matrix(h.to(grad.dtype)).t() @ grad).to(values.dtype)
+        return dvalues, (grad @ values.to(grad.dtype).t()).gather(1, self.index).float()
 
-    def gradients(self, dz: Tensor, keys: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    def gradients(self, dz: Tensor, keys: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         dz_TF = self._matrix(dz.to(x.dtype))
-        return absent(x) if keys is None else dz_TF @ keys, dz_TF.t() @ x
+        return dz_TF @ keys.to(x.dtype), (dz_TF.t() @ x).to(keys.dtype)
+
+    def sums(self, dz: Tensor, bias: Tensor) -> Tensor:
+        return self._matrix(dz).sum(0).to(bias.dtype)
 
     def _matrix(self, selected: Tensor) -> Tensor:
         return _densify(selected, self.index, self.n_units)
@@ -155,14 +163,16 @@ def _sorted(
 
 
 def _product(values: Tensor, index: Tensor, h: Tensor, sparse: bool) -> Tensor:
-    return _bag(values, index, h) if sparse else _densify(h, index.long(), values.shape[0]) @ values
+    if sparse:
+        return _bag(values, index, h, h.dtype)
+    return _densify(h, index.long(), values.shape[0]) @ values.to(h.dtype)
 
 
 def _densify(selected: Tensor, index: Tensor, width: int) -> Tensor:
     return selected.new_zeros(selected.shape[0], width).scatter_(1, index, selected)
 
 
-def _bag(values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    out = values.new_empty(index.shape[0], values.shape[1])
+def _bag(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    out = values.new_empty(index.shape[0], values.shape[1], dtype=dtype)
     bag.bag(rows(values), index.contiguous(), weight.contiguous(), out)
     return out

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.backend import choose
-from sparse_ffn.ops.autocast import autocast_dtype, cast
+from sparse_ffn.ops.autocast import autocast_dtype, weights_for
 from sparse_ffn.ops.library import define, implementation, refuse_double_backward, set_autograd, under_transforms
 from sparse_ffn.ops.weighted_bag import reference
 
@@ -25,21 +25,23 @@ def weighted_bag(values: Tensor, index: Tensor, weight: Tensor, *, sparse_grad: 
             raise RuntimeError("sparse_grad=True does not work inside torch.func's transforms: take sparse_grad=False")
         out: Tensor = _SparseGradient.apply(values, index, weight)  # type: ignore[no-untyped-call]
         return out
-    values = cast(values, autocast_dtype(values))
-    chosen = choose(values)
+    dtype = autocast_dtype(values)
+    chosen = choose(values, dtype)
+    (values,) = weights_for(chosen, dtype, values)
     if chosen == "reference":
         return reference.weighted_bag(values, index, weight)
-    out = _forward(values, index, weight, chosen)
+    out = _forward(values, index, weight, dtype, chosen)
     return out
 
 
-def _forward_kernel(values: Tensor, index: Tensor, weight: Tensor, backend: str) -> Tensor:
-    out: Tensor = implementation("weighted_bag", backend).forward(values, index, weight)
+def _forward_kernel(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    forward = implementation("weighted_bag", backend).forward
+    out: Tensor = forward(values, index, weight, *(() if values.dtype == dtype else (dtype,)))
     return out
 
 
-def _forward_fake(values: Tensor, index: Tensor, weight: Tensor, backend: str) -> Tensor:
-    return values.new_empty(index.shape[0], values.shape[1])
+def _forward_fake(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    return values.new_empty(index.shape[0], values.shape[1], dtype=dtype)
 
 
 def _backward_kernel(
@@ -57,12 +59,12 @@ def _backward_fake(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:3])
-    ctx.chosen = inputs[3]
+    ctx.chosen = inputs[4]
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dvalues, dweight = _backward(grad, *ctx.saved_tensors, ctx.chosen)
-    return dvalues, None, dweight, None
+    return dvalues, None, dweight, None, None
 
 
 class _SparseGradient(torch.autograd.Function):
@@ -71,11 +73,12 @@ class _SparseGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         ctx.dtype = values.dtype
-        values = values.to(autocast_dtype(values))
-        chosen = choose(values)
+        dtype = autocast_dtype(values)
+        chosen = choose(values, dtype)
         ctx.chosen = "torch" if chosen == "reference" else chosen  # the reference has no sparse gradient
+        (values,) = weights_for(ctx.chosen, dtype, values)
         ctx.save_for_backward(values, index, weight)
-        return _forward_kernel(values, index, weight, ctx.chosen)
+        return _forward_kernel(values, index, weight, dtype, ctx.chosen)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -89,7 +92,9 @@ class _SparseGradient(torch.autograd.Function):
 
 
 _forward = define(
-    "weighted_bag(Tensor values, Tensor index, Tensor weight, str backend) -> Tensor", _forward_kernel, _forward_fake
+    "weighted_bag(Tensor values, Tensor index, Tensor weight, ScalarType dtype, str backend) -> Tensor",
+    _forward_kernel,
+    _forward_fake,
 )
 _backward = define(
     "weighted_bag_backward(Tensor grad, Tensor values, Tensor index, Tensor weight, str backend) "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sparse_ffn.kernels import bag, config, segments
@@ -9,9 +10,9 @@ from sparse_ffn.kernels.launch import on_device, rows
 
 
 @on_device
-def forward(values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """The bags [N, O]."""
-    out = values.new_empty(index.shape[0], values.shape[1])
+def forward(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The bags [N, O] in ``dtype`` (None: that of values); the rows that are read are added as they are, in fp32."""
+    out = values.new_empty(index.shape[0], values.shape[1], dtype=dtype)
     bag.bag(rows(values), index.contiguous(), weight.contiguous(), out)
     return out
 

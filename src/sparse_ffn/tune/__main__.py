@@ -1,0 +1,93 @@
+"""Measure the block sizes of the GPU kernels on this machine's card, and keep the best for later runs.
+
+Without this command the built-in tables count. What it finds lies in one JSON file for each card, in $SPARSE_FFN_TUNED
+or, if that is not set, in sparse-ffn in the user's cache directory. Delete the file to go back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from sparse_ffn.kernels import config, tuned
+from sparse_ffn.tune.problems import KERNELS, KINDS, Problem, choices, heights, problems
+from sparse_ffn.tune.search import Search, merged
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line; 0 if all was measured or shown, 2 if there is no GPU."""
+    options = _parser().parse_args(argv)
+    device = torch.device(options.device)
+    found = list(problems(KINDS[name] for name in options.dtype))
+    why = _no_gpu(device)
+    if options.dry_run:
+        name = "sm_90" if why else config.architecture(device)
+        return _show(found, name, options.kernels, f"no GPU here, so for {name}" if why else f"for {name}")
+    if why:
+        print(f"python -m sparse_ffn.tune measures on a GPU, and {why}. --dry-run needs none.", file=sys.stderr)
+        return 2
+
+    from sparse_ffn.tune.runner import DeviceRunner
+    from sparse_ffn.tune.stopwatch import GPUStopwatch
+
+    card = tuned.Card.of(device)
+    entries = list(config.launchable(config.architecture(device)))
+    before = tuned.load(card, entries)
+    say = print if options.verbose else (lambda line: None if line.startswith("  ") else print(line, flush=True))
+    search = Search(
+        entries,
+        DeviceRunner(device, GPUStopwatch(device)),
+        seconds=options.seconds,
+        kernels=options.kernels,
+        say=say,
+    )
+    facts = {"torch": torch.__version__, "command": " ".join(sys.argv)}
+    search.run(found, lambda result: tuned.save(merged(before, result), card, **facts))
+    for (kernel, kind, m, n), tile in search.found.tiles.items():
+        print(f"{kernel:6} {kind:5} rows {m:4} columns {n:5}: {tile}")
+    for (kind, rows), height in search.found.heights.items():
+        print(f"height {kind:5} rows {rows:4}: {height}")
+    print(f"written to {card.path}; classes that are not listed keep the built-in tiles")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog="python -m sparse_ffn.tune", description=__doc__)
+    add = found.add_argument
+    add("--device", default="cuda", help="which GPU, default cuda")
+    add("--dtype", nargs="+", choices=KINDS, default=["bf16", "tf32", "fp32"],
+        help="default bf16 (fp16 has the same tiles), tf32 (fp32 with torch's switch for it) and fp32")  # fmt: skip
+    add("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS),
+        help="one: products of rows; two: those of a GLU; outer: gradients of the matrices. Default: all")  # fmt: skip
+    add("--seconds", type=float, default=600, help="the budget, default 600; what was measured by then is kept")
+    add("--dry-run", action="store_true", help="say what would be measured, and stop")
+    add("--verbose", action="store_true", help="print every time")
+    return found
+
+
+def _no_gpu(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"{device} is none"
+    return None if torch.cuda.is_available() else "torch sees none"
+
+
+def _show(found: list[Problem], name: str, kernels: Sequence[str], where: str) -> int:
+    entries, seen = list(config.launchable(name)), set()
+    print(f"Would check and time ({where}):")
+    for problem in found:
+        print(f"{problem}, tiles of {' or '.join(map(str, heights(entries, problem)))} rows")
+        for m in heights(entries, problem):
+            for coordinate in problem.coordinates(m):
+                if coordinate[0] in kernels and coordinate not in seen:
+                    seen.add(coordinate)
+                    tiles = " ".join(map(str, choices(entries, coordinate)))
+                    print(f"  {' '.join(map(str, coordinate))}: {tiles}")
+    print(f"{sum(len(choices(entries, c)) for c in seen)} tiles in {len(seen)} classes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

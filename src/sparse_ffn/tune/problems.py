@@ -1,0 +1,95 @@
+"""What tuning measures: expert FFNs that together take every class of the tables, the most usual first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from sparse_ffn.kernels.tile import Tile
+from sparse_ffn.kernels.tuned import ROWS, WIDTHS, size_class
+
+Entry = tuple[str, str, Tile]  # kernel, arithmetic, tile
+Coordinate = tuple[str, str, int, int]  # a key of Tuned.tiles
+
+KERNELS = ("one", "two", "outer")
+KINDS = {"bf16": "half", "fp16": "half", "tf32": "tf32", "fp32": "fp32"}
+DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A training step of an expert FFN.
+
+    Attributes:
+        kind: its arithmetic: "half", "tf32" or "fp32".
+        rows: mean rows of an expert.
+        E: experts.
+        K: experts of a token.
+        G: units of an expert.
+        D: d_model, and the output's width.
+        glu: whether it is a GLU.
+    """
+
+    kind: str
+    rows: int
+    E: int
+    K: int
+    G: int
+    D: int
+    glu: bool
+
+    @property
+    def T(self) -> int:
+        """Tokens."""
+        return max(self.rows * self.E // self.K, 1)
+
+    def coordinates(self, m: int) -> tuple[Coordinate, ...]:
+        """What can be chosen at tiles of m rows: for the units, for the output, for the matrices' gradients."""
+        units, width = size_class(self.G, WIDTHS), size_class(self.D, WIDTHS)
+        first = ("two" if self.glu else "one", self.kind, m, units)
+        return tuple(dict.fromkeys((first, ("one", self.kind, m, width), ("outer", self.kind, units, width))))
+
+    def __str__(self) -> str:
+        form = "GLU" if self.glu else "ReLU-like"
+        return f"{self.kind} {form}: {self.T} tokens of {self.D}, {self.K} of {self.E} experts of {self.G} units"
+
+
+def problems(kinds: Iterable[str]) -> Iterator[Problem]:
+    """Every class of rows and widths, in each arithmetic."""
+    for kind in dict.fromkeys(kinds):
+        for rows, E in ((2048, 64), (64, 256), (32, 256), (16, 256)):
+            for G in (128, 256, 64):
+                yield Problem(kind, rows, E, 8, G, 1024, glu=False)
+                yield Problem(kind, rows, E, 8, G, 1024, glu=True)
+
+
+def heights(entries: Iterable[Entry], problem: Problem) -> list[int]:
+    """Rows of a tile to try, that of the tables first: the smallest that an expert's rows fill not twice, and one less.
+
+    Both kernels of an arithmetic must have it.
+    """
+    entries = list(entries)
+    both = [{t.m for kernel, kind, t in entries if (kernel, kind) == (k, problem.kind)} for k in ("one", "two")]
+    known = sorted(both[0] & both[1])
+    usual = next((m for m in known if problem.rows <= m), known[-1])
+    return [m for m in reversed(known) if m <= usual][:2]
+
+
+def choices(entries: Iterable[Entry], coordinate: Coordinate) -> list[Tile]:
+    """The tiles that a class may take: none wider than the class, where a narrower one is there."""
+    kernel, kind, rows, columns = coordinate
+    found = [t for k, c, t in entries if (k, c) == (kernel, kind)]
+    if kernel == "outer":
+        tall = max(rows, min(t.m for t in found))
+        found = [t for t in found if t.m <= tall]
+    else:
+        found = [t for t in found if t.m == rows]
+    wide = max(columns, min((t.n for t in found), default=0))
+    return list(dict.fromkeys(t for t in found if t.n <= wide))
+
+
+def rows_class(problem: Problem) -> tuple[str, int]:
+    """The key of Tuned.heights."""
+    return problem.kind, size_class(problem.rows, ROWS)

@@ -1,0 +1,81 @@
+"""torch.compile, torch.export and AOTInductor."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from .feature import AND_TRITON, feature
+from .layers import ALL, assert_near, build, step, tokens
+
+# 128 tokens: inductor 2.13 computes wrong router gradients on the CPU from graphs of about a hundred scores
+
+
+@feature("`torch.compile(fullgraph=True)`, traced")
+def traced(name: str) -> None:
+    """`backend="aot_eager"`: one graph; after two token counts a third compiles nothing; results are eager's."""
+    torch._dynamo.reset()
+    layer = build(name)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_near(step(layer, tokens(128), compiled), step(layer, tokens(128)))
+    step(layer, tokens(96), compiled)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert_near(step(layer, tokens(40), compiled), step(layer, tokens(40)))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.eval()(tokens(40)), layer.eval()(tokens(40)))
+
+
+@feature(
+    "`torch.compile(fullgraph=True)`, inductor",
+    {
+        "reference": ("SigmaMoE",),
+        "torch": ("SigmaMoE",),
+        "cpu": ("DenseFFN", "TopKFFN", "ProductKeyMemory", "SigmaMoE", "SBaseMoE", "NoisyTopKMoE"),
+    },
+)
+def inductor(name: str) -> None:
+    """`dynamic=True`: compiled once for all token counts; output and gradients are eager's."""
+    torch._dynamo.reset()
+    layer = build(name)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    assert_near(step(layer, tokens(128), compiled), step(layer, tokens(128)), 1e-4)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert_near(step(layer, tokens(300), compiled), step(layer, tokens(300)), 1e-4)
+
+
+@feature("`torch.export`", AND_TRITON)
+def export(name: str) -> None:
+    """With a dynamic token count; the program computes what the layer computes."""
+    _exported(name, strict=False)
+
+
+@feature("`torch.export(strict=True)`", {"cpu": ALL})
+def export_strictly(name: str) -> None:
+    """As above, traced from bytecode."""
+    _exported(name, strict=True)
+
+
+def _exported(name: str, strict: bool) -> None:
+    layer, x = build(name).eval(), tokens(7, 5)
+    shapes = {"x": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(layer, (tokens(3, 5),), dynamic_shapes=shapes, strict=strict)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+@feature(
+    "AOTInductor",
+    {"reference": ("SigmaMoE",), "torch": ("SigmaMoE",), "cpu": ("TopKFFN", "ProductKeyMemory", "SigmaMoE")},
+)
+def ahead_of_time(name: str) -> None:
+    """Exported with a dynamic token count, compiled to a package, loaded again: the same output."""
+    layer, x = build(name).eval(), tokens(300)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        shapes = {"x": {0: torch.export.Dim("tokens")}}
+        program = torch.export.export(layer, (tokens(128),), dynamic_shapes=shapes)
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(Path(folder, "layer.pt2")))
+        torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), layer(x), rtol=1e-4, atol=1e-4)
+
+
+FEATURES = (traced, inductor, export, export_strictly, ahead_of_time)

@@ -1,0 +1,172 @@
+"""Mixed precision, checkpointing, optimizers and gradient clipping."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import checkpoint as checkpointing
+
+import sparse_ffn as sf
+
+from .feature import AND_TRITON, feature
+from .layers import MIXTURES, assert_near, build, loss, step, tokens
+
+
+@feature("autocast, bf16")
+def autocast_bf16(name: str) -> None:
+    """Output in bf16, routing as in fp32, gradients in fp32 and near those of fp32."""
+    _autocast(name, torch.bfloat16, 0.1)
+
+
+@feature("autocast, fp16")
+def autocast_fp16(name: str) -> None:
+    """As above in fp16."""
+    _autocast(name, torch.float16, 0.02)
+
+
+def _autocast(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    layer, x = build(name), tokens(4, 16)
+    expected, selected = step(layer, x), _selected(layer)
+
+    def call(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype):
+            y = layer(x)
+            assert y.dtype == nn.Linear(8, 8)(x).dtype == layer(x.to(dtype)).dtype == dtype
+            return layer(x)
+
+    actual = step(layer, x, call)
+    assert all(t.dtype == torch.float32 for key, t in actual.items() if key != "output")
+    if selected is not None:
+        assert torch.equal(_selected(layer), selected)
+    for key, e in expected.items():  # units near the threshold of TopKFFN may change: compare as a whole
+        distance = (actual[key].float() - e).norm() / e.norm().clamp_min(1e-3)
+        assert distance < tolerance, (key, distance)
+
+
+def _selected(layer: sf.SparseFFN) -> Tensor | None:
+    return layer._routed[0].clone() if isinstance(layer, sf.MoE) else None
+
+
+@feature("`torch.amp.GradScaler`, fp16")
+def grad_scaler(name: str) -> None:
+    """Unscaled gradients, balance loss included, are near those of fp32; an overflow skips the step."""
+    layer, x = build(name), tokens(64)
+    expected = step(layer, x)
+    scaler, optimizer = torch.amp.GradScaler("cpu"), torch.optim.SGD(layer.parameters(), 0.1)
+
+    def scaled(x: Tensor) -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            y = layer(x)
+        scaler.scale(loss(layer, y)).backward()
+
+    scaled(x)
+    scaler.unscale_(optimizer)
+    for key, p in layer.named_parameters():
+        distance = (p.grad - expected[key]).norm() / expected[key].norm().clamp_min(1e-3)
+        assert distance < 0.02, (key, distance)
+    scaler.step(optimizer)
+    scaler.update()
+    before, scale = [p.detach().clone() for p in layer.parameters()], scaler.get_scale()
+    scaled(x * float("inf"))
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True))
+    assert scaler.get_scale() == scale / 2
+
+
+@feature("`checkpoint(use_reentrant=False)`", AND_TRITON)
+def checkpoint(name: str) -> None:
+    """Gradients equal to the bit, with dropout and noise; recomputing selects the same; the balance counts once."""
+    _checkpointed(name, reentrant=False)
+
+
+@feature("`checkpoint(use_reentrant=True)`")
+def checkpoint_reentrant(name: str) -> None:
+    """As above with `aux="inject"`; with `aux="attach"`, whose loss then has no gradient, `aux_loss` warns."""
+    _checkpointed(name, reentrant=True, **({"aux": "inject"} if name in MIXTURES else {}))
+    layer = build(name)
+    if name in MIXTURES and layer.balance != ("bias",):
+        checkpointing.checkpoint(layer, tokens(6).requires_grad_(), use_reentrant=True)
+        with pytest.warns(sf.SparseFFNWarning, match=r"use_reentrant=False.*inject"):
+            sf.aux_loss(layer)
+
+
+def _checkpointed(name: str, reentrant: bool, **options: Any) -> None:
+    layer = build(name, noise=True, dropout=0.3, **({"expert_dropout": 0.2} if name in MIXTURES else {}), **options)
+    selected: list[Tensor] = []
+    if isinstance(layer, sf.MoE):
+        layer.register_forward_hook(lambda layer, args, y: selected.append(_selected(layer)))
+    torch.manual_seed(3)
+    expected = step(layer, tokens(2, 6))
+    balance = sf.aux_loss(layer).item()
+    sf.update_router_bias(layer)
+    bias = _bias(layer)
+    selected.clear()
+    torch.manual_seed(3)
+    with checkpointing.set_checkpoint_early_stop(False):  # the hook is to see the whole recomputation
+        actual = step(layer, tokens(2, 6), lambda x: checkpointing.checkpoint(layer, x, use_reentrant=reentrant))
+    assert all(torch.equal(actual[key], e) for key, e in expected.items())
+    if isinstance(layer, sf.MoE):
+        first, again = selected
+        assert torch.equal(first, again)
+        assert sf.aux_loss(layer).item() == balance
+        sf.update_router_bias(layer)
+        assert torch.equal(_bias(layer), 2 * bias)
+
+
+def _bias(layer: sf.SparseFFN) -> Tensor:
+    bias = layer.router.bias if isinstance(layer, sf.MoE) else None
+    return torch.zeros(1) if bias is None else bias.clone()
+
+
+OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
+
+
+@feature("optimizers with `foreach=True`")
+def foreach(name: str) -> None:
+    """SGD, Adam, AdamW and Adagrad move the parameters as their plain loops do."""
+    _optimized(name, foreach=True)
+
+
+@feature("optimizers with `fused=True`")
+def fused(name: str) -> None:
+    """As above."""
+    _optimized(name, fused=True)
+
+
+def _optimized(name: str, **how: bool) -> None:
+    for kind in OPTIMIZERS:
+        results = []
+        for options in (how, {"foreach": False}):
+            layer = build(name)
+            optimizer = kind(layer.parameters(), lr=0.01, **options)
+            for seed in (1, 2):
+                step(layer, tokens(20, seed=seed))
+                optimizer.step()
+            results.append(dict(layer.named_parameters()))
+        assert_near(*results)
+
+
+@feature("`clip_grad_norm_`, `clip_grad_value_`, `parameters_to_vector`")
+def clipping(name: str) -> None:
+    """The norm is that of all gradients; a flat vector of the parameters fills another layer."""
+    layer = build(name)
+    gradients = step(layer, tokens(20))
+    norm = torch.stack([gradients[key].norm() for key, _ in layer.named_parameters()]).norm()
+    torch.testing.assert_close(nn.utils.clip_grad_norm_(layer.parameters(), norm.item() / 2), norm)
+    for key, p in layer.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[key] / 2)
+    nn.utils.clip_grad_value_(layer.parameters(), 1e-6)
+    assert all(p.grad.abs().max() <= 1e-6 for p in layer.parameters())
+    vector = nn.utils.parameters_to_vector(layer.parameters())
+    nn.utils.vector_to_parameters(2 * vector, layer.parameters())
+    assert torch.equal(nn.utils.parameters_to_vector(layer.parameters()), 2 * vector)
+
+
+FEATURES = (
+    autocast_bf16, autocast_fp16, grad_scaler, checkpoint, checkpoint_reentrant, foreach, fused, clipping,
+)  # fmt: skip

@@ -1,0 +1,374 @@
+"""Tuning without a GPU: what is tried, checked, timed, chosen and stored, and what counts then; times are made up."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import sparse_ffn as sf
+from sparse_ffn.kernels import candidates, config, tuned
+from sparse_ffn.kernels.tile import Tile
+from sparse_ffn.kernels.tuned import Card, Tuned
+from sparse_ffn.tune import __main__ as command
+from sparse_ffn.tune.problems import Problem, choices, heights, problems
+from sparse_ffn.tune.search import Search, merged
+
+CPU, CARD = torch.device("cpu"), Card("NVIDIA H100 80GB HBM3", "sm_90")
+ENTRIES = list(config.launchable("sm_90"))
+PROBLEM = Problem("half", 2048, 64, 8, 128, 1024, glu=False)
+BEST, GOOD = Tile.parse("128x128x32/8/5"), Tile.parse("128x128x64/8/3")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(tuned.DIRECTORY_VARIABLE, str(tmp_path / "tuned"))
+    return tmp_path / "tuned"
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """A device that is taken for an H100."""
+    monkeypatch.setattr(Card, "of", classmethod(lambda cls, device: CARD))
+    monkeypatch.setattr(config, "_of_device", lambda device: "sm_90")
+    config._from_file.cache_clear()
+    yield torch.device("cuda")
+    config._from_file.cache_clear()
+
+
+# tiles and candidates
+
+
+def test_a_tile_is_written_as_it_is_read() -> None:
+    assert str(Tile.parse("128x64x32/8/4")) == "128x64x32/8/4"
+    for wrong in ("128x64/8/4", "axbxc/1/1", ""):
+        with pytest.raises(ValueError, match="a tile is written"):
+            Tile.parse(wrong)
+
+
+@pytest.mark.parametrize("name", candidates.TABLES)
+def test_candidates_have_heights_of_the_tables(name: str) -> None:
+    """Else a call could take a height for which another of its kernels has no tile."""
+    for kernel, kind, tile in config.entries(candidates.TABLES[name]):
+        known = {t.m for t in config.TABLES[name]["one", kind]} & {t.m for t in config.TABLES[name]["two", kind]}
+        assert kernel == "outer" or tile.m in known
+        assert tile not in config.TABLES[name][kernel, kind]
+
+
+def test_problems_reach_every_class_of_common_sizes() -> None:
+    found = list(problems(["half", "tf32", "half"]))
+    assert len(found) == 2 * 4 * 3 * 2
+    assert str(found[0]) == "half ReLU-like: 16384 tokens of 1024, 8 of 64 experts of 128 units"
+    assert found[0].coordinates(64) == (
+        ("one", "half", 64, 128),
+        ("one", "half", 64, 1024),
+        ("outer", "half", 128, 1024),
+    )
+    assert heights(ENTRIES, found[0]) == [128, 64]
+    assert [heights(ENTRIES, p) for p in found[6:24:6]] == [[64, 32], [32, 16], [16]]
+
+
+def test_choices_are_no_wider_than_their_class() -> None:
+    for coordinate in found_coordinates():
+        tiles = choices(ENTRIES, coordinate)
+        assert tiles
+        assert all(t.n <= coordinate[3] for t in tiles)
+        assert all((t.m <= coordinate[2]) if coordinate[0] == "outer" else t.m == coordinate[2] for t in tiles)
+
+
+def found_coordinates() -> set[tuple[str, str, int, int]]:
+    return {c for p in problems(["half", "tf32"]) for m in heights(ENTRIES, p) for c in p.coordinates(m)}
+
+
+# the search
+
+
+class Made:
+    """A runner whose times are made up: 100, less what the table's tiles save; some are wrong."""
+
+    def __init__(self, saves: dict[Tile, float], wrong: set[Tile] = frozenset(), per_call: float = 1.0) -> None:  # type: ignore[assignment]
+        self.saves, self.wrong, self.per_call, self.now = saves, wrong, per_call, 0.0
+        self.checked: list[list[Tile]] = []
+        self.timed: list[list[Tile]] = []
+
+    def check(self, problem: Problem, table: Tuned) -> str | None:
+        self.now += self.per_call
+        self.checked.append(list(table.tiles.values()))
+        return "wrong" if self.wrong & set(table.tiles.values()) else None
+
+    def seconds(self, problem: Problem, table: Tuned) -> float:
+        assert self.checked[-1] == list(table.tiles.values()), "timed without a check"
+        self.timed.append(self.checked[-1])
+        height = dict(table.heights)[problem.kind, 128]
+        return 100 + (height == 64) * 5 - sum(self.saves.get(t, 0.0) for t in table.tiles.values())
+
+
+def search(runner: Made, seconds: float = 1e9, **options: object) -> Search:
+    return Search(ENTRIES, runner, seconds=seconds, say=lambda line: None, clock=lambda: runner.now, **options)  # type: ignore[arg-type]
+
+
+def test_the_best_tile_of_each_class_is_chosen() -> None:
+    wide = Tile.parse("128x256x64/8/3")
+    runner = Made({BEST: 10.0, GOOD: 7.0, wide: 12.0})
+    decided = search(runner)
+    assert decided.run([PROBLEM])
+    assert decided.found.heights == {("half", 128): 128}
+    assert decided.found.tiles == {
+        ("one", "half", 128, 128): BEST,
+        ("one", "half", 128, 1024): BEST,
+        ("outer", "half", 128, 1024): wide,
+    }
+
+
+def test_a_wrong_tile_is_never_timed() -> None:
+    runner = Made({BEST: 50.0}, wrong={BEST})
+    decided = search(runner)
+    decided.run([PROBLEM])
+    assert [BEST] in [c[-1:] for c in runner.checked]
+    assert not any(BEST in tiles for tiles in runner.timed)
+    assert BEST not in decided.found.tiles.values()
+
+
+def test_a_gain_within_the_noise_changes_nothing() -> None:
+    decided = search(Made({BEST: 1.0}))
+    decided.run([PROBLEM])
+    assert decided.found.tiles == {}
+
+
+def test_another_height_wins_with_its_own_tiles() -> None:
+    decided = search(Made({Tile.parse("64x256x64/8/3"): 30.0}))
+    decided.run([PROBLEM])
+    assert decided.found.heights == {("half", 128): 64}
+    assert decided.found.tiles["one", "half", 64, 1024] == Tile.parse("64x256x64/8/3")
+
+
+def test_classes_are_decided_once() -> None:
+    runner = Made({})
+    decided = search(runner)
+    decided.run([PROBLEM])
+    n = len(runner.checked)
+    decided.run([PROBLEM])
+    assert len(runner.checked) == n
+
+
+def test_only_the_kernels_asked_for() -> None:
+    decided = search(Made({BEST: 10.0, GOOD: 7.0}), kernels=["outer"])
+    decided.run([PROBLEM])
+    assert {kernel for kernel, *_ in decided.found.tiles} == {"outer"}
+
+
+def test_what_was_measured_before_the_time_was_up_is_kept() -> None:
+    full = Made({BEST: 10.0})
+    search(full).run([PROBLEM])
+    kept: list[Tuned] = []
+    for seconds in range(len(full.checked)):
+        runner = Made({BEST: 10.0})
+        decided = search(runner, seconds=seconds)
+        assert not decided.run([PROBLEM], kept.append)
+        assert runner.now <= seconds + 1
+        assert decided.found.heights == {}  # not all heights were tried
+    assert kept[0].tiles == {}
+    assert kept[-1].tiles["one", "half", 128, 1024] == BEST
+
+
+def test_an_earlier_run_counts_where_this_one_measured_nothing() -> None:
+    a, b = ("one", "half", 64, 128), ("one", "half", 64, 1024)
+    before = Tuned({("half", 64): 64}, {a: Tile(64, 64, 64, 4, 4), b: Tile(64, 64, 64, 4, 4)})
+    both = merged(before, Tuned({}, {b: Tile(64, 128, 64, 4, 4)}))
+    assert both == Tuned({("half", 64): 64}, {a: Tile(64, 64, 64, 4, 4), b: Tile(64, 128, 64, 4, 4)})
+    assert merged(None, before) is before
+
+
+# the file
+
+
+def measured() -> Tuned:
+    return Tuned({("half", 128): 64}, {("one", "half", 64, 1024): Tile.parse("64x256x64/8/3")})
+
+
+def test_the_file_lies_where_the_platform_wants_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(tuned.DIRECTORY_VARIABLE, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert tuned.directory() == tmp_path / ".cache" / "sparse-ffn"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert tuned.directory() == tmp_path / "cache" / "sparse-ffn"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative/is/not/allowed")
+    assert tuned.directory() == tmp_path / ".cache" / "sparse-ffn"
+    monkeypatch.setenv(tuned.DIRECTORY_VARIABLE, "~/mine")
+    assert CARD.path == tmp_path / "mine" / "nvidia-h100-80gb-hbm3-sm_90.json"
+
+
+def test_a_file_is_read_as_it_was_written(folder: Path) -> None:
+    assert tuned.load(CARD, ENTRIES) is None  # and no warning: nobody tuned
+    assert tuned.save(measured(), CARD, torch="2.x") == CARD.path
+    assert tuned.load(CARD, ENTRIES) == measured()
+    assert [p.name for p in folder.iterdir()] == [CARD.path.name]  # nothing half written is left
+
+
+def broken(folder: Path, **changes: object) -> None:
+    data = json.loads(CARD.path.read_text()) | changes
+    CARD.path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"versions": {"triton": "1.0", "kernels": "old"}}, "stale: measured with"),
+        ({"format": 0}, "not of format"),
+        ({"card": "NVIDIA A100"}, "of another card"),
+        ({"tiles": [["one", "half", 64, 1024, "64x64x64/4/17"]]}, "one half 64x64x64/4/17"),  # the gate never saw it
+        ({"tiles": [["one", "half", 128, 1024, "64x64x64/4/4"]]}, "one half 64x64x64/4/4"),  # not of that height
+        ({"tiles": [["one", "half", 64, 1024, "large"]]}, "a tile is written"),
+        ({"tiles": [["one"]]}, "damaged"),
+        ({"tiles": 3}, "not a table of tiles"),
+        ({"heights": [["half", 128, 48]]}, "half of 48 rows"),
+    ],
+)
+def test_a_useless_file_is_said_to_be_and_not_used(changes: dict[str, object], why: str, folder: Path) -> None:
+    tuned.save(measured(), CARD)
+    broken(folder, **changes)
+    with pytest.warns(sf.SparseFFNWarning, match=why):
+        assert tuned.load(CARD, ENTRIES) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe"])
+def test_so_is_a_damaged_one(content: bytes, folder: Path) -> None:
+    folder.mkdir()
+    CARD.path.write_bytes(content)
+    with pytest.warns(sf.SparseFFNWarning, match="not used"):
+        assert tuned.load(CARD, ENTRIES) is None
+
+
+# what counts
+
+
+def test_what_was_measured_goes_before_the_tables(folder: Path, card: torch.device) -> None:
+    tuned.save(measured(), CARD)
+    assert config.block_m(card, "half", 2000) == 64
+    assert config.tile(card, "one", "half", 900, 64) == Tile.parse("64x256x64/8/3")
+    # and where nothing was measured the tables do
+    assert config.block_m(card, "half", 20) == 32
+    assert config.tile(card, "one", "half", 64, 64) == Tile.parse("64x64x64/4/4")
+    assert config.tile(card, "outer", "half", 900, side=128) == Tile.parse("128x128x64/8/4")
+
+
+def test_every_height_that_tuning_may_choose_has_a_tile_for_every_kernel(card: torch.device, folder: Path) -> None:
+    for problem in problems(["half", "tf32", "fp32"]):
+        for m in heights(ENTRIES, problem):
+            with config.using(Tuned({(problem.kind, 128): m})):
+                for kernel in ("one", "two"):
+                    assert config.tile(card, kernel, problem.kind, problem.D, m).m == m
+
+
+def test_the_file_is_read_once_and_warned_about_once(folder: Path, card: torch.device) -> None:
+    folder.mkdir()
+    CARD.path.write_text("{")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tiles = {config.tile(card, "one", "half", 64, 64) for _ in range(3)}
+    assert tiles == {Tile.parse("64x64x64/4/4")}
+    assert ["python -m sparse_ffn.tune" in str(w.message) for w in caught] == [True]
+
+
+def test_the_gate_and_fixed_tiles_ignore_the_file(folder: Path, card: torch.device) -> None:
+    tuned.save(measured(), CARD)
+    with config.fixed(architecture="sm_90"):
+        assert config.block_m(card, "half", 2000) == 128
+    with config.fixed(Tile(16, 16, 16, 4, 2)):
+        assert config.tile(card, "one", "half", 900, 64).m == 16
+
+
+def test_on_a_cpu_no_file_is_read(folder: Path) -> None:
+    folder.mkdir()
+    CARD.path.write_text("{")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert config.block_m(CPU, "half", 2000) == 128
+
+
+# the command
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")
+def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    assert command.main([]) == 2
+    assert "measures on a GPU, and torch sees none" in capsys.readouterr().err
+    assert command.main(["--device", "cpu"]) == 2
+    assert "cpu is none" in capsys.readouterr().err
+    assert not folder.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the card's own table")
+def test_a_dry_run_shows_what_would_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--dry-run", "--dtype", "bf16", "fp16", "--kernels", "outer"]) == 0
+    out = capsys.readouterr().out
+    assert "no GPU here, so for sm_90" in out
+    assert "outer half 128 1024: " in out
+    assert "one half" not in out
+    assert out.count("16384 tokens") == 6  # bf16 and fp16 are one arithmetic
+
+
+def test_the_help_says_where_the_file_lies(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    assert tuned.DIRECTORY_VARIABLE in capsys.readouterr().out
+
+
+def test_the_command_stores_what_it_finds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path, card: torch.device
+) -> None:
+    """All of it but the card: times are made up, the budget is that of the clock on the wall."""
+    from sparse_ffn.tune import runner, stopwatch
+
+    made = Made({BEST: 10.0}, per_call=0.0)
+    monkeypatch.setattr(command, "_no_gpu", lambda device: None)
+    monkeypatch.setattr(command, "problems", lambda kinds: [PROBLEM])
+    monkeypatch.setattr(stopwatch, "GPUStopwatch", lambda device: None)
+    monkeypatch.setattr(runner, "DeviceRunner", lambda device, seconds_of: made)
+    earlier = Tuned({("tf32", 16): 16}, {("one", "half", 128, 1024): GOOD})
+    tuned.save(earlier, CARD)
+    assert command.main(["--dtype", "bf16", "--seconds", "600"]) == 0
+    out = capsys.readouterr().out
+    assert str(CARD.path) in out
+    assert f"one    half  rows  128 columns  1024: {BEST}" in out
+    stored = tuned.load(CARD, ENTRIES)
+    assert stored is not None
+    assert stored.tiles["one", "half", 128, 1024] == BEST
+    assert stored.heights == {("tf32", 16): 16, ("half", 128): 128}
+    config._from_file.cache_clear()
+    assert config.tile(card, "one", "half", 1024, 128) == BEST  # a later launch takes it
+
+
+def test_the_gpus_stopwatch_hides_the_launches_and_empties_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparse_ffn.tune import stopwatch
+
+    happened: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            happened.append("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 2.5  # milliseconds
+
+    class Cache:
+        def zero_(self) -> None:
+            happened.append("cache")
+
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **options: Cache())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: happened.append("busy"))
+    seconds = stopwatch.GPUStopwatch(torch.device("cuda"))(lambda: happened.append("call"))
+    assert seconds == 0.0025
+    assert happened == ["wait", "cache", "busy", "event", "call", "event", "wait"]
