@@ -14,7 +14,7 @@ from sparse_ffn.convert.partition import balanced_kmeans, contiguous, product_gr
 from sparse_ffn.convert.router import centre, fit_router, mean_keys
 from sparse_ffn.convert.weights import PAD, FFNWeights
 from sparse_ffn.layers import MoE, ProductKeyMemory, SparseFFN
-from sparse_ffn.routing.routers import OpenRouter, SoftmaxRouter
+from sparse_ffn.routing.routers import OpenRouter
 
 
 @dataclass(frozen=True)
@@ -146,12 +146,8 @@ def coactivation(ffn: FFNWeights, inputs: Tensor, n_tokens: int = 2048) -> Tenso
 
 def gate_at_zero(layer: MoE) -> float:
     """The weight of a selected expert where all logits are zero."""
-    router = layer.router
-    if isinstance(router, OpenRouter):
-        return 1.0
-    if isinstance(router, SoftmaxRouter):
-        return 1 / (layer.n_experts if router.order == "before" else layer.k)
-    return 1 / layer.k if hasattr(router, "noise_weight") else 0.5
+    index_TK = torch.arange(layer.k).unsqueeze(0)
+    return layer.router.gate(torch.zeros(1, layer.n_experts), index_TK, None)[0, 0].item()
 
 
 def _correct(layer: MoE, ffn: FFNWeights, inputs: Tensor) -> str:
