@@ -169,6 +169,15 @@ def test_going_back_refuses_a_layer_that_is_another_function() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             to_transformers(sf.MoE(D, E, G, K, **{**good, **change}), config)
+    for sizes, message in (
+        ((8, E, G, K), "its d_model is 8, not 16"),
+        ((D, 4, G, K), "its n_experts is 4, not 6"),
+        ((D, E, 8, K), "its expert_size is 8, not 12"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            to_transformers(sf.MoE(*sizes, **good), config)
+    with pytest.raises(TypeError, match="got DenseFFN"):
+        to_transformers(sf.DenseFFN(D, G), config)  # type: ignore[arg-type]
     layer = sf.MoE(D, E, G, K, **good)
     theirs.load_state_dict(to_transformers(layer, config))
     torch.testing.assert_close(theirs(torch.ones(1, 3, D)), layer(torch.ones(1, 3, D)))
@@ -203,6 +212,8 @@ def test_what_the_papers_code_knows_and_we_do_not_is_an_error() -> None:
         from_moe_layer(moe_layer_state(False), K, prefix="a.")
     with pytest.raises(ValueError, match="no place for gate_keys"):
         to_moe_layer(sf.SigmaMoE(D, E, G, K, glu=True))
+    with pytest.raises(TypeError, match="got DenseFFN"):
+        to_moe_layer(sf.DenseFFN(D, G, bias=False))  # type: ignore[arg-type]
 
 
 def test_deepseeks_router_survives_expert_dropout_and_refuses_bad_sizes() -> None:

@@ -18,6 +18,7 @@ from sparse_ffn.convert import ConstantInput, config, config_from_dict, sparsify
 from sparse_ffn.convert.calibrate import Reservoir
 from sparse_ffn.convert.partition import balanced_assignment, balanced_kmeans
 from sparse_ffn.ops.activations import ACTIVATIONS, activate
+from sparse_ffn.routing import DeepSeekRouter
 
 OPEN = sf.MoEConfig(router="open", n_experts=4, k=4)
 
@@ -111,6 +112,21 @@ def test_configs_refuse_what_does_not_fit() -> None:
         sf.from_dense(Mlp(), sf.MoEConfig(expert_size=4, init="cluster", cluster_by="coactivation"))
     with pytest.raises(TypeError, match="config must be a config of sparse_ffn"):
         sf.sparsify_(Mlp(), sf.SigmaMoE)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["k", "n_experts", "expert_size"])
+def test_a_size_of_zero_is_not_taken_for_one_left_out(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        sf.SigmaMoEConfig(**{name: 0})
+    with pytest.raises(TypeError, match=f"{name} must be an int"):
+        sf.SigmaMoEConfig(**{name: "4"})
+
+
+def test_zero_sub_keys_and_hidden_units_are_refused() -> None:
+    with pytest.raises(ValueError, match="n_sub_keys must be at least 1, got 0"):
+        sf.ProductKeyMemoryConfig(n_sub_keys=0)
+    with pytest.raises(ValueError, match="d_ff must be at least 1, got 0"):
+        sf.DenseFFNConfig(d_ff=0, init="fresh")
 
 
 def test_sizes_left_out_come_from_the_ffn() -> None:
@@ -235,6 +251,7 @@ def test_there_and_back(kind: type[Any]) -> None:
         (sf.TopKFFN(6, 8, 3), "k = 3 of d_ff = 8"),
         (sf.MoE(6, 4, 3, 2, router="open"), "k = 2 of n_experts = 4"),
         (sf.SigmaMoE(6, 4, 3, 4), "its gates depend on the token"),
+        (sf.MoE(6, 4, 3, 4, router=DeepSeekRouter(6, 4, 4)), "gates of its DeepSeekRouter are unknown"),
         (sf.ProductKeyMemory(6, 3, 4), "k = 4 of 9 values"),
         (sf.ProductKeyMemory(6, 3, 9, activation="softmax"), "normalised"),
     ],
@@ -284,6 +301,11 @@ def test_meta_models_are_converted_without_data() -> None:
     report = sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, k=2))
     assert len(report.swaps) == 2
     assert model[0].ffn.keys.is_meta
+    for needs in ({"init": "cluster"}, {"router_init": "fitted"}):
+        with torch.device("meta"):
+            model = nn.Sequential(Block())
+        with pytest.raises(ValueError, match=r"0\.ffn .* need numbers"):
+            sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, **needs))
 
 
 def test_shared_modules_stay_shared_and_tied_parameters_stay_tied() -> None:
@@ -310,6 +332,36 @@ def test_what_is_tied_to_something_else_is_left_and_listed() -> None:
     assert isinstance(model[0].ffn, Mlp)
 
 
+def twins(*tied: str) -> nn.Sequential:
+    model = nn.Sequential(Block(), Block())
+    for name in tied:
+        linear, _, parameter = name.partition(".")
+        setattr(getattr(model[1].ffn, linear), parameter, getattr(getattr(model[0].ffn, linear), parameter))
+    return model
+
+
+ALL = ("a.weight", "a.bias", "b.weight", "b.bias")
+
+
+def test_no_parameter_is_untied() -> None:
+    both = {"0.ffn", "1.ffn"}
+    assert set(sf.sparsify_(twins("a.weight", "b.weight"), OPEN).unknown) == both  # their biases differ
+    assert set(sf.sparsify_(twins(*ALL), OPEN, lambda module, name: name == "0.ffn").unknown) == {"0.ffn"}
+    configs = {"0.ffn": OPEN, "1.ffn": sf.SigmaMoEConfig(n_experts=4)}
+    assert set(sf.sparsify_(twins(*ALL), configs).unknown) == both
+    elsewhere = nn.ModuleList([Block(), nn.Linear(6, 16, bias=False), nn.Linear(16, 6, bias=False)])
+    elsewhere[1].weight, elsewhere[2].weight = elsewhere[0].ffn.a.weight, elsewhere[0].ffn.b.weight
+    assert set(sf.sparsify_(elsewhere, OPEN).unknown) == {"0.ffn"}
+    square = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    square[2].weight = square[0].weight
+    assert set(sf.sparsify_(square, OPEN).unknown) == {"0"}
+
+
+def test_lists_are_taken_where_tuples_are() -> None:
+    config = sf.SigmaMoEConfig(n_experts=4, balance=["entropy", "z"], balance_weight=[1e-3, 1e-4])
+    assert len(sf.sparsify_(nn.Sequential(Block()), config).swaps) == 1
+
+
 @pytest.mark.parametrize("where", ["ffn", "ffn.a"])
 def test_hooks_are_not_thrown_away(where: str) -> None:
     model = nn.Sequential(Block())
@@ -328,6 +380,19 @@ def test_what_is_compiled_by_itself_is_left_and_listed() -> None:
     before = whole(torch.ones(1, 6))
     assert sf.sparsify_(whole, sf.MoEConfig(router="open", n_experts=4, k=1)).names == ["_orig_mod.0.ffn"]
     assert not torch.equal(whole(torch.ones(1, 6)), before)
+
+
+class Quantised(torch.Tensor):
+    """Stands for the tensors of torchao, bitsandbytes and FSDP."""
+
+
+def test_special_kinds_of_parameters_are_left_and_listed() -> None:
+    model = nn.Sequential(Block(), Block())
+    special = model[0].ffn.a.weight.detach().as_subclass(Quantised)
+    model[0].ffn.a.weight = nn.Parameter(special)
+    report = sf.sparsify_(model, OPEN)
+    assert report.names == ["1.ffn"]
+    assert "weight of Linear is a Quantised" in report.unknown["0.ffn"]
 
 
 def test_dropouts_are_kept() -> None:
@@ -397,6 +462,64 @@ def test_what_is_unknown_is_listed_with_what_was_seen() -> None:
         "* (Embedding 9x6)": 1, "*.ffn.a (Linear 16x6)": 1, "*.ffn.b (Linear 6x16)": 1, "*.a (Linear 16x6)": 1,
         "*.b (Linear 6x16)": 1, "*.* (Linear 16x6)": 1, "*.* (Linear 6x16)": 1, "* (Linear 3x6)": 1,
     }  # fmt: skip
+
+
+class Clipped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x).clamp(-10, 10)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU6, Clipped])
+@pytest.mark.parametrize("inside", [Block, nn.Sequential])  # an FFN of its own, and a pair in a larger module
+def test_a_clamp_that_only_large_values_show_is_seen(act: Any, inside: Any) -> None:
+    ffn = nn.Sequential(nn.Linear(6, 16), act(), nn.Linear(16, 6))
+    report = sf.sparsify_(nn.Sequential(Block(ffn)) if inside is Block else ffn, OPEN)
+    assert not report.swaps
+    assert "clamps" in str(report.unknown)
+
+
+class Pair(Mlp):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), None
+
+
+class First(nn.Module):
+    def __init__(self, ffn: nn.Module) -> None:
+        super().__init__()
+        self.ffn = ffn
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.ffn(x)[0]
+        return y
+
+
+def test_an_ffn_that_returns_a_tuple_goes_on_returning_one() -> None:
+    model = First(Pair())
+    dense = copy.deepcopy(model)
+    assert sf.sparsify_(model, OPEN).names == ["ffn.a"]  # within the module, not in its place
+    same(model, dense)
+
+
+class Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x) if self.training else x
+
+
+class Skipped(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training else super().forward(x)
+
+
+@pytest.mark.parametrize("other", [nn.AlphaDropout, nn.Dropout1d, Noise])
+def test_what_only_training_does_is_not_lost(other: Any) -> None:
+    inner = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), other(), nn.Linear(16, 6))
+    after = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6), other())
+    model = nn.Sequential(Block(inner), Block(after), Block(Skipped()))
+    report = sf.sparsify_(model, OPEN)
+    assert report.names == ["1.ffn.0"]
+    assert isinstance(model[1].ffn[3], other)
+    assert "in training" in report.unknown["0.ffn.0"]
+    assert "in training" in report.unknown["2.ffn.a"]
 
 
 def test_the_report_prints_and_rebuilds() -> None:
@@ -491,6 +614,21 @@ def clustered(n_groups: int = 4, size: int = 4) -> tuple[Mlp, Tensor, Tensor]:
     x = 0.1 * torch.randn(400, d)
     x[torch.arange(400), torch.arange(400) % n_groups] += 2.0
     return dense, x, group
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"elsewhere.ffn": torch.randn(9, 6)}, r"calibration has nothing for '0\.ffn', only for \['elsewhere\.ffn'\]"),
+        ({"0.ffn": torch.randn(9, 7)}, r"0\.ffn: its calibration must be .*d_model = 6\], got \[9, 7\]"),
+        ({"0.ffn": torch.empty(0, 6)}, r"at least 1 token.*got \[0, 6\]"),
+    ],
+)
+def test_a_calibration_that_does_not_fit_is_an_error(given: dict[str, Tensor], message: str) -> None:
+    model = nn.Sequential(Block())
+    with pytest.raises(ValueError, match=message):
+        sf.sparsify_(model, OPEN, calibration=given)
+    assert isinstance(model[0].ffn, Mlp)
 
 
 @pytest.mark.parametrize("by", ["keys", "coactivation"])

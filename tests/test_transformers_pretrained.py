@@ -57,6 +57,14 @@ def test_a_converted_model_is_saved_and_loaded(name: str, tmp_path: Path) -> Non
     assert torch.equal(logits(from_pretrained(str(tmp_path / "again"))), logits(model))
 
 
+def test_the_config_is_taken_from_where_the_weights_are(tmp_path: Path) -> None:
+    model = model_of("LlamaForCausalLM")
+    record_conversion(model, sf.sparsify_(model, sf.TopKFFNConfig(k=5)))
+    model.save_pretrained(tmp_path / "inner")
+    loaded = from_pretrained(str(tmp_path), subfolder="inner")
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_several_conversions_another_class_and_another_dtype(tmp_path: Path) -> None:
     model = model_of("LlamaForCausalLM")
     record_conversion(model, sf.sparsify_(model, sf.SigmaMoEConfig(k=1, n_experts=4), lambda m, name: "0" in name))

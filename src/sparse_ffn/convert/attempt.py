@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from sparse_ffn.convert.edits import switch_off_fast_path
-from sparse_ffn.convert.found import Unknown
-from sparse_ffn.convert.probe import Trace, probe_copy, run
+from sparse_ffn.convert.found import Formula, Unknown
+from sparse_ffn.convert.probe import Trace, close, probe_copy, run
 
 Arguments = tuple[Tensor | None, ...]
 
@@ -36,3 +36,17 @@ def try_run(
             failed = failed or error
     text = str(failed).strip().split("\n")[0]
     raise Unknown(f"{type(copied).__name__} does not run by itself ({type(failed).__name__}: {text})")
+
+
+def check_large(copied: nn.Module, args: Arguments, ups: list[nn.Module], down: nn.Module, formula: Formula) -> None:
+    """Large hidden units must follow the formula too: a clamp, as in ReLU6, shows nowhere else."""
+    weights = [weight.data for up in ups if isinstance(weight := up.weight, Tensor)]
+    for weight in weights:
+        weight.mul_(1000)
+    trace, _ = try_run(copied, [args], [*ups, down])
+    for weight in weights:
+        weight.div_(1000)
+    first, last = [trace.only(up) for up in ups], trace.only(down)
+    outputs = [call.output for call in first if call is not None]
+    if last is None or len(outputs) != len(ups) or not close(formula.hidden(outputs), last.input):
+        raise Unknown(f"the hidden units are {formula.activation} only while they are small: something clamps them")

@@ -8,7 +8,11 @@ from torch import Tensor
 from sparse_ffn.convert.build import copy_weights, gate_at_zero
 from sparse_ffn.convert.weights import FFNWeights
 from sparse_ffn.layers import DenseFFN, MoE, ProductKeyMemory, SparseFFN
-from sparse_ffn.routing.routers import OpenRouter
+from sparse_ffn.routing.deepseek import DeepSeekRouter
+from sparse_ffn.routing.routers import NoisyTopKRouter, OpenRouter, SigmoidRouter, SinkhornRouter, SoftmaxRouter
+
+# routers whose gate() says what they do at zero logits; a subclass may do more
+KNOWN = (OpenRouter, SigmoidRouter, SoftmaxRouter, SinkhornRouter, NoisyTopKRouter, DeepSeekRouter)
 
 
 @torch.no_grad()
@@ -57,6 +61,8 @@ def _no_dense(layer: SparseFFN, why: str) -> ValueError:
 def _experts(layer: MoE) -> FFNWeights:
     if layer.k < layer.n_experts:
         raise _no_dense(layer, f"k = {layer.k} of n_experts = {layer.n_experts} are used, others for each token")
+    if type(layer.router) not in KNOWN:
+        raise _no_dense(layer, f"the gates of its {type(layer.router).__name__} are unknown here")
     if not isinstance(layer.router, OpenRouter) and bool(layer.router.weight.any()):
         raise _no_dense(layer, "its gates depend on the token (the router's weights are not zero)")
 

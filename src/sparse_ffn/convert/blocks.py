@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from sparse_ffn.convert.attempt import try_copy, try_run
+from sparse_ffn.convert.attempt import check_large, try_copy, try_run
 from sparse_ffn.convert.found import Found, Unknown, find_formula, relative
 from sparse_ffn.convert.linears import Linear, hooks
-from sparse_ffn.convert.probe import close, probe_input
+from sparse_ffn.convert.probe import close, probe_input, same_outputs
 
 
 def block_roles(module: nn.Module, inside: list[Linear]) -> tuple[list[Linear], Linear] | None:
@@ -34,17 +34,19 @@ def match_block(name: str, module: nn.Module, ups: list[Linear], down: Linear) -
     x = probe_input(ups[0].n_in)
     trace, _ = try_run(copied, [(x,)], inside)
     calls = [trace.only(m) for m in inside]
-    if None in calls or len(trace.outputs) != 1:
-        raise Unknown("its linear maps are not called once each, or it returns more than a tensor")
+    if None in calls or not trace.bare:
+        raise Unknown("its linear maps are not called once each, or it returns something else than a tensor")
     *first, last = [call for call in calls if call is not None]
     if not all(close(call.input, x) for call in first) or not close(trace.outputs[0], last.output):
         raise Unknown(f"more than {', '.join(u.name.rpartition('.')[2] for u in (*ups, down))} and an activation")
     formula = find_formula([call.output for call in first], last.input)
     dropout = out_dropout = 0.0
-    trace, _ = try_run(copied, [(x,)], inside, train=True)
-    first = [call for m in inside[:-1] if (call := trace.only(m)) is not None]
-    h, y = formula.hidden([call.output for call in first]), trace.calls[inside[-1]][0].output
-    for rate, dropped in trace.dropouts:
+    check_large(copied, (x,), inside[:-1], inside[-1], formula)
+    trained, _ = try_run(copied, [(x,)], inside, train=True)
+    if any(trained.only(m) is None for m in inside) or not same_outputs(trained, trace):
+        raise Unknown("in training it does more than dropout")
+    h, y = formula.hidden([call.output for call in first]), last.output
+    for rate, dropped in trained.dropouts:
         if close(dropped, h) and not dropout:
             dropout = rate
         elif close(dropped, y) and not out_dropout:

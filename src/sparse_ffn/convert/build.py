@@ -89,6 +89,8 @@ def copy_weights(layer: SparseFFN, ffn: FFNWeights) -> None:
 def _experts(layer: MoE, config: ExpertsConfig, ffn: FFNWeights, inputs: Tensor | None) -> str:
     if config.init == "upcycle":
         return _upcycle(layer, ffn)
+    if layer.keys.is_meta and (config.init == "cluster" or config.router_init == "fitted"):
+        raise ValueError('init = "cluster" and router_init = "fitted" need numbers; a model on meta has none')
     n, k = layer.n_experts, layer.k
     units_EG, how = _partition(config, ffn, inputs, n)
     order = units_EG.flatten().to(ffn.keys.device)

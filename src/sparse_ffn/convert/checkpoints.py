@@ -114,7 +114,10 @@ def to_transformers(
 
     Raises:
         ValueError: the layer is not what the config says.
+        TypeError: no ``MoE`` and no ``SharedExpertMoE``.
     """
+    if not isinstance(layer, (MoE, SharedExpertMoE)):
+        raise TypeError(f"layer must be a MoE or a SharedExpertMoE, got {type(layer).__name__}")
     facts = _facts(config)
     style = STYLES[facts["model_type"]]
     moe = layer.routed if isinstance(layer, SharedExpertMoE) else layer
@@ -197,6 +200,8 @@ def _check_fits(layer: MoE | SharedExpertMoE, moe: MoE, facts: Mapping[str, Any]
     k = facts["num_experts_per_tok"]
     named = _router(facts, (moe.d_model, moe.n_experts, moe.expert_size, k))
     router = ROUTERS[named](moe.d_model, moe.n_experts, k, device="meta") if isinstance(named, str) else named
+    n_experts = [facts[n] for n in ("num_local_experts", "num_experts", "n_routed_experts") if facts.get(n) is not None]
+    size = facts.get("moe_intermediate_size") or facts.get("intermediate_size", moe.expert_size)
     checks = {
         "router": (_traits(moe.router), _traits(router)),
         "activation": (moe.activation, ACTIVATIONS[facts["hidden_act"]]),
@@ -205,6 +210,9 @@ def _check_fits(layer: MoE | SharedExpertMoE, moe: MoE, facts: Mapping[str, Any]
         "d_out": (moe.d_out, moe.d_model),
         "shared expert": (shared, kind == "qwen2_moe" or (shared and kind.startswith("deepseek"))),
         "gated shared expert": (isinstance(layer, SharedExpertMoE) and layer.gate is not None, kind == "qwen2_moe"),
+        "d_model": (moe.d_model, facts.get("hidden_size", moe.d_model)),
+        "n_experts": (moe.n_experts, next(iter(n_experts), moe.n_experts)),
+        "expert_size": (moe.expert_size, size),
     }
     for what, (has, should) in checks.items():
         if has != should:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from sparse_ffn import layers
-from sparse_ffn.checks import check_choice
+from sparse_ffn.checks import check_choice, check_positive
 from sparse_ffn.convert.weights import FFNWeights
 from sparse_ffn.layers.base import SparseFFN
 
@@ -31,7 +31,8 @@ class FFNConfig:
         n_layers: of a fresh layer.
 
     Raises:
-        ValueError: an ``init`` that this layer does not have.
+        ValueError: an ``init`` that this layer does not have; a size below 1.
+        TypeError: a size that is no int.
     """
 
     layer: ClassVar[type[SparseFFN]]
@@ -45,6 +46,10 @@ class FFNConfig:
 
     def __post_init__(self) -> None:
         check_choice("init", self.init, self.inits)
+        for name in ("d_ff", "n_sub_keys", "n_experts", "expert_size", "k"):
+            size = getattr(self, name, None)
+            if size is not None:
+                check_positive(name, size)
 
     def resolve(self: Self, ffn: FFNWeights) -> Self:
         """This config with every None replaced by what the FFN says.

@@ -78,7 +78,7 @@ def as_linear(name: str, module: nn.Module) -> Linear | None:
 
 
 def hooks(module: nn.Module) -> str | None:
-    """What would be lost if the module, or one inside it, went away: the first kind of hook found."""
+    """What would be lost if the module, or one inside it, went away: hooks, or parameters of a special kind."""
     for inner in module.modules():
         for kind in HOOKS:
             if getattr(inner, kind, None):
@@ -86,6 +86,8 @@ def hooks(module: nn.Module) -> str | None:
         if "forward" in inner.__dict__:
             return f"forward of {type(inner).__name__} is patched"
         for name, parameter in inner.named_parameters(recurse=False):
+            if type(parameter) is not nn.Parameter:  # quantised or sharded: its numbers are not at hand
+                return f"{name} of {type(inner).__name__} is a {type(parameter).__name__}"
             if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
                 return f"{name} of {type(inner).__name__} has gradient hooks"
     return None

@@ -58,7 +58,10 @@ def to_moe_layer(layer: MoE, *, prefix: str = "") -> dict[str, Tensor]:
 
     Raises:
         ValueError: the layer has a parameter that the paper's code has no place for.
+        TypeError: no ``MoE``.
     """
+    if not isinstance(layer, MoE):
+        raise TypeError(f"layer must be a MoE, got {type(layer).__name__}")
     names = {
         "keys": "keys",
         "values": "values",

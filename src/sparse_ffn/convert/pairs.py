@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.convert.attempt import Arguments, try_copy, try_run
+from sparse_ffn.convert.attempt import Arguments, check_large, try_copy, try_run
 from sparse_ffn.convert.edits import Edit, put
 from sparse_ffn.convert.found import Found, Unknown, find_formula, relative
 from sparse_ffn.convert.linears import Linear, hooks
@@ -43,11 +43,13 @@ def match_pair(name: str, module: nn.Module, up: Linear, down: Linear) -> Found:
     if first is None or last is None:
         raise Unknown(f"{a} and {b} are not called once each")
     formula = find_formula([first.output], last.input)
+    check_large(copied, args, [copied.get_submodule(a)], copied.get_submodule(b), formula)
     trained, _ = try_run(copied, [args], leaves, train=True)
     edits = [*_activation_slot(copied, owners, trace, first, last, b, args)]
     dropout = 0.0
     first_trained = trained.only(copied.get_submodule(a))
-    assert first_trained is not None
+    if first_trained is None:
+        raise Unknown(f"{a} is not called once in training")
     h = formula.hidden([first_trained.output])
     for rate, dropped in trained.dropouts:
         if close(dropped, h) and not dropout:
@@ -126,7 +128,9 @@ def _verify(found: Found, module: nn.Module, up: str, args: Arguments, trace: Tr
     put(copied, (Edit(owner, attribute, lambda: _Stand(weights)), *found.edits))
     try:
         same = same_outputs(run(copied, args), trace)
-        rates = sorted(rate for rate, _ in run(copied, args, train=True).dropouts)
+        again = run(copied, args, train=True)
+        same = same and same_outputs(again, trained)
+        rates = sorted(rate for rate, _ in again.dropouts)
     except Exception as error:
         raise Unknown(f"{type(module).__name__} does not run with the FFN replaced ({error})") from error
     if not same or rates != sorted(rate for rate, _ in trained.dropouts):

@@ -72,8 +72,10 @@ class Trace:
 
     calls: dict[nn.Module, list[Call]] = field(default_factory=dict)
     dropouts: list[tuple[float, Tensor]] = field(default_factory=list)
-    """Rate and input of every dropout that dropped."""
+    """Rate and input of every dropout. It drops nothing in a probe: training can be compared with evaluation."""
     outputs: list[Tensor] = field(default_factory=list)
+    bare: bool = False
+    """Whether the output was a tensor, and not something that holds tensors."""
 
     def only(self, module: nn.Module) -> Call | None:
         """The one call of a module, None if there was none or there were several."""
@@ -96,6 +98,7 @@ class _Dropouts(TorchFunctionMode):
             rate, training = given.get("p", 0.5), given.get(names[2], True)
             if training and rate > 0:
                 self.seen.append((rate, given["input"].clone()))
+                return given["input"]
         return func(*args, **kwargs)
 
 
@@ -134,6 +137,7 @@ def run(
             torch.manual_seed(0)
             stack.enter_context(_Dropouts(trace.dropouts))
         output = copied(*args)
+    trace.bare = isinstance(output, Tensor)
     trace.outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
     return trace
 

@@ -39,14 +39,15 @@ def sparsify_(
         model: any module. Device, dtype, training mode, ``requires_grad`` and sharing of modules are kept.
         config: what the FFNs become; or a mapping from the names of some of them to the config of each.
         filter_fn: ``filter_fn(module, name) -> bool`` says which FFNs are replaced; it gets what is at ``name`` now.
-        calibration: what ``calibrate`` returned for this model.
+        calibration: what ``calibrate`` returned for this model: it must hold every FFN that is replaced.
 
     Returns:
         What was replaced and what was left, with parameters, FLOPs and what was done with the weights.
 
     Raises:
         TypeError: ``config`` is no config of this library.
-        ValueError: the config does not fit an FFN, or names one that is not there. The model is as it was.
+        ValueError: the config does not fit an FFN, or names one that is not there; the calibration lacks one, or is of
+            another width. The model is as it was.
     """
     _check_config(config)
     found, unknown = find(model)
@@ -58,13 +59,15 @@ def sparsify_(
     wanted = [f for f in found if configs[f.name] is not None and (filter_fn is None or filter_fn(f.module, f.name))]
     skipped = tuple(f.name for f in found if f not in wanted)
     slots = _slots(model)
-    chosen = _free(model, wanted, slots, unknown)
+    identity = {f.name: _identity(f, configs[f.name]) for f in wanted}
     plans: list[_Plan] = []
     built: dict[object, nn.Module] = {}
-    for f in chosen:
+    for f in _free(model, wanted, identity, slots, unknown):
         each = configs[f.name]
         assert each is not None
-        plans.append(_plan(f, each, None if calibration is None else calibration.get(f.name), slots, built))
+        if calibration is not None and f.name not in calibration:
+            raise ValueError(f"calibration has nothing for {f.name!r}, only for {list(calibration)}")
+        plans.append(_plan(f, each, None if calibration is None else calibration[f.name], slots, built))
     _swap(model, plans, slots)
     return Report(tuple(p.swap for p in plans), unknown, skipped, _others(model, plans))
 
@@ -85,7 +88,7 @@ def from_dense(ffn: nn.Module, config: FFNConfig, *, inputs: Tensor | None = Non
     """
     _check_config(config)
     f = find_one(ffn)
-    return _plan(f, config, None if inputs is None else inputs.flatten(0, -2), {}, {}).module
+    return _plan(f, config, None if inputs is None else inputs.reshape(-1, *inputs.shape[-1:]), {}, {}).module
 
 
 def _check_config(config: object) -> None:
@@ -105,9 +108,12 @@ def _plan(f: Found, config: FFNConfig, inputs: Tensor | None, slots: _Slots, don
     """Build what replaces an FFN, without touching the model."""
     ffn = f.weights()
     _check_uniform(f.name, ffn)
-    # the same parameters in two modules stay the same: one new layer stands in both places
-    identity = (_identity(f), id(config))
     wide = ffn.gate_bias is not None
+    if inputs is not None and (inputs.dim() != 2 or inputs.shape[1] != ffn.d_model or not len(inputs)):
+        raise ValueError(
+            f"{f.name or 'the FFN'}: its calibration must be [at least 1 token, d_model = {ffn.d_model}], "
+            f"got {list(inputs.shape)}"
+        )
     rows = inputs if inputs is None else inputs.to(ffn.keys)
     if wide and rows is not None:
         rows = ConstantInput()(rows)
@@ -119,7 +125,7 @@ def _plan(f: Found, config: FFNConfig, inputs: Tensor | None, slots: _Slots, don
     if f.out_dropout:
         parts.append(nn.Dropout(f.out_dropout))
     module = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
-    module = done.setdefault(identity, module.train(f.module.training))
+    module = done.setdefault(_identity(f, config), module.train(f.module.training))
     note = made.note + ("; a constant input carries the gate's bias" if wide else "")
     swap = Swap(
         f.name, f.pattern, _describe(made.layer), made.config,
@@ -172,27 +178,33 @@ def _parameter_owners(model: nn.Module) -> dict[int, set[nn.Module]]:
     return owners
 
 
-def _identity(f: Found) -> object:
-    """The same for FFNs of the same parameters in the same roles."""
-    return tuple(id(p) for linear in (*f.ups, f.down) for p in linear.module.parameters()), f.formula
+def _identity(f: Found, config: FFNConfig | None) -> object:
+    """The same for FFNs that have the same parameters and become the same: one new layer stands in all their places."""
+    parameters = tuple(id(p) for linear in (*f.ups, f.down) for p in linear.module.parameters())
+    return parameters, f.formula, f.dropout, f.out_dropout, repr(config)
 
 
-def _free(model: nn.Module, wanted: list[Found], slots: _Slots, unknown: dict[str, str]) -> list[Found]:
+def _free(
+    model: nn.Module, wanted: list[Found], identity: Mapping[str, object], slots: _Slots, unknown: dict[str, str]
+) -> list[Found]:
     """The FFNs whose parts nothing else uses; the others become unknown, with the reason."""
     owners = _parameter_owners(model)
     free = wanted
     while True:  # leaving one can tie down another
-        of = {linear.module: _identity(f) for f in free for linear in (*f.ups, f.down)}
+        of = {linear.module: identity[f.name] for f in free for linear in (*f.ups, f.down)}
         left = {}
         for f in free:
             if any(attribute == "_orig_mod" for _, attribute, _ in slots.get(id(f.module), [])):
                 left[f.name] = "it is compiled by itself, and would go on as it was: convert first, then compile"
+            own = {linear.module for linear in (*f.ups, f.down)}
             for linear in (*f.ups, f.down):
                 places = [path for _, _, path in slots.get(id(linear.module), [])]
                 if len(places) > 1:
                     left[f.name] = f"{linear.name} is used in several places: {', '.join(places)}"
-                elif any(of.get(o) != _identity(f) for p in linear.module.parameters() for o in owners[id(p)]):
+                elif any(of.get(o) != identity[f.name] for p in linear.module.parameters() for o in owners[id(p)]):
                     left[f.name] = f"parameters of {linear.name} are tied to something that is not replaced alike"
+                elif any(len(owners[id(p)] & own) > 1 for p in linear.module.parameters()):
+                    left[f.name] = f"parameters of {linear.name} are tied to other ones of the same FFN"
         if not left:
             return free
         unknown.update(left)

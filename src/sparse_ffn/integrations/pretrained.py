@@ -11,7 +11,11 @@ import transformers
 from sparse_ffn.convert import Report, config_from_dict, sparsify_
 
 KEY = "sparse_ffn"  # of the record in config.json
-HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "trust_remote_code")
+WHERE = (
+    "cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+    "trust_remote_code",
+)  # fmt: skip
+"""Options that say where a config is."""
 
 
 def record_conversion(model: Any, report: Report) -> None:
@@ -51,8 +55,7 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
     """
     config = options.pop("config", None)
     if config is None:
-        where = {name: options[name] for name in HUB if name in options}
-        config = transformers.AutoConfig.from_pretrained(path, **where)
+        config = transformers.AutoConfig.from_pretrained(path, **{n: options[n] for n in WHERE if n in options})
     record: dict[str, dict[str, Any]] = getattr(config, KEY, None) or {}
     if not record:
         raise ValueError(
