@@ -522,6 +522,22 @@ def test_what_only_training_does_is_not_lost(other: Any) -> None:
     assert "in training" in report.unknown["2.ffn.a"]
 
 
+class Backwards(Mlp):
+    """Its second linear map is registered first."""
+
+    def __init__(self, d_ff: int) -> None:
+        super().__init__(d_ff=d_ff)
+        self._modules = dict(reversed(self._modules.items()))
+
+
+@pytest.mark.parametrize("d_ff", [16, 6, 4])
+def test_the_order_of_registration_does_not_matter(d_ff: int) -> None:
+    model = nn.Sequential(Block(Backwards(d_ff)))
+    dense = copy.deepcopy(model)
+    assert sf.sparsify_(model, sf.MoEConfig(router="open", n_experts=2, k=2)).names == ["0.ffn"]
+    same(model, dense)
+
+
 def test_the_report_prints_and_rebuilds() -> None:
     model = nn.Sequential(Block(), Block(), Block())
     dense = copy.deepcopy(model)

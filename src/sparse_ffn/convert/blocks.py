@@ -25,6 +25,19 @@ def block_roles(module: nn.Module, inside: list[Linear]) -> tuple[list[Linear], 
 
 
 def match_block(name: str, module: nn.Module, ups: list[Linear], down: Linear) -> Found:
+    try:
+        return _match_block(name, module, ups, down)
+    except Unknown:
+        if len(ups) > 1 or down.n_out != ups[0].n_in or down.n_in != ups[0].n_out:
+            raise
+        try:  # they may have been registered the other way round
+            return _match_block(name, module, [down], ups[0])
+        except Unknown:
+            pass
+        raise
+
+
+def _match_block(name: str, module: nn.Module, ups: list[Linear], down: Linear) -> Found:
     if (why := hooks(module)) is not None:
         raise Unknown(f"not replaced, since {why}")
     if next(module.buffers(), None) is not None:
