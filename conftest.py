@@ -16,7 +16,7 @@ pytest_collect_file = Sybil(
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep the blocks of a document, and the tests of one build, on one worker; others are scheduled by themselves."""
+    """Keep a document's blocks, and tests of one build or pair of processes, on one worker; others go anywhere."""
     from xdist.scheduler import LoadScopeScheduling
 
     class OneFileOneWorker(LoadScopeScheduling):

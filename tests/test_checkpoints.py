@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparse_ffn as sf
-from sparse_ffn.convert import from_moe_layer, from_transformers, to_moe_layer, to_transformers
+from sparse_ffn.convert import from_moe_layer, from_transformers, to_dense, to_moe_layer, to_transformers
 from sparse_ffn.layers import SharedExpertMoE
 from sparse_ffn.routing import DeepSeekRouter
 
@@ -225,3 +225,11 @@ def test_deepseeks_router_survives_expert_dropout_and_refuses_bad_sizes() -> Non
     assert "n_groups=3, topk_groups=1" in repr(router)
     with pytest.raises(ValueError, match=r"k = 3 must be at most topk_groups·\(n_experts/n_groups\) = 2"):
         DeepSeekRouter(D, E, 3, n_groups=3, topk_groups=1)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_to_dense_knows_the_gates_of_deepseeks_router(normalize: bool) -> None:
+    layer = sf.MoE(D, E, G, E, router=DeepSeekRouter(D, E, E, normalize=normalize)).eval()
+    nn.init.zeros_(layer.router.weight)
+    x = torch.randn(5, D)
+    torch.testing.assert_close(to_dense(layer)(x), layer(x))

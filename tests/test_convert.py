@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparse_ffn as sf
-from sparse_ffn.convert import ConstantInput, build, config, config_from_dict
+from sparse_ffn.convert import ConstantInput, config, config_from_dict, sparsify
 from sparse_ffn.convert.calibrate import Reservoir
 from sparse_ffn.convert.partition import balanced_assignment, balanced_kmeans
 from sparse_ffn.ops.activations import ACTIVATIONS, activate
-from sparse_ffn.routing import DeepSeekRouter
+from sparse_ffn.routing.routers import SigmoidRouter
 
 OPEN = sf.MoEConfig(router="open", n_experts=4, k=4)
 
@@ -193,17 +193,31 @@ def test_dense_and_fresh_and_upcycled() -> None:
     same(sf.from_dense(dense, sf.MoEConfig(router="open", init="upcycle", n_experts=3, k=2)), dense)
 
 
-def test_product_keys_keep_values_or_refuse() -> None:
-    dense = Mlp(d_ff=16, bias=False)
-    memory = sf.from_dense(dense, sf.ProductKeyMemoryConfig(init="pkm"))
-    assert memory.n_sub_keys == 4
-    torch.testing.assert_close(memory.values, dense.b.weight.t())
-    with pytest.raises(ValueError, match="nowhere to keep a non-zero output bias"):
-        sf.from_dense(Mlp(), sf.ProductKeyMemoryConfig(init="pkm"))
-    with pytest.raises(ValueError, match="this one is a GLU"):
-        sf.from_dense(Gated(), sf.ProductKeyMemoryConfig(init="pkm"))
-    with pytest.raises(ValueError, match="n_sub_keys² = 9 must be at least d_ff = 16"):
-        sf.from_dense(dense, sf.ProductKeyMemoryConfig(init="pkm", n_sub_keys=3))
+def test_product_keys_are_recovered_where_the_keys_are_products() -> None:
+    memory = sf.ProductKeyMemory(6, 4, 16)
+    dense = sf.to_dense(memory)
+    shuffled = Mlp(d_ff=16, bias=False)
+    order = torch.randperm(16)
+    with torch.no_grad():
+        shuffled.a.weight.copy_(dense.keys[order])
+        shuffled.b.weight.copy_(dense.values[order].t())
+    same(sf.from_dense(shuffled, sf.ProductKeyMemoryConfig(init="pkm", k=16)), memory)
+
+
+@pytest.mark.parametrize(
+    ("dense", "options", "why"),
+    [
+        (Mlp(bias=(False, True)), {}, "nowhere to keep a non-zero out_bias"),
+        (Mlp(bias=(True, False)), {}, "nowhere to keep a non-zero key_bias"),
+        (Gated(), {}, "this one is a GLU"),
+        (Mlp(bias=False), {"n_sub_keys": 3}, "n_sub_keys² = 9 must be d_ff = 16"),
+        (Mlp(bias=False), {"n_heads": 2}, "needs n_heads = 1"),
+    ],
+)
+def test_product_keys_refuse_what_they_cannot_keep(dense: nn.Module, options: dict[str, int], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        sf.from_dense(dense, sf.ProductKeyMemoryConfig(init="pkm", **options))
+    assert isinstance(sf.from_dense(dense, sf.ProductKeyMemoryConfig(**options)), sf.ProductKeyMemory)
 
 
 # ---------------------------------------------------------------------------------------------------------- back
@@ -231,13 +245,17 @@ def test_there_and_back(kind: type[Any]) -> None:
     same(sf.to_dense(sf.from_dense(dense, kind(n_experts=4, k=4)).eval()), dense)
 
 
+class OwnRouter(SigmoidRouter):
+    """A user's, which may do anything."""
+
+
 @pytest.mark.parametrize(
     ("layer", "why"),
     [
         (sf.TopKFFN(6, 8, 3), "k = 3 of d_ff = 8"),
         (sf.MoE(6, 4, 3, 2, router="open"), "k = 2 of n_experts = 4"),
         (sf.SigmaMoE(6, 4, 3, 4), "its gates depend on the token"),
-        (sf.MoE(6, 4, 3, 4, router=DeepSeekRouter(6, 4, 4)), "gates of its DeepSeekRouter are unknown"),
+        (sf.MoE(6, 4, 3, 4, router=OwnRouter(6, 4, 4)), "gates of its OwnRouter are unknown"),
         (sf.ProductKeyMemory(6, 3, 4), "k = 4 of 9 values"),
         (sf.ProductKeyMemory(6, 3, 9, activation="softmax"), "normalised"),
     ],
@@ -309,11 +327,14 @@ def test_shared_modules_stay_shared_and_tied_parameters_stay_tied() -> None:
     same(model, dense)
 
 
-def test_what_is_partly_tied_is_left_and_listed() -> None:
-    model = nn.Sequential(Block(), nn.Linear(6, 16))
+def test_what_is_tied_to_something_else_is_left_and_listed() -> None:
+    model = nn.Sequential(Block(), nn.Linear(6, 16), Block(), Block(), Block())
     model[1].weight = model[0].ffn.a.weight
+    model[3].ffn.a.weight = model[2].ffn.a.weight  # but not the other parameters
     report = sf.sparsify_(model, OPEN)
-    assert "tied to other modules, or to each other: 0.ffn.a" in report.unknown["0.ffn"]
+    assert report.names == ["4.ffn"]
+    assert set(report.unknown) == {"0.ffn", "2.ffn", "3.ffn"}
+    assert "tied to something that is not replaced alike" in report.unknown["0.ffn"]
     assert isinstance(model[0].ffn, Mlp)
 
 
@@ -356,14 +377,15 @@ def test_hooks_are_not_thrown_away(where: str) -> None:
     assert "forward hooks" in str(report)
 
 
-def test_a_compiled_ffn_is_left_and_a_compiled_model_converted() -> None:
-    ffn = Block(torch.compile(Mlp(), backend="eager"))
-    assert "convert first" in sf.sparsify_(ffn, OPEN).unknown["ffn._orig_mod"]
-    model = torch.compile(nn.Sequential(Block()), backend="eager")
-    x = torch.randn(2, 6)
-    before = model(x)
-    assert sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, k=1)).names == ["_orig_mod.0.ffn"]
-    assert not torch.allclose(model(x), before)
+def test_what_is_compiled_by_itself_is_left_and_listed() -> None:
+    model = nn.Sequential(nn.LayerNorm(6), torch.compile(Mlp(), backend="eager"))
+    report = sf.sparsify_(model, OPEN)
+    assert not report.swaps
+    assert "convert first, then compile" in report.unknown["1._orig_mod"]
+    whole = torch.compile(nn.Sequential(Block()), backend="eager")
+    before = whole(torch.ones(1, 6))
+    assert sf.sparsify_(whole, sf.MoEConfig(router="open", n_experts=4, k=1)).names == ["_orig_mod.0.ffn"]
+    assert not torch.equal(whole(torch.ones(1, 6)), before)
 
 
 class Quantised(torch.Tensor):
@@ -394,7 +416,6 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match=r"1\.ffn"):
         sf.sparsify_(model, sf.MoEConfig(expert_size=4))  # the second FFN does not divide
     assert state(model) == before
-    from sparse_ffn.convert import sparsify
 
     def fails(*args: Any) -> Any:
         raise RuntimeError("in the middle")
@@ -683,4 +704,3 @@ def test_build_needs_no_gradient_graph() -> None:
     layer = sf.from_dense(dense, sf.MoEConfig(n_experts=4, init="cluster"), inputs=x)
     assert all(p.grad_fn is None and p.grad is None for p in layer.parameters())
     assert sf.routing_stats(layer) == {}
-    assert build.__name__ == "sparse_ffn.convert.build"

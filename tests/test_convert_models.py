@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +65,9 @@ def _torchvision(kind: str) -> Made:
     torch.manual_seed(0)
     if kind == "vit":
         model, size = models.VisionTransformer(16, 8, 2, 2, 16, 48, num_classes=3, dropout=0.1), 16
+    elif kind == "convnext":
+        settings = [models.convnext.CNBlockConfig(8, 16, 1), models.convnext.CNBlockConfig(16, None, 1)]
+        model, size = models.ConvNeXt(settings, num_classes=3), 32
     else:
         model, size = models.SwinTransformer([4, 4], 16, [1, 1], [2, 2], [2, 2], mlp_ratio=3.0, num_classes=3), 32
     x = torch.randn(2, 3, size, size)
@@ -107,6 +111,7 @@ MODELS: dict[str, Callable[[], Made]] = {
     "transformers RoBERTa": lambda: _transformers("Roberta", 2, max_position_embeddings=16, **_BERT),
     "transformers DistilBERT": lambda: _transformers("DistilBert", 2, vocab_size=20, dim=16, hidden_dim=48, n_layers=2,
                                                      n_heads=2, max_position_embeddings=16),
+    "transformers DeBERTa-v2": lambda: _transformers("DebertaV2", 2, **_BERT),
     "transformers ALBERT": lambda: _transformers("Albert", 1, embedding_size=8, **_BERT),
     "transformers ViT": lambda: _transformers("ViT", 2, ids="pixel_values", **_VIT),
     "transformers DeiT": lambda: _transformers("DeiT", 2, ids="pixel_values", **_VIT),
@@ -131,6 +136,7 @@ MODELS: dict[str, Callable[[], Made]] = {
     "timm EVA": lambda: _timm("eva02_tiny_patch14_224", 2, size=28, img_size=28, embed_dim=24, depth=2, num_heads=2),
     "torchvision ViT": lambda: _torchvision("vit"),
     "torchvision Swin": lambda: _torchvision("swin"),
+    "torchvision ConvNeXt": lambda: _torchvision("convnext"),
     "x-transformers": lambda: _x_transformers(ff_dropout=0.1),
     "x-transformers, GLU": lambda: _x_transformers(ff_glu=True, ff_swish=True),
     "x-transformers, squared ReLU, no bias": lambda: _x_transformers(ff_relu_squared=True, ff_no_bias=True),
@@ -167,10 +173,9 @@ def test_split_into_all_experts_changes_nothing(name: str) -> None:
     report = sf.sparsify_(model, sf.MoEConfig(router="open", expert_size=4, k=1, init="split"))
     assert len(report.swaps) == n, report
     assert not report.unknown, report
-    # k is each layer's own number of experts
-    full = {name: copy.copy(config) for name, config in report.configs.items()}
-    model = copy.deepcopy(dense)
-    report = sf.sparsify_(model, {name: _all(config) for name, config in full.items()})
+    model = copy.deepcopy(dense)  # again, with k each layer's own number of experts
+    full = {name: dataclasses.replace(config, k=config.n_experts) for name, config in report.configs.items()}
+    report = sf.sparsify_(model, full)
     assert all(sum(isinstance(m, sf.MoE) for m in model.get_submodule(name).modules()) == 1 for name in report.names)
     with torch.no_grad():
         expected = compared(dense)
@@ -179,9 +184,3 @@ def test_split_into_all_experts_changes_nothing(name: str) -> None:
     expected, expected_grad = _input_gradient(dense, compared)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5 * expected_grad.abs().max().item())
-
-
-def _all(config: Any) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(config, k=config.n_experts)

@@ -103,7 +103,7 @@ def fake_enwik8(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> bytes:
     monkeypatch.setattr(data, "ENWIK8_BYTES", len(text))
     monkeypatch.setattr(data, "ENWIK8_MD5", hashlib.md5(text).hexdigest())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "download_enwik8", lambda folder: archive_of(folder, gzip.compress(text)))
+    monkeypatch.setattr(data, "download_enwik8", lambda folder: archive_of(folder, gzip.compress(text, mtime=0)))
     return text
 
 
@@ -164,11 +164,11 @@ def test_enwik8_is_fetched_checked_and_cached(
 @pytest.mark.parametrize(
     ("compressed", "message"),
     [
-        (gzip.compress(b"short"), "unpacks to 5 bytes, enwik8 has 2048"),
-        (gzip.compress(bytes(2048)), "has the md5 sum [0-9a-f]{32}, enwik8 has"),
+        (gzip.compress(b"short", mtime=0), "unpacks to 5 bytes, enwik8 has 2048"),
+        (gzip.compress(bytes(2048, mtime=0)), "has the md5 sum [0-9a-f]{32}, enwik8 has"),
         (b"no gzip", "not a whole gzip file"),
-        (gzip.compress(bytes(2048))[:-12], "not a whole gzip file"),
-        (gzip.compress(b"")[:10] + b"\xff" * 20, "not a whole gzip file"),
+        (gzip.compress(bytes(2048, mtime=0))[:-12], "not a whole gzip file"),
+        (gzip.compress(b"", mtime=0)[:10] + b"\xff" * 20, "not a whole gzip file"),
     ],
 )
 def test_enwik8_of_wrong_content_is_refused(

@@ -139,6 +139,25 @@ def test_cvmm_lays_out_the_gradient_of_a_transposed_weight_as_the_weight(full: b
         assert dweight.stride() == weight.stride()
 
 
+@dtypes
+@pytest.mark.parametrize(
+    "scatter", [[0, 1, 2, 3, 4, 5, 6, 7, 8], [8, 1, 0, 2, 7, 3, 5, 4, 6], [8, 1, 0, 2, 7, 3, 5, 4, 4]]
+)
+@pytest.mark.parametrize("slots", [9, 0])
+def test_cvmm_of_few_rows_and_transposed_weights(
+    slots: int, scatter: list[int], dtype: torch.dtype, poisoned: None
+) -> None:
+    tensors = {
+        "x": leaf(4, D, dtype=dtype),
+        "matrices": leaf(E, O, D, dtype=dtype),
+        "expert": torch.randint(0, E, (slots,)),
+        "gather": torch.randint(0, 4, (slots,)),
+        "scatter": torch.tensor(scatter[:slots], dtype=torch.int64),
+        "reduction": leaf(slots, dtype=torch.promote_types(dtype, torch.float32)),
+    }
+    assert_meets_reference(lambda matrices, **t: ops.cvmm(weight=matrices.mT, **t, n_out=slots), tensors, dtype)
+
+
 def test_two_cvmms_make_the_sigma_moe_of_the_paper(on_backend: str) -> None:
     """Up: gathered by token; down: scattered by token with the gates as reduction weights (appendix B.1)."""
     layer, x = sf.SigmaMoE(D, E, G, 2), torch.randn(11, D)
@@ -299,7 +318,7 @@ def test_opcheck_holds_for_every_op(backend: str) -> None:
 
     table = torch.randn(9, O)
     vg, gg = grad(table, gate)
-    torch.library.opcheck(library.weighted_bag.default, (vg, index, gg, backend))
+    torch.library.opcheck(library.weighted_bag.default, (vg, index, gg, torch.float32, backend))
     torch.library.opcheck(library.weighted_bag_backward.default, (torch.randn(6, O), table, index, gate, backend))
     for gather, scatter, reduction in ((None, None, None), (slot.flip(0), slot // 2, torch.rand(6))):
         xg, wg, rg = grad(x, keys.transpose(1, 2), reduction)

@@ -63,6 +63,7 @@ def test_lightning_trains_checkpoints_and_restores(tmp_path: Path) -> None:
 
 def test_accelerate_trains_saves_and_loads(tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(True)  # one a process: the Trainer of another test left its own
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
     model = network(balance_weight=1.0)
     prepared = accelerator.prepare(model, torch.optim.Adam(model.parameters(), lr=1e-2),
@@ -86,3 +87,4 @@ def test_accelerate_trains_saves_and_loads(tmp_path: Path) -> None:
         model[1].keys.zero_()
     accelerator.load_state(str(tmp_path))
     assert torch.equal(wrapped(x), expected)
+    accelerate.state.AcceleratorState._reset_state(True)

@@ -101,7 +101,12 @@ def test_a_missing_or_wrong_record_is_an_error(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"records no conversion: call record_conversion\(model, report\)"):
         from_pretrained(str(tmp_path))
-    report = sf.sparsify_(model, sf.SigmaMoEConfig())
+    report = sf.sparsify_(model, sf.SigmaMoEConfig(balance=("entropy", "z"), balance_weight=(1e-3, 1e-4)))
+    record_conversion(model, report)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=r"model_class must be a model's own class.*AutoModelForCausalLM"):
+        from_pretrained(str(tmp_path), transformers.AutoModelForCausalLM)
+    assert from_pretrained(str(tmp_path), local_files_only=True).model.layers[0].mlp.balance == ("entropy", "z")
     with pytest.raises(ValueError, match=r"report is of another model: this one has no 'model.layers.0.mlp'"):
         record_conversion(other, report)
     assert not hasattr(other.config, "sparse_ffn")

@@ -17,7 +17,42 @@ template <class T> static ScatterGemm<T> product(const sparse_ffn_cvmm& p) {
   return g;
 }
 
+// Whether every row of the output belongs to exactly one slot. False too when there is no memory to tell.
+static bool one_slot_each(const sparse_ffn_cvmm& p) {
+  if (p.rows_out != p.S) return false;
+  if (!p.scatter) return true;
+  char* seen = scratch_of<char>(kSlotC, p.S);
+  if (!seen) return false;
+  memset(seen, 0, static_cast<size_t>(p.S));
+  for (int64_t s = 0; s < p.S; s++) seen[p.scatter[s]] = 1;
+  return !memchr(seen, 0, static_cast<size_t>(p.S));
+}
+
+// For few rows, weights that lie as [E, L, M]: rows times rows, without packing.
+template <class T> static bool forward_rows(const sparse_ffn_cvmm& p, T* out) {
+  advise_huge_pages(out, static_cast<size_t>(p.S * p.L) * sizeof(T));
+  RowGemm<T> g{};
+  g.a = static_cast<const T*>(p.x);
+  g.a_stride = p.x_stride;
+  g.gather = p.gather;
+  g.K = p.M;
+  g.w[0] = static_cast<const T*>(p.w);
+  g.w_stride_expert = p.w_stride_e;
+  g.w_stride_row = p.w_stride_l;
+  g.N = p.L;
+  g.offsets = p.offsets;
+  g.E = p.E;
+  g.n_threads = p.n_threads;
+  return run_row_gemm(g, [&](int64_t, int64_t s, const float* row) {
+    T* to = out + (p.scatter ? p.scatter[s] : s) * p.L;
+    const V scale = splat(p.scale ? p.scale[s] : 1.0f);
+    for (int64_t j = 0; j < p.L; j += VL) store_upto(to + j, load_upto(row + j, p.L - j) * scale, p.L - j);
+  });
+}
+
 template <class T> static int forward(const sparse_ffn_cvmm& p, T* out) {
+  if (p.w_stride_m == 1 && p.w_stride_l != 1 && p.S < p.E * kPackMinRows && one_slot_each(p))
+    return forward_rows(p, out) ? SPARSE_FFN_OK : SPARSE_FFN_NO_MEMORY;
   ScatterGemm<T> g = product<T>(p);
   g.a = static_cast<const T*>(p.x);
   g.a_stride = p.x_stride;

@@ -78,6 +78,8 @@ static void outer_unit(const OuterGemm<T>& g, int64_t e, const T* a, T* out, int
           } else if (one_pass) {
             tile.c = c;
             tile.stride = width;
+            for (int r = 0; r < mr; r++)  // where the tile goes is in no cache: fetch it while multiplying
+              for (int64_t i = 0; i <= valid; i += VL) prefetch(target + r * g.N + lesser(i, valid - 1));
           }
           find_tile(finish, Layout::kColumns, kPair, mr, width)(k_units, pm, a_in_place ? g.a_stride : mr,
                                                                  pb + (j - group) * k_units, tile, next->take(k_units));

@@ -25,7 +25,7 @@ from sparse_ffn.warning import SparseFFNWarning as SparseFFNWarning
 
 ENVIRONMENT_VARIABLE = "SPARSE_FFN_BACKEND"
 BACKENDS = {
-    "reference": "plain differentiable torch, dense arithmetic (double backward, vmap, every device)",
+    "reference": "plain differentiable torch, dense arithmetic (double backward, forward mode, every device)",
     "torch": "sparse arithmetic with torch's matrix products, no compiler needed",
     "cpu": "native core for CPU tensors of fp32, bf16 and fp16",
     "triton": "GPU kernels for CUDA and ROCm tensors of fp32, bf16 and fp16",

@@ -78,8 +78,10 @@ def traps() -> Iterator[None]:
             return new_empty(self, *shape, dtype=dtype, **rest)
         return allocate(shape[0] if not isinstance(shape[0], int) else shape, dtype, self.device)
 
-    def trapped_empty_strided(shape: Any, stride: Any, *, dtype: torch.dtype, device: Any = "cpu") -> Tensor:
-        flat = allocate((torch.Size(shape).numel(),), dtype, device)  # strides without gaps
+    def trapped_empty_strided(shape: Any, stride: Any, **options: Any) -> Tensor:
+        if options.keys() != {"dtype", "device"}:
+            return strided(shape, stride, **options)
+        flat = allocate((torch.Size(shape).numel(),), **options)  # strides without gaps
         return flat.as_strided(shape, stride, flat.storage_offset())
 
     torch.empty_strided = trapped_empty_strided

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from net import check, cvmm_case, expert_case, random
 
 import sparse_ffn as sf
+from sparse_ffn.ops.expert_ffn import dense
 
 pytestmark = [
     pytest.mark.gpu,
@@ -16,7 +19,9 @@ pytestmark = [
 
 @pytest.mark.parametrize("tokens", [1, 7, 300, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
-def test_real_tiles(tokens: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("every", [False, True], ids=["sorted", "dense"])
+def test_real_tiles(tokens: int, dtype: torch.dtype, every: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "wins", lambda n_experts, k: every)
     for sizes in ((256, 128, 256), (100, 60, 36)):
         for form in ("plain", "everything"):
             case = expert_case("random", dtype, form=form, activation="silu", sizes=sizes)
@@ -25,6 +30,8 @@ def test_real_tiles(tokens: int, dtype: torch.dtype) -> None:
             if form == "everything":
                 case.tensors["hidden_scale"] = (torch.rand(tokens, 3, sizes[1]) > 0.3).double()
             check(case, "cuda")
+            if dtype != torch.float32:
+                check(replace(case, wide=("keys", "values")), "cuda")
     check(cvmm_case("ragged", dtype, form="gather, scatter, reduction", sizes=(256, 128)), "cuda")
 
 

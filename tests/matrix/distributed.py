@@ -112,7 +112,7 @@ def fully_sharded_bf16(name: str) -> None:
 
 @feature("`share_memory`", processes=WORLD)
 def shared_memory(name: str) -> None:
-    """Two processes add to the gradients' owner without copies: both see what the other wrote."""
+    """Parameters stay where they are when a process receives the layer: what one writes, the other reads."""
     layer = SHARED[name]
     assert all(p.is_shared() for p in layer.parameters())
     step(layer, _batch()[0])

@@ -6,6 +6,7 @@ from sparse_ffn.convert.calibrate import calibrate as calibrate
 from sparse_ffn.convert.checkpoints import from_transformers as from_transformers
 from sparse_ffn.convert.checkpoints import to_transformers as to_transformers
 from sparse_ffn.convert.config import DenseFFNConfig as DenseFFNConfig
+from sparse_ffn.convert.config import ExpertsConfig as ExpertsConfig
 from sparse_ffn.convert.config import FFNConfig as FFNConfig
 from sparse_ffn.convert.config import MoEConfig as MoEConfig
 from sparse_ffn.convert.config import NoisyTopKMoEConfig as NoisyTopKMoEConfig

@@ -8,9 +8,11 @@ from torch import Tensor
 from sparse_ffn.convert.build import copy_weights, gate_at_zero
 from sparse_ffn.convert.weights import FFNWeights
 from sparse_ffn.layers import DenseFFN, MoE, ProductKeyMemory, SparseFFN
+from sparse_ffn.routing.deepseek import DeepSeekRouter
 from sparse_ffn.routing.routers import NoisyTopKRouter, OpenRouter, SigmoidRouter, SinkhornRouter, SoftmaxRouter
 
-KNOWN = (OpenRouter, SigmoidRouter, SoftmaxRouter, SinkhornRouter, NoisyTopKRouter)  # whose gates are known at zero
+# routers whose gate() says what they do at zero logits; a subclass may do more
+KNOWN = (OpenRouter, SigmoidRouter, SoftmaxRouter, SinkhornRouter, NoisyTopKRouter, DeepSeekRouter)
 
 
 @torch.no_grad()

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_ffn.convert.config import FFNConfig, _ExpertsConfig
-from sparse_ffn.convert.partition import balanced_kmeans, contiguous
+from sparse_ffn.convert.config import ExpertsConfig, FFNConfig
+from sparse_ffn.convert.partition import balanced_kmeans, contiguous, product_grid
 from sparse_ffn.convert.router import centre, fit_router, mean_keys
 from sparse_ffn.convert.weights import PAD, FFNWeights
 from sparse_ffn.layers import MoE, ProductKeyMemory, SparseFFN
-from sparse_ffn.routing.routers import OpenRouter, SoftmaxRouter
+from sparse_ffn.routing.routers import OpenRouter
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def build(config: FFNConfig, ffn: FFNWeights, inputs: Tensor | None = None) -> B
     layer = config.layer(d_model=ffn.d_model, d_out=ffn.d_out, **config.arguments(), **place)
     if config.init == "fresh":
         note = "fresh weights"
-    elif isinstance(config, _ExpertsConfig):
+    elif isinstance(config, ExpertsConfig):
         assert isinstance(layer, MoE)
         note = _experts(layer, config, ffn, inputs)
     elif isinstance(layer, ProductKeyMemory):
@@ -86,7 +86,7 @@ def copy_weights(layer: SparseFFN, ffn: FFNWeights) -> None:
         parameter.copy_(torch.zeros_like(parameter) if value is None else value.reshape(parameter.shape))
 
 
-def _experts(layer: MoE, config: _ExpertsConfig, ffn: FFNWeights, inputs: Tensor | None) -> str:
+def _experts(layer: MoE, config: ExpertsConfig, ffn: FFNWeights, inputs: Tensor | None) -> str:
     if config.init == "upcycle":
         return _upcycle(layer, ffn)
     if layer.keys.is_meta and (config.init == "cluster" or config.router_init == "fitted"):
@@ -120,9 +120,11 @@ def _experts(layer: MoE, config: _ExpertsConfig, ffn: FFNWeights, inputs: Tensor
     return f"{how}; {router}"
 
 
-def _partition(config: _ExpertsConfig, ffn: FFNWeights, inputs: Tensor | None, n: int) -> tuple[Tensor, str]:
+def _partition(config: ExpertsConfig, ffn: FFNWeights, inputs: Tensor | None, n: int) -> tuple[Tensor, str]:
     if config.init == "split":
         return contiguous(ffn.d_ff, n), f"{n} experts of {ffn.d_ff // n} units in their order"
+    if ffn.keys.is_meta:
+        raise ValueError('init = "cluster" needs the weights, and the FFN is on the meta device: take init="fresh"')
     by = config.cluster_by or ("keys" if inputs is None else "coactivation")
     if by == "coactivation":
         if inputs is None:
@@ -146,12 +148,8 @@ def coactivation(ffn: FFNWeights, inputs: Tensor, n_tokens: int = 2048) -> Tenso
 
 def gate_at_zero(layer: MoE) -> float:
     """The weight of a selected expert where all logits are zero."""
-    router = layer.router
-    if isinstance(router, OpenRouter):
-        return 1.0
-    if isinstance(router, SoftmaxRouter):
-        return 1 / (layer.n_experts if router.order == "before" else layer.k)
-    return 1 / layer.k if hasattr(router, "noise_weight") else 0.5
+    index_TK = torch.arange(layer.k).unsqueeze(0)
+    return layer.router.gate(torch.zeros(1, layer.n_experts), index_TK, None)[0, 0].item()
 
 
 def _correct(layer: MoE, ffn: FFNWeights, inputs: Tensor) -> str:
@@ -190,15 +188,28 @@ def _upcycle(layer: MoE, ffn: FFNWeights) -> str:
 
 
 def _memory(layer: ProductKeyMemory, ffn: FFNWeights) -> str:
+    """Lay the units out on the grid of product keys that is nearest to their keys; exact where they are products."""
     if ffn.gate_keys is not None:
-        raise ValueError('init = "pkm" keeps values of a plain FFN; this one is a GLU: take init="fresh"')
-    if ffn.out_bias is not None and not ffn.out_bias.is_meta and bool(ffn.out_bias.any()):
-        raise ValueError('init = "pkm" has nowhere to keep a non-zero output bias: take init="fresh"')
-    if layer.d_ff < ffn.d_ff:
-        raise ValueError(f"n_sub_keys² = {layer.d_ff} must be at least d_ff = {ffn.d_ff} to keep the values")
-    layer.values[: ffn.d_ff].copy_(ffn.values)
-    layer.values[ffn.d_ff :].zero_()
-    return f"values kept, {layer.n_sub_keys}² product keys fresh: the function is a new one"
+        raise ValueError('init = "pkm" is for plain FFNs; this one is a GLU: take init="fresh"')
+    if layer.n_heads != 1 or layer.query is not None or layer.query_norm is not None:
+        raise ValueError('init = "pkm" needs n_heads = 1, query_dim = None and query_norm = None: take init="fresh"')
+    if layer.d_ff != ffn.d_ff:
+        raise ValueError(f"n_sub_keys² = {layer.d_ff} must be d_ff = {ffn.d_ff}: each unit becomes a product key")
+    if layer.values.is_meta:
+        return "product keys"
+    for name in ("key_bias", "out_bias"):
+        if (bias := ffn.tensors().get(name)) is not None and bool(bias.any()):
+            raise ValueError(f'init = "pkm" has nowhere to keep a non-zero {name}: take init="fresh"')
+    grid_NN = product_grid(ffn.keys, layer.n_sub_keys)
+    first, second = ffn.keys[grid_NN].chunk(2, dim=-1)
+    layer.sub_keys[0, 0].copy_(first.mean(1))
+    layer.sub_keys[1, 0].copy_(second.mean(0))
+    layer.values.copy_(ffn.values[grid_NN.flatten()])
+    n = layer.n_sub_keys
+    keys = torch.cat([layer.sub_keys[0, 0].repeat_interleave(n, 0), layer.sub_keys[1, 0].repeat(n, 1)], dim=1)
+    wanted = ffn.keys[grid_NN.flatten()]
+    error = float((keys - wanted).norm() / wanted.norm().clamp_min(1e-30))
+    return f"values kept; {n} x {n} product keys, relative error of the keys {error:.2%}"
 
 
 def _freeze(layer: SparseFFN, ffn: FFNWeights) -> None:

@@ -150,10 +150,12 @@ class TopKFFNConfig(FFNConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ProductKeyMemoryConfig(FFNConfig):
-    """For ``ProductKeyMemory``. ``init="pkm"`` keeps the FFN's values; its keys are no product: sub-keys start fresh.
+    """For ``ProductKeyMemory``. ``init="pkm"`` lays the units out on the nearest grid of product keys.
+
+    Exact at k = d_ff where the keys are products, as those of trained FFNs are not.
 
     Args:
-        n_sub_keys: n; None for the least n with n² >= d_ff.
+        n_sub_keys: n; None for the least n with n² >= d_ff. ``"pkm"`` needs n² = d_ff.
         k: values read by a head; None for a quarter of d_ff.
     """
 
@@ -177,7 +179,7 @@ class ProductKeyMemoryConfig(FFNConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ExpertsConfig(FFNConfig):
+class ExpertsConfig(FFNConfig):
     """The MoE family's arguments, and how a dense FFN becomes experts.
 
     Args:
@@ -235,7 +237,7 @@ class _ExpertsConfig(FFNConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoEConfig(_ExpertsConfig):
+class MoEConfig(ExpertsConfig):
     """For ``MoE``: fields as all configs of the family, and ``router``, by name.
 
     ``router="open"`` weighs every selected expert 1, so that a converted layer computes a part of the dense sum.
@@ -247,14 +249,14 @@ class MoEConfig(_ExpertsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SigmaMoEConfig(_ExpertsConfig):
+class SigmaMoEConfig(ExpertsConfig):
     """For ``SigmaMoE``."""
 
     layer = layers.SigmaMoE
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoftmaxMoEConfig(_ExpertsConfig):
+class SoftmaxMoEConfig(ExpertsConfig):
     """For ``SoftmaxMoE``, with its ``order``."""
 
     layer = layers.SoftmaxMoE
@@ -263,7 +265,7 @@ class SoftmaxMoEConfig(_ExpertsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SwitchMoEConfig(_ExpertsConfig):
+class SwitchMoEConfig(ExpertsConfig):
     """For ``SwitchMoE``."""
 
     layer = layers.SwitchMoE
@@ -274,7 +276,7 @@ class SwitchMoEConfig(_ExpertsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SBaseMoEConfig(_ExpertsConfig):
+class SBaseMoEConfig(ExpertsConfig):
     """For ``SBaseMoE``, with its ``n_iters``."""
 
     layer = layers.SBaseMoE
@@ -284,7 +286,7 @@ class SBaseMoEConfig(_ExpertsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoisyTopKMoEConfig(_ExpertsConfig):
+class NoisyTopKMoEConfig(ExpertsConfig):
     """For ``NoisyTopKMoE``."""
 
     layer = layers.NoisyTopKMoE

@@ -12,11 +12,7 @@ from sparse_ffn.convert.pairs import match_pair, pairs
 
 def find(model: nn.Module) -> tuple[list[Found], dict[str, str]]:
     """All FFNs of a model, in its order, and the names and reasons of what looked like one and is none."""
-    linears = {
-        module: linear
-        for name, module in model.named_modules()
-        if (linear := as_linear(name, module)) is not None
-    }  # fmt: skip
+    linears = {m: linear for name, m in model.named_modules() if (linear := as_linear(name, m)) is not None}
     found: list[Found] = []
     unknown: dict[str, str] = {}
     done: set[nn.Module] = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -29,14 +30,15 @@ def pairs(name: str, module: nn.Module, inside: list[Linear]) -> Iterator[tuple[
 
 def match_pair(name: str, module: nn.Module, up: Linear, down: Linear) -> Found:
     a, b = relative(up.name, name), relative(down.name, name)
+    module = _between(module, a, b)
     owners = list(dict.fromkeys(["", a.rpartition(".")[0], b.rpartition(".")[0]]))
     patched = [type(m).__name__ for m in module.modules() if "forward" in vars(m)]
     if patched:
         raise Unknown(f"forward of {patched[0]} is patched, so that a copy cannot be probed")
     copied = try_copy(module)
     leaves = [m for m in copied.modules() if not any(True for _ in m.children())]
-    x = probe_input(up.n_in)
-    trace, args = try_run(copied, [(x,), (x, None), (x, None, None), (x, x)], leaves)
+    x, mask = probe_input(up.n_in), torch.ones(2, 1, 3, 3, dtype=torch.float64)
+    trace, args = try_run(copied, [(x,), (x, None), (x, None, None), (x, x), (x, mask)], leaves)
     first, last = trace.only(copied.get_submodule(a)), trace.only(copied.get_submodule(b))
     if first is None or last is None:
         raise Unknown(f"{a} and {b} are not called once each")
@@ -62,6 +64,15 @@ def match_pair(name: str, module: nn.Module, up: Linear, down: Linear) -> Found:
     found = Found(up.name, up.module, (up,), down, formula, dropout, enclosing=name, edits=tuple(edits))
     _verify(found, module, a, args, trace, trained)
     return found
+
+
+def _between(module: nn.Module, up: str, down: str) -> nn.Module:
+    """Of a Sequential only what lies between the linear maps: what comes before may want another kind of input."""
+    if type(module).forward is not nn.Sequential.forward:
+        return module
+    names = list(module._modules)
+    first, last = (names.index(name.partition(".")[0]) for name in (up, down))
+    return nn.Sequential(OrderedDict(list(module.named_children())[first : last + 1]))
 
 
 def _activation_slot(
@@ -104,7 +115,7 @@ def _dropout_slot(copied: nn.Module, owners: list[str], trained: Trace, h: Tenso
         rates = [n for n, v in vars(copied.get_submodule(owner)).items() if isinstance(v, float) and v == rate]
         for attribute in sorted(rates, key=lambda n: "activation" not in n):  # the common name first; verified anyway
             return Edit(owner, attribute, 0.0)
-    raise Unknown(f"the dropout {rate} of the hidden units is not an attribute")
+    raise Unknown(f"the dropout {rate} of the hidden units has no attribute of its own")
 
 
 def _verify(found: Found, module: nn.Module, up: str, args: Arguments, trace: Trace, trained: Trace) -> None:

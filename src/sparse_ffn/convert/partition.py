@@ -50,6 +50,25 @@ def _spread(point_FC: Tensor, n: int) -> Tensor:
     return point_FC[chosen]
 
 
+def product_grid(keys_FD: Tensor, n: int) -> Tensor:
+    """Units laid out so that those of a row are alike in the first half of their keys, those of a column in the second.
+
+    Args:
+        keys_FD: n² keys.
+        n: rows, and columns.
+
+    Returns:
+        int64 [n, n].
+    """
+    first, second = keys_FD.float().chunk(2, dim=1)
+    row_NN = balanced_kmeans(first, n)
+    center_NC = second[balanced_kmeans(second, n)].mean(1)
+    grid_NN = torch.empty_like(row_NN)
+    for i, units in enumerate(row_NN):
+        grid_NN[i, balanced_assignment(F.normalize(second[units], dim=1) @ F.normalize(center_NC, dim=1).t())] = units
+    return grid_NN
+
+
 def balanced_assignment(similarity_FE: Tensor, n_rounds: int = 100) -> Tensor:
     """A cluster for each unit, F/E units each, of high total similarity.
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 TOLERANCE = 1e-6  # above what differently rounded constants do, far below the difference of gelu and gelu_tanh
 
@@ -114,6 +113,8 @@ def run(
         watch: modules of the copy whose inputs and outputs are wanted.
         train: run in training mode, with a random state that is put back afterwards.
     """
+    from torch.utils._pytree import tree_leaves  # here: it would double the library's import time
+
     trace = Trace()
 
     def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:

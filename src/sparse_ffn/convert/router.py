@@ -52,7 +52,7 @@ def fit_router(ffn: FFNWeights, n_experts: int, inputs: Tensor, n_steps: int = 2
         with torch.enable_grad():
             loss = F.cross_entropy(F.linear(x_TD, weight), share_TE)
             weight.grad = torch.autograd.grad(loss, weight)[0]
-        return float(loss)
+        return float(loss.detach())
 
     optimizer.step(loss_and_gradient)  # type: ignore[no-untyped-call]
     return (weight.detach() / scale).to(ffn.keys.dtype)

@@ -20,6 +20,8 @@ from sparse_ffn.convert.report import Report, Swap
 from sparse_ffn.convert.weights import FFNWeights
 from sparse_ffn.layers import MoE, SparseFFN
 
+_Slots = dict[int, list[tuple[nn.Module, str, str]]]
+
 
 def sparsify_(
     model: nn.Module,
@@ -53,31 +55,21 @@ def sparsify_(
         missing = [name for name in config if name not in {f.name for f in found}]
         if missing:
             raise ValueError(f"no FFN is at {', '.join(map(repr, missing))}; there are {[f.name for f in found]}")
-    skipped: list[str] = []
-    wanted: list[tuple[Found, FFNConfig]] = []
-    for f in found:
-        chosen = config.get(f.name) if isinstance(config, Mapping) else config
-        if chosen is None or (filter_fn is not None and not filter_fn(f.module, f.name)):
-            skipped.append(f.name)
-        else:
-            wanted.append((f, chosen))
-    plans: list[_Plan] = []
+    configs = {f.name: config.get(f.name) if isinstance(config, Mapping) else config for f in found}
+    wanted = [f for f in found if configs[f.name] is not None and (filter_fn is None or filter_fn(f.module, f.name))]
+    skipped = tuple(f.name for f in found if f not in wanted)
     slots = _slots(model)
-    owners = _parameter_owners(model)
-    twins: dict[object, set[nn.Module]] = defaultdict(set)
-    for f, chosen in wanted:
-        twins[_identity(f, chosen)] |= {linear.module for linear in (*f.ups, f.down)}
+    identity = {f.name: _identity(f, configs[f.name]) for f in wanted}
+    plans: list[_Plan] = []
     built: dict[object, nn.Module] = {}
-    for f, chosen in wanted:
-        if (why := _entangled(f, slots, owners, twins[_identity(f, chosen)])) is not None:
-            unknown[f.name] = why
-            continue
+    for f in _free(model, wanted, identity, slots, unknown):
+        each = configs[f.name]
+        assert each is not None
         if calibration is not None and f.name not in calibration:
             raise ValueError(f"calibration has nothing for {f.name!r}, only for {list(calibration)}")
-        plans.append(_plan(f, chosen, None if calibration is None else calibration.get(f.name), slots, built))
-    _swap(model, plans)
-    gone = {linear.module for f in found if f.name not in skipped for linear in (*f.ups, f.down)}
-    return Report(tuple(p.swap for p in plans), unknown, tuple(skipped), _others(model, gone, plans))
+        plans.append(_plan(f, each, None if calibration is None else calibration[f.name], slots, built))
+    _swap(model, plans, slots)
+    return Report(tuple(p.swap for p in plans), unknown, skipped, _others(model, plans))
 
 
 def from_dense(ffn: nn.Module, config: FFNConfig, *, inputs: Tensor | None = None) -> nn.Module:
@@ -112,10 +104,7 @@ class _Plan:
     swap: Swap
 
 
-def _plan(
-    f: Found, config: FFNConfig, inputs: Tensor | None, slots: Mapping[int, list[tuple[nn.Module, str, str]]],
-    done: dict[object, nn.Module],
-) -> _Plan:  # fmt: skip
+def _plan(f: Found, config: FFNConfig, inputs: Tensor | None, slots: _Slots, done: dict[object, nn.Module]) -> _Plan:
     """Build what replaces an FFN, without touching the model."""
     ffn = f.weights()
     _check_uniform(f.name, ffn)
@@ -175,9 +164,9 @@ def _describe(layer: SparseFFN) -> str:
     return f"{type(layer).__name__} {sizes}"
 
 
-def _slots(model: nn.Module) -> dict[int, list[tuple[nn.Module, str, str]]]:
+def _slots(model: nn.Module) -> _Slots:
     """Where each module hangs: its owners, their attributes, the full names."""
-    slots: dict[int, list[tuple[nn.Module, str, str]]] = defaultdict(list)
+    slots: _Slots = defaultdict(list)
     for path, owner in model.named_modules():
         for attribute, child in owner._modules.items():
             if child is not None:
@@ -193,35 +182,42 @@ def _parameter_owners(model: nn.Module) -> dict[int, set[nn.Module]]:
     return owners
 
 
-def _identity(f: Found, config: FFNConfig) -> object:
+def _identity(f: Found, config: FFNConfig | None) -> object:
     """The same for FFNs that have the same parameters and become the same: one new layer stands in all their places."""
     parameters = tuple(id(p) for linear in (*f.ups, f.down) for p in linear.module.parameters())
     return parameters, f.formula, f.dropout, f.out_dropout, repr(config)
 
 
-def _entangled(
-    f: Found, slots: Mapping[int, list[tuple[nn.Module, str, str]]], owners: Mapping[int, set[nn.Module]],
-    twins: set[nn.Module],
-) -> str | None:  # fmt: skip
-    """Why an FFN cannot be taken out: something else uses a part of it."""
-    linears = (*f.ups, f.down)
-    if any(attribute == "_orig_mod" for _, attribute, _ in slots.get(id(f.module), ())):
-        return "it is compiled, and the compiled code would go on running: convert first, then compile"
-    for linear in linears:
-        if len(slots.get(id(linear.module), ())) > 1:
-            return f"{linear.name} is used in several places: {', '.join(p for _, _, p in slots[id(linear.module)])}"
-    own = {linear.module for linear in linears}
-    sharing = [[owners[id(p)] for p in linear.module.parameters()] for linear in linears]
-    shared = [n.name for n, s in zip(linears, sharing, strict=True) if any(o - twins or len(o & own) > 1 for o in s)]
-    if shared:
-        return f"some of its parameters are tied to other modules, or to each other: {', '.join(shared)}"
-    return None
+def _free(
+    model: nn.Module, wanted: list[Found], identity: Mapping[str, object], slots: _Slots, unknown: dict[str, str]
+) -> list[Found]:
+    """The FFNs whose parts nothing else uses; the others become unknown, with the reason."""
+    owners = _parameter_owners(model)
+    free = wanted
+    while True:  # leaving one can tie down another
+        of = {linear.module: identity[f.name] for f in free for linear in (*f.ups, f.down)}
+        left = {}
+        for f in free:
+            if any(attribute == "_orig_mod" for _, attribute, _ in slots.get(id(f.module), [])):
+                left[f.name] = "it is compiled by itself, and would go on as it was: convert first, then compile"
+            own = {linear.module for linear in (*f.ups, f.down)}
+            for linear in (*f.ups, f.down):
+                places = [path for _, _, path in slots.get(id(linear.module), [])]
+                if len(places) > 1:
+                    left[f.name] = f"{linear.name} is used in several places: {', '.join(places)}"
+                elif any(of.get(o) != identity[f.name] for p in linear.module.parameters() for o in owners[id(p)]):
+                    left[f.name] = f"parameters of {linear.name} are tied to something that is not replaced alike"
+                elif any(len(owners[id(p)] & own) > 1 for p in linear.module.parameters()):
+                    left[f.name] = f"parameters of {linear.name} are tied to other ones of the same FFN"
+        if not left:
+            return free
+        unknown.update(left)
+        free = [f for f in free if f.name not in left]
 
 
-def _swap(model: nn.Module, plans: list[_Plan]) -> None:
+def _swap(model: nn.Module, plans: list[_Plan], slots: _Slots) -> None:
     """Put all new modules in; on any error take all out again."""
     undo: list[Callable[[], None]] = []
-    slots = _slots(model)
     try:
         for plan in plans:
             for owner, attribute, _ in slots[id(plan.found.module)]:
@@ -238,12 +234,12 @@ def _swap(model: nn.Module, plans: list[_Plan]) -> None:
         raise
 
 
-def _others(model: nn.Module, gone: set[nn.Module], plans: list[_Plan]) -> dict[str, int]:
+def _others(model: nn.Module, plans: list[_Plan]) -> dict[str, int]:
     """The modules that still have matrices of their own, grouped by name with the numbers left out."""
     new = {inner for plan in plans for inner in plan.module.modules()}
     counts: Counter[str] = Counter()
     for name, module in model.named_modules():
-        if module in new or module in gone:
+        if module in new:
             continue
         matrices = [p for p in module.parameters(recurse=False) if p.dim() > 1]
         if matrices:

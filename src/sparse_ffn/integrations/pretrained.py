@@ -50,6 +50,7 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
         What ``model_class.from_pretrained(path, **options)`` returns.
 
     Raises:
+        TypeError: ``model_class`` is an ``Auto`` class, or is not given and transformers does not have the saved one.
         ValueError: the config records no conversion, or does not fit the model.
     """
     config = options.pop("config", None)
@@ -61,7 +62,12 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
             f"the config of {str(path)!r} records no conversion: call record_conversion(model, report) before "
             "save_pretrained, or load an unconverted model with transformers itself"
         )
-    base: Any = model_class or getattr(transformers, config.architectures[0])
+    base: Any = model_class or getattr(transformers, config.architectures[0], None)
+    if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedModel)):
+        raise TypeError(
+            f"model_class must be a model's own class, such as LlamaForCausalLM, got {base!r} for "
+            f"architectures = {config.architectures}"
+        )
 
     class Converted(base):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -12,7 +12,7 @@ from sparse_ffn.kernels.tile import Table, table
 _SM80 = table("""
     one    half   16x64x128/4/2   16x128x32/4/5   32x64x32/4/5    32x128x32/4/5
     one    half   64x64x32/4/5    64x128x32/4/4   64x256x32/8/3   128x64x32/4/4
-    one    half   128x128x32/4/4  128x128x32/8/3  128x128x64/8/3
+    one    half   128x128x32/8/3  128x128x64/8/3
     two    half   16x64x32/4/5    32x64x32/4/4    64x64x64/4/3    64x64x32/8/4    128x64x32/8/3
     outer  half   64x128x64/4/3   128x128x32/4/4  128x128x32/8/3  128x128x64/8/3
     one    tf32   64x128x16/4/4   64x128x32/8/3   128x128x16/8/3  128x128x32/8/3

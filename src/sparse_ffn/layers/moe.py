@@ -80,7 +80,7 @@ class MoE(SparseFFN):
 
     router: Router
     _last: tuple[Tensor | None, Tensor, Tensor | None] | None
-    """Of the last forward: balance loss, selected experts, mask. One attribute: Module's __setattr__ is slow."""
+    """Of the last forward: balance loss, selected experts, mask."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class MoE(SparseFFN):
         else:
             y, index_TK, loss = self._route_then_compute(x, x_TD, mask_T, router_input)
         if not torch.compiler.is_exporting():  # an exported program has no module to keep these
-            self._last = loss, index_TK, mask_T
+            object.__setattr__(self, "_last", (loss, index_TK, mask_T))  # Module's own costs as much as a small op
         return y
 
     def _route_then_compute(
