@@ -145,6 +145,11 @@ def test_the_state_is_copied_not_shared() -> None:
         ("qwen2_moe", lambda s, c: s.pop("shared_expert_gate.weight"), "has no 'shared_expert_gate.weight'"),
         ("qwen3_moe", lambda s, c: s.update({"shared_expert.up_proj.weight": torch.ones(1)}), "no place for"),
         ("deepseek_v2", lambda s, c: c.update(topk_method="group_limited_greedy"), "only 'greedy' without"),
+        ("mixtral", lambda s, c: s.update({"gate.weight": torch.ones(3, D)}), "size mismatch for router.weight"),
+        ("mixtral", lambda s, c: s.update({"gate.weight": torch.ones(D)}), r"'gate.weight' must have 2 .*got \[16\]"),
+        ("mixtral", lambda s, c: s.update({"experts.down_proj": torch.ones(E, D, 5)}), "size mismatch for values"),
+        ("mixtral", lambda s, c: c.update(num_local_experts=8), "its n_experts is 6, not 8"),
+        ("olmoe", lambda s, c: c.update(hidden_size=5), "its d_model is 16, not 5"),
         ("deepseek_v3", lambda s, c: c.update(n_group=4), "n_groups = 4 must divide n_experts = 6 into groups"),
         ("deepseek_v3", lambda s, c: c.update(topk_group=4), "topk_groups must be at least 1 and at most n_groups = 3"),
     ],
@@ -208,6 +213,12 @@ def test_the_papers_layer_by_its_definition(router: str, gates: Any, bias: bool)
 def test_what_the_papers_code_knows_and_we_do_not_is_an_error() -> None:
     with pytest.raises(ValueError, match="no place for: 'sel_bias', 'shared_keys'"):
         from_moe_layer({**moe_layer_state(False), "shared_keys": torch.ones(1), "sel_bias": torch.ones(E)}, K)
+    with pytest.raises(ValueError, match=r"size mismatch for router.weight"):
+        from_moe_layer({**moe_layer_state(False), "expert_sel": torch.randn(E + 1, D)}, K)
+    with pytest.raises(ValueError, match=r"'keys' must have 3 dimensions, got \[6\]"):
+        from_moe_layer({**moe_layer_state(False), "keys": torch.randn(E)}, K)
+    with pytest.raises(ValueError, match=r"(?s)does not fit the layer: .*gate_keys"):
+        from_moe_layer(moe_layer_state(False), K, glu=True)
     with pytest.raises(ValueError, match=r"has no 'a.keys'; it still has \[\]"):
         from_moe_layer(moe_layer_state(False), K, prefix="a.")
     with pytest.raises(ValueError, match="no place for gate_keys"):

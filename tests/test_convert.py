@@ -6,17 +6,20 @@ import copy
 import dataclasses
 import inspect
 import json
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
 
 import sparse_ffn as sf
 from sparse_ffn.convert import ConstantInput, config, config_from_dict, sparsify
 from sparse_ffn.convert.calibrate import Reservoir
 from sparse_ffn.convert.partition import balanced_assignment, balanced_kmeans
+from sparse_ffn.layers.shared_expert import SharedExpertMoE
 from sparse_ffn.ops.activations import ACTIVATIONS, activate
 from sparse_ffn.routing.routers import SigmoidRouter
 
@@ -112,6 +115,39 @@ def test_configs_refuse_what_does_not_fit() -> None:
         sf.from_dense(Mlp(), sf.MoEConfig(expert_size=4, init="cluster", cluster_by="coactivation"))
     with pytest.raises(TypeError, match="config must be a config of sparse_ffn"):
         sf.sparsify_(Mlp(), sf.SigmaMoE)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sf.sparsify_([Mlp()], OPEN), "model must be a torch.nn.Module, got a value of type list"),
+        (lambda: sf.calibrate([Mlp()], []), "model must be a torch.nn.Module, got a value of type list"),
+        (lambda: sf.sparsify_(Mlp(), OPEN, "0"), "filter_fn must be a function of module and name, got '0'"),
+        (lambda: sf.sparsify_(Mlp(), OPEN, calibration=torch.ones(9, 6)), "calibration must map names to .* Tensor"),
+        (lambda: sf.sparsify_(Mlp(), OPEN, calibration={"": [1.0]}), "calibration must map names to .* list"),
+        (lambda: sf.from_dense("mlp", OPEN), "ffn must be a torch.nn.Module, got a value of type str"),
+        (lambda: sf.from_dense(Mlp(), {}), r"config must be a config of sparse_ffn, .* got \{\}"),
+        (lambda: sf.from_dense(Mlp(), OPEN, inputs=[1.0]), "inputs must be a tensor .* got a value of type list"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_named(call: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init": "split", "cluster_by": "keys"}, 'cluster_by = .keys. is for init = "cluster", not init = .split'),
+        ({"init": "upcycle", "cluster_by": "keys"}, 'cluster_by = .keys. is for init = "cluster", not init = .upcycle'),
+        ({"init": "upcycle", "router_init": "fitted"}, 'router_init = .fitted. is not for init = "upcycle"'),
+    ],
+)
+def test_options_that_nothing_would_use_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sf.SigmaMoEConfig(**options)
+    used = sf.SigmaMoEConfig(init="cluster", cluster_by="keys", router_init="fitted")
+    dataclasses.replace(used, init="fresh")  # layers of the same shapes, for a checkpoint
 
 
 @pytest.mark.parametrize("name", ["k", "n_experts", "expert_size"])
@@ -245,6 +281,53 @@ def test_there_and_back(kind: type[Any]) -> None:
     same(sf.to_dense(sf.from_dense(dense, kind(n_experts=4, k=4)).eval()), dense)
 
 
+@pytest.mark.parametrize(
+    "dense",
+    [
+        sf.DenseFFN(6, 16, activation="gelu", dropout=0.25),
+        sf.DenseFFN(6, 16, activation="identity", bias=False),
+        sf.DenseFFN(6, 16, glu=True, activation="silu", d_out=5),
+    ],
+)
+def test_our_own_dense_layer_is_an_ffn_too(dense: sf.DenseFFN) -> None:
+    dense.eval()
+    for bias in (dense.key_bias, dense.out_bias):
+        if bias is not None:
+            nn.init.normal_(bias)
+    layer = sf.from_dense(dense, OPEN)
+    assert layer.dropout == dense.dropout
+    same(layer, dense)
+    same(sf.from_dense(sf.to_dense(layer), OPEN), dense)
+    model = nn.Sequential(nn.Identity(), *[dense] * (2 if dense.d_out == 6 else 1))  # also where it hangs twice
+    before = copy.deepcopy(model)
+    report = sf.sparsify_(model, OPEN)
+    assert report.names == ["1"]
+    assert isinstance(model[-1], sf.MoE)
+    same(model, before)
+    assert "from_dense" in sf.sparsify_(dense, OPEN).unknown[""]
+    dense.register_forward_hook(lambda *_: None)
+    assert "forward hooks" in sf.sparsify_(nn.Sequential(dense), OPEN).unknown["0"]
+
+
+def test_a_shared_expert_stays_what_it_is() -> None:
+    moe = SharedExpertMoE(sf.MoE(6, 4, 3, 2), sf.DenseFFN(6, 8))
+    assert not sf.sparsify_(nn.Sequential(moe), OPEN).swaps
+
+
+@pytest.mark.parametrize("frozen", ["keys", "values", "out_bias"])
+@pytest.mark.parametrize("kind", [sf.MoEConfig, sf.TopKFFNConfig])
+def test_what_is_frozen_stays_frozen_on_the_way_back(kind: type[Any], frozen: str) -> None:
+    layer = sf.from_dense(Mlp(), OPEN if kind is sf.MoEConfig else sf.TopKFFNConfig(k=16))
+    getattr(layer, frozen).requires_grad_(False)
+    assert {n for n, p in sf.to_dense(layer).named_parameters() if not p.requires_grad} == {frozen}
+
+
+def test_frozen_product_keys_are_frozen_keys() -> None:
+    memory = sf.ProductKeyMemory(6, 3, 9)
+    memory.sub_keys.requires_grad_(False)
+    assert {n for n, p in sf.to_dense(memory).named_parameters() if not p.requires_grad} == {"keys"}
+
+
 class OwnRouter(SigmoidRouter):
     """A user's, which may do anything."""
 
@@ -338,6 +421,14 @@ def test_what_is_tied_to_something_else_is_left_and_listed() -> None:
     assert isinstance(model[0].ffn, Mlp)
 
 
+def test_a_linear_map_that_is_used_elsewhere_too_is_left_and_listed() -> None:
+    model = nn.ModuleDict({"a_long_name_before_the_ffns": nn.Linear(6, 16), "a": Block(), "b": Block()})
+    model["a"].ffn.a = model["a_long_name_before_the_ffns"]
+    report = sf.sparsify_(model, OPEN)
+    assert report.names == ["b.ffn"]
+    assert "used in several places: a_long_name_before_the_ffns, a.ffn.a" in report.unknown["a.ffn"]
+
+
 def twins(*tied: str) -> nn.Sequential:
     model = nn.Sequential(Block(), Block())
     for name in tied:
@@ -357,7 +448,7 @@ def test_no_parameter_is_untied() -> None:
     assert set(sf.sparsify_(twins(*ALL), configs).unknown) == both
     elsewhere = nn.ModuleList([Block(), nn.Linear(6, 16, bias=False), nn.Linear(16, 6, bias=False)])
     elsewhere[1].weight, elsewhere[2].weight = elsewhere[0].ffn.a.weight, elsewhere[0].ffn.b.weight
-    assert set(sf.sparsify_(elsewhere, OPEN).unknown) == {"0.ffn"}
+    assert set(sf.sparsify_(elsewhere, OPEN).unknown) == {"0.ffn", "1"}  # the list's own maps look like an FFN too
     square = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
     square[2].weight = square[0].weight
     assert set(sf.sparsify_(square, OPEN).unknown) == {"0"}
@@ -399,6 +490,183 @@ def test_special_kinds_of_parameters_are_left_and_listed() -> None:
     report = sf.sparsify_(model, OPEN)
     assert report.names == ["1.ffn"]
     assert "weight of Linear is a Quantised" in report.unknown["0.ffn"]
+
+
+def test_ffns_of_mixed_dtypes_are_left_and_listed() -> None:
+    model = nn.Sequential(Block(), Block(), nn.TransformerEncoderLayer(6, 2, 16))
+    model[0].ffn.b.double()  # as transformers keeps T5's wo in fp32 when the rest is in half precision
+    model[2].linear2.double()
+    report = sf.sparsify_(model, OPEN)
+    assert report.names == ["1.ffn"]
+    for name in ("0.ffn", "2.linear1"):
+        assert report.unknown[name] == (
+            "its parameters differ in dtype or device: torch.float32 on cpu, torch.float64 on cpu"
+        )
+    with pytest.raises(ValueError, match="its parameters differ in dtype"):
+        sf.from_dense(model[0].ffn, OPEN)
+
+
+class Adapted(nn.Module):
+    """A linear map as LoRA wraps it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.in_features, self.out_features = base, base.in_features, base.out_features
+        self.down, self.up = nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+def adapted(ffn: Mlp) -> Mlp:
+    ffn.a, ffn.b = Adapted(ffn.a), Adapted(ffn.b)
+    return ffn
+
+
+def weight_normed(ffn: Mlp) -> Mlp:
+    parametrizations.weight_norm(ffn.a)
+    return ffn
+
+
+def pruned(ffn: Mlp) -> Mlp:
+    prune.l1_unstructured(ffn.b, "weight", 0.5)
+    return ffn
+
+
+class Packed(nn.Module):
+    """A linear map as quantisation leaves it: no parameter, widths and packed numbers."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.packed = linear.weight.detach().tolist()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ x.new_tensor(self.packed).t()
+
+
+def packed(ffn: Mlp) -> Mlp:
+    ffn.a, ffn.b = Packed(ffn.a), Packed(ffn.b)
+    return ffn
+
+
+def scripted(ffn: Mlp) -> Any:
+    return torch.jit.script(nn.Sequential(ffn.a, nn.ReLU(), ffn.b))
+
+
+@pytest.mark.parametrize(
+    ("change", "seen"),
+    [
+        (adapted, "0.ffn.a has no plain weight: it is a .*Adapted with base_layer.weight, base_layer.bias, down"),
+        (weight_normed, "0.ffn.a has no plain weight: it is a .*ParametrizedLinear with bias, parametrizations.weight"),
+        (pruned, "0.ffn.b has no plain weight: it is a torch.nn.modules.linear.Linear with bias, weight_orig"),
+        (packed, "0.ffn.a has no plain weight: it is a .*Packed with no parameters"),
+        (scripted, "0.ffn.0 has no plain weight: it is a .*RecursiveScriptModule with weight, bias"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_linear_maps_that_are_more_than_a_weight_are_left_and_listed(change: Any, seen: str) -> None:
+    model = nn.Sequential(Block(change(Mlp())), Block())
+    report = sf.sparsify_(model, OPEN)
+    assert report.names == ["1.ffn"]
+    assert list(report.unknown) == ["0.ffn"]
+    assert re.search(seen, report.unknown["0.ffn"])
+    assert any(name.startswith("*.ffn") for name in report.others)
+    with pytest.raises(ValueError, match=re.sub(r"0\.ffn\.", "", seen)):
+        sf.from_dense(model[0].ffn, OPEN)
+
+
+def test_linear_maps_in_a_list_are_listed_unless_what_holds_them_is_the_ffn() -> None:
+    class Listed(nn.Module):
+        def __init__(self, act: Any) -> None:
+            super().__init__()
+            self.steps = nn.ModuleList([nn.Linear(6, 16), act, nn.Linear(16, 6)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for step in self.steps:
+                x = step(x)
+            return x
+
+    model = nn.ModuleList([Listed(nn.ReLU()), nn.Linear(6, 16), nn.Linear(16, 6)])
+    report = sf.sparsify_(model, OPEN)
+    assert report.names == ["0"]
+    assert list(report.unknown) == ["1"]
+    assert "lie in a ModuleList, which computes nothing" in report.unknown["1"]
+
+
+def test_an_ffn_that_states_its_widths_is_no_wrapped_linear_map() -> None:
+    ffn = Mlp(d_out=5)
+    ffn.in_features, ffn.out_features = 6, 5
+    assert sf.sparsify_(nn.Sequential(ffn, nn.Linear(5, 5)), OPEN).names == ["0"]
+
+
+def test_lazy_modules_must_have_run() -> None:
+    model = nn.Sequential(Block(), nn.LazyLinear(4))
+    with pytest.raises(ValueError, match=r"1\.weight has no shape yet: run the model once"):
+        sf.sparsify_(model, OPEN)
+    assert isinstance(model[0].ffn, Mlp)
+    model(torch.ones(1, 6))
+    assert sf.sparsify_(model, OPEN).names == ["0.ffn"]
+
+
+class Scaled(Mlp):
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(x) * scale
+
+
+class Parent(nn.Module):
+    """Holds an FFN and uses it in one of several ways."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__()
+        self.use = use
+        self.ffn = self.again = Scaled()
+        self.steps = [self.ffn]
+
+    def forward(self, x: Tensor) -> Tensor:
+        uses = {
+            "plain": lambda: self.ffn(x),
+            "adds in place": lambda: self.ffn(x).add_(x),
+            "twice": lambda: self.ffn(x) + self.again(x),
+            "never": lambda: x,
+            "keyword": lambda: self.ffn(x=x, scale=2.0),
+            "more": lambda: self.ffn(x, 2.0),
+            "second reference": lambda: self.steps[0](x),
+            "weight": lambda: self.ffn(x.to(self.ffn.a.weight.dtype)),
+            "parts": lambda: self.ffn.b(self.ffn.f(self.ffn.a(x))),
+            "children": lambda: nn.Sequential(*self.ffn.children())(x),
+            "needs more": lambda: self.ffn(x[0], self.nothing),
+        }
+        y: Tensor = uses[self.use]()
+        return y
+
+
+@pytest.mark.parametrize("use", ["plain", "adds in place", "twice", "never", "needs more"])
+def test_a_parent_that_only_calls_its_ffn_or_cannot_be_probed_gets_a_layer(use: str) -> None:
+    model = nn.Sequential(Parent(use), nn.Tanh())
+    report = sf.sparsify_(model, OPEN)
+    assert report.names == ["0.ffn"]
+    assert isinstance(model[0].ffn, sf.MoE)
+
+
+@pytest.mark.parametrize(
+    ("use", "why"),
+    [
+        ("keyword", "Parent does not run with a layer in its place (TypeError: "),
+        ("more", "Parent does not run with a layer in its place (TypeError: "),
+        ("weight", "Parent does not run with a layer in its place (AttributeError: "),
+        ("parts", "Parent does not run with a layer in its place (AttributeError: "),
+        ("children", "Parent does not call a layer in its place"),
+        ("second reference", "Parent does not call a layer in its place: it calls its parts, or holds it elsewhere"),
+    ],
+)
+def test_a_parent_that_a_layer_does_not_suit_keeps_its_ffn(use: str, why: str) -> None:
+    model = nn.Sequential(Parent(use), Block())
+    before = model(torch.ones(2, 6))
+    report = sf.sparsify_(model, OPEN)
+    assert report.names == ["1.ffn"]
+    assert report.unknown["0.ffn"].startswith(why)
+    torch.testing.assert_close(model(torch.ones(2, 6)), before, rtol=1e-4, atol=1e-5)
 
 
 def test_dropouts_are_kept() -> None:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from sparse_ffn.convert.edits import switch_off_fast_path
 from sparse_ffn.convert.found import Formula, Unknown
-from sparse_ffn.convert.probe import Trace, close, probe_copy, run
+from sparse_ffn.convert.probe import Trace, close, probe_copy, probe_input, run
 
 Arguments = tuple[Tensor | None, ...]
 
 
-def try_copy(module: nn.Module) -> nn.Module:
+def arguments(width: int) -> list[Arguments]:
+    """What a block or a layer may take: tokens alone, with empty places for masks, with a memory, with a mask."""
+    x, mask = probe_input(width), torch.ones(2, 1, 3, 3, dtype=torch.float64)
+    return [(x,), (x, None), (x, None, None), (x, x), (x, mask)]
+
+
+def try_copy(module: nn.Module, *, numbers: bool = True) -> nn.Module:
     try:
-        copied = probe_copy(module)
+        copied = probe_copy(module, numbers=numbers)
     except Exception as error:
         raise Unknown(f"{type(module).__name__} cannot be copied to probe it ({error})") from error
     for inner in copied.modules():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from sparse_ffn.convert.build import copy_weights, gate_at_zero
+from sparse_ffn.convert.build import copy_weights, freeze, gate_at_zero
 from sparse_ffn.convert.weights import FFNWeights
 from sparse_ffn.layers import DenseFFN, MoE, ProductKeyMemory, SparseFFN
 from sparse_ffn.routing.deepseek import DeepSeekRouter
@@ -25,7 +27,8 @@ def to_dense(layer: SparseFFN) -> DenseFFN:
             ``query_norm`` and softmax.
 
     Returns:
-        A new ``DenseFFN`` of the same device, dtype and training mode. Its units are in the layer's order.
+        A new ``DenseFFN`` of the same device, dtype, training mode and ``requires_grad``. Its units are in the layer's
+        order.
 
     Raises:
         TypeError: no layer of this library.
@@ -51,7 +54,14 @@ def to_dense(layer: SparseFFN) -> DenseFFN:
         d_out=weights.d_out, dropout=layer.dropout, device=weights.keys.device, dtype=weights.keys.dtype,
     )  # fmt: skip
     copy_weights(dense, weights)
+    freeze(dense, replace(weights, trainable=_trainable(layer)))
     return dense.train(layer.training)
+
+
+def _trainable(layer: SparseFFN) -> dict[str, bool]:
+    trainable = {name: parameter.requires_grad for name, parameter in layer.named_parameters()}
+    keys = [wants for name, wants in trainable.items() if name in ("sub_keys", "query.weight")]
+    return trainable | ({"keys": any(keys)} if keys else {})
 
 
 def _no_dense(layer: SparseFFN, why: str) -> ValueError:

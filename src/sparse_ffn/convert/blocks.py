@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from sparse_ffn.convert.attempt import check_large, try_copy, try_run
-from sparse_ffn.convert.found import Found, Unknown, find_formula, relative
+from sparse_ffn.convert.found import Formula, Found, Unknown, check_plain, find_formula, relative
 from sparse_ffn.convert.linears import Linear, hooks
 from sparse_ffn.convert.probe import close, probe_input, same_outputs
+from sparse_ffn.layers import DenseFFN
 
 
 def block_roles(module: nn.Module, inside: list[Linear]) -> tuple[list[Linear], Linear] | None:
@@ -24,6 +25,18 @@ def block_roles(module: nn.Module, inside: list[Linear]) -> tuple[list[Linear], 
     return None
 
 
+def match_dense(name: str, layer: DenseFFN) -> Found:
+    """This library's own dense layer, whose formula is known."""
+    if (why := hooks(layer)) is not None:
+        raise Unknown(f"not replaced, since {why}")
+    ups = [Linear(layer, f"{name}.keys", transposed=False, parameters=("keys", "key_bias"))]
+    if layer.gate_keys is not None:
+        ups.append(Linear(layer, f"{name}.gate_keys", transposed=False, parameters=("gate_keys", "")))
+    down = Linear(layer, f"{name}.values", transposed=True, parameters=("values", "out_bias"))
+    formula = Formula(layer.activation, "" if layer.gate_keys is None else "second")
+    return Found(name, layer, tuple(ups), down, formula, layer.dropout)
+
+
 def match_block(name: str, module: nn.Module, ups: list[Linear], down: Linear) -> Found:
     try:
         return _match_block(name, module, ups, down)
@@ -38,6 +51,7 @@ def match_block(name: str, module: nn.Module, ups: list[Linear], down: Linear) -
 
 
 def _match_block(name: str, module: nn.Module, ups: list[Linear], down: Linear) -> Found:
+    check_plain([*ups, down])
     if (why := hooks(module)) is not None:
         raise Unknown(f"not replaced, since {why}")
     if next(module.buffers(), None) is not None:

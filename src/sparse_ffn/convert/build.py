@@ -75,7 +75,7 @@ def build(config: FFNConfig, ffn: FFNWeights, inputs: Tensor | None = None) -> B
         copy_weights(layer, ffn)
         exact = "exact" if layer.k == ffn.d_ff else f"the {layer.k} largest of {ffn.d_ff} units"
         note = f"weights kept: {exact}"
-    _freeze(layer, ffn)
+    freeze(layer, ffn)
     return Built(layer, config, note)
 
 
@@ -212,7 +212,7 @@ def _memory(layer: ProductKeyMemory, ffn: FFNWeights) -> str:
     return f"values kept; {n} x {n} product keys, relative error of the keys {error:.2%}"
 
 
-def _freeze(layer: SparseFFN, ffn: FFNWeights) -> None:
+def freeze(layer: SparseFFN, ffn: FFNWeights) -> None:
     """Frozen stays frozen; what had no counterpart trains if anything does."""
     if not ffn.trainable:
         return

@@ -63,7 +63,8 @@ def calibrate(
         By name, what ``sparsify_(calibration=...)`` takes: [at most max_tokens, d_model] on the CPU.
 
     Raises:
-        ValueError: no FFN is found, or one was never called.
+        TypeError: the model is no module.
+        ValueError: no FFN is found, or one was never called; a lazy module has not run yet.
     """
     check_positive("max_tokens", max_tokens)
     found = [f for f in find(model)[0] if filter_fn is None or filter_fn(f.module, f.name)]

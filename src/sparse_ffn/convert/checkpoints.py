@@ -67,16 +67,17 @@ def from_transformers(
         The layer, in the dtype and on the device of the experts.
 
     Raises:
-        ValueError: a model that no layer here computes exactly, a key that is missing, or one that nothing uses.
+        ValueError: a model that no layer here computes exactly, a key that is missing, one that nothing uses, or a
+            tensor of another size than the others or the config say.
     """
     facts = _facts(config)
     style, keys = STYLES[facts["model_type"]], Keys(state_dict, prefix)
     activation = ACTIVATIONS[facts["hidden_act"]]
     gate_keys, up, down = _experts(keys, style)
     ours = {"keys": up, "gate_keys": gate_keys, "values": down.mT * facts.get("routed_scaling_factor", 1.0)}
-    ours["router.weight"] = keys.take("gate.weight")
+    ours["router.weight"] = keys.take("gate.weight", 2)
     if facts["model_type"] == "deepseek_v3":
-        ours["router.bias"] = keys.take(CORRECTION_BIAS)
+        ours["router.bias"] = keys.take(CORRECTION_BIAS, 1)
         options = {"balance": "bias", **options}
     sizes = (up.shape[2], up.shape[0], up.shape[1], facts["num_experts_per_tok"])
     router = _router(facts, sizes)
@@ -84,8 +85,9 @@ def from_transformers(
     moe.router.to(ours["router.weight"].dtype)  # some models keep it wider than the experts
     if style.shared is None or f"{style.shared}.up_proj.weight" not in keys.left:
         keys.finish()
+        _check_fits(moe, moe, facts)
         return filled(moe, ours)
-    gate, up, down = (keys.take(f"{style.shared}.{part}.weight") for part in PARTS)
+    gate, up, down = (keys.take(f"{style.shared}.{part}.weight", 2) for part in PARTS)
     shared = DenseFFN(
         sizes[0], up.shape[0], activation=activation, glu=True, bias=False, device="meta", dtype=up.dtype
     )  # fmt: skip
@@ -93,9 +95,11 @@ def from_transformers(
     whole |= {"shared.gate_keys": gate, "shared.keys": up, "shared.values": down.mT}
     gated = facts["model_type"] == "qwen2_moe"
     if gated:
-        whole["gate.weight"] = keys.take("shared_expert_gate.weight")
+        whole["gate.weight"] = keys.take("shared_expert_gate.weight", 2)
     keys.finish()
-    return filled(SharedExpertMoE(moe, shared, gated=gated), whole)
+    both = SharedExpertMoE(moe, shared, gated=gated)
+    _check_fits(both, moe, facts)
+    return filled(both, whole)
 
 
 def to_transformers(
@@ -150,15 +154,18 @@ class Keys:
         self.prefix = prefix
         self.left = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
 
-    def take(self, name: str) -> Tensor:
+    def take(self, name: str, dim: int) -> Tensor:
         """The tensor of that name.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is none, or it has not that many dimensions.
         """
         if name not in self.left:
             raise ValueError(f"the checkpoint has no {self.prefix + name!r}; it still has {sorted(self.left)[:20]}")
-        return self.left.pop(name)
+        tensor = self.left.pop(name)
+        if tensor.dim() != dim:
+            raise ValueError(f"{self.prefix + name!r} must have {dim} dimensions, got {list(tensor.shape)}")
+        return tensor
 
     def finish(self) -> None:
         """Raise ValueError unless every tensor was taken."""
@@ -168,9 +175,16 @@ class Keys:
 
 
 def filled(layer: Layer, tensors: Mapping[str, Tensor]) -> Layer:
-    """A layer that was built on meta, with these tensors for its parameters and buffers, on their device."""
+    """A layer that was built on meta, with these tensors for its parameters and buffers, on their device.
+
+    Raises:
+        ValueError: a tensor is missing or of another shape.
+    """
     layer.to_empty(device=next(iter(tensors.values())).device)
-    layer.load_state_dict(dict(tensors))
+    try:
+        layer.load_state_dict(dict(tensors))
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint does not fit the layer: {error}") from error
     return layer
 
 
@@ -243,9 +257,16 @@ def _experts(keys: Keys, style: Style) -> tuple[Tensor, Tensor, Tensor]:
     """The experts' gate and up [E, G, D] and down [E, D, G]."""
     indices = {name.split(".")[1] for name in keys.left if name.startswith("experts.")}
     if not all(index.isdecimal() for index in indices) or not indices:
-        gate, up = keys.take("experts.gate_up_proj").chunk(2, dim=1)
-        return gate, up, keys.take("experts.down_proj")
+        gate, up = keys.take("experts.gate_up_proj", 3).chunk(2, dim=1)
+        return gate, up, keys.take("experts.down_proj", 3)
     gate, up, down = (
-        torch.stack([keys.take(f"experts.{e}.{part}.weight") for e in range(len(indices))]) for part in style.expert
+        _stack([keys.take(f"experts.{e}.{part}.weight", 2) for e in range(len(indices))], part) for part in style.expert
     )
     return gate, up, down
+
+
+def _stack(matrices: list[Tensor], part: str) -> Tensor:
+    shapes = sorted({tuple(matrix.shape) for matrix in matrices})
+    if len(shapes) > 1:
+        raise ValueError(f"the experts' {part} differ in shape: {', '.join(map(str, shapes))}")
+    return torch.stack(matrices)

@@ -193,6 +193,11 @@ class ExpertsConfig(FFNConfig):
         cluster_by: ``"keys"`` or ``"coactivation"`` (needs calibration); None for the latter with calibration.
         router_init: ``"mean_keys"`` (Avg-K) or ``"fitted"`` to the experts' true contributions (needs calibration);
             None for the latter with calibration.
+
+    ``"fresh"`` takes no notice of the last two: with it a config that was used makes layers of the same shapes.
+
+    Raises:
+        ValueError: as all configs; ``cluster_by`` or ``router_init`` with an ``init`` that has no use for it.
     """
 
     inits = ("split", "cluster", "upcycle", "fresh")
@@ -218,6 +223,10 @@ class ExpertsConfig(FFNConfig):
             check_choice("cluster_by", self.cluster_by, ("keys", "coactivation"))
         if self.router_init is not None:
             check_choice("router_init", self.router_init, ("mean_keys", "fitted"))
+        if self.init in ("split", "upcycle") and self.cluster_by is not None:
+            raise ValueError(f'cluster_by = {self.cluster_by!r} is for init = "cluster", not init = {self.init!r}')
+        if self.init == "upcycle" and self.router_init is not None:
+            raise ValueError(f'router_init = {self.router_init!r} is not for init = "upcycle": its router is fresh')
 
     def _sizes(self, ffn: FFNWeights) -> dict[str, Any]:
         if self.init == "upcycle":

@@ -2,26 +2,55 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
-from sparse_ffn.convert.blocks import block_roles, match_block
+from sparse_ffn.convert.blocks import block_roles, match_block, match_dense
 from sparse_ffn.convert.found import Found, Unknown
-from sparse_ffn.convert.linears import as_linear, hooks
+from sparse_ffn.convert.linears import Linear, hooks, linear_maps
 from sparse_ffn.convert.pairs import match_pair, pairs
+from sparse_ffn.layers import DenseFFN
+from sparse_ffn.layers.shared_expert import SharedExpertMoE
+
+ROOT = "the model itself is the FFN: from_dense makes a layer of it"
 
 
 def find(model: nn.Module) -> tuple[list[Found], dict[str, str]]:
-    """All FFNs of a model, in its order, and the names and reasons of what looked like one and is none."""
-    linears = {m: linear for name, m in model.named_modules() if (linear := as_linear(name, m)) is not None}
+    """All FFNs of a model, in its order, and the names and reasons of what looked like one and is none.
+
+    Raises:
+        TypeError: the model is no module.
+        ValueError: a parameter has no shape yet.
+    """
+    _check_module("model", model)
+    linears = linear_maps(model)
     found: list[Found] = []
     unknown: dict[str, str] = {}
+    loose: list[tuple[Linear, Linear, str]] = []
     done: set[nn.Module] = set()
-    names = dict(model.named_modules())
-    for name, module in reversed(names.items()):  # from the inside out
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or module in linears:
+    shared = {m.shared for m in model.modules() if isinstance(m, SharedExpertMoE)}
+    for name, module in reversed(list(model.named_modules())):  # from the inside out
+        if module in linears:
             continue
-        inside = [linears[m] for m in module.modules() if m in linears]
+        path = f"{name}." if name else ""  # a map that is elsewhere too is named by its place here
+        inside = [replace(linears[m], name=path + at) for at, m in module.named_modules() if m in linears]
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # what holds it may be the FFN
+            widening = [(up, down) for up, down in pairs(name, module, inside) if up.n_out > up.n_in]
+            loose += [(up, down, type(module).__name__) for up, down in widening]
+            continue
         reasons: list[str] = []
+        obstacles = [linear.obstacle for linear in inside if linear.obstacle is not None]
+        if type(module) is DenseFFN and module not in shared:
+            try:
+                dense = match_dense(name, module)
+            except Unknown as why:
+                unknown[name] = str(why)
+            else:
+                if name:
+                    found.append(dense)
+                else:
+                    unknown[name] = ROOT
         block = block_roles(module, inside) if not done & {linear.module for linear in inside} else None
         if block is not None and name:
             try:
@@ -30,8 +59,10 @@ def find(model: nn.Module) -> tuple[list[Found], dict[str, str]]:
                 continue
             except Unknown as why:
                 reasons.append(str(why))
-        # hooks go with the module, and a GLU is not put in piecewise
-        whole = block is not None and (hooks(module) is not None or block[0][0].n_out * len(block[0]) != block[1].n_in)
+        # hooks go with the module, a GLU is not put in piecewise, and what cannot be replaced is named as a whole
+        whole = block is not None and (
+            bool(obstacles) or hooks(module) is not None or block[0][0].n_out * len(block[0]) != block[1].n_in
+        )
         for up, down in pairs(name, module, inside):
             if done & {up.module, down.module} or whole:
                 continue
@@ -44,10 +75,12 @@ def find(model: nn.Module) -> tuple[list[Found], dict[str, str]]:
             done |= {up.module, down.module}
         # attention too has matrices of fitting shapes, but none that widen: what does not widen goes without a reason
         if block is not None and not done & {linear.module for linear in inside} and block[1].n_in > block[0][0].n_in:
-            reason = reasons[0] if reasons else "the model itself is the FFN: from_dense makes a layer of it"
-            unknown[name] = f"{reason}; {_seen(module)}"
+            unknown[name] = f"{[*reasons, *obstacles, ROOT][0]}; {_seen(module)}"
             done |= {linear.module for linear in inside}
-    order = {name: i for i, name in enumerate(names)}
+    for up, down, kind in loose:
+        if not done & {up.module, down.module}:
+            unknown[up.name] = f"its linear maps lie in a {kind}, which computes nothing: make the FFN a module"
+    order = {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     return sorted(found, key=lambda f: order[f.name]), {n: unknown[n] for n in sorted(unknown, key=order.__getitem__)}
 
 
@@ -55,16 +88,25 @@ def find_one(module: nn.Module) -> Found:
     """A module that is an FFN itself.
 
     Raises:
+        TypeError: it is no module.
         ValueError: it is none; the message says why and what was seen.
     """
-    inside = [linear for name, m in module.named_modules() if (linear := as_linear(name, m)) is not None]
+    _check_module("ffn", module)
+    inside = list(linear_maps(module).values())
     roles = block_roles(module, inside)
     try:
+        if type(module) is DenseFFN:
+            return match_dense("", module)
         if roles is None:
             raise Unknown("its matrices are not those of a two-layer FFN")
         return match_block("", module, *roles)
     except Unknown as why:
         raise ValueError(f"{why}; {_seen(module)}") from None
+
+
+def _check_module(name: str, module: object) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got a value of type {type(module).__name__}")
 
 
 def _seen(module: nn.Module) -> str:

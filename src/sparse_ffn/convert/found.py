@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,13 @@ class Formula:
             index = torch.arange(0, ups[0].shape[dim], 2, device=ups[0].device)
             a, b = ups[0].index_select(dim, index), ups[0].index_select(dim, index + 1)
         return (b, a) if self.gate in ("first", "first half", "even") else (a, b)
+
+
+def check_plain(linears: Iterable[Linear]) -> None:
+    """Raise Unknown where a linear map only says that it is one."""
+    for linear in linears:
+        if linear.obstacle is not None:
+            raise Unknown(f"not replaced, since {linear.obstacle}")
 
 
 def find_formula(ups: list[Tensor], h: Tensor) -> Formula:

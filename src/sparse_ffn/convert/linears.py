@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 from sparse_ffn.convert.probe import HOOKS, close, probe_copy, probe_input, run
 
@@ -20,39 +21,90 @@ class Linear:
     module: nn.Module
     name: str
     transposed: bool
+    parameters: tuple[str, str] = ("weight", "bias")
+    """What the module calls them."""
+    stated: tuple[int, int] | None = None
+    """Input and output width, if the module only says that it is a linear map and has no plain weight."""
 
     @property
     def weight(self) -> Tensor:
         """[out, in]: a view of the module's parameter."""
-        weight = self.module.weight
+        weight = getattr(self.module, self.parameters[0])
         assert isinstance(weight, Tensor)
         return weight.detach().t() if self.transposed else weight.detach()
 
     @property
     def bias(self) -> Tensor | None:
         """[out], if there is one."""
-        bias = getattr(self.module, "bias", None)
+        bias = getattr(self.module, self.parameters[1], None)
         return bias.detach() if isinstance(bias, Tensor) else None
 
     @property
     def n_in(self) -> int:
         """Input width."""
-        return self.weight.shape[1]
+        return self.weight.shape[1] if self.stated is None else self.stated[0]
 
     @property
     def n_out(self) -> int:
         """Output width."""
-        return self.weight.shape[0]
+        return self.weight.shape[0] if self.stated is None else self.stated[1]
 
     @property
     def trainable(self) -> tuple[bool, bool]:
         """Whether weight and bias want gradients."""
-        bias = getattr(self.module, "bias", None)
-        return bool(self.module.weight.requires_grad), bias is not None and bool(bias.requires_grad)
+        weight, bias = (getattr(self.module, name, None) for name in self.parameters)
+        return bool(weight is not None and weight.requires_grad), bool(bias is not None and bias.requires_grad)
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why it cannot be replaced, if it only says that it is a linear map: what it is and holds."""
+        if self.stated is None:
+            return None
+        kind = f"{type(self.module).__module__}.{type(self.module).__qualname__}"
+        holds = ", ".join(name for name, _ in self.module.named_parameters()) or "no parameters"
+        return f"{self.name} has no plain weight: it is a {kind} with {holds}"
+
+
+def linear_maps(model: nn.Module) -> dict[nn.Module, Linear]:
+    """The linear maps of a model, without those within another one, as LoRA's are.
+
+    Raises:
+        ValueError: a parameter has no shape yet.
+    """
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(f"{name} has no shape yet: run the model once, so that its lazy modules get theirs")
+    found: dict[nn.Module, Linear] = {}
+    inner: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module not in inner and (linear := as_linear(name, module)) is not None:
+            found[module] = linear
+            inner |= set(module.modules())
+    return found
 
 
 def as_linear(name: str, module: nn.Module) -> Linear | None:
-    """The module as a linear map, None if it is none. Decided by running it, unless it is an ``nn.Linear``."""
+    """The module as a linear map, None if it is none.
+
+    Decided by running it, unless it is an ``nn.Linear``. What is wrapped, parametrised, pruned or quantised is known by
+    the widths that it states, and has an obstacle.
+    """
+    return _plain(name, module) or _stated(name, module)
+
+
+def _stated(name: str, module: nn.Module) -> Linear | None:
+    n_in, n_out = (getattr(module, width, None) for width in ("in_features", "out_features"))
+    if type(n_in) is not int or type(n_out) is not int:
+        return None
+    parts = [part for part in module.children() if next(part.parameters(), None) is not None]
+    if parts and not isinstance(module, nn.Linear):  # a wrapper holds such a linear map, an FFN holds none
+        inner = [linear for part in parts if (linear := as_linear("", part)) is not None]
+        if n_in == n_out or all((linear.n_in, linear.n_out) != (n_in, n_out) for linear in inner):
+            return None
+    return Linear(module, name, transposed=False, stated=(n_in, n_out))
+
+
+def _plain(name: str, module: nn.Module) -> Linear | None:
     parameters = dict(module.named_parameters(recurse=False))
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if weight is None or weight.dim() != 2 or not weight.is_floating_point() or set(parameters) - {"weight", "bias"}:

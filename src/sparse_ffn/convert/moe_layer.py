@@ -32,14 +32,14 @@ def from_moe_layer(state_dict: Mapping[str, Tensor], k: int, *, prefix: str = ""
         The layer, in the tensors' dtype and on their device.
 
     Raises:
-        ValueError: a key that is missing or that nothing uses.
+        ValueError: a key that is missing or that nothing uses, or a tensor of another size than the others say.
     """
     keys = Keys(state_dict, prefix)
-    stack, values = keys.take("keys").mT, keys.take("values")
-    ours = {"keys": stack, "values": values, "router.weight": keys.take("expert_sel")}
+    stack, values = keys.take("keys", 3).mT, keys.take("values", 3)
+    ours = {"keys": stack, "values": values, "router.weight": keys.take("expert_sel", 2)}
     bias = "bias" in keys.left
     if bias:
-        ours |= {"key_bias": keys.take("bias"), "out_bias": keys.take("o_bias")}
+        ours |= {"key_bias": keys.take("bias", 2), "out_bias": keys.take("o_bias", 1)}
     keys.left.pop(COUNTS, None)
     keys.finish()
     n_experts, size, d_model = stack.shape

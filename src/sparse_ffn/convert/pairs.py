@@ -10,11 +10,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.convert.attempt import Arguments, check_large, try_copy, try_run
+from sparse_ffn.convert.attempt import Arguments, arguments, check_large, try_copy, try_run
 from sparse_ffn.convert.edits import Edit, put
-from sparse_ffn.convert.found import Found, Unknown, find_formula, relative
+from sparse_ffn.convert.found import Found, Unknown, check_plain, find_formula, relative
 from sparse_ffn.convert.linears import Linear, hooks
-from sparse_ffn.convert.probe import Call, Trace, close, probe_input, run, same_outputs
+from sparse_ffn.convert.probe import Call, Trace, close, run, same_outputs
 from sparse_ffn.convert.weights import FFNWeights
 
 
@@ -29,6 +29,7 @@ def pairs(name: str, module: nn.Module, inside: list[Linear]) -> Iterator[tuple[
 
 
 def match_pair(name: str, module: nn.Module, up: Linear, down: Linear) -> Found:
+    check_plain([up, down])
     a, b = relative(up.name, name), relative(down.name, name)
     module = _between(module, a, b)
     owners = list(dict.fromkeys(["", a.rpartition(".")[0], b.rpartition(".")[0]]))
@@ -37,8 +38,7 @@ def match_pair(name: str, module: nn.Module, up: Linear, down: Linear) -> Found:
         raise Unknown(f"forward of {patched[0]} is patched, so that a copy cannot be probed")
     copied = try_copy(module)
     leaves = [m for m in copied.modules() if not any(True for _ in m.children())]
-    x, mask = probe_input(up.n_in), torch.ones(2, 1, 3, 3, dtype=torch.float64)
-    trace, args = try_run(copied, [(x,), (x, None), (x, None, None), (x, x), (x, mask)], leaves)
+    trace, args = try_run(copied, arguments(up.n_in), leaves)
     first, last = trace.only(copied.get_submodule(a)), trace.only(copied.get_submodule(b))
     if first is None or last is None:
         raise Unknown(f"{a} and {b} are not called once each")

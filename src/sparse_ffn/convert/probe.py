@@ -34,12 +34,19 @@ def close(a: Tensor, b: Tensor) -> bool:
     return bool(((a.double() - b.double()).abs() <= TOLERANCE * scale).all())
 
 
-def probe_copy(module: nn.Module) -> nn.Module:
-    """A copy on the CPU in fp64 and evaluation mode, with random weights: the same ones in every copy."""
+def probe_copy(module: nn.Module, *, numbers: bool = True) -> nn.Module:
+    """A copy on the CPU in fp64 and evaluation mode, with random weights: the same ones in every copy.
+
+    Args:
+        module: what is copied.
+        numbers: without, all weights are one number that takes no memory, for who only asks what is called.
+    """
     generator = torch.Generator().manual_seed(0)
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
-        if parameter.dim() > 1:
+        if not numbers:
+            value = torch.full((), 0.5, dtype=torch.float64).expand(parameter.shape)
+        elif parameter.dim() > 1:
             value = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / parameter.shape[-1] ** 0.5
         else:
             value = 0.5 + torch.rand(parameter.shape, generator=generator, dtype=torch.float64)

@@ -16,6 +16,8 @@ from sparse_ffn.convert.config import FFNConfig
 from sparse_ffn.convert.edits import put, set_attribute, switch_off_fast_path
 from sparse_ffn.convert.find import find, find_one
 from sparse_ffn.convert.found import Found
+from sparse_ffn.convert.linears import as_linear
+from sparse_ffn.convert.parents import misfit
 from sparse_ffn.convert.report import Report, Swap
 from sparse_ffn.convert.weights import FFNWeights
 from sparse_ffn.layers import MoE, SparseFFN
@@ -45,11 +47,17 @@ def sparsify_(
         What was replaced and what was left, with parameters, FLOPs and what was done with the weights.
 
     Raises:
-        TypeError: ``config`` is no config of this library.
+        TypeError: ``model`` is no module, ``config`` no config of this library, ``filter_fn`` no function or
+            ``calibration`` no mapping to tensors.
         ValueError: the config does not fit an FFN, or names one that is not there; the calibration lacks one, or is of
-            another width. The model is as it was.
+            another width; a lazy module has not run yet. The model is as it was.
     """
-    _check_config(config)
+    for one in config.values() if isinstance(config, Mapping) else (config,):
+        _check_config(one)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be a function of module and name, got {filter_fn!r}")
+    if calibration is not None:
+        _check_calibration(calibration)
     found, unknown = find(model)
     if isinstance(config, Mapping):
         missing = [name for name in config if name not in {f.name for f in found}]
@@ -59,6 +67,7 @@ def sparsify_(
     wanted = [f for f in found if configs[f.name] is not None and (filter_fn is None or filter_fn(f.module, f.name))]
     skipped = tuple(f.name for f in found if f not in wanted)
     slots = _slots(model)
+    wanted = _fitting(wanted, slots, unknown)
     identity = {f.name: _identity(f, configs[f.name]) for f in wanted}
     plans: list[_Plan] = []
     built: dict[object, nn.Module] = {}
@@ -84,17 +93,28 @@ def from_dense(ffn: nn.Module, config: FFNConfig, *, inputs: Tensor | None = Non
         The layer; a dropout after it if the FFN ends in one, and a ``ConstantInput`` before it if its gate has a bias.
 
     Raises:
+        TypeError: ``ffn`` is no module, ``config`` no config of this library or ``inputs`` no tensor.
         ValueError: the module is no FFN (the message says what was seen), or the config does not fit it.
     """
     _check_config(config)
+    if inputs is not None and not isinstance(inputs, Tensor):
+        raise TypeError(f"inputs must be a tensor [..., d_model], got a value of type {type(inputs).__name__}")
     f = find_one(ffn)
+    if (mixed := _mixed(f.weights())) is not None:
+        raise ValueError(f"the FFN: {mixed}")
     return _plan(f, config, None if inputs is None else inputs.reshape(-1, *inputs.shape[-1:]), {}, {}).module
 
 
 def _check_config(config: object) -> None:
-    for each in config.values() if isinstance(config, Mapping) else (config,):
-        if not isinstance(each, FFNConfig):
-            raise TypeError(f"config must be a config of sparse_ffn, such as SigmaMoEConfig(k=4), got {each!r}")
+    if not isinstance(config, FFNConfig):
+        raise TypeError(f"config must be a config of sparse_ffn, such as SigmaMoEConfig(k=4), got {config!r}")
+
+
+def _check_calibration(calibration: object) -> None:
+    values = list(calibration.values()) if isinstance(calibration, Mapping) else [calibration]
+    if not isinstance(calibration, Mapping) or not all(isinstance(value, Tensor) for value in values):
+        kinds = ", ".join(sorted({type(value).__name__ for value in values}))
+        raise TypeError(f"calibration must map names to tensors, as calibrate returns, got {kinds}")
 
 
 @dataclass(frozen=True)
@@ -107,7 +127,6 @@ class _Plan:
 def _plan(f: Found, config: FFNConfig, inputs: Tensor | None, slots: _Slots, done: dict[object, nn.Module]) -> _Plan:
     """Build what replaces an FFN, without touching the model."""
     ffn = f.weights()
-    _check_uniform(f.name, ffn)
     wide = ffn.gate_bias is not None
     if inputs is not None and (inputs.dim() != 2 or inputs.shape[1] != ffn.d_model or not len(inputs)):
         raise ValueError(
@@ -153,10 +172,9 @@ def moved(layer: SparseFFN, ffn: FFNWeights, inputs: Tensor) -> float:
     return float((y - wanted).norm() / wanted.norm().clamp_min(1e-30))
 
 
-def _check_uniform(name: str, ffn: FFNWeights) -> None:
-    kinds = {(t.dtype, t.device) for t in ffn.tensors().values()}
-    if len(kinds) > 1:
-        raise ValueError(f"{name}: its parameters differ in dtype or device: {sorted(map(str, kinds))}")
+def _mixed(ffn: FFNWeights) -> str | None:
+    kinds = {f"{t.dtype} on {t.device}" for t in ffn.tensors().values()}
+    return f"its parameters differ in dtype or device: {', '.join(sorted(kinds))}" if len(kinds) > 1 else None
 
 
 def _describe(layer: SparseFFN) -> str:
@@ -188,6 +206,20 @@ def _identity(f: Found, config: FFNConfig | None) -> object:
     return parameters, f.formula, f.dropout, f.out_dropout, repr(config)
 
 
+def _fitting(wanted: list[Found], slots: _Slots, unknown: dict[str, str]) -> list[Found]:
+    """The FFNs that a layer can stand for where they are; the others become unknown, with the reason."""
+    left: dict[str, str] = {}
+    for f in wanted:
+        parents = {owner: attribute for owner, attribute, _ in slots[id(f.module)]}
+        if "_orig_mod" in parents.values():
+            left[f.name] = "it is compiled by itself, and would go on as it was: convert first, then compile"
+        for reason in (_mixed(f.weights()), *(misfit(f, parent) for parent in parents)):
+            if reason is not None:
+                left.setdefault(f.name, reason)
+    unknown.update(left)
+    return [f for f in wanted if f.name not in left]
+
+
 def _free(
     model: nn.Module, wanted: list[Found], identity: Mapping[str, object], slots: _Slots, unknown: dict[str, str]
 ) -> list[Found]:
@@ -198,12 +230,10 @@ def _free(
         of = {linear.module: identity[f.name] for f in free for linear in (*f.ups, f.down)}
         left = {}
         for f in free:
-            if any(attribute == "_orig_mod" for _, attribute, _ in slots.get(id(f.module), [])):
-                left[f.name] = "it is compiled by itself, and would go on as it was: convert first, then compile"
             own = {linear.module for linear in (*f.ups, f.down)}
             for linear in (*f.ups, f.down):
                 places = [path for _, _, path in slots.get(id(linear.module), [])]
-                if len(places) > 1:
+                if len(places) > 1 and own != {f.module}:  # a layer of this library hangs as a whole
                     left[f.name] = f"{linear.name} is used in several places: {', '.join(places)}"
                 elif any(of.get(o) != identity[f.name] for p in linear.module.parameters() for o in owners[id(p)]):
                     left[f.name] = f"parameters of {linear.name} are tied to something that is not replaced alike"
@@ -241,9 +271,10 @@ def _others(model: nn.Module, plans: list[_Plan]) -> dict[str, int]:
     for name, module in model.named_modules():
         if module in new:
             continue
-        matrices = [p for p in module.parameters(recurse=False) if p.dim() > 1]
-        if matrices:
+        shapes = ["x".join(map(str, p.shape)) for p in module.parameters(recurse=False) if p.dim() > 1]
+        if next(module.parameters(), None) is None and (linear := as_linear(name, module)) is not None:
+            shapes = [f"{linear.n_out}x{linear.n_in}"]  # quantised: its matrix is no parameter
+        if shapes:
             pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or "the model itself"
-            shapes = " ".join("x".join(map(str, p.shape)) for p in matrices)
-            counts[f"{pattern} ({type(module).__name__} {shapes})"] += 1
+            counts[f"{pattern} ({type(module).__name__} {' '.join(shapes)})"] += 1
     return dict(counts)
