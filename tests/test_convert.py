@@ -494,7 +494,7 @@ def test_special_kinds_of_parameters_are_left_and_listed() -> None:
 
 def test_ffns_of_mixed_dtypes_are_left_and_listed() -> None:
     model = nn.Sequential(Block(), Block(), nn.TransformerEncoderLayer(6, 2, 16))
-    model[0].ffn.b.double()  # as transformers keeps T5's wo in fp32 when the rest is in half precision
+    model[0].ffn.b.double()  # as transformers keeps T5's wo in fp32 when the rest is in fp16
     model[2].linear2.double()
     report = sf.sparsify_(model, OPEN)
     assert report.names == ["1.ffn"]

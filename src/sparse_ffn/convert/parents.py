@@ -30,7 +30,7 @@ def misfit(f: Found, parent: nn.Module) -> str | None:
         copied = try_copy(parent, numbers=False)
     except Unknown:
         return None
-    stand: nn.Module = _Stand(f.down.n_out)
+    stand: nn.Module = _Layer(f.down.n_out)
     wrapped = f.out_dropout > 0 or f.weights().gate_bias is not None
     for name in names:
         set_attribute(copied, name, nn.Sequential(stand) if wrapped else stand)
@@ -43,7 +43,7 @@ def misfit(f: Found, parent: nn.Module) -> str | None:
     return None
 
 
-class _Stand(nn.Module):
+class _Layer(nn.Module):
     """Something with a layer's call and no weights."""
 
     def __init__(self, d_out: int) -> None:
