@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # to run as a script, too
 from benchmarks import machine
 from benchmarks.contender import DTYPES
 from benchmarks.shapes import MoEShape
-from benchmarks.timing import Quartiles, Run, race
+from benchmarks.timing import Quartiles, Run, race, stopwatch
 
 SHAPES = (MoEShape(512, 512, 8, 1024, 2), MoEShape(512, 512, 64, 256, 8), MoEShape(1, 512, 64, 256, 8))
 OURS = "sparse_ffn"
@@ -77,8 +77,7 @@ def _row(experts: nn.Module, shape: MoEShape, seconds: float, train: bool) -> di
 
     copies = shape.T * shape.k * 3 * shape.D * shape.G
     names = [n for n in IMPLEMENTATIONS if n != "batched_mm" or copies <= MOST_COPIES]
-    synchronize = torch.cuda.synchronize if own.device.type == "cuda" else lambda: None
-    samples = race({n: run(n) for n in names}, seconds, lead=(OURS,), synchronize=synchronize)
+    samples = race({n: run(n) for n in names}, seconds, lead=(OURS,), stopwatch=stopwatch(own.device))
     return {name: samples.ratio(name, OURS) for name in names if name != OURS}
 
 

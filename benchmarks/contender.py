@@ -65,12 +65,13 @@ def require_memory(needed: int, device: torch.device) -> None:
 class Oracle:
     """The same function in float64, and its gradients; computed once, when first asked.
 
-    On the reference backend; on a GPU, where sizes are beyond its dense arithmetic, on the one of torch's products.
+    On the reference backend; where sizes are beyond its dense arithmetic (``large``, a GPU), on the one of torch's
+    products.
     """
 
-    def __init__(self, module: nn.Module, loss: Loss | None = None) -> None:
+    def __init__(self, module: nn.Module, loss: Loss | None = None, *, large: bool = False) -> None:
         self.module = copy.deepcopy(module).double().train()
-        self.loss = loss
+        self.loss, self.large = loss, large
         self._answers: dict[int, tuple[Gradients, Gradients]] = {}
 
     def answer(self, x: Tensor, cotangent: Tensor, *, with_loss: bool) -> Gradients:
@@ -85,7 +86,7 @@ class Oracle:
         self._answers.clear()
 
     def _compute(self, x: Tensor, cotangent: Tensor) -> tuple[Gradients, Gradients]:
-        with backend("torch" if x.device.type == "cuda" else "reference"):
+        with backend("torch" if self.large or x.device.type == "cuda" else "reference"):
             y = self.module(x)
         inputs = {"x": x, **dict(self.module.named_parameters())}
 

@@ -135,7 +135,7 @@ def cvmm_case(shape: MoEShape, dtype: str, device: torch.device, *, down: bool, 
     index_TK = torch.rand(shape.T, shape.E, device=device).topk(shape.k).indices
     weight = nn.Parameter((torch.randn(shape.E, M, L, device=device) / math.sqrt(M)).to(DTYPES[dtype]))
     scale = nn.Parameter(torch.rand(S, **factory)) if down else None
-    oracle = Oracle(Ours(weight, index_TK, scale))
+    oracle = Oracle(Ours(weight, index_TK, scale), large=S * shape.E * L > MOST_PRODUCTS)
 
     def of(product: Callable[..., Product]) -> Contender:
         return Contender(product(weight, index_TK, scale), oracle)
@@ -166,3 +166,4 @@ def cvmm_case(shape: MoEShape, dtype: str, device: torch.device, *, down: bool, 
 
 
 DENSE = "one dense product"
+MOST_PRODUCTS = 2**29  # numbers that the reference computes at once: 4 GiB in fp64

@@ -68,12 +68,14 @@ parameters grow with it.
 PASSES = f"""\
 ## Where the time goes
 
-The passes of a training step of SigmaMoE, router and balance loss included, medians, timed inside the native core by
+The passes of a step, router and balance loss included, medians, timed inside the native core by
 `python -m benchmarks.passes`. A pass's floor is its arithmetic at the rate of `torch.mm` of two matrices of
-{passes.PRODUCT} x {passes.PRODUCT} in the same process, in fp32 or the layer's dtype, whichever is faster; the dense
-FFN's floor is that of its six products. What a pass takes beyond its floor is the packing of gathered rows and of
-weights, the sums over a token's experts, the last tile of each expert, writing the result, and waiting for memory: the
-rows of an expert are anywhere, and each expert's weights are read again in every pass.
+{passes.PRODUCT} x {passes.PRODUCT} in the same process, in fp32 or the layer's dtype, whichever is faster. What a pass
+takes beyond its floor is the packing of gathered rows and of weights, the sums over a token's experts, the last tile of
+each expert, writing the result, and waiting for memory: the rows of an expert are anywhere, and each expert's weights
+are read again in every pass. With few tokens reading the weights is all there is, and the floor of arithmetic says
+little. *The rest* is Python, autograd, the balance loss and, in a ProductKeyMemory, torch's products for the gradients;
+each step follows other programs' steps, so that little of it is in a cache.
 """
 
 
@@ -94,7 +96,7 @@ def page(
             parts.append(f"### {report.GROUPS[group]}\n\n{report.markdown(report.peers(rows))}\n")
     if profiles:
         parts.append(PASSES)
-        parts += [f"**{found.shape}, {found.dtype}**\n\n{report.markdown(found.table())}\n" for found in profiles]
+        parts += [f"**{found.title()}**\n\n{report.markdown(found.table())}\n" for found in profiles]
     parts += [gpu_page.section(cards), METHOD, AFTER, *_contenders(layers)]
     if sweeps is not None:
         parts += [SWEEPS, *_rows(sweeps.rows)]

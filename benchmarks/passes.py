@@ -1,4 +1,4 @@
-"""Where a training step of SigmaMoE spends its time: the passes of the native core beside the floor of their work.
+"""Where a step of SigmaMoE or ProductKeyMemory spends its time: the native core's passes beside their floors.
 
 Builds a core that times its passes (CMake and a C++ compiler needed) and runs it in a process of its own. The floor of
 a pass is its arithmetic at the best rate of torch.mm on this machine, in fp32 or in its dtype, whichever is faster.
@@ -19,78 +19,91 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # to run as a script, too
 
 import sparse_ffn as sf
 from benchmarks import machine, report
 from benchmarks.contender import DTYPES
-from benchmarks.shapes import MOE_SHAPES, MoEShape
+from benchmarks.memories import PACKAGE_HALF, BagMemory
+from benchmarks.results import MODES
+from benchmarks.shapes import MOE_SHAPES, MemoryShape, MoEShape
 
 ROOT = Path(__file__).parents[1]
-ORDER = ("route", "sort", "up", "down", "dh", "dscores", "dx", "dkeys", "dvalues", "drouter")
+ORDER = (
+    *("query", "scores", "select", "bag", "route", "sort", "decode", "up", "down"),
+    *("dh", "dscores", "dx", "dkeys", "dvalues", "drouter", "dbag", "dselect", "dnorm"),
+)
 PRODUCT = 2048  # the side of the matrices that torch.mm multiplies
 WARM_UP = 3
+MEMORY = MemoryShape()
+DECODE = 32  # tokens up to which a call without gradient is a pass of its own
 
 
 @dataclass(frozen=True)
 class Passes:
-    """One shape's profile.
+    """One profile.
 
     Attributes:
-        step: seconds of a step of the layer, forward and backward, as Python sees it.
-        dense: the same of the dense FFN of equal compute, measured in turns with it.
+        shape: of a SigmaMoE, T,D,E,G,k; or of a ProductKeyMemory with a learned query.
+        mode: as in ``results.MODES``.
+        step: seconds of a step of the layer, as Python sees it.
+        baseline: what was measured in turns with it, and takes ``against`` seconds.
         rate: FLOP/s of torch.mm.
         seconds: of each pass of the core.
+        flops: arithmetic of each pass, as far as it is arithmetic.
     """
 
     shape: str
     dtype: str
+    mode: str
     step: float
-    dense: float
+    baseline: str
+    against: float
     rate: float
     seconds: dict[str, float]
+    flops: dict[str, int]
 
-    def floor(self, name: str) -> float:
-        """Seconds that the arithmetic of a pass takes at ``rate``."""
-        return flops(MoEShape.parse(self.shape)).get(name, 0) / self.rate
+    def title(self) -> str:
+        """What it is a profile of."""
+        return f"{self.shape}, {self.dtype}, {MODES[self.mode]}"
 
     def table(self) -> report.Table:
         """Pass, milliseconds, milliseconds of the floor, and their ratio; whole numbers of the step at the end."""
         known = [name for name in ORDER if name in self.seconds]
-        body = [_line(name, self.seconds[name], self.floor(name)) for name in known]
+        body = [_line(name, self.seconds[name], self.flops.get(name, 0) / self.rate) for name in known]
         rest = self.step - sum(self.seconds[name] for name in known)
-        total = sum(self.floor(name) for name in known)
         return ("pass", "ms", "floor", "of floor"), [
             *body,
-            _line("Python, autograd, balance loss", rest, 0),
-            _line("**step**", self.step, total),
-            _line("dense FFN of equal compute", self.dense, dense_flops(MoEShape.parse(self.shape)) / self.rate),
+            _line("the rest", rest, self.flops.get("the rest", 0) / self.rate),
+            _line("**step**", self.step, sum(self.flops.values()) / self.rate),
+            _line(self.baseline, self.against, 0),
         ]
 
 
 def _line(name: str, seconds: float, floor: float) -> list[str]:
-    return [
-        name,
-        f"{seconds * 1e3:.2f}",
-        f"{floor * 1e3:.2f}" if floor else "",
-        f"{seconds / floor:.2f}" if floor else "",
-    ]
+    if not floor:
+        return [name, f"{seconds * 1e3:.3f}", "", ""]
+    return [name, f"{seconds * 1e3:.3f}", f"{floor * 1e3:.3f}", f"{seconds / floor:.2f}"]
 
 
-def flops(shape: MoEShape) -> dict[str, int]:
+def flops(shape: MoEShape | MemoryShape, mode: str) -> dict[str, int]:
     """Arithmetic of each pass: 2 for a multiply-add."""
+    if isinstance(shape, MemoryShape):
+        width = 2 * shape.H * PACKAGE_HALF
+        query, scores = 2 * shape.T * shape.D * width, 2 * shape.T * width * shape.n
+        return {"query": query, "scores": scores, "the rest": 2 * query + 2 * scores}
     experts, router = 2 * shape.T * shape.k * shape.G * shape.D, 2 * shape.T * shape.D * shape.E
+    if mode == "fwd":
+        return {"route": router, "decode": 2 * experts}
     products = dict.fromkeys(("up", "down", "dh", "dx", "dkeys", "dvalues"), experts)
     return {**products, "route": router, "dscores": router, "drouter": router, "dx": experts + router}
-
-
-def dense_flops(shape: MoEShape) -> int:
-    """Of a step of the dense FFN with k·G units."""
-    return 6 * 2 * shape.T * shape.k * shape.G * shape.D
 
 
 def build(folder: Path) -> Path:
@@ -111,36 +124,51 @@ def build(folder: Path) -> Path:
     return folder / "libsparse_ffn_cpu.so"
 
 
-def measure(shape: MoEShape, dtype: str, seconds: float) -> dict[str, float]:
-    """Step, dense step and torch.mm's rate in this process, in turns."""
+def contenders(shape: MoEShape | MemoryShape, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, str]:
+    """The layer, what it is measured beside, and that one's name."""
+    if isinstance(shape, MemoryShape):
+        memory = sf.ProductKeyMemory(
+            *(shape.D, shape.n, shape.k), n_heads=shape.H, query_dim=2 * PACKAGE_HALF, query_norm="layer",
+            activation="softmax", dtype=dtype,
+        )  # fmt: skip
+        return memory, BagMemory(memory), "the same out of torch's ops"
+    layer = sf.SigmaMoE(shape.D, shape.E, shape.G, shape.k, dtype=dtype)
+    dense = sf.DenseFFN(shape.D, shape.k * shape.G, bias=False, dtype=dtype)
+    return layer, dense, "dense FFN of equal compute"
+
+
+def measure(shape: MoEShape | MemoryShape, dtype: str, mode: str, seconds: float) -> dict[str, Any]:
+    """Step, the baseline's step and torch.mm's rate in this process, in turns."""
     kind = DTYPES[dtype]
-    moe = sf.SigmaMoE(shape.D, shape.E, shape.G, shape.k, dtype=kind)
-    dense = sf.DenseFFN(shape.D, shape.k * shape.G, bias=False, dtype=kind)
+    layer, other, baseline = contenders(shape, kind)
     x, slope = torch.randn(shape.T, shape.D).to(kind).requires_grad_(), torch.randn(shape.T, shape.D).to(kind)
 
-    def step(layer: torch.nn.Module) -> Callable[[], None]:
-        def run() -> None:
-            torch.autograd.backward([layer(x), sf.aux_loss(layer)], [slope, None] if layer is moe else [slope])
-
-        return run
-
-    def run_dense() -> None:
-        dense(x).backward(slope)
+    def step(module: nn.Module) -> None:
+        if mode == "fwd":
+            with torch.no_grad():
+                module(x)
+            return
+        y = module(x)
+        loss = sf.aux_loss(module) if isinstance(module, sf.MoE) else None
+        torch.autograd.backward([y] if loss is None else [y, loss], [slope] if loss is None else [slope, None])
 
     factors = [torch.randn(PRODUCT, PRODUCT).to(kind) for kind in {kind, torch.float32}]
-    products = [lambda a=a: torch.mm(a, a) for a in factors]
-    calls: list[Callable[[], object]] = [step(moe), run_dense, *products]
+    calls: list[Callable[[], object]] = [partial(step, layer), partial(step, other)]
+    calls += [partial(torch.mm, factor, factor) for factor in factors]
     times: list[list[float]] = [[] for _ in calls]
+    for module in (layer, other):
+        module.train(mode != "fwd")
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[0]) < WARM_UP + 3:
         for call, found in zip(calls, times, strict=True):
-            for parameter in (x, *moe.parameters(), *dense.parameters()):
+            for parameter in (x, *layer.parameters(), *other.parameters()):
                 parameter.grad = None
             start = time.perf_counter()
             call()
             found.append(time.perf_counter() - start)
-    of_moe, of_dense, *of_products = (statistics.median(found[WARM_UP:]) for found in times)
-    return {"step": of_moe, "dense": of_dense, "rate": 2 * PRODUCT**3 / min(of_products)}
+    of_layer, of_other, *of_products = (statistics.median(found[WARM_UP:]) for found in times)
+    rate = 2 * PRODUCT**3 / min(of_products)
+    return {"step": of_layer, "baseline": baseline, "against": of_other, "rate": rate}
 
 
 def read(lines: Iterable[str]) -> dict[str, float]:
@@ -152,19 +180,20 @@ def read(lines: Iterable[str]) -> dict[str, float]:
     return {name: statistics.median(times[WARM_UP:]) for name, times in found.items()}
 
 
-def profile(shape: MoEShape, dtype: str, seconds: float, library: Path) -> Passes:
+def profile(shape: MoEShape | MemoryShape, dtype: str, mode: str, seconds: float, library: Path) -> Passes:
     """One shape, in a process that loads the core with timers."""
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder, "passes")
         environment = {**os.environ, "SPARSE_FFN_LIBRARY": str(library), "SPARSE_FFN_PHASES": str(record)}
         code = (
-            "import json; from benchmarks.passes import MoEShape, measure; "
-            f"print(json.dumps(measure(MoEShape.parse({str(shape)!r}), {dtype!r}, {seconds!r})))"
+            "import json; from benchmarks.passes import *; "
+            f"print(json.dumps(measure({shape!r}, {dtype!r}, {mode!r}, {seconds!r})))"
         )
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE
         )
-        return Passes(str(shape), dtype, seconds=read(record.read_text().splitlines()), **json.loads(done.stdout))
+        passes = read(record.read_text().splitlines())
+        return Passes(str(shape), dtype, mode, seconds=passes, flops=flops(shape, mode), **json.loads(done.stdout))
 
 
 def load(path: Path) -> list[Passes]:
@@ -175,20 +204,22 @@ def load(path: Path) -> list[Passes]:
 def main(argv: Sequence[str] | None = None) -> list[Passes]:
     """Run from the command line."""
     arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    training = [shape for shape in MOE_SHAPES if shape.T >= 512]
     add = arguments.add_argument
-    add("--shapes", nargs="+", type=MoEShape.parse, default=training, metavar="T,D,E,G,k")
+    add("--shapes", nargs="+", type=MoEShape.parse, default=list(MOE_SHAPES), metavar="T,D,E,G,k")
     add("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    add("--seconds", type=float, default=6, help="for one shape, about; default 6")
+    add("--seconds", type=float, default=4, help="for one shape, about; default 4")
     add("--json", type=Path, help="write all numbers to this file")
     options = arguments.parse_args(argv)
     facts = machine.describe(torch.device("cpu"))
     library = build(ROOT / "build" / "passes")
     found = []
     for dtype in options.dtype:
-        for shape in options.shapes:
-            found.append(profile(shape, dtype, options.seconds, library))
-            print(f"\n{shape} {dtype}\n\n{report.text(found[-1].table())}", flush=True)
+        for shape in (*options.shapes, MEMORY):
+            for mode in MODES:
+                if mode == "fwd" and (isinstance(shape, MemoryShape) or shape.T > DECODE):
+                    continue  # the forward pass of a training step shows it
+                found.append(profile(shape, dtype, mode, options.seconds, library))
+                print(f"\n{found[-1].title()}\n\n{report.text(found[-1].table())}", flush=True)
     if options.json:
         command = f"python -m benchmarks.passes {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()
         options.json.parent.mkdir(parents=True, exist_ok=True)

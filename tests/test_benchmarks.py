@@ -482,24 +482,25 @@ def test_a_bad_shape_is_refused() -> None:
 
 def test_a_profile_reads_what_the_core_wrote_and_sets_the_floor_beside_it() -> None:
     steps = [f"up {seconds}" for seconds in (9.0, 9.0, 9.0, 2.0, 4.0, 3.0)]  # the first three warm up
-    found = passes.Passes("8,16,4,8,2", "fp32", step=10.0, dense=6.0, rate=1024.0, seconds=passes.read(steps))
-    assert found.seconds == {"up": 3.0}
-    assert found.floor("up") == 2 * 8 * 2 * 8 * 16 / 1024
-    assert passes.flops(MoEShape.parse("8,16,4,8,2"))["dx"] == 2 * 8 * 2 * 8 * 16 + 2 * 8 * 16 * 4
+    work = passes.flops(MoEShape.parse("8,16,4,8,2"), "fwdbwd")
+    assert work["up"] == 2 * 8 * 2 * 8 * 16
+    assert work["dx"] == 2 * 8 * 2 * 8 * 16 + 2 * 8 * 16 * 4
+    found = passes.Passes("8,16,4,8,2", "fp32", "fwdbwd", 10.0, "dense", 6.0, 1024.0, passes.read(steps), {"up": 4096})
     header, body = found.table()
     assert header == ("pass", "ms", "floor", "of floor")
-    assert body[0] == ["up", "3000.00", "4000.00", "0.75"]
-    assert [line[:2] for line in body[1:]] == [
-        ["Python, autograd, balance loss", "7000.00"],
-        ["**step**", "10000.00"],
-        ["dense FFN of equal compute", "6000.00"],
+    assert body == [
+        ["up", "3000.000", "4000.000", "0.75"],
+        ["the rest", "7000.000", "", ""],
+        ["**step**", "10000.000", "4000.000", "2.50"],
+        ["dense", "6000.000", "", ""],
     ]
 
 
-def test_a_profile_measures_the_step_the_dense_step_and_the_rate() -> None:
-    found = passes.measure(TINY, "fp32", 0.01)
-    assert set(found) == {"step", "dense", "rate"}
-    assert all(value > 0 for value in found.values())
+@pytest.mark.parametrize(("shape", "mode"), [(TINY, "fwd"), (TINY, "fwdbwd"), (MemoryShape(8, 16, 4, 2, 3), "fwdbwd")])
+def test_a_profile_measures_the_step_its_baseline_and_the_rate(shape: MoEShape | MemoryShape, mode: str) -> None:
+    found = passes.measure(shape, "fp32", mode, 0.01)
+    assert set(found) == {"step", "baseline", "against", "rate"}
+    assert all(found[name] > 0 for name in ("step", "against", "rate"))
 
 
 def test_experts_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:

@@ -165,9 +165,9 @@ def test_enwik8_is_fetched_checked_and_cached(
     ("compressed", "message"),
     [
         (gzip.compress(b"short", mtime=0), "unpacks to 5 bytes, enwik8 has 2048"),
-        (gzip.compress(bytes(2048, mtime=0)), "has the md5 sum [0-9a-f]{32}, enwik8 has"),
+        (gzip.compress(bytes(2048), mtime=0), "has the md5 sum [0-9a-f]{32}, enwik8 has"),
         (b"no gzip", "not a whole gzip file"),
-        (gzip.compress(bytes(2048, mtime=0))[:-12], "not a whole gzip file"),
+        (gzip.compress(bytes(2048), mtime=0)[:-12], "not a whole gzip file"),
         (gzip.compress(b"", mtime=0)[:10] + b"\xff" * 20, "not a whole gzip file"),
     ],
 )

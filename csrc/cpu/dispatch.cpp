@@ -164,7 +164,7 @@ int sparse_ffn_route(const int64_t* index, int64_t S, int64_t E, int32_t* order,
 int sparse_ffn_experts_forward(const sparse_ffn_experts* args, void* out, void* saved_z, void* saved_zg) {
   if (const int bad = check(args, true)) return bad;
   if (!out && args->T > 0 && args->O > 0) return SPARSE_FFN_BAD_ARGUMENT;
-  if (args->T <= kDecodeTokens && !saved_z) return kernels().experts_decode(*args, out);
+  if (args->T <= kDecodeTokens && !saved_z) return PHASE("decode", kernels().experts_decode(*args, out));
   return kernels().experts_forward(*args, out, saved_z, saved_zg);
 }
 
@@ -239,13 +239,13 @@ int sparse_ffn_cvmm_backward(const sparse_ffn_cvmm* args, const void* dout, int6
 int sparse_ffn_bag_forward(const sparse_ffn_bag* args, void* out) {
   if (const int bad = check(args)) return bad;
   if (!out && args->T > 0 && args->O > 0) return SPARSE_FFN_BAD_ARGUMENT;
-  return kernels().bag_forward(*args, out);
+  return PHASE("bag", kernels().bag_forward(*args, out));
 }
 
 int sparse_ffn_bag_backward(const sparse_ffn_bag* args, const void* dout, void* dweight, void* dvalues) {
   if (const int bad = check(args)) return bad;
   if (!dout && args->T * args->J > 0 && args->O > 0) return SPARSE_FFN_BAD_ARGUMENT;
-  return kernels().bag_backward(*args, dout, dweight, dvalues, nullptr, nullptr);
+  return PHASE("dbag", kernels().bag_backward(*args, dout, dweight, dvalues, nullptr, nullptr));
 }
 
 int sparse_ffn_bag_backward_sparse(const sparse_ffn_bag* args, const void* dout, void* dweight, int64_t* rows,
@@ -266,7 +266,7 @@ int sparse_ffn_wide_product_forward(const sparse_ffn_wide_product* p, float* out
   if (p->x_stride_b < 0 || p->x_stride_m < 0) return SPARSE_FFN_BAD_ARGUMENT;
   if (p->M > kMaxSlots / p->B || (p->B - 1) * p->x_stride_b + (p->M - 1) * p->x_stride_m > kMaxSlots)
     return SPARSE_FFN_TOO_LARGE;
-  return kernels().wide_product(*p, out, scale);
+  return PHASE(p->norm ? "query" : "scores", kernels().wide_product(*p, out, scale));
 }
 
 int sparse_ffn_normalised_backward(const sparse_ffn_normalised* p, const float* dout, const float* out,
@@ -275,13 +275,14 @@ int sparse_ffn_normalised_backward(const sparse_ffn_normalised* p, const float* 
   if (p->M < 0 || p->pieces < 0 || p->width < 0) return SPARSE_FFN_BAD_ARGUMENT;
   if (p->M * p->pieces * p->width == 0) return SPARSE_FFN_OK;
   if (!dout || !out || !scale || !dproduct) return SPARSE_FFN_BAD_ARGUMENT;
-  return kernels().normalised_backward(*p, dout, out, scale, dproduct);
+  return PHASE("dnorm", kernels().normalised_backward(*p, dout, out, scale, dproduct));
 }
 
 int sparse_ffn_product_key_topk(const sparse_ffn_product_keys* args, const float* scores, int64_t* index, float* sums) {
   if (const int bad = check(args)) return bad;
   if (args->T * args->H * args->k == 0) return SPARSE_FFN_OK;
-  return scores && index ? kernels().product_key_topk(*args, scores, index, sums) : SPARSE_FFN_BAD_ARGUMENT;
+  if (!scores || !index) return SPARSE_FFN_BAD_ARGUMENT;
+  return PHASE("select", kernels().product_key_topk(*args, scores, index, sums));
 }
 
 int sparse_ffn_product_key_topk_backward(const sparse_ffn_product_keys* args, const float* dsums, const int64_t* index,
@@ -291,7 +292,7 @@ int sparse_ffn_product_key_topk_backward(const sparse_ffn_product_keys* args, co
   if (rows * args->n == 0) return SPARSE_FFN_OK;
   if (!dscores || (args->k > 0 && (!dsums || !index))) return SPARSE_FFN_BAD_ARGUMENT;
   if (!all_below(index, rows * args->k, args->n * args->n)) return SPARSE_FFN_BAD_INDEX;
-  return kernels().product_key_topk_backward(*args, dsums, index, dscores);
+  return PHASE("dselect", kernels().product_key_topk_backward(*args, dsums, index, dscores));
 }
 
 int sparse_ffn_topk(const float* scores, int64_t R, int64_t n, int64_t stride, int64_t k, int32_t n_threads,
