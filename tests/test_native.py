@@ -209,6 +209,7 @@ def rank_of_two(rank: int, folder: str) -> None:
         model.zero_grad()
         train(model, batch[rank])
     torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}.pt")
+    dist.barrier()  # gloo may abort a process whose peer has left already
     dist.destroy_process_group()
 
 
