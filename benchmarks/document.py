@@ -151,7 +151,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = arguments.parse_args(argv)
     cards, target = gpu_page.load(options.gpu), options.docs / "benchmarks.md"
     gpu_page.draw(cards, options.docs / "images")
-    found = {path.stem: Report.load(path) for path in options.runs.glob("*.json") if path.stem != "passes"}
+    reports = (options.runs / f"{name}.json" for name in ("layers", "cvmm", "sweeps"))
+    found = {path.stem: Report.load(path) for path in reports if path.is_file()}
     timed = options.runs / "passes.json"
     profiles = passes.load(timed) if timed.is_file() else []
     if "layers" not in found:
