@@ -32,7 +32,7 @@ class Activation(nn.Module):
         self.name = name
 
     def forward(self, x: Tensor) -> Tensor:
-        return activate(self.name, x)
+        return x * torch.sigmoid(1.702 * x) if self.name == "quick_gelu" else activate(self.name, x)
 
 
 class Mlp(nn.Module):
@@ -189,6 +189,20 @@ def test_split_is_exact_for_glus(activation: str, fused: str) -> None:
     layer = sf.from_dense(dense, OPEN)
     assert isinstance(layer, sf.MoE)
     same(layer, dense, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dense", [Mlp("quick_gelu"), Mlp("quick_gelu", bias=False), Gated("quick_gelu", fused="odd")])
+def test_quick_gelu_is_silu_with_other_weights(dense: nn.Module) -> None:
+    layer = sf.from_dense(dense, OPEN)
+    assert layer.activation == "silu"
+    same(layer, dense, rtol=1e-4)
+    report = sf.sparsify_(nn.Sequential(copy.deepcopy(dense)), OPEN)
+    assert "silu(1.702·z)/1.702" in str(report)
+
+
+def test_quick_gelu_with_a_bias_of_the_gate() -> None:
+    dense = Gated("quick_gelu", bias=True)
+    same(sf.from_dense(dense, OPEN), dense, rtol=1e-4)
 
 
 @pytest.mark.parametrize("fused", ["", "first half", "odd"])
@@ -707,11 +721,6 @@ def test_probing_touches_neither_random_state_nor_weights() -> None:
 # -------------------------------------------------------------------------------------------------------- the report
 
 
-class Quick(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-
 class Inline(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -722,15 +731,15 @@ class Inline(nn.Module):
 
 
 def test_what_is_unknown_is_listed_with_what_was_seen() -> None:
-    quick = Mlp()
-    quick.f = Quick()
+    mish = Mlp()
+    mish.f = nn.Mish()
     normed = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.LayerNorm(16), nn.Linear(16, 6))
-    model = nn.Sequential(nn.Embedding(9, 6), Block(quick), Inline(), normed, nn.Linear(6, 3))
+    model = nn.Sequential(nn.Embedding(9, 6), Block(mish), Inline(), normed, nn.Linear(6, 3))
     report = sf.sparsify_(model, OPEN)
     assert not report.swaps
     assert set(report.unknown) == {"1.ffn.a", "2.a", "3.0"}
     assert "not one of relu" in report.unknown["1.ffn.a"]
-    assert "Quick" in report.unknown["1.ffn.a"]
+    assert "Mish" in report.unknown["1.ffn.a"]
     assert "the activation is written into forward of Inline" in report.unknown["2.a"]
     assert report.others == {
         "* (Embedding 9x6)": 1, "*.ffn.a (Linear 16x6)": 1, "*.ffn.b (Linear 6x16)": 1, "*.a (Linear 16x6)": 1,
@@ -891,6 +900,34 @@ def test_calibrate_runs_batches_leaves_padding_out_and_puts_everything_back() ->
         sf.calibrate(model, [])
     with pytest.raises(ValueError, match="no FFN"):
         sf.calibrate(nn.Linear(3, 3), [torch.randn(1, 3)])
+
+
+def test_calibrate_takes_what_a_linear_map_gets_by_name() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(input=torch.relu(self.a(input=x)))
+
+    x = torch.randn(2, 3, 6)
+    torch.testing.assert_close(sf.calibrate(nn.Sequential(Named()), [x])["0"], x.flatten(0, 1))
+
+
+def test_calibrate_knows_that_a_decoder_has_a_mask_of_its_own() -> None:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=20, d_model=6, d_ff=16, d_kv=4, num_layers=1, num_heads=2)
+    )
+    ids = torch.tensor([[3, 4, 5, 0], [6, 7, 0, 0]])
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "decoder_input_ids": ids}
+    given = {name: len(rows) for name, rows in sf.calibrate(model, [batch]).items()}
+    assert [n for name, n in given.items() if name.startswith("encoder")] == [5]
+    assert [n for name, n in given.items() if name.startswith("decoder")] == [8]
+    batch["decoder_attention_mask"] = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0]])
+    given = {name: len(rows) for name, rows in sf.calibrate(model, [batch]).items()}
+    assert [n for name, n in given.items() if name.startswith("decoder")] == [3]
 
 
 def clustered(n_groups: int = 4, size: int = 4) -> tuple[Mlp, Tensor, Tensor]:

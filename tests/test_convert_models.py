@@ -51,6 +51,16 @@ _OPT = {
 _VIT = {"image_size": 16, "patch_size": 8, **{k: v for k, v in _BERT.items() if k != "vocab_size"}}
 
 
+def _whisper() -> Made:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {**_BART, "num_mel_bins": 4, "max_source_positions": 6, "max_target_positions": 16, "pad_token_id": 0}
+    sizes.pop("max_position_embeddings")
+    model = transformers.WhisperModel(transformers.WhisperConfig(**sizes))
+    given = {"input_features": torch.randn(2, 4, 12), "decoder_input_ids": IDS}
+    return model, lambda m: m(**given).last_hidden_state, 2
+
+
 def _timm(name: str, n: int, *, size: int = 32, **options: Any) -> Made:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
@@ -115,6 +125,9 @@ MODELS: dict[str, Callable[[], Made]] = {
     "transformers ALBERT": lambda: _transformers("Albert", 1, embedding_size=8, **_BERT),
     "transformers ViT": lambda: _transformers("ViT", 2, ids="pixel_values", **_VIT),
     "transformers DeiT": lambda: _transformers("DeiT", 2, ids="pixel_values", **_VIT),
+    "transformers CLIP, vision": lambda: _transformers("CLIPVision", 2, ids="pixel_values", **_VIT),
+    "transformers CLIP, text": lambda: _transformers("CLIPText", 2, max_position_embeddings=16, eos_token_id=3, **_BERT),
+    "transformers Whisper": _whisper,
     "transformers Llama": lambda: _transformers("Llama", 2, **_LLAMA),
     "transformers Llama, biases": lambda: _transformers("Llama", 2, mlp_bias=True, **_LLAMA),
     "transformers Mistral": lambda: _transformers("Mistral", 2, **_LLAMA),
@@ -152,7 +165,7 @@ def _input_gradient(model: nn.Module, compared: Callable[[nn.Module], Tensor]) -
     seen: list[Tensor] = []
 
     def catch(module: nn.Module, args: Any, output: Any) -> Any:
-        if not seen and isinstance(output, Tensor):
+        if not seen and isinstance(output, Tensor) and output.requires_grad:
             seen.append(output)
             output.retain_grad()
 

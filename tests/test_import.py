@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
+
+import sparse_ffn
 
 
 def run(code: str, **environment: str) -> str:
@@ -17,6 +20,8 @@ def run(code: str, **environment: str) -> str:
 
 WITHOUT_TRITON = """
 import sys
+
+import sparse_ffn
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "triton":
@@ -113,3 +118,7 @@ print([name for name in sys.modules if name.startswith("sparse_ffn.kernels")])
     out = run(double, TRITON_INTERPRET="1")
     assert "it has no float64" in out
     assert out.endswith("[]\n")
+
+
+def test_the_version_is_the_packages() -> None:
+    assert sparse_ffn.__version__ == importlib.metadata.version("sparse-ffn")

@@ -30,3 +30,5 @@ from sparse_ffn.model import aux_loss as aux_loss
 from sparse_ffn.model import routing_stats as routing_stats
 from sparse_ffn.model import update_router_bias as update_router_bias
 from sparse_ffn.sizing import parameter_equal as parameter_equal
+
+__version__ = "0.1.0"

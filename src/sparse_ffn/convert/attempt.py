@@ -47,13 +47,13 @@ def try_run(
 
 def check_large(copied: nn.Module, args: Arguments, ups: list[nn.Module], down: nn.Module, formula: Formula) -> None:
     """Large hidden units must follow the formula too: a clamp, as in ReLU6, shows nowhere else."""
-    weights = [weight.data for up in ups if isinstance(weight := up.weight, Tensor)]
-    for weight in weights:
-        weight.mul_(1000)
+    weights = [(weight, weight.data) for up in ups if isinstance(weight := up.weight, Tensor)]
+    for weight, value in weights:
+        weight.data = 1000 * value
     trace, _ = try_run(copied, [args], [*ups, down])
-    for weight in weights:
-        weight.div_(1000)
+    for weight, value in weights:
+        weight.data = value
     first, last = [trace.only(up) for up in ups], trace.only(down)
     outputs = [call.output for call in first if call is not None]
     if last is None or len(outputs) != len(ups) or not close(formula.hidden(outputs), last.input):
-        raise Unknown(f"the hidden units are {formula.activation} only while they are small: something clamps them")
+        raise Unknown(f"the hidden units are {formula.name} only while they are small: something clamps them")

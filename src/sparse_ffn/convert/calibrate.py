@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparse_ffn.checks import check_positive
 from sparse_ffn.convert.find import find
+from sparse_ffn.convert.probe import first_of
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -55,7 +56,8 @@ def calibrate(
     Args:
         model: before ``sparsify_``; it runs in evaluation mode, which is put back.
         batches: each a mapping (keyword arguments), a tuple or list (positional arguments), or one argument. Tokens
-            that a mapping's ``attention_mask`` [batch, length] marks as padding are left out.
+            that a mapping's ``attention_mask`` [batch, length] marks as padding are left out, or its
+            ``decoder_attention_mask`` in the decoder of an encoder-decoder of transformers.
         filter_fn: as ``sparsify_``'s: only these FFNs.
         max_tokens: rows kept for each FFN, a uniform sample.
 
@@ -71,27 +73,32 @@ def calibrate(
     if not found:
         raise ValueError("the model has no FFN that sparsify_ would find (and filter_fn admit)")
     samples = {f.name: Reservoir(max_tokens) for f in found}
-    mask: Tensor | None = None
+    masks: Mapping[str, Any] = {}
 
-    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x: Tensor = args[0]
-            real = x.flatten(0, -2) if mask is None or mask.shape != x.shape[:-1] else x[mask.to(x.device)]
-            samples[name].add(real)
+    decoder = _decoder(model)
+
+    def keep(name: str, part: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x: Tensor = first_of(args, kwargs)
+            given = masks.get(part)
+            mask = given.bool().to(x.device) if isinstance(given, Tensor) else None
+            samples[name].add(x.flatten(0, -2) if mask is None or mask.shape != x.shape[:-1] else x[mask])
 
         return hook
 
-    handles = [f.ups[0].module.register_forward_pre_hook(keep(f.name)) for f in found]
+    handles = []
+    for f in found:
+        part = "decoder_attention_mask" if f.ups[0].module in decoder else "attention_mask"
+        handles.append(f.ups[0].module.register_forward_pre_hook(keep(f.name, part), with_kwargs=True))
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         for batch in batches:
             if isinstance(batch, Mapping):
-                given = batch.get("attention_mask")
-                mask = given.bool() if isinstance(given, Tensor) else None
+                masks = batch
                 model(**batch)
             else:
-                mask = None
+                masks = {}
                 model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
     finally:
         for handle in handles:
@@ -102,3 +109,12 @@ def calibrate(
     if empty:
         raise ValueError(f"these FFNs saw no token of the batches: {', '.join(empty)}")
     return {name: sample.rows for name, sample in samples.items()}
+
+
+def _decoder(model: nn.Module) -> set[nn.Module]:
+    """The modules of an encoder-decoder's decoder, whose tokens have a mask of their own."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return set()
+    get: Any = getattr(model, "get_decoder", lambda: None)
+    decoder = get()  # an encoder by itself has none, or gives itself
+    return set(decoder.modules()) if isinstance(decoder, nn.Module) and decoder is not model else set()

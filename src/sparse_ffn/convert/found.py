@@ -14,6 +14,8 @@ from sparse_ffn.convert.probe import close
 from sparse_ffn.convert.weights import FFNWeights
 from sparse_ffn.ops.activations import ACTIVATIONS, hidden
 
+QUICK_GELU = ("silu", 1.702)  # z·sigmoid(1.702·z), CLIP's
+
 
 class Unknown(Exception):
     """Why something that looked like an FFN by its shapes is left as it is."""
@@ -24,14 +26,23 @@ class Formula:
     """What was found between the linear maps of an FFN."""
 
     activation: str
+    """A name in ``ACTIVATIONS``."""
     gate: str
     """Where a GLU's gate is: ``""`` none, ``"first"`` or ``"second"`` of two linear maps, or in one of doubled width
     ``"first half"``, ``"second half"``, ``"even"`` or ``"odd"`` rows."""
+    scale: float = 1.0
+    """s, if the activation is act(s·z)/s."""
+
+    @property
+    def name(self) -> str:
+        """Of the activation, in words."""
+        return self.activation if self.scale == 1 else f"{self.activation}({self.scale:g}·z)/{self.scale:g}"
 
     def hidden(self, ups: list[Tensor]) -> Tensor:
         """Hidden units from the linear maps' outputs."""
         up, gate = self.part(ups)
-        return hidden(self.activation, up, None, None) if gate is None else hidden(self.activation, gate, up, None)
+        z = self.scale * (up if gate is None else gate)
+        return hidden(self.activation, z, None if gate is None else up, None) / self.scale
 
     def part(self, ups: list[Tensor], dim: int = -1) -> tuple[Tensor, Tensor | None]:
         """The plain part and the gate, of outputs, weights or biases whose units lie along ``dim``."""
@@ -63,9 +74,10 @@ def find_formula(ups: list[Tensor], h: Tensor) -> Formula:
         gates = ("first half", "second half", "even", "odd")
     else:
         gates = ("",)
+    kinds = [*((activation, 1.0) for activation in ACTIVATIONS), QUICK_GELU]
     for gate in gates:
-        for activation in ACTIVATIONS:
-            formula = Formula(activation, gate)
+        for activation, scale in kinds:
+            formula = Formula(activation, gate, scale)
             if (gate or activation != "identity") and close(formula.hidden(ups), h):
                 return formula
     raise Unknown(f"the hidden units are not one of {', '.join(ACTIVATIONS)} of the first linear map's output")
@@ -95,10 +107,10 @@ class Found:
     def pattern(self) -> str:
         """In words: the linear maps' names and the formula."""
         names = ", ".join(linear.name.rpartition(".")[2] for linear in (*self.ups, self.down))
-        return f"{names}: {self.formula.activation}{' GLU' if self.formula.gate else ''}"
+        return f"{names}: {self.formula.name}{' GLU' if self.formula.gate else ''}"
 
     def weights(self) -> FFNWeights:
-        """The parameters, as views in this library's layout."""
+        """The parameters in this library's layout: views, unless the activation has a scale."""
         keys, gate_keys = self.formula.part([up.weight for up in self.ups], 0)
         biases = [up.bias for up in self.ups]
         key_bias = gate_bias = None
@@ -116,10 +128,11 @@ class Found:
             "keys": key.trainable[0], "gate_keys": gate.trainable[0], "key_bias": key.trainable[1],
             "gate_bias": gate.trainable[1], "values": self.down.trainable[0], "out_bias": self.down.trainable[1],
         }  # fmt: skip
-        return FFNWeights(
+        weights = FFNWeights(
             keys, self.down.weight.t(), self.formula.activation, gate_keys=gate_keys, key_bias=key_bias,
             gate_bias=gate_bias, out_bias=self.down.bias, dropout=self.dropout, trainable=trainable,
         )  # fmt: skip
+        return weights if self.formula.scale == 1 else weights.scaled(self.formula.scale)
 
 
 def relative(name: str, base: str) -> str:

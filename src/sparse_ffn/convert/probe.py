@@ -46,7 +46,9 @@ def probe_copy(module: nn.Module, *, numbers: bool = True) -> nn.Module:
     for parameter in module.parameters():
         if not numbers:
             value = torch.full((), 0.5, dtype=torch.float64).expand(parameter.shape)
-        elif parameter.dim() > 1:
+        elif parameter.dim() == 2:
+            value = _matrix(parameter.shape[0], parameter.shape[1], generator)
+        elif parameter.dim() > 2:
             value = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / parameter.shape[-1] ** 0.5
         else:
             value = 0.5 + torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
@@ -63,6 +65,12 @@ def probe_copy(module: nn.Module, *, numbers: bool = True) -> nn.Module:
         for kind in HOOKS:  # what users hang on their model is not for probes
             getattr(inner, kind, {}).clear()
     return copied
+
+
+def _matrix(n_out: int, n_in: int, generator: torch.Generator) -> Tensor:
+    """Random, but with rows that overlap in memory: that of a large model would not fit, nor be drawn in good time."""
+    drawn: Tensor = torch.randn(2 * n_out + n_in, generator=generator, dtype=torch.float64) / max(n_in, 1) ** 0.5
+    return drawn.as_strided((n_out, n_in), (2, 1))  # by 2: it must differ from its transpose
 
 
 @dataclass
@@ -109,6 +117,11 @@ class _Dropouts(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def first_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first argument of a call, by position or by name; None without any."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
 def run(
     copied: nn.Module, args: Iterable[Tensor | None], watch: Iterable[nn.Module] = (), train: bool = False
 ) -> Trace:
@@ -124,13 +137,14 @@ def run(
 
     trace = Trace()
 
-    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+    def note(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if isinstance(first_of(inputs, kwargs), Tensor) and isinstance(output, Tensor):
             trace.calls[module][-1].output = output.clone()
 
-    def note_input(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        first = inputs[0] if inputs and isinstance(inputs[0], Tensor) else torch.empty(0)
-        trace.calls.setdefault(module, []).append(Call(first.clone(), torch.empty(0)))
+    def note_input(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first = first_of(inputs, kwargs)
+        given = first.clone() if isinstance(first, Tensor) else torch.empty(0)
+        trace.calls.setdefault(module, []).append(Call(given, torch.empty(0)))
 
     copied.train(train)
     with ExitStack() as stack:
@@ -138,7 +152,10 @@ def run(
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast("cpu", enabled=False))
         for module in watch:
-            for handle in (module.register_forward_pre_hook(note_input), module.register_forward_hook(note)):
+            for handle in (
+                module.register_forward_pre_hook(note_input, with_kwargs=True),
+                module.register_forward_hook(note, with_kwargs=True),
+            ):
                 stack.callback(handle.remove)
         if train:
             torch.manual_seed(0)

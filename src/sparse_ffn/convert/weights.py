@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +78,20 @@ class FFNWeights:
     def n_parameters(self) -> int:
         """Number of parameters."""
         return sum(t.numel() for t in self.tensors().values())
+
+    def scaled(self, scale: float) -> FFNWeights:
+        """What computes with act what this would with act(scale·z)/scale: the keys take the one, the values the other.
+
+        The result's tensors are new where they differ.
+        """
+
+        def times(name: str, factor: float) -> Tensor | None:
+            value: Tensor | None = getattr(self, name)
+            return None if value is None else value * factor
+
+        inside = ("keys", "key_bias") if self.gate_keys is None else ("gate_keys", "gate_bias")
+        changed: dict[str, Any] = {name: times(name, scale) for name in inside} | {"values": times("values", 1 / scale)}
+        return replace(self, **changed)
 
     def with_constant_input(self) -> FFNWeights:
         """The same function of x with a 1 and PAD - 1 zeros appended: the gate's bias is then a column of its keys.
