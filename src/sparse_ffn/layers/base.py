@@ -33,8 +33,6 @@ class SparseFFN(nn.Module):
         ValueError: an argument outside its range; ``init_scale`` and ``n_layers`` both given.
     """
 
-    k: int
-    """Selected experts, units or values per token (and head)."""
     d_ff: int
     """Hidden units in all."""
     values: nn.Parameter
@@ -64,6 +62,11 @@ class SparseFFN(nn.Module):
         self.init_scale = _init_scale(init_scale, n_layers)
         self._factory = {"device": device, "dtype": dtype}
         self.out_bias = self._parameter(self.d_out) if bias else None
+
+    @property
+    def k(self) -> int:
+        """Selected experts, units or values per token (and head); may be set at any time where it selects."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, router_input: Tensor | None = None) -> Tensor:
         """Apply the layer.
@@ -164,6 +167,22 @@ class SparseFFN(nn.Module):
         }
         changed = [f"{n}={v!r}" for n, (v, default) in {**options, **shared}.items() if v != default]
         return ", ".join([str(self.d_model), *sizes, *changed])
+
+
+def check_units(x: Tensor, keys: Tensor, values: Tensor, gate_keys: Tensor | None, key_bias: Tensor | None) -> None:
+    """Raise unless the parts of the hidden units fit each other and x [T, d_model].
+
+    Kernels trust shapes, but functional_call, pruning and parametrisations bring tensors of their own.
+    """
+    units = values.shape[:-1]
+    fits = keys.shape == (*units, x.shape[1])
+    if fits and gate_keys is None and key_bias is None:
+        return
+    if not fits or (gate_keys is not None and gate_keys.shape != keys.shape):
+        got = [list(part.shape) for part in (keys, gate_keys) if part is not None]
+        raise ValueError(f"keys (and gate_keys) must be {[*units, x.shape[1]]} to fit values and x, got {got}")
+    if key_bias is not None and key_bias.shape != units:
+        raise ValueError(f"key_bias must be {list(units)} to fit values, got {list(key_bias.shape)}")
 
 
 def _init_scale(init_scale: float, n_layers: int | None) -> float:

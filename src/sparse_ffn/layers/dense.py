@@ -54,12 +54,17 @@ class DenseFFN(SparseFFN):
             bias=bias, device=device, dtype=dtype,
         )  # fmt: skip
         check_positive("d_ff", d_ff)
-        self.d_ff = self.k = d_ff
+        self.d_ff = d_ff
         self.keys = self._parameter(d_ff, d_model)
         self.gate_keys = self._parameter(d_ff, d_model) if glu else None
         self.key_bias = self._parameter(d_ff) if bias else None
         self.values = self._parameter(d_ff, self.d_out)
         self.reset_parameters()
+
+    @property
+    def k(self) -> int:
+        """All units: d_ff."""
+        return self.d_ff
 
     def reset_parameters(self) -> None:
         """Normal keys and values, zero biases."""

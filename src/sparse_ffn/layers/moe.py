@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparse_ffn import ops
 from sparse_ffn.checks import check_choice, check_positive
-from sparse_ffn.layers.base import SparseFFN
+from sparse_ffn.layers.base import SparseFFN, check_units
 from sparse_ffn.ops.autocast import autocast_dtype
 from sparse_ffn.routing.balance import NAMES, NEED_LOGITS, balance_loss
 from sparse_ffn.routing.inject import inject
@@ -115,10 +115,10 @@ class MoE(SparseFFN):
         check_positive("k", k, at_most=n_experts, limit="n_experts")
         check_choice("balance_over", balance_over, ("batch", "sequence"))
         check_choice("aux", aux, ("attach", "inject"))
-        self.n_experts, self.expert_size, self.k, self.d_ff = n_experts, expert_size, k, n_experts * expert_size
+        self.n_experts, self.expert_size, self.d_ff = n_experts, expert_size, n_experts * expert_size
         self.balance, self.balance_weight = _balance(balance, balance_weight)
         self.balance_over, self.aux, self.sync_balance = balance_over, aux, sync_balance
-        self.router = self._make_router(router, expert_dropout)
+        self.router = self._make_router(router, k, expert_dropout)
         self.keys = self._parameter(n_experts, expert_size, d_model)
         self.gate_keys = self._parameter(n_experts, expert_size, d_model) if glu else None
         self.key_bias = self._parameter(n_experts, expert_size) if bias else None
@@ -126,8 +126,21 @@ class MoE(SparseFFN):
         self._last = None
         self._reset_experts()
 
-    def _make_router(self, router: str | Router, expert_dropout: float) -> Router:
-        sizes = (self.d_model, self.n_experts, self.k)
+    @property
+    def k(self) -> int:
+        """The router's ``k``: experts selected for a token, which may be set to any number up to n_experts."""
+        return self._own_router().k
+
+    @k.setter
+    def k(self, k: int) -> None:
+        self._own_router().k = k
+
+    def _own_router(self) -> Router:
+        # LoRA wraps it, and the wrapper has none of its attributes
+        return next(module for module in self.router.modules() if isinstance(module, Router))
+
+    def _make_router(self, router: str | Router, k: int, expert_dropout: float) -> Router:
+        sizes = (self.d_model, self.n_experts, k)
         if isinstance(router, Router):
             if (router.d_model, router.n_experts, router.k) != sizes:
                 raise ValueError(
@@ -176,8 +189,8 @@ class MoE(SparseFFN):
         x_TD = x if x.dim() == 2 else x.reshape(-1, self.d_model)
         mask_T = None if mask is None else mask.reshape(-1)
         loss: Tensor | None
-        if gate_function := self._fusable(x_TD, x is router_input):
-            y, index_TK, loss = self._fused(x, x_TD, mask_T, gate_function)
+        if parts := self._fusable(x_TD, x is router_input):
+            y, index_TK, loss = self._fused(x, x_TD, mask_T, *parts)
         else:
             y, index_TK, loss = self._route_then_compute(x, x_TD, mask_T, router_input)
         if not torch.compiler.is_exporting():  # an exported program has no module to keep these
@@ -189,6 +202,7 @@ class MoE(SparseFFN):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Output, selected experts, balance loss: the router's module, then the experts."""
         routing: Routing = self.router(router_input.reshape(-1, self.d_model), mask_T)
+        _check_experts(routing.logits_TE.shape[1], x_TD, self.keys, self.values, self.gate_keys, self.key_bias)
         loss = self._balance_loss(routing, mask_T, x)
         gate_TK = routing.gate_TK
         if loss is not None and self.aux == "inject":
@@ -207,43 +221,55 @@ class MoE(SparseFFN):
         )
         return y, routing.index_TK, loss
 
-    def _fusable(self, x_TD: Tensor, own_input: bool) -> str | None:
-        """The router's gate if ``ops.routed_ffn`` computes this call, else None."""
+    def _fusable(self, x_TD: Tensor, own_input: bool) -> tuple[Any, ...] | None:
+        """Router, its gate's name and all tensors if ``ops.routed_ffn`` computes this call, else None."""
         if not own_input or (self.training and (self.aux == "inject" or any(n in NEED_LOGITS for n in self.balance))):
             return None
-        gate_function = plain_gate(self.router)
-        if gate_function is None or not ops.routed_ffn_available(x_TD, self.router.weight):
+        router = self.router
+        gate_function = plain_gate(router)
+        if gate_function is None:
             return None
-        return gate_function
+        tensors = (*_tensors(router, "weight", "bias"), *_tensors(self, "keys", "values", "gate_keys", "key_bias"))
+        return (router, gate_function, *tensors) if ops.routed_ffn_available(x_TD, *tensors) else None
 
     def _fused(
-        self, x: Tensor, x_TD: Tensor, mask_T: Tensor | None, gate_function: str
+        self,
+        x: Tensor,
+        x_TD: Tensor,
+        mask_T: Tensor | None,
+        router: Router,
+        gate_function: str,
+        router_weight: Tensor,
+        router_bias: Tensor | None,
+        keys: Tensor,
+        values: Tensor,
+        gate_keys: Tensor | None,
+        key_bias: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """As ``_route_then_compute``, in one op."""
-        router = self.router
-        keys, values, gate_keys, key_bias = _tensors(self, "keys", "values", "gate_keys", "key_bias")
+        _check_experts(router_weight.shape[0], x_TD, keys, values, gate_keys, key_bias)
         if not self.training and not torch.is_grad_enabled() and not ops.under_transforms():
             y, index_TK = ops.routed_ffn_inference(
-                x_TD, router.weight, router.bias, keys, values, gate_keys, key_bias,
-                self.k, gate_function, self.activation,
+                x_TD, router_weight, router_bias, keys, values, gate_keys, key_bias,
+                router.k, gate_function, self.activation,
             )  # fmt: skip
             return y, index_TK, None
         y, index_TK, gate_TK, softmax_BE = ops.routed_ffn(
             x_TD,
-            router.weight,
+            router_weight,
             keys,
             values,
-            k=self.k,
+            k=router.k,
             gate_function=gate_function,
-            router_bias=router.bias,
+            router_bias=router_bias,
             mask=mask_T,
             groups=self._n_sequences(x) or 1,
             gate_keys=gate_keys,
             key_bias=key_bias,
-            hidden_scale=self._hidden_scale(x_TD, x_TD.shape[0], self.k, self.expert_size),
+            hidden_scale=self._hidden_scale(x_TD, x_TD.shape[0], router.k, self.expert_size),
             activation=self.activation,
         )
-        if router.bias is not None and self.training:
+        if router_bias is not None and self.training:
             router.count(index_TK, mask_T)
         return y, index_TK, self._balance_loss(FusedRouting(softmax_BE, index_TK, gate_TK), mask_T, x)
 
@@ -321,13 +347,21 @@ class MoE(SparseFFN):
 _NO_LOSS = ("bias", "none")
 
 
+def _check_experts(
+    n_experts: int, x: Tensor, keys: Tensor, values: Tensor, gate_keys: Tensor | None, key_bias: Tensor | None
+) -> None:
+    if values.shape[0] != n_experts:
+        raise ValueError(f"keys and values have {values.shape[0]} experts, the router {n_experts}")
+    check_units(x, keys, values, gate_keys, key_bias)
+
+
 def _tensors(module: nn.Module, *names: str) -> list[Any]:
-    """Attributes of a module that are parameters unless someone put another tensor in their place.
+    """Attributes of a module that are parameters or buffers unless someone put another tensor in their place.
 
     Module.__getattr__ would cost 0.7 microseconds for each, a tenth of a decode step together.
     """
-    own = module._parameters
-    return [own[name] if name in own else getattr(module, name) for name in names]
+    own, buffers = module._parameters, module._buffers
+    return [own[n] if n in own else buffers[n] if n in buffers else getattr(module, n) for n in names]
 
 
 def _balance(names: str | Sequence[str], weights: float | Sequence[float]) -> tuple[tuple[str, ...], tuple[float, ...]]:

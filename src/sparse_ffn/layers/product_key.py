@@ -78,7 +78,6 @@ class ProductKeyMemory(SparseFFN):
             bias=False, device=device, dtype=dtype, extra_activations=("softmax",),
         )  # fmt: skip
         check_positive("n_sub_keys", n_sub_keys)
-        check_positive("k", k, at_most=n_sub_keys**2, limit="n_sub_keys²")
         check_positive("n_heads", n_heads)
         check_choice("value_init", value_init, ("paper", "standard"))
         if query_norm is not None:
@@ -89,13 +88,24 @@ class ProductKeyMemory(SparseFFN):
         if width % 2:
             hint = "; or give an even query_dim" if query_dim is None else ""
             raise ValueError(f"{width_name} must be even, since each half meets its own sub-keys, got {width}{hint}")
-        self.n_sub_keys, self.k, self.n_heads, self.d_ff = n_sub_keys, k, n_heads, n_sub_keys**2
+        self.n_sub_keys, self.n_heads, self.d_ff = n_sub_keys, n_heads, n_sub_keys**2
+        self.k = k
         self.query_dim, self.query_norm = query_dim, query_norm
         self.value_init, self.sparse_grad = value_init, sparse_grad
         self.sub_keys = self._parameter(2, n_heads, n_sub_keys, width // 2)
         self.query = None if query_dim is None else nn.Linear(d_model, n_heads * width, bias=False, **self._factory)
         self.values = self._parameter(self.d_ff, self.d_out)
         self.reset_parameters()
+
+    @property
+    def k(self) -> int:
+        """Values read by a head. May be set to any number up to n_sub_keys² at any time."""
+        return self._k
+
+    @k.setter
+    def k(self, k: int) -> None:
+        check_positive("k", k, at_most=self.n_sub_keys**2, limit="n_sub_keys²")
+        self._k = k
 
     def reset_parameters(self) -> None:
         """Normal query, sub-keys and values."""
@@ -107,13 +117,16 @@ class ProductKeyMemory(SparseFFN):
     def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
         # T tokens, H heads, N sub-keys, C half a query, K selected values
         x = x.reshape(-1, self.d_model)
+        values, n = self.values, self.sub_keys.shape[2]
+        if values.shape[0] != n * n:  # kernels trust it, but functional_call and pruning bring tensors of their own
+            raise ValueError(f"values must have a row for each of the {n}² pairs of sub-keys, got {list(values.shape)}")
         score_THK, index_THK = ops.product_key_topk(self._scores(x), self.k)
         if self.activation == "softmax":
             weight_THK = torch.softmax(score_THK, dim=-1)
         else:
             weight_THK = activate(self.activation, score_THK)
         weight_THK = F.dropout(weight_THK, self.dropout, self.training)
-        return ops.weighted_bag(self.values, index_THK.flatten(1), weight_THK.flatten(1), sparse_grad=self.sparse_grad)
+        return ops.weighted_bag(values, index_THK.flatten(1), weight_THK.flatten(1), sparse_grad=self.sparse_grad)
 
     def _scores(self, x: Tensor) -> Tensor:
         """Scores of the two halves' sub-keys [T, H, 2, N], in fp32 at least under any autocast."""

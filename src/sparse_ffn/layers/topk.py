@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparse_ffn import ops
 from sparse_ffn.checks import check_positive
+from sparse_ffn.layers.base import check_units
 from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.ops.autocast import autocast_dtype
 
@@ -59,11 +60,21 @@ class TopKFFN(DenseFFN):
             d_model, d_ff, activation=activation, glu=glu, bias=bias, d_out=d_out, dropout=dropout,
             init_scale=init_scale, n_layers=n_layers, device=device, dtype=dtype,
         )  # fmt: skip
-        check_positive("k", k, at_most=d_ff, limit="d_ff")
         self.k, self.norm_aware = k, norm_aware
+
+    @property
+    def k(self) -> int:
+        """Units used for a token. May be set to any number up to d_ff at any time."""
+        return self._k
+
+    @k.setter
+    def k(self, k: int) -> None:
+        check_positive("k", k, at_most=self.d_ff, limit="d_ff")
+        self._k = k
 
     def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
         x = x.reshape(-1, self.d_model).to(autocast_dtype(x))
+        check_units(x, self.keys, self.values, self.gate_keys, self.key_bias)
         return ops.topk_ffn(
             x,
             self.keys,

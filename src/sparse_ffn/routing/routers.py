@@ -79,9 +79,9 @@ class Router(nn.Module):
         super().__init__()
         check_positive("d_model", d_model)
         check_positive("n_experts", n_experts)
-        check_positive("k", k, at_most=n_experts, limit="n_experts")
         check_rate("expert_dropout", expert_dropout)
-        self.d_model, self.n_experts, self.k = d_model, n_experts, k
+        self.d_model, self.n_experts = d_model, n_experts
+        self.k = k
         self.expert_dropout, self.init_scale = expert_dropout, init_scale
         self.weight = nn.Parameter(torch.empty(n_experts, d_model, device=device, dtype=dtype))
         bias = torch.empty(n_experts, device=device, dtype=torch.float32) if selection_bias else None
@@ -89,6 +89,16 @@ class Router(nn.Module):
         # slots counted since the last bias update; no buffer, since DDP would overwrite it with the first process's
         self.load = None
         self.reset_parameters()
+
+    @property
+    def k(self) -> int:
+        """Experts selected for a token. May be set to any number up to n_experts at any time."""
+        return self._k
+
+    @k.setter
+    def k(self, k: int) -> None:
+        check_positive("k", k, at_most=self.n_experts, limit="n_experts")
+        self._k = k
 
     def reset_parameters(self) -> None:
         """Initialise: normal directions, every row of norm c, which is a standard deviation of c/sqrt(d_model)."""
@@ -102,11 +112,12 @@ class Router(nn.Module):
             self.load = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """As Module's, but ``bias`` stays fp32 at least: steps of 1e-3 vanish in bf16."""
+        """As Module's, but ``bias`` stays fp32 (fp64 for an fp64 router): steps of 1e-3 vanish in bf16."""
         before = self.bias
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if before is not None and self.bias is not None and self.bias.dtype.itemsize < before.dtype.itemsize:
-            self.bias = before.to(self.bias.device)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        if before is not None and self.bias is not None and self.bias.dtype != wide:
+            self.bias = before.to(self.bias.device, wide)
         return self
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None) -> Routing:
@@ -116,7 +127,18 @@ class Router(nn.Module):
             x_TD: [T, d_model].
             mask_T: bool [T], True for real tokens. Padding is routed too, but has no part in what is computed over the
                 batch (Sinkhorn, the loads of bias balancing).
+
+        Raises:
+            TypeError: x is not floating, or the mask not bool.
+            ValueError: a wrong shape.
         """
+        if not x_TD.is_floating_point() or (mask_T is not None and mask_T.dtype != torch.bool):
+            got = x_TD.dtype if mask_T is None else f"{x_TD.dtype} and {mask_T.dtype}"
+            raise TypeError(f"x must be floating and mask bool, got {got}")
+        if x_TD.dim() != 2 or x_TD.shape[1] != self.d_model:
+            raise ValueError(f"x must be [tokens, d_model = {self.d_model}], got {list(x_TD.shape)}")
+        if mask_T is not None and mask_T.shape != x_TD.shape[:1]:
+            raise ValueError(f"mask must be [tokens] = {list(x_TD.shape[:1])}, got {list(mask_T.shape)}")
         with without_autocast(x_TD):
             wide = torch.promote_types(self.weight.dtype, torch.float32)
             x_TD = x_TD.to(wide)

@@ -17,11 +17,23 @@ from sparse_ffn.ops.library import absent, define, refuse_double_backward, set_a
 from sparse_ffn.ops.routed_ffn import cpu as native
 
 
-def routed_ffn_available(x: Tensor, router_weight: Tensor) -> bool:
-    """Whether the op computes this input now: fp32 or bf16 throughout, on the native core."""
+def routed_ffn_available(
+    x: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    gate_keys: Tensor | None,
+    key_bias: Tensor | None,
+) -> bool:
+    """Whether the op computes this input now: fp32 or bf16 throughout (a router's bias fp32), on the native core."""
+    dtype = x.dtype
     return (
-        x.dtype == router_weight.dtype
-        and x.dtype in (torch.float32, torch.bfloat16)
+        dtype in (torch.float32, torch.bfloat16)
+        and router_weight.dtype == keys.dtype == values.dtype == dtype
+        and (gate_keys is None or gate_keys.dtype == dtype)
+        and (key_bias is None or key_bias.dtype == dtype)
+        and (router_bias is None or router_bias.dtype == torch.float32)
         and x.shape[0] > 0
         and not autocast_enabled(x)
         and choose(x) == "cpu"
