@@ -346,6 +346,15 @@ class OwnRouter(SigmoidRouter):
     """A user's, which may do anything."""
 
 
+def test_the_layer_within_is_named_where_to_dense_gets_what_holds_it() -> None:
+    layer = sf.from_dense(nn.Sequential(Mlp(), nn.Dropout(0.1)), OPEN)
+    with pytest.raises(TypeError, match=r"must be a layer of sparse_ffn, got Sequential: give the layer in it, at '0'"):
+        sf.to_dense(layer)
+    with pytest.raises(TypeError, match=r"got Linear$"):
+        sf.to_dense(nn.Linear(3, 3))
+    assert isinstance(sf.to_dense(layer[0]), sf.DenseFFN)
+
+
 @pytest.mark.parametrize(
     ("layer", "why"),
     [
@@ -747,6 +756,29 @@ def test_what_is_unknown_is_listed_with_what_was_seen() -> None:
     }  # fmt: skip
 
 
+def test_hidden_units_that_are_not_finite_are_said_to_be() -> None:
+    class Log(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.log()
+
+    dense = Mlp()
+    dense.f = Log()
+    with pytest.raises(ValueError, match="hidden units are not finite on the probe"):
+        sf.from_dense(dense, OPEN)
+
+
+def test_what_no_choice_of_arguments_runs_is_listed_with_every_reason() -> None:
+    class Picky(Mlp):
+        def forward(self, x: Tensor, *rest: Tensor | None) -> Tensor:
+            if rest and rest[0] is None:
+                raise KeyError("no mask")
+            raise ValueError(f"{len(rest)} more")
+
+    unknown = sf.sparsify_(nn.Sequential(Picky(), nn.Tanh()), OPEN).unknown
+    (why,) = unknown.values()
+    assert "ValueError: 0 more; KeyError: 'no mask'" in why
+
+
 class Clipped(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(x).clamp(-10, 10)
@@ -896,10 +928,46 @@ def test_calibrate_runs_batches_leaves_padding_out_and_puts_everything_back() ->
     assert model.training
     assert not model.block.ffn[0]._forward_pre_hooks
     assert len(sf.calibrate(model, [x] * 9, max_tokens=7)["block.ffn"]) == 7
-    with pytest.raises(ValueError, match=r"saw no token of the batches: block\.ffn"):
+    with pytest.raises(ValueError, match=r"no FFN saw a token of the batches: block\.ffn"):
         sf.calibrate(model, [])
-    with pytest.raises(ValueError, match="no FFN"):
+    with pytest.raises(ValueError, match="has no FFN"):
         sf.calibrate(nn.Linear(3, 3), [torch.randn(1, 3)])
+
+
+def test_an_ffn_that_saw_no_token_is_left_out_and_then_missed() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.busy, self.idle = Block(), Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.busy(x)
+
+    model, calibrated = Model(), dataclasses.replace(OPEN, init="cluster")
+    calibration = sf.calibrate(model, [torch.randn(2, 3, 6)])
+    assert list(calibration) == ["busy.ffn"]
+    with pytest.raises(ValueError, match=r"nothing for 'idle\.ffn'.*batches that reach it and the same filter_fn"):
+        sf.sparsify_(model, calibrated, calibration=calibration)
+    report = sf.sparsify_(model, calibrated, lambda module, name: name in calibration, calibration=calibration)
+    assert report.skipped == ("idle.ffn",)
+
+
+def test_the_default_device_does_not_matter() -> None:
+    x = torch.randn(2, 3, 6)
+    dense = nn.Sequential(Block(), Block(Gated())).eval()
+    wanted = dense(x)
+    config = sf.SigmaMoEConfig(n_experts=4, k=4, init="cluster")
+    plain, other = copy.deepcopy(dense), copy.deepcopy(dense)
+    with torch.device("meta"):
+        calibration = sf.calibrate(other, [x])
+        report = sf.sparsify_(other, config)
+        back = sf.to_dense(other[0].ffn)
+    sf.sparsify_(plain, config)
+    assert report.names == ["0.ffn", "1.ffn"]
+    assert torch.equal(calibration["0.ffn"], dense[0].norm(x).flatten(0, 1))
+    assert torch.equal(other(x), plain(x))
+    torch.testing.assert_close(other(x), wanted)
+    torch.testing.assert_close(back(x), other[0].ffn(x))
 
 
 def test_calibrate_takes_what_a_linear_map_gets_by_name() -> None:

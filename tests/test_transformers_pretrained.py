@@ -21,6 +21,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "GPT2LMHeadModel": {**TOKENS, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32},
     "LlamaForCausalLM": SIZES,
     "BertForMaskedLM": {**SIZES, "max_position_embeddings": 32},  # its FFN is spread over two modules
+    "GPTNeoXForCausalLM": SIZES,  # these two draw new weights for a class that is not of their own module
+    "FalconH1ForCausalLM": {
+        **SIZES,
+        "num_key_value_heads": 2,
+        "mamba_d_ssm": 16,
+        "mamba_n_heads": 2,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+    },
 }
 
 
@@ -110,6 +119,16 @@ def test_a_missing_or_wrong_record_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"report is of another model: this one has no 'model.layers.0.mlp'"):
         record_conversion(other, report)
     assert not hasattr(other.config, "sparse_ffn")
+
+
+def test_missing_weights_of_a_converted_layer_are_an_error(tmp_path: Path) -> None:
+    model = model_of("LlamaForCausalLM")
+    record_conversion(model, sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, k=2)))
+    state = model.state_dict()
+    del state["model.layers.1.mlp.values"]
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=r"lacks weights of converted layers: model\.layers\.1\.mlp\.values$"):
+        from_pretrained(str(tmp_path))
 
 
 def trained_router(weight: float, folder: Path) -> Tensor:

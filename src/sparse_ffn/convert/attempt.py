@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from sparse_ffn.convert.edits import switch_off_fast_path
 from sparse_ffn.convert.found import Formula, Unknown
-from sparse_ffn.convert.probe import Trace, close, probe_copy, probe_input, run
+from sparse_ffn.convert.probe import FP64, Trace, close, probe_copy, probe_input, run
 
 Arguments = tuple[Tensor | None, ...]
 
 
 def arguments(width: int) -> list[Arguments]:
     """What a block or a layer may take: tokens alone, with empty places for masks, with a memory, with a mask."""
-    x, mask = probe_input(width), torch.ones(2, 1, 3, 3, dtype=torch.float64)
+    x, mask = probe_input(width), torch.ones(2, 1, 3, 3, **FP64)
     return [(x,), (x, None), (x, None, None), (x, x), (x, mask)]
 
 
@@ -34,15 +34,14 @@ def try_run(
     copied: nn.Module, choices: list[Arguments], watch: Iterable[nn.Module], train: bool = False
 ) -> tuple[Trace, Arguments]:
     """Run with the first arguments that it takes; returns them too."""
-    failed: Exception | None = None
+    failed: list[str] = []
     watch = list(watch)
     for args in choices:
         try:
             return run(copied, args, watch, train=train), args
         except Exception as error:  # noqa: PERF203
-            failed = failed or error
-    text = str(failed).strip().split("\n")[0]
-    raise Unknown(f"{type(copied).__name__} does not run by itself ({type(failed).__name__}: {text})")
+            failed.append(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
+    raise Unknown(f"{type(copied).__name__} does not run by itself ({'; '.join(dict.fromkeys(failed))})")
 
 
 def check_large(copied: nn.Module, args: Arguments, ups: list[nn.Module], down: nn.Module, formula: Formula) -> None:

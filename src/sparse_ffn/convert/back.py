@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_ffn.convert.build import copy_weights, freeze, gate_at_zero
 from sparse_ffn.convert.weights import FFNWeights
@@ -35,7 +35,11 @@ def to_dense(layer: SparseFFN) -> DenseFFN:
         ValueError: no dense FFN computes the same; the message says why.
     """
     if not isinstance(layer, SparseFFN):
-        raise TypeError(f"layer must be a layer of sparse_ffn, got {type(layer).__name__}")
+        inside = (
+            [n for n, m in layer.named_modules() if isinstance(m, SparseFFN)] if isinstance(layer, nn.Module) else []
+        )
+        hint = f": give the layer in it, at {', '.join(map(repr, inside))}" if inside else ""
+        raise TypeError(f"layer must be a layer of sparse_ffn, got {type(layer).__name__}{hint}")
     if isinstance(layer, MoE):
         weights = _experts(layer)
     elif isinstance(layer, ProductKeyMemory):

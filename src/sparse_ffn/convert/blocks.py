@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from sparse_ffn.convert.attempt import check_large, try_copy, try_run
-from sparse_ffn.convert.found import Formula, Found, Unknown, check_plain, find_formula, relative
+from sparse_ffn.convert.found import Formula, Found, Unknown, check_finite, check_plain, find_formula, relative
 from sparse_ffn.convert.linears import Linear, hooks
 from sparse_ffn.convert.probe import close, probe_input, same_outputs
 from sparse_ffn.layers import DenseFFN
@@ -64,6 +64,7 @@ def _match_block(name: str, module: nn.Module, ups: list[Linear], down: Linear) 
     if None in calls or not trace.bare:
         raise Unknown("its linear maps are not called once each, or it returns something else than a tensor")
     *first, last = [call for call in calls if call is not None]
+    check_finite(last.input)
     if not all(close(call.input, x) for call in first) or not close(trace.outputs[0], last.output):
         raise Unknown(f"more than {', '.join(u.name.rpartition('.')[2] for u in (*ups, down))} and an activation")
     formula = find_formula([call.output for call in first], last.input)

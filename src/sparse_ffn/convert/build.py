@@ -148,8 +148,8 @@ def coactivation(ffn: FFNWeights, inputs: Tensor, n_tokens: int = 2048) -> Tenso
 
 def gate_at_zero(layer: MoE) -> float:
     """The weight of a selected expert where all logits are zero."""
-    index_TK = torch.arange(layer.k).unsqueeze(0)
-    return layer.router.gate(torch.zeros(1, layer.n_experts), index_TK, None)[0, 0].item()
+    index_TK = torch.arange(layer.k, device="cpu").unsqueeze(0)
+    return layer.router.gate(torch.zeros(1, layer.n_experts, device="cpu"), index_TK, None)[0, 0].item()
 
 
 def _correct(layer: MoE, ffn: FFNWeights, inputs: Tensor) -> str:

@@ -27,14 +27,15 @@ class Reservoir:
         self.size, self.seen = size, 0
         self._generator = torch.Generator().manual_seed(seed)
         self._rows: Tensor | None = None
-        self._rank = torch.empty(0)
+        self._rank = torch.empty(0, device="cpu")
 
     def add(self, rows: Tensor) -> None:
         """Let rows [n, width] go by."""
         rows = rows.detach()
         self.seen += len(rows)
         # every row draws a number, and the largest stay: no row's chance depends on when it came
-        rank = torch.cat([self._rank, torch.rand(len(rows), generator=self._generator, dtype=torch.float64)])
+        drawn = torch.rand(len(rows), generator=self._generator, dtype=torch.float64, device="cpu")
+        rank = torch.cat([self._rank, drawn])
         kept = rank.topk(min(self.size, len(rank))).indices.sort().values
         old = len(self._rank)
         new = rows[(kept[kept >= old] - old).to(rows.device)].cpu()
@@ -44,7 +45,7 @@ class Reservoir:
     @property
     def rows(self) -> Tensor:
         """The sample [at most size, width], on the CPU, in the order in which the rows came."""
-        return torch.empty(0, 0) if self._rows is None else self._rows
+        return torch.empty(0, 0, device="cpu") if self._rows is None else self._rows
 
 
 @torch.no_grad()
@@ -62,11 +63,12 @@ def calibrate(
         max_tokens: rows kept for each FFN, a uniform sample.
 
     Returns:
-        By name, what ``sparsify_(calibration=...)`` takes: [at most max_tokens, d_model] on the CPU.
+        By name, what ``sparsify_(calibration=...)`` takes: [at most max_tokens, d_model] on the CPU. An FFN that saw no
+        token is left out, and has to be left out of ``sparsify_`` too.
 
     Raises:
         TypeError: the model is no module.
-        ValueError: no FFN is found, or one was never called; a lazy module has not run yet.
+        ValueError: no FFN is found, or none saw a token; a lazy module has not run yet.
     """
     check_positive("max_tokens", max_tokens)
     found = [f for f in find(model)[0] if filter_fn is None or filter_fn(f.module, f.name)]
@@ -105,10 +107,10 @@ def calibrate(
             handle.remove()
         for module, training in modes.items():
             module.training = training
-    empty = [name for name, sample in samples.items() if not sample.seen]
-    if empty:
-        raise ValueError(f"these FFNs saw no token of the batches: {', '.join(empty)}")
-    return {name: sample.rows for name, sample in samples.items()}
+    seen = {name: sample.rows for name, sample in samples.items() if sample.seen}
+    if not seen:
+        raise ValueError(f"no FFN saw a token of the batches: {', '.join(samples)}")
+    return seen
 
 
 def _decoder(model: nn.Module) -> set[nn.Module]:

@@ -65,8 +65,15 @@ def check_plain(linears: Iterable[Linear]) -> None:
             raise Unknown(f"not replaced, since {linear.obstacle}")
 
 
+def check_finite(h: Tensor) -> None:
+    """Raise Unknown for hidden units that equal nothing, not even themselves."""
+    if not bool(h.isfinite().all()):
+        raise Unknown("the hidden units are not finite on the probe")
+
+
 def find_formula(ups: list[Tensor], h: Tensor) -> Formula:
     """The activation, and a GLU's arrangement, that give h from the outputs of the first linear maps."""
+    check_finite(h)
     gates: tuple[str, ...]
     if len(ups) == 2:
         gates = ("first", "second")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 def contiguous(d_ff: int, n_experts: int) -> Tensor:
     """The units of each expert [E, G], in their order."""
-    return torch.arange(d_ff).view(n_experts, d_ff // n_experts)
+    return torch.arange(d_ff, device="cpu").view(n_experts, d_ff // n_experts)
 
 
 def balanced_kmeans(features_FC: Tensor, n_clusters: int, n_iters: int = 20) -> Tensor:
@@ -87,8 +87,8 @@ def balanced_assignment(similarity_FE: Tensor, n_rounds: int = 100) -> Tensor:
     sharp_FE = similarity_FE * (30 / similarity_FE.std().clamp_min(1e-12))
     price_E = torch.zeros_like(sharp_FE[0])
     for _ in range(n_rounds):
-        want_FE = torch.log_softmax(sharp_FE - price_E, dim=1)
-        price_E = price_E + torch.logsumexp(want_FE, dim=0) - torch.tensor(float(size)).log()
+        wanted_E = torch.softmax(sharp_FE - price_E, dim=1).sum(0)
+        price_E = price_E + (wanted_E / size).clamp_min(1e-30).log()
     value_FE = sharp_FE - price_E
     cluster_F = value_FE.new_full((n_units,), -1, dtype=torch.int64)
     open_FE = value_FE.clone()

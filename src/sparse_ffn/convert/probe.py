@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 TOLERANCE = 1e-6  # above what differently rounded constants do, far below the difference of gelu and gelu_tanh
-
+FP64: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # whatever the default device is
 
 HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
@@ -45,17 +45,17 @@ def probe_copy(module: nn.Module, *, numbers: bool = True) -> nn.Module:
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
         if not numbers:
-            value = torch.full((), 0.5, dtype=torch.float64).expand(parameter.shape)
+            value = torch.full((), 0.5, **FP64).expand(parameter.shape)
         elif parameter.dim() == 2:
             value = _matrix(parameter.shape[0], parameter.shape[1], generator)
         elif parameter.dim() > 2:
-            value = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / parameter.shape[-1] ** 0.5
+            value = torch.randn(parameter.shape, generator=generator, **FP64) / parameter.shape[-1] ** 0.5
         else:
-            value = 0.5 + torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
+            value = 0.5 + torch.rand(parameter.shape, generator=generator, **FP64)
         memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
     for buffer in module.buffers():
         if buffer.is_meta:
-            memo[id(buffer)] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+            memo[id(buffer)] = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")
         else:
             memo[id(buffer)] = buffer.to(
                 "cpu", torch.float64 if buffer.is_floating_point() else buffer.dtype, copy=True
@@ -69,7 +69,7 @@ def probe_copy(module: nn.Module, *, numbers: bool = True) -> nn.Module:
 
 def _matrix(n_out: int, n_in: int, generator: torch.Generator) -> Tensor:
     """Random, but with rows that overlap in memory: that of a large model would not fit, nor be drawn in good time."""
-    drawn: Tensor = torch.randn(2 * n_out + n_in, generator=generator, dtype=torch.float64) / max(n_in, 1) ** 0.5
+    drawn: Tensor = torch.randn(2 * n_out + n_in, generator=generator, **FP64) / max(n_in, 1) ** 0.5
     return drawn.as_strided((n_out, n_in), (2, 1))  # by 2: it must differ from its transpose
 
 
@@ -150,6 +150,7 @@ def run(
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.autocast("cpu", enabled=False))
         for module in watch:
             for handle in (
@@ -174,4 +175,4 @@ def same_outputs(a: Trace, b: Trace) -> bool:
 def probe_input(width: int, seed: int = 1) -> Tensor:
     """[2, 3, width] in fp64."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(2, 3, width, generator=generator, dtype=torch.float64)
+    return torch.randn(2, 3, width, generator=generator, **FP64)

@@ -75,7 +75,10 @@ def sparsify_(
         each = configs[f.name]
         assert each is not None
         if calibration is not None and f.name not in calibration:
-            raise ValueError(f"calibration has nothing for {f.name!r}, only for {list(calibration)}")
+            raise ValueError(
+                f"calibration has nothing for {f.name!r}, only for {list(calibration)}: give calibrate batches that "
+                "reach it and the same filter_fn, or leave it out with filter_fn"
+            )
         plans.append(_plan(f, each, None if calibration is None else calibration[f.name], slots, built))
     _swap(model, plans, slots)
     return Report(tuple(p.swap for p in plans), unknown, skipped, _others(model, plans))

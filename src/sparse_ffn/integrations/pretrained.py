@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 import transformers
 
 from sparse_ffn.convert import Report, config_from_dict, sparsify_
+from sparse_ffn.layers import SparseFFN
 
 KEY = "sparse_ffn"  # of the record in config.json
 WHERE = (
@@ -51,7 +52,7 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
 
     Raises:
         TypeError: ``model_class`` is an ``Auto`` class, or is not given and transformers does not have the saved one.
-        ValueError: the config records no conversion, or does not fit the model.
+        ValueError: the config records no conversion or does not fit the model, or a converted layer gets no weights.
     """
     config = options.pop("config", None)
     if config is None:
@@ -74,11 +75,20 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
             super().__init__(*args, **kwargs)
             _convert(self, record)
 
-    Converted.__name__ = base.__name__
-    loaded = Converted.from_pretrained(path, config=config, **options)
-    model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
+    Converted.__name__, Converted.__module__ = base.__name__, base.__module__  # some models look for it in their module
+    wants_info = options.pop("output_loading_info", False)
+    model, info = Converted.from_pretrained(path, config=config, output_loading_info=True, **options)
     model.__class__ = base
-    return loaded
+    _check_loaded(model, info["missing_keys"])
+    return (model, info) if wants_info else model
+
+
+def _check_loaded(model: Any, missing: Iterable[str]) -> None:
+    """Raise ValueError where a converted layer got no weights: transformers only reports it, and draws new ones."""
+    layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, SparseFFN))
+    lost = sorted(key for key in missing if key.startswith(layers))
+    if lost:
+        raise ValueError(f"the checkpoint lacks weights of converted layers: {', '.join(lost)}")
 
 
 def _convert(model: Any, record: dict[str, dict[str, Any]]) -> None:
@@ -90,5 +100,4 @@ def _convert(model: Any, record: dict[str, dict[str, Any]]) -> None:
         return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in names), name)
 
     configs = {here(name): config_from_dict(values) for name, values in record.items()}
-    with torch.device("cpu"):  # transformers builds on meta; what sparsify_ tries out needs numbers
-        sparsify_(model, {name: dataclasses.replace(config, init="fresh") for name, config in configs.items()})
+    sparsify_(model, {name: dataclasses.replace(config, init="fresh") for name, config in configs.items()})
