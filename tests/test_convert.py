@@ -952,22 +952,29 @@ def test_an_ffn_that_saw_no_token_is_left_out_and_then_missed() -> None:
     assert report.skipped == ("idle.ffn",)
 
 
-def test_the_default_device_does_not_matter() -> None:
+@pytest.mark.parametrize(
+    ("dtype", "device"), [(torch.float64, "cpu"), (torch.bfloat16, "cpu"), (torch.float32, "meta")]
+)
+def test_the_default_dtype_and_device_do_not_matter(dtype: torch.dtype, device: str) -> None:
     x = torch.randn(2, 3, 6)
     dense = nn.Sequential(Block(), Block(Gated())).eval()
-    wanted = dense(x)
-    config = sf.SigmaMoEConfig(n_experts=4, k=4, init="cluster")
-    plain, other = copy.deepcopy(dense), copy.deepcopy(dense)
-    with torch.device("meta"):
-        calibration = sf.calibrate(other, [x])
-        report = sf.sparsify_(other, config)
-        back = sf.to_dense(other[0].ffn)
-    sf.sparsify_(plain, config)
-    assert report.names == ["0.ffn", "1.ffn"]
+    config = sf.SoftmaxMoEConfig(n_experts=4, k=3, init="cluster")
+    plain, other, whole = copy.deepcopy(dense), copy.deepcopy(dense), copy.deepcopy(dense)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            calibration = sf.calibrate(other, [x])
+            sf.sparsify_(other, config, calibration=calibration)
+            sf.sparsify_(whole, dataclasses.replace(config, k=4))
+            back = sf.to_dense(whole[0].ffn)
+    finally:
+        torch.set_default_dtype(usual)
+    sf.sparsify_(plain, config, calibration=sf.calibrate(plain, [x]))
     assert torch.equal(calibration["0.ffn"], dense[0].norm(x).flatten(0, 1))
     assert torch.equal(other(x), plain(x))
-    torch.testing.assert_close(other(x), wanted)
-    torch.testing.assert_close(back(x), other[0].ffn(x))
+    torch.testing.assert_close(whole(x), dense(x))
+    torch.testing.assert_close(back(x), whole[0].ffn(x))
 
 
 def test_calibrate_takes_what_a_linear_map_gets_by_name() -> None:

@@ -30,7 +30,7 @@ def aux_loss(model: nn.Module) -> Tensor:
     """
     losses = [(name, layer, layer._aux) for name, layer in _moe_layers(model) if layer._aux is not None]
     if not losses:
-        return torch.zeros((), dtype=torch.float32)
+        return torch.zeros((), dtype=torch.float32, device="cpu")
     for name, layer, loss in losses:
         trains = layer.training and layer.router.weight.requires_grad
         if torch.is_grad_enabled() and trains and not loss.requires_grad:

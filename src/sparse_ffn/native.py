@@ -146,14 +146,14 @@ def rows(x: Tensor) -> Tensor:
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    """torch.empty; a large one begins at a huge page, so that the core finds its memory in a few page faults.
+    """torch.empty on the CPU; a large one begins at a huge page, so that the core finds its memory in few page faults.
 
     Faults of small pages would cost as much as the arithmetic that fills a fresh weight gradient.
     """
     size = math.prod(shape) * dtype.itemsize
     address = _library.sparse_ffn_allocate(size) if size >= HUGE_PAGE else None
     if address is None:
-        return torch.empty(*shape, dtype=dtype)
+        return torch.empty(*shape, dtype=dtype, device="cpu")
     memory = (ctypes.c_char * size).from_address(address)
     # not at exit: tensors may outlive the interpreter
     weakref.finalize(memory, _library.sparse_ffn_free, address, size).atexit = False
@@ -182,8 +182,8 @@ def call(name: str, *arguments: Any) -> None:
 def route(index: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     """Stable order of slots by expert: index int64 [S] -> order int32 [S], offsets int32 [E + 1]."""
     index = index.contiguous()
-    order = torch.empty(index.numel(), dtype=torch.int32)
-    offsets = torch.empty(n_experts + 1, dtype=torch.int32)
+    order = empty(index.numel(), dtype=torch.int32)
+    offsets = empty(n_experts + 1, dtype=torch.int32)
     call("route", index.data_ptr(), index.numel(), n_experts, order.data_ptr(), offsets.data_ptr())
     return order, offsets
 

@@ -167,6 +167,25 @@ def clipping(name: str) -> None:
     assert torch.equal(nn.utils.parameters_to_vector(layer.parameters()), 2 * vector)
 
 
+@feature("another default dtype or device")
+def defaults(name: str) -> None:
+    """`torch.set_default_dtype` and a default device change nothing for a layer and tokens that exist."""
+    layer, x = build(name), tokens(12)
+    expected = step(layer, x)
+    outputs = [layer.eval()(x[:n]).detach() for n in (1, 12)]
+    for dtype, device in ((torch.float64, "cpu"), (torch.bfloat16, "cpu"), (torch.float32, "meta")):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                assert_near(step(layer.train(), x), expected, 0)
+                with torch.no_grad():
+                    found = [layer.eval()(x[:n]) for n in (1, 12)]
+        finally:
+            torch.set_default_dtype(before)
+        assert all(torch.equal(y, e) and y.dtype == e.dtype for y, e in zip(found, outputs, strict=True))
+
+
 FEATURES = (
-    autocast_bf16, autocast_fp16, grad_scaler, checkpoint, checkpoint_reentrant, foreach, fused, clipping,
+    defaults, autocast_bf16, autocast_fp16, grad_scaler, checkpoint, checkpoint_reentrant, foreach, fused, clipping,
 )  # fmt: skip

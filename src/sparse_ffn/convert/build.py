@@ -149,7 +149,9 @@ def coactivation(ffn: FFNWeights, inputs: Tensor, n_tokens: int = 2048) -> Tenso
 def gate_at_zero(layer: MoE) -> float:
     """The weight of a selected expert where all logits are zero."""
     index_TK = torch.arange(layer.k, device="cpu").unsqueeze(0)
-    return layer.router.gate(torch.zeros(1, layer.n_experts, device="cpu"), index_TK, None)[0, 0].item()
+    return layer.router.gate(torch.zeros(1, layer.n_experts, dtype=torch.float32, device="cpu"), index_TK, None)[
+        0, 0
+    ].item()
 
 
 def _correct(layer: MoE, ffn: FFNWeights, inputs: Tensor) -> str:
@@ -160,7 +162,7 @@ def _correct(layer: MoE, ffn: FFNWeights, inputs: Tensor) -> str:
     done = ""
     routing = layer.router(x)
     index, gate = routing.index_TK.flatten(), routing.gate_TK.flatten().float()
-    count = torch.zeros(layer.n_experts, device=x.device).index_add_(0, index, torch.ones_like(gate))
+    count = gate.new_zeros(layer.n_experts).index_add_(0, index, torch.ones_like(gate))
     mean = torch.zeros_like(count).index_add_(0, index, gate) / count.clamp_min(1)
     mean = torch.where(count > 0, mean, mean[count > 0].mean())
     if not isinstance(layer.router, OpenRouter):

@@ -45,7 +45,7 @@ def fit_router(ffn: FFNWeights, n_experts: int, inputs: Tensor, n_steps: int = 2
     x_TD = x_TD.float()
     scale = x_TD.square().mean().sqrt().clamp_min(1e-12)
     x_TD = x_TD / scale
-    weight = torch.zeros(n_experts, x_TD.shape[1], device=x_TD.device, requires_grad=True)
+    weight = x_TD.new_zeros(n_experts, x_TD.shape[1]).requires_grad_()
     optimizer = torch.optim.LBFGS([weight], max_iter=n_steps, line_search_fn="strong_wolfe")
 
     def loss_and_gradient() -> float:

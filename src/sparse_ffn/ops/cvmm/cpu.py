@@ -40,7 +40,7 @@ def backward(
     x = native.rows(x)
     arguments, _keep, order = _arguments(x, weight, expert, gather, scatter, reduction, grad.shape[0])
     grad, dx = native.rows(grad), native.empty(*x.shape, dtype=x.dtype)
-    dscale = None if reduction is None else torch.empty(expert.shape[0], dtype=torch.float32)
+    dscale = None if reduction is None else native.empty(expert.shape[0], dtype=torch.float32)
     transposed = is_transposed(weight)
     dweight = native.empty(*(weight.mT if transposed else weight).shape, dtype=x.dtype)
     call = "cvmm_backward", arguments, grad.data_ptr(), grad.stride(0), dx.data_ptr()

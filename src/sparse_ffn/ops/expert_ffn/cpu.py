@@ -69,7 +69,7 @@ def backward(
     block, _keep = arguments(x, keys, values, gate, gate_keys, key_bias, hidden_scale, activation, order, offsets)
     grad = native.rows(grad)
     dx, dkeys, dvalues = (native.empty(*t.shape, dtype=t.dtype) for t in (x, keys, values))
-    dgate = torch.empty(gate.shape, dtype=torch.float32)
+    dgate = native.empty(*gate.shape, dtype=torch.float32)
     dgate_keys, dkey_bias = (
         None if t is None else native.empty(*t.shape, dtype=t.dtype) for t in (gate_keys, key_bias)
     )

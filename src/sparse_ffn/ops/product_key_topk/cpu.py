@@ -17,8 +17,8 @@ def forward(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     table = scores.float()
     if table.stride(3) != 1:
         table = table.contiguous()
-    best = torch.empty(*scores.shape[:2], k)
-    index = torch.empty(*scores.shape[:2], k, dtype=torch.int64)
+    best = native.empty(*scores.shape[:2], k, dtype=torch.float32)
+    index = native.empty(*scores.shape[:2], k, dtype=torch.int64)
     native.call("product_key_topk", _arguments(table, k), table.data_ptr(), index.data_ptr(), best.data_ptr())
     return best.to(scores.dtype), index
 

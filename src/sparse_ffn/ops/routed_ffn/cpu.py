@@ -27,7 +27,7 @@ def inference(
     tokens = x.shape[0]
     block, _keep = arguments(x, keys, values, None, gate_keys, key_bias, None, activation, None, None, k=k)
     router, _keep_router = _router(router_weight, router_bias, None, 1, gate_function)
-    out, index = native.empty(tokens, values.shape[2], dtype=x.dtype), torch.empty(tokens, k, dtype=torch.int64)
+    out, index = native.empty(tokens, values.shape[2], dtype=x.dtype), native.empty(tokens, k, dtype=torch.int64)
     nothing = (None, None, None, None)
     native.call("moe_forward", block, router, out.data_ptr(), None, None, index.data_ptr(), *nothing)
     return out, index
@@ -53,11 +53,12 @@ def forward(
     x = native.rows(x)
     block, _keep = arguments(x, keys, values, None, gate_keys, key_bias, hidden_scale, activation, None, None, k=k)
     router, _keep_router = _router(router_weight, router_bias, mask, groups, gate_function)
-    out, index = native.empty(tokens, d_out, dtype=x.dtype), torch.empty(tokens, k, dtype=torch.int64)
-    gate, sums = torch.empty(tokens, k), torch.empty(groups, n_experts)
+    out, index = native.empty(tokens, d_out, dtype=x.dtype), native.empty(tokens, k, dtype=torch.int64)
+    gate = native.empty(tokens, k, dtype=torch.float32)
+    sums = native.empty(groups, n_experts, dtype=torch.float32)
     z = native.empty(tokens * k, size, dtype=x.dtype)
     other = absent(x) if gate_keys is None else native.empty(*z.shape, dtype=z.dtype)
-    order, offsets = torch.empty(tokens * k, dtype=torch.int32), torch.empty(n_experts + 1, dtype=torch.int32)
+    order, offsets = native.empty(tokens * k, dtype=torch.int32), native.empty(n_experts + 1, dtype=torch.int32)
     native.call(
         "moe_forward",
         *(block, router, out.data_ptr(), z.data_ptr(), None if gate_keys is None else other.data_ptr()),

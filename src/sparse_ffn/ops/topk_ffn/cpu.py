@@ -64,7 +64,9 @@ def backward(
     dkeys = bag.values_backward(x, keys, index, dup_TK)
     dkey_bias = absent(x)
     if key_bias is not None:
-        sums = torch.zeros(keys.shape[0], dtype=torch.float32).index_add_(0, index.flatten(), dup_TK.flatten().float())
+        sums = torch.zeros(keys.shape[0], dtype=torch.float32, device="cpu").index_add_(
+            0, index.flatten(), dup_TK.flatten().float()
+        )
         dkey_bias = sums.to(key_bias.dtype)
     if gate_keys is None:
         return dx, dkeys, dvalues, absent(x), dkey_bias
@@ -74,7 +76,7 @@ def backward(
 
 def _select_activation(u: Tensor, k: int, activation: str, norm: Tensor | None) -> tuple[Tensor, Tensor]:
     """The k units of the largest |act(u)| (times norm), int64 [T, K], and act(u) there."""
-    index, kept = torch.empty(u.shape[0], k, dtype=torch.int64), torch.empty(u.shape[0], k, dtype=u.dtype)
+    index, kept = native.empty(u.shape[0], k, dtype=torch.int64), native.empty(u.shape[0], k, dtype=u.dtype)
     native.call(
         "topk_activation",
         *(u.data_ptr(), u.shape[0], u.shape[1], u.stride(0), DTYPES[u.dtype], ACTIVATIONS[activation]),
@@ -86,7 +88,7 @@ def _select_activation(u: Tensor, k: int, activation: str, norm: Tensor | None) 
 def _select(scores: Tensor, k: int) -> Tensor:
     """The k largest of each row, ties to the lower index."""
     scores = scores.float().contiguous()
-    index = torch.empty(scores.shape[0], k, dtype=torch.int64)
+    index = native.empty(scores.shape[0], k, dtype=torch.int64)
     native.call(
         "topk",
         *(scores.data_ptr(), scores.shape[0], scores.shape[1], scores.shape[1], k, torch.get_num_threads()),

@@ -24,7 +24,7 @@ def backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> tup
     arguments, _keep = _arguments(values, index, weight)
     grad = grad.contiguous()
     dvalues = native.empty(*values.shape, dtype=values.dtype)
-    dweight = torch.empty(weight.shape, dtype=values.dtype)
+    dweight = native.empty(*weight.shape, dtype=values.dtype)
     native.call("bag_backward", arguments, grad.data_ptr(), dweight.data_ptr(), dvalues.data_ptr())
     return dvalues, dweight.to(weight.dtype)
 
@@ -43,9 +43,9 @@ def backward_rows(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -
     arguments, _keep = _arguments(values, index, weight)
     grad = grad.contiguous()
     most = min(index.numel(), values.shape[0])
-    rows, count = torch.empty(most, dtype=torch.int64), ctypes.c_int64(0)
+    rows, count = native.empty(most, dtype=torch.int64), ctypes.c_int64(0)
     drows = native.empty(most, values.shape[1], dtype=values.dtype)
-    dweight = torch.empty(weight.shape, dtype=values.dtype)
+    dweight = native.empty(*weight.shape, dtype=values.dtype)
     native.call(
         "bag_backward_sparse",
         arguments,

@@ -40,7 +40,7 @@ def backward_rows(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -
 @on_device
 def segment_sums(rows: Tensor, members: Tensor, offsets: Tensor) -> Tensor:
     """Sums of rows [S, O] over segments of ``members``, int32 [S], that begin at ``offsets``, int32 [R + 1]: [R, O]."""
-    ones = torch.ones(rows.shape[0], 1, device=rows.device)
+    ones = torch.ones(rows.shape[0], 1, device=rows.device, dtype=torch.float32)
     arguments, _keep = _arguments(rows, members.unsqueeze(1), ones, offsets.shape[0] - 1)  # only dweight reads index
     arguments.members, arguments.offsets = members.data_ptr(), offsets.data_ptr()
     out = rows.new_empty(offsets.shape[0] - 1, rows.shape[1])

@@ -25,7 +25,7 @@ def _product(x: Tensor, w: Tensor, norm: str | None, pieces: int) -> tuple[Tenso
     x = x if x.stride(2) == 1 else x.contiguous()
     w = w.contiguous()
     out = native.empty(*x.shape[:2], w.shape[1], dtype=torch.float32)
-    scale = None if norm is None else torch.empty(*x.shape[:2], pieces)
+    scale = None if norm is None else native.empty(*x.shape[:2], pieces, dtype=torch.float32)
     arguments = WideProduct(
         *(*x.shape[:2], *w.shape[1:], *x.stride()[:2], w.shape[1] // pieces),
         *(DTYPES[x.dtype], 0 if norm is None else NORMS[norm], torch.get_num_threads(), 0),
