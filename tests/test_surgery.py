@@ -80,6 +80,20 @@ def test_one_parameter_of_another_size(kind: str, name: str, rows: int, train: b
         output(layer, torch.randn(9, 16), backend, train)
 
 
+@pytest.mark.parametrize("backend", ["reference", *NATIVE])
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("kind", [*LAYERS, "DenseFFN"])
+def test_a_parameter_that_was_left_on_another_device(kind: str, train: bool, backend: str) -> None:
+    layer = made(kind, torch.float32) if kind in LAYERS else sf.DenseFFN(16, 32, glu=True)
+    for name in [name for name, _ in layer.named_parameters()]:
+        part = copy.deepcopy(layer)
+        exchange(part, name, tensors(part)[name].detach().to("meta"))
+        with pytest.raises(
+            ValueError, match=r"x is on cpu.* parameters? of the layer is on meta|parameters are on meta"
+        ):
+            output(part, torch.randn(9, 16), backend, train)
+
+
 def test_experts_pruned_together_with_their_router() -> None:
     layer, x = made("SigmaMoE", torch.float32), torch.randn(9, 16)
     for name, tensor in tensors(layer).items():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import Tensor
+
 
 def check_positive(name: str, value: int, at_most: int | None = None, limit: str = "") -> None:
     """Raise unless value is an int >= 1 and at most ``at_most`` (named ``limit`` in the message)."""
@@ -25,3 +27,10 @@ def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
     allowed = tuple(allowed)
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_places(x: Tensor, parameters: Iterable[Tensor | None]) -> None:
+    """Raise ValueError unless all are where x is: kernels trust pointers, and loaders leave parameters on meta."""
+    for parameter in parameters:
+        if parameter is not None and parameter.device != x.device:
+            raise ValueError(f"x is on {x.device}, but a parameter of the layer is on {parameter.device}")

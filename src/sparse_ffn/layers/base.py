@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_ffn.checks import check_choice, check_positive, check_rate
+from sparse_ffn.checks import check_choice, check_places, check_positive, check_rate
 from sparse_ffn.layers.parametrizations import Parametrizations
 from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.autocast import autocast_enabled
@@ -87,6 +87,7 @@ class SparseFFN(nn.Module):
         self._check_input("x", x)
         if not x.dim() or x.shape[-1] != self.d_model:
             raise ValueError(f"x must have shape [..., d_model = {self.d_model}], got {list(x.shape)}")
+        check_places(x, self._parameters.values())
         if mask is not None:
             self._check_mask(x, mask)
         y = self._forward(x, mask, self._selector_input(x, router_input))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn import ops
-from sparse_ffn.checks import check_choice, check_positive
+from sparse_ffn.checks import check_choice, check_places, check_positive
 from sparse_ffn.layers.base import SparseFFN, check_units
 from sparse_ffn.ops.autocast import autocast_dtype
 from sparse_ffn.routing.balance import NAMES, NEED_LOGITS, balance_loss
@@ -247,6 +247,7 @@ class MoE(SparseFFN):
         key_bias: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """As ``_route_then_compute``, in one op."""
+        check_places(x_TD, (router_weight, router_bias))
         _check_experts(router_weight.shape[0], x_TD, keys, values, gate_keys, key_bias)
         if not self.training and not torch.is_grad_enabled() and not ops.under_transforms():
             y, index_TK = ops.routed_ffn_inference(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_ffn import ops
-from sparse_ffn.checks import check_choice, check_positive
+from sparse_ffn.checks import check_choice, check_places, check_positive
 from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.ops.activations import activate
 from sparse_ffn.ops.autocast import without_autocast
@@ -136,6 +136,7 @@ class ProductKeyMemory(SparseFFN):
                 score_STM = ops.wide_product(query_TSC.transpose(0, 1), self.sub_keys.flatten(1, 2))
                 return rearrange(score_STM, "s t (h n) -> t h s n", h=self.n_heads)
             if type(self.query) is nn.Linear and is_plain(self.query):
+                check_places(x, (self.query.weight,))
                 query_TBC = ops.normalised_product(x, self.query.weight, 2 * self.n_heads, self.query_norm)
             else:  # quantised, pruned, parametrised, with LoRA: whatever it is now, it computes the query
                 query_TM = self.query(x.to(self.values.dtype))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_ffn.checks import check_choice, check_positive, check_rate
+from sparse_ffn.checks import check_choice, check_places, check_positive, check_rate
 from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.ops.library import under_transforms
 from sparse_ffn.ops.select import stable_topk
@@ -130,7 +130,7 @@ class Router(nn.Module):
 
         Raises:
             TypeError: x is not floating, or the mask not bool.
-            ValueError: a wrong shape.
+            ValueError: a wrong shape or device.
         """
         if not x_TD.is_floating_point() or (mask_T is not None and mask_T.dtype != torch.bool):
             got = x_TD.dtype if mask_T is None else f"{x_TD.dtype} and {mask_T.dtype}"
@@ -139,6 +139,7 @@ class Router(nn.Module):
             raise ValueError(f"x must be [tokens, d_model = {self.d_model}], got {list(x_TD.shape)}")
         if mask_T is not None and mask_T.shape != x_TD.shape[:1]:
             raise ValueError(f"mask must be [tokens] = {list(x_TD.shape[:1])}, got {list(mask_T.shape)}")
+        check_places(x_TD, (self.weight, self.bias))
         with without_autocast(x_TD):
             wide = torch.promote_types(self.weight.dtype, torch.float32)
             x_TD = x_TD.to(wide)
