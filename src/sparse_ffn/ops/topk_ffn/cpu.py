@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sparse_ffn import native
 from sparse_ffn.native import ACTIVATIONS, DTYPES, pointer
 from sparse_ffn.ops.activations import hidden, hidden_backward
 from sparse_ffn.ops.library import absent
+from sparse_ffn.ops.products import linear
 from sparse_ffn.ops.topk_ffn.reference import rank
 from sparse_ffn.ops.weighted_bag import cpu as bag
 
@@ -28,12 +28,12 @@ def forward(
     norm_aware: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output [T, O]; the selected units int32 [T, K], their z and, for a GLU, their other half [T, K]."""
-    up_TF = F.linear(x, keys, key_bias)
+    up_TF = linear(x, keys, key_bias)
     if gate_keys is None and hidden_scale is None:
         norm_F = values.float().norm(dim=1) if norm_aware else None
         index, kept_TK = _select_activation(up_TF, k, activation, norm_F)
         return bag.forward(values, index, kept_TK), index.to(torch.int32), up_TF.gather(1, index), absent(x)
-    z_TF, other_TF = (up_TF, None) if gate_keys is None else (F.linear(x, gate_keys), up_TF)
+    z_TF, other_TF = (up_TF, None) if gate_keys is None else (linear(x, gate_keys), up_TF)
     h_TF = hidden(activation, z_TF, other_TF, hidden_scale)
     index = _select(rank(h_TF, values, norm_aware), k)
     other_TK = absent(x) if other_TF is None else other_TF.gather(1, index)

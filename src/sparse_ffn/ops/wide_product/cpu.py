@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparse_ffn import native
 from sparse_ffn.native import DTYPES, NORMS, Normalised, WideProduct, pointer
+from sparse_ffn.ops.products import product
 
 
 def forward(x: Tensor, w: Tensor) -> Tensor:
@@ -38,8 +39,7 @@ def _product(x: Tensor, w: Tensor, norm: str | None, pieces: int) -> tuple[Tenso
 def backward(grad: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and w. They are rounded to their dtype in any case: so may the factor be."""
     grad = grad.to(x.dtype)
-    dx, dw = (native.empty_for_torch(*t.shape, dtype=t.dtype) for t in (x, w))
-    return torch.bmm(grad, w, out=dx), torch.bmm(grad.transpose(1, 2), x, out=dw)
+    return product(grad, w), product(grad.transpose(1, 2), x)
 
 
 def normalised_backward(
@@ -52,5 +52,4 @@ def normalised_backward(
         *(*out.shape, *grad.stride()[:2]), *(DTYPES[x.dtype], NORMS[norm], torch.get_num_threads(), 0)
     )
     native.call("normalised_backward", arguments, *(t.data_ptr() for t in (grad, out, scale, dproduct)))
-    dx, dw = (native.empty_for_torch(*t.shape, dtype=t.dtype) for t in (x, w))
-    return torch.mm(dproduct, w, out=dx), torch.mm(dproduct.t(), x, out=dw)
+    return product(dproduct, w), product(dproduct.t(), x)

@@ -1,0 +1,49 @@
+"""Dense products by torch on a CPU: of 16-bit matrices in fp32, where the processor has no instructions for them."""
+
+from __future__ import annotations
+
+import functools
+import platform
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse_ffn import native
+
+WORTH = 6
+"""Products per element from which widened copies pay. Without instructions of its own torch takes 5 (bf16) to 12 (fp16)
+times as long as in fp32; measured on a Xeon with AVX-512, break-even near 4 rows."""
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """The product of a [..., M, K] and b [..., K, N], summed in fp32 and rounded once: [..., M, N]."""
+    if _widens(a, b.shape[-1]):
+        return torch.matmul(a.float(), b.float()).to(a.dtype)
+    out = native.empty_for_torch(*a.shape[:-1], b.shape[-1], dtype=a.dtype)
+    return torch.matmul(a, b, out=out)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As F.linear: x [M, K], weight [N, K], bias [N] -> [M, N]."""
+    if not _widens(x, weight.shape[0]):
+        return F.linear(x, weight, bias)
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def _widens(a: Tensor, n: int) -> bool:
+    m, k = a.shape[-2:]
+    return a.dtype in _slow_dtypes() and m * n * k >= WORTH * (m * k + k * n + m * n)
+
+
+@functools.cache
+def _slow_dtypes() -> tuple[torch.dtype, ...]:
+    """16-bit dtypes that torch multiplies without instructions for them."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ()  # unknown here
+    slow = () if _supported("avx512_bf16") or _supported("amx_tile") else (torch.bfloat16,)
+    return slow if _supported("amx_fp16") else (*slow, torch.float16)
+
+
+def _supported(instructions: str) -> bool:
+    return bool(getattr(torch.cpu, f"_is_{instructions}_supported", lambda: False)())

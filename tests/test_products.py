@@ -1,0 +1,59 @@
+"""Dense products of 16-bit matrices on a CPU: widened where torch would be slow, and the same numbers either way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparse_ffn import native
+from sparse_ffn.ops import products
+
+pytestmark = pytest.mark.skipif(native.PROBLEM is not None, reason="no compiler when the package was installed")
+LOW = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("slow", [LOW, ()])
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize("shape", [(1, 20, 7), (33, 40, 50), (0, 5, 6), (9, 0, 6)])
+def test_sums_are_in_fp32(
+    shape: tuple[int, int, int], dtype: torch.dtype, slow: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_slow_dtypes", lambda: slow)
+    m, k, n = shape
+    x, w, bias = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
+    exact = x.double() @ w.double().t()
+    for y, wanted in (
+        (products.linear(x, w, bias), exact + bias.double()),
+        (products.product(x, w.t()), exact),
+        (products.product(x.expand(3, m, k), w.t().expand(3, k, n)), exact.expand(3, m, n)),
+    ):
+        assert y.dtype == dtype
+        torch.testing.assert_close(y, wanted.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_what_is_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_slow_dtypes", lambda: (torch.bfloat16,))
+    many, few = torch.randn(64, 32), torch.randn(2, 32)
+    assert products._widens(many.bfloat16(), 128)
+    assert not products._widens(few.bfloat16(), 128)  # copies of the weights would cost more than they save
+    assert not products._widens(many.half(), 128)
+    assert not products._widens(many, 128)
+
+
+@pytest.mark.parametrize(
+    ("machine", "instructions", "slow"),
+    [
+        ("x86_64", (), LOW), ("AMD64", (), LOW), ("x86_64", ("avx512_bf16",), LOW[1:]), ("aarch64", (), ()),
+        ("x86_64", ("amx_tile",), LOW[1:]), ("x86_64", ("amx_tile", "amx_fp16"), ()),
+    ],
+)  # fmt: skip
+def test_what_is_slow(
+    machine: str, instructions: tuple[str, ...], slow: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("avx512_bf16", "amx_tile", "amx_fp16"):
+        assert isinstance(products._supported(name), bool)
+        query = f"_is_{name}_supported"
+        assert hasattr(torch.cpu, query), "torch's question has another name now"
+        monkeypatch.setattr(torch.cpu, query, lambda name=name: name in instructions)
+    monkeypatch.setattr(products.platform, "machine", lambda: machine)
+    assert products._slow_dtypes.__wrapped__() == slow
