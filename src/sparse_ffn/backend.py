@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn import cuda, native
+from sparse_ffn.libraries import DTYPES
 from sparse_ffn.warning import SparseFFNWarning as SparseFFNWarning
 
 ENVIRONMENT_VARIABLE = "SPARSE_FFN_BACKEND"
@@ -31,7 +32,6 @@ BACKENDS = {
     "triton": "GPU kernels for CUDA and ROCm tensors of fp32, bf16 and fp16",
     "cuda": "CUDA kernels without Triton, for CUDA tensors of fp32, bf16 and fp16",
 }
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _forced: str | None = None
 _environment = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
@@ -66,7 +66,7 @@ def choose(x: Tensor, dtype: torch.dtype | None = None) -> str:
     if name == "auto":
         if x.is_cpu:
             if native.PROBLEM is None:
-                return "cpu" if dtype in native.DTYPES else "torch"
+                return "cpu" if dtype in DTYPES else "torch"
             _warn_once()
         return next((fast for fast in _fast(x.device) if not unavailable(fast, x.device, dtype)), "torch")
     _check(name, f"environment variable {ENVIRONMENT_VARIABLE}")
@@ -78,18 +78,10 @@ def choose(x: Tensor, dtype: torch.dtype | None = None) -> str:
 
 def unavailable(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Why a backend cannot compute on this device in this dtype, or None if it can."""
-    if name == "cpu":
-        if device.type != "cpu":
-            return f"it computes on the CPU, not on {device.type}"
-        if native.PROBLEM is not None:
-            return f"the native core is missing: {native.PROBLEM}"
-        return None if dtype in native.DTYPES else f"it has no {str(dtype).removeprefix('torch.')}"
-    if name == "triton":
-        reason = _no_triton(device)
-        return reason or (None if dtype in _TRITON_DTYPES else f"it has no {str(dtype).removeprefix('torch.')}")
-    if name == "cuda":
-        return _no_cuda(device) or (None if dtype in cuda.DTYPES else f"it has no {str(dtype).removeprefix('torch.')}")
-    return None
+    if name not in ("cpu", "triton", "cuda"):
+        return None
+    missing = {"cpu": _no_cpu, "triton": _no_triton, "cuda": _no_cuda}[name]
+    return missing(device) or (None if dtype in DTYPES else f"it has no {str(dtype).removeprefix('torch.')}")
 
 
 def explain(device: torch.device | str = "cpu") -> str:
@@ -111,6 +103,13 @@ def explain(device: torch.device | str = "cpu") -> str:
 def _fast(device: torch.device) -> tuple[str, ...]:
     """The backends made for a kind of device, the best one first."""
     return ("cpu",) if device.type == "cpu" else ("triton", "cuda")
+
+
+def _no_cpu(device: torch.device) -> str | None:
+    """Why the native core cannot compute on a device, or None if it can."""
+    if device.type != "cpu":
+        return f"it computes on the CPU, not on {device.type}"
+    return None if native.PROBLEM is None else f"the native core is missing: {native.PROBLEM}"
 
 
 def _no_triton(device: torch.device) -> str | None:

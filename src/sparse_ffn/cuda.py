@@ -1,4 +1,4 @@
-"""The CUDA kernels built from csrc/cuda: finds and loads the library when first asked for, and calls its functions.
+"""The CUDA kernels built from csrc/cuda: loads the library when first asked for, and calls its functions.
 
 Loading it neither needs nor initialises a GPU. Built for tests, the library runs its kernels on the CPU (``emulated``).
 """
@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from sparse_ffn import libraries
+from sparse_ffn.libraries import DTYPES as DTYPES
+
 LIBRARY_NAME = "libsparse_ffn_cuda.so"
 LIBRARY_VARIABLE = "SPARSE_FFN_CUDA_LIBRARY"
 ABI_VERSION = 1
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _p, _i64, _i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -83,7 +82,7 @@ class Library:
 @functools.cache
 def library() -> Library:
     """The library, loaded at the first call."""
-    path = _find()
+    path = libraries.find(LIBRARY_NAME, LIBRARY_VARIABLE)
     if path is None:
         return Library({}, "it was not built when sparse-ffn was installed (set SPARSE_FFN_CUDA=1 for that)")
     try:
@@ -155,12 +154,3 @@ def on_device(function: F) -> F:
 def _text(status: int) -> str:
     text: bytes = library().functions["status_text"](status)
     return f"{text.decode()} ({status - 1000 if status >= 1000 else status})"
-
-
-def _find() -> Path | None:
-    """The library: named by the environment, beside the package, or where an editable install puts it."""
-    if LIBRARY_VARIABLE in os.environ:
-        return Path(os.environ[LIBRARY_VARIABLE])
-    package = Path(__file__).parent
-    places = (package, *(Path(entry, package.name) for entry in sys.path if entry))
-    return next((place / LIBRARY_NAME for place in places if (place / LIBRARY_NAME).is_file()), None)

@@ -1,24 +1,23 @@
-"""The native CPU core: finds and loads the library built from csrc/, and calls its C functions with torch tensors."""
+"""The native CPU core: loads the library built from csrc/, and calls its C functions with torch tensors."""
 
 from __future__ import annotations
 
 import ctypes
 import math
-import os
-import sys
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparse_ffn import libraries
+from sparse_ffn.libraries import DTYPES as DTYPES
+
 HUGE_PAGE = 2 << 20
 LIBRARY_NAME = "libsparse_ffn_cpu.so"
 LIBRARY_VARIABLE = "SPARSE_FFN_LIBRARY"
 ABI_VERSION = 4
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "identity": 4, "squared_relu": 5}
 NORMS = {"layer": 1, "rms": 2}
 GATES = {"sigmoid": 0, "softmax": 1, "softmax_selected": 2, "one": 3}
@@ -194,18 +193,9 @@ def instruction_set() -> str:
     return name.decode()
 
 
-def _find() -> Path | None:
-    """The library: named by the environment, beside the package, or where an editable install puts it."""
-    if LIBRARY_VARIABLE in os.environ:
-        return Path(os.environ[LIBRARY_VARIABLE])
-    package = Path(__file__).parent
-    places = (package, *(Path(entry, package.name) for entry in sys.path if entry))
-    return next((place / LIBRARY_NAME for place in places if (place / LIBRARY_NAME).is_file()), None)
-
-
 def _load() -> tuple[Any, str | None]:
     """The library and None, or None and the reason why there is none."""
-    path = _find()
+    path = libraries.find(LIBRARY_NAME, LIBRARY_VARIABLE)
     if path is None:
         return None, "it was not built when sparse-ffn was installed"
     try:
