@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import sparse_ffn as sf
+from sparse_ffn.routing import SigmoidRouter, balance_loss
 
 E = 4
 LOSSES = ["entropy", "switch", "cv2", "z"]
@@ -291,6 +292,24 @@ def test_sequences_of_padding_do_not_count_in_the_average(balance):
     each = [loss_of(logits[i][mask[i]], balance, 2).item() for i in (0, 2, 3)]
     value = loss_of(logits, balance, 2, mask, balance_over="sequence").item()
     assert value == pytest.approx(sum(each) / 3)
+
+
+BAD = [
+    ((), {}, ValueError, r"terms must hold a \(name, weight\) pair or more, got \(\); names are entropy, switch"),
+    ((("entropie", 1.0),), {}, ValueError, "the name in terms must be one of 'entropy', 'switch'.*got 'entropie'"),
+    ((("bias", 1.0),), {}, ValueError, "the name in terms must be one of.*got 'bias'"),
+    ((("entropy", 1.0),), {"n_sequences": 3}, ValueError, "n_sequences = 3 must divide the number of tokens, 8"),
+    ((("entropy", 1.0),), {"n_sequences": 0}, ValueError, "n_sequences = 0 must divide the number of tokens, 8"),
+    ((("entropy", 1.0),), {"n_sequences": -2}, ValueError, "n_sequences must be at least 0, got -2"),
+    ((("entropy", 1.0),), {"n_sequences": 2.0}, TypeError, "n_sequences must be an int, got 2.0"),
+]
+
+
+@pytest.mark.parametrize(("terms", "options", "error", "words"), BAD)
+def test_bad_arguments_of_a_balance_loss_are_named(terms, options, error, words):
+    routed = SigmoidRouter(E, E, 2)(torch.randn(8, E))
+    with pytest.raises(error, match=words):
+        balance_loss(routed, terms, **options)
 
 
 # ------------------------------------------------------------------------------------------------ a process group

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 
 import sparse_ffn as sf
 from sparse_ffn import routing
+from sparse_ffn.layers.moe import MoEOptions
+from sparse_ffn.routing.routers import RouterOptions
 
 # What checkpoints and code of users depend on: changing a line here breaks them.
 GOLDEN = {
@@ -219,7 +222,7 @@ BAD: list[tuple[Any, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
         ValueError,
         "'none' only by itself",
     ),
-    (sf.MoE, (4, 3, 5, 1), {"balance_weight": -1.0}, ValueError, "balance_weight must be >= 0 and finite, got -1.0"),
+    (sf.MoE, (4, 3, 5, 1), {"balance_weight": -1.0}, ValueError, "balance_weight must be finite and >= 0, got -1.0"),
     (sf.MoE, (4, 3, 5, 1), {"balance_over": "time"}, ValueError, "balance_over must be one of 'batch', 'sequence'"),
     (sf.MoE, (4, 3, 5, 1), {"aux": "return"}, ValueError, "aux must be one of 'attach', 'inject'"),
     (sf.MoE, (4, 3, 5, 1), {"router": routing.SigmoidRouter(4, 2, 1)}, ValueError, r"router has \(d_model, n_experts"),
@@ -239,8 +242,21 @@ BAD: list[tuple[Any, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ),
     (sf.SoftmaxMoE, (4, 3, 5, 1), {"order": "during"}, ValueError, "order must be one of 'before', 'after'"),
     (sf.SBaseMoE, (4, 3, 5, 1), {"n_iters": 0}, ValueError, "n_iters must be at least 1, got 0"),
-    (sf.SigmaMoE, (4, 3, 5, 1), {"router": "open"}, TypeError, "router"),
-    (sf.SigmaMoE, (4, 3, 5, 1), {"gain": 1}, TypeError, "gain"),
+    (sf.SBaseMoE, (4, 3, 5, 1), {"expert_dropuot": 0.1}, TypeError, r"SBaseMoE.*\(did you mean 'expert_dropout'\?\)"),
+    (sf.SigmaMoE, (4, 3, 5, 1), {"router": "open"}, TypeError, r"SigmaMoE has no argument 'router' \(MoE has it\)"),
+    (sf.SigmaMoE, (4, 3, 5, 1), {"gain": 1}, TypeError, "SigmaMoE has no argument 'gain'; it takes d_model, n_experts"),
+    (sf.SigmaMoE, (4, 3, 5, 1), {"gain": 1}, TypeError, "balance_weight, activation, glu.*dtype$"),
+    (sf.SigmaMoE, (4, 3, 5, 1), {"n_iters": 1}, TypeError, "SigmaMoE has no argument 'n_iters'"),
+    (sf.DenseFFN, (4, 6), {"activaton": "gelu"}, TypeError, r"DenseFFN.*'activaton' \(did you mean 'activation'\?\)"),
+    (sf.TopKFFN, (4, 6, 2), {"key_bias": True}, TypeError, "TopKFFN has no argument 'key_bias'"),
+    (sf.DenseFFN, (4, 6), {"dtype": torch.int64}, TypeError, "dtype must be one of torch.float32.*got torch.int64"),
+    (sf.DenseFFN, (4, 6), {"dtype": "bf16"}, TypeError, "dtype must be one of .*torch.float64 or None, got 'bf16'"),
+    (sf.SigmaMoE, (4, 3, 5, 1), {"dtype": torch.complex64}, TypeError, "dtype must be one of"),
+    (routing.Router, (4, 3, 1), {"dtype": torch.float8_e4m3fn}, TypeError, "dtype must be one of"),
+    (routing.SigmoidRouter, (4, 3, 1), {"init_scale": math.nan}, ValueError, "init_scale must be finite and >= 0"),
+    (routing.SigmoidRouter, (4, 3, 1), {"init_scale": "1"}, ValueError, "init_scale must be finite.*got '1'"),
+    (routing.SinkhornRouter, (4, 3, 1), {"iters": 3}, TypeError, "SinkhornRouter.*'iters'.*did you mean 'n_iters'"),
+    (routing.DeepSeekRouter, (4, 3, 1), {"order": "after"}, TypeError, "DeepSeekRouter has no argument 'order'; it t"),
 ]
 
 
@@ -250,6 +266,38 @@ def test_bad_constructor_arguments_are_named(
 ) -> None:
     with pytest.raises(error, match=words):
         cls(*sizes, **options)
+
+
+def test_options_of_a_users_subclass_are_its_own_business() -> None:
+    class Mine(sf.SigmaMoE):
+        def __init__(self, *sizes: int, gain: float = 1.0, **options: Any) -> None:
+            super().__init__(*sizes, **options)
+
+    assert Mine(4, 3, 5, 1, gain=2.0, glu=True).gate_keys is not None
+    with pytest.raises(TypeError, match="gian"):
+        Mine(4, 3, 5, 1, gian=2.0)
+
+
+@pytest.mark.parametrize("cls", [sf.SigmaMoE, sf.SoftmaxMoE, routing.SinkhornRouter, routing.DeepSeekRouter])
+def test_options_can_be_asked_for(cls: type) -> None:
+    assert "dtype" in get_type_hints(cls.__init__)["options"].__annotations__
+
+
+def test_options_are_those_of_the_base() -> None:
+    """What a layer takes by name, it takes as the base does: TypedDicts that fell behind would hide an option."""
+    own = {"router", "balance", "balance_weight"}
+    assert set(MoEOptions.__annotations__) | own == keywords(sf.MoE)
+    assert set(RouterOptions.__annotations__) == keywords(routing.Router)
+
+
+def keywords(cls: type) -> set[str]:
+    return {n for n, p in inspect.signature(cls).parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+@pytest.mark.parametrize("rate", [0, -1e-3, math.inf, math.nan, "1e-3", True])
+def test_a_rate_that_moves_no_bias_is_refused(rate: Any) -> None:
+    with pytest.raises(ValueError, match=f"rate must be finite and > 0, got {rate!r}"):
+        sf.update_router_bias(sf.SigmaMoE(4, 3, 5, 1, balance="bias"), rate)
 
 
 LAYERS = [
@@ -511,7 +559,7 @@ def test_fp64_does_not_mix_with_other_dtypes_even_under_autocast(layer: sf.Spars
         ({"init_scale": "x"}, "init_scale must be finite"),
         ({"balance": None}, "balance must be one of 'entropy'"),
         ({"balance": (), "balance_weight": ()}, "balance must be one of"),
-        ({"balance_weight": float("inf")}, "balance_weight must be >= 0 and finite"),
+        ({"balance_weight": float("inf")}, "balance_weight must be finite and >= 0"),
     ],
 )
 def test_values_of_the_wrong_kind_are_named_too(options: dict[str, Any], words: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn import ops
-from sparse_ffn.checks import check_choice, check_positive
+from sparse_ffn.checks import check_choice, check_count, check_positive
 from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.autocast import autocast_enabled
 
@@ -43,8 +43,8 @@ def cvmm(
         [n_out, L] in x's dtype (autocast's under autocast).
 
     Raises:
-        TypeError: a wrong dtype.
-        ValueError: a wrong shape or device.
+        TypeError: a wrong dtype, or ``n_out`` that is no int.
+        ValueError: a wrong shape or device, or ``n_out`` below 0.
         IndexError: an index out of its range (checked on the CPU).
     """
     _check_float("x", x, 2)
@@ -56,6 +56,8 @@ def cvmm(
         _check_shape("expert_index (without gather_index)", expert_index, (x.shape[0],))
     else:
         _check_index("gather_index", gather_index, (slots,), x.shape[0], x)
+    if n_out is not None:
+        check_count("n_out", n_out)
     if scatter_index is None:
         if n_out not in (None, slots):
             raise ValueError(f"n_out must be the number of slots, {slots}, without scatter_index, got {n_out}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn.backend import SparseFFNWarning
+from sparse_ffn.checks import check_finite
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.routing.distributed import all_reduce_sum
 from sparse_ffn.routing.statistics import summary
@@ -74,8 +75,10 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
         rate: step, on the scale of the logits.
 
     Raises:
+        ValueError: the rate is not finite and > 0.
         RuntimeError: a layer has ``sync_balance=True`` and torch.distributed is not initialised.
     """
+    check_finite("rate", rate, positive=True)
     for _, layer in _moe_layers(model):
         router = layer.router
         if router.bias is None or (router.load is None and not layer.sync_balance):

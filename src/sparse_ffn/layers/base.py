@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_ffn.checks import check_choice, check_places, check_positive, check_rate
+from sparse_ffn.checks import check_choice, check_dtype, check_finite, check_places, check_positive, check_rate
 from sparse_ffn.layers.parametrizations import Parametrizations
 from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.autocast import autocast_enabled
+from sparse_ffn.options import CheckedOptions
 
 
-class SparseFFN(nn.Module):
+class SparseFFN(CheckedOptions, nn.Module):
     """Base of all layers: a feed-forward block x [..., d_model] -> [..., d_out].
 
     Args:
@@ -31,6 +32,8 @@ class SparseFFN(nn.Module):
 
     Raises:
         ValueError: an argument outside its range; ``init_scale`` and ``n_layers`` both given.
+        TypeError: an argument of a wrong type, or that the layer does not have; a dtype other than float32, float64,
+            bfloat16 and float16.
     """
 
     d_ff: int
@@ -57,6 +60,7 @@ class SparseFFN(nn.Module):
         check_positive("d_out", d_model if d_out is None else d_out)
         check_choice("activation", activation, (*ACTIVATIONS, *extra_activations))
         check_rate("dropout", dropout, inclusive=True)
+        check_dtype(dtype)
         self.d_model, self.d_out = d_model, d_model if d_out is None else d_out
         self.activation, self.dropout = activation, dropout
         self.init_scale = _init_scale(init_scale, n_layers)
@@ -187,8 +191,7 @@ def check_units(x: Tensor, keys: Tensor, values: Tensor, gate_keys: Tensor | Non
 
 
 def _init_scale(init_scale: float, n_layers: int | None) -> float:
-    if not isinstance(init_scale, (int, float)) or not 0 <= init_scale < math.inf:
-        raise ValueError(f"init_scale must be finite and >= 0, got {init_scale!r}")
+    check_finite("init_scale", init_scale)
     if n_layers is None:
         return init_scale
     if init_scale != 1.0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn import ops
-from sparse_ffn.checks import check_choice, check_places, check_positive
+from sparse_ffn.checks import check_choice, check_finite, check_places, check_positive
 from sparse_ffn.layers.base import SparseFFN, check_units
 from sparse_ffn.ops.autocast import autocast_dtype
 from sparse_ffn.routing.balance import NAMES, NEED_LOGITS, balance_loss
@@ -377,6 +376,5 @@ def _balance(names: str | Sequence[str], weights: float | Sequence[float]) -> tu
     if len(set(names)) != len(names) or ("none" in names and len(names) > 1):
         raise ValueError(f"balance must name each loss once, and 'none' only by itself, got {tuple(names)}")
     for weight in weights:
-        if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 <= weight < math.inf:
-            raise ValueError(f"balance_weight must be >= 0 and finite, got {weight!r}")
+        check_finite("balance_weight", weight)
     return tuple(names), tuple(float(w) for w in weights)

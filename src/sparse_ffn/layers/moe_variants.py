@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from sparse_ffn.checks import check_choice, check_positive
 from sparse_ffn.layers.moe import MoE, MoEOptions
+from sparse_ffn.options import Unpack
 from sparse_ffn.routing.routers import SinkhornRouter
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class SigmaMoE(MoE):

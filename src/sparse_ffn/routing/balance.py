@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_ffn.checks import check_choice, check_count
 from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.ops.library import under_transforms
 from sparse_ffn.routing.distributed import all_reduce_sum
@@ -157,11 +158,27 @@ def balance_loss(
         mask_T: bool [T], True for real tokens.
         n_sequences: balance each of so many equally long sequences by itself and average; None pools all tokens.
         sync: pool over the default process group, with the gradient that averaging gradients over processes needs.
+
+    Raises:
+        ValueError: no term, an unknown name, or ``n_sequences`` that does not divide the tokens.
     """
+    if not terms:
+        raise ValueError(f"terms must hold a (name, weight) pair or more, got {terms!r}; names are {', '.join(LOSSES)}")
+    for name, _ in terms:
+        check_choice("the name in terms", name, LOSSES)
+    _check_sequences(n_sequences, routing.gate_TK.shape[0])
     with without_autocast(routing.gate_TK):
         pool = Pool(mask_T, n_sequences, sync, routing)
         losses = [weight * LOSSES[name](routing, pool) for name, weight in terms]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+
+def _check_sequences(n_sequences: int | None, tokens: int) -> None:
+    if n_sequences is None or torch.compiler.is_compiling():  # sizes may be symbols
+        return
+    check_count("n_sequences", n_sequences)
+    if tokens % n_sequences if n_sequences else tokens:
+        raise ValueError(f"n_sequences = {n_sequences} must divide the number of tokens, {tokens}")
 
 
 def _slots(routing: Routing | FusedRouting, x_TK: Tensor, n_experts: int) -> Tensor:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from sparse_ffn.checks import check_positive
-from sparse_ffn.routing.routers import SigmoidRouter
+from sparse_ffn.options import Unpack
+from sparse_ffn.routing.routers import RouterOptions, SigmoidRouter
 
 # T tokens, E experts, K selected experts, N groups of experts
 
@@ -42,7 +41,7 @@ class DeepSeekRouter(SigmoidRouter):
         normalize: bool = True,
         n_groups: int = 1,
         topk_groups: int | None = None,
-        **options: Any,
+        **options: Unpack[RouterOptions],
     ) -> None:
         check_positive("n_groups", n_groups)
         topk_groups = n_groups if topk_groups is None else topk_groups

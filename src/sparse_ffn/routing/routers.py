@@ -5,16 +5,19 @@ T tokens, D d_model, E experts, K selected experts.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_ffn.checks import check_choice, check_places, check_positive, check_rate
+from sparse_ffn.checks import check_choice, check_dtype, check_finite, check_places, check_positive, check_rate
 from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.ops.library import under_transforms
 from sparse_ffn.ops.select import stable_topk
+from sparse_ffn.options import CheckedOptions, Unpack
 from sparse_ffn.plain import is_plain
 from sparse_ffn.routing.sinkhorn import sinkhorn_potential
 
@@ -41,7 +44,17 @@ class FusedRouting(NamedTuple):
     """As in ``Routing``."""
 
 
-class Router(nn.Module):
+class RouterOptions(TypedDict, total=False):
+    """``Router``'s keyword arguments."""
+
+    expert_dropout: float
+    selection_bias: bool
+    init_scale: float
+    device: Any
+    dtype: torch.dtype | None
+
+
+class Router(CheckedOptions, nn.Module):
     """Scores every expert with a linear map, takes the k best, and weighs them; subclasses say how.
 
     Logits, ranking and gates are computed in fp32 at least, under any autocast. Ranking is on logits: gates saturate
@@ -58,7 +71,8 @@ class Router(nn.Module):
         init_scale: c of the initialisation: rows of ``weight`` of equal norm, standard deviation c/sqrt(d_model).
 
     Raises:
-        ValueError: a size or rate outside its range.
+        ValueError: a size, rate or scale outside its range.
+        TypeError: an argument of a wrong type, or that the router does not have; a dtype that layers do not have.
     """
 
     bias: Tensor | None
@@ -80,6 +94,8 @@ class Router(nn.Module):
         check_positive("d_model", d_model)
         check_positive("n_experts", n_experts)
         check_rate("expert_dropout", expert_dropout)
+        check_finite("init_scale", init_scale)
+        check_dtype(dtype)
         self.d_model, self.n_experts = d_model, n_experts
         self.k = k
         self.expert_dropout, self.init_scale = expert_dropout, init_scale
@@ -225,7 +241,9 @@ class SoftmaxRouter(Router):
             ``"after"``.
     """
 
-    def __init__(self, d_model: int, n_experts: int, k: int, *, order: str = "renormalize", **options: Any) -> None:
+    def __init__(
+        self, d_model: int, n_experts: int, k: int, *, order: str = "renormalize", **options: Unpack[RouterOptions]
+    ) -> None:
         check_choice("order", order, ("before", "after", "renormalize"))
         self.order = order
         super().__init__(d_model, n_experts, k, **options)
@@ -244,7 +262,7 @@ class SoftmaxRouter(Router):
 class NoisyTopKRouter(Router):
     """Sparsely-gated MoE: logits + N(0, 1)·softplus(W4 x) in training, softmax over the selected (Eq. 13)."""
 
-    def __init__(self, d_model: int, n_experts: int, k: int, **options: Any) -> None:
+    def __init__(self, d_model: int, n_experts: int, k: int, **options: Unpack[RouterOptions]) -> None:
         super().__init__(d_model, n_experts, k, **options)
         self.noise_weight = nn.Parameter(torch.zeros_like(self.weight))  # W4 starts at zero: noise of deviation ln 2
 
@@ -277,7 +295,9 @@ class SinkhornRouter(SigmoidRouter):
             logits, a few tens do. Evaluation selects by the plain logits.
     """
 
-    def __init__(self, d_model: int, n_experts: int, k: int, *, n_iters: int = 3, **options: Any) -> None:
+    def __init__(
+        self, d_model: int, n_experts: int, k: int, *, n_iters: int = 3, **options: Unpack[RouterOptions]
+    ) -> None:
         check_positive("n_iters", n_iters)
         self.n_iters = n_iters
         super().__init__(d_model, n_experts, k, **options)
@@ -320,18 +340,10 @@ def plain_gate(router: Router) -> str | None:
     return gate if not drops and is_plain(router) else None
 
 
-def _before(*args: Any, **options: Any) -> Router:
-    return SoftmaxRouter(*args, order="before", **options)
-
-
-def _after(*args: Any, **options: Any) -> Router:
-    return SoftmaxRouter(*args, order="after", **options)
-
-
-ROUTERS = {
+ROUTERS: dict[str, Callable[..., Router]] = {
     "sigmoid": SigmoidRouter,
-    "softmax": _before,
-    "softmax_topk": _after,
+    "softmax": functools.partial(SoftmaxRouter, order="before"),
+    "softmax_topk": functools.partial(SoftmaxRouter, order="after"),
     "sinkhorn": SinkhornRouter,
     "noisy_topk": NoisyTopKRouter,
     "open": OpenRouter,
