@@ -12,6 +12,7 @@ from torch import nn
 
 import sparse_ffn as sf
 from sparse_ffn import routing
+from sparse_ffn.layers import SharedExpertMoE
 from sparse_ffn.layers.moe import MoEOptions
 from sparse_ffn.routing.routers import RouterOptions
 
@@ -187,6 +188,31 @@ def test_flops_and_active_share() -> None:
     assert (sf.SigmaMoE(d, 8, 4, 2).d_ff, sf.ProductKeyMemory(d, 6, 3).d_ff, sf.TopKFFN(d, 20, 5).k) == (32, 36, 5)
 
 
+def test_sizes_of_a_shared_expert_beside_routed_ones() -> None:
+    d, out = 10, 3
+    for gated in (False, True):
+        routed, shared = sf.SigmaMoE(d, 8, 4, 2, d_out=out), sf.DenseFFN(d, 20, d_out=out, glu=True, bias=False)
+        layer = SharedExpertMoE(routed, shared, gated=gated)
+        scores = 2 * d * 8 + (2 * d if gated else 0)
+        assert layer.flops_per_token() == scores + 2 * 2 * 4 * (d + out) + 2 * 20 * (2 * d + out)
+        assert layer.n_parameters == 8 * d + 8 * 4 * (d + out) + 20 * (2 * d + out) + (d if gated else 0)
+        assert (layer.d_model, layer.d_out, layer.d_ff, layer.k) == (d, out, 8 * 4 + 20, 2)
+        assert layer.active_fraction == (2 * 4 + 20) / 52
+        layer.k = 3
+        assert routed.k == 3
+        assert layer.active_fraction == (3 * 4 + 20) / 52
+
+
+def test_a_shared_expert_made_on_meta_works_after_its_reset() -> None:
+    parts = sf.SigmaMoE(4, 3, 5, 1, balance="bias", device="meta"), sf.DenseFFN(4, 6, device="meta")
+    layer = SharedExpertMoE(*parts, gated=True).to_empty(device="cpu")
+    for tensor in layer.state_dict().values():
+        tensor.fill_(math.nan)
+    layer.reset_parameters()
+    assert all(tensor.isfinite().all() for tensor in layer.state_dict().values())
+    assert layer(torch.randn(5, 4)).isfinite().all()
+
+
 # ---------------------------------------------------------------------------------------------- bad arguments
 
 BAD: list[tuple[Any, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
@@ -243,6 +269,7 @@ BAD: list[tuple[Any, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     (sf.SoftmaxMoE, (4, 3, 5, 1), {"order": "during"}, ValueError, "order must be one of 'before', 'after'"),
     (sf.SBaseMoE, (4, 3, 5, 1), {"n_iters": 0}, ValueError, "n_iters must be at least 1, got 0"),
     (sf.SBaseMoE, (4, 3, 5, 1), {"expert_dropuot": 0.1}, TypeError, r"SBaseMoE.*\(did you mean 'expert_dropout'\?\)"),
+    (sf.MoE, (4, 3, 5, 1), {"router": nn.Linear(4, 3)}, ValueError, "router must be one of 'sigmoid'.*got Linear"),
     (sf.SigmaMoE, (4, 3, 5, 1), {"router": "open"}, TypeError, r"SigmaMoE has no argument 'router' \(MoE has it\)"),
     (sf.SigmaMoE, (4, 3, 5, 1), {"gain": 1}, TypeError, "SigmaMoE has no argument 'gain'; it takes d_model, n_experts"),
     (sf.SigmaMoE, (4, 3, 5, 1), {"gain": 1}, TypeError, "balance_weight, activation, glu.*dtype$"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import oracle
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 import sparse_ffn as sf
 from sparse_ffn.routing import (
+    DeepSeekRouter,
     NoisyTopKRouter,
     OpenRouter,
     Routing,
@@ -44,6 +46,17 @@ def route(logits, k, router="sigmoid", *, training=False, **options) -> Routing:
     logits = logits if isinstance(logits, torch.Tensor) else torch.tensor(logits, dtype=torch.float64)
     module = selector(logits.shape[-1], k, router, dtype=logits.dtype, **options).train(training)
     return module.router(logits, None)
+
+
+@pytest.mark.parametrize("balance", ["entropy", "bias"])
+def test_a_router_can_be_given_as_what_makes_it(balance):
+    make = partial(DeepSeekRouter, n_groups=2, topk_groups=1)
+    options = {"n_layers": 8, "dtype": torch.float64, "expert_dropout": 0.1, "balance": balance}
+    router = sf.MoE(4, 6, 3, 2, router=make, **options).router
+    assert type(router) is DeepSeekRouter
+    assert (router.d_model, router.n_experts, router.k, router.n_groups) == (4, 6, 2, 2)
+    assert (router.expert_dropout, router.init_scale, router.weight.dtype) == (0.1, 0.5, torch.float64)
+    assert (router.bias is not None) == (balance == "bias")
 
 
 # ------------------------------------------------------------------------------------------- selection, gates, ties

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -51,8 +51,9 @@ class MoE(SparseFFN):
         expert_size: G, hidden units of an expert.
         k: experts selected for a token, 1 <= k <= n_experts.
         router: ``"sigmoid"``, ``"softmax"`` (over all experts), ``"softmax_topk"`` (over the selected), ``"sinkhorn"``,
-            ``"noisy_topk"``, ``"open"`` (selected experts weigh 1), or a ``sparse_ffn.routing.Router`` of these
-            sizes, which then brings its own expert dropout and selection bias.
+            ``"noisy_topk"``, ``"open"`` (selected experts weigh 1); a class of ``sparse_ffn.routing``, or another
+            callable that makes a router from the arguments of ``Router``; or a ``Router`` of these sizes, which then
+            brings its own expert dropout and selection bias.
         activation: see ``SparseFFN``, as all other shared arguments.
         glu: gate the hidden units: act(gate_keys x) * (keys x + key_bias).
         bias: ``key_bias`` and ``out_bias``.
@@ -88,7 +89,7 @@ class MoE(SparseFFN):
         expert_size: int,
         k: int,
         *,
-        router: str | Router = "sigmoid",
+        router: str | Router | Callable[..., Router] = "sigmoid",
         activation: str = "relu",
         glu: bool = False,
         bias: bool = False,
@@ -138,7 +139,7 @@ class MoE(SparseFFN):
         # LoRA wraps it, and the wrapper has none of its attributes
         return next(module for module in self.router.modules() if isinstance(module, Router))
 
-    def _make_router(self, router: str | Router, k: int, expert_dropout: float) -> Router:
+    def _make_router(self, router: str | Router | Callable[..., Router], k: int, expert_dropout: float) -> Router:
         sizes = (self.d_model, self.n_experts, k)
         if isinstance(router, Router):
             if (router.d_model, router.n_experts, router.k) != sizes:
@@ -153,8 +154,10 @@ class MoE(SparseFFN):
                     f"balance = {self.balance!r} and a router with selection_bias={router.bias is not None} do not fit"
                 )
             return router
-        check_choice("router", router, ROUTERS)
-        return ROUTERS[router](
+        if isinstance(router, nn.Module) or not callable(router):
+            check_choice("router", router, ROUTERS)
+        make = ROUTERS[router] if isinstance(router, str) else router
+        return make(
             *sizes,
             expert_dropout=expert_dropout,
             selection_bias="bias" in self.balance,

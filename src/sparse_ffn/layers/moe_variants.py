@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
-from sparse_ffn.checks import check_choice, check_positive
+from sparse_ffn.checks import check_choice
 from sparse_ffn.layers.moe import MoE, MoEOptions
 from sparse_ffn.options import Unpack
 from sparse_ffn.routing.routers import SinkhornRouter
@@ -105,13 +106,10 @@ class SBaseMoE(MoE):
         balance_weight: float | Sequence[float] = 1e-3,
         **options: Unpack[MoEOptions],
     ) -> None:
-        check_positive("n_iters", n_iters)
         super().__init__(
             d_model, n_experts, expert_size, k,
-            router="sinkhorn", balance=balance, balance_weight=balance_weight, **options,
+            router=partial(SinkhornRouter, n_iters=n_iters), balance=balance, balance_weight=balance_weight, **options,
         )  # fmt: skip
-        assert isinstance(self.router, SinkhornRouter)
-        self.router.n_iters = n_iters
 
 
 class NoisyTopKMoE(MoE):

@@ -22,6 +22,10 @@ class SharedExpertMoE(nn.Module):
     """
 
     gate: nn.Linear | None
+    d_model: int
+    d_out: int
+    d_ff: int
+    """Hidden units in all, the shared expert's among them."""
 
     def __init__(self, routed: MoE, shared: DenseFFN, *, gated: bool = False) -> None:
         super().__init__()
@@ -31,6 +35,8 @@ class SharedExpertMoE(nn.Module):
                 f"shared has (d_model, d_out) = {(shared.d_model, shared.d_out)}, the routed experts {widths}"
             )
         self.routed, self.shared = routed, shared
+        self.d_model, self.d_out = widths
+        self.d_ff = routed.d_ff + shared.d_ff
         own = {"device": routed.values.device, "dtype": routed.values.dtype}
         self.gate = nn.Linear(routed.d_model, 1, bias=False, **own) if gated else None
 
@@ -41,3 +47,33 @@ class SharedExpertMoE(nn.Module):
             shared = torch.sigmoid(self.gate(x)) * shared
         y: Tensor = self.routed(x, mask=mask, router_input=router_input) + shared
         return y
+
+    @property
+    def k(self) -> int:
+        """Routed experts selected for a token; may be set at any time."""
+        return self.routed.k
+
+    @k.setter
+    def k(self, k: int) -> None:
+        self.routed.k = k
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters and buffers anew."""
+        for part in (self.routed, self.shared, self.gate):
+            if part is not None:
+                part.reset_parameters()
+
+    @property
+    def active_fraction(self) -> float:
+        """Share of the hidden units that a token uses: those of k experts and of the shared one."""
+        return (self.routed.k * self.routed.expert_size + self.shared.d_ff) / self.d_ff
+
+    def flops_per_token(self) -> int:
+        """The routed experts', the shared one's, and the gate's score if there is one."""
+        gate = 0 if self.gate is None else 2 * self.d_model
+        return self.routed.flops_per_token() + self.shared.flops_per_token() + gate
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of parameters."""
+        return sum(p.numel() for p in self.parameters())

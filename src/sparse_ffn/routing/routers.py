@@ -5,8 +5,8 @@ T tokens, D d_model, E experts, K selected experts.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -102,6 +102,7 @@ class Router(CheckedOptions, nn.Module):
         self.weight = nn.Parameter(torch.empty(n_experts, d_model, device=device, dtype=dtype))
         bias = torch.empty(n_experts, device=device, dtype=torch.float32) if selection_bias else None
         self.register_buffer("bias", bias)
+        self.add_parameters()
         # slots counted since the last bias update; no buffer, since DDP would overwrite it with the first process's
         self.load = None
         self.reset_parameters()
@@ -115,6 +116,9 @@ class Router(CheckedOptions, nn.Module):
     def k(self, k: int) -> None:
         check_positive("k", k, at_most=self.n_experts, limit="n_experts")
         self._k = k
+
+    def add_parameters(self) -> None:
+        """Make what a router has beyond ``weight`` and ``bias``, for ``reset_parameters`` to initialise."""
 
     def reset_parameters(self) -> None:
         """Initialise: normal directions, every row of norm c, which is a standard deviation of c/sqrt(d_model)."""
@@ -262,15 +266,14 @@ class SoftmaxRouter(Router):
 class NoisyTopKRouter(Router):
     """Sparsely-gated MoE: logits + N(0, 1)·softplus(W4 x) in training, softmax over the selected (Eq. 13)."""
 
-    def __init__(self, d_model: int, n_experts: int, k: int, **options: Unpack[RouterOptions]) -> None:
-        super().__init__(d_model, n_experts, k, **options)
-        self.noise_weight = nn.Parameter(torch.zeros_like(self.weight))  # W4 starts at zero: noise of deviation ln 2
+    def add_parameters(self) -> None:
+        """``noise_weight`` [E, d_model]."""
+        self.noise_weight = nn.Parameter(torch.empty_like(self.weight))
 
     def reset_parameters(self) -> None:
-        """As ``Router``; the noise weights are zero."""
+        """As ``Router``; the noise weights start at zero, where the noise has deviation ln 2."""
         super().reset_parameters()
-        if hasattr(self, "noise_weight"):
-            nn.init.zeros_(self.noise_weight)
+        nn.init.zeros_(self.noise_weight)
 
     def perturb(self, logits_TE: Tensor, x_TD: Tensor) -> Tensor:
         """Noise, in training only."""
@@ -342,8 +345,8 @@ def plain_gate(router: Router) -> str | None:
 
 ROUTERS: dict[str, Callable[..., Router]] = {
     "sigmoid": SigmoidRouter,
-    "softmax": functools.partial(SoftmaxRouter, order="before"),
-    "softmax_topk": functools.partial(SoftmaxRouter, order="after"),
+    "softmax": partial(SoftmaxRouter, order="before"),
+    "softmax_topk": partial(SoftmaxRouter, order="after"),
     "sinkhorn": SinkhornRouter,
     "noisy_topk": NoisyTopKRouter,
     "open": OpenRouter,
