@@ -104,6 +104,32 @@ def test_configs_survive_json(kind: type[config.FFNConfig]) -> None:
     assert config_from_dict(json.loads(json.dumps(chosen.to_dict()))) == chosen
 
 
+@pytest.mark.parametrize("kind", config.CONFIGS)
+def test_arguments_come_in_the_order_of_the_fields(kind: type[config.FFNConfig]) -> None:
+    names = [f.name for f in dataclasses.fields(kind) if f.name not in config.OF_CONVERSION]
+    assert list(kind().arguments()) == names
+
+
+@pytest.mark.parametrize(("d_ff", "n_experts"), [(32, 2), (64, 2), (128, 2), (256, 2), (512, 4), (1000, 8)])
+@pytest.mark.parametrize("init", ["split", "fresh"])
+def test_experts_have_the_largest_size_that_makes_two(d_ff: int, n_experts: int, init: str) -> None:
+    layer = sf.from_dense(Mlp(d_ff=d_ff), sf.SigmaMoEConfig(init=init))
+    assert (layer.n_experts, layer.expert_size) == (n_experts, d_ff // n_experts)
+
+
+@pytest.mark.parametrize("d_ff", [1021, 2 * 509, 11 * 137, 17, 1])
+def test_sizes_are_asked_for_where_none_is_sensible(d_ff: int) -> None:
+    model = nn.Sequential(Mlp(d_ff=d_ff))
+    before = model[0]
+    with pytest.raises(ValueError, match=f"expert_size or n_experts must be given: d_ff = {d_ff} has no divisor"):
+        sf.sparsify_(model, sf.SigmaMoEConfig())
+    assert model[0] is before
+    sf.sparsify_(model, sf.SigmaMoEConfig(expert_size=1))
+    assert model[0].n_experts == d_ff
+    upcycled = sf.from_dense(before, sf.SigmaMoEConfig(init="upcycle"))
+    assert (upcycled.n_experts, upcycled.expert_size) == (8, d_ff)
+
+
 def test_configs_refuse_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="init must be one of 'split', 'cluster', 'upcycle', 'fresh', got 'topk'"):
         sf.SigmaMoEConfig(init="topk")
