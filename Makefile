@@ -20,7 +20,7 @@ gate: $(READY)  ## compile every GPU kernel for every target, without a GPU, and
 sanitize: $(READY)  ## the tests of the ops against a core built with ASan and UBSan
 	.ci/sanitize
 
-bench: $(PEERS)  ## time the layers against dense networks and other libraries; tables, pictures, docs/benchmarks.md
+bench: $(PEERS)  ## time the layers against dense networks and other libraries; tables, pictures, docs/benchmarks*.md
 	$(BIN)/python -m benchmarks.bench_layers --json runs/bench/layers.json --plot runs/bench/layers.png $(ARGS)
 	$(BIN)/python -m benchmarks.bench_cvmm --json runs/bench/cvmm.json --plot runs/bench/cvmm.png
 	$(BIN)/python -m benchmarks.sweeps --json runs/bench/sweeps.json --plot runs/bench/sweeps.png

@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md and its pictures from the JSON of the benchmarks' last runs."""
+"""Writes docs/benchmarks.md, docs/benchmarks-rows.md and their pictures from the JSON of the benchmarks' last runs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from benchmarks.results import MODES, Report, Row
 INTRODUCTION = """\
 # Benchmarks
 
-This page is written by `make bench`, which runs all of it anew on your machine. No number here was typed.
+This page is written by `make bench`, which runs all of it anew on your machine. No number here was typed. The
+tables of [all rows](benchmarks-rows.md) have a page of their own.
 
 ## The machine
 
+"""
+ROWS = """\
+# Benchmarks: all rows
+
+This page is written by `make bench`. What the columns mean, and the machine: see [Benchmarks](benchmarks.md).
 """
 BUSY = """
 **The machine was busy before this run: these numbers are not to be trusted.** Run `make bench` in a quiet moment.
@@ -81,12 +87,11 @@ each step follows other programs' steps, so that little of it is in a cache.
 
 def page(
     layers: Report,
-    cvmm: Report | None,
     sweeps: Report | None,
     cards: gpu_page.Cards,
     profiles: Sequence[passes.Passes] = (),
 ) -> str:
-    """The text of the page."""
+    """The text of the page, without the tables of all rows."""
     parts = [INTRODUCTION + _facts(layers), "## The targets\n", report.markdown(report.targets(layers.rows)) + "\n"]
     parts.append("Of the peers of a row, the one that comes nearest is shown.\n")
     parts.append("![Times relative to the baseline](images/bench-layers.png)\n")
@@ -100,9 +105,14 @@ def page(
     parts += [gpu_page.section(cards), METHOD, AFTER, *_contenders(layers)]
     if sweeps is not None:
         parts += [SWEEPS, *_rows(sweeps.rows)]
-    parts += ["## All rows: layers\n", *_rows(layers.rows)]
+    return "\n".join(parts)
+
+
+def rows_page(layers: Report, cvmm: Report | None) -> str:
+    """The text of the page of all rows."""
+    parts = [ROWS, "## Layers\n", *_rows(layers.rows)]
     if cvmm is not None:
-        parts += ["## All rows: cvmm\n", *_rows(cvmm.rows)]
+        parts += ["## cvmm\n", *_rows(cvmm.rows)]
     return "\n".join(parts)
 
 
@@ -144,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--runs", type=Path, default=Path("runs/bench"), help="where the JSON files are")
-    arguments.add_argument("--docs", type=Path, default=Path("docs"), help="where the page goes")
+    arguments.add_argument("--docs", type=Path, default=Path("docs"), help="where the pages go")
     arguments.add_argument(
         "--gpu", type=Path, default=Path("benchmarks/gpu"), help="a card's folder, or one of such folders"
     )
@@ -161,7 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         target.write_text(refreshed(target.read_text(), cards))
         print(f"no {options.runs / 'layers.json'}: the numbers of the CPU in {target} are left as they were")
         return
-    target.write_text(page(found["layers"], found.get("cvmm"), found.get("sweeps"), cards, profiles))
+    target.write_text(page(found["layers"], found.get("sweeps"), cards, profiles))
+    (options.docs / "benchmarks-rows.md").write_text(rows_page(found["layers"], found.get("cvmm")))
     plot.ratios(found["layers"], options.docs / "images" / "bench-layers.png")
     if "sweeps" in found:
         plot.growth(found["sweeps"], options.docs / "images" / "bench-sweeps.png")

@@ -427,7 +427,10 @@ def test_layers_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str], n
     docs = tmp_path / "docs"
     docs.mkdir()
     document.main(["--runs", str(tmp_path / "runs"), "--docs", str(docs)])
-    page = (docs / "benchmarks.md").read_text()
+    page, rows = (docs / "benchmarks.md").read_text(), (docs / "benchmarks-rows.md").read_text()
+    for words in (f"ReLU (T,D,E,G,k): {shape}, fp32, forward + backward**", "| sparse-ffn, torch backend |"):
+        assert words in rows
+        assert words not in page
     assert result.machine["processor"] in page
     assert ("not to be trusted" in page) == machine.was_busy(result.machine)
     assert "| moe | 24,16,4,8,2 | fp32 |" in page
