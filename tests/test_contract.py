@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
+import re
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 from torch import nn
 
 import sparse_ffn as sf
-from sparse_ffn import routing
+from sparse_ffn import convert, layers, plot, routing
 from sparse_ffn.layers import SharedExpertMoE
 from sparse_ffn.layers.moe import MoEOptions
 from sparse_ffn.routing.routers import RouterOptions
@@ -89,6 +92,24 @@ def test_public_objects_are_documented() -> None:
     for name, value in vars(sf).items():
         if not name.startswith("_") and callable(value):
             assert value.__doc__, name
+
+
+def test_everything_public_has_its_place_in_the_documentation() -> None:
+    pages = (Path(__file__).parents[1] / "docs").glob("*.md")
+    names = [name for page in pages for name in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE)]
+    documented = [
+        getattr(importlib.import_module(module), name) for module, _, name in (n.rpartition(".") for n in names)
+    ]
+    for package in (sf, sf.functional, routing, convert, layers, plot):
+        for name, value in vars(package).items():
+            if not name.startswith("_") and callable(value) and _is_of(package, value):
+                assert any(value is one for one in documented), f"{package.__name__}.{name}"
+
+
+def _is_of(package: Any, value: Any) -> bool:
+    """Whether a package has made this name public, and not only imported it for itself."""
+    home = getattr(value, "__module__", "")
+    return home.startswith("sparse_ffn") if hasattr(package, "__path__") else home == package.__name__
 
 
 # ------------------------------------------------------------------------------------------------ initialisation
@@ -515,8 +536,8 @@ def test_a_given_router_keeps_its_weights_until_reset() -> None:
 def test_router_bias_stays_fp32_when_the_model_is_converted() -> None:
     layer = sf.SigmaMoE(8, 4, 4, 2, balance="bias")
     layer.router.bias.fill_(1.001)
-    for convert in ("bfloat16", "half"):
-        getattr(layer, convert)()
+    for method in ("bfloat16", "half"):
+        getattr(layer, method)()
         assert layer.router.bias.dtype == torch.float32
         assert layer.router.bias[0].item() == pytest.approx(1.001)
     assert layer.double().router.bias.dtype == torch.float64
