@@ -1,8 +1,9 @@
-"""torch.compile, torch.export and AOTInductor."""
+"""torch.compile, torch.export, AOTInductor and torch.jit.trace."""
 
 from __future__ import annotations
 
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -78,4 +79,15 @@ def ahead_of_time(name: str) -> None:
         torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), layer(x), rtol=1e-4, atol=1e-4)
 
 
-FEATURES = (traced, inductor, export, export_strictly, ahead_of_time)
+@feature("`torch.jit.trace`", {"reference": tuple(name for name in ALL if name != "TopKFFN"), "torch": ALL, "cpu": ALL})
+def jit_trace(name: str) -> None:
+    """In evaluation, without gradients: the trace computes what the layer computes, for another token count too."""
+    layer = build(name).eval()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sizes and checks become constants of the trace
+        trace = torch.jit.trace(layer, tokens(5))
+        for x in (tokens(5), tokens(9)):
+            torch.testing.assert_close(trace(x), layer(x))
+
+
+FEATURES = (traced, inductor, export, export_strictly, ahead_of_time, jit_trace)
