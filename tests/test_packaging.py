@@ -108,6 +108,11 @@ def test_wheel_holds_the_package_its_typing_and_licence_and_nothing_else(distrib
     information = files - package
     assert {f.partition("/")[0] for f in information} == {distributions.wheel.name.split("-py3")[0] + ".dist-info"}
     assert any(f.endswith(".dist-info/licenses/LICENSE") for f in information)
+    metadata = next(f for f in information if f.endswith("/METADATA"))
+    lines = zipfile.ZipFile(distributions.wheel).read(metadata).decode().splitlines()
+    assert {"License-Expression: MIT", "License-File: LICENSE", "Requires-Python: >=3.10"} <= set(lines)
+    assert "Classifier: Typing :: Typed" in lines
+    assert not [line for line in lines if line.startswith("Classifier: License")]  # PEP 639: the expression says it
 
 
 @built
