@@ -331,6 +331,11 @@ def test_options_can_be_asked_for(cls: type) -> None:
     assert "dtype" in get_type_hints(cls.__init__)["options"].__annotations__
 
 
+@pytest.mark.parametrize("cls", [sf.MoE, sf.SigmaMoE, sf.SBaseMoE, routing.Router, routing.SinkhornRouter])
+def test_signatures_are_those_of_the_constructors(cls: type) -> None:
+    assert inspect.signature(cls) == inspect.signature(cls.__init__.__get__(object()))
+
+
 def test_options_are_those_of_the_base() -> None:
     """What a layer takes by name, it takes as the base does: TypedDicts that fell behind would hide an option."""
     own = {"router", "balance", "balance_weight"}
