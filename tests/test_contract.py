@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import pkgutil
 import re
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -86,6 +87,12 @@ def test_public_names_are_frozen() -> None:
     }
     functions = {"cvmm", "expert_ffn", "weighted_bag", "product_key_topk", "topk_ffn"}
     assert functions <= set(vars(sf.functional))
+
+
+def test_no_public_name_hides_a_module_of_the_package() -> None:
+    """``import sparse_ffn.x as x`` gives the attribute of the package, whatever it is."""
+    for module in pkgutil.iter_modules(sf.__path__):
+        assert type(getattr(sf, module.name, sf)) is type(sf), module.name
 
 
 def test_public_objects_are_documented() -> None:
@@ -477,7 +484,7 @@ def test_masked_tokens_leave_no_trace_in_stats() -> None:
 
 
 def test_backend_is_forced_restored_and_checked() -> None:
-    from sparse_ffn.backend import choose
+    from sparse_ffn.backends import choose
 
     x = torch.zeros(1, dtype=torch.float64)
     assert choose(x) == "torch"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import sparse_ffn as sf
 from sparse_ffn import cuda, ops
-from sparse_ffn.backend import explain, unavailable
+from sparse_ffn.backends import explain, unavailable
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 from net import ROUTINGS, TOLERANCE, Case, check, cvmm_case, expert_case, random

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparse_ffn as sf
 from sparse_ffn import functional, native, ops
-from sparse_ffn.backend import choose
+from sparse_ffn.backends import choose
 
 built = pytest.mark.skipif(native.PROBLEM is not None, reason="no compiler when the package was installed")
 

@@ -1,8 +1,8 @@
 """sparse-ffn: sparse feed-forward layers for PyTorch."""
 
 from sparse_ffn import functional as functional
-from sparse_ffn.backend import SparseFFNWarning as SparseFFNWarning
-from sparse_ffn.backend import backend as backend
+from sparse_ffn.backends import SparseFFNWarning as SparseFFNWarning
+from sparse_ffn.backends import backend as backend
 from sparse_ffn.convert import DenseFFNConfig as DenseFFNConfig
 from sparse_ffn.convert import MoEConfig as MoEConfig
 from sparse_ffn.convert import NoisyTopKMoEConfig as NoisyTopKMoEConfig

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from sparse_ffn import cuda, native
-from sparse_ffn.backend import BACKENDS, ENVIRONMENT_VARIABLE, explain, unavailable
+from sparse_ffn.backends import BACKENDS, ENVIRONMENT_VARIABLE, explain, unavailable
 
 
 def chosen(device: torch.device | str = "cpu") -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.backend import SparseFFNWarning
+from sparse_ffn.backends import SparseFFNWarning
 from sparse_ffn.checks import check_finite
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.routing.distributed import all_reduce_sum

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn import ops
-from sparse_ffn.backend import backend
+from sparse_ffn.backends import backend
 from sparse_ffn.kernels import config
 from sparse_ffn.kernels.tuned import Tuned
 from sparse_ffn.tune.problems import DTYPES, Problem

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_ffn.backend import choose
+from sparse_ffn.backends import choose
 from sparse_ffn.ops.autocast import autocast_enabled
 from sparse_ffn.ops.library import absent, define, refuse_double_backward, set_autograd
 from sparse_ffn.ops.routed_ffn import cpu as native

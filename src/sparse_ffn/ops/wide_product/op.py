@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_ffn.backend import choose
+from sparse_ffn.backends import choose
 from sparse_ffn.ops.library import define, refuse_double_backward, set_autograd
 from sparse_ffn.ops.wide_product import cpu as native
 from sparse_ffn.ops.wide_product import reference
