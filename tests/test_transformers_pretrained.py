@@ -110,7 +110,8 @@ def test_a_missing_or_wrong_record_is_an_error(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"records no conversion: call record_conversion\(model, report\)"):
         from_pretrained(str(tmp_path))
-    report = sf.sparsify_(model, sf.SigmaMoEConfig(balance=("entropy", "z"), balance_weight=(1e-3, 1e-4)))
+    two = {"balance": ("entropy", "z"), "balance_weight": (1e-3, 1e-4)}
+    report = sf.sparsify_(model, sf.SigmaMoEConfig(expert_size=8, **two))
     record_conversion(model, report)
     model.save_pretrained(tmp_path)
     with pytest.raises(TypeError, match=r"model_class must be a model's own class.*AutoModelForCausalLM"):
