@@ -195,7 +195,8 @@ class MoE(SparseFFN):
             y, index_TK, loss = self._fused(x, x_TD, mask_T, *parts)
         else:
             y, index_TK, loss = self._route_then_compute(x, x_TD, mask_T, router_input)
-        if not torch.compiler.is_exporting():  # an exported program has no module to keep these
+        # an exported program has no module to keep these; is_exporting() is true for all that torch 2.9 compiles
+        if not torch.compiler._is_exporting_flag:
             object.__setattr__(self, "_last", (loss, index_TK, mask_T))  # Module's own costs as much as a small op
         return y
 
