@@ -88,3 +88,18 @@ def test_accelerate_trains_saves_and_loads(tmp_path: Path) -> None:
     accelerator.load_state(str(tmp_path))
     assert torch.equal(wrapped(x), expected)
     accelerate.state.AcceleratorState._reset_state(True)
+
+
+def test_accelerate_offloads_weights_and_brings_them_back_for_each_call() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        sf.SigmaMoE(D, 4, 6, 2, bias=True), sf.ProductKeyMemory(D, 4, 3, query_dim=6, query_norm="rms"),
+        sf.TopKFFN(D, 16, 4), sf.DenseFFN(D, 16),
+    ).eval()  # fmt: skip
+    x = torch.randn(5, D)
+    with torch.no_grad():
+        expected = model(x)
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+        torch.testing.assert_close(model(x), expected)
