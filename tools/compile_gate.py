@@ -157,13 +157,38 @@ def cases(target: str, quick: bool) -> Iterator[Callable[[], None]]:
             yield partial(bags, dtype, width, dtype)
             if dtype != torch.float32:
                 yield partial(bags, dtype, width, torch.float32)
-        for n, k in ((20, 4), (128, 16), (256, 32), (512, 32), (1024, 64), (2000, 64)):
+        for n, k in (
+            *((20, 1), (20, 2), (20, 4), (64, 8), (128, 16)),
+            *((256, 32), (512, 32), (1024, 64), (2000, 1), (2000, 64)),
+        ):
             yield partial(product_keys, dtype, n, k)
         for n_units in (100, 1024, 4096, 8192):
             for activation, form in (("relu", "plain"), ("gelu", "full"), ("gelu_tanh", "full")):
                 yield partial(selections, dtype, n_units, activation, form, dtype)
             if dtype != torch.float32:
                 yield partial(selections, dtype, n_units, "gelu", "full", torch.float32)
+        yield from ones(dtype)
+
+
+def ones(dtype: torch.dtype) -> Iterator[Callable[[], None]]:
+    """Calls with sizes of 1, which Triton makes constants: they have not all the methods of other arguments.
+
+    Each size by itself, all of them, and matrices of one number whose gradient is split.
+    """
+    usual: dict[str, Any] = {"dtype": dtype, "switch": "ieee", "block_m": 16, "width": 64}
+    for form in ("relu", "full"):
+        for size in ({"tokens": 1}, {"n_experts": 1}, {"k": 1}, {"width": 1}, {"depth": 1}):
+            yield partial(experts, **usual | {"form": form} | size)
+        yield partial(experts, dtype, "ieee", 16, 1, form, 1, k=1, n_experts=1, tokens=1)
+        yield partial(experts, dtype, "ieee", 16, 1, form, 1, k=1, tokens=1)
+    alone = {"n_experts": 1, "width": 1}
+    for size in ({"slots": 1}, {"n_experts": 1}, {"width": 1}, {**alone, "slots": 1}, {**alone, "slots": 1024}):
+        yield partial(cvmms, **usual | size)
+    for size in ({"rows": 1}, {"bags": 1}, {"k": 1}, {"rows": 1, "bags": 1, "k": 1, "width": 1}):
+        yield partial(bags, **{"dtype": dtype, "width": 64, "table": dtype} | size)
+    yield partial(product_keys, dtype, 1, 1)
+    for k, n_units in ((1, 100), (1, 1)):
+        yield partial(selections, dtype, n_units, "gelu", "full", dtype, k)
 
 
 def tuning(target: str) -> Iterator[Callable[[], None]]:
@@ -198,11 +223,13 @@ def experts(
     *,
     k: int = 2,
     weights: torch.dtype | None = None,
+    n_experts: int = 8,
+    tokens: int | None = None,
 ) -> None:
     """Expert FFN, training, inference, decode and backward; form "full" has all that can be fused."""
     torch.backends.cuda.matmul.fp32_precision = switch
-    E, K, G, D = 8, k, width, depth or (width if width % 16 == 0 else width + 1)
-    T = E * block_m // K
+    E, K, G, D = n_experts, k, width, depth or (width if width % 16 == 0 else width + 1)
+    T = tokens or E * block_m // K
 
     def empty(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
@@ -221,11 +248,20 @@ def experts(
     expert_ffn.backward(empty(T, D), x, keys, values, gate, *units, scale, *saved, activation)
 
 
-def cvmms(dtype: torch.dtype, switch: str, block_m: int, width: int, weights: torch.dtype | None = None) -> None:
+def cvmms(
+    dtype: torch.dtype,
+    switch: str,
+    block_m: int,
+    width: int,
+    weights: torch.dtype | None = None,
+    *,
+    n_experts: int = 8,
+    slots: int | None = None,
+) -> None:
     """CVMM with and without gather, scatter and reduction, forward and backward."""
     torch.backends.cuda.matmul.fp32_precision = switch
-    E, M, L = 8, width, width
-    S = E * block_m
+    E, M, L = n_experts, width, width
+    S = slots or E * block_m
     x, weight, grad = (torch.empty(s, dtype=dtype) for s in ((S, M), (E, M, L), (S, L)))
     slot, weight = torch.zeros(S, dtype=torch.int64), weight.to(dtype=weights)
     for options in ((None, None, None), (slot, slot, torch.empty(S))):
@@ -233,10 +269,10 @@ def cvmms(dtype: torch.dtype, switch: str, block_m: int, width: int, weights: to
         cvmm.backward(grad, x, weight, slot, *options)
 
 
-def bags(dtype: torch.dtype, width: int, table: torch.dtype) -> None:
+def bags(dtype: torch.dtype, width: int, table: torch.dtype, *, rows: int = 512, bags: int = 64, k: int = 32) -> None:
     """Weighted bag, forward and both backwards."""
-    values, index = torch.empty(512, width, dtype=table), torch.zeros(64, 32, dtype=torch.int64)
-    weight, grad = torch.empty(64, 32, dtype=dtype), torch.empty(64, width, dtype=dtype)
+    values, index = torch.empty(rows, width, dtype=table), torch.zeros(bags, k, dtype=torch.int64)
+    weight, grad = torch.empty(bags, k, dtype=dtype), torch.empty(bags, width, dtype=dtype)
     weighted_bag.forward(values, index, weight, dtype)
     weighted_bag.backward(grad, values, index, weight)
     weighted_bag.backward_rows(grad, values, index, weight)
@@ -250,7 +286,7 @@ def product_keys(dtype: torch.dtype, n: int, k: int) -> None:
     product_key_topk.backward(scores.new_empty(16, 1, k), index, n, scores.stride())
 
 
-def selections(dtype: torch.dtype, n_units: int, activation: str, form: str, weights: torch.dtype) -> None:
+def selections(dtype: torch.dtype, n_units: int, activation: str, form: str, weights: torch.dtype, k: int = 32) -> None:
     """Top-k FFN, gathered and dense; form "full" has all that can be fused."""
     T, D = 4, 64
 
@@ -263,7 +299,7 @@ def selections(dtype: torch.dtype, n_units: int, activation: str, form: str, wei
         units = (empty(n_units, D).to(dtype=weights), empty(n_units).to(dtype=weights), empty(T, n_units))
     for sparse in (True, False):
         topk_ffn.gathers = lambda *sizes, sparse=sparse: sparse
-        _, *saved = topk_ffn.forward(x, keys, values, 32, *units, activation, form == "full")
+        _, *saved = topk_ffn.forward(x, keys, values, k, *units, activation, form == "full")
         topk_ffn.backward(empty(T, D), x, keys, values, *units, *saved, activation)
 
 

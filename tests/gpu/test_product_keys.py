@@ -51,6 +51,15 @@ def test_rows_in_chunks(n: int, k: int, device: str, monkeypatch: pytest.MonkeyP
     check_same(torch.randn(2, n, device=device), torch.randint(0, 4, (2, n), device=device).float(), k)
 
 
+def test_no_kernel_takes_a_top_k_of_one(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.5 to 3.7 cannot compile one."""
+    tops: list[int] = []
+    monkeypatch.setattr(product_keys, "launch", lambda *a, **meta: tops.append(meta["TOP"]))
+    for k in (1, 2, 8):
+        product_key_topk.product_key_topk(torch.randn(2, 20, device=device), torch.randn(2, 20, device=device), k)
+    assert tops == [2, 2, 8]
+
+
 def test_the_largest_k(device: str) -> None:
     check_same(torch.randn(1, 1500, device=device), torch.randn(1, 1500, device=device), 64)
 

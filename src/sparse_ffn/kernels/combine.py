@@ -51,8 +51,9 @@ def add_parts_kernel(parts, out, size, n_parts, BLOCK: tl.constexpr):
     """out = parts[0] + parts[1] + ..., each of ``size`` numbers."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, n_parts):
-        total += tl.load(parts + i * size.to(tl.int64) + at, mask=at < size, other=0.0)
+    for _ in range(0, n_parts):
+        total += tl.load(parts + at, mask=at < size, other=0.0)
+        parts += size  # the pointer has 64 bits; i * size would not
     tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
 
 
@@ -66,6 +67,7 @@ def combine(y: Tensor, inverse: Tensor | None, gate: Tensor | None, out: Tensor,
     launch(
         combine_kernel, cdiv(T, BLOCK_T) * cdiv(N, BLOCK_N), y, inverse, gate, out, T, N, k, y.stride(0),
         out.stride(0), GATED=gate is not None, SORTED=inverse is not None, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N,
+        num_warps=2 * y.element_size(),  # a thread loads 16 bytes at once; with more, ptxas spilled
     )  # fmt: skip
 
 

@@ -127,7 +127,7 @@ def product_keys(first: Tensor, second: Tensor, k: int, out: Tensor) -> None:
     Shapes: first and second [M, n] with unit stride in their rows; k <= n², ``fits(n, k)``.
     """
     M, n = first.shape
-    width, top = min(n, k), power_of_two(k)
+    width, top = min(n, k), max(power_of_two(k), 2)  # not every Triton can compile a top-k of one
     chunk = max(min(power_of_two(n), CHUNK), top, 16)
     pairs = max(power_of_two(sum(min(width, k // (i + 1)) for i in range(width))), top, 16)
     warps = max(chunk // 64, 1) if n > chunk else max(chunk // 128, 1)  # merging takes more registers
