@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import sparse_ffn
 
@@ -118,6 +120,13 @@ print([name for name in sys.modules if name.startswith("sparse_ffn.kernels")])
     out = run(double, TRITON_INTERPRET="1")
     assert "it has no float64" in out
     assert out.endswith("[]\n")
+
+
+def test_the_kernels_import_nothing_from_above() -> None:
+    below = ("sparse_ffn.kernels", "sparse_ffn.sort", "sparse_ffn.warning")
+    for path in (Path(sparse_ffn.__file__).parent / "kernels").glob("*.py"):
+        for module in re.findall(r"^\s*(?:from|import) (sparse_ffn[\w.]*)", path.read_text(), re.MULTILINE):
+            assert module.startswith(below), f"{path.name} imports {module}"
 
 
 def test_the_version_is_the_packages() -> None:

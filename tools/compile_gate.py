@@ -35,7 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from sparse_ffn.kernels import candidates, config, tuned
+from sparse_ffn.kernels import candidates, config, routing, tuned
 from sparse_ffn.ops.cvmm import triton as cvmm
 from sparse_ffn.ops.expert_ffn import triton as expert_ffn
 from sparse_ffn.ops.product_key_topk import triton as product_key_topk
@@ -152,6 +152,8 @@ def cases(target: str, quick: bool) -> Iterator[Callable[[], None]]:
                 yield partial(experts, dtype, switch, 128, width, "full", depth, weights=torch.float32)
             yield partial(experts, dtype, switch, 512, 64, "relu", weights=torch.float32)
             yield partial(cvmms, dtype, switch, 128, 256, torch.float32)
+    for n_experts in (1, 64, 1024, config.SORT.experts, config.SORT.experts - 1):
+        yield partial(sorts, n_experts)
     for dtype in (torch.bfloat16, torch.float32) if quick else (torch.bfloat16, torch.float32, torch.float16):
         for width in (1, 100, 256, 1024):
             yield partial(bags, dtype, width, dtype)
@@ -284,6 +286,11 @@ def product_keys(dtype: torch.dtype, n: int, k: int) -> None:
     product_key_topk.product_key_topk(*scores.unbind(2), k)
     index = torch.zeros(16, 1, k, dtype=torch.int64)
     product_key_topk.backward(scores.new_empty(16, 1, k), index, n, scores.stride())
+
+
+def sorts(n_experts: int) -> None:
+    """The sort of slots by that many experts."""
+    routing.sort_slots(torch.zeros(1000, dtype=torch.int64), n_experts)
 
 
 def selections(dtype: torch.dtype, n_units: int, activation: str, form: str, weights: torch.dtype, k: int = 32) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from net import ROUTINGS, cvmm_case, expert_case, guarded, traps
+from net import ROUTINGS, check, cvmm_case, expert_case, guarded, traps
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparse_ffn.kernels import combine, decode, grouped, outer, routing
@@ -32,9 +33,24 @@ def test_sort_is_the_stable_sort(name: str, blocks: str, device: str, request: p
     flat = index.flatten()
     with traps():
         order, offsets = routing.sort_slots(guarded(flat.to(device)), E)
+    check_sorted(order, offsets, flat, E)
+
+
+def check_sorted(order: torch.Tensor, offsets: torch.Tensor, flat: torch.Tensor, E: int) -> None:
     assert torch.equal(order.long().cpu(), flat.sort(stable=True).indices)
     counts = torch.bincount(flat, minlength=E)
     assert torch.equal(offsets.long().cpu(), torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+
+
+@pytest.mark.parametrize("E", [4097, 100_000])
+def test_more_experts_than_a_program_can_count_are_sorted_by_torch(
+    E: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routing, "launch", None)
+    index = torch.randint(0, E, (200, 2))
+    order, offsets = routing.sort_slots(index.to(device), E)
+    assert (order.dtype, offsets.dtype) == (torch.int32, torch.int32)
+    check_sorted(order, offsets, index.flatten(), E)
 
 
 @pytest.mark.parametrize("name", INDICES)
@@ -56,8 +72,12 @@ def test_tiles_cover_every_position_once(name: str, block_m: int, device: str) -
     assert (seen == 1).all()
 
 
-def test_slots_of_unknown_experts_are_left_out(device: str, small_blocks: None) -> None:
+@pytest.mark.parametrize("most", [4, 5], ids=["torch", "kernel"])
+def test_slots_of_unknown_experts_are_left_out(
+    most: int, device: str, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a GPU nothing checks the indices; one out of range must not write outside of its tensors."""
+    monkeypatch.setattr(routing, "SORT", replace(routing.SORT, experts=most))
     index = torch.tensor([3, -1, 0, 5, 9, 0, 3] * 5, device=device)
     with traps():
         order, offsets = routing.sort_slots(index, 5)
@@ -69,6 +89,13 @@ def test_slots_of_unknown_experts_are_left_out(device: str, small_blocks: None) 
 def test_too_many_slots_are_refused() -> None:
     with pytest.raises(ValueError, match="fewer than 2"):
         routing.sort_slots(torch.empty(1, dtype=torch.int64).expand(1 << 30), 2)
+
+
+def test_a_layer_of_many_experts_meets_the_reference(
+    device: str, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routing, "SORT", replace(routing.SORT, experts=4))
+    check(expert_case("random", form="everything", activation="silu"), device)
 
 
 @pytest.mark.parametrize("form", ["plain", "everything"])

@@ -21,7 +21,11 @@ from sparse_ffn.kernels.tile import Tile as Tile
 
 @dataclass(frozen=True)
 class Sort:
-    """Block sizes of the routing: slots of a block, its parts, rows and columns of a scan, positions, tiles."""
+    """Block sizes of the routing: slots of a block, its parts, rows and columns of a scan, positions, tiles.
+
+    And the most experts that the counting sort takes: a program holds a number of each in registers, and 16384 spilled;
+    between the kernels lie 4·E/block bytes a slot.
+    """
 
     block: int = 256
     part: int = 16
@@ -29,6 +33,7 @@ class Sort:
     columns: int = 16
     positions: int = 512
     tiles: int = 64
+    experts: int = 4096
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparse_ffn.kernels.config import SORT
 from sparse_ffn.kernels.launch import cdiv, launch, power_of_two
+from sparse_ffn.sort import sort_by_expert
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def plan_kernel(
 def sort_slots(index: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     """Stable counting sort of int64 [S] by expert: order int32 [S], offsets int32 [E + 1].
 
-    A slot whose expert is outside [0, E) is in no expert's part.
+    Beyond ``SORT.experts`` torch sorts. A slot whose expert is outside [0, E) is in no expert's part.
     """
     S = index.numel()
     if S >= 1 << 30:
@@ -137,6 +138,9 @@ def sort_slots(index: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     order = index.new_empty(S, dtype=torch.int32)
     if S == 0:
         return order, index.new_zeros(n_experts + 1, dtype=torch.int32)
+    if n_experts > SORT.experts:
+        known = (index >= 0) & (index < n_experts)
+        return sort_by_expert(torch.where(known, index, n_experts).flatten().to(torch.int32), n_experts)
     index = index.contiguous()
     offsets = index.new_empty(n_experts + 1, dtype=torch.int32)
     n_blocks, bins = cdiv(S, SORT.block), max(power_of_two(n_experts), 16)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_ffn.ops.segments import sort_by_expert
+from sparse_ffn.sort import sort_by_expert
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from sparse_ffn import cuda
 from sparse_ffn.cuda import DTYPES, Cvmm, on_device
 from sparse_ffn.native import pointer, rows
 from sparse_ffn.ops.library import absent
-from sparse_ffn.ops.segments import is_transposed, sort_by_expert, unsort
+from sparse_ffn.ops.segments import is_transposed, unsort
+from sparse_ffn.sort import sort_by_expert
 
 # S slots, N rows of x, M and L the matrices' sides, E experts
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from sparse_ffn.kernels import columns, combine, config, grouped, outer, routing
 from sparse_ffn.kernels.launch import cdiv, matrices, on_device, precision, rows
 from sparse_ffn.ops.library import absent
-from sparse_ffn.ops.segments import is_transposed, sort_by_expert
+from sparse_ffn.ops.segments import is_transposed
+from sparse_ffn.sort import sort_by_expert
 
 # S slots, N rows of x, M and L the matrices' sides, E experts
 

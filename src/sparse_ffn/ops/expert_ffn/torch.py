@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sparse_ffn.ops.activations import hidden, hidden_backward
 from sparse_ffn.ops.library import absent
-from sparse_ffn.ops.segments import segment_mm, segment_outer, segment_sum, sort_by_expert, unsort
+from sparse_ffn.ops.segments import segment_mm, segment_outer, segment_sum, unsort
+from sparse_ffn.sort import sort_by_expert
 
 # T tokens, K slots a token, S = T·K, E experts, G units of an expert, D d_model, O d_out; _S rows are sorted by expert
 
