@@ -1,17 +1,20 @@
 """No layer waits for the device, in training or inference; the ops' own host code is tested beside each op.
 
 Under FakeTensorMode tensors have no numbers: whatever would ask the device for one (.item(), a boolean of a tensor, a
-shape that depends on data) raises.
+shape that depends on data) raises. So does here a tensor made of the host's numbers: copying them waits, too, and is an
+error while a CUDA graph is recorded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_ffn as sf
 from sparse_ffn.routing import routers
@@ -39,6 +42,14 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+class NoHostNumbers(TorchDispatchMode):
+    """Refuses torch.tensor([...]) and torch.from_numpy()."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten.lift_fresh.default, "a tensor of the host's numbers"
+        return func(*args, **kwargs or {})
+
+
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 def test_layer_never_waits_for_the_device(name: str, masked: bool, device: str) -> None:
@@ -47,15 +58,20 @@ def test_layer_never_waits_for_the_device(name: str, masked: bool, device: str) 
         x = torch.randn(2, 7, 16, requires_grad=True)
         mask = torch.ones(2, 7, dtype=torch.bool) if masked else None
         for dtype in (None, torch.bfloat16):
-            with torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None):
+            with NoHostNumbers(), torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None):
                 y = layer(x, mask=mask)
             (y.float().square().sum() + sf.aux_loss(layer)).backward()
             assert x.grad is not None
             assert all(p.grad is not None for p in layer.parameters())
-        with torch.no_grad():
+        with NoHostNumbers(), torch.no_grad():
             assert layer.eval()(x, mask=mask).shape == x.shape
 
 
 def test_a_wait_would_raise() -> None:
     with FakeTensorMode(), pytest.raises(DataDependentOutputException):
         torch.ones(1).item()
+
+
+def test_the_hosts_numbers_would_raise(device: str) -> None:
+    with FakeTensorMode(), NoHostNumbers(), pytest.raises(AssertionError, match="host's numbers"):
+        torch.tensor([1, 2], device=device)

@@ -10,14 +10,19 @@ from torch import Tensor
 from sparse_ffn.ops.select import stable_topk
 
 
-def candidate_pairs(n: int, k: int) -> list[tuple[int, int]]:
-    """Pairs (i, j) of positions in the two sorted halves that can be among the k largest sums, row by row.
+def candidate_pairs(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """All i and all j of the pairs of positions in the sorted halves that can be among the k largest sums, row by row.
 
     The pairs (i', j') with i' <= i and j' <= j have sums at least as large and come first among equals; there are
-    (i + 1)·(j + 1) of them with (i, j) itself, so more than k rule the pair out.
+    (i + 1)·(j + 1) of them with (i, j) itself, so more than k rule the pair out. Computed on the device: a copy of the
+    host's numbers would wait for it.
     """
     width = min(n, k)
-    return [(i, j) for i in range(width) for j in range(min(width, k // (i + 1)))]
+    n_pairs = sum(min(width, k // (i + 1)) for i in range(width))
+    lengths = (k // torch.arange(1, width + 1, device=device)).clamp(max=width)
+    ends, pair = lengths.cumsum(0), torch.arange(n_pairs, device=device)
+    i = torch.searchsorted(ends, pair, right=True)
+    return i, pair - (ends - lengths)[i]
 
 
 def product_key_topk(
@@ -31,7 +36,7 @@ def product_key_topk(
     """
     n = first.shape[-1]
     top_first, top_second = topk(first, min(n, k)), topk(second, min(n, k))
-    row, column = torch.tensor(candidate_pairs(n, k), device=first.device).unbind(1)
+    row, column = candidate_pairs(n, k, first.device)
     pair_first, pair_second = top_first[..., row], top_second[..., column]
     sums = first.gather(-1, pair_first) + second.gather(-1, pair_second)
     best = topk(sums, k)
