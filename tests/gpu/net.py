@@ -98,6 +98,18 @@ def traps() -> Iterator[None]:
         assert (parent[MARGIN + size :] == canary).all(), "written past the end of a tensor"
 
 
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Let products of fp32 round their factors to tf32, or not, as torch's own switch says."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 @dataclass
 class Case:
     """A call of an op: its tensors in float64, its dtype, its other options."""

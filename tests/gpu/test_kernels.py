@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from net import ROUTINGS, TOLERANCE, Case, check, cvmm_case, expert_case, random
+from net import ROUTINGS, TOLERANCE, Case, check, cvmm_case, expert_case, random, tf32
+from test_on_a_gpu import TOKENS
 from torch import Tensor
 
 import sparse_ffn as sf
-from sparse_ffn.kernels import columns, outer
+from sparse_ffn.kernels import columns, config, grouped, outer
 from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.expert_ffn import triton as expert_ffn
 
@@ -112,6 +114,32 @@ def test_weight_gradients_in_parts(
     monkeypatch.setattr(outer, "n_parts", lambda *sizes: 3)
     check(expert_case(routing, dtype, form="everything", activation="gelu"), device)
     check(cvmm_case(routing, dtype, form="gather, reduction"), device)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_torchs_switch_says_how_products_round(allowed: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tf32 does is seen on a GPU only: test_on_a_gpu."""
+    seen: set[str] = set()
+    for module in (grouped, outer):
+        launch = module.launch
+
+        def spy(kernel: Any, grid: int, *arguments: Any, launch: Any = launch, **meta: Any) -> None:
+            seen.add(meta["PRECISION"])
+            launch(kernel, grid, *arguments, **meta)
+
+        monkeypatch.setattr(module, "launch", spy)
+    monkeypatch.setitem(TOLERANCE, torch.float32, 5e-3)
+    with tf32(allowed):
+        check(expert_case(activation="identity"), device)
+        check(cvmm_case(), device)
+    assert seen == {"tf32" if allowed else "ieee"}
+
+
+def test_the_tokens_of_test_on_a_gpu_reach_every_height() -> None:
+    for kind, heights in (("half", {16, 32, 64, 128}), ("fp32", {16, 32, 64})):
+        with config.fixed(architecture="sm_90"):
+            found = {config.block_m(torch.device("cpu"), kind, tokens * 3 / 5) for tokens in TOKENS}
+        assert found == heights
 
 
 def test_parts_only_where_they_fill_the_device() -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from net import check, cvmm_case, expert_case, random
+from net import TOLERANCE, check, cvmm_case, expert_case, random, tf32
 
 import sparse_ffn as sf
 from sparse_ffn.ops.expert_ffn import dense
@@ -17,7 +17,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 300, 5000])
+TOKENS = (1, 7, 40, 80, 300, 5000)  # of which each chooses 3 of 5 experts: tiles of 16 to 128 rows
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("every", [False, True], ids=["sorted", "dense"])
 def test_real_tiles(tokens: int, dtype: torch.dtype, every: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,6 +36,26 @@ def test_real_tiles(tokens: int, dtype: torch.dtype, every: bool, monkeypatch: p
             if dtype != torch.float32:
                 check(replace(case, wide=("keys", "values")), "cuda")
     check(cvmm_case("ragged", dtype, form="gather, scatter, reduction", sizes=(256, 128)), "cuda")
+
+
+@pytest.mark.parametrize("op", ["sorted", "dense", "cvmm"])
+def test_tf32_where_torch_allows_it(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an activation each number comes of two products at most, each of two rounded factors."""
+    monkeypatch.setattr(dense, "wins", lambda n_experts, k: op == "dense")
+    case = cvmm_case("ragged", form="gather, scatter, reduction", sizes=(256, 128))
+    if op != "cvmm":
+        case = expert_case("random", activation="identity", sizes=(256, 128, 256))
+        index = torch.rand(300, 5).topk(3).indices
+        case.tensors |= {"x": random(300, 256), "index": index, "gate": torch.rand(300, 3).double()}
+    with tf32(False):
+        plain = check(case, "cuda")
+    with tf32(True), monkeypatch.context() as patch:
+        patch.setitem(TOLERANCE, torch.float32, 5e-3)  # tf32 has 10 bits; they may be cut off
+        rounded = check(case, "cuda")
+    with tf32(False):
+        again = check(case, "cuda")
+    assert all((rounded[name] != plain[name]).any() for name in plain)  # the tensor cores' path was taken
+    assert all(torch.equal(again[name], plain[name]) for name in plain)
 
 
 def test_a_training_step_in_a_cuda_graph() -> None:
