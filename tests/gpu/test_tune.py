@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from sparse_ffn.kernels import config, grouped, tuned
 from sparse_ffn.kernels.tile import Tile
@@ -79,6 +80,29 @@ def test_a_wrong_result_is_seen(device: str, monkeypatch: pytest.MonkeyPatch, sm
 
     monkeypatch.setattr(grouped, "multiply", wrong)
     assert "of the output" in str(runner.check(TINY, Tuned()))
+
+
+@pytest.mark.parametrize(
+    "failure", [RuntimeError("PassManager::run failed"), OutOfResources(300, 200, "shared memory")]
+)
+def test_a_candidate_that_does_not_compile_ends_nothing(
+    failure: Exception, device: str, monkeypatch: pytest.MonkeyPatch, small_tables: None
+) -> None:
+    monkeypatch.setattr(module, "MOST", 1)
+    monkeypatch.setattr(module, "LEAST", 1)
+    launch = grouped.launch
+
+    def fails(kernel: object, grid: int, *arguments: object, **meta: int) -> None:
+        if meta["BLOCK_N"] == 32:
+            raise failure
+        launch(kernel, grid, *arguments, **meta)
+
+    monkeypatch.setattr(grouped, "launch", fails)
+    lines: list[str] = []
+    runner = DeviceRunner(torch.device(device), lambda call: 1.0)
+    search = Search(ENTRIES, runner, seconds=1e9, kernels=("two",), say=lines.append)
+    assert search.run([TINY])
+    assert [line for line in lines if f"16x32x16/4/2: does not run ({type(failure).__name__})" in line]
 
 
 @pytest.fixture
