@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,45 @@ def test_row_sparse_gradient(device: str) -> None:
     assert rows.is_sparse
     assert torch.equal(rows.to_dense(), dense)
     assert torch.equal(same, dweight)
+
+
+WEIGHTS = ("keys", "values", "gate_keys", "key_bias", "weight")
+
+
+def masters_cases() -> Iterator[tuple[Case, str]]:
+    """16-bit tokens with fp32 weights, as under autocast, and the largest of the weights."""
+    for case in (expert_case("ragged", form="everything", activation="silu"), cvmm_case("ragged", form=FORMS[-1])):
+        yield case, "weight" if case.op is ops.cvmm else "values"
+    tensors = {"x": random(6, 10), "keys": random(37, 10), "values": random(37, 19)}
+    tensors |= {"gate_keys": random(37, 10), "key_bias": random(37)}
+    yield Case(ops.topk_ffn, tensors, options={"k": 37, "activation": "silu"}, trained=tuple(tensors)), "values"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_weights_in_fp32_are_cast_in_each_pass(dtype: torch.dtype, device: str) -> None:
+    for case, _ in masters_cases():
+        wide = tuple(n for n in WEIGHTS if n in case.tensors)
+        check(replace(case, dtype=dtype, wide=wide), device, "cuda")
+
+    def op(**tensors: Tensor) -> Tensor:
+        with torch.autocast(device, dtype):
+            return ops.weighted_bag(**tensors)
+
+    check(replace(bag_case(34, 5, 300, 13, dtype), op=op, wide=("values",)), device, "cuda")
+
+
+def test_no_copy_of_a_weight_is_kept(device: str) -> None:
+    bag = bag_case(34, 5, 300, 13, torch.float32)
+    for case, largest in (*masters_cases(), (bag, "values")):
+        tensors = {n: t.float() if t.is_floating_point() else t for n, t in case.tensors.items()}
+        tensors = {n: t.to(device).requires_grad_(n in case.trained) for n, t in tensors.items()}
+        kept: list[Tensor] = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t)
+        with sf.backend("cuda"), torch.autocast(device, torch.bfloat16), hooks:
+            out = case.op(**tensors, **case.options)
+        assert out.dtype == torch.bfloat16
+        found = [t for t in kept if t.shape == tensors[largest].shape]
+        assert [t.data_ptr() for t in found] == [tensors[largest].data_ptr()]
 
 
 def test_layers_train_on_it(device: str) -> None:

@@ -44,4 +44,4 @@ def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def weights_for(backend: str, dtype: torch.dtype, *weights: Tensor | None) -> tuple[Any, ...]:
     """Weights as a backend's ops take them for products in ``dtype``: cast, or as they are."""
-    return weights if backend == "triton" else tuple(cast(w, dtype) for w in weights)
+    return weights if backend in ("triton", "cuda") else tuple(cast(w, dtype) for w in weights)

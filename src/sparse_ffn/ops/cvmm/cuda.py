@@ -1,4 +1,4 @@
-"""CVMM in the CUDA kernels of csrc/cuda."""
+"""CVMM in the CUDA kernels of csrc/cuda; weights in another dtype than x are cast in each pass, no copy is kept."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def forward(
     n_out: int,
 ) -> Tensor:
     """Output [n_out, L]."""
+    weight = weight.to(x.dtype)
     order, offsets = sort_by_expert(expert, weight.shape[0])
     targets = _rows(scatter, order)
     arguments, _keep = _arguments(x, weight, offsets, _rows(gather, order), targets, _scale(reduction, order), n_out)
@@ -51,6 +52,7 @@ def backward(
     reduction: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and reduction (empty if absent)."""
+    dtype, weight = weight.dtype, weight.to(x.dtype)
     order, offsets = sort_by_expert(expert, weight.shape[0])
     sources, scale = _rows(gather, order), _scale(reduction, order)
     arguments, _keep = _arguments(x, weight, offsets, sources, _rows(scatter, order), scale, grad.shape[0])
@@ -66,6 +68,7 @@ def backward(
         ctypes.byref(arguments),
         *(grad.data_ptr(), grad.stride(0), dx.data_ptr(), dweight.data_ptr(), pointer(dscale)),
     )
+    dweight = dweight.to(dtype)
     if is_transposed(weight):
         dweight = dweight.transpose(1, 2).contiguous().transpose(1, 2)
     if reduction is None or dscale is None:

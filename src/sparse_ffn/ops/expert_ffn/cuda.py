@@ -32,7 +32,7 @@ def forward(
     expert, token = index.reshape(-1), _tokens(T, K, index)
     up_SG = cvmm.forward(x, keys.transpose(1, 2), expert, token, None, None, T * K)
     if key_bias is not None:
-        up_SG += key_bias.index_select(0, expert)
+        up_SG += key_bias.to(x.dtype).index_select(0, expert)
     if gate_keys is None:
         z_SG, other_SG = up_SG, None
     else:
@@ -77,7 +77,7 @@ def backward(
     if gate_keys is not None:
         more, dgate_keys_EDG, _ = cvmm.backward(dz_SG, x, gate_keys.transpose(1, 2), expert, token, None, None)
         dx, dgate_keys = dx + more, dgate_keys_EDG.transpose(1, 2).contiguous()
-    dkey_bias = absent(x) if key_bias is None else segment_sums(dup_SG, order, offsets)
+    dkey_bias = absent(x) if key_bias is None else segment_sums(dup_SG, order, offsets).to(key_bias.dtype)
     return dx, dkeys_EDG.transpose(1, 2).contiguous(), dvalues, dgate.view(T, K), dgate_keys, dkey_bias
 
 

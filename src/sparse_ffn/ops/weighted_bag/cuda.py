@@ -13,8 +13,9 @@ from sparse_ffn.sort import sort_by_expert
 
 
 @on_device
-def forward(values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """The bags [N, O]."""
+def forward(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The bags [N, O] in ``dtype`` (None: that of values), to which values are cast."""
+    values = values if dtype is None else values.to(dtype)
     arguments, _keep = _arguments(values, index, weight, 0)
     out = values.new_empty(index.shape[0], values.shape[1])
     cuda.call("bag_forward", ctypes.byref(arguments), out.data_ptr())
@@ -52,6 +53,7 @@ def segment_sums(rows: Tensor, members: Tensor, offsets: Tensor) -> Tensor:
 def _backward(
     grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, members: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
+    dtype, values = values.dtype, values.to(grad.dtype)
     arguments, _keep = _arguments(values, index, weight, offsets.shape[0] - 1)
     arguments.members, arguments.offsets = members.data_ptr(), offsets.data_ptr()
     grad = grad.contiguous()
@@ -59,7 +61,7 @@ def _backward(
     dweight = values.new_empty(weight.shape, dtype=torch.float32)
     _workspace = cuda.give_workspace(arguments, "bag_backward", values)
     cuda.call("bag_backward", ctypes.byref(arguments), grad.data_ptr(), dweight.data_ptr(), dvalues.data_ptr())
-    return dvalues, dweight.to(weight.dtype)
+    return dvalues.to(dtype), dweight.to(weight.dtype)
 
 
 def _arguments(values: Tensor, index: Tensor, weight: Tensor, rows: int) -> tuple[Bag, tuple[Tensor, ...]]:
