@@ -138,6 +138,9 @@ def cases(target: str, quick: bool) -> Iterator[Callable[[], None]]:
                     yield partial(experts, dtype, switch, block_m, width, form)
                 yield partial(cvmms, dtype, switch, block_m, width)
             yield partial(experts, dtype, switch, block_m, 100, "full")  # sizes off every grid
+            for form in ("full", *plain):
+                yield partial(experts, dtype, switch, block_m, 256, form, gap=1)  # strides off every grid
+            yield partial(cvmms, dtype, switch, block_m, 256, gap=1)
         for form in ("gelu", "dropout"):
             yield partial(experts, dtype, switch, 128, 256, form)
         for width, depth in ((64, 256), (256, 64), (32, 64)):
@@ -227,14 +230,18 @@ def experts(
     weights: torch.dtype | None = None,
     n_experts: int = 8,
     tokens: int | None = None,
+    gap: int = 0,
 ) -> None:
-    """Expert FFN, training, inference, decode and backward; form "full" has all that can be fused."""
+    """Expert FFN, training, inference, decode and backward.
+
+    Form "full" has all that can be fused; ``gap`` numbers lie between the rows of tokens and matrices.
+    """
     torch.backends.cuda.matmul.fp32_precision = switch
     E, K, G, D = n_experts, k, width, depth or (width if width % 16 == 0 else width + 1)
     T = tokens or E * block_m // K
 
     def empty(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=dtype)
+        return torch.zeros((*shape[:-1], shape[-1] + gap), dtype=dtype)[..., : shape[-1]]
 
     x, keys, values = empty(T, D), empty(E, G, D).to(dtype=weights), empty(E, G, D).to(dtype=weights)
     index, gate = torch.zeros(T, K, dtype=torch.int64), torch.empty(T, K)
@@ -259,12 +266,14 @@ def cvmms(
     *,
     n_experts: int = 8,
     slots: int | None = None,
+    gap: int = 0,
 ) -> None:
     """CVMM with and without gather, scatter and reduction, forward and backward."""
     torch.backends.cuda.matmul.fp32_precision = switch
     E, M, L = n_experts, width, width
     S = slots or E * block_m
-    x, weight, grad = (torch.empty(s, dtype=dtype) for s in ((S, M), (E, M, L), (S, L)))
+    shapes = ((S, M), (E, M, L), (S, L))
+    x, weight, grad = (torch.empty((*s[:-1], s[-1] + gap), dtype=dtype)[..., : s[-1]] for s in shapes)
     slot, weight = torch.zeros(S, dtype=torch.int64), weight.to(dtype=weights)
     for options in ((None, None, None), (slot, slot, torch.empty(S))):
         cvmm.forward(x, weight, slot, *options, S)

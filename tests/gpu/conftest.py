@@ -36,7 +36,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(dense, "wins", lambda n_experts, k: False)
     monkeypatch.setattr(masked, "BLOCK_G", 16)
     monkeypatch.setattr(columns, "MAX_BYTES", 1)  # one tile's columns at a time
-    monkeypatch.setattr(routing, "SORT", config.Sort(block=16, part=8, scan=4, columns=4, positions=16, tiles=4))
+    monkeypatch.setattr(routing, "SORT", config.Sort(block=16, part=8, scan=16, columns=16, positions=16, tiles=4))
     with config.fixed(config.Tile(16, 16, 16, 4, 2)):
         yield
 

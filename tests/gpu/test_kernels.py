@@ -135,6 +135,18 @@ def test_torchs_switch_says_how_products_round(allowed: bool, device: str, monke
     assert seen == {"tf32" if allowed else "ieee"}
 
 
+def test_narrow_loads_take_smaller_tiles() -> None:
+    """Off the grid of 16 addresses fill the registers, whatever is off it: a size, a stride or the begin."""
+    x, w = torch.empty(4, 48, dtype=torch.bfloat16), torch.empty(3, 32, 48, dtype=torch.bfloat16)
+    for operands in ((x, w), (x[:, 8:40], w.mT), (x[:1], None), (x[:, :32], w[..., :16])):
+        assert config.arithmetic(x.dtype, "ieee", *operands) == "half"
+    strided = torch.empty(4, 33, dtype=torch.bfloat16)[:, :32]
+    for operands in ((x[:, :40], w), (strided, w), (x[:, 1:33], w), (x, w[:, :8]), (w.mT[:, :24],), (x, strided.T)):
+        assert config.arithmetic(x.dtype, "ieee", *operands) == "odd"
+        assert config.arithmetic(torch.float32, "tf32", *(t.float() for t in (x, w))) == "tf32"
+    assert config.arithmetic(torch.float32, "ieee", strided) == "fp32"
+
+
 def test_the_tokens_of_test_on_a_gpu_reach_every_height() -> None:
     for kind, heights in (("half", {16, 32, 64, 128}), ("fp32", {16, 32, 64})):
         with config.fixed(architecture="sm_90"):

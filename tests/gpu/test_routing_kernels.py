@@ -11,14 +11,14 @@ import torch
 from net import ROUTINGS, check, cvmm_case, expert_case, guarded, traps
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparse_ffn.kernels import combine, decode, grouped, outer, routing
+from sparse_ffn.kernels import combine, config, decode, grouped, outer, routing
 from sparse_ffn.ops.cvmm import triton as cvmm
 from sparse_ffn.ops.expert_ffn import dense
 from sparse_ffn.ops.expert_ffn import triton as expert_ffn
 
 INDICES: dict[str, Callable[[], tuple[int, torch.Tensor]]] = {
     **ROUTINGS,
-    "many experts": lambda: (300, torch.randint(0, 300, (500, 2))),
+    "many experts": lambda: (300, torch.randint(0, 300, (500, 2))),  # and blocks for several steps of a scan
     "two of many": lambda: (70, torch.randint(0, 2, (90, 1)) * 69),
     "1 of 16": lambda: (16, torch.tensor([[15]])),
 }
@@ -34,6 +34,13 @@ def test_sort_is_the_stable_sort(name: str, blocks: str, device: str, request: p
     with traps():
         order, offsets = routing.sort_slots(guarded(flat.to(device)), E)
     check_sorted(order, offsets, flat, E)
+
+
+def test_every_thread_of_a_scan_has_its_own_number(small_blocks: None) -> None:
+    """It works in place: a thread that held a copy of another's number could read it too late."""
+    threads = 4 * 64  # of a program by default, on AMD's cards; NVIDIA's have half
+    for sort in (config.SORT, routing.SORT):
+        assert sort.scan * sort.columns >= threads
 
 
 def check_sorted(order: torch.Tensor, offsets: torch.Tensor, flat: torch.Tensor, E: int) -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from sparse_ffn.kernels import candidates, tuned
 from sparse_ffn.kernels.tile import Table, table
@@ -23,6 +24,8 @@ from sparse_ffn.kernels.tile import Tile as Tile
 class Sort:
     """Block sizes of the routing: slots of a block, its parts, rows and columns of a scan, positions, tiles.
 
+    A scan works in place, so its block needs a number for each thread: where several threads hold the same number, one
+    may read what another has already written.
     And the most experts that the counting sort takes: a program holds a number of each in registers, and 16384 spilled;
     between the kernels lie 4·E/block bytes a slot.
     """
@@ -50,8 +53,8 @@ BAG = Bag()
 
 # Kernels by what they hold in registers: "one" accumulator (rows, plain up and hidden gradient), "two" or as much as
 # that (up and hidden gradient of a GLU or under dropout); "outer" is the gradient of the matrices, m and n their sides.
-# "half" is bf16 and fp16; "odd" is either of them or tf32 where a size is no multiple of 16: loads are narrow there,
-# and their addresses take the registers.
+# "half" is bf16 and fp16; "odd" is either of them or tf32 where a size, a stride or an address is no multiple of 16:
+# loads are narrow there, and their addresses take the registers.
 _SM80 = table("""
     one    half   16x64x64/4/4   16x128x64/4/4   32x64x64/4/3   32x128x64/4/3
     one    half   64x64x64/4/3   64x128x64/4/3   128x64x64/4/3  128x128x32/8/4
@@ -148,13 +151,22 @@ def _of_device(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
 
 
-def arithmetic(dtype: torch.dtype, precision: str, *sizes: int) -> str:
-    """The column of the tables for matrices of these sizes: "half", "tf32", "odd" or "fp32"."""
+def arithmetic(dtype: torch.dtype, precision: str, *operands: Tensor | None) -> str:
+    """The column of the tables for products of rows [*, n] and matrices [E, m, n]: "half", "tf32", "odd" or "fp32"."""
     if dtype == torch.float32 and precision != "tf32":
         return "fp32"
-    if any(size % 16 for size in sizes):
+    if any(_is_odd(x) for x in operands if x is not None):
         return "odd"
     return "tf32" if dtype == torch.float32 else "half"
+
+
+def _is_odd(x: Tensor) -> bool:
+    """Whether loads are narrow: a side or a stride is no multiple of 16, or the first number not at one of 16 bytes.
+
+    Memory that torch allocates begins at such a multiple; of other memory that is not checked, and costs only time.
+    """
+    steps = (step for step in x.stride() if step != 1)
+    return any(n % 16 for n in (*x.shape[1:], *steps)) or x.storage_offset() * x.element_size() % 16 != 0
 
 
 def block_m(device: torch.device, kind: str, mean_rows: float) -> int:

@@ -27,16 +27,16 @@ def forward(
     n_out: int,
 ) -> Tensor:
     """Output [n_out, L]."""
-    (E, _, L), S, how = weight.shape, expert.shape[0], precision(x)
-    kind = config.arithmetic(x.dtype, how, *weight.shape[1:])
+    (E, _, L), S, how, x = weight.shape, expert.shape[0], precision(x), rows(x)
+    kind = config.arithmetic(x.dtype, how, x, weight)
     order, offsets = routing.sort_slots(expert, E)
     plan = routing.plan(order, offsets, 1, config.block_m(x.device, kind, S / E), inverse=False)
     tile = config.tile(x.device, "one", kind, L, plan.block_m)
-    a, b, sources = rows(x), matrices(weight, x.dtype), _rows(gather, order)
+    b, sources = matrices(weight, x.dtype), _rows(gather, order)
     scale = None if reduction is None else reduction.contiguous()
 
     def product(part: slice, y: Tensor) -> None:
-        grouped.multiply(plan, a, b[:, :, part], y, tile, how, rows=sources, scale=scale, unsort=True)
+        grouped.multiply(plan, x, b[:, :, part], y, tile, how, rows=sources, scale=scale, unsort=True)
 
     return _sums(x, product, scatter, S, n_out, L, tile.n)
 
@@ -53,7 +53,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and reduction (empty if absent)."""
     (E, M, L), S, how, x, grad = weight.shape, expert.shape[0], precision(x), rows(x), rows(grad)
-    kind = config.arithmetic(x.dtype, how, *weight.shape[1:])
+    kind = config.arithmetic(x.dtype, how, x, grad, weight)
     order, offsets = routing.sort_slots(expert, E)
     plan = routing.plan(order, offsets, 1, config.block_m(x.device, kind, S / E), inverse=False)
     x_rows, grad_rows = _rows(gather, order), _rows(scatter, order)

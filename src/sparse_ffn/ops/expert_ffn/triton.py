@@ -99,7 +99,7 @@ def _forward(
 ) -> Tensor:
     (E, G, _), (T, K), O = keys.shape, gate.shape, values.shape[2]
     how, x, gate = precision(x), rows(x), gate.contiguous()
-    kind = config.arithmetic(x.dtype, how, *keys.shape[1:], O)
+    kind = config.arithmetic(x.dtype, how, x, keys, values, gate_keys)
     block_m = config.block_m(x.device, kind, order.shape[0] / E)
     plan = routing.plan(order, offsets, K, block_m, inverse=True)
 
@@ -140,9 +140,9 @@ def backward(
         return dense.backward(
             grad, x, keys, values, gate, gate_keys, key_bias, hidden_scale, z, other, order.view(gate.shape), activation
         )
-    (E, G, D), (T, K), O, S = keys.shape, gate.shape, values.shape[2], order.shape[0]
+    (E, G, D), (T, K), S = keys.shape, gate.shape, order.shape[0]
     how, x, grad = precision(x), rows(x), rows(grad)
-    kind = config.arithmetic(x.dtype, how, G, D, O)
+    kind = config.arithmetic(x.dtype, how, x, grad, keys, values, gate_keys)
     block_m = config.block_m(x.device, kind, S / E)
     plan = routing.plan(order, offsets, K, block_m, inverse=True)
     other_SG = None if gate_keys is None else other
