@@ -10,6 +10,8 @@ import torch
 from net import TOLERANCE, Case, check, guarded, random, traps
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sparse_ffn import ops
 from sparse_ffn.kernels import bag, config, topk
@@ -132,6 +134,49 @@ def test_many_units_are_sorted_by_torch(device: str, monkeypatch: pytest.MonkeyP
     for sparse in (True, False):
         choose(sparse, monkeypatch)
         check(topk_case(form="everything", norm_aware=True), device)
+
+
+class Sizes(TorchDispatchMode):
+    """The most numbers in a tensor that an op gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        found = [t.numel() for t in tree_leaves(result) if isinstance(t, Tensor)]
+        self.largest = max(self.largest, *found, 0)
+        return result
+
+
+@ways
+@pytest.mark.parametrize("fits", [True, False], ids=["kernel", "torch"])
+def test_blocks_of_tokens_bound_the_temporaries(
+    fits: bool, sparse: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing has a number for every token and hidden unit, and the results are the same to rounding."""
+    T, n_units, k, most = 50, 40, 4, 16 * 40
+    choose(sparse, monkeypatch)
+    monkeypatch.setattr(topk_ffn, "MIN_TOKENS", 1)
+    monkeypatch.setattr(topk_ffn, "MAX_BYTES", most * (4 if fits else 8))
+    monkeypatch.setattr(topk, "MAX_F", n_units if fits else n_units - 1)
+    for dtype in (torch.float32, torch.bfloat16):
+        check(topk_case((T, 5, n_units, 6, k), dtype, form="everything", norm_aware=True), device)
+    case = topk_case((T, 5, n_units, 6, k), form="everything")
+    t = {n: x.float().to(device) for n, x in case.tensors.items()}
+    units = tuple(t[n] for n in ("gate_keys", "key_bias"))
+    whole = (t["x"], t["keys"], t["values"])
+    monkeypatch.setattr(bag, "launch", lambda *a, **meta: None)  # what kernels allocate is seen, not what they do
+    monkeypatch.setattr(topk, "launch", lambda kernel, grid, *a, **meta: [x.zero_() for x in a if is_index(x)])
+    with Sizes() as sizes:
+        _, *saved = topk_ffn.forward(*whole, k, *units, None, "relu", True)
+        topk_ffn.backward(t["x"].new_ones(T, 6), *whole, *units, None, *saved, "relu")
+    assert sizes.largest <= most < T * n_units
+
+
+def is_index(x: object) -> bool:
+    return isinstance(x, Tensor) and x.dtype == torch.int32
 
 
 def test_which_calls_gather() -> None:

@@ -68,7 +68,7 @@ _SM80 = table("""
     two    odd    16x64x32/4/2   32x64x32/4/2    64x32x32/8/2
     outer  odd    64x64x32/4/2
     one    fp32   16x64x16/4/2   32x64x16/4/2    64x64x16/8/3
-    two    fp32   16x32x16/4/2   32x32x16/4/2    64x32x16/4/2
+    two    fp32   16x32x16/8/2   32x32x16/4/2    64x32x16/4/2
     outer  fp32   32x64x16/4/2   64x64x16/8/2
 """)
 _SM90 = _SM80 | table("""
@@ -81,7 +81,7 @@ _SM100 = _SM90 | table("""
     one    tf32   16x64x32/4/4   16x128x32/4/4   32x64x32/4/4   32x128x32/4/3
     one    tf32   64x64x32/8/3   64x128x32/4/3   128x64x32/4/3  128x128x16/8/4
     one    fp32   16x64x16/4/2   32x64x16/4/2
-    two    fp32   16x32x16/4/2   32x32x16/4/2
+    two    fp32   16x32x16/8/2   32x32x16/4/2
 """)
 _GFX942 = {key: tuple(Tile(t.m, t.n, min(t.k, 32), t.warps, 2) for t in tiles) for key, tiles in _SM80.items()}
 TABLES: dict[str, Table] = {"sm_80": _SM80, "sm_90": _SM90, "sm_100": _SM100, "gfx942": _GFX942}

@@ -1,10 +1,14 @@
 """Top-k FFN out of the Triton kernels: select fused after torch's product, then only the selected units' rows.
 
 Where so many units are selected that reading their rows one by one takes longer than a dense product, the products
-are dense ones of matrices with zeros: see ``gathers``. Saved are index and pre-activations of the selected units.
+are dense ones of matrices with zeros: see ``gathers``. Saved are index and pre-activations of the selected units. What
+has a number for every token and hidden unit exists for a block of tokens only, see ``blocks``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +20,6 @@ from sparse_ffn.ops.activations import hidden, hidden_backward
 from sparse_ffn.ops.autocast import cast
 from sparse_ffn.ops.library import absent
 from sparse_ffn.ops.select import stable_topk
-from sparse_ffn.ops.topk_ffn.reference import rank
 
 # T tokens, K selected units, F hidden units, D d_model, O d_out
 
@@ -24,6 +27,7 @@ from sparse_ffn.ops.topk_ffn.reference import rank
 # products, bytes per second out of the second-level cache (gathered rows) and out of the memory.
 PRODUCTS = {"half": 600e12, "tf32": 300e12, "fp32": 50e12}
 CACHE, MEMORY = 5.5e12, 3.0e12
+MAX_BYTES, MIN_TOKENS = 64 << 20, 128  # of a block; guesses, not measured
 
 
 def gathers(x: Tensor, n_units: int, k: int) -> bool:
@@ -35,6 +39,13 @@ def gathers(x: Tensor, n_units: int, k: int) -> bool:
     rate = PRODUCTS[config.arithmetic(x.dtype, precision(x))]
     dense = max(2 * T * n_units / rate, n_units * size / MEMORY)
     return max(T * k * size / CACHE, min(n_units, T * k) * size / MEMORY) < dense
+
+
+def blocks(x: Tensor, n_units: int) -> Iterator[slice]:
+    """Blocks of tokens: a [tokens, hidden units] takes at most ``MAX_BYTES``, unless ``MIN_TOKENS`` take more."""
+    size = x.element_size() if topk.fits(n_units) else 8  # beyond, what is sorted is fp64
+    step = max(MAX_BYTES // (n_units * size), MIN_TOKENS)
+    yield from (slice(begin, begin + step) for begin in range(0, max(x.shape[0], 1), step))
 
 
 @on_device
@@ -50,19 +61,62 @@ def forward(
     norm_aware: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output [T, O]; the selected units int32 [T, K], their z and, for a GLU, their other half [T, K]."""
-    up_TF = F.linear(x, keys.to(x.dtype), cast(key_bias, x.dtype))
-    z_TF, other_TF = (up_TF, None) if gate_keys is None else (F.linear(x, gate_keys.to(x.dtype)), up_TF)
-    (T, n_units), sparse = z_TF.shape, gathers(x, keys.shape[0], k)
-    if not topk.fits(n_units):
-        return _sorted(z_TF, other_TF, values, k, hidden_scale, activation, norm_aware, sparse)
-    index, z_TK = x.new_empty(T, k, dtype=torch.int32), x.new_empty(T, k)
+    sparse = gathers(x, keys.shape[0], k)
+    weights = (keys.to(x.dtype), values if sparse else values.to(x.dtype))
+    units = (cast(gate_keys, x.dtype), cast(key_bias, x.dtype))
+    norm_F = torch.linalg.vector_norm(values, dim=1, dtype=torch.float32) if norm_aware else None
+    select = _select if topk.fits(keys.shape[0]) else _sorted
+    found = []
+    for part in blocks(x, keys.shape[0]):
+        scale = None if hidden_scale is None else hidden_scale[part]
+        h_TK, *saved = select(x[part], weights[0], k, *units, scale, activation, norm_F)
+        found.append((_product(weights[1], saved[0], h_TK, sparse), *saved))
+    out, index, z_TK, other_TK = map(_joined, zip(*found, strict=True))
+    return out, index, z_TK, other_TK
+
+
+def _units(x: Tensor, keys: Tensor, gate_keys: Tensor | None, key_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What goes into the activation, and the other half of a GLU: [T, F]."""
+    up_TF = F.linear(x, keys, key_bias)
+    return (up_TF, None) if gate_keys is None else (F.linear(x, gate_keys), up_TF)
+
+
+def _select(
+    x: Tensor,
+    keys: Tensor,
+    k: int,
+    gate_keys: Tensor | None,
+    key_bias: Tensor | None,
+    hidden_scale: Tensor | None,
+    activation: str,
+    norm: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The selected units of some tokens: h, index, z and the other half."""
+    z_TF, other_TF = _units(x, keys, gate_keys, key_bias)
+    index, z_TK = x.new_empty(x.shape[0], k, dtype=torch.int32), x.new_empty(x.shape[0], k)
     other_TK = None if other_TF is None else torch.empty_like(z_TK)
     h_TK = torch.empty_like(z_TK)
-    norm_F = torch.linalg.vector_norm(values, dim=1, dtype=torch.float32) if norm_aware else None
     scale = None if hidden_scale is None else rows(hidden_scale)
-    topk.select(rows(z_TF), other_TF, scale, norm_F, index, z_TK, other_TK, h_TK, activation)
-    out = _product(values, index, h_TK, sparse)
-    return out, index, z_TK, absent(x) if other_TK is None else other_TK
+    topk.select(rows(z_TF), other_TF, scale, norm, index, z_TK, other_TK, h_TK, activation)
+    return h_TK, index, z_TK, absent(x) if other_TK is None else other_TK
+
+
+def _sorted(
+    x: Tensor,
+    keys: Tensor,
+    k: int,
+    gate_keys: Tensor | None,
+    key_bias: Tensor | None,
+    hidden_scale: Tensor | None,
+    activation: str,
+    norm: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same beyond ``topk.MAX_F`` units: torch sorts them."""
+    z_TF, other_TF = _units(x, keys, gate_keys, key_bias)
+    h_TF = hidden(activation, z_TF, other_TF, hidden_scale)
+    index = stable_topk(h_TF.abs() if norm is None else h_TF.abs() * norm, k)
+    other_TK = absent(x) if other_TF is None else other_TF.gather(1, index)
+    return h_TF.gather(1, index), index.to(torch.int32), z_TF.gather(1, index), other_TK
 
 
 @on_device
@@ -123,43 +177,46 @@ class _Gathered:
 
 
 class _Dense:
-    """The same out of torch's dense products."""
+    """The same out of torch's dense products, a block of tokens at a time; several blocks are summed in fp32."""
 
     def __init__(self, index: Tensor, n_units: int) -> None:
         self.index, self.n_units = index.long(), n_units
 
     def both_gradients(self, grad: Tensor, values: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        dvalues = (self._matrix(h.to(grad.dtype)).t() @ grad).to(values.dtype)
-        return dvalues, (grad @ values.to(grad.dtype).t()).gather(1, self.index).float()
+        h, across = h.to(grad.dtype), values.to(grad.dtype).t()
+        dvalues: Any = None
+        dh = []
+        for part in blocks(grad, self.n_units):
+            dvalues = _plus(dvalues, self._matrix(h, part).t() @ grad[part])
+            dh.append((grad[part] @ across).gather(1, self.index[part]).float())
+        return dvalues.to(values.dtype), _joined(dh)
 
     def gradients(self, dz: Tensor, keys: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        dz_TF = self._matrix(dz.to(x.dtype))
-        return dz_TF @ keys.to(x.dtype), (dz_TF.t() @ x).to(keys.dtype)
+        dz, narrow = dz.to(x.dtype), keys.to(x.dtype)
+        dkeys: Any = None
+        dx = []
+        for part in blocks(x, self.n_units):
+            dz_TF = self._matrix(dz, part)
+            dkeys = _plus(dkeys, dz_TF.t() @ x[part])
+            dx.append(dz_TF @ narrow)
+        return _joined(dx), dkeys.to(keys.dtype)
 
     def sums(self, dz: Tensor, bias: Tensor) -> Tensor:
-        return self._matrix(dz).sum(0).to(bias.dtype)
+        total: Any = None
+        for part in blocks(dz, self.n_units):
+            total = _plus(total, self._matrix(dz, part).sum(0))
+        return total.to(bias.dtype)
 
-    def _matrix(self, selected: Tensor) -> Tensor:
-        return _densify(selected, self.index, self.n_units)
+    def _matrix(self, selected: Tensor, part: slice) -> Tensor:
+        return _densify(selected[part], self.index[part], self.n_units)
 
 
-def _sorted(
-    z_TF: Tensor,
-    other_TF: Tensor | None,
-    values: Tensor,
-    k: int,
-    hidden_scale: Tensor | None,
-    activation: str,
-    norm_aware: bool,
-    sparse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The forward pass beyond ``topk.MAX_F`` units: torch sorts them."""
-    h_TF = hidden(activation, z_TF, other_TF, hidden_scale)
-    index = stable_topk(rank(h_TF, values, norm_aware), k)
-    h_TK = h_TF.gather(1, index)
-    out = _product(values, index, h_TK, sparse)
-    other_TK = absent(z_TF) if other_TF is None else other_TF.gather(1, index)
-    return out, index.to(torch.int32), z_TF.gather(1, index), other_TK
+def _plus(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total.float().add_(more)
+
+
+def _joined(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _product(values: Tensor, index: Tensor, h: Tensor, sparse: bool) -> Tensor:
