@@ -202,9 +202,9 @@ class _Dense:
         return _joined(dx), dkeys.to(keys.dtype)
 
     def sums(self, dz: Tensor, bias: Tensor) -> Tensor:
-        total: Any = None
+        total = dz.new_zeros(self.n_units)
         for part in blocks(dz, self.n_units):
-            total = _plus(total, self._matrix(dz, part).sum(0))
+            total += self._matrix(dz, part).sum(0)
         return total.to(bias.dtype)
 
     def _matrix(self, selected: Tensor, part: slice) -> Tensor:
