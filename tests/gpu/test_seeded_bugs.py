@@ -153,7 +153,7 @@ FAULTS: dict[str, tuple[ModuleType, str, str, Callable[[], Any]]] = {
     "gate left out of the sum": (combine, "        if GATED:", "        if False:", plain),
     "a token's sum cut short": (combine, "for j in range(0, K)", "for j in range(0, K - 1)", one_sum),
     "parts that overlap": (outer, "end = tl.minimum(end, begin + length)", "end = end", in_parts),
-    "a part forgotten": (combine, "for i in range(0, n_parts)", "for i in range(1, n_parts)", in_parts),
+    "a part forgotten": (combine, "for _ in range(0, n_parts)", "for _ in range(1, n_parts)", in_parts),
     "tail of an expert's rows not masked": (outer, "ok = p < end", "ok = p >= 0", plain),
     "reduction left out of the weights' gradient": (outer, "        if SCALE:", "        if False:", plain),
     "decode reads the wrong token": (decode, "(slot // K).to(tl.int64)", "slot.to(tl.int64)", decoded),
