@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from sparse_ffn import info, native
+from sparse_ffn.ops.products import supported
 
 
 def describe(device: torch.device) -> dict[str, str]:
@@ -21,6 +22,7 @@ def describe(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": info.version("triton"),
         "torch's CPU capability": torch.backends.cpu.get_cpu_capability(),
+        "16-bit instructions": ", ".join(filter(supported, ("avx512_bf16", "amx_tile"))) or "none",
         "native core": native.PROBLEM or native.instruction_set(),
         "backend": info.chosen(device),
         LOAD: load_average(),

@@ -41,9 +41,11 @@ def _slow_dtypes() -> tuple[torch.dtype, ...]:
     """16-bit dtypes that torch multiplies without instructions for them."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return ()  # unknown here
-    slow = () if _supported("avx512_bf16") or _supported("amx_tile") else (torch.bfloat16,)
-    return slow if _supported("amx_fp16") else (*slow, torch.float16)
+    if supported("amx_tile"):
+        return ()  # such processors have AVX512-FP16 too, which torch has no question for
+    return (torch.float16,) if supported("avx512_bf16") else (torch.bfloat16, torch.float16)
 
 
-def _supported(instructions: str) -> bool:
+def supported(instructions: str) -> bool:
+    """Whether the processor has ``"avx512_bf16"`` or ``"amx_tile"``, and torch uses it."""
     return bool(getattr(torch.cpu, f"_is_{instructions}_supported", lambda: False)())
