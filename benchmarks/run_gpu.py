@@ -142,7 +142,10 @@ def parts(out: Path, *, rehearse: bool) -> list[Part]:
             Part("page", 200, _page(out), ("python:matplotlib",)),
         ]
     chosen = "test_cvmm_of_any_size or test_expert_ffn_of_any_size or test_weighted_bag or stable_topk"
-    checked = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *pytest, "tests/gpu", "-k", chosen)
+
+    def checked(tool: str) -> tuple[str, ...]:
+        return ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *pytest, "tests/gpu", "-k", chosen)
+
     targets = ("--shapes", "16384,1024,64,256,8", "16384,1024,64,128,8", "--dtype", "bf16", "--layers", "moe")
     marked, built = ("tests/gpu", "tests/test_cuda.py", "-m", "gpu"), untuned | libraries
     uncached = untuned | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else a write past a tensor lands in torch's own pool
@@ -152,12 +155,13 @@ def parts(out: Path, *, rehearse: bool) -> list[Part]:
         Part("build", 60, ("csrc/build.sh", str(out / "native"))),
         Part("tests-gpu", 60, (*pytest, *marked), ("python:pytest",), built),
         Part("tests-compiled", 90, (*pytest, *workers, "tests/gpu", "-m", "not gpu"), ("python:pytest",), untuned),
-        Part("layers", 150, bench("layers", "bench_layers", "--seconds", "1", *both), (), built),
+        Part("layers", 130, bench("layers", "bench_layers", "--seconds", "1", *both), (), built),
         Part("cvmm", 50, bench("cvmm", "bench_cvmm", "--seconds", "0.7", *both), (), untuned),
         Part("sweeps", 60, bench("sweeps", "sweeps", "--seconds", "0.7", "--dtype", "bf16"), (), untuned),
         Part("tune", 50, (python, "-m", "sparse_ffn.tune", "--seconds", "40", "--dtype", "bf16"), (), tuned),
         Part("tuned", 20, bench("tuned", "bench_layers", "--seconds", "1", "--peers", "none", *targets), (), tuned),
-        Part("sanitizer", 25, checked, ("compute-sanitizer", "python:pytest"), uncached),
+        Part("sanitizer", 25, checked("memcheck"), ("compute-sanitizer", "python:pytest"), uncached),
+        Part("races", 20, checked("racecheck"), ("compute-sanitizer", "python:pytest"), untuned),
         Part("page", 15, _page(out), ("python:matplotlib",)),
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -58,9 +59,20 @@ def test_tf32_where_torch_allows_it(op: str, monkeypatch: pytest.MonkeyPatch) ->
     assert all(torch.equal(again[name], plain[name]) for name in plain)
 
 
-def test_a_training_step_in_a_cuda_graph() -> None:
-    layer = sf.SigmaMoE(64, 16, 32, 4, device="cuda")
-    x = torch.randn(512, 64, device="cuda")
+@pytest.mark.parametrize("tokens", [1, 512])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: sf.SigmaMoE(64, 16, 32, 4, device="cuda"),
+        lambda: sf.SoftmaxMoE(64, 4, 32, 2, glu=True, activation="silu", device="cuda"),
+        lambda: sf.TopKFFN(64, 256, 16, device="cuda"),
+        lambda: sf.ProductKeyMemory(64, 16, 8, n_heads=2, device="cuda"),
+    ],
+    ids=["sorted", "dense", "topk", "pkm"],
+)
+def test_a_training_step_in_a_cuda_graph(make: Callable[[], sf.SparseFFN], tokens: int) -> None:
+    layer = make()
+    x = torch.randn(tokens, 64, device="cuda")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compiles and warms up
