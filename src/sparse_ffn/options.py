@@ -24,7 +24,8 @@ class CheckedOptions:
 
     def __new__(cls: type[T], *args: Any, **options: Any) -> T:
         """Check the names of the options."""
-        check_options(cls, options)
+        if options:  # copies and pickles have none
+            check_options(cls, options)
         return super().__new__(cls)
 
 
