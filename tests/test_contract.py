@@ -553,6 +553,7 @@ def test_router_bias_stays_fp32_when_the_model_is_converted() -> None:
         assert layer.router.bias.dtype == torch.float32
         assert layer.router.bias[0].item() == pytest.approx(1.001)
     assert layer.double().router.bias.dtype == torch.float64
+    assert sf.SigmaMoE(8, 4, 4, 2, balance="bias", dtype=torch.float64).router.bias.dtype == torch.float64
 
 
 def test_slots_that_only_dropped_experts_could_fill_are_no_load() -> None:

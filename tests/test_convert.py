@@ -250,6 +250,63 @@ def test_every_mixture_is_exact_at_all_experts(kind: type[Any], init: str) -> No
         same(sf.from_dense(dense, sf.SoftmaxMoEConfig(n_experts=4, k=4, order="before")), dense)
 
 
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        *(kind(n_experts=5, k=5) for kind in config.CONFIGS if issubclass(kind, config.ExpertsConfig)),
+        sf.SoftmaxMoEConfig(n_experts=5, k=5, order="before"),
+        sf.TopKFFNConfig(k=15),
+        sf.DenseFFNConfig(),
+    ],
+    ids=lambda chosen: type(chosen).__name__,
+)
+def test_fp64_stays_fp64(chosen: config.FFNConfig) -> None:
+    dense = Mlp("gelu", d_ff=15).double()
+    x = torch.randn(9, 6, dtype=torch.float64)
+    layer = sf.from_dense(dense, chosen).eval()
+    torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(sf.to_dense(layer)(x), dense(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [sf.SigmaMoEConfig, sf.SwitchMoEConfig, sf.NoisyTopKMoEConfig])
+def test_copies_of_an_fp64_ffn_are_scaled_in_fp64(kind: type[Any]) -> None:
+    dense = Mlp("gelu").double()
+    x = torch.randn(9, 6, dtype=torch.float64)
+    layer = sf.from_dense(dense, kind(n_experts=7, k=3, init="upcycle")).eval()
+    nn.init.zeros_(layer.router.weight)  # what the values were divided for
+    torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [sf.MoEConfig, sf.SigmaMoEConfig, sf.SoftmaxMoEConfig])
+def test_the_mean_that_calibration_corrects_is_that_of_fp64(kind: type[Any]) -> None:
+    dense = Mlp("gelu").double()
+    x = torch.randn(50, 6, dtype=torch.float64)
+    layer = sf.from_dense(dense, kind(n_experts=4, k=1), inputs=x).eval()
+    assert (layer(x) - dense(x)).abs().max() > 1e-3
+    torch.testing.assert_close(layer(x).mean(0), dense(x).mean(0), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("init", ["split", "cluster", "upcycle"])
+@pytest.mark.parametrize("bias", [False, (True, False), (False, True)])
+def test_biases_that_an_ffn_lacks_are_zeros(init: str, bias: Any) -> None:
+    dense = Mlp("gelu", bias=bias)
+    k = 2 if init == "upcycle" else 4
+    layer = sf.from_dense(dense, sf.MoEConfig(router="open", n_experts=4, k=k, init=init, bias=True))
+    assert layer.key_bias is not None
+    assert layer.out_bias is not None
+    same(layer, dense)
+
+
+def test_a_glu_without_biases_takes_zeros_too() -> None:
+    dense = Gated()
+    for kind in (dataclasses.replace(OPEN, bias=True), sf.TopKFFNConfig(k=16, bias=True), sf.DenseFFNConfig(bias=True)):
+        layer = sf.from_dense(dense, kind)
+        assert not layer.key_bias.any()
+        same(layer, dense)
+    with pytest.raises(ValueError, match="bias = False contradicts the FFN, which has True"):
+        sf.from_dense(Mlp(), dataclasses.replace(OPEN, bias=False))  # its biases would be lost
+
+
 def test_topk_is_exact_at_all_units_and_keeps_the_largest_below() -> None:
     dense = Mlp(bias=(True, True))
     same(sf.from_dense(dense, sf.TopKFFNConfig(k=16)), dense)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from sparse_ffn.convert.config import ExpertsConfig, FFNConfig
 from sparse_ffn.convert.partition import balanced_kmeans, contiguous, product_grid
 from sparse_ffn.convert.router import centre, fit_router, mean_keys
-from sparse_ffn.convert.weights import PAD, FFNWeights
+from sparse_ffn.convert.weights import PAD, FFNWeights, wide
 from sparse_ffn.layers import MoE, ProductKeyMemory, SparseFFN
 from sparse_ffn.routing.routers import OpenRouter
 
@@ -140,18 +140,17 @@ def coactivation(ffn: FFNWeights, inputs: Tensor, n_tokens: int = 2048) -> Tenso
 
     A plain unit counts where it is on: the small negative values of GELU and SiLU tie no units together.
     """
-    h = ffn.hidden(inputs[:n_tokens].to(ffn.keys)).float()
+    h = wide(ffn.hidden(inputs[:n_tokens].to(ffn.keys)))
     h = torch.relu(h) if ffn.gate_keys is None else h.abs()
-    sizes: Tensor = h * ffn.values.float().norm(dim=1)
+    sizes: Tensor = h * wide(ffn.values).norm(dim=1)
     return sizes.t()
 
 
 def gate_at_zero(layer: MoE) -> float:
     """The weight of a selected expert where all logits are zero."""
     index_TK = torch.arange(layer.k, device="cpu").unsqueeze(0)
-    return layer.router.gate(torch.zeros(1, layer.n_experts, dtype=torch.float32, device="cpu"), index_TK, None)[
-        0, 0
-    ].item()
+    logits_TE = wide(torch.zeros(1, layer.n_experts, dtype=layer.values.dtype, device="cpu"))
+    return layer.router.gate(logits_TE, index_TK, None)[0, 0].item()
 
 
 def _correct(layer: MoE, ffn: FFNWeights, inputs: Tensor) -> str:
@@ -161,7 +160,7 @@ def _correct(layer: MoE, ffn: FFNWeights, inputs: Tensor) -> str:
     x = inputs.to(ffn.keys)
     done = ""
     routing = layer.router(x)
-    index, gate = routing.index_TK.flatten(), routing.gate_TK.flatten().float()
+    index, gate = routing.index_TK.flatten(), routing.gate_TK.flatten()
     count = gate.new_zeros(layer.n_experts).index_add_(0, index, torch.ones_like(gate))
     mean = torch.zeros_like(count).index_add_(0, index, gate) / count.clamp_min(1)
     mean = torch.where(count > 0, mean, mean[count > 0].mean())
@@ -169,7 +168,7 @@ def _correct(layer: MoE, ffn: FFNWeights, inputs: Tensor) -> str:
         layer.values.mul_((gate_at_zero(layer) / mean).view(-1, 1, 1).to(layer.values.dtype))
         done += ", rescaled by mean gates"
     if layer.out_bias is not None:
-        layer.out_bias.add_((ffn.output(x).float() - layer(x).float()).mean(0).to(layer.out_bias.dtype))
+        layer.out_bias.add_((wide(ffn.output(x)) - wide(layer(x))).mean(0).to(layer.out_bias.dtype))
         done += ", output bias corrected"
     layer._last = None
     layer.train(training)

@@ -24,7 +24,8 @@ class FFNConfig:
     Args:
         init: what the new layer starts from; each config says which words it takes. ``"fresh"`` is the layer's own
             initialisation.
-        activation: as the layers'. With an ``init`` that carries weights it must be the FFN's or None.
+        activation: as the layers'. With an ``init`` that carries weights it must be the FFN's or None, as ``glu`` and
+            ``bias``, but that ``bias=True`` gives zero biases to an FFN without.
         dropout: on the hidden units.
         init_scale: of a fresh layer.
         n_layers: of a fresh layer.
@@ -64,7 +65,9 @@ class FFNConfig:
         for name, value in wanted.items():
             own = getattr(self, name)
             found[name] = value if own is None else own
-            if self.init != "fresh" and name != "dropout" and found[name] != value:
+            if name == "dropout" or (name == "bias" and own):  # biases that an FFN lacks are zeros
+                continue
+            if self.init != "fresh" and found[name] != value:
                 raise ValueError(
                     f"{name} = {own!r} contradicts the FFN, which has {value!r}, and init={self.init!r} keeps its "
                     'function: leave it out, or take init="fresh"'

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_ffn.convert.weights import wide
+
 
 def contiguous(d_ff: int, n_experts: int) -> Tensor:
     """The units of each expert [E, G], in their order."""
@@ -26,7 +28,7 @@ def balanced_kmeans(features_FC: Tensor, n_clusters: int, n_iters: int = 20) -> 
     Returns:
         int64 [E, G]: the units of each cluster, ascending. The same for the same features.
     """
-    point_FC = F.normalize(features_FC.float(), dim=1)
+    point_FC = F.normalize(wide(features_FC), dim=1)
     center_EC = _spread(point_FC, n_clusters)
     cluster_F = torch.full((len(point_FC),), -1, device=point_FC.device)
     for _ in range(n_iters):
@@ -60,7 +62,7 @@ def product_grid(keys_FD: Tensor, n: int) -> Tensor:
     Returns:
         int64 [n, n].
     """
-    first, second = keys_FD.float().chunk(2, dim=1)
+    first, second = wide(keys_FD).chunk(2, dim=1)
     row_NN = balanced_kmeans(first, n)
     center_NC = second[balanced_kmeans(second, n)].mean(1)
     grid_NN = torch.empty_like(row_NN)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_ffn.convert.weights import FFNWeights
+from sparse_ffn.convert.weights import FFNWeights, wide
 
 SMALL = 0.1  # standard deviation of logits at which gates hardly differ, while their order is free
 
@@ -21,10 +21,10 @@ def mean_keys(ffn: FFNWeights, n_experts: int) -> Tensor:
 
 
 def contributions(ffn: FFNWeights, n_experts: int, x_TD: Tensor) -> Tensor:
-    """Norm of each expert's part of the output, [T, E] in fp32."""
+    """Norm of each expert's part of the output, [T, E] in fp32 at least."""
     h_TEG = ffn.hidden(x_TD).view(len(x_TD), n_experts, -1)
     values_EGO = ffn.values.reshape(n_experts, -1, ffn.d_out)
-    return torch.stack([(h_TEG[:, e] @ values_EGO[e]).float().norm(dim=1) for e in range(n_experts)], dim=1)
+    return torch.stack([wide(h_TEG[:, e] @ values_EGO[e]).norm(dim=1) for e in range(n_experts)], dim=1)
 
 
 def fit_router(ffn: FFNWeights, n_experts: int, inputs: Tensor, n_steps: int = 20) -> Tensor:
@@ -42,7 +42,7 @@ def fit_router(ffn: FFNWeights, n_experts: int, inputs: Tensor, n_steps: int = 2
     x_TD = inputs.to(ffn.keys)
     part_TE = contributions(ffn, n_experts, x_TD).square()
     share_TE = part_TE / part_TE.sum(1, keepdim=True).clamp_min(1e-30)
-    x_TD = x_TD.float()
+    x_TD = wide(x_TD)
     scale = x_TD.square().mean().sqrt().clamp_min(1e-12)
     x_TD = x_TD / scale
     weight = x_TD.new_zeros(n_experts, x_TD.shape[1]).requires_grad_()
@@ -63,7 +63,8 @@ def centre(weight_ED: Tensor, inputs: Tensor | None) -> Tensor:
 
     What all experts share is taken off, which changes no ranking.
     """
-    weight_ED = weight_ED.float() - weight_ED.float().mean(0)
+    weight_ED = wide(weight_ED)
+    weight_ED = weight_ED - weight_ED.mean(0)
     x = None if inputs is None else inputs.to(weight_ED)
     size = weight_ED.norm(dim=1).mean() if x is None else F.linear(x, weight_ED).std()
     return weight_ED * (SMALL / size.clamp_min(1e-12))

@@ -19,7 +19,7 @@ from sparse_ffn.convert.found import Found
 from sparse_ffn.convert.linears import as_linear
 from sparse_ffn.convert.parents import misfit
 from sparse_ffn.convert.report import Report, Swap
-from sparse_ffn.convert.weights import FFNWeights
+from sparse_ffn.convert.weights import FFNWeights, wide
 from sparse_ffn.layers import MoE, SparseFFN
 
 _Slots = dict[int, list[tuple[nn.Module, str, str]]]
@@ -167,11 +167,11 @@ def moved(layer: SparseFFN, ffn: FFNWeights, inputs: Tensor) -> float:
     """Relative error of a layer's output: ‖layer(x) - ffn(x)‖ / ‖ffn(x)‖ over all inputs, in evaluation mode."""
     training = layer.training
     layer.eval()
-    y = layer(inputs).float()
+    y = wide(layer(inputs))
     layer.train(training)
     if isinstance(layer, MoE):
         layer._last = None
-    wanted = ffn.output(inputs).float()
+    wanted = wide(ffn.output(inputs))
     return float((y - wanted).norm() / wanted.norm().clamp_min(1e-30))
 
 

@@ -14,6 +14,11 @@ from sparse_ffn.ops.activations import hidden
 PAD = 8  # widths stay multiples of what kernels like
 
 
+def wide(x: Tensor) -> Tensor:
+    """The tensor in fp32 at least; fp64 stays fp64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @dataclass(frozen=True)
 class FFNWeights:
     """y = values.T h + out_bias, h = act(keys x + key_bias), or act(gate_keys x + gate_bias) * (keys x + key_bias).

@@ -100,7 +100,8 @@ class Router(CheckedOptions, nn.Module):
         self.k = k
         self.expert_dropout, self.init_scale = expert_dropout, init_scale
         self.weight = nn.Parameter(torch.empty(n_experts, d_model, device=device, dtype=dtype))
-        bias = torch.empty(n_experts, device=device, dtype=torch.float32) if selection_bias else None
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        bias = torch.empty(n_experts, device=device, dtype=wide) if selection_bias else None
         self.register_buffer("bias", bias)
         self.add_parameters()
         # slots counted since the last bias update; no buffer, since DDP would overwrite it with the first process's
