@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 import sparse_ffn as sf
-from sparse_ffn.convert import ConstantInput, config, config_from_dict, sparsify
+from sparse_ffn.convert import ConstantInput, config, config_from_dict, config_of, sparsify
 from sparse_ffn.convert.calibrate import Reservoir
 from sparse_ffn.convert.partition import balanced_assignment, balanced_kmeans
 from sparse_ffn.layers.shared_expert import SharedExpertMoE
@@ -102,6 +102,71 @@ def test_configs_have_the_layers_arguments_and_defaults(kind: type[config.FFNCon
 def test_configs_survive_json(kind: type[config.FFNConfig]) -> None:
     chosen = kind(init=kind.inits[0], dropout=0.1)
     assert config_from_dict(json.loads(json.dumps(chosen.to_dict()))) == chosen
+
+
+SIZES = {"d_ff", "k", "n_sub_keys", "n_experts", "expert_size"}
+CHOICES: dict[str, Any] = {
+    "activation": "gelu", "dropout": 0.1, "init_scale": 0.5, "d_ff": 20, "k": 3, "glu": True, "norm_aware": True,
+    "n_sub_keys": 5, "n_heads": 2, "query_dim": 4, "query_norm": "layer", "value_init": "standard", "sparse_grad": True,
+    "n_experts": 5, "expert_size": 8, "expert_dropout": 0.2, "balance": ("switch", "bias"), "order": "before",
+    "balance_weight": (0.1, 0.2), "balance_over": "sequence", "aux": "inject", "sync_balance": True, "n_iters": 5,
+    "router": "softmax_topk", "bias": None,
+}  # fmt: skip
+"""A value for each option of a layer that is not its default."""
+AFTERWARDS: dict[str, Any] = {
+    "k": 2, "dropout": 0.3, "expert_dropout": 0.4, "activation": "silu", "balance": ("entropy", "bias"), "n_iters": 7,
+    "balance_weight": (0.3, 0.4), "balance_over": "batch", "aux": "attach", "sync_balance": False, "norm_aware": False,
+    "sparse_grad": False, "init_scale": 2.0,
+}  # fmt: skip
+"""Other values, of those that may be set on a layer."""
+
+
+@pytest.mark.parametrize("kind", config.CONFIGS)
+def test_every_option_of_a_layer_is_read_back(kind: type[config.FFNConfig]) -> None:
+    names = {f.name for f in dataclasses.fields(kind)} - config.OF_CONVERSION - {"n_layers"}
+    choices = {name: CHOICES[name] for name in names}
+    default = config_of(kind.layer(6, d_out=7, **{name: choices[name] for name in names & SIZES}))
+    if "bias" in names:
+        choices["bias"] = not default.bias
+    chosen = kind(init="fresh", **choices)
+    assert {name for name in names if getattr(default, name) != choices[name]} == names - SIZES
+    layer = chosen.layer(6, d_out=7, **chosen.arguments())
+    assert config_of(layer) == chosen
+
+    later = {name: value for name, value in AFTERWARDS.items() if name in names}
+    for name, value in later.items():
+        setattr(layer if hasattr(layer, name) else layer.router, name, value)
+    assert config_of(layer) == dataclasses.replace(chosen, **later)
+    made = dataclasses.replace(chosen, init_scale=1.0, n_layers=8)  # c = sqrt(2/8)
+    assert config_of(made.layer(6, d_out=7, **made.arguments())) == dataclasses.replace(chosen, init_scale=0.5)
+
+
+@pytest.mark.parametrize("router", ["sigmoid", "softmax", "softmax_topk", "sinkhorn", "noisy_topk", "open"])
+def test_routers_are_read_back_by_name(router: str) -> None:
+    layer = sf.MoE(6, 4, 3, 2, router=router)
+    assert config_of(layer).router == router
+    for module, name in ((layer, "keys"), (layer.router, "weight")):  # torch gives both classes of their own
+        parametrizations.weight_norm(module, name)
+    assert config_of(layer).router == router
+
+
+class Own(sf.SigmaMoE):
+    """A user's layer."""
+
+
+def test_what_no_config_can_say_is_an_error() -> None:
+    with pytest.raises(TypeError, match="no config is for Own: there are DenseFFNConfig"):
+        config_of(Own(6, 4, 3, 2))
+    with pytest.raises(TypeError, match="layer must be a layer of sparse_ffn, got Linear"):
+        config_of(nn.Linear(6, 6))
+    layer = sf.SigmaMoE(6, 4, 3, 2)
+    layer.router = OwnRouter(6, 4, 2)
+    with pytest.raises(ValueError, match=r"no SigmaMoEConfig makes a layer with this router, OwnRouter\(6"):
+        config_of(layer)
+    layer = sf.MoE(6, 4, 3, 2, router="sinkhorn")
+    layer.router.n_iters = 9
+    with pytest.raises(ValueError, match=r"no MoEConfig makes .* n_iters=9"):
+        config_of(layer)
 
 
 @pytest.mark.parametrize("kind", config.CONFIGS)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
+import weakref
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import sparse_ffn as sf
+from sparse_ffn.routing import SigmoidRouter
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -64,6 +70,147 @@ def test_a_converted_model_is_saved_and_loaded(name: str, tmp_path: Path) -> Non
     assert str(loaded) == str(model)
     loaded.save_pretrained(tmp_path / "again")  # the record survives
     assert torch.equal(logits(from_pretrained(str(tmp_path / "again"))), logits(model))
+
+
+def test_what_is_set_on_a_layer_after_the_conversion_is_saved(tmp_path: Path) -> None:
+    model = model_of("LlamaForCausalLM")
+    report = sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, k=1))
+    first, second = (layer.mlp for layer in model.model.layers)
+    first.k, first.aux = 3, "inject"
+    record_conversion(model, report)
+    second.k, second.dropout, second.router.expert_dropout, second.balance_weight = (
+        2,
+        0.25,
+        0.5,
+        (0.1,),
+    )  # and after that
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(str(tmp_path))
+    assert str(loaded) == str(model)
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.model.layers[0].mlp.k = 4  # a loaded model is saved the same way
+    loaded.save_pretrained(tmp_path / "again")
+    assert str(from_pretrained(str(tmp_path / "again"))) == str(loaded)
+
+
+def test_copies_and_pickles_record_their_own_layers(tmp_path: Path) -> None:
+    model = model_of("LlamaForCausalLM")
+    record_conversion(model, sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, k=1)))
+    model.model.layers[0].mlp.k = 2
+    twin, config = copy.deepcopy(model), copy.deepcopy(model.config)
+    twin.model.layers[0].mlp.k = 3
+    pickled = pickle.loads(pickle.dumps(model))
+    for made, k in ((model, 2), (twin, 3), (pickled, 2)):
+        made.save_pretrained(tmp_path)
+        assert from_pretrained(str(tmp_path)).model.layers[0].mlp.k == k
+    assert config.sparse_ffn["model.layers.0.mlp"]["k"] == 2
+    config, model = model.config, weakref.ref(model)
+    gc.collect()
+    assert model() is None  # a config keeps no model alive
+    assert config.to_dict()["sparse_ffn"]["model.layers.0.mlp"]["k"] == 2
+
+
+def test_a_layer_that_the_record_cannot_describe_is_an_error_when_it_is_saved(tmp_path: Path) -> None:
+    model = model_of("LlamaForCausalLM")
+    report = sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, k=1))
+    record_conversion(model, report)
+
+    class Own(SigmoidRouter):
+        pass
+
+    model.model.layers[1].mlp.router = Own(16, 4, 1)
+    for act in (lambda: record_conversion(model, report), lambda: model.save_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp cannot be recorded: .*Own"):
+            act()
+
+
+def test_a_layer_that_became_dense_again_is_recorded_as_what_it_is(tmp_path: Path) -> None:
+    model = model_of("LlamaForCausalLM")
+    record_conversion(model, sf.sparsify_(model, sf.MoEConfig(router="open", n_experts=4, k=4)))
+    model.model.layers[0].mlp = sf.to_dense(model.model.layers[0].mlp)
+    model.model.layers[1].mlp = model_of("LlamaForCausalLM").model.layers[1].mlp  # transformers' own
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(str(tmp_path))
+    assert type(loaded.model.layers[0].mlp) is sf.DenseFFN
+    assert type(loaded.model.layers[1].mlp) is type(model.model.layers[1].mlp)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+ZAMBA = {
+    **SIZES, "num_hidden_layers": 6, "attention_hidden_size": 32, "num_key_value_heads": 2, "n_mamba_heads": 2,
+    "mamba_d_state": 4, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1,
+}  # fmt: skip
+
+
+class TiedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(self.act(self.fc1(x)))
+
+
+class TiedConfig(transformers.PreTrainedConfig):
+    model_type = "tied"
+    tie_word_embeddings: bool = True
+
+
+transformers.AutoConfig.register("tied", TiedConfig)
+
+
+class TiedModel(transformers.PreTrainedModel):
+    """Its ties name parameters that are gone when its FFNs are converted."""
+
+    config_class = TiedConfig
+    base_model_prefix = "model"
+    _tied_weights_keys: ClassVar = {
+        f"blocks.{i}.{n}": f"blocks.0.{n}" for i in (1, 2) for n in TiedBlock().state_dict()
+    }
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.embedding = nn.Embedding(32, 16)
+        self.blocks = nn.ModuleList([TiedBlock() for _ in range(4)])  # the last one is its own
+        self.post_init()
+
+    def forward(self, input_ids: Tensor) -> Any:
+        x = self.embedding(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return SimpleNamespace(logits=x)
+
+
+def tied(kind: str) -> Any:
+    torch.manual_seed(0)
+    if kind == "explicit":
+        return TiedModel(TiedConfig()).eval()
+    return transformers.ZambaForCausalLM(transformers.ZambaConfig(**ZAMBA)).eval()
+
+
+@pytest.mark.parametrize("balance", ["entropy", "bias"])  # the latter has a buffer
+@pytest.mark.parametrize("kind", ["Zamba", "explicit"])
+def test_a_model_whose_blocks_are_tied_is_saved_and_loaded(kind: str, balance: str, tmp_path: Path) -> None:
+    model = tied(kind)
+    report = sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, k=2, balance=balance, init="cluster"))
+    layers = list(dict.fromkeys(m for m in model.modules() if isinstance(m, sf.SigmaMoE)))
+    assert (len(report.swaps), len(layers)) == ((2, 1) if kind == "Zamba" else (4, 2))
+    if balance == "bias":
+        for layer in layers:
+            layer.router.bias.copy_(torch.randn(4))
+    record_conversion(model, report)
+    layers[0].k = 3
+    model.save_pretrained(tmp_path)
+    loaded, found = from_pretrained(str(tmp_path), type(model), output_loading_info=True)
+    assert not any(found.values())
+    assert len({id(m) for m in loaded.modules() if isinstance(m, sf.SigmaMoE)}) == len(layers)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(logits(loaded), logits(model))
+    for made in (model, loaded):
+        made.tie_weights()  # as resizing the vocabulary does
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(from_pretrained(str(tmp_path / "again"), type(model))), logits(model))
 
 
 def test_the_config_is_taken_from_where_the_weights_are(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from sparse_ffn.convert.config import SoftmaxMoEConfig as SoftmaxMoEConfig
 from sparse_ffn.convert.config import SwitchMoEConfig as SwitchMoEConfig
 from sparse_ffn.convert.config import TopKFFNConfig as TopKFFNConfig
 from sparse_ffn.convert.config import config_from_dict as config_from_dict
+from sparse_ffn.convert.config_of import config_of as config_of
 from sparse_ffn.convert.moe_layer import from_moe_layer as from_moe_layer
 from sparse_ffn.convert.moe_layer import to_moe_layer as to_moe_layer
 from sparse_ffn.convert.report import Report as Report

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import transformers
 
-from sparse_ffn.convert import Report, config_from_dict, sparsify_
+from sparse_ffn.convert import Report, config_from_dict, config_of, sparsify_
+from sparse_ffn.integrations.ties import shared, tie, tied
 from sparse_ffn.layers import SparseFFN
 
 KEY = "sparse_ffn"  # of the record in config.json
@@ -22,21 +24,71 @@ WHERE = (
 def record_conversion(model: Any, report: Report) -> None:
     """Write what ``sparsify_`` did into ``model.config``, so that ``save_pretrained`` saves it with the weights.
 
-    After it every way to save works: ``model.save_pretrained``, the Trainer's checkpoints, ``push_to_hub``. Load with
-    ``from_pretrained`` of this module. For a model that was converted in several steps, call it after each.
+    After it every way to save works: ``model.save_pretrained``, the Trainer's checkpoints, ``push_to_hub``. Each saves
+    the layers' options as they then are. Load with ``from_pretrained`` of this module. For a model that was converted
+    in several steps, call it after each.
 
     Args:
         model: a ``transformers.PreTrainedModel`` that ``sparsify_`` converted.
         report: what ``sparsify_`` returned.
 
     Raises:
-        ValueError: the report names a module that the model does not have.
+        ValueError: the report names a module that the model does not have, or no config can say what a layer is.
     """
-    names = {name for name, _ in model.named_modules()}
-    missing = [name for name in report.names if name not in names]
+    places = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    missing = [name for name in report.names if name not in places]
     if missing:
         raise ValueError(f"report is of another model: this one has no {', '.join(map(repr, missing))}")
-    setattr(model.config, KEY, {**(getattr(model.config, KEY, None) or {}), **report.to_dict()})
+    tie(model)
+    _record(model, {**(getattr(model.config, KEY, None) or {}), **report.configs})
+
+
+class Record(dict[str, Any]):
+    """The configs of a model's converted layers by name; a copy, and so what is saved, has the layers' present options.
+
+    Args:
+        model: what has the layers. The record does not keep it alive.
+        configs: as ``Report.to_dict`` gives them.
+    """
+
+    def __init__(self, model: Any, configs: dict[str, Any]) -> None:
+        super().__init__(configs)
+        self._model = weakref.ref(model)
+
+    def now(self) -> dict[str, Any]:
+        """The configs as the layers are now; places that hold no layer any more are left out."""
+        model = self._model()
+        if model is None:
+            return dict(self)
+        found = _present(model, self)
+        self.update(found)
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        twin = memo.get(id(self._model()))  # there if the whole model is being copied
+        return self.now() if twin is None else Record(twin, self.now())
+
+    def __reduce__(self) -> Any:
+        return dict, (self.now(),)
+
+
+def _record(model: Any, names: Iterable[str]) -> None:
+    setattr(model.config, KEY, Record(model, _present(model, names)))
+
+
+def _present(model: Any, names: Iterable[str]) -> dict[str, Any]:
+    """The config of the layer that is now at each of these places, if there is one."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name not in names or not (layers := [m for m in module.modules() if isinstance(m, SparseFFN)]):
+            continue
+        try:
+            if len(layers) > 1:
+                raise ValueError(f"it holds {len(layers)} layers")
+            found[name] = config_of(layers[0]).to_dict()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name} cannot be recorded: {error}") from error
+    return found
 
 
 def from_pretrained(path: str, model_class: type[Any] | None = None, **options: Any) -> Any:
@@ -73,12 +125,19 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
     class Converted(base):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            _convert(self, record)
+            with tied(self):
+                _convert(self, record)
+            tie(self)
+
+        def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
+            super().mark_tied_weights_as_initialized(loading_info)
+            loading_info.missing_keys -= shared(self).keys()  # a layer in several places is loaded in one
 
     Converted.__name__, Converted.__module__ = base.__name__, base.__module__  # some models look for it in their module
     wants_info = options.pop("output_loading_info", False)
     model, info = Converted.from_pretrained(path, config=config, output_loading_info=True, **options)
     model.__class__ = base
+    _record(model, _places(model, record))
     _check_loaded(model, info["missing_keys"])
     return (model, info) if wants_info else model
 
@@ -93,11 +152,16 @@ def _check_loaded(model: Any, missing: Iterable[str]) -> None:
 
 def _convert(model: Any, record: dict[str, dict[str, Any]]) -> None:
     """Layers of the recorded shapes in the recorded places; the weights are those of the checkpoint."""
-    prefix = f"{model.base_model_prefix}."
-    names = {name for name, _ in model.named_modules()}
+    configs = {name: config_from_dict(values) for name, values in _places(model, record).items()}
+    sparsify_(model, {name: dataclasses.replace(config, init="fresh") for name, config in configs.items()})
 
-    def here(name: str) -> str:  # a model without its head lacks a prefix, and the other way round
+
+def _places(model: Any, record: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The record with this model's names: without its head it lacks a prefix, and the other way round."""
+    prefix = f"{model.base_model_prefix}."
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+
+    def here(name: str) -> str:
         return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in names), name)
 
-    configs = {here(name): config_from_dict(values) for name, values in record.items()}
-    sparsify_(model, {name: dataclasses.replace(config, init="fresh") for name, config in configs.items()})
+    return {here(name): values for name, values in record.items()}

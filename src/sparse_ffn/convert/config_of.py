@@ -1,0 +1,62 @@
+"""config_of: the config that a layer's present options amount to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from sparse_ffn.convert.config import CONFIGS
+from sparse_ffn.convert.config_base import FFNConfig
+from sparse_ffn.convert.config_experts import MoEConfig
+from sparse_ffn.layers import MoE, SparseFFN
+from sparse_ffn.routing.routers import ROUTERS, Router
+
+
+def config_of(layer: SparseFFN) -> FFNConfig:
+    """The config that makes layers of a layer's sizes and options, as they are now, with fresh weights.
+
+    Args:
+        layer: any; what was set on it after it was made (``layer.k = 2``) counts.
+
+    Raises:
+        TypeError: no layer of this library, or one of a class that no config is for.
+        ValueError: the layer has a router that its config does not make.
+    """
+    if not isinstance(layer, SparseFFN):
+        raise TypeError(f"layer must be a layer of sparse_ffn, got {type(layer).__name__}")
+    kind: Any = next((kind for kind in CONFIGS if kind.layer is _own_class(layer)), None)
+    if kind is None:
+        raise TypeError(f"no config is for {type(layer).__name__}: there are {', '.join(c.__name__ for c in CONFIGS)}")
+    router = layer._own_router() if isinstance(layer, MoE) else None
+    names = [name for name in kind(init="fresh").arguments() if name != "router"]
+    meta: dict[str, Any] = {"device": "meta"}
+    options = {name: _option(layer, router, name) for name in names}
+    for choice in [{"router": name} for name in ROUTERS] if kind is MoEConfig else [{}]:
+        config: FFNConfig = kind(init="fresh", **options, **choice)
+        if router is None:
+            return config
+        twin: Any = config.layer(d_model=layer.d_model, d_out=layer.d_out, **config.arguments(), **meta)
+        if _facts(router) == _facts(twin.router):
+            return config
+    raise ValueError(f"no {kind.__name__} makes a layer with this router, {router}")
+
+
+def _option(layer: SparseFFN, router: Router | None, name: str) -> Any:
+    """What the argument of that name would have to be now."""
+    if name == "n_layers":
+        return None  # init_scale says it
+    if name in ("glu", "bias"):
+        return getattr(layer, "gate_keys" if name == "glu" else "out_bias") is not None
+    value = getattr(layer if hasattr(layer, name) else router, name)
+    return value[0] if name in ("balance", "balance_weight") and len(value) == 1 else value
+
+
+def _facts(router: Router) -> tuple[Any, ...]:
+    """What decides the function that a router computes: its class and all that its repr shows."""
+    return _own_class(router), router.extra_repr().replace("renormalize", "after")  # two names of one function
+
+
+def _own_class(module: nn.Module) -> type:
+    """The class without those that FSDP and parametrisations put before it."""
+    return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch."))
