@@ -581,6 +581,34 @@ def test_shared_modules_stay_shared_and_tied_parameters_stay_tied() -> None:
     same(model, dense)
 
 
+def test_tied_ffns_are_one_layer_from_the_calibration_of_all_of_them() -> None:
+    model = twins(*ALL)
+    with torch.no_grad():
+        model[1].norm.weight.mul_(torch.tensor([9.0, 1, 1, 1, 1, 1]))  # the two see different tokens
+    dense = copy.deepcopy(model)
+    calibration = sf.calibrate(model, [torch.randn(20, 6)])
+    config = sf.MoEConfig(router="open", n_experts=4, k=1, init="cluster")
+    report = sf.sparsify_(model, config, calibration=calibration)
+    layer, both = model[0].ffn, torch.cat([calibration["0.ffn"], calibration["1.ffn"]])
+    assert layer is model[1].ffn
+    torch.testing.assert_close(layer.eval()(both), sf.from_dense(dense[0].ffn, config, inputs=both).eval()(both))
+    for name, swap in zip(("0.ffn", "1.ffn"), report.swaps, strict=True):
+        wanted = dense[0].ffn(calibration[name])
+        error = (layer(calibration[name]) - wanted).norm() / wanted.norm()
+        assert swap.moved == pytest.approx(error.item(), rel=1e-3)
+    assert [swap.tied for swap in report.swaps] == [None, "0.ffn"]
+    assert "the layer of 0.ffn" in str(report)
+
+
+def test_the_report_counts_parameters_once_and_flops_in_each_place() -> None:
+    one = sf.sparsify_(nn.Sequential(Block()), OPEN).swaps[0]
+    shared, block = Mlp(), Block()
+    for model in (nn.Sequential(Block(shared), Block(shared)), nn.Sequential(block, block), twins(*ALL)):
+        first = str(sf.sparsify_(model, OPEN)).partition("\n")[0]
+        assert f"parameters {one.parameters[0]} -> {one.parameters[1]}" in first
+        assert f"FLOPs/token {2 * one.flops[0]} -> {2 * one.flops[1]}" in first
+
+
 def test_what_is_tied_to_something_else_is_left_and_listed() -> None:
     model = nn.Sequential(Block(), nn.Linear(6, 16), Block(), Block(), Block())
     model[1].weight = model[0].ffn.a.weight

@@ -31,6 +31,8 @@ class Swap:
     """Other names of the same module, which share the new layer."""
     moved: float | None = None
     """Relative error of the output on the calibration data, None without: ‖new - old‖ / ‖old‖."""
+    tied: str | None = None
+    """The earlier place whose layer this is too, for FFNs that had the same parameters."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,9 @@ class Report:
             rows.append((name, s.pattern, s.layer, _change(*s.parameters), _change(*s.flops), *moved, s.note))
         lines = [f"{len(self.swaps)} FFN{'' if len(self.swaps) == 1 else 's'} replaced"]
         if self.swaps:
-            lines[0] += (
-                f": parameters {_change(*self._total('parameters'))}, FLOPs/token {_change(*self._total('flops'))}"
-            )
+            parameters = _total(s.parameters for s in self.swaps if s.tied is None)
+            flops = _total(s.flops for s in self.swaps for _ in (s.name, *s.shared))
+            lines[0] += f": parameters {_change(*parameters)}, FLOPs/token {_change(*flops)}"
             widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
             lines += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines += _section("left: looked like an FFN", [f"{name}: {why}" for name, why in self.unknown.items()])
@@ -82,9 +84,10 @@ class Report:
     def _measured(self) -> bool:
         return any(swap.moved is not None for swap in self.swaps)
 
-    def _total(self, what: str) -> tuple[int, int]:
-        pairs = [getattr(swap, what) for swap in self.swaps]
-        return sum(before for before, _ in pairs), sum(after for _, after in pairs)
+
+def _total(pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    before, after = zip(*pairs, strict=True)
+    return sum(before), sum(after)
 
 
 def _section(title: str, entries: Iterable[str]) -> list[str]:

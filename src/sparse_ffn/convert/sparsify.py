@@ -69,17 +69,20 @@ def sparsify_(
     slots = _slots(model)
     wanted = _fitting(wanted, slots, unknown)
     identity = {f.name: _identity(f, configs[f.name]) for f in wanted}
+    free = _free(model, wanted, identity, slots, unknown)
+    samples = {f.name: None if calibration is None else _sample(f, calibration) for f in free}
+    places: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        places[module].append(name)
     plans: list[_Plan] = []
-    built: dict[object, nn.Module] = {}
-    for f in _free(model, wanted, identity, slots, unknown):
-        each = configs[f.name]
+    made: dict[object, _Made] = {}
+    for f in free:
+        key, each = identity[f.name], configs[f.name]
         assert each is not None
-        if calibration is not None and f.name not in calibration:
-            raise ValueError(
-                f"calibration has nothing for {f.name!r}, only for {list(calibration)}: give calibrate batches that "
-                "reach it and the same filter_fn, or leave it out with filter_fn"
-            )
-        plans.append(_plan(f, each, None if calibration is None else calibration[f.name], slots, built))
+        if key not in made:
+            seen = [rows for g in free if identity[g.name] == key and (rows := samples[g.name]) is not None]
+            made[key] = _make(f, each, torch.cat(seen) if seen else None)
+        plans.append(_plan(f, made[key], samples[f.name], places))
     _swap(model, plans, slots)
     return Report(tuple(p.swap for p in plans), unknown, skipped, _others(model, plans))
 
@@ -105,7 +108,7 @@ def from_dense(ffn: nn.Module, config: FFNConfig, *, inputs: Tensor | None = Non
     f = find_one(ffn)
     if (mixed := _mixed(f.weights())) is not None:
         raise ValueError(f"the FFN: {mixed}")
-    return _plan(f, config, None if inputs is None else inputs.reshape(-1, *inputs.shape[-1:]), {}, {}).module
+    return _make(f, config, None if inputs is None else _rows(f, inputs.reshape(-1, *inputs.shape[-1:]))).module
 
 
 def _check_config(config: object) -> None:
@@ -121,45 +124,79 @@ def _check_calibration(calibration: object) -> None:
 
 
 @dataclass(frozen=True)
+class _Made:
+    """What replaces an FFN, and all others that have the same parameters and become the same."""
+
+    name: str
+    """Of the first of them."""
+    module: nn.Module
+    built: Built
+
+
+@dataclass(frozen=True)
 class _Plan:
     found: Found
     module: nn.Module
     swap: Swap
 
 
-def _plan(f: Found, config: FFNConfig, inputs: Tensor | None, slots: _Slots, done: dict[object, nn.Module]) -> _Plan:
+def _sample(f: Found, calibration: Mapping[str, Tensor]) -> Tensor:
+    if f.name not in calibration:
+        raise ValueError(
+            f"calibration has nothing for {f.name!r}, only for {list(calibration)}: give calibrate batches that "
+            "reach it and the same filter_fn, or leave it out with filter_fn"
+        )
+    return _rows(f, calibration[f.name])
+
+
+def _rows(f: Found, inputs: Tensor) -> Tensor:
+    """Calibration that fits an FFN, in its dtype and on its device."""
+    ffn, name = f.weights(), f.name or "the FFN"
+    if inputs.dim() != 2 or inputs.shape[1] != ffn.d_model or not len(inputs):
+        raise ValueError(
+            f"{name}: its calibration must be [at least 1 token, d_model = {ffn.d_model}], got {list(inputs.shape)}"
+        )
+    if ffn.keys.is_meta:
+        raise ValueError(f"{name}: calibration needs numbers; a model on meta has none")
+    if not bool(inputs.isfinite().all()):
+        raise ValueError(f"{name}: its calibration must be finite")
+    return inputs.to(ffn.keys)
+
+
+def _plain(ffn: FFNWeights, rows: Tensor | None) -> tuple[FFNWeights, Tensor | None]:
+    """Without a gate bias: weights and inputs as a layer after a ``ConstantInput`` has them."""
+    if ffn.gate_bias is None:
+        return ffn, rows
+    return ffn.with_constant_input(), None if rows is None else ConstantInput()(rows)
+
+
+def _make(f: Found, config: FFNConfig, rows: Tensor | None) -> _Made:
     """Build what replaces an FFN, without touching the model."""
     ffn = f.weights()
-    wide = ffn.gate_bias is not None
-    if inputs is not None and (inputs.dim() != 2 or inputs.shape[1] != ffn.d_model or not len(inputs)):
-        raise ValueError(
-            f"{f.name or 'the FFN'}: its calibration must be [at least 1 token, d_model = {ffn.d_model}], "
-            f"got {list(inputs.shape)}"
-        )
-    if inputs is not None and ffn.keys.is_meta:
-        raise ValueError(f"{f.name or 'the FFN'}: calibration needs numbers; a model on meta has none")
-    if inputs is not None and not bool(inputs.isfinite().all()):
-        raise ValueError(f"{f.name or 'the FFN'}: its calibration must be finite")
-    rows = inputs if inputs is None else inputs.to(ffn.keys)
-    if wide and rows is not None:
-        rows = ConstantInput()(rows)
     try:
-        made: Built = build(config, ffn.with_constant_input() if wide else ffn, rows)
+        built = build(config, *_plain(ffn, rows))
     except (ValueError, TypeError) as error:
         raise type(error)(f"{f.name or 'the FFN'} ({f.pattern}, d_ff = {ffn.d_ff}): {error}") from error
-    parts: list[nn.Module] = [*([ConstantInput()] if wide else []), made.layer]
+    parts: list[nn.Module] = [*([] if ffn.gate_bias is None else [ConstantInput()]), built.layer]
     if f.out_dropout:
         parts.append(nn.Dropout(f.out_dropout))
     module = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
-    module = done.setdefault(_identity(f, config), module.train(f.module.training))
-    note = made.note + ("; a constant input carries the gate's bias" if wide else "")
+    return _Made(f.name, module.train(f.module.training), built)
+
+
+def _plan(f: Found, made: _Made, rows: Tensor | None, places: Mapping[nn.Module, list[str]]) -> _Plan:
+    ffn, layer = f.weights(), made.built.layer
+    note = made.built.note + ("" if ffn.gate_bias is None else "; a constant input carries the gate's bias")
+    plain, inputs = _plain(ffn, rows)
     swap = Swap(
-        f.name, f.pattern, _describe(made.layer), made.config,
-        (ffn.n_parameters(), made.layer.n_parameters), (ffn.flops_per_token(), made.layer.flops_per_token()), note,
-        tuple(path for _, _, path in slots.get(id(f.module), []) if path != f.name),
-        None if rows is None else moved(made.layer, ffn.with_constant_input() if wide else ffn, rows),
+        f.name, f.pattern, _describe(layer), made.built.config,
+        (ffn.n_parameters(), layer.n_parameters), (ffn.flops_per_token(), layer.flops_per_token()),
+        note if f.name == made.name else f"the layer of {made.name}",
+        tuple(place for place in places[f.module] if place != f.name),
+        None if inputs is None else moved(layer, plain, inputs),
+        None if f.name == made.name else made.name,
     )  # fmt: skip
-    return _Plan(f, module, swap)
+    return _Plan(f, made.module, swap)
 
 
 @torch.no_grad()
