@@ -932,6 +932,67 @@ def test_what_is_unknown_is_listed_with_what_was_seen() -> None:
     }  # fmt: skip
 
 
+class Receptance(nn.Module):
+    """RWKV's channel mix: a gate on the output, of a width of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.ones(6))
+        self.key, self.receptance, self.value = nn.Linear(6, 16), nn.Linear(6, 6), nn.Linear(16, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.receptance(x * self.mix)) * self.value(self.key(x).relu().square())
+
+
+class LowRank(Gated):
+    """Zamba2's: low-rank adapters beside the first linear map, chosen by an argument."""
+
+    def __init__(self) -> None:
+        super().__init__(fused="first half")
+        self.adapters = nn.ModuleList([nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 32)) for _ in range(3)])
+
+    def forward(self, x: Tensor, which: int) -> Tensor:  # type: ignore[override]
+        a, b = (self.both(x) + self.adapters[which](x)).chunk(2, -1)
+        return self.out(self.f(a) * b)
+
+
+class Rescaled(Gated):
+    def __init__(self) -> None:
+        super().__init__(fused="odd")
+        self.scale = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.scale * x)
+
+
+class Heads(nn.Module):
+    """Attention whose heads together are wider than the model: no FFN, nor like one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = nn.Linear(6, 16), nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(16, 6)
+
+    def forward(self, x: Tensor, heads: int) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return self.o(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2))
+
+
+def test_an_ffn_with_more_than_two_linear_maps_is_listed_with_what_is_more() -> None:
+    model = nn.Sequential(Block(Receptance()), Block(LowRank()), Block(Rescaled()), Heads(), Block())
+    report = sf.sparsify_(model, OPEN)
+    assert report.names == ["4.ffn"]
+    assert set(report.unknown) == {"0.ffn.key", "1.ffn.both", "2.ffn.both"}
+    more = "more than key, value and an activation: it has mix, receptance.weight, receptance.bias"
+    assert report.unknown["0.ffn.key"] == f"{more}; seen in Receptance: Linear"
+    assert (
+        "more than both, out and an activation: it has adapters.*.*.weight, adapters.*.*.bias; seen in LowRank"
+        in (report.unknown["1.ffn.both"])
+    )
+    assert "more than both, out and an activation: it has scale" in report.unknown["2.ffn.both"]
+    with pytest.raises(ValueError, match=re.escape(more)):
+        sf.from_dense(Receptance(), OPEN)
+
+
 def test_hidden_units_that_are_not_finite_are_said_to_be() -> None:
     class Log(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -198,3 +198,29 @@ def test_split_into_all_experts_changes_nothing(name: str) -> None:
     expected, expected_grad = _input_gradient(dense, compared)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5 * expected_grad.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "up", "why"),
+    [
+        ("Rwkv", {"context_length": 8}, "feed_forward.key", "receptance.weight"),
+        (
+            "Zamba2",
+            {
+                "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_mem_blocks": 1, "adapter_rank": 4,
+                "n_mamba_heads": 2, "mamba_headdim": 16, "mamba_ngroups": 1, "num_key_value_heads": 2,
+            },
+            "shared_transformer.feed_forward.gate_up_proj",
+            "gate_up_proj_adapter_list.*.*.weight",
+        ),
+    ],
+)  # fmt: skip
+def test_ffns_that_are_more_than_two_linear_maps_are_listed(name: str, sizes: Any, up: str, why: str) -> None:
+    layers = len(sizes.get("layers_block_type", "12"))
+    model, _, _ = _transformers(name, 0, **{**_BERT, "num_hidden_layers": layers}, **sizes)
+    report = sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4))
+    assert not report.swaps
+    assert len(report.unknown) == 2
+    for at, reason in report.unknown.items():
+        assert at.endswith(up)
+        assert why in reason

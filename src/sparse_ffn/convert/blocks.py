@@ -5,7 +5,16 @@ from __future__ import annotations
 from torch import nn
 
 from sparse_ffn.convert.attempt import check_large, try_copy, try_run
-from sparse_ffn.convert.found import Formula, Found, Unknown, check_finite, check_plain, find_formula, relative
+from sparse_ffn.convert.found import (
+    Formula,
+    Found,
+    Unknown,
+    check_finite,
+    check_plain,
+    find_formula,
+    relative,
+    without_numbers,
+)
 from sparse_ffn.convert.linears import Linear, hooks
 from sparse_ffn.convert.probe import close, probe_input, same_outputs
 from sparse_ffn.layers import DenseFFN
@@ -22,6 +31,26 @@ def block_roles(module: nn.Module, inside: list[Linear]) -> tuple[list[Linear], 
         widths = {(up.n_in, up.n_out) for up in ups}
         if len(widths) == 1 and ups[0].n_out in ((down.n_in, 2 * down.n_in) if len(ups) == 1 else (down.n_in,)):
             return ups, down
+    return None
+
+
+def crowded(module: nn.Module, inside: list[Linear]) -> tuple[str, str] | None:
+    """A linear map that widens, in a module that has one back and more parameters than these: its name and the reason.
+
+    Attention and state-space mixers, which may widen too, have two further maps or more.
+    """
+    own = [linear for linear in inside if linear.module in module._modules.values()]
+    for up in own:
+        ups = [linear for linear in own if (linear.n_in, linear.n_out) == (up.n_in, up.n_out)]
+        widths = (up.n_out, up.n_out // 2) if len(ups) == 1 else (up.n_out,)
+        downs = [linear for linear in own if linear.n_out == up.n_in < linear.n_in and linear.n_in in widths]
+        if len(downs) != 1 or len(ups) > 2 or len(own) - len(ups) - 1 > 1:
+            continue
+        theirs = {parameter for linear in (*ups, *downs) for parameter in linear.module.parameters()}
+        others = [without_numbers(name) for name, parameter in module.named_parameters() if parameter not in theirs]
+        names = ", ".join(linear.name.rpartition(".")[2] for linear in (*ups, *downs))
+        if others:
+            return up.name, f"more than {names} and an activation: it has {', '.join(dict.fromkeys(others))}"
     return None
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from sparse_ffn.convert.blocks import block_roles, match_block, match_dense
+from sparse_ffn.convert.blocks import block_roles, crowded, match_block, match_dense
 from sparse_ffn.convert.found import Found, Unknown
 from sparse_ffn.convert.linears import Linear, hooks, linear_maps
 from sparse_ffn.convert.pairs import match_pair, pairs
@@ -73,6 +73,11 @@ def find(model: nn.Module) -> tuple[list[Found], dict[str, str]]:
                 if up.n_out > up.n_in:
                     unknown[up.name] = f"{'; '.join(dict.fromkeys(reasons))}; {_seen(module)}"
             done |= {up.module, down.module}
+        if (more := crowded(module, inside)) is not None:
+            named = unknown.keys() | {linear.name for f in found for linear in (*f.ups, f.down)}
+            if not named & {linear.name for linear in inside}:
+                unknown[more[0]] = f"{more[1]}; {_seen(module)}"
+                done |= {linear.module for linear in inside}
         # attention too has matrices of fitting shapes, but none that widen: what does not widen goes without a reason
         if block is not None and not done & {linear.module for linear in inside} and block[1].n_in > block[0][0].n_in:
             unknown[name] = f"{[*reasons, *obstacles, ROOT][0]}; {_seen(module)}"
@@ -98,7 +103,8 @@ def find_one(module: nn.Module) -> Found:
         if type(module) is DenseFFN:
             return match_dense("", module)
         if roles is None:
-            raise Unknown("its matrices are not those of a two-layer FFN")
+            more = crowded(module, inside)
+            raise Unknown("its matrices are not those of a two-layer FFN" if more is None else more[1])
         return match_block("", module, *roles)
     except Unknown as why:
         raise ValueError(f"{why}; {_seen(module)}") from None

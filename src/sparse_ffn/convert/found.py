@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -144,3 +145,8 @@ class Found:
 
 def relative(name: str, base: str) -> str:
     return name[len(base) + 1 :] if base else name
+
+
+def without_numbers(name: str) -> str:
+    """A module's or parameter's name with a star for each number: the same for all layers."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from sparse_ffn.convert.calibrate import Filter
 from sparse_ffn.convert.config import FFNConfig
 from sparse_ffn.convert.edits import put, set_attribute, switch_off_fast_path
 from sparse_ffn.convert.find import find, find_one
-from sparse_ffn.convert.found import Found
+from sparse_ffn.convert.found import Found, without_numbers
 from sparse_ffn.convert.linears import as_linear
 from sparse_ffn.convert.parents import misfit
 from sparse_ffn.convert.report import Report, Swap
@@ -315,6 +314,6 @@ def _others(model: nn.Module, plans: list[_Plan]) -> dict[str, int]:
         if next(module.parameters(), None) is None and (linear := as_linear(name, module)) is not None:
             shapes = [f"{linear.n_out}x{linear.n_in}"]  # quantised: its matrix is no parameter
         if shapes:
-            pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or "the model itself"
+            pattern = without_numbers(name) or "the model itself"
             counts[f"{pattern} ({type(module).__name__} {' '.join(shapes)})"] += 1
     return dict(counts)
