@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparse_ffn.checks import check_floating, check_function, check_type
 from sparse_ffn.convert.build import Built, ConstantInput, build
 from sparse_ffn.convert.calibrate import Filter
 from sparse_ffn.convert.config import FFNConfig
@@ -54,15 +55,17 @@ def sparsify_(
     """
     for one in config.values() if isinstance(config, Mapping) else (config,):
         _check_config(one)
-    if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"filter_fn must be a function of module and name, got {filter_fn!r}")
+    if filter_fn is not None:
+        check_function("filter_fn", filter_fn, "module and name")
     if calibration is not None:
         _check_calibration(calibration)
     found, unknown = find(model)
     if isinstance(config, Mapping):
         missing = [name for name in config if name not in {f.name for f in found}]
         if missing:
-            raise ValueError(f"no FFN is at {', '.join(map(repr, missing))}; there are {[f.name for f in found]}")
+            raise ValueError(
+                f"no FFN is at {', '.join(map(repr, missing))} of config; there are {[f.name for f in found]}"
+            )
     configs = {f.name: config.get(f.name) if isinstance(config, Mapping) else config for f in found}
     wanted = [f for f in found if configs[f.name] is not None and (filter_fn is None or filter_fn(f.module, f.name))]
     skipped = tuple(f.name for f in found if f not in wanted)
@@ -100,12 +103,13 @@ def from_dense(ffn: nn.Module, config: FFNConfig, *, inputs: Tensor | None = Non
         ValueError: the module is no FFN (the message says what was seen), or the config does not fit it.
     """
     _check_config(config)
-    if inputs is not None and not isinstance(inputs, Tensor):
-        raise TypeError(f"inputs must be a tensor [..., d_model], got a value of type {type(inputs).__name__}")
+    if inputs is not None:
+        check_type("inputs", inputs, Tensor, "a tensor [..., d_model]")
+        check_floating("inputs", inputs)
     f = find_one(ffn)
     if (mixed := _mixed(f.weights())) is not None:
         raise ValueError(f"the FFN: {mixed}")
-    return _plan(f, config, None if inputs is None else inputs.reshape(-1, *inputs.shape[-1:]), {}, {}).module
+    return _plan(f, config, inputs, {}, {}).module
 
 
 def _check_config(config: object) -> None:
@@ -118,6 +122,8 @@ def _check_calibration(calibration: object) -> None:
     if not isinstance(calibration, Mapping) or not all(isinstance(value, Tensor) for value in values):
         kinds = ", ".join(sorted({type(value).__name__ for value in values}))
         raise TypeError(f"calibration must map names to tensors, as calibrate returns, got {kinds}")
+    for name, value in calibration.items():
+        check_floating(f"calibration[{name!r}]", value)
 
 
 @dataclass(frozen=True)
@@ -131,16 +137,7 @@ def _plan(f: Found, config: FFNConfig, inputs: Tensor | None, slots: _Slots, don
     """Build what replaces an FFN, without touching the model."""
     ffn = f.weights()
     wide = ffn.gate_bias is not None
-    if inputs is not None and (inputs.dim() != 2 or inputs.shape[1] != ffn.d_model or not len(inputs)):
-        raise ValueError(
-            f"{f.name or 'the FFN'}: its calibration must be [at least 1 token, d_model = {ffn.d_model}], "
-            f"got {list(inputs.shape)}"
-        )
-    if inputs is not None and ffn.keys.is_meta:
-        raise ValueError(f"{f.name or 'the FFN'}: calibration needs numbers; a model on meta has none")
-    if inputs is not None and not bool(inputs.isfinite().all()):
-        raise ValueError(f"{f.name or 'the FFN'}: its calibration must be finite")
-    rows = inputs if inputs is None else inputs.to(ffn.keys)
+    rows = None if inputs is None else _rows(f, inputs, ffn)
     if wide and rows is not None:
         rows = ConstantInput()(rows)
     try:
@@ -160,6 +157,20 @@ def _plan(f: Found, config: FFNConfig, inputs: Tensor | None, slots: _Slots, don
         None if rows is None else moved(made.layer, ffn.with_constant_input() if wide else ffn, rows),
     )  # fmt: skip
     return _Plan(f, module, swap)
+
+
+def _rows(f: Found, inputs: Tensor, ffn: FFNWeights) -> Tensor:
+    """What an FFN sees, as a matrix like its own: ``from_dense``'s inputs, or its part of a model's calibration."""
+    what = f"{f.name}: its calibration" if f.name else "inputs"
+    if inputs.dim() < 1 or inputs.shape[-1] != ffn.d_model or not inputs.numel():
+        raise ValueError(f"{what} must be [at least 1 token, d_model = {ffn.d_model}], got {list(inputs.shape)}")
+    if ffn.keys.is_meta:
+        raise ValueError(f"{f.name or 'the FFN'}: calibration needs numbers; a model on meta has none")
+    if inputs.is_meta:
+        raise ValueError(f"{what} must hold numbers, got a tensor on meta")
+    if not bool(inputs.isfinite().all()):
+        raise ValueError(f"{what} must be finite")
+    return inputs.reshape(-1, ffn.d_model).to(ffn.keys)
 
 
 @torch.no_grad()
