@@ -11,6 +11,7 @@ import inspect
 import math
 import random
 import re
+import tempfile
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,11 @@ from torch import Tensor, nn
 import sparse_ffn as sf
 from sparse_ffn import convert, functional, info, layers, plot, routing
 from sparse_ffn.integrations import peft
+
+try:
+    from sparse_ffn.integrations import transformers as hf
+except ImportError:  # the extra "hf"
+    hf = None
 from sparse_ffn.layers import SharedExpertMoE
 from sparse_ffn.routing import Routing
 
@@ -342,12 +348,28 @@ def entries() -> dict[str, Entry]:
     for drawn in ("plot_load", "plot_coactivation"):
         add(drawn, getattr(plot, drawn), lambda: {"ax": axes(), "layer": layer}, wrong={"layer": MODULE})
     add("routing_figure", plot.routing_figure, {"model": layer})
+    for name, call, right in of_transformers() if hf else ():
+        add(name, call, right)
     add("inner_first", with_inner_first, {"model": nn.Linear(2, 2)}, signature=peft.inner_first)
     return found
 
 
 def is_double(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.double
+
+
+def of_transformers() -> Iterator[tuple[str, Callable[..., Any], Callable[[], dict[str, Any]]]]:
+    import transformers
+
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaModel(transformers.LlamaConfig(vocab_size=9, **sizes))
+    report = sf.sparsify_(model, OPEN)
+    yield "record_conversion", hf.record_conversion, lambda: {"model": model, "report": report}
+    folder = tempfile.TemporaryDirectory()
+    hf.record_conversion(model, report)
+    model.save_pretrained(folder.name)
+
+    yield "from_pretrained", hf.from_pretrained, lambda folder=folder: {"path": folder.name}
 
 
 def axes() -> Any:
@@ -370,6 +392,7 @@ EXEMPT = {
         for name in ("DenseFFN", "TopKFFN", "ProductKeyMemory")
     },
     "Router.forward": "the base has no gate; tried on each router",
+    "from_pretrained(options)": "transformers' own arguments, handed on",
     "from_moe_layer(options)": "MoE's own arguments, handed on",
     "from_transformers(options)": "MoE's own arguments, handed on",
     "parameter_equal(choices)": "the layer's own arguments, handed on",
@@ -390,10 +413,11 @@ HOOKS = {
 
 def public() -> Iterator[tuple[str, Callable[..., Any]]]:
     """All public callables: functions, constructors, methods, and setters of properties."""
-    for module in (sf, functional, routing, convert, layers, plot, info, peft):
+    for module in (sf, functional, routing, convert, layers, plot, info, peft, *([hf] if hf else [])):
         for name, value in vars(module).items():
             home = getattr(value, "__module__", "")
-            own = home.startswith("sparse_ffn") if hasattr(module, "__path__") else home == module.__name__
+            offers_others = hasattr(module, "__path__") or module is hf
+            own = home.startswith("sparse_ffn") if offers_others else home == module.__name__
             if name.startswith("_") or not callable(value) or not own:
                 continue
             yield name, value
@@ -483,7 +507,7 @@ def test_numpy_scalars_are_taken_and_plain_numbers_kept(name: str, argument: str
     value = entry.right().get(argument, entry.parameters[argument].default)
     for kind in (np.int64, np.uint16) if type(value) is int else (np.float64, np.float32, np.float16):
         made = entry.call(**{**entry.right(), argument: kind(value)})
-        kept = getattr(made, argument, value)
+        kept = made.get(argument, value) if isinstance(made, dict) else getattr(made, argument, value)
         for number in kept if isinstance(kept, tuple) else (kept,):
             assert type(number) is type(value)
             assert number == pytest.approx(value, rel=1e-3)
