@@ -32,6 +32,7 @@ except ImportError:  # the extra "hf"
     hf = None
 from sparse_ffn.layers import SharedExpertMoE
 from sparse_ffn.routing import Routing
+from sparse_ffn.tune.__main__ import main as tune
 
 # --------------------------------------------------------------------------------------------------- wrong values
 
@@ -491,6 +492,26 @@ def test_wrong_values_are_refused_in_a_sentence_and_change_nothing(name: str, ar
         if state(entry, arguments) != before:
             problems.append(f"{shown}: something changed")
     assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--seconds", value) for value in ("nan", "-1", "0", "inf", "soon")),
+        *(("--device", value) for value in ("nonsense", "cuda:x", "")),
+        ("--dtype", "int8"),
+        ("--kernels", "three"),
+    ],
+)
+def test_wrong_options_of_tuning_are_refused_in_a_sentence(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        tune([option, value, "--dry-run"])
+    assert ended.value.code == 2
+    sentence = capsys.readouterr().err
+    assert f"argument {option}: " in sentence
+    assert repr(value) in sentence
 
 
 NUMBERS = [
