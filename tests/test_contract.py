@@ -7,6 +7,7 @@ import inspect
 import math
 import pkgutil
 import re
+import warnings
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -186,8 +187,22 @@ def test_parameter_equal_is_the_nearest_size(cls: type[sf.MoE]) -> None:
 
 
 def test_parameter_equal_never_goes_below_k() -> None:
-    assert sf.parameter_equal(sf.SigmaMoE, 16, 10, expert_size=64, k=6)["n_experts"] == 6
-    assert sf.parameter_equal(sf.ProductKeyMemory, 16, 10, k=50)["n_sub_keys"] == 8
+    with pytest.warns(sf.SparseFFNWarning):
+        assert sf.parameter_equal(sf.SigmaMoE, 16, 10, expert_size=64, k=6)["n_experts"] == 6
+    with pytest.warns(sf.SparseFFNWarning):
+        assert sf.parameter_equal(sf.ProductKeyMemory, 16, 10, k=50)["n_sub_keys"] == 8
+
+
+def test_parameter_equal_says_when_no_size_is_within_a_tenth() -> None:
+    words = r"no n_experts of SigmaMoE comes near the 2557 parameters.* 2 is the nearest, with 3104 \(\+21%\)"
+    with pytest.warns(sf.SparseFFNWarning, match=words):
+        assert sf.parameter_equal(sf.SigmaMoE, 16, 77, expert_size=48, k=1)["n_experts"] == 2
+    with pytest.warns(sf.SparseFFNWarning, match=r"no n_sub_keys of ProductKeyMemory .*\(-1\d%\)"):
+        sf.parameter_equal(sf.ProductKeyMemory, 16, 11, k=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sf.parameter_equal(sf.SigmaMoE, 16, 77, expert_size=12, k=1)
+        sf.parameter_equal(sf.ProductKeyMemory, 16, 22, k=1)  # 9% less
 
 
 def test_parameter_equal_refuses_what_it_cannot_answer() -> None:
@@ -596,7 +611,7 @@ def test_functional_refuses_weights_on_another_device(name: str) -> None:
             torch.ones(2, 4), torch.ones(1, 4, 3), index[0], reduction_weight=elsewhere[0]
         ),
     }
-    with pytest.raises(ValueError, match="is on meta, the other arguments are on cpu"):
+    with pytest.raises(ValueError, match=r"is on meta, (x|values) is on cpu"):
         calls[name]()
 
 

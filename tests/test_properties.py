@@ -632,6 +632,7 @@ def test_parameter_equal_gives_the_papers_sizes(d_model, d_ff, dense, n_experts,
     assert sf.parameter_equal(sf.TopKFFN, d_model, d_ff, k=128) == {"d_model": d_model, "d_ff": d_ff, "k": 128}
 
 
+@pytest.mark.filterwarnings("ignore:no .* comes near")
 @PROPERTY
 @given(data=st.data())
 def test_parameter_equal_is_the_nearest_size(data):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import pickle
 import weakref
 from pathlib import Path
@@ -267,6 +268,50 @@ def test_a_missing_or_wrong_record_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"report is of another model: this one has no 'model.layers.0.mlp'"):
         record_conversion(other, report)
     assert not hasattr(other.config, "sparse_ffn")
+
+
+RECORD = {"config": "TopKFFNConfig", "d_ff": 24, "k": 5}
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (["model.layers.0.mlp"], "sparse_ffn must map names of modules to configs, got .*'model.layers.0.mlp'"),
+        ("TopKFFN", "sparse_ffn must map names of modules to configs, got 'TopKFFN'"),
+        ({"model.layers.0.mlp": None}, "sparse_ffn, model.layers.0.mlp: values must be what to_dict returned"),
+        (
+            {"model.layers.0.mlp": {**RECORD, "config": "Evil"}},
+            "sparse_ffn, model.layers.0.mlp: the config of values must be one of .* got 'Evil'",
+        ),
+        ({"model.layers.0.mlp": {"k": 5}}, "the config of values must be one of .* got None"),
+        (
+            {"model.layers.0.mlp": {**RECORD, "gain": 2}},
+            "sparse_ffn, .*: values has 'gain', but TopKFFNConfig only init",
+        ),
+        ({"model.layers.0.mlp": {**RECORD, "k": "5"}}, "sparse_ffn, model.layers.0.mlp: k must be an int, got '5'"),
+        ({"model.layers.0.mlp": {**RECORD, "k": 25}}, "k must be at least 1 and at most d_ff = 24, got 25"),
+        ({"model.layers.7.mlp": RECORD}, "no FFN is at 'model.layers.7.mlp' of config; there are"),
+    ],
+)
+def test_a_corrupt_record_is_named(record: Any, words: str, tmp_path: Path) -> None:
+    model = model_of("LlamaForCausalLM")
+    record_conversion(model, sf.sparsify_(model, sf.TopKFFNConfig(k=5)))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sparse_ffn": record}))
+    with pytest.raises(ValueError, match=words):
+        from_pretrained(str(tmp_path))
+
+
+def test_a_config_without_its_architecture_asks_for_the_class(tmp_path: Path) -> None:
+    model = model_of("LlamaForCausalLM")
+    record_conversion(model, sf.sparsify_(model, sf.TopKFFNConfig(k=5)))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": None}))
+    with pytest.raises(TypeError, match=r"model_class must be .* got None for architectures = None"):
+        from_pretrained(str(tmp_path))
+    assert torch.equal(logits(from_pretrained(str(tmp_path), type(model))), logits(model))
 
 
 def test_missing_weights_of_a_converted_layer_are_an_error(tmp_path: Path) -> None:

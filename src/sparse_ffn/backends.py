@@ -160,7 +160,7 @@ def _too_old(device: torch.device) -> str | None:
 
 
 def _check(name: str, origin: str) -> None:
-    if name != "auto" and name not in BACKENDS:
+    if not isinstance(name, str) or (name != "auto" and name not in BACKENDS):
         raise ValueError(f"{origin} is {name!r}; allowed are 'auto', {', '.join(map(repr, BACKENDS))}")
 
 

@@ -1,54 +1,129 @@
-"""Argument checks whose messages name the argument, its value and what is allowed."""
+"""Argument checks whose messages name the argument, its value and what is allowed.
+
+Those of numbers and flags return Python's own: NumPy's are taken, but would not go into JSON or a readable repr.
+"""
 
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_ffn.libraries import DTYPES
 
 
-def check_positive(name: str, value: int, at_most: int | None = None, limit: str = "") -> None:
-    """Raise unless value is an int >= 1 and at most ``at_most`` (named ``limit`` in the message)."""
-    _check_int(name, value)
-    if value < 1 or (at_most is not None and value > at_most):
+def check_positive(name: str, value: Any, at_most: int | None = None, limit: str = "") -> int:
+    """The value, if it is an int >= 1 and at most ``at_most`` (named ``limit`` in the message)."""
+    number = _int(name, value)
+    if number < 1 or (at_most is not None and number > at_most):
         upper = "" if at_most is None else f" and at most {limit} = {at_most}"
-        raise ValueError(f"{name} must be at least 1{upper}, got {value}")
+        raise ValueError(f"{name} must be at least 1{upper}, got {number}")
+    return number
 
 
-def check_count(name: str, value: int) -> None:
-    """Raise unless value is an int >= 0."""
-    _check_int(name, value)
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")
+def check_count(name: str, value: Any) -> int:
+    """The value, if it is an int >= 0."""
+    number = _int(name, value)
+    if number < 0:
+        raise ValueError(f"{name} must be at least 0, got {number}")
+    return number
 
 
-def _check_int(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+def _int(name: str, value: Any) -> int:
+    if type(value) is int:
+        return value
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if not isinstance(value, (bool, Tensor)):  # a tensor would wait for its device
+        with suppress(TypeError):
+            return operator.index(value)
+    raise TypeError(f"{name} must be an int, got {shown(value)}")
 
 
-def check_rate(name: str, value: float, inclusive: bool = False) -> None:
-    """Raise unless 0 <= value < 1 (<= 1 if inclusive)."""
-    if not isinstance(value, (int, float)) or not (0 <= value < 1 or (inclusive and value == 1)):
-        raise ValueError(f"{name} must be in [0, 1{']' if inclusive else ')'}, got {value!r}")
+def check_rate(name: str, value: Any, inclusive: bool = False) -> float:
+    """The value, if 0 <= value < 1 (<= 1 if inclusive)."""
+    number = _float(value)
+    if not (0 <= number < 1 or (inclusive and number == 1)):
+        raise ValueError(f"{name} must be in [0, 1{']' if inclusive else ')'}, got {shown(value)}")
+    return number
 
 
-def check_finite(name: str, value: float, positive: bool = False) -> None:
-    """Raise unless value is a finite number >= 0 (> 0 if positive)."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= value < math.inf or (positive and value == 0):
-        raise ValueError(f"{name} must be finite and {'>' if positive else '>='} 0, got {value!r}")
+def check_finite(name: str, value: Any, positive: bool = False) -> float:
+    """The value, if it is a finite number >= 0 (> 0 if positive)."""
+    number = _float(value)
+    if not 0 <= number < math.inf or (positive and number == 0):
+        raise ValueError(f"{name} must be finite and {'>' if positive else '>='} 0, got {shown(value)}")
+    return number
 
 
-def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
+def _float(value: Any) -> float:
+    """The number; NaN, which is in no range, for what is none."""
+    real = isinstance(value, (float, int, numbers.Real)) and not isinstance(value, bool)
+    return float(value) if real else math.nan
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """The value, if it is True or False."""
+    flag = plain(value)
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+    return flag
+
+
+def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
     """Raise unless value is one of the allowed words."""
     allowed = tuple(allowed)
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {shown(value)}")
+
+
+def check_type(name: str, value: Any, kind: type | tuple[type, ...], what: str) -> None:
+    """Raise unless value is of a kind that is called ``what`` in the message."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {what}, got a value of type {type(value).__name__}")
+
+
+def check_function(name: str, value: Any, of: str) -> None:
+    """Raise unless value can be called; ``of`` says with what."""
+    if not callable(value):
+        raise TypeError(f"{name} must be a function of {of}, got {shown(value)}")
+
+
+def check_module(name: str, value: Any) -> None:
+    """Raise unless value is a module."""
+    check_type(name, value, nn.Module, "a torch.nn.Module")
+
+
+def check_tensor(name: str, x: Any) -> None:
+    """Raise unless x is a tensor of numbers that lie in memory by strides, as kernels read them."""
+    check_type(name, x, Tensor, "a tensor")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got one of layout {_word(x.layout)}")
+
+
+def check_floating(name: str, x: Any) -> None:
+    """Raise unless x is a dense tensor of real numbers."""
+    check_tensor(name, x)
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating tensor, got {_word(x.dtype)}")
+
+
+def check_mask(mask: Any, x: Tensor) -> None:
+    """Raise unless a mask is bool and says of each token of x [..., width] whether it is real."""
+    check_tensor("mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool (True = real token), got {_word(mask.dtype)}")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(f"mask must have x's shape without its last dimension, {list(x.shape[:-1])}, "
+                         f"got {list(mask.shape)}")  # fmt: skip
+    if mask.device != x.device:
+        raise ValueError(f"mask is on {mask.device}, x is on {x.device}")
 
 
 def check_places(x: Tensor, parameters: Iterable[Tensor | None]) -> None:
@@ -58,8 +133,39 @@ def check_places(x: Tensor, parameters: Iterable[Tensor | None]) -> None:
             raise ValueError(f"x is on {x.device}, but a parameter of the layer is on {parameter.device}")
 
 
-def check_dtype(dtype: torch.dtype | None) -> None:
+def check_dtype(dtype: Any) -> None:
     """Raise unless dtype is None or one that parameters can have."""
     allowed = (*DTYPES, torch.float64)
     if dtype is not None and dtype not in allowed:
-        raise TypeError(f"dtype must be one of {', '.join(map(str, allowed))} or None, got {dtype!r}")
+        raise TypeError(f"dtype must be one of {', '.join(map(str, allowed))} or None, got {shown(dtype)}")
+
+
+def check_device(device: Any) -> None:
+    """Raise unless torch takes it for a device; None is its default."""
+    try:
+        torch.device("cpu" if device is None else device)
+    except (TypeError, RuntimeError) as error:
+        reason = f" ({str(error).splitlines()[0]})" if isinstance(error, RuntimeError) else ""
+        raise TypeError(
+            f"device must be a torch.device, the name of one such as 'cpu' or 'cuda:1', or None, got {shown(device)}"
+            f"{reason}"
+        ) from None
+
+
+def plain(value: Any) -> Any:
+    """NumPy's scalars as Python's, in tuples and lists too; all else as it is."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(plain, value))
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0 else value
+
+
+def shown(value: Any) -> str:
+    """A value as a sentence can hold it: short, on one line."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)} and dtype {_word(value.dtype)}"
+    text = repr(value)
+    return text if len(text) < 100 and "\n" not in text else f"a value of type {type(value).__name__}"
+
+
+def _word(fact: torch.dtype | torch.layout) -> str:
+    return str(fact).removeprefix("torch.")

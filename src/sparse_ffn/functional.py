@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn import ops
-from sparse_ffn.checks import check_choice, check_count, check_positive
+from sparse_ffn.checks import check_choice, check_count, check_flag, check_floating, check_positive, check_tensor
 from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.autocast import autocast_enabled
 
@@ -49,25 +49,26 @@ def cvmm(
     """
     _check_float("x", x, 2)
     _check_float("weight", weight, 3, like=x)
-    slots = expert_index.shape[0] if expert_index.dim() == 1 else -1
+    check_tensor("expert_index", expert_index)
+    slots = expert_index.numel()
     _check_index("expert_index", expert_index, (slots,), weight.shape[0], x)
-    _check_shape("weight", weight, (weight.shape[0], x.shape[1], weight.shape[2]))
+    _check_shape("weight", weight, (weight.shape[0], x.shape[1], weight.shape[2]), "x")
     if gather_index is None:
         _check_shape("expert_index (without gather_index)", expert_index, (x.shape[0],))
     else:
-        _check_index("gather_index", gather_index, (slots,), x.shape[0], x)
+        _check_index("gather_index", gather_index, (slots,), x.shape[0], x, "expert_index")
     if n_out is not None:
-        check_count("n_out", n_out)
+        n_out = check_count("n_out", n_out)
     if scatter_index is None:
         if n_out not in (None, slots):
             raise ValueError(f"n_out must be the number of slots, {slots}, without scatter_index, got {n_out}")
     else:
         if n_out is None:
             raise ValueError("n_out must be given with scatter_index")
-        _check_index("scatter_index", scatter_index, (slots,), n_out, x)
+        _check_index("scatter_index", scatter_index, (slots,), n_out, x, "expert_index")
     if reduction_weight is not None:
         _check_weight("reduction_weight", reduction_weight, 1, x)
-        _check_shape("reduction_weight", reduction_weight, (slots,))
+        _check_shape("reduction_weight", reduction_weight, (slots,), "expert_index")
     return ops.cvmm(
         x, weight, expert_index, gather=gather_index, scatter=scatter_index, reduction=reduction_weight, n_out=n_out
     )
@@ -108,12 +109,13 @@ def expert_ffn(
     _check_float("keys", keys, 3, like=x)
     _check_float("values", values, 3, like=x)
     n_experts, size = keys.shape[:2]
-    _check_shape("keys", keys, (n_experts, size, x.shape[1]))
-    _check_shape("values", values, (n_experts, size, values.shape[2]))
+    _check_shape("keys", keys, (n_experts, size, x.shape[1]), "x")
+    _check_shape("values", values, (n_experts, size, values.shape[2]), "keys")
     _check_units(gate_keys, key_bias, keys, x)
+    check_tensor("index", index)
     _check_index("index", index, (x.shape[0], index.shape[-1] if index.dim() else 0), n_experts, x)
     _check_weight("gate", gate, 2, x)
-    _check_shape("gate", gate, tuple(index.shape))
+    _check_shape("gate", gate, tuple(index.shape), "index")
     check_choice("activation", activation, ACTIVATIONS)
     return ops.expert_ffn(x, keys, values, index, gate, gate_keys=gate_keys, key_bias=key_bias, activation=activation)
 
@@ -136,9 +138,9 @@ def weighted_bag(values: Tensor, index: Tensor, weight: Tensor, *, sparse_grad: 
         IndexError: an index out of its range (checked on the CPU).
     """
     _check_float("values", values, 2)
-    _check_weight("weight", weight, 2, values)
-    _check_index("index", index, tuple(weight.shape), values.shape[0], values)
-    return ops.weighted_bag(values, index, weight, sparse_grad=sparse_grad)
+    _check_weight("weight", weight, 2, values, "values")
+    _check_index("index", index, tuple(weight.shape), values.shape[0], values, "weight", "values")
+    return ops.weighted_bag(values, index, weight, sparse_grad=check_flag("sparse_grad", sparse_grad))
 
 
 def product_key_topk(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -157,12 +159,12 @@ def product_key_topk(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Ten
         TypeError: a wrong dtype.
         ValueError: shapes that differ, or k out of range.
     """
-    _check_float("first", first, first.dim())
-    _check_float("second", second, second.dim(), like=first)
+    _check_float("first", first, None)
+    _check_float("second", second, None, like=first, first="first")
     if first.dim() == 0 or first.shape != second.shape:
         raise ValueError(f"first and second must have one shape [..., n], got {list(first.shape)} and "
                          f"{list(second.shape)}")  # fmt: skip
-    check_positive("k", k, at_most=first.shape[-1] ** 2, limit="n²")
+    k = check_positive("k", k, at_most=first.shape[-1] ** 2, limit="n²")
     n = first.shape[-1]
     scores = torch.stack((first, second), -2).reshape(first.shape[:-1].numel(), 1, 2, n)
     best, index = ops.product_key_topk(scores, k)
@@ -202,56 +204,66 @@ def topk_ffn(
     _check_float("x", x, 2)
     _check_float("keys", keys, 2, like=x)
     _check_float("values", values, 2, like=x)
-    _check_shape("keys", keys, (keys.shape[0], x.shape[1]))
-    _check_shape("values", values, (keys.shape[0], values.shape[1]))
+    _check_shape("keys", keys, (keys.shape[0], x.shape[1]), "x")
+    _check_shape("values", values, (keys.shape[0], values.shape[1]), "keys")
     _check_units(gate_keys, key_bias, keys, x)
     check_choice("activation", activation, ACTIVATIONS)
-    check_positive("k", k, at_most=keys.shape[0], limit="d_ff")
+    k = check_positive("k", k, at_most=keys.shape[0], limit="d_ff")
+    norm_aware = check_flag("norm_aware", norm_aware)
     return ops.topk_ffn(
         x, keys, values, k, gate_keys=gate_keys, key_bias=key_bias, activation=activation, norm_aware=norm_aware
     )
 
 
-def _check_weight(name: str, weight: Tensor, dim: int, other: Tensor) -> None:
+def _check_weight(name: str, weight: Tensor, dim: int, other: Tensor, first: str = "x") -> None:
     """Weights and gates have a dtype of their own, but share the device."""
     _check_float(name, weight, dim)
     if weight.device != other.device:
-        raise ValueError(f"{name} is on {weight.device}, the other arguments are on {other.device}")
+        raise ValueError(f"{name} is on {weight.device}, {first} is on {other.device}")
 
 
-def _check_float(name: str, x: Tensor, dim: int, like: Tensor | None = None) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating tensor, got {str(x.dtype).removeprefix('torch.')}")
-    if x.dim() != dim:
+def _check_float(name: str, x: Tensor, dim: int | None, like: Tensor | None = None, first: str = "x") -> None:
+    check_floating(name, x)
+    if dim is not None and x.dim() != dim:
         raise ValueError(f"{name} must have {dim} dimensions, got shape {list(x.shape)}")
     if like is None:
         return
     if x.device != like.device:
-        raise ValueError(f"{name} is on {x.device}, the other arguments are on {like.device}")
+        raise ValueError(f"{name} is on {x.device}, {first} is on {like.device}")
     if x.dtype != like.dtype and not autocast_enabled(x):
-        raise TypeError(f"{name} has dtype {x.dtype}, the other arguments have {like.dtype}")
+        raise TypeError(f"{name} has dtype {x.dtype}, {first} has {like.dtype}")
 
 
-def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+def _check_shape(name: str, x: Tensor, shape: tuple[int, ...], other: str | None = None) -> None:
     if tuple(x.shape) != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(x.shape)}")
+        to_fit = "" if other is None else f" to fit {other}"
+        raise ValueError(f"{name} must have shape {list(shape)}{to_fit}, got {list(x.shape)}")
 
 
 def _check_units(gate_keys: Tensor | None, key_bias: Tensor | None, keys: Tensor, x: Tensor) -> None:
     if gate_keys is not None:
         _check_float("gate_keys", gate_keys, keys.dim(), like=x)
-        _check_shape("gate_keys", gate_keys, tuple(keys.shape))
+        _check_shape("gate_keys", gate_keys, tuple(keys.shape), "keys")
     if key_bias is not None:
         _check_float("key_bias", key_bias, keys.dim() - 1, like=x)
-        _check_shape("key_bias", key_bias, tuple(keys.shape[:-1]))
+        _check_shape("key_bias", key_bias, tuple(keys.shape[:-1]), "keys")
 
 
-def _check_index(name: str, index: Tensor, shape: tuple[int, ...], limit: int, like: Tensor) -> None:
+def _check_index(
+    name: str,
+    index: Tensor,
+    shape: tuple[int, ...],
+    limit: int,
+    like: Tensor,
+    other: str | None = None,
+    first: str = "x",
+) -> None:
+    check_tensor(name, index)
     if index.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {str(index.dtype).removeprefix('torch.')}")
-    _check_shape(name, index, shape)
+    _check_shape(name, index, shape, other)
     if index.device != like.device:
-        raise ValueError(f"{name} is on {index.device}, the other arguments are on {like.device}")
+        raise ValueError(f"{name} is on {index.device}, {first} is on {like.device}")
     if index.device.type != "cpu" or torch.compiler.is_compiling() or index.numel() == 0:
         return
     low, high = index.aminmax()

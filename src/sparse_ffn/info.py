@@ -10,10 +10,12 @@ import torch
 
 from sparse_ffn import cuda, native
 from sparse_ffn.backends import BACKENDS, ENVIRONMENT_VARIABLE, explain, unavailable
+from sparse_ffn.checks import check_device, check_type
 
 
 def chosen(device: torch.device | str = "cpu") -> str:
     """One line: what computes the ops on this device."""
+    check_device(device)
     return f"{torch.device(device).type}: {explain(device)}"
 
 
@@ -44,6 +46,7 @@ def report() -> str:
 
 def version(package: str) -> str:
     """An installed package's version."""
+    check_type("package", package, str, "a package's name")
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

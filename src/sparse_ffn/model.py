@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn.backends import SparseFFNWarning
-from sparse_ffn.checks import check_finite
+from sparse_ffn.checks import check_finite, check_module
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.routing.distributed import all_reduce_sum
 from sparse_ffn.routing.statistics import summary
@@ -25,10 +25,14 @@ def aux_loss(model: nn.Module) -> Tensor:
     Returns:
         fp32 scalar with its graph; 0.0 if no layer has a loss (no MoE layer, no token, evaluation).
 
+    Raises:
+        TypeError: the model is no module.
+
     Warns:
         SparseFFNWarning: a layer trains but its forward ran without gradients (reentrant checkpoint), so that its loss
             cannot be differentiated.
     """
+    check_module("model", model)
     losses = [(name, layer, layer._aux) for name, layer in _moe_layers(model) if layer._aux is not None]
     if not losses:
         return torch.zeros((), dtype=torch.float32, device="cpu")
@@ -55,7 +59,11 @@ def routing_stats(model: nn.Module) -> dict[str, dict[str, Any]]:
         The statistics of each layer that has run, by module name. ``entropy`` is that of the load over log E (1 is
         balance), ``busiest`` the busiest expert's share of the slots, ``dead`` the share of experts without a slot,
         ``load`` the experts' shares, on the CPU, [E], summing to 1.
+
+    Raises:
+        TypeError: the model is no module.
     """
+    check_module("model", model)
     return {
         name: summary(*layer._routed, layer.n_experts)
         for name, layer in _moe_layers(model)
@@ -75,10 +83,12 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
         rate: step, on the scale of the logits.
 
     Raises:
+        TypeError: the model is no module.
         ValueError: the rate is not finite and > 0.
         RuntimeError: a layer has ``sync_balance=True`` and torch.distributed is not initialised.
     """
-    check_finite("rate", rate, positive=True)
+    check_module("model", model)
+    rate = check_finite("rate", rate, positive=True)
     for _, layer in _moe_layers(model):
         router = layer.router
         if router.bias is None or (router.load is None and not layer.sync_balance):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from sparse_ffn.checks import check_module, check_type
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.routing.statistics import coactivation, summary
 
@@ -18,8 +19,10 @@ def plot_load(ax: Axes, layer: MoE, title: str = "load per expert") -> None:
     """Bars of each expert's share of the slots in the layer's last forward, with the balanced share as a line.
 
     Raises:
+        TypeError: an argument of a wrong type.
         ValueError: the layer has not run.
     """
+    _check(ax, layer, title)
     load = summary(*_routed(layer), layer.n_experts)["load"]
     ax.bar(range(layer.n_experts), load.tolist(), color="#4477aa")
     ax.axhline(1 / layer.n_experts, color="#222222", linewidth=0.8, linestyle="--")
@@ -31,8 +34,10 @@ def plot_coactivation(ax: Axes, layer: MoE, title: str = "co-activation") -> Non
     """Of the tokens that use expert i (row), the share that uses expert j too (column), in the last forward.
 
     Raises:
+        TypeError: an argument of a wrong type.
         ValueError: the layer has not run.
     """
+    _check(ax, layer, title)
     together = coactivation(*_routed(layer), layer.n_experts)
     together.fill_diagonal_(float("nan"))  # 1 by definition; it would take the whole colour range
     image = ax.imshow(together.tolist(), cmap="viridis", vmin=0, interpolation="nearest")
@@ -45,12 +50,14 @@ def routing_figure(model: nn.Module) -> Figure:
 
     Raises:
         ImportError: matplotlib is missing.
+        TypeError: the model is no module.
         ValueError: no MoE layer of the model has run.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'sparse-ffn[plot]'") from error
+    check_module("model", model)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, MoE) and m._routed is not None]
     if not layers:
         raise ValueError("no MoE layer of this model has run: call the model first")
@@ -59,6 +66,13 @@ def routing_figure(model: nn.Module) -> Figure:
         plot_load(left, layer, f"{name or type(layer).__name__}: load")
         plot_coactivation(right, layer)
     return figure
+
+
+def _check(ax: Any, layer: Any, title: Any) -> None:
+    if not hasattr(ax, "imshow"):
+        raise TypeError(f"ax must be Axes of matplotlib, got a value of type {type(ax).__name__}")
+    check_type("layer", layer, MoE, "a sparse_ffn.MoE")
+    check_type("title", title, str, "a string")
 
 
 def _routed(layer: MoE) -> tuple[Tensor, Tensor | None]:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from typing import Any
 
-from sparse_ffn.checks import check_positive
+from sparse_ffn.checks import check_positive, plain
 from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.product_key import ProductKeyMemory
+from sparse_ffn.warning import SparseFFNWarning
 
 _FREE_SIZES: tuple[tuple[type[SparseFFN], str], ...] = (
     (MoE, "n_experts"),
     (ProductKeyMemory, "n_sub_keys"),
     (DenseFFN, "d_ff"),
 )
+NEAR = 0.1  # of the parameters: what may still be called equal
 
 
 def parameter_equal(layer_cls: type[SparseFFN], d_model: int, d_ff: int, **choices: Any) -> dict[str, Any]:
@@ -30,6 +33,9 @@ def parameter_equal(layer_cls: type[SparseFFN], d_model: int, d_ff: int, **choic
 
     Returns:
         ``d_model``, the free size and ``choices``, to be given to the layer with ``**``.
+
+    Warns:
+        SparseFFNWarning: even the nearest size has over a tenth more or fewer parameters than the dense FFN.
 
     Raises:
         TypeError: ``layer_cls`` is no layer of this library, or a required choice is missing.
@@ -49,6 +55,8 @@ def parameter_equal(layer_cls: type[SparseFFN], d_model: int, d_ff: int, **choic
     if missing:
         raise TypeError(f"parameter_equal({layer_cls.__name__}, ...) needs {' and '.join(missing)}")
 
+    d_model, choices = check_positive("d_model", d_model), {name: plain(value) for name, value in choices.items()}
+
     def arguments(size: int) -> dict[str, Any]:
         return {"d_model": d_model, free: size, **choices}
 
@@ -56,8 +64,7 @@ def parameter_equal(layer_cls: type[SparseFFN], d_model: int, d_ff: int, **choic
         return layer_cls(**{**arguments(size), "device": "meta"}).n_parameters
 
     target = DenseFFN(d_model, d_ff, device="meta").n_parameters
-    k = choices.get("k", 1)
-    check_positive("k", k)
+    k = check_positive("k", choices.get("k", 1))
     low = high = 1 + math.isqrt(k - 1) if free == "n_sub_keys" else k  # a layer of that size has k units to select
     while count(high) < target:
         low, high = high, 2 * high
@@ -67,4 +74,13 @@ def parameter_equal(layer_cls: type[SparseFFN], d_model: int, d_ff: int, **choic
             low = middle
         else:
             high = middle
-    return arguments(min((low, high), key=lambda size: abs(count(size) - target)))
+    nearest = min((low, high), key=lambda size: abs(count(size) - target))
+    miss = count(nearest) / target - 1
+    if abs(miss) > NEAR:
+        warnings.warn(
+            f"no {free} of {layer_cls.__name__} comes near the {target} parameters of the dense FFN with d_model = "
+            f"{d_model} and d_ff = {d_ff}: {nearest} is the nearest, with {count(nearest)} ({miss:+.0%})",
+            SparseFFNWarning,
+            stacklevel=2,
+        )
+    return arguments(nearest)

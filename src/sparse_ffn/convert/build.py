@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparse_ffn.checks import check_positive, check_tensor
 from sparse_ffn.convert.config import ExpertsConfig, FFNConfig
 from sparse_ffn.convert.partition import balanced_kmeans, contiguous, product_grid
 from sparse_ffn.convert.router import centre, fit_router, mean_keys
@@ -37,10 +38,13 @@ class ConstantInput(nn.Module):
 
     def __init__(self, pad: int = PAD) -> None:
         super().__init__()
-        self.pad = pad
+        self.pad = check_positive("pad", pad)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_model] -> [..., d_model + pad]."""
+        check_tensor("x", x)
+        if not x.dim():
+            raise ValueError("x must have shape [..., d_model], got []")
         return F.pad(F.pad(x, (0, 1), value=1.0), (0, self.pad - 1))
 
     def extra_repr(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.checks import check_positive
+from sparse_ffn.checks import check_function, check_positive, check_type
 from sparse_ffn.convert.find import find
 from sparse_ffn.convert.probe import first_of
 
@@ -67,10 +67,13 @@ def calibrate(
         token is left out, and has to be left out of ``sparsify_`` too.
 
     Raises:
-        TypeError: the model is no module.
+        TypeError: the model is no module, ``batches`` cannot be iterated over, or ``filter_fn`` is no function.
         ValueError: no FFN is found, or none saw a token; a lazy module has not run yet.
     """
-    check_positive("max_tokens", max_tokens)
+    max_tokens = check_positive("max_tokens", max_tokens)
+    check_type("batches", batches, Iterable, "batches to iterate over")
+    if filter_fn is not None:
+        check_function("filter_fn", filter_fn, "module and name")
     found = [f for f in find(model)[0] if filter_fn is None or filter_fn(f.module, f.name)]
     if not found:
         raise ValueError("the model has no FFN that sparsify_ would find (and filter_fn admit)")

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.checks import check_choice
+from sparse_ffn.checks import check_choice, check_flag, check_tensor, check_type, shown
 from sparse_ffn.layers import DenseFFN, MoE
 from sparse_ffn.layers.shared_expert import SharedExpertMoE
 from sparse_ffn.routing.deepseek import DeepSeekRouter
@@ -122,6 +122,8 @@ def to_transformers(
     """
     if not isinstance(layer, (MoE, SharedExpertMoE)):
         raise TypeError(f"layer must be a MoE or a SharedExpertMoE, got {type(layer).__name__}")
+    check_type("prefix", prefix, str, "a string")
+    fused = check_flag("fused", fused)
     facts = _facts(config)
     style = STYLES[facts["model_type"]]
     moe = layer.routed if isinstance(layer, SharedExpertMoE) else layer
@@ -151,6 +153,8 @@ class Keys:
     """The tensors of a state dict under a prefix, taken one by one until none is left."""
 
     def __init__(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+        check_type("state_dict", state_dict, Mapping, "a mapping from names to tensors")
+        check_type("prefix", prefix, str, "a string")
         self.prefix = prefix
         self.left = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
 
@@ -163,6 +167,7 @@ class Keys:
         if name not in self.left:
             raise ValueError(f"the checkpoint has no {self.prefix + name!r}; it still has {sorted(self.left)[:20]}")
         tensor = self.left.pop(name)
+        check_tensor(repr(self.prefix + name), tensor)
         if tensor.dim() != dim:
             raise ValueError(f"{self.prefix + name!r} must have {dim} dimensions, got {list(tensor.shape)}")
         return tensor
@@ -190,6 +195,8 @@ def filled(layer: Layer, tensors: Mapping[str, Tensor]) -> Layer:
 
 def _facts(config: Any) -> dict[str, Any]:
     """The config as a dict, if it is of a model whose blocks a layer can compute."""
+    if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
+        raise TypeError(f"config must be a config of transformers or a dict of its values, got {shown(config)}")
     facts = dict(config) if isinstance(config, Mapping) else config.to_dict()
     check_choice("config.model_type", facts.get("model_type"), STYLES)
     needed = {"num_experts_per_tok", "hidden_act"} | {

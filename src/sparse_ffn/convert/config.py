@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sparse_ffn import layers
-from sparse_ffn.checks import check_choice
+from sparse_ffn.checks import check_choice, check_type
 from sparse_ffn.convert.config_base import OF_CONVERSION as OF_CONVERSION
 from sparse_ffn.convert.config_base import FFNConfig as FFNConfig
 from sparse_ffn.convert.config_experts import ExpertsConfig as ExpertsConfig
@@ -110,15 +111,20 @@ def config_from_dict(values: Mapping[str, Any]) -> FFNConfig:
         values: what ``to_dict`` returned, or the same read back from JSON.
 
     Raises:
-        ValueError: no such config.
-        TypeError: a field that the config does not have.
+        ValueError: no such config, or a value that it refuses.
+        TypeError: no mapping, or a field that the config does not have.
     """
+    check_type("values", values, Mapping, "what to_dict returned")
     values = dict(values)
     name = values.pop("config", None)
     kinds = {cls.__name__: cls for cls in CONFIGS}
-    check_choice("config", name, kinds)
+    check_choice("the config of values", name, kinds)
+    kind = kinds[str(name)]
+    names = [field.name for field in dataclasses.fields(kind)]
+    if foreign := [key for key in values if key not in names]:
+        raise TypeError(f"values has {', '.join(map(repr, foreign))}, but {name} only {', '.join(names)}")
     fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    return kinds[str(name)](**fields)
+    return kind(**fields)
 
 
 def _d_ff(config: DenseFFNConfig | TopKFFNConfig, ffn: FFNWeights) -> int:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from sparse_ffn.checks import check_choice, check_positive
+from sparse_ffn.checks import check_choice, check_positive, plain
 from sparse_ffn.convert.weights import FFNWeights
 from sparse_ffn.layers.base import SparseFFN
 
 Self = TypeVar("Self", bound="FFNConfig")
+SIZES = ("d_ff", "n_sub_keys", "n_experts", "expert_size", "k")
 OF_CONVERSION = {"init", "cluster_by", "router_init"}
 """Fields that say what becomes of the weights, and that no layer has."""
 
@@ -31,8 +33,8 @@ class FFNConfig:
         n_layers: of a fresh layer.
 
     Raises:
-        ValueError: an ``init`` that this layer does not have; a size below 1.
-        TypeError: a size that is no int.
+        ValueError: an ``init`` that this layer does not have, or a value that the layer refuses.
+        TypeError: a value of a type that the layer refuses.
     """
 
     layer: ClassVar[type[SparseFFN]]
@@ -46,10 +48,19 @@ class FFNConfig:
 
     def __post_init__(self) -> None:
         check_choice("init", self.init, self.inits)
-        for name in ("d_ff", "n_sub_keys", "n_experts", "expert_size", "k"):
-            size = getattr(self, name, None)
-            if size is not None:
-                check_positive(name, size)
+        optional = {*SIZES, *(field.name for field in dataclasses.fields(self) if field.default is None)}
+        arguments: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = plain(getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+            if value is not None and field.name in SIZES:
+                check_positive(field.name, value)
+            if field.name not in OF_CONVERSION and (value is not None or field.name not in optional):
+                arguments[field.name] = value
+        k = arguments.get("k", 1)
+        least = {"d_ff": k, "n_sub_keys": 1 + math.isqrt(k - 1), "n_experts": k, "expert_size": 1, "k": k}
+        sizes = {name: size for name, size in least.items() if hasattr(self, name)}
+        self.layer(d_model=2, **{**sizes, **arguments}, device="meta")  # it knows what is wrong with its arguments
 
     def resolve(self: Self, ffn: FFNWeights) -> Self:
         """This config with every None replaced by what the FFN says.

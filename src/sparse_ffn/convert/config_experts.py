@@ -10,6 +10,7 @@ from sparse_ffn import layers
 from sparse_ffn.checks import check_choice
 from sparse_ffn.convert.config_base import FFNConfig
 from sparse_ffn.convert.weights import FFNWeights
+from sparse_ffn.routing import ROUTERS
 
 SIZES = (16, 128)
 """The least and the largest size of an expert that is chosen when the config gives none."""
@@ -93,6 +94,10 @@ class MoEConfig(ExpertsConfig):
     layer = layers.MoE
 
     router: str = "sigmoid"
+
+    def __post_init__(self) -> None:
+        check_choice("router", self.router, ROUTERS)  # the layer takes modules too, which no two layers can share
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from sparse_ffn.checks import check_module
 from sparse_ffn.convert.blocks import block_roles, crowded, match_block, match_dense
 from sparse_ffn.convert.found import Found, Unknown
 from sparse_ffn.convert.linears import Linear, hooks, linear_maps
@@ -23,7 +24,7 @@ def find(model: nn.Module) -> tuple[list[Found], dict[str, str]]:
         TypeError: the model is no module.
         ValueError: a parameter has no shape yet.
     """
-    _check_module("model", model)
+    check_module("model", model)
     linears = linear_maps(model)
     found: list[Found] = []
     unknown: dict[str, str] = {}
@@ -96,7 +97,7 @@ def find_one(module: nn.Module) -> Found:
         TypeError: it is no module.
         ValueError: it is none; the message says why and what was seen.
     """
-    _check_module("ffn", module)
+    check_module("ffn", module)
     inside = list(linear_maps(module).values())
     roles = block_roles(module, inside)
     try:
@@ -107,12 +108,7 @@ def find_one(module: nn.Module) -> Found:
             raise Unknown("its matrices are not those of a two-layer FFN" if more is None else more[1])
         return match_block("", module, *roles)
     except Unknown as why:
-        raise ValueError(f"{why}; {_seen(module)}") from None
-
-
-def _check_module(name: str, module: object) -> None:
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{name} must be a torch.nn.Module, got a value of type {type(module).__name__}")
+        raise ValueError(f"ffn is no FFN that is known here: {why}; {_seen(module)}") from None
 
 
 def _seen(module: nn.Module) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sparse_ffn.checks import check_type
 from sparse_ffn.convert.checkpoints import Keys, filled
 from sparse_ffn.layers import MoE
 
@@ -62,6 +63,7 @@ def to_moe_layer(layer: MoE, *, prefix: str = "") -> dict[str, Tensor]:
     """
     if not isinstance(layer, MoE):
         raise TypeError(f"layer must be a MoE, got {type(layer).__name__}")
+    check_type("prefix", prefix, str, "a string")
     names = {
         "keys": "keys",
         "values": "values",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparse_ffn.checks import check_floating, check_function, check_type
 from sparse_ffn.convert.build import Built, ConstantInput, build
 from sparse_ffn.convert.calibrate import Filter
 from sparse_ffn.convert.config import FFNConfig
@@ -53,15 +54,17 @@ def sparsify_(
     """
     for one in config.values() if isinstance(config, Mapping) else (config,):
         _check_config(one)
-    if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"filter_fn must be a function of module and name, got {filter_fn!r}")
+    if filter_fn is not None:
+        check_function("filter_fn", filter_fn, "module and name")
     if calibration is not None:
         _check_calibration(calibration)
     found, unknown = find(model)
     if isinstance(config, Mapping):
         missing = [name for name in config if name not in {f.name for f in found}]
         if missing:
-            raise ValueError(f"no FFN is at {', '.join(map(repr, missing))}; there are {[f.name for f in found]}")
+            raise ValueError(
+                f"no FFN is at {', '.join(map(repr, missing))} of config; there are {[f.name for f in found]}"
+            )
     configs = {f.name: config.get(f.name) if isinstance(config, Mapping) else config for f in found}
     wanted = [f for f in found if configs[f.name] is not None and (filter_fn is None or filter_fn(f.module, f.name))]
     skipped = tuple(f.name for f in found if f not in wanted)
@@ -102,12 +105,13 @@ def from_dense(ffn: nn.Module, config: FFNConfig, *, inputs: Tensor | None = Non
         ValueError: the module is no FFN (the message says what was seen), or the config does not fit it.
     """
     _check_config(config)
-    if inputs is not None and not isinstance(inputs, Tensor):
-        raise TypeError(f"inputs must be a tensor [..., d_model], got a value of type {type(inputs).__name__}")
+    if inputs is not None:
+        check_type("inputs", inputs, Tensor, "a tensor [..., d_model]")
+        check_floating("inputs", inputs)
     f = find_one(ffn)
     if (mixed := _mixed(f.weights())) is not None:
         raise ValueError(f"the FFN: {mixed}")
-    return _make(f, config, None if inputs is None else _rows(f, inputs.reshape(-1, *inputs.shape[-1:]))).module
+    return _make(f, config, None if inputs is None else _rows(f, inputs)).module
 
 
 def _check_config(config: object) -> None:
@@ -120,6 +124,8 @@ def _check_calibration(calibration: object) -> None:
     if not isinstance(calibration, Mapping) or not all(isinstance(value, Tensor) for value in values):
         kinds = ", ".join(sorted({type(value).__name__ for value in values}))
         raise TypeError(f"calibration must map names to tensors, as calibrate returns, got {kinds}")
+    for name, value in calibration.items():
+        check_floating(f"calibration[{name!r}]", value)
 
 
 @dataclass(frozen=True)
@@ -149,17 +155,17 @@ def _sample(f: Found, calibration: Mapping[str, Tensor]) -> Tensor:
 
 
 def _rows(f: Found, inputs: Tensor) -> Tensor:
-    """Calibration that fits an FFN, in its dtype and on its device."""
-    ffn, name = f.weights(), f.name or "the FFN"
-    if inputs.dim() != 2 or inputs.shape[1] != ffn.d_model or not len(inputs):
-        raise ValueError(
-            f"{name}: its calibration must be [at least 1 token, d_model = {ffn.d_model}], got {list(inputs.shape)}"
-        )
+    """What an FFN sees, as a matrix like its own: ``from_dense``'s inputs, or its part of a model's calibration."""
+    ffn, what = f.weights(), f"{f.name}: its calibration" if f.name else "inputs"
+    if inputs.dim() < 1 or inputs.shape[-1] != ffn.d_model or not inputs.numel():
+        raise ValueError(f"{what} must be [at least 1 token, d_model = {ffn.d_model}], got {list(inputs.shape)}")
     if ffn.keys.is_meta:
-        raise ValueError(f"{name}: calibration needs numbers; a model on meta has none")
+        raise ValueError(f"{f.name or 'the FFN'}: calibration needs numbers; a model on meta has none")
+    if inputs.is_meta:
+        raise ValueError(f"{what} must hold numbers, got a tensor on meta")
     if not bool(inputs.isfinite().all()):
-        raise ValueError(f"{name}: its calibration must be finite")
-    return inputs.to(ffn.keys)
+        raise ValueError(f"{what} must be finite")
+    return inputs.reshape(-1, ffn.d_model).to(ffn.keys)
 
 
 def _plain(ffn: FFNWeights, rows: Tensor | None) -> tuple[FFNWeights, Tensor | None]:

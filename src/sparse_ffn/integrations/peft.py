@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from sparse_ffn.checks import check_module
+
 
 @contextmanager
 def inner_first(model: nn.Module) -> Iterator[None]:
@@ -20,7 +22,11 @@ def inner_first(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: what is given to peft.
+
+    Raises:
+        TypeError: the model is no module.
     """
+    check_module("model", model)
 
     def named_modules(*args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         yield from reversed(list(type(model).named_modules(model, *args, **kwargs)))

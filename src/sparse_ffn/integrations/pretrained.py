@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import transformers
 
+from sparse_ffn.checks import check_type, shown
 from sparse_ffn.convert import Report, config_from_dict, config_of, sparsify_
 from sparse_ffn.integrations.ties import shared, tie, tied
 from sparse_ffn.layers import SparseFFN
@@ -33,8 +35,11 @@ def record_conversion(model: Any, report: Report) -> None:
         report: what ``sparsify_`` returned.
 
     Raises:
+        TypeError: ``model`` is no model of transformers or ``report`` no report.
         ValueError: the report names a module that the model does not have, or no config can say what a layer is.
     """
+    check_type("model", model, transformers.PreTrainedModel, "a transformers.PreTrainedModel")
+    check_type("report", report, Report, "what sparsify_ returned")
     places = {name for name, _ in model.named_modules(remove_duplicate=False)}
     missing = [name for name in report.names if name not in places]
     if missing:
@@ -103,9 +108,12 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
         What ``model_class.from_pretrained(path, **options)`` returns.
 
     Raises:
-        TypeError: ``model_class`` is an ``Auto`` class, or is not given and transformers does not have the saved one.
-        ValueError: the config records no conversion or does not fit the model, or a converted layer gets no weights.
+        TypeError: ``path`` is no path; ``model_class`` is an ``Auto`` class, or is not given and transformers does not
+            have the saved one.
+        ValueError: the config records no conversion, or one that cannot be read or does not fit the model; a converted
+            layer gets no weights.
     """
+    check_type("path", path, (str, os.PathLike), "a folder or a name on the hub")
     config = options.pop("config", None)
     if config is None:
         config = transformers.AutoConfig.from_pretrained(path, **{n: options[n] for n in WHERE if n in options})
@@ -115,7 +123,9 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
             f"the config of {str(path)!r} records no conversion: call record_conversion(model, report) before "
             "save_pretrained, or load an unconverted model with transformers itself"
         )
-    base: Any = model_class or getattr(transformers, config.architectures[0], None)
+    _check_record(path, record)
+    architecture = (config.architectures or [""])[0]
+    base: Any = model_class or getattr(transformers, architecture, None)
     if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedModel)):
         raise TypeError(
             f"model_class must be a model's own class, such as LlamaForCausalLM, got {base!r} for "
@@ -140,6 +150,19 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
     _record(model, _places(model, record))
     _check_loaded(model, info["missing_keys"])
     return (model, info) if wants_info else model
+
+
+def _check_record(path: Any, record: Any) -> None:
+    """Raise ValueError unless a record, which may come from anywhere, is one."""
+    of = f"the config of {str(path)!r} has a damaged record {KEY}"
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{of}: {KEY} must map names of modules to configs, got {shown(record)}")
+    name = ""
+    try:
+        for name in record:
+            config_from_dict(record[name])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{of}, {name}: {error}") from error
 
 
 def _check_loaded(model: Any, missing: Iterable[str]) -> None:

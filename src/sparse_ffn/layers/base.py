@@ -9,7 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_ffn.checks import check_choice, check_dtype, check_finite, check_places, check_positive, check_rate
+from sparse_ffn.checks import (
+    check_choice,
+    check_device,
+    check_dtype,
+    check_finite,
+    check_flag,
+    check_floating,
+    check_mask,
+    check_places,
+    check_positive,
+    check_rate,
+)
 from sparse_ffn.layers.parametrizations import Parametrizations
 from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.autocast import autocast_enabled
@@ -56,16 +67,15 @@ class SparseFFN(CheckedOptions, nn.Module):
         extra_activations: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
-        check_positive("d_model", d_model)
-        check_positive("d_out", d_model if d_out is None else d_out)
+        self.d_model = check_positive("d_model", d_model)
+        self.d_out = self.d_model if d_out is None else check_positive("d_out", d_out)
         check_choice("activation", activation, (*ACTIVATIONS, *extra_activations))
-        check_rate("dropout", dropout, inclusive=True)
-        check_dtype(dtype)
-        self.d_model, self.d_out = d_model, d_model if d_out is None else d_out
-        self.activation, self.dropout = activation, dropout
+        self.activation, self.dropout = activation, check_rate("dropout", dropout, inclusive=True)
         self.init_scale = _init_scale(init_scale, n_layers)
+        check_device(device)
+        check_dtype(dtype)
         self._factory = {"device": device, "dtype": dtype}
-        self.out_bias = self._parameter(self.d_out) if bias else None
+        self.out_bias = self._parameter(self.d_out) if check_flag("bias", bias) else None
 
     @property
     def k(self) -> int:
@@ -85,7 +95,8 @@ class SparseFFN(CheckedOptions, nn.Module):
             [..., d_out]; its dtype follows nn.Linear.
 
         Raises:
-            TypeError: x is not floating, or its dtype is not the parameters' (outside autocast), or mask is not bool.
+            TypeError: x is no dense floating tensor, or its dtype is not the parameters' (outside autocast), or mask is
+                no dense tensor of bool.
             ValueError: a wrong shape or device, or ``router_input`` for a layer without a router.
         """
         self._check_input("x", x)
@@ -93,7 +104,7 @@ class SparseFFN(CheckedOptions, nn.Module):
             raise ValueError(f"x must have shape [..., d_model = {self.d_model}], got {list(x.shape)}")
         check_places(x, self._parameters.values())
         if mask is not None:
-            self._check_mask(x, mask)
+            check_mask(mask, x)
         y = self._forward(x, mask, self._selector_input(x, router_input))
         if self.out_bias is not None:
             y = y + self.out_bias.to(y.dtype)
@@ -114,24 +125,14 @@ class SparseFFN(CheckedOptions, nn.Module):
 
     def _check_input(self, name: str, x: Tensor) -> None:
         own = self.values
-        if x.dtype == own.dtype and x.device == own.device:
+        if isinstance(x, Tensor) and x.dtype == own.dtype and x.device == own.device and x.layout is torch.strided:
             return
-        if not x.is_floating_point():
-            raise TypeError(f"{name} must be a floating tensor, got {str(x.dtype).removeprefix('torch.')}")
+        check_floating(name, x)
         if x.device != own.device:
             raise ValueError(f"{name} is on {x.device}, the layer's parameters are on {own.device}")
         double = torch.float64 in (x.dtype, own.dtype)  # autocast leaves fp64 alone
         if x.dtype != own.dtype and (double or not autocast_enabled(x)):
             raise TypeError(f"{name} has dtype {x.dtype}, the layer's parameters have {own.dtype}: convert one of them")
-
-    def _check_mask(self, x: Tensor, mask: Tensor) -> None:
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be bool (True = real token), got {mask.dtype}")
-        if mask.shape != x.shape[:-1]:
-            raise ValueError(f"mask must have x's shape without its last dimension, {list(x.shape[:-1])}, "
-                             f"got {list(mask.shape)}")  # fmt: skip
-        if mask.device != x.device:
-            raise ValueError(f"mask is on {mask.device}, x is on {x.device}")
 
     def _parameter(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(*shape, **self._factory))
@@ -191,12 +192,11 @@ def check_units(x: Tensor, keys: Tensor, values: Tensor, gate_keys: Tensor | Non
 
 
 def _init_scale(init_scale: float, n_layers: int | None) -> float:
-    check_finite("init_scale", init_scale)
+    scale = check_finite("init_scale", init_scale)
     if n_layers is None:
-        return init_scale
-    if init_scale != 1.0:
+        return scale
+    if scale != 1.0:
         raise ValueError(
             f"init_scale = {init_scale!r} and n_layers = {n_layers!r} both set the scale: give one of them"
         )
-    check_positive("n_layers", n_layers)
-    return math.sqrt(2 / n_layers)
+    return math.sqrt(2 / check_positive("n_layers", n_layers))

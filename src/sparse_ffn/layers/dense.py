@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_ffn.checks import check_positive
+from sparse_ffn.checks import check_flag, check_positive
 from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.ops.activations import hidden
 from sparse_ffn.ops.autocast import autocast_dtype
@@ -53,12 +53,11 @@ class DenseFFN(SparseFFN):
             d_model, d_out=d_out, activation=activation, dropout=dropout, init_scale=init_scale, n_layers=n_layers,
             bias=bias, device=device, dtype=dtype,
         )  # fmt: skip
-        check_positive("d_ff", d_ff)
-        self.d_ff = d_ff
-        self.keys = self._parameter(d_ff, d_model)
-        self.gate_keys = self._parameter(d_ff, d_model) if glu else None
-        self.key_bias = self._parameter(d_ff) if bias else None
-        self.values = self._parameter(d_ff, self.d_out)
+        self.d_ff = check_positive("d_ff", d_ff)
+        self.keys = self._parameter(self.d_ff, self.d_model)
+        self.gate_keys = self._parameter(self.d_ff, self.d_model) if check_flag("glu", glu) else None
+        self.key_bias = self._parameter(self.d_ff) if bias else None
+        self.values = self._parameter(self.d_ff, self.d_out)
         self.reset_parameters()
 
     @property

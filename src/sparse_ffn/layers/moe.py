@@ -10,10 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn import ops
-from sparse_ffn.checks import check_choice, check_finite, check_places, check_positive
+from sparse_ffn.checks import (
+    check_choice,
+    check_finite,
+    check_flag,
+    check_places,
+    check_positive,
+    check_rate,
+    shown,
+)
 from sparse_ffn.layers.base import SparseFFN, check_units
 from sparse_ffn.ops.autocast import autocast_dtype
-from sparse_ffn.routing.balance import NAMES, NEED_LOGITS, balance_loss
+from sparse_ffn.routing.balance import NAMES, NEED_LOGITS, weighted_losses
 from sparse_ffn.routing.inject import inject
 from sparse_ffn.routing.routers import ROUTERS, FusedRouting, Router, Routing, plain_gate
 
@@ -110,19 +118,21 @@ class MoE(SparseFFN):
             d_model, d_out=d_out, activation=activation, dropout=dropout, init_scale=init_scale, n_layers=n_layers,
             bias=bias, device=device, dtype=dtype,
         )  # fmt: skip
-        check_positive("n_experts", n_experts)
-        check_positive("expert_size", expert_size)
-        check_positive("k", k, at_most=n_experts, limit="n_experts")
+        self.n_experts = check_positive("n_experts", n_experts)
+        self.expert_size = check_positive("expert_size", expert_size)
+        self.d_ff = self.n_experts * self.expert_size
+        k = check_positive("k", k, at_most=self.n_experts, limit="n_experts")
+        glu, expert_dropout = check_flag("glu", glu), check_rate("expert_dropout", expert_dropout)
         check_choice("balance_over", balance_over, ("batch", "sequence"))
         check_choice("aux", aux, ("attach", "inject"))
-        self.n_experts, self.expert_size, self.d_ff = n_experts, expert_size, n_experts * expert_size
         self.balance, self.balance_weight = _balance(balance, balance_weight)
-        self.balance_over, self.aux, self.sync_balance = balance_over, aux, sync_balance
+        self.balance_over, self.aux, self.sync_balance = balance_over, aux, check_flag("sync_balance", sync_balance)
         self.router = self._make_router(router, k, expert_dropout)
-        self.keys = self._parameter(n_experts, expert_size, d_model)
-        self.gate_keys = self._parameter(n_experts, expert_size, d_model) if glu else None
-        self.key_bias = self._parameter(n_experts, expert_size) if bias else None
-        self.values = self._parameter(n_experts, expert_size, self.d_out)
+        experts = (self.n_experts, self.expert_size)
+        self.keys = self._parameter(*experts, self.d_model)
+        self.gate_keys = self._parameter(*experts, self.d_model) if glu else None
+        self.key_bias = self._parameter(*experts) if bias else None
+        self.values = self._parameter(*experts, self.d_out)
         self._last = None
         self._reset_experts()
 
@@ -141,29 +151,30 @@ class MoE(SparseFFN):
 
     def _make_router(self, router: str | Router | Callable[..., Router], k: int, expert_dropout: float) -> Router:
         sizes = (self.d_model, self.n_experts, k)
-        if isinstance(router, Router):
-            if (router.d_model, router.n_experts, router.k) != sizes:
-                raise ValueError(
-                    f"router has (d_model, n_experts, k) = {(router.d_model, router.n_experts, router.k)}, "
-                    f"the layer {sizes}"
-                )
-            if expert_dropout:
-                raise ValueError(f"expert_dropout = {expert_dropout!r}: give it to the router module instead")
-            if ("bias" in self.balance) != (router.bias is not None):
-                raise ValueError(
-                    f"balance = {self.balance!r} and a router with selection_bias={router.bias is not None} do not fit"
-                )
-            return router
-        if isinstance(router, nn.Module) or not callable(router):
-            check_choice("router", router, ROUTERS)
-        make = ROUTERS[router] if isinstance(router, str) else router
-        return make(
-            *sizes,
-            expert_dropout=expert_dropout,
-            selection_bias="bias" in self.balance,
-            init_scale=self.init_scale,
-            **self._factory,
-        )
+        made = router
+        if not isinstance(router, Router):
+            if isinstance(router, nn.Module) or not callable(router):
+                check_choice("router", router, ROUTERS)
+            made = (ROUTERS[router] if isinstance(router, str) else router)(
+                *sizes,
+                expert_dropout=expert_dropout,
+                selection_bias="bias" in self.balance,
+                init_scale=self.init_scale,
+                **self._factory,
+            )
+        elif expert_dropout:
+            raise ValueError(f"expert_dropout = {expert_dropout!r}: give it to the router module instead")
+        if not isinstance(made, Router):
+            raise TypeError(f"router must make a sparse_ffn.routing.Router, but {shown(router)} made {shown(made)}")
+        if (made.d_model, made.n_experts, made.k) != sizes:
+            raise ValueError(
+                f"router has (d_model, n_experts, k) = {(made.d_model, made.n_experts, made.k)}, the layer {sizes}"
+            )
+        if ("bias" in self.balance) != (made.bias is not None):
+            raise ValueError(
+                f"balance = {self.balance!r} and a router with selection_bias={made.bias is not None} do not fit"
+            )
+        return made
 
     def reset_parameters(self) -> None:
         """Normal keys and values, zero biases; the router's own initialisation."""
@@ -205,6 +216,8 @@ class MoE(SparseFFN):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Output, selected experts, balance loss: the router's module, then the experts."""
         routing: Routing = self.router(router_input.reshape(-1, self.d_model), mask_T)
+        if not isinstance(routing, Routing):
+            raise TypeError(f"router must return a sparse_ffn.routing.Routing, got {shown(routing)}")
         _check_experts(routing.logits_TE.shape[1], x_TD, self.keys, self.values, self.gate_keys, self.key_bias)
         loss = self._balance_loss(routing, mask_T, x)
         gate_TK = routing.gate_TK
@@ -286,7 +299,7 @@ class MoE(SparseFFN):
         terms = tuple((n, w) for n, w in zip(self.balance, self.balance_weight, strict=True) if n not in _NO_LOSS)
         if not terms:
             return None
-        return balance_loss(routing, terms, mask_T=mask_T, n_sequences=self._n_sequences(x), sync=self.sync_balance)
+        return weighted_losses(routing, terms, mask_T=mask_T, n_sequences=self._n_sequences(x), sync=self.sync_balance)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what the last forward left behind: copies and pickles start clean."""
@@ -372,13 +385,15 @@ def _balance(names: str | Sequence[str], weights: float | Sequence[float]) -> tu
     if isinstance(names, str):
         names, weights = (names,), (weights,)  # type: ignore[assignment]
     if not isinstance(names, Sequence) or not names:
-        raise ValueError(f"balance must be one of {', '.join(map(repr, NAMES))} or a tuple of these, got {names!r}")
-    if isinstance(weights, (int, float)) or len(names) != len(weights):
-        raise ValueError(f"balance_weight must hold one weight for each of balance = {tuple(names)}, got {weights!r}")
+        raise ValueError(
+            f"balance must be one of {', '.join(map(repr, NAMES))} or a tuple of these, got {shown(names)}"
+        )
     for name in names:
         check_choice("balance", name, NAMES)
+    if not isinstance(weights, Sequence) or isinstance(weights, str) or len(names) != len(weights):
+        raise ValueError(
+            f"balance_weight must hold one weight for each of balance = {tuple(names)}, got {shown(weights)}"
+        )
     if len(set(names)) != len(names) or ("none" in names and len(names) > 1):
         raise ValueError(f"balance must name each loss once, and 'none' only by itself, got {tuple(names)}")
-    for weight in weights:
-        check_finite("balance_weight", weight)
-    return tuple(names), tuple(float(w) for w in weights)
+    return tuple(names), tuple(check_finite("balance_weight", weight) for weight in weights)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_ffn import ops
-from sparse_ffn.checks import check_choice, check_places, check_positive
+from sparse_ffn.checks import check_choice, check_flag, check_places, check_positive
 from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.ops.activations import activate
 from sparse_ffn.ops.autocast import without_autocast
@@ -77,23 +77,21 @@ class ProductKeyMemory(SparseFFN):
             d_model, d_out=d_out, activation=activation, dropout=dropout, init_scale=init_scale, n_layers=n_layers,
             bias=False, device=device, dtype=dtype, extra_activations=("softmax",),
         )  # fmt: skip
-        check_positive("n_sub_keys", n_sub_keys)
-        check_positive("n_heads", n_heads)
+        self.n_sub_keys, self.n_heads = check_positive("n_sub_keys", n_sub_keys), check_positive("n_heads", n_heads)
         check_choice("value_init", value_init, ("paper", "standard"))
         if query_norm is not None:
             check_choice("query_norm", query_norm, ("layer", "rms"))
-        width_name = "d_model" if query_dim is None else "query_dim"
-        width = d_model if query_dim is None else query_dim
-        check_positive(width_name, width)
+        width = self.d_model if query_dim is None else check_positive("query_dim", query_dim)
         if width % 2:
-            hint = "; or give an even query_dim" if query_dim is None else ""
-            raise ValueError(f"{width_name} must be even, since each half meets its own sub-keys, got {width}{hint}")
-        self.n_sub_keys, self.n_heads, self.d_ff = n_sub_keys, n_heads, n_sub_keys**2
+            name, hint = ("d_model", "; or give an even query_dim") if query_dim is None else ("query_dim", "")
+            raise ValueError(f"{name} must be even, since each half meets its own sub-keys, got {width}{hint}")
+        self.d_ff = self.n_sub_keys**2
         self.k = k
-        self.query_dim, self.query_norm = query_dim, query_norm
-        self.value_init, self.sparse_grad = value_init, sparse_grad
-        self.sub_keys = self._parameter(2, n_heads, n_sub_keys, width // 2)
-        self.query = None if query_dim is None else nn.Linear(d_model, n_heads * width, bias=False, **self._factory)
+        self.query_dim, self.query_norm = None if query_dim is None else width, query_norm
+        self.value_init, self.sparse_grad = value_init, check_flag("sparse_grad", sparse_grad)
+        self.sub_keys = self._parameter(2, self.n_heads, self.n_sub_keys, width // 2)
+        query = (self.d_model, self.n_heads * width)
+        self.query = None if query_dim is None else nn.Linear(*query, bias=False, **self._factory)
         self.values = self._parameter(self.d_ff, self.d_out)
         self.reset_parameters()
 
@@ -104,8 +102,7 @@ class ProductKeyMemory(SparseFFN):
 
     @k.setter
     def k(self, k: int) -> None:
-        check_positive("k", k, at_most=self.n_sub_keys**2, limit="n_sub_keys²")
-        self._k = k
+        self._k = check_positive("k", k, at_most=self.n_sub_keys**2, limit="n_sub_keys²")
 
     def reset_parameters(self) -> None:
         """Normal query, sub-keys and values."""

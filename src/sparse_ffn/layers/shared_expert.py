@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sparse_ffn.checks import check_flag, check_type
 from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.layers.moe import MoE
 
@@ -18,6 +19,7 @@ class SharedExpertMoE(nn.Module):
         gated: whether a learned scalar weighs it, ``gate.weight`` [1, d_model].
 
     Raises:
+        TypeError: ``routed`` is no ``MoE``, ``shared`` no ``DenseFFN`` or ``gated`` no bool.
         ValueError: the widths differ.
     """
 
@@ -29,6 +31,8 @@ class SharedExpertMoE(nn.Module):
 
     def __init__(self, routed: MoE, shared: DenseFFN, *, gated: bool = False) -> None:
         super().__init__()
+        check_type("routed", routed, MoE, "a sparse_ffn.MoE")
+        check_type("shared", shared, DenseFFN, "a sparse_ffn.DenseFFN")
         widths = (routed.d_model, routed.d_out)
         if (shared.d_model, shared.d_out) != widths:
             raise ValueError(
@@ -38,15 +42,15 @@ class SharedExpertMoE(nn.Module):
         self.d_model, self.d_out = widths
         self.d_ff = routed.d_ff + shared.d_ff
         own = {"device": routed.values.device, "dtype": routed.values.dtype}
-        self.gate = nn.Linear(routed.d_model, 1, bias=False, **own) if gated else None
+        self.gate = nn.Linear(routed.d_model, 1, bias=False, **own) if check_flag("gated", gated) else None
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, router_input: Tensor | None = None) -> Tensor:
         """As ``SparseFFN``'s; ``mask`` and ``router_input`` are for the routed experts."""
-        shared = self.shared(x)
+        y: Tensor = self.routed(x, mask=mask, router_input=router_input)  # first: it checks all arguments
+        shared: Tensor = self.shared(x)
         if self.gate is not None:
             shared = torch.sigmoid(self.gate(x)) * shared
-        y: Tensor = self.routed(x, mask=mask, router_input=router_input) + shared
-        return y
+        return y + shared
 
     @property
     def k(self) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn import ops
-from sparse_ffn.checks import check_positive
+from sparse_ffn.checks import check_flag, check_positive
 from sparse_ffn.layers.base import check_units
 from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.ops.autocast import autocast_dtype
@@ -56,6 +56,8 @@ class TopKFFN(DenseFFN):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        k = check_positive("k", k, at_most=check_positive("d_ff", d_ff), limit="d_ff")  # before weights are drawn
+        norm_aware = check_flag("norm_aware", norm_aware)
         super().__init__(
             d_model, d_ff, activation=activation, glu=glu, bias=bias, d_out=d_out, dropout=dropout,
             init_scale=init_scale, n_layers=n_layers, device=device, dtype=dtype,
@@ -69,8 +71,7 @@ class TopKFFN(DenseFFN):
 
     @k.setter
     def k(self, k: int) -> None:
-        check_positive("k", k, at_most=self.d_ff, limit="d_ff")
-        self._k = k
+        self._k = check_positive("k", k, at_most=self.d_ff, limit="d_ff")
 
     def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
         x = x.reshape(-1, self.d_model).to(autocast_dtype(x))

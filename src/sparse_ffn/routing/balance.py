@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_ffn.checks import check_choice, check_count
+from sparse_ffn.checks import check_choice, check_count, check_finite, check_flag, check_mask, check_type, shown
 from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.ops.library import under_transforms
 from sparse_ffn.routing.distributed import all_reduce_sum
@@ -160,17 +160,42 @@ def balance_loss(
         sync: pool over the default process group, with the gradient that averaging gradients over processes needs.
 
     Raises:
-        ValueError: no term, an unknown name, or ``n_sequences`` that does not divide the tokens.
+        TypeError: ``routing`` is none, ``terms`` holds no pairs, or an argument is of a wrong type.
+        ValueError: no term, an unknown name, a weight that is negative or not finite, or ``n_sequences`` that does not
+            divide the tokens.
     """
-    if not terms:
-        raise ValueError(f"terms must hold a (name, weight) pair or more, got {terms!r}; names are {', '.join(LOSSES)}")
-    for name, _ in terms:
-        check_choice("the name in terms", name, LOSSES)
+    check_type("routing", routing, (Routing, FusedRouting), "a sparse_ffn.routing.Routing")
+    if mask_T is not None:
+        check_mask(mask_T, routing.gate_TK)
     _check_sequences(n_sequences, routing.gate_TK.shape[0])
+    return weighted_losses(
+        routing, _checked(terms), mask_T=mask_T, n_sequences=n_sequences, sync=check_flag("sync", sync)
+    )
+
+
+def weighted_losses(
+    routing: Routing | FusedRouting,
+    terms: tuple[tuple[str, float], ...],
+    *,
+    mask_T: Tensor | None,
+    n_sequences: int | None,
+    sync: bool,
+) -> Tensor:
+    """``balance_loss`` of arguments that are right."""
     with without_autocast(routing.gate_TK):
         pool = Pool(mask_T, n_sequences, sync, routing)
         losses = [weight * LOSSES[name](routing, pool) for name, weight in terms]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+
+def _checked(terms: Any) -> tuple[tuple[str, float], ...]:
+    pairs = isinstance(terms, (tuple, list)) and all(isinstance(t, (tuple, list)) and len(t) == 2 for t in terms)
+    if not pairs or not terms:
+        error = ValueError if terms == () else TypeError
+        raise error(f"terms must hold a (name, weight) pair or more, got {shown(terms)}; names are {', '.join(LOSSES)}")
+    for name, _ in terms:
+        check_choice("the name in terms", name, LOSSES)
+    return tuple((name, check_finite("the weight in terms", weight)) for name, weight in terms)
 
 
 def _check_sequences(n_sequences: int | None, tokens: int) -> None:

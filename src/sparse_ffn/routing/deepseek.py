@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_ffn.checks import check_positive
+from sparse_ffn.checks import check_flag, check_positive
 from sparse_ffn.options import Unpack
 from sparse_ffn.routing.routers import RouterOptions, SigmoidRouter
 
@@ -43,16 +43,18 @@ class DeepSeekRouter(SigmoidRouter):
         topk_groups: int | None = None,
         **options: Unpack[RouterOptions],
     ) -> None:
-        check_positive("n_groups", n_groups)
-        topk_groups = n_groups if topk_groups is None else topk_groups
-        check_positive("topk_groups", topk_groups, at_most=n_groups, limit="n_groups")
-        super().__init__(d_model, n_experts, k, **options)
-        size, rest = divmod(n_experts, n_groups)
+        self.normalize, self.n_groups = check_flag("normalize", normalize), check_positive("n_groups", n_groups)
+        topk_groups = self.n_groups if topk_groups is None else topk_groups
+        self.topk_groups = check_positive("topk_groups", topk_groups, at_most=self.n_groups, limit="n_groups")
+        # all is checked before weights are drawn
+        n_experts = check_positive("n_experts", n_experts)
+        k = check_positive("k", k, at_most=n_experts, limit="n_experts")
+        size, rest = divmod(n_experts, self.n_groups)
         if n_groups > 1 and (rest or size < 2):
             raise ValueError(f"n_groups = {n_groups} must divide n_experts = {n_experts} into groups of 2 or more")
-        if k > topk_groups * size:
-            raise ValueError(f"k = {k} must be at most topk_groups·(n_experts/n_groups) = {topk_groups * size}")
-        self.normalize, self.n_groups, self.topk_groups = normalize, n_groups, topk_groups
+        if k > self.topk_groups * size:
+            raise ValueError(f"k = {k} must be at most topk_groups·(n_experts/n_groups) = {self.topk_groups * size}")
+        super().__init__(d_model, n_experts, k, **options)
 
     def rank(self, logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
         """The sigmoid scores: a bias that was trained on them means something else on logits."""

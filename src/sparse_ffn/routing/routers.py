@@ -13,7 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_ffn.checks import check_choice, check_dtype, check_finite, check_places, check_positive, check_rate
+from sparse_ffn.checks import (
+    check_choice,
+    check_device,
+    check_dtype,
+    check_finite,
+    check_flag,
+    check_floating,
+    check_mask,
+    check_places,
+    check_positive,
+    check_rate,
+)
 from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.ops.library import under_transforms
 from sparse_ffn.ops.select import stable_topk
@@ -91,17 +102,16 @@ class Router(CheckedOptions, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive("d_model", d_model)
-        check_positive("n_experts", n_experts)
-        check_rate("expert_dropout", expert_dropout)
-        check_finite("init_scale", init_scale)
-        check_dtype(dtype)
-        self.d_model, self.n_experts = d_model, n_experts
+        self.d_model, self.n_experts = check_positive("d_model", d_model), check_positive("n_experts", n_experts)
         self.k = k
-        self.expert_dropout, self.init_scale = expert_dropout, init_scale
-        self.weight = nn.Parameter(torch.empty(n_experts, d_model, device=device, dtype=dtype))
+        self.expert_dropout = check_rate("expert_dropout", expert_dropout)
+        self.init_scale = check_finite("init_scale", init_scale)
+        selection_bias = check_flag("selection_bias", selection_bias)
+        check_device(device)
+        check_dtype(dtype)
+        self.weight = nn.Parameter(torch.empty(self.n_experts, self.d_model, device=device, dtype=dtype))
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        bias = torch.empty(n_experts, device=device, dtype=wide) if selection_bias else None
+        bias = torch.empty(self.n_experts, device=device, dtype=wide) if selection_bias else None
         self.register_buffer("bias", bias)
         self.add_parameters()
         # slots counted since the last bias update; no buffer, since DDP would overwrite it with the first process's
@@ -115,8 +125,7 @@ class Router(CheckedOptions, nn.Module):
 
     @k.setter
     def k(self, k: int) -> None:
-        check_positive("k", k, at_most=self.n_experts, limit="n_experts")
-        self._k = k
+        self._k = check_positive("k", k, at_most=self.n_experts, limit="n_experts")
 
     def add_parameters(self) -> None:
         """Make what a router has beyond ``weight`` and ``bias``, for ``reset_parameters`` to initialise."""
@@ -150,16 +159,14 @@ class Router(CheckedOptions, nn.Module):
                 batch (Sinkhorn, the loads of bias balancing).
 
         Raises:
-            TypeError: x is not floating, or the mask not bool.
+            TypeError: x is no dense floating tensor, or the mask no dense tensor of bool.
             ValueError: a wrong shape or device.
         """
-        if not x_TD.is_floating_point() or (mask_T is not None and mask_T.dtype != torch.bool):
-            got = x_TD.dtype if mask_T is None else f"{x_TD.dtype} and {mask_T.dtype}"
-            raise TypeError(f"x must be floating and mask bool, got {got}")
+        check_floating("x", x_TD)
         if x_TD.dim() != 2 or x_TD.shape[1] != self.d_model:
             raise ValueError(f"x must be [tokens, d_model = {self.d_model}], got {list(x_TD.shape)}")
-        if mask_T is not None and mask_T.shape != x_TD.shape[:1]:
-            raise ValueError(f"mask must be [tokens] = {list(x_TD.shape[:1])}, got {list(mask_T.shape)}")
+        if mask_T is not None:
+            check_mask(mask_T, x_TD)
         check_places(x_TD, (self.weight, self.bias))
         with without_autocast(x_TD):
             wide = torch.promote_types(self.weight.dtype, torch.float32)
@@ -302,8 +309,7 @@ class SinkhornRouter(SigmoidRouter):
     def __init__(
         self, d_model: int, n_experts: int, k: int, *, n_iters: int = 3, **options: Unpack[RouterOptions]
     ) -> None:
-        check_positive("n_iters", n_iters)
-        self.n_iters = n_iters
+        self.n_iters = check_positive("n_iters", n_iters)
         super().__init__(d_model, n_experts, k, **options)
 
     def rank(self, logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:

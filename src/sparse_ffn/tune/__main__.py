@@ -7,8 +7,10 @@ or, if that is not set, in sparse-ffn in the user's cache directory. Delete the 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 
@@ -20,7 +22,7 @@ from sparse_ffn.tune.search import Search, merged
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; 0 if all was measured or shown, 2 if there is no GPU."""
     options = _parser().parse_args(argv)
-    device = torch.device(options.device)
+    device: torch.device = options.device
     found = list(problems(KINDS[name] for name in options.dtype))
     why = _no_gpu(device)
     if options.dry_run:
@@ -57,15 +59,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="python -m sparse_ffn.tune", description=__doc__)
     add = found.add_argument
-    add("--device", default="cuda", help="which GPU, default cuda")
+    add("--device", type=_device, default="cuda", help="which GPU, default cuda")
     add("--dtype", nargs="+", choices=KINDS, default=["bf16", "tf32", "fp32"],
         help="default bf16 (fp16 has the same tiles), tf32 (fp32 with torch's switch for it) and fp32")  # fmt: skip
     add("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS),
         help="one: products of rows; two: those of a GLU; outer: gradients of the matrices. Default: all")  # fmt: skip
-    add("--seconds", type=float, default=600, help="the budget, default 600; what was measured by then is kept")
+    add("--seconds", type=_seconds, default=600, help="the budget, default 600; what was measured by then is kept")
     add("--dry-run", action="store_true", help="say what would be measured, and stop")
     add("--verbose", action="store_true", help="print every time")
     return found
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device ({str(error).splitlines()[0]})") from None
+
+
+def _seconds(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a finite number > 0, got {text!r}")
 
 
 def _no_gpu(device: torch.device) -> str | None:

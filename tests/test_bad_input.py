@@ -1,0 +1,579 @@
+"""Bad input of everything public: an error, a sentence with the argument's name, and nothing changed.
+
+``WRONG`` holds for each name of an argument the values that no public function or constructor takes under that name. A
+callable's rows follow from its signature, so that a new argument without a row, or a reason in ``EXEMPT``, is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import random
+import re
+import tempfile
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparse_ffn as sf
+from sparse_ffn import convert, functional, info, layers, plot, routing
+from sparse_ffn.integrations import peft
+
+try:
+    from sparse_ffn.integrations import transformers as hf
+except ImportError:  # the extra "hf"
+    hf = None
+from sparse_ffn.layers import SharedExpertMoE
+from sparse_ffn.routing import Routing
+from sparse_ffn.tune.__main__ import main as tune
+
+# --------------------------------------------------------------------------------------------------- wrong values
+
+SIZE = (0, -1, 1.5, math.nan, "2", True, [2], torch.tensor(2), None)
+RATE = (-0.1, 1.5, math.nan, "0.1", True, [0.1], torch.tensor(0.1), None)
+SCALE = (-1.0, math.inf, math.nan, "1", True, [1.0], 1j, None)
+WORD = ("nonsense", 3, ["relu"], {}, torch.ones(2), nn.ReLU(), None)
+FLAG = (1, 0.0, "yes", [True], torch.tensor(True), None)
+TEXT = (3, ["x"], b"x", None)
+FUNCTION = ("nonsense", 3, [1])
+MODULE = (3, "nonsense", [nn.Linear(2, 2)], nn.Linear, None)
+NO_TENSOR = (3, 1.5, "nonsense", [1.0], np.ones(3), None)
+
+
+def odd_layouts(x: Tensor) -> Iterator[Tensor]:
+    """The same numbers, not laid out as kernels read them."""
+    if x.dim() > 0:
+        yield x.to_sparse()
+    if x.dim() == 2 and x.is_floating_point():
+        yield x.to_sparse_csr()
+        yield torch.nested.nested_tensor(list(x), layout=torch.jagged)
+
+
+def numbers(x: Tensor) -> list[Any]:
+    """Of a matrix or vector of numbers that has a dtype of its own."""
+    shapes = [x[..., :-1], x.unsqueeze(0).unsqueeze(-1), torch.tensor(1.0)]
+    return [*NO_TENSOR, *odd_layouts(x), x.long(), x.bool(), x.cfloat(), x.to("meta"), *shapes]
+
+
+def floating(x: Tensor) -> list[Any]:
+    """Of numbers that share the dtype of the other arguments."""
+    return [*numbers(x), x.double()]
+
+
+def index(x: Tensor) -> list[Any]:
+    shapes = [x[..., :-1], x.unsqueeze(0), torch.tensor(1)]
+    return [*NO_TENSOR, *odd_layouts(x), x.int(), x.float(), x.bool(), x.to("meta"), *shapes, x - 1, x + 2**32, x + 99]
+
+
+def free(x: Tensor) -> list[Any]:
+    """As ``floating`` or ``index``, but for a last dimension that may have any size."""
+    values = floating(x) if x.is_floating_point() else index(x)
+    return [v for v in values if not isinstance(v, Tensor) or v.shape != x[..., :-1].shape]
+
+
+def mask(x: Tensor) -> list[Any]:
+    shapes = [x[..., :-1], x.unsqueeze(-1), torch.tensor(True)]
+    return [*NO_TENSOR, *odd_layouts(x), x.long(), x.float(), x.to("meta"), *shapes]
+
+
+LOSSES = ("nonsense", 3, {}, (), ("entropy", "nonsense"), ("entropy", "entropy"), ("z", "none"), [3], None)
+
+
+class Maker:
+    """A factory, whatever it is asked for."""
+
+    def __init__(self, made: Any) -> None:
+        self.made = made
+
+    def __call__(self, *sizes: int, **options: Any) -> Any:
+        return self.made
+
+
+FOREIGN = routing.SigmoidRouter(4, 6, 1)  # of other sizes than the layer's
+WRONG: dict[str, Sequence[Any] | Callable[[Any], list[Any]]] = {
+    **dict.fromkeys(("d_model", "d_ff", "n_experts", "expert_size", "k", "n_sub_keys", "n_heads", "n_iters"), SIZE),
+    **dict.fromkeys(("d_out", "query_dim", "n_layers", "n_groups", "topk_groups", "max_tokens", "pad"), SIZE),
+    **dict.fromkeys(("activation", "value_init", "query_norm", "order", "balance_over", "aux", "init"), WORD),
+    **dict.fromkeys(("cluster_by", "router_init"), WORD),
+    **dict.fromkeys(("glu", "bias", "norm_aware", "sparse_grad", "sync_balance", "selection_bias", "gated"), FLAG),
+    **dict.fromkeys(("normalize", "fused", "sync"), FLAG),
+    **dict.fromkeys(("title", "prefix", "package"), TEXT),
+    "dropout": RATE,
+    "expert_dropout": (*RATE, 1.0),
+    "init_scale": SCALE,
+    "rate": (*SCALE, 0.0),
+    "balance": LOSSES,
+    "balance_weight": (*SCALE, (), (1.0, 1.0), (math.nan,)),
+    "router": ("nonsense", 3, nn.Linear(4, 6), ["sigmoid"], None, Maker(nn.Identity()),
+               Maker(None), routing.SigmoidRouter(4, 5, 2), Maker(FOREIGN)),
+    "device": ("nonsense", 1.5, [0], "cuda:x", -1, torch.float32),
+    "dtype": (torch.int64, torch.complex64, torch.float8_e4m3fn, "float32", float, np.float32),
+    "name": ("fast", "", "CPU", 3, ["cpu"], {}, None),
+    "n_out": (-1, 1.5, "3", True, [3], torch.tensor(3)),
+    "n_sequences": (-1, 0, 1.5, "3", True, [3], 2),
+    "terms": (None, 3, "entropy", (), (("nonsense", 1.0),), (("entropy",),), ("entropy",), (("entropy", math.nan),),
+              (("entropy", "1"),), ((3, 1.0),), {"entropy": 1.0}),
+    "routing": (None, 3, "nonsense", (1, 2, 3), torch.ones(3)),
+    **dict.fromkeys(("x", "keys", "values", "weight", "gate_keys", "key_bias", "first", "second"), floating),
+    **dict.fromkeys(("gate", "reduction_weight"), numbers),
+    **dict.fromkeys(("index", "expert_index", "gather_index", "scatter_index"), index),
+    "router_input": floating,
+    "mask": mask,
+    "x_TD": numbers,
+    "mask_T": mask,
+    "model": MODULE,
+    "ffn": (*MODULE, nn.Linear(4, 4)),
+    "filter_fn": FUNCTION,
+    "batches": (None, 3, nn.Linear(2, 2)),
+    "layer_cls": (None, 3, "SigmaMoE", nn.Linear, nn.Linear(2, 2), sf.SparseFFN, SharedExpertMoE),
+    "state_dict": (None, 3, "nonsense", [torch.ones(2)], nn.Linear(2, 2)),
+    "shared": (None, 3, nn.Linear(4, 4), sf.DenseFFN(4, 6, d_out=3)),
+    "routed": (None, 3, nn.Linear(4, 4), sf.SigmaMoE(6, 6, 5, 2)),
+    "ax": (None, 3, "nonsense", nn.Linear(2, 2)),
+    "report": (None, 3, "nonsense", {}),
+    "path": (None, 3, ["x"]),
+    "model_class": (3, "LlamaForCausalLM", nn.Linear, nn.Linear(2, 2)),
+    "inputs": lambda x: [*numbers(x), x[:0], x * math.nan],
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- right arguments
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A public callable, arguments that it takes, made anew for each call, and what it refuses beyond ``WRONG``."""
+
+    call: Callable[..., Any]
+    right: Callable[[], dict[str, Any]]
+    wrong: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    signature: Callable[..., Any] | None = None
+
+    @functools.cached_property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """All arguments, those behind ``**options`` too."""
+        return dict(parameters(self.signature or self.call))
+
+    def values(self, argument: str) -> list[Any]:
+        given: Any = self.wrong.get(argument, WRONG.get(argument, ()))
+        if callable(given):
+            given = given(self.right()[argument])
+        parameter = self.parameters[argument]
+        optional = parameter.default is None or str(parameter.annotation).endswith("None")
+        return [value for value in given if value is not None or not optional]
+
+
+def parameters(call: Callable[..., Any]) -> Iterator[tuple[str, inspect.Parameter]]:
+    for name, parameter in inspect.signature(call).parameters.items():
+        function = call.__init__ if isinstance(call, type) else call  # type: ignore[misc]
+        options = typing.get_type_hints(function).get(name) if parameter.kind is parameter.VAR_KEYWORD else None
+        if typing.is_typeddict(options):
+            base = inspect.signature(sf.MoE if "glu" in options.__annotations__ else routing.Router).parameters
+            yield from ((option, base[option]) for option in options.__annotations__)
+        elif name != "self":
+            yield name, parameter
+
+
+MOE = {"d_model": 4, "n_experts": 6, "expert_size": 5, "k": 2}
+TOKENS, REAL = torch.randn(3, 4), torch.ones(3, dtype=torch.bool)
+SIZES: dict[type, dict[str, Any]] = {
+    sf.SparseFFN: {"d_model": 4, "d_out": 4, "activation": "relu", "dropout": 0.1, "init_scale": 1.0, "n_layers": None,
+                   "bias": True, "device": None, "dtype": None},
+    sf.DenseFFN: {"d_model": 4, "d_ff": 6},
+    sf.TopKFFN: {"d_model": 4, "d_ff": 6, "k": 2},
+    sf.ProductKeyMemory: {"d_model": 4, "n_sub_keys": 3, "k": 2, "query_dim": 2},
+    sf.MoE: {**MOE, "router": routing.SinkhornRouter},
+    **dict.fromkeys((sf.SigmaMoE, sf.SoftmaxMoE, sf.SwitchMoE, sf.SBaseMoE, sf.NoisyTopKMoE), MOE),
+}  # fmt: skip
+SMALL = {"d_model": 4, "n_experts": 6, "k": 2}
+ROUTERS = (
+    routing.Router, routing.SigmoidRouter, routing.SoftmaxRouter, routing.SinkhornRouter, routing.NoisyTopKRouter,
+    routing.OpenRouter, routing.DeepSeekRouter,
+)  # fmt: skip
+CONFIGS: dict[type, dict[str, Any]] = {
+    sf.DenseFFNConfig: {}, sf.TopKFFNConfig: {"k": 2}, sf.ProductKeyMemoryConfig: {"k": 2},
+    **{cls: {"k": 2} for cls in (sf.MoEConfig, sf.SigmaMoEConfig, sf.SoftmaxMoEConfig, sf.SwitchMoEConfig,
+                                 sf.SBaseMoEConfig, sf.NoisyTopKMoEConfig)},
+}  # fmt: skip
+OPEN = sf.MoEConfig(router="open", expert_size=4, k=2)
+PAPERS = {"keys": torch.randn(3, 4, 5), "values": torch.randn(3, 5, 4), "expert_sel": torch.randn(3, 4)}
+MIXTRAL = {"model_type": "mixtral", "num_experts_per_tok": 2, "hidden_act": "silu"}
+BLOCK = {
+    "gate.weight": torch.randn(3, 4), "experts.gate_up_proj": torch.randn(3, 10, 4),
+    "experts.down_proj": torch.randn(3, 4, 5),
+}  # fmt: skip
+
+
+def routed(layer: sf.MoE) -> sf.MoE:
+    layer(TOKENS)
+    return layer
+
+
+def routing_of(*shape: int) -> Routing:
+    return Routing(torch.randn(3, 6), torch.randint(0, 6, (3, 2)), torch.rand(3, 2))
+
+
+def forced(name: str) -> None:
+    with sf.backend(name):
+        pass
+
+
+def with_inner_first(model: nn.Module) -> None:
+    with peft.inner_first(model):
+        pass
+
+
+def set_k(module: Any, k: int) -> None:
+    module.k = k
+
+
+@functools.cache
+def entries() -> dict[str, Entry]:
+    found: dict[str, Entry] = {}
+
+    def add(
+        name: str, call: Callable[..., Any], right: Callable[[], dict[str, Any]] | dict[str, Any], **more: Any
+    ) -> None:
+        found[name] = Entry(call, right if callable(right) else lambda: dict(right), **more)
+
+    for cls, sizes in SIZES.items():
+        add(cls.__name__, cls, sizes)
+        if cls is sf.SparseFFN:
+            continue
+        tensors = {"x": TOKENS, "mask": REAL}
+        if issubclass(cls, sf.MoE):
+            tensors["router_input"] = TOKENS + 1
+        layer = cls(**{**sizes, "dropout": 0.5})
+        add(f"{cls.__name__}.forward", layer.forward, tensors,
+            wrong={} if issubclass(cls, sf.MoE) else {"router_input": ()})  # fmt: skip
+        if cls is not sf.DenseFFN:
+            add(f"{cls.__name__}.k", functools.partial(set_k, layer), {"k": 2}, wrong={"k": (*SIZE, 99)})
+    for cls in ROUTERS:
+        add(cls.__name__, cls, SMALL)
+        router = cls(**SMALL)
+        if cls is not routing.Router:
+            add(f"{cls.__name__}.forward", router.forward, {"x_TD": TOKENS, "mask_T": REAL})
+        add(f"{cls.__name__}.k", functools.partial(set_k, router), {"k": 2}, wrong={"k": (*SIZE, 99)})
+    for cls, given in CONFIGS.items():
+        add(cls.__name__, cls, given, wrong={"router": ("nonsense", 3, ["sigmoid"], nn.Linear(2, 2), FOREIGN, None)})
+    shared = {"routed": sf.SigmaMoE(**MOE, dropout=0.5), "shared": sf.DenseFFN(4, 6, dropout=0.5)}
+    add("SharedExpertMoE", SharedExpertMoE, shared)
+    both = SharedExpertMoE(**shared, gated=True)
+    add("SharedExpertMoE.forward", both.forward, {"x": TOKENS, "mask": REAL, "router_input": TOKENS + 1})
+    add("SharedExpertMoE.k", functools.partial(set_k, both), {"k": 2}, wrong={"k": (*SIZE, 99)})
+
+    rows = torch.tensor([0, 2, 1])
+    add("cvmm", functional.cvmm, {
+        "x": TOKENS, "weight": torch.randn(4, 4, 3), "expert_index": rows, "gather_index": rows,
+        "scatter_index": rows, "reduction_weight": torch.rand(3), "n_out": 3,
+    }, wrong={"weight": free(torch.randn(4, 4, 3)), "expert_index": free(rows)})  # fmt: skip
+    ffn = {"keys": torch.randn(4, 5, 4), "values": torch.randn(4, 5, 3), "gate_keys": torch.randn(4, 5, 4)}
+    slots = {"index": torch.tensor([[0, 1], [2, 3], [3, 1]]), "gate": torch.rand(3, 2)}
+    add("expert_ffn", functional.expert_ffn, {"x": TOKENS, **ffn, **slots, "key_bias": torch.randn(4, 5)},
+        wrong={"values": free(ffn["values"])})  # fmt: skip
+    add(
+        "weighted_bag",
+        functional.weighted_bag,
+        {"values": torch.randn(4, 3), "index": slots["index"], "weight": torch.rand(3, 2)},
+        wrong={"weight": numbers(torch.rand(3, 2)), "values": [v for v in free(torch.randn(4, 3)) if not is_double(v)]},
+    )
+    add("product_key_topk", functional.product_key_topk,
+        {"first": torch.randn(2, 3), "second": torch.randn(2, 3), "k": 2}, wrong={"k": (*SIZE, 10)})  # fmt: skip
+    units = {"keys": torch.randn(6, 4), "values": torch.randn(6, 3), "gate_keys": torch.randn(6, 4)}
+    add("topk_ffn", functional.topk_ffn, {"x": TOKENS, **units, "k": 2, "key_bias": torch.randn(6)},
+        wrong={"k": (*SIZE, 7), "values": free(units["values"])})  # fmt: skip
+
+    add("aux_loss", sf.aux_loss, lambda: {"model": sf.SigmaMoE(**MOE)})
+    add("routing_stats", sf.routing_stats, lambda: {"model": sf.SigmaMoE(**MOE)})
+    add("update_router_bias", sf.update_router_bias, lambda: {"model": routed(sf.SigmaMoE(**MOE, balance="bias"))})
+    add("parameter_equal", sf.parameter_equal, {"layer_cls": sf.TopKFFN, "d_model": 4, "d_ff": 6, "k": 2})
+    add("backend", forced, {"name": "torch"}, signature=sf.backend)
+    add("chosen", info.chosen, {"device": "cpu"})
+    add("report", info.report, {})
+    add("version", info.version, {"package": "torch"})
+
+    add("sparsify_", sf.sparsify_, lambda: {
+        "model": nn.Sequential(Mlp()), "config": OPEN, "calibration": {"0": torch.randn(9, 4)},
+    }, wrong={
+        "config": (None, 3, "SigmaMoEConfig", sf.SigmaMoEConfig, {"0": 3}, {"nowhere": OPEN}, [OPEN]),
+        "calibration": (3, [torch.ones(9, 4)], torch.ones(9, 4), {"0": [1.0]}, *(
+            {"0": value} for value in WRONG["inputs"](torch.randn(9, 4)) if isinstance(value, Tensor))),  # type: ignore[operator]
+    })  # fmt: skip
+    add("from_dense", sf.from_dense, lambda: {"ffn": Mlp(), "config": OPEN, "inputs": torch.randn(9, 4)},
+        wrong={"config": (None, 3, "SigmaMoEConfig", sf.SigmaMoEConfig, {})})  # fmt: skip
+    add("to_dense", sf.to_dense, {"layer": sf.DenseFFN(4, 6)}, wrong={"layer": MODULE})
+    add("calibrate", sf.calibrate, lambda: {"model": nn.Sequential(Mlp()), "batches": [TOKENS]})
+    add("config_from_dict", convert.config_from_dict, {"values": OPEN.to_dict()}, wrong={"values": (
+        None, 3, "nonsense", [("config", "MoEConfig")], {"config": "nonsense"}, {"config": "MoEConfig", "gain": 1},
+    )})  # fmt: skip
+    add("ConstantInput", convert.ConstantInput, {"pad": 4})
+    add("ConstantInput.forward", convert.ConstantInput(4).forward, {"x": TOKENS},
+        wrong={"x": (*NO_TENSOR, *odd_layouts(TOKENS), torch.tensor(1.0))})  # fmt: skip
+    add("from_moe_layer", convert.from_moe_layer, {"state_dict": PAPERS, "k": 2, "prefix": ""},
+        wrong={"k": (*SIZE, 9)})  # fmt: skip
+    add("to_moe_layer", convert.to_moe_layer, {"layer": sf.SigmaMoE(**MOE)}, wrong={"layer": MODULE})
+    foreign = (
+        None,
+        3,
+        "mixtral",
+        [],
+        {"model_type": None},
+        {**MIXTRAL, "model_type": "nonsense"},
+        {**MIXTRAL, "hidden_act": "nonsense"},
+    )
+    add("from_transformers", convert.from_transformers, {"state_dict": BLOCK, "config": MIXTRAL},
+        wrong={"config": foreign})  # fmt: skip
+    add("to_transformers", convert.to_transformers,
+        lambda: {"layer": convert.from_transformers(BLOCK, MIXTRAL), "config": MIXTRAL},
+        wrong={"layer": MODULE, "config": foreign})  # fmt: skip
+
+    add("balance_loss", routing.balance_loss,
+        {"routing": routing_of(), "terms": (("entropy", 1.0),), "mask_T": REAL, "n_sequences": 3})  # fmt: skip
+    layer = routed(sf.SigmaMoE(**MOE))
+    for drawn in ("plot_load", "plot_coactivation"):
+        add(drawn, getattr(plot, drawn), lambda: {"ax": axes(), "layer": layer}, wrong={"layer": MODULE})
+    add("routing_figure", plot.routing_figure, {"model": layer})
+    for name, call, right in of_transformers() if hf else ():
+        add(name, call, right)
+    add("inner_first", with_inner_first, {"model": nn.Linear(2, 2)}, signature=peft.inner_first)
+    return found
+
+
+def is_double(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.double
+
+
+def of_transformers() -> Iterator[tuple[str, Callable[..., Any], Callable[[], dict[str, Any]]]]:
+    import transformers
+
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaModel(transformers.LlamaConfig(vocab_size=9, **sizes))
+    report = sf.sparsify_(model, OPEN)
+    yield "record_conversion", hf.record_conversion, lambda: {"model": model, "report": report}
+    folder = tempfile.TemporaryDirectory()
+    hf.record_conversion(model, report)
+    model.save_pretrained(folder.name)
+
+    yield "from_pretrained", hf.from_pretrained, lambda folder=folder: {"path": folder.name}
+
+
+def axes() -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure().subplots()
+
+
+EXEMPT = {
+    "SparseFFNWarning": "a warning's class",
+    "Report": "a result of sparsify_",
+    "Swap": "a result of sparsify_",
+    "FFNConfig": "the configs' base: what it checks is tried on each of them",
+    "ExpertsConfig": "as FFNConfig",
+    "Routing": "a result of routers; the layer and balance_loss check it",
+    "SparseFFN.forward": "tried on each layer",
+    "SparseFFN(extra_activations)": "for subclasses",
+    **{
+        f"{name}.forward(router_input)": "no right value: test_contract.py"
+        for name in ("DenseFFN", "TopKFFN", "ProductKeyMemory")
+    },
+    "Router.forward": "the base has no gate; tried on each router",
+    "from_pretrained(options)": "transformers' own arguments, handed on",
+    "from_moe_layer(options)": "MoE's own arguments, handed on",
+    "from_transformers(options)": "MoE's own arguments, handed on",
+    "parameter_equal(choices)": "the layer's own arguments, handed on",
+    "ProductKeyMemory.param_groups": "the optimizer's options, which it checks",
+}
+HOOKS = {
+    "perturb": "called by Router.forward with tensors of its own",
+    "rank": "as perturb",
+    "limit": "as perturb",
+    "gate": "as perturb",
+    "count": "called by the layer with what its router gave",
+    "resolve": "called by sparsify_ with what it found",
+}
+
+
+# ------------------------------------------------------------------------------------------------------- the tests
+
+
+def public() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """All public callables: functions, constructors, methods, and setters of properties."""
+    for module in (sf, functional, routing, convert, layers, plot, info, peft, *([hf] if hf else [])):
+        for name, value in vars(module).items():
+            home = getattr(value, "__module__", "")
+            offers_others = hasattr(module, "__path__") or module is hf
+            own = home.startswith("sparse_ffn") if offers_others else home == module.__name__
+            if name.startswith("_") or not callable(value) or not own:
+                continue
+            yield name, value
+            if isinstance(value, type):
+                yield from methods(value)
+
+
+def methods(cls: type) -> Iterator[tuple[str, Callable[..., Any]]]:
+    for name in dir(cls):
+        value = inspect.getattr_static(cls, name)
+        if isinstance(value, property) and value.fset is not None:
+            yield f"{cls.__name__}.{name}", value.fset
+        of_ours = str(getattr(value, "__module__", "")).startswith("sparse_ffn")
+        if not name.startswith("_") and inspect.isfunction(value) and of_ours and len(dict(parameters(value))):
+            yield f"{cls.__name__}.{name}", value
+
+
+CELLS = [
+    (name, argument) for name, entry in entries().items() for argument in entry.parameters if entry.values(argument)
+]
+
+
+def test_every_argument_of_everything_public_has_wrong_values_or_a_reason() -> None:
+    cells, missing = set(CELLS), []
+    for name, call in public():
+        if name in EXEMPT or name.rpartition(".")[2] in HOOKS:
+            continue
+        missing += [
+            f"{name}({argument})"
+            for argument in dict(parameters(call))
+            if (name, argument) not in cells and f"{name}({argument})" not in EXEMPT
+        ]
+    assert not missing
+
+
+def test_no_exemption_is_left_over() -> None:
+    names = dict(public())
+    for exempt in EXEMPT:
+        name, _, argument = exempt.rstrip(")").partition("(")
+        assert name in names
+        assert not argument or argument in dict(parameters(names[name]))
+
+
+@pytest.mark.parametrize("name", entries())
+def test_the_right_arguments_are_right(name: str) -> None:
+    entry = entries()[name]
+    entry.call(**entry.right())
+
+
+@pytest.mark.parametrize(("name", "argument"), CELLS, ids=[f"{name}({argument})" for name, argument in CELLS])
+def test_wrong_values_are_refused_in_a_sentence_and_change_nothing(name: str, argument: str) -> None:
+    entry = entries()[name]
+    spoken = re.sub("_[A-Z]+$", "", argument)  # sentences leave the suffix of the shape out
+    problems = []
+    for value in entry.values(argument):
+        arguments = {**entry.right(), argument: value}
+        before = state(entry, arguments)
+        shown = f"{type(value).__name__} {str(value)[:60]}"
+        try:
+            entry.call(**arguments)
+        except (TypeError, ValueError, IndexError) as error:
+            sentence = str(error)
+            if not re.search(rf"\b{spoken}\b", sentence):
+                problems.append(f"{shown}: does not name it: {type(error).__name__}: {sentence}")
+            elif not any(words in sentence for words in described(value)):
+                problems.append(f"{shown}: does not tell the value: {sentence}")
+        except Exception as error:
+            problems.append(f"{shown}: {type(error).__name__}: {error}")
+        else:
+            problems.append(f"{shown}: taken")
+        if state(entry, arguments) != before:
+            problems.append(f"{shown}: something changed")
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--seconds", value) for value in ("nan", "-1", "0", "inf", "soon")),
+        *(("--device", value) for value in ("nonsense", "cuda:x", "")),
+        ("--dtype", "int8"),
+        ("--kernels", "three"),
+    ],
+)
+def test_wrong_options_of_tuning_are_refused_in_a_sentence(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        tune([option, value, "--dry-run"])
+    assert ended.value.code == 2
+    sentence = capsys.readouterr().err
+    assert f"argument {option}: " in sentence
+    assert repr(value) in sentence
+
+
+NUMBERS = [
+    (name, argument)
+    for name, entry in entries().items()
+    for argument, parameter in entry.parameters.items()
+    if type(entry.right().get(argument, parameter.default)) in (int, float)
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), NUMBERS, ids=[f"{name}({argument})" for name, argument in NUMBERS])
+def test_numpy_scalars_are_taken_and_plain_numbers_kept(name: str, argument: str) -> None:
+    entry = entries()[name]
+    value = entry.right().get(argument, entry.parameters[argument].default)
+    for kind in (np.int64, np.uint16) if type(value) is int else (np.float64, np.float32, np.float16):
+        made = entry.call(**{**entry.right(), argument: kind(value)})
+        kept = made.get(argument, value) if isinstance(made, dict) else getattr(made, argument, value)
+        for number in kept if isinstance(kept, tuple) else (kept,):
+            assert type(number) is type(value)
+            assert number == pytest.approx(value, rel=1e-3)
+
+
+def described(value: Any) -> set[str]:
+    """Words of which a sentence about a wrong value must have one."""
+    words = {repr(value), type(value).__name__, getattr(value, "__name__", repr(value))}
+    if isinstance(value, Tensor):
+        words |= {str(value.dtype).removeprefix("torch."), str(value.device), str(value.layout).removeprefix("torch.")}
+        if value.layout == torch.strided:
+            words.add(str(list(value.shape)))
+        if value.layout == torch.strided and value.device.type == "cpu" and value.dtype == torch.int64:
+            words |= {str(value.min().item()), str(value.max().item())}
+        words |= {"finite", "to fit"}
+    if isinstance(value, (list, tuple, dict)):
+        members = [*value, *value.values()] if isinstance(value, dict) else value
+        words |= {word for member in members for word in described(member)}
+    if isinstance(value, Maker):
+        words |= described(value.made)
+    if isinstance(value, routing.Router):
+        words.add(str((value.d_model, value.n_experts, value.k)))
+    if isinstance(value, sf.SparseFFN):
+        words.add(str((value.d_model, value.d_out)))
+    return words
+
+
+def state(entry: Entry, arguments: dict[str, Any]) -> Any:
+    """All that an error must leave as it was."""
+    random_states = torch.get_rng_state().numpy().tobytes(), random.getstate()
+    owner = getattr(entry.call, "__self__", None) or getattr(entry.call, "args", None)
+    return random_states, torch.get_default_dtype(), sf.backends._forced, look(owner), look(arguments)
+
+
+def look(value: Any) -> Any:
+    """What a value holds, so that two looks compare equal only if nothing changed."""
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_meta:
+            return id(value)
+        numbers = repr(value.detach().tolist())
+        return id(value), value._version, value.dtype, tuple(value.shape), value.requires_grad, value.grad, numbers
+    if isinstance(value, nn.Module):
+        return id(value), look(value.__dict__)
+    if isinstance(value, Mapping):
+        return [(key, look(member)) for key, member in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [look(member) for member in value]
+    return repr(value) if isinstance(value, (bool, int, float, str)) else id(value)
