@@ -20,12 +20,12 @@ gate: $(READY)  ## compile every GPU kernel for every target, without a GPU, and
 sanitize: $(READY)  ## the tests of the ops against a core built with ASan and UBSan
 	.ci/sanitize
 
-bench: $(PEERS)  ## time the layers against dense networks and other libraries; tables, pictures, docs/benchmarks*.md
+bench: $(PEERS)  ## time the layers against dense networks and other libraries; JSON, tables and pictures in runs/bench
 	$(BIN)/python -m benchmarks.bench_layers --json runs/bench/layers.json --plot runs/bench/layers.png $(ARGS)
 	$(BIN)/python -m benchmarks.bench_cvmm --json runs/bench/cvmm.json --plot runs/bench/cvmm.png
 	$(BIN)/python -m benchmarks.sweeps --json runs/bench/sweeps.json --plot runs/bench/sweeps.png
 	$(BIN)/python -m benchmarks.passes --json runs/bench/passes.json
-	$(BIN)/python -m benchmarks.document
+	@echo "python -m benchmarks.publish puts these numbers into benchmarks/results and the documentation."
 
 lint: $(READY)  ## ruff and mypy, as CI runs them
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from benchmarks import plot
 from benchmarks.contender import Case
 from benchmarks.cvmm import cvmm_case
 from benchmarks.options import add_shapes, collect, parser
-from benchmarks.results import Report
+from benchmarks.records import Report
 from benchmarks.shapes import moe_shapes
 
 

@@ -13,7 +13,7 @@ from benchmarks.contender import Case
 from benchmarks.memories import memory_case, topk_case
 from benchmarks.moe import glu_case, moe_case
 from benchmarks.options import add_shapes, collect, parser
-from benchmarks.results import Report
+from benchmarks.records import Report
 from benchmarks.shapes import memory_shape, moe_shapes, topk_shape
 
 LAYERS = ("moe", "moe-glu", "pkm", "pkm-query", "topk")

@@ -1,181 +1,165 @@
-"""Writes docs/benchmarks.md, docs/benchmarks-rows.md and their pictures from the JSON of the benchmarks' last runs."""
+"""Writes the documentation's pages, README table and pictures of measured numbers, from each machine's JSON."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import gpu_page, machine, passes, plot, report
-from benchmarks.results import MODES, Report, Row
+from benchmarks import comparison, gpu_page, machine, machines
+from benchmarks.machines import PUBLISHED, Machine
+from benchmarks.report import markdown, targets
+from benchmarks.shapes import LARGE
 
 INTRODUCTION = """\
 # Benchmarks
 
-This page is written by `make bench`, which runs all of it anew on your machine. No number here was typed. The
-tables of [all rows](benchmarks-rows.md) have a page of their own.
+Is it faster for you? Look for the machine and the shape that are nearest to yours, or run `make bench`. Every number
+on this page was written by `python -m benchmarks.document` from the JSON in `benchmarks/results`.
 
-## The machine
+![Time of a training step relative to the dense FFN of equal parameters](images/result-light.svg#only-light)
+![Time of a training step relative to the dense FFN of equal parameters](images/result-dark.svg#only-dark)
 
+With enough tokens a mixture of experts takes a fraction of the time of the dense FFN that it replaces. A dense FFN of
+equal arithmetic, which has far fewer parameters, can be faster: the second table says where.
 """
-ROWS = """\
-# Benchmarks: all rows
+BUSY = "**{} was busy before this run. Do not trust its numbers.**\n"
+REPLACED = """\
+## Against the dense FFN that it replaces
 
-This page is written by `make bench`. What the columns mean, and the machine: see [Benchmarks](benchmarks.md).
+Our time relative to a dense FFN with as many parameters: of a training step / of a forward pass without gradients.
+0.25 is four times faster. "2048 tokens of 512, 4 of 16 experts of 128" has d_model = 512, k = 4, E = 16 and G = 128.
 """
-BUSY = """
-**The machine was busy before this run: these numbers are not to be trusted.** Run `make bench` in a quiet moment.
+COMPUTED = """\
+## Against a dense FFN of equal arithmetic
+
+Our time relative to a dense FFN that has only the k·G units that a token uses: of a training step / of a forward pass.
+This is what sparsity costs: routing, gathering rows, and reading every expert's weights. Above 1 we are slower.
+"""
+PEERS = """\
+## Against other implementations
+
+How many times longer their training step takes, the least and the most over the shapes above. The experts of
+transformers are gated (SiLU), the others use ReLU. `python -m benchmarks.rows --contenders` says what each of them is.
+"""
+KEPT = """\
+## Memory of a training step
+
+Millions of numbers that autograd keeps for the backward pass, beyond the input and the parameters.
+"""
+EXPERTS = """\
+## Many experts
+
+Milliseconds of a training step with d_model 512 and k = 4 experts of 128 units, beside the dense FFN of as many
+parameters (a CPU: 4096 tokens, fp32; a GPU: 32768 tokens, bf16). The paper (appendix B) claims that the time of a
+mixture is nearly flat.
 """
 METHOD = """\
 ## How it is measured
 
-- **Checked first.** Output and all gradients (input, keys, values, router or sub-keys) of each contender are compared
-  with the library's reference in float64 at the same weights. One that is wrong is reported with its error and not
-  timed. Inputs whose selection is a near-tie are drawn again: there fp32 and float64 may honestly differ. A contender
-  that ranks in bf16 selects other units than float64: it is checked in fp32 at the same weights, and in bf16 only
-  that its output is near.
-- **Paired and interleaved.** Contenders take turns in rounds, in random order. A ratio is taken within a round; shown
-  are the median over the rounds and the quartiles. A slow contender takes part in fewer rounds.
-- **Forward, no grad** (fwd) is evaluation under `torch.no_grad()`. **Forward + backward** (fwdbwd) is a training step
-  of the layer: gradients of the input and of all parameters into fresh memory; resetting them is not timed. Balance
-  losses are included, those of peers too; peers of which only the experts are used do without.
-- **Kept** is the number of elements that autograd keeps for the backward pass beyond the input and the parameters,
-  counted exactly. **Peak** is the highest memory during the pass above what was in use before: on a CPU the resident
-  memory of the process, scratch memory of native code included; on a GPU torch's counter.
-- On a GPU the device's own clock is taken (CUDA events), after overwriting its second-level cache.
-- "failed", "wrong", "too large" (for half of the free memory) and "not importable" are said, never left out.
+- **Checked first.** Output and all gradients of each contender are compared with the reference in float64 at the same
+  weights. A contender that is wrong is reported and not timed. Inputs whose selection is a near-tie are drawn again.
+- **In turns.** Contenders take turns in random order. Each ratio is taken within a round, and its median is shown.
+- **Training step** is forward and backward, with the balance loss and fresh gradients of all parameters. **Forward** is
+  evaluation without gradients.
+- A contender that fails, is wrong, or needs more than half of the free memory is named as such and never left out.
 
-## How to reproduce
+## On your machine
 
 ```sh
-make bench                                # everything on this page
-python -m benchmarks.bench_layers --help  # one part of it: --device --dtype --shapes --layers --peers --pass --seconds
-python -m benchmarks.bench_cvmm --help
-python -m benchmarks.sweeps --help
-python -m benchmarks.passes --help
-python -m benchmarks.document             # this page again, from the numbers of the last run in runs/bench
-benchmarks/run_gpu.sh                     # everything on a machine with a GPU: tests, benchmarks, sweeps, tuning
+make bench                                      # everything here, on a machine that does nothing else
+python -m benchmarks.rows --results runs/bench  # all rows of that run: quartiles, memory, errors
+python -m benchmarks.rows --machine intel       # all rows of a published machine
+python -m benchmarks.publish                    # puts the run into benchmarks/results, writes these pages anew
 ```
 
-Run it on a machine that does nothing else: sparse and dense layers use memory and caches differently, so that other
-programs do not slow them down alike. Shapes are T,D,E,G,k: tokens, d_model, experts, units of an expert, selected
-experts.
+[Targets and passes](benchmarks-targets.md) is a page for developers.
 """
-SWEEPS = """\
-## Many experts
+TARGETS = """\
+# Targets and passes
 
-The paper's sweeps (c) and (e) (appendix B), scaled to a CPU: k = 4 experts of 128 units, forward and backward; on a GPU
-`python -m benchmarks.sweeps --device cuda` runs (a) to (e) at the paper's sizes. Its
-claim is that time and memory are nearly flat in the number of experts N_E, while those of the dense network of equal
-parameters grow with it.
+This page is for developers. It is written by `python -m benchmarks.document`; [Benchmarks](benchmarks.md) says what
+was measured and how. Shapes are T,D,E,G,k: tokens, d_model, experts, units of an expert, selected experts.
 
-![Time and memory against the number of experts and the width](images/bench-sweeps.png)
+## Targets
+
+Of the peers of a row, the table shows the one that comes nearest.
 """
-PASSES = f"""\
-## Where the time goes
+PASSES = """\
+## Steps and their floors
 
-The passes of a step, router and balance loss included, medians, timed inside the native core by
-`python -m benchmarks.passes`. A pass's floor is its arithmetic at the rate of `torch.mm` of two matrices of
-{passes.PRODUCT} x {passes.PRODUCT} in the same process, in fp32 or the layer's dtype, whichever is faster. What a pass
-takes beyond its floor is the packing of gathered rows and of weights, the sums over a token's experts, the last tile of
-each expert, writing the result, and waiting for memory: the rows of an expert are anywhere, and each expert's weights
-are read again in every pass. With few tokens reading the weights is all there is, and the floor of arithmetic says
-little. *The rest* is Python, autograd, the balance loss and, in a ProductKeyMemory, torch's products for the gradients;
-each step follows other programs' steps, so that little of it is in a cache.
+Milliseconds of a step of the native core, router and balance loss included. The floor is the arithmetic of the step at
+the rate of `torch.mm` in the same process, in fp32 or the layer's dtype, whichever is faster. Beyond the floor a step
+packs gathered rows and weights, adds up a token's experts, computes the last tile of each expert, and waits for memory.
+With few tokens most of the time goes into reading the weights, and the floor says little.
+`python -m benchmarks.rows --part passes` prints every pass of every step.
 """
+BEGIN, END = "<!-- written by python -m benchmarks.document -->", "<!-- end of what it wrote -->"
 
 
-def page(
-    layers: Report,
-    sweeps: Report | None,
-    cards: gpu_page.Cards,
-    profiles: Sequence[passes.Passes] = (),
-) -> str:
-    """The text of the page, without the tables of all rows."""
-    parts = [INTRODUCTION + _facts(layers), "## The targets\n", report.markdown(report.targets(layers.rows)) + "\n"]
-    parts.append("Of the peers of a row, the one that comes nearest is shown.\n")
-    parts.append("![Times relative to the baseline](images/bench-layers.png)\n")
-    parts.append("## Against each peer\n\nHow many times slower than sparse-ffn, medians.\n")
-    for group, rows in layers.groups():
-        if any(result.kind == "peer" for result in rows[0].results):
-            parts.append(f"### {report.GROUPS[group]}\n\n{report.markdown(report.peers(rows))}\n")
-    if profiles:
-        parts.append(PASSES)
-        parts += [f"**{found.title()}**\n\n{report.markdown(found.table())}\n" for found in profiles]
-    parts += [gpu_page.section(cards), METHOD, AFTER, *_contenders(layers)]
-    if sweeps is not None:
-        parts += [SWEEPS, *_rows(sweeps.rows)]
-    return "\n".join(parts)
+def page(found: Sequence[Machine]) -> str:
+    """The page for readers: processors side by side, then graphics cards."""
+    cpus, cards = ([m for m in found if m.device == device] for device in ("cpu", "cuda"))
+    of_cards = (f"#{text}" for text in _sections(cards))  # a level deeper
+    return "\n".join([INTRODUCTION, *_sections(cpus), gpu_page.section(cards), *of_cards, METHOD])
 
 
-def rows_page(layers: Report, cvmm: Report | None) -> str:
-    """The text of the page of all rows."""
-    parts = [ROWS, "## Layers\n", *_rows(layers.rows)]
-    if cvmm is not None:
-        parts += ["## cvmm\n", *_rows(cvmm.rows)]
-    return "\n".join(parts)
+def _sections(found: Sequence[Machine]) -> Iterator[str]:
+    """Each begins with its heading; none without machines."""
+    if not found:
+        return
+    said = comparison.instructions(found)
+    busy = "".join(f"\n{BUSY.format(m.title)}" for m in found if machine.was_busy(m.facts))
+    yield f"## The machines\n\n{markdown(comparison.facts(found))}\n{busy}"
+    yield f"{REPLACED}\n{said}\n\n{markdown(comparison.replaced(found))}\n"
+    yield f"{COMPUTED}\n{said}\n\n{markdown(comparison.computed(found))}\n"
+    yield f"{PEERS}\n{said}\n\n{markdown(comparison.peers(found))}\n"
+    yield f"{KEPT}\n{markdown(comparison.kept(found))}\n"
+    if any(row.group == "experts" for m in found for row in m.rows("sweeps")):
+        yield f"{EXPERTS}\n{said}\n\n{markdown(comparison.experts(found))}\n"
 
 
-GPU, AFTER = "## On a GPU\n", "## The contenders\n"
+def targets_page(found: Sequence[Machine]) -> str:
+    """The page for developers."""
+    parts = [TARGETS]
+    for m in found:
+        head, body = targets(row for part in m.reports for row in m.rows(part))
+        met = sum(line[-1] == "met" for line in body)
+        parts.append(f"**{m.name}**: {met} of {len(body)} met.\n\n{markdown((head, body))}\n")
+    profiled = [m for m in found if m.profiles]
+    parts += [PASSES] if profiled else []
+    parts += [f"**{m.name}**\n\n{markdown(comparison.steps(m))}\n" for m in profiled]
+    return "\n".join([*parts, gpu_page.predicted()])
 
 
-def refreshed(text: str, cards: gpu_page.Cards) -> str:
-    """A page of an earlier run with the section on GPUs, and what is said of the method, written anew.
-
-    Raises:
-        ValueError: it is no such page.
-    """
-    method = METHOD.splitlines(keepends=True)[0]
-    if method not in text or AFTER not in text:
-        raise ValueError(f"not a page that this program wrote: it lacks {method!r} or {AFTER!r}")
-    before = text.partition(GPU if GPU in text else method)[0]
-    return f"{before}{gpu_page.section(cards)}\n{METHOD}\n{AFTER}{text.partition(AFTER)[2]}"
-
-
-def _facts(layers: Report) -> str:
-    lines = [["command", f"`{layers.command}`"], *([name, value] for name, value in layers.machine.items())]
-    facts = report.markdown((("", ""), lines)).replace("---:", "---") + "\n"
-    return facts + BUSY if machine.was_busy(layers.machine) else facts
-
-
-def _contenders(layers: Report) -> Iterable[str]:
-    for group, rows in layers.groups():
-        yield f"**{report.GROUPS[group]}**\n"
-        yield "\n".join(f"- {result.name} ({result.kind}): {result.about}" for result in rows[0].results) + "\n"
-
-
-def _rows(rows: Iterable[Row]) -> Iterable[str]:
-    for row in rows:
-        heading = f"**{report.GROUPS.get(row.group, row.group)}: {row.shape}, {row.dtype}, {MODES[row.mode]}**"
-        yield f"{heading}\n\n{report.markdown(report.contenders(row))}\n"
+def readme(text: str, found: Sequence[Machine]) -> str:
+    """The README with its table written anew."""
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    cpus = [m for m in found if m.device == "cpu"]
+    table = markdown(comparison.first_screen(cpus, LARGE))
+    return f"{before}{BEGIN}\n{table}\n\n{comparison.instructions(cpus)}\n{END}{after}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line."""
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--runs", type=Path, default=Path("runs/bench"), help="where the JSON files are")
-    arguments.add_argument("--docs", type=Path, default=Path("docs"), help="where the pages go")
-    arguments.add_argument(
-        "--gpu", type=Path, default=Path("benchmarks/gpu"), help="a card's folder, or one of such folders"
-    )
+    add = arguments.add_argument
+    add("--results", nargs="+", type=Path, default=[PUBLISHED], help="folders of machines; default: the published ones")
+    add("--docs", type=Path, default=Path("docs"), help="where the pages go; the README is looked for beside it")
     options = arguments.parse_args(argv)
-    cards, target = gpu_page.load(options.gpu), options.docs / "benchmarks.md"
-    gpu_page.draw(cards, options.docs / "images")
-    reports = (options.runs / f"{name}.json" for name in ("layers", "cvmm", "sweeps"))
-    found = {path.stem: Report.load(path) for path in reports if path.is_file()}
-    timed = options.runs / "passes.json"
-    profiles = passes.load(timed) if timed.is_file() else []
-    if "layers" not in found:
-        if not target.is_file():
-            raise SystemExit(f"{options.runs / 'layers.json'} is missing: run make bench")
-        target.write_text(refreshed(target.read_text(), cards))
-        print(f"no {options.runs / 'layers.json'}: the numbers of the CPU in {target} are left as they were")
-        return
-    target.write_text(page(found["layers"], found.get("sweeps"), cards, profiles))
-    (options.docs / "benchmarks-rows.md").write_text(rows_page(found["layers"], found.get("cvmm")))
-    plot.ratios(found["layers"], options.docs / "images" / "bench-layers.png")
-    if "sweeps" in found:
-        plot.growth(found["sweeps"], options.docs / "images" / "bench-sweeps.png")
+    from benchmarks import pictures  # it needs matplotlib, the texts do not
+
+    found = machines.load(options.results)
+    if not found:
+        raise SystemExit(f"no machine's folder in {', '.join(map(str, options.results))}: run make bench")
+    options.docs.mkdir(parents=True, exist_ok=True)
+    (options.docs / "benchmarks.md").write_text(page(found))
+    (options.docs / "benchmarks-targets.md").write_text(targets_page(found))
+    front = options.docs.parent / "README.md"
+    if front.is_file() and BEGIN in front.read_text():
+        front.write_text(readme(front.read_text(), found))
+    pictures.draw(found, options.docs / "images")
 
 
 if __name__ == "__main__":

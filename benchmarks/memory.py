@@ -29,7 +29,7 @@ class Saved:
     """What a forward pass keeps for the backward pass, beyond the input and the parameters."""
 
     elements: int
-    bytes: int
+    bytes: int | None = None  # not known of runs whose JSON is gone
 
 
 def saved_for_backward(module: nn.Module, x: Tensor, others: Iterable[Tensor] = ()) -> Saved:

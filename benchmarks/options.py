@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import machine, report
 from benchmarks.contender import DTYPES, Case
-from benchmarks.results import MODES, Report, Row
+from benchmarks.records import MODES, Report, Row
 from benchmarks.run import run_case
 from benchmarks.shapes import MoEShape
 

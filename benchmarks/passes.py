@@ -32,7 +32,7 @@ import sparse_ffn as sf
 from benchmarks import machine, report
 from benchmarks.contender import DTYPES
 from benchmarks.memories import PACKAGE_HALF, BagMemory
-from benchmarks.results import MODES
+from benchmarks.records import MODES, dump
 from benchmarks.shapes import MOE_SHAPES, MemoryShape, MoEShape
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +52,7 @@ class Passes:
 
     Attributes:
         shape: of a SigmaMoE, T,D,E,G,k; or of a ProductKeyMemory with a learned query.
-        mode: as in ``results.MODES``.
+        mode: as in ``records.MODES``.
         step: seconds of a step of the layer, as Python sees it.
         baseline: what was measured in turns with it, and takes ``against`` seconds.
         rate: FLOP/s of torch.mm.
@@ -196,8 +196,14 @@ def profile(shape: MoEShape | MemoryShape, dtype: str, mode: str, seconds: float
         return Passes(str(shape), dtype, mode, seconds=passes, flops=flops(shape, mode), **json.loads(done.stdout))
 
 
+def save(path: Path, facts: dict[str, str], command: str, found: Iterable[Passes]) -> None:
+    """Write profiles beside the machine and the command, as a :class:`records.Report` is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(dump({"machine": facts, "command": command, "passes": [asdict(passes) for passes in found]}))
+
+
 def load(path: Path) -> list[Passes]:
-    """What ``main`` wrote."""
+    """Read a file of :func:`save`."""
     return [Passes(**found) for found in json.loads(path.read_text())["passes"]]
 
 
@@ -222,9 +228,7 @@ def main(argv: Sequence[str] | None = None) -> list[Passes]:
                 print(f"\n{found[-1].title()}\n\n{report.text(found[-1].table())}", flush=True)
     if options.json:
         command = f"python -m benchmarks.passes {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        content = {"machine": facts, "command": command, "passes": [asdict(passes) for passes in found]}
-        options.json.write_text(json.dumps(content, indent=1))
+        save(options.json, facts, command, found)
     return found
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.records import MODES, Report, Row
 from benchmarks.report import GROUPS
-from benchmarks.results import MODES, Report, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,8 +100,8 @@ def growth(report: Report, path: Path) -> None:
             results = [row.of(name) for row in rows]
             style = {**_style(i), "label": name}
             left.plot(xs, [r.seconds.median * 1e3 if r.seconds else float("nan") for r in results], **style)
-            right.plot(xs, [r.saved.bytes / 2**20 if r.saved else float("nan") for r in results], **style)
-        for ax, label in ((left, "ms, forward + backward"), (right, "MiB kept for backward")):
+            right.plot(xs, [r.saved.elements / 1e6 if r.saved else float("nan") for r in results], **style)
+        for ax, label in ((left, "ms, forward + backward"), (right, "million numbers kept for backward")):
             ax.set(xscale="log", yscale="log", xlabel=f"{grows.split('=')[0]} ({fixed})", ylabel=label)
             ax.set_xticks(xs, [str(x) for x in xs], minor=False)
             ax.minorticks_off()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from benchmarks.results import MODES, Report, Result, Row
+from benchmarks.records import MODES, Report, Result, Row
 from benchmarks.targets import Verdict, verdicts
 from benchmarks.timing import Quartiles
 
@@ -93,13 +93,14 @@ def spread(quartiles: Quartiles | None, factor: float = 1.0) -> str:
     """Median and quartiles."""
     if quartiles is None:
         return "-"
-    low, median, high = (_digits(q * factor) for q in (quartiles.low, quartiles.median, quartiles.high))
+    low, median, high = (digits(q * factor) for q in (quartiles.low, quartiles.median, quartiles.high))
     return median if quartiles.rounds == 1 else f"{median} [{low}, {high}]"
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """Three digits."""
-    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3}f}"
+    rounded = float(f"{value:.3g}")
+    return f"{value:.{0 if rounded >= 100 else 1 if rounded >= 10 else 2 if rounded >= 1 else 3}f}"
 
 
 def title(row: Row) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.check import errors
 from benchmarks.contender import Case, Contender, Entry, NotInstalled, TooLarge, backward
 from benchmarks.memory import peak_bytes, saved_for_backward
-from benchmarks.results import Result, Row
+from benchmarks.records import Result, Row
 from benchmarks.timing import Run, race, stopwatch
 
 
@@ -40,7 +40,7 @@ def run_case(case: Case, modes: Iterable[str], seconds: float, *, peers: Iterabl
     rows = []
     for mode in modes:
         found = _time(case, mode, seconds, ready, dict(results), cotangent)
-        row = Row(case.group, case.shape, case.dtype, mode, case.baseline, case.saved_bound, tuple(found), **facts)
+        row = Row(case.group, case.shape, case.dtype, mode, case.baseline, tuple(found), case.saved_bound, **facts)
         rows.append(row)
     return rows
 
@@ -58,7 +58,7 @@ def _experts(case: Case) -> dict[str, Any]:
 
 def _prepare(entry: Entry, x: Tensor, cotangent: Tensor) -> tuple[Result, Contender | None]:
     """The contender if it could be built and is right; else the reason in the result."""
-    result = Result(entry.name, entry.kind, entry.about, "timed")
+    result = Result(entry.name, entry.kind, entry.about)
     try:
         contender = entry.build()
         found, wrong = errors(contender, x, cotangent)

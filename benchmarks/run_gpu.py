@@ -167,8 +167,8 @@ def parts(out: Path, *, rehearse: bool) -> list[Part]:
 
 
 def _page(out: Path) -> tuple[str, ...]:
-    """The documentation's page with these results, and their pictures, beside them."""
-    folders = ("--runs", str(out / "none"), "--docs", str(out / "page"), "--gpu", str(out))
+    """The documentation's pages with these results beside the published ones."""
+    folders = ("--results", str(ROOT / "benchmarks" / "results"), str(out), "--docs", str(out / "page"))
     return (sys.executable, "-m", "benchmarks.document", *folders)
 
 
@@ -187,8 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         name = found.stdout
     out = base / name
-    (out / "page").mkdir(parents=True, exist_ok=True)
-    shutil.copy(ROOT / "docs" / "benchmarks.md", out / "page")
+    out.mkdir(parents=True, exist_ok=True)
     outcomes = run(parts(out, rehearse=options.rehearse), out, start, time.monotonic)
     for o in outcomes:
         print(f"{o.name:15} {o.status:12} {o.seconds:6.1f} s  {o.note}")

@@ -21,7 +21,7 @@ from benchmarks import plot
 from benchmarks.contender import Case, Contender
 from benchmarks.moe import moe_case
 from benchmarks.options import collect, parser
-from benchmarks.results import Report
+from benchmarks.records import Report
 from benchmarks.shapes import MoEShape
 
 SIZE, K, FIXED_WIDTH, FIXED_EXPERTS = 128, 4, 512, 32

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from benchmarks.results import Result, Row
+from benchmarks.records import Result, Row
 from benchmarks.shapes import (
     DECODE,
     GPU_FINE,

@@ -22,17 +22,20 @@ from benchmarks import (
     document,
     gpu_page,
     machine,
+    machines,
     memory,
     passes,
     predict,
+    publish,
     report,
+    rows,
     sweeps,
     targets,
 )
 from benchmarks.contender import Case, Contender, Entry, Oracle
 from benchmarks.memories import memory_case, topk_case
 from benchmarks.moe import glu_case, moe_case
-from benchmarks.results import Report, Result, Row
+from benchmarks.records import Report, Result, Row
 from benchmarks.run import run_case
 from benchmarks.shapes import MemoryShape, MoEShape, TopKShape
 from benchmarks.timing import Quartiles, Run, Samples, race, wall_clock
@@ -302,10 +305,11 @@ def moe_row(ours: float, peer: float, kept: int = 10) -> Row:
     results = (
         timed("sparse-ffn", "ours", ours, memory.Saved(kept, 4 * kept)),
         timed("dense, equal compute", "baseline", 1.0),
+        timed("dense, equal parameters", "baseline", 4.0),
         timed("per-expert loop", "peer", peer),
         Result("st-moe-pytorch", "peer", "", "not importable", "pip install st-moe-pytorch"),
     )
-    return Row("moe", "2048,512,16,128,4", "fp32", "fwdbwd", "dense, equal compute", 2048 * 4 * 132, results)
+    return Row("moe", "2048,512,16,128,4", "fp32", "fwdbwd", "dense, equal compute", results, 2048 * 4 * 132)
 
 
 def test_targets_are_judged() -> None:
@@ -351,53 +355,108 @@ def test_predictions_are_the_studys(shape: str, rates: tuple[int, int], cached: 
     assert predict.kept_bytes(sizes, glu=False) < predict.kept_bytes(sizes, glu=True)
 
 
-def test_without_results_the_page_says_that_nothing_was_measured(tmp_path: Path) -> None:
-    text = gpu_page.section(gpu_page.load(tmp_path / "none"))
-    assert "No GPU was at hand: nothing in this section was measured" in text
-    assert "Predicted, not measured" in text
+def test_without_a_card_the_page_says_that_nothing_was_measured() -> None:
+    assert "No GPU was at hand" in gpu_page.section([])
+    text = gpu_page.predicted()
+    assert "Predicted for a GPU, not measured" in text
     assert "| 16384,1024,64,128,8 | GLU | 256 | 298 |" in text
-    assert " ms [" not in text
 
 
-def gpu_run(folder: Path) -> None:
-    facts = {"GPU": "NVIDIA H100 80GB HBM3", machine.LOAD: "0.1, 0.1, 0.1"}
+# the pages, from a folder of JSON for each machine
+
+FACTS = {"16-bit instructions": "avx512_bf16", machine.LOAD: "0.1, 0.1, 0.1"}
+
+
+def machines_of(folder: Path) -> None:
+    """Two processors and a graphics card."""
+    for processor, ours in (("AMD EPYC, family 26 model 2", 1.25), ("Intel(R) Xeon(R) Processor", 1.5)):
+        measured = tuple(replace(moe_row(ours, 2.0), dtype=dtype) for dtype in ("fp32", "bf16"))
+        found = Report({"processor": processor, **FACTS}, "python -m benchmarks.bench_layers", measured)
+        found.save(folder / processor[:5].lower() / "layers.json")
     row = replace(moe_row(1.3, 1.4), shape="16384,1024,64,256,8", dtype="bf16", device="cuda")
+    facts = {"GPU": "NVIDIA H100 80GB HBM3", **FACTS}
     Report(facts, "python -m benchmarks.bench_layers --device cuda", (row,)).save(folder / "h100" / "layers.json")
     point = replace(row, group="experts", shape="N_E=8; d_model=512, T=32768")
     Report(facts, "python -m benchmarks.sweeps --device cuda", (point,)).save(folder / "h100" / "sweeps.json")
 
 
-def test_results_are_shown_and_drawn(tmp_path: Path) -> None:
+def test_machines_stand_side_by_side_and_cards_after_them(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    gpu_run(tmp_path / "gpu")
-    page = tmp_path / "docs" / "benchmarks.md"
-    page.parent.mkdir()
-    page.write_text(f"# Benchmarks\n\na number of a CPU\n\n{document.METHOD}\n{document.AFTER}\nall rows\n")
-    arguments = ["--runs", str(tmp_path), "--docs", str(page.parent), "--gpu"]
-    document.main([*arguments, str(tmp_path / "gpu")])
-    text = page.read_text()
-    for words in ("### NVIDIA H100 80GB HBM3", "≤ 1.33", "| met |", "images/gpu-h100-sweeps.png", "a number of a CPU"):
-        assert words in text
-    assert "No GPU was at hand" not in text
-    assert (page.parent / "images" / "gpu-h100-layers.png").stat().st_size > 0
-    document.main([*arguments, str(tmp_path / "gone")])  # and the section is replaced, not added to
-    again = page.read_text()
-    assert "No GPU was at hand" in again
-    assert "### NVIDIA" not in again
-    for words in ("## On a GPU", "## How it is measured", "all rows", "a number of a CPU"):
-        assert again.count(words) == 1
+    machines_of(tmp_path / "results")
+    (tmp_path / "README.md").write_text(f"# Name\n\n{document.BEGIN}\nold\n{document.END}\n\n## More\n")
+    document.main(["--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")])
+    page = (tmp_path / "docs" / "benchmarks.md").read_text()
+    for line in (
+        "|  | AMD EPYC, fp32 | AMD EPYC, bf16 | Intel Xeon, fp32 | Intel Xeon, bf16 |",
+        "| 2048 tokens of 512, 4 of 16 experts of 128 | 0.31 | 0.31 | 0.38 | 0.38 |",  # of 4 seconds
+        "| 2048 tokens of 512, 4 of 16 experts of 128 | 1.25 | 1.25 | 1.50 | 1.50 |",  # of 1 second
+        "16-bit instructions of AMD EPYC: avx512_bf16; Intel Xeon: avx512_bf16.",
+        "| per-expert loop | 1.6 | 1.6 | 1.3 | 1.3 |",
+        "| st-moe-pytorch | not importable | not importable | not importable | not importable |",
+    ):
+        assert line in page.splitlines()
+    cpus, cards = page.split("## On a GPU\n")
+    assert "H100" not in cpus
+    assert "No GPU was at hand" not in cards
+    assert "|  | NVIDIA H100 80GB HBM3, bf16 |" in cards
+    assert "| 8 | 1300 | 4000 |" in cards
+    assert "| 2048,512,16,128,4 | fp32 | fwdbwd | time" in (tmp_path / "docs" / "benchmarks-targets.md").read_text()
+    front = (tmp_path / "README.md").read_text()
+    assert front.startswith("# Name\n")
+    assert front.endswith("\n\n## More\n")
+    assert "| 2048 tokens of 512, 4 of 16 experts of 128 | 1250 ms, 3.2× | 1250 ms, 3.2× | 1500 ms, 2.7× |" in front
+    assert "old" not in front
+    for name in ("idea", "result"):
+        for ink in ("light", "dark"):
+            assert 0 < (tmp_path / "docs" / "images" / f"{name}-{ink}.svg").stat().st_size < 200_000
 
 
-def test_a_page_of_someone_else_is_left_alone() -> None:
-    with pytest.raises(ValueError, match="not a page that this program wrote"):
-        document.refreshed("# Notes\n", {})
-
-
-def test_the_committed_page_is_up_to_date_in_what_needs_no_measurement() -> None:
-    page = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-    assert (
-        document.refreshed(page.read_text(), gpu_page.load(page.parents[1] / "benchmarks" / "gpu")) == page.read_text()
+def test_a_busy_machine_is_said_to_be_one(tmp_path: Path) -> None:
+    facts = {"processor": "AMD EPYC", **FACTS, machine.LOAD: "2.0, 0.1, 0.1"}
+    Report(facts, "", (moe_row(1.0, 2.0),)).save(tmp_path / "amd" / "layers.json")
+    assert "**AMD EPYC was busy before this run. Do not trust its numbers.**" in document.page(
+        machines.load([tmp_path])
     )
+
+
+def test_the_committed_pages_are_what_the_published_numbers_give() -> None:
+    root = Path(__file__).parents[1]
+    found = machines.load([machines.PUBLISHED])
+    page, front = (root / "docs" / "benchmarks.md").read_text(), (root / "README.md").read_text()
+    assert page == document.page(found)
+    assert len(page.splitlines()) <= 150
+    assert (root / "docs" / "benchmarks-targets.md").read_text() == document.targets_page(found)
+    assert front == document.readme(front, found)
+
+
+def test_publishing_puts_a_shortened_run_in_the_place_of_the_last(tmp_path: Path) -> None:
+    run, results = tmp_path / "bench", tmp_path / "results"
+    Report({"processor": "AMD EPYC, family 26 model 2", **FACTS}, "", (moe_row(1.23456, 2.0),)).save(
+        run / "layers.json"
+    )
+    place = results / "amd-epyc-family-26-model-2"
+    place.mkdir(parents=True)
+    (place / "cvmm.json").write_text("of an earlier run")
+    assert publish.publish(run, results) == place
+    assert [file.name for file in place.iterdir()] == ["layers.json"]
+    (row,) = Report.load(place / "layers.json").rows
+    assert row.results[0].seconds == Quartiles(1.235, 1.235, 1.235, 3)
+    with pytest.raises(ValueError, match="is not the folder of a run"):
+        publish.publish(tmp_path, results)
+
+
+def test_rows_are_printed_by_machine_part_layer_and_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    machines_of(tmp_path)
+    rows.main(["--results", str(tmp_path), "--machine", "amd", "--layer", "bf16", "--pass", "fwdbwd"])
+    printed = capsys.readouterr().out
+    assert "AMD EPYC" in printed
+    assert "2048,512,16,128,4, bf16, forward + backward" in printed
+    assert "fp32" not in printed
+    assert "Intel" not in printed
+    rows.main(["--results", str(tmp_path), "--machine", "h100", "--contenders"])
+    assert "moe: st-moe-pytorch (peer)" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="has 'arm' in its name"):
+        rows.main(["--results", str(tmp_path), "--machine", "arm"])
 
 
 def test_results_survive_json() -> None:
@@ -405,6 +464,7 @@ def test_results_survive_json() -> None:
     text = before.to_json()
     assert Report.from_json(text) == before
     assert set(json.loads(text)) == {"machine", "command", "rows"}
+    assert sum(line.startswith('{"group"') for line in text.splitlines()) == 2  # a line for each row
 
 
 def test_layers_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str], no_peers: None) -> None:
@@ -424,18 +484,13 @@ def test_layers_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str], n
         "elements kept",
     ):
         assert words in printed
-    docs = tmp_path / "docs"
-    docs.mkdir()
-    document.main(["--runs", str(tmp_path / "runs"), "--docs", str(docs)])
-    page, rows = (docs / "benchmarks.md").read_text(), (docs / "benchmarks-rows.md").read_text()
-    for words in (f"ReLU (T,D,E,G,k): {shape}, fp32, forward + backward**", "| sparse-ffn, torch backend |"):
-        assert words in rows
-        assert words not in page
+    document.main(["--results", str(tmp_path / "runs"), "--docs", str(tmp_path / "docs")])
+    page, developers = ((tmp_path / "docs" / f"{name}.md").read_text() for name in ("benchmarks", "benchmarks-targets"))
     assert result.machine["processor"] in page
-    assert ("not to be trusted" in page) == machine.was_busy(result.machine)
-    assert "| moe | 24,16,4,8,2 | fp32 |" in page
+    assert ("Do not trust" in page) == machine.was_busy(result.machine)
+    assert "| 24 tokens of 16, 2 of 4 experts of 8 |" in page
+    assert "| moe | 24,16,4,8,2 | fp32 |" in developers
     assert files["layers.png"].stat().st_size > 0
-    assert (docs / "images" / "bench-layers.png").stat().st_size < 100_000
 
 
 def test_cvmm_end_to_end() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import run_gpu
-from benchmarks.results import Report
+from benchmarks.records import Report
 from benchmarks.run_gpu import Outcome, Part, run
 
 ROOT = Path(__file__).parents[1]
@@ -108,5 +108,5 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert "tiles in" in (out / "tune.log").read_text()
     assert "passed" in (out / "tests-compiled.log").read_text()
     if outcomes["page"]["status"] == "ok":
-        assert "images/gpu-rehearsal-layers.png" in (out / "page" / "benchmarks.md").read_text()
+        assert "**rehearsal**: " in (out / "page" / "benchmarks-targets.md").read_text()
     assert not (tmp_path / "none").exists()

@@ -1,6 +1,6 @@
 """The compile gate: every kernel the library can launch, compiled for every target without a GPU, and judged.
 
-    python tools/compile_gate.py [--quick | --candidates] [--write docs/kernels.md] [--target sm_90 ...] [--jobs N]
+    python tools/compile_gate.py [--quick | --candidates] [--table] [--target sm_90 ...] [--jobs N]
 
 The library's own host code runs on CPU tensors under a driver that stands in for a GPU's: Triton then compiles what a
 launch would have run, with the same block sizes, dtypes and specialisations, and launches nothing. Of each kernel the
@@ -384,9 +384,6 @@ def work(job: tuple[int, str, str, int, int]) -> list[Compiled]:
     return [judge(name, *launch) for launch in seen.values()]
 
 
-BEGIN, END = "<!-- compile gate: begin -->", "<!-- compile gate: end -->"
-
-
 def table(results: set[Compiled]) -> str:
     """One line for each kernel, dtype and tile of a target: the largest numbers of all its forms."""
     groups: dict[tuple[str, ...], list[Compiled]] = {}
@@ -431,7 +428,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def main() -> int:
-    """Compile, print what is wrong, write the table if asked to; 1 if anything is wrong."""
+    """Compile, print what is wrong, and the table if asked to; 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--target", nargs="*", choices=TARGETS, default=list(TARGETS))
     quick = "without fp16, which takes the same tiles as bf16, and without the tiles for tuning"
@@ -439,7 +436,7 @@ def main() -> int:
     tuning = "only the tiles for tuning"
     parser.add_argument("--candidates", dest="what", action="store_const", const="candidates", help=tuning)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--write", type=Path, help="a page whose table to replace")
+    parser.add_argument("--table", action="store_true", help="print registers, shared memory, instruction of each")
     arguments = parser.parse_args()
     start, parts = time.perf_counter(), 8
     names = arguments.target
@@ -451,10 +448,8 @@ def main() -> int:
         print(r)
     seconds = time.perf_counter() - start
     print(f"{len(results)} kernels for {', '.join(names)}, {len(bad)} bad, {seconds:.0f} s")
-    if arguments.write and not bad:
-        before, _, rest = arguments.write.read_text().partition(BEGIN)
-        after = rest.partition(END)[2]
-        arguments.write.write_text(f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{after}")
+    if arguments.table:
+        print(table(results))
     return bool(bad)
 
 

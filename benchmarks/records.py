@@ -1,10 +1,10 @@
-"""Results: what a run found, and its JSON."""
+"""Records of a run: what each contender did in each row, and their JSON."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import astuple, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ class Result:
 
     name: str
     kind: str
-    about: str
-    status: str
+    about: str = ""
+    status: str = "timed"
     note: str = ""
     errors: dict[str, float] = field(default_factory=dict)
     seconds: Quartiles | None = None
@@ -56,8 +56,8 @@ class Row:
         dtype: ``"fp32"`` or ``"bf16"``.
         mode: one of ``MODES``.
         baseline: whose time the ratios are taken to.
-        saved_bound: elements that ours may keep for the backward pass.
         results: of the contenders.
+        saved_bound: elements that ours may keep for the backward pass.
         device: ``"cpu"`` or ``"cuda"``.
         experts_kept: bytes that our experts by themselves, without a router, keep for the backward pass beyond x.
         experts_bound: what SonicMoE's experts keep, by their formula.
@@ -68,8 +68,8 @@ class Row:
     dtype: str
     mode: str
     baseline: str
-    saved_bound: int | None
     results: tuple[Result, ...]
+    saved_bound: int | None = None
     device: str = "cpu"
     experts_kept: int | None = None
     experts_bound: int | None = None
@@ -89,7 +89,7 @@ class Report:
 
     def to_json(self) -> str:
         """As JSON text."""
-        return json.dumps(asdict(self), indent=1)
+        return dump({"machine": self.machine, "command": self.command, "rows": [_short(row) for row in self.rows]})
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -100,7 +100,7 @@ class Report:
     def save(self, path: Path) -> None:
         """Write the JSON, folders included."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_json() + "\n")
+        path.write_text(self.to_json())
 
     @classmethod
     def load(cls, path: Path) -> Report:
@@ -113,11 +113,34 @@ class Report:
             yield group, [row for row in self.rows if row.group == group]
 
 
+def dump(data: dict[str, Any]) -> str:
+    """JSON text that is short and that a diff can follow: each entry of a list has a line of its own."""
+
+    def text(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+    def part(value: Any) -> str:
+        return "[\n" + ",\n".join(map(text, value)) + "\n]" if isinstance(value, list) else text(value)
+
+    return "{" + ",\n".join(f"{text(key)}:{part(value)}" for key, value in data.items()) + "}\n"
+
+
+def _short(value: Any) -> Any:
+    """A record as JSON's types, without what is empty; quartiles and counts as lists."""
+    if isinstance(value, (Quartiles, Saved)):
+        return astuple(value)
+    if isinstance(value, tuple):
+        return [_short(entry) for entry in value]
+    if is_dataclass(value):
+        entries = {entry.name: getattr(value, entry.name) for entry in fields(value)}
+        return {name: _short(entry) for name, entry in entries.items() if entry not in (None, "", {})}
+    return value
+
+
 def _row(data: dict[str, Any]) -> Row:
     return Row(**{**data, "results": tuple(map(_result, data["results"]))})
 
 
 def _result(data: dict[str, Any]) -> Result:
-    quartiles = {name: data[name] and Quartiles(**data[name]) for name in ("seconds", "ratio", "slowdown")}
-    saved = data["saved"] and Saved(**data["saved"])
-    return Result(**{**data, **quartiles, "saved": saved})
+    kinds = {"seconds": Quartiles, "ratio": Quartiles, "slowdown": Quartiles, "saved": Saved}
+    return Result(**{name: kinds[name](*value) if name in kinds else value for name, value in data.items()})

@@ -1,0 +1,63 @@
+"""What each machine measured: a folder of JSON for each, under benchmarks/results those that are published."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import passes
+from benchmarks.records import Report, Row
+
+PUBLISHED = Path(__file__).parent / "results"
+PARTS = ("layers", "cvmm", "sweeps", "tuned")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One machine and its numbers.
+
+    Attributes:
+        name: of its folder.
+        reports: by part.
+        profiles: of the native core's passes.
+    """
+
+    name: str
+    reports: Mapping[str, Report]
+    profiles: Sequence[passes.Passes] = ()
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """What ``machine.describe`` said before the first of its runs."""
+        return next(iter(self.reports.values())).machine
+
+    @property
+    def title(self) -> str:
+        """Its maker's name for it, short enough to head a column."""
+        processor = self.facts.get("processor", self.name)
+        return self.facts.get("GPU") or re.sub(r"\((R|TM)\)|,.*| (CPU|Processor|\d+-Core)\b.*", "", processor)
+
+    @property
+    def device(self) -> str:
+        """``"cuda"`` for a graphics card."""
+        return "cuda" if "GPU" in self.facts else "cpu"
+
+    def rows(self, part: str = "layers") -> Iterator[Row]:
+        """The rows of a part, none if it did not run."""
+        if part in self.reports:
+            yield from self.reports[part].rows
+
+
+def load(folders: Iterable[Path]) -> list[Machine]:
+    """The machines of these folders; each is a machine's own or holds a folder for each of several."""
+    found = []
+    for folder in folders:
+        for place in [folder] if any(folder.glob("*.json")) else sorted(folder.glob("*/")):
+            files = {part: place / f"{part}.json" for part in PARTS}
+            reports = {part: Report.load(file) for part, file in files.items() if file.is_file()}
+            timed = place / "passes.json"
+            if reports:
+                found.append(Machine(place.name, reports, passes.load(timed) if timed.is_file() else ()))
+    return found
