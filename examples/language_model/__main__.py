@@ -17,7 +17,7 @@ from sparse_ffn import info
 
 from . import data
 from .configs import CONFIGS
-from .variants import VARIANTS
+from .variants import VARIANTS, build
 
 
 def positive(text: str) -> int:
@@ -58,6 +58,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
     from . import picture, report, train  # after the check that their packages are there
 
     if args.threads:
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"text     {corpus.name}, {corpus.n_bytes:,} bytes, unigram entropy {unigram:.2f} bits per byte")
     print(f"compute  {backend}, {torch.get_num_threads()} CPU threads")
 
-    learners = [train.make_learner(name, config, args.seed, args.device) for name in variants]
+    learners = [train.make_learner(name, build(name, config, args.seed).to(args.device), config) for name in variants]
     about: dict[str, Any] = {
         "config": asdict(config),
         "data": corpus.digest,
@@ -87,7 +89,13 @@ def run(args: argparse.Namespace) -> None:
     if checkpoint.exists() and not args.resume:
         print(f"note     starting anew: {checkpoint} will be replaced (--resume would go on from it)")
     print(f"train    {', '.join(variants)}: {config.steps} steps of {config.batch_size} x {config.context} bytes each")
-    train.train(learners, corpus, config, seed=args.seed, first_step=first_step, checkpoint=checkpoint, about=about)
+    steps = train.train(
+        learners, corpus, config, seed=args.seed, first_step=first_step, checkpoint=checkpoint, about=about
+    )
+    with tqdm(total=config.steps, initial=first_step, unit="step", dynamic_ncols=True) as bar:
+        for _, bits in steps:
+            bar.set_postfix({name: f"{value:.2f}" for name, value in bits.items()}, refresh=False)
+            bar.update()
 
     results = report.measure(learners, corpus, config)
     table = report.table(results)

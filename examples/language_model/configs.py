@@ -34,6 +34,7 @@ class Config:
     warmup: int
     learning_rate: float
     grad_clip: float
+    bf16: bool = False  # autocast on a CPU too; on a GPU there always is
     # how often things happen, in numbers that do not depend on `steps`
     evaluations: int = 50  # points on a curve
     eval_windows: int = 512  # windows of `context` bytes behind each point

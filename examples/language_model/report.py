@@ -16,10 +16,14 @@ from .variants import LABELS, ffn_flops
 
 
 @torch.no_grad()
-def observe_routing(learner: Learner, corpus: data.Corpus, config: Config) -> None:
-    """Routing statistics are of the last forward pass: make that one batch from all over the validation part."""
+def routing(learner: Learner, corpus: data.Corpus, config: Config) -> dict[str, dict[str, Any]]:
+    """Statistics of each MoE layer's last forward pass: one batch from all over the validation part."""
     x, _ = data.windows(corpus.valid, data.even_starts(corpus.valid, config.batch_size, config.context), config.context)
-    learner.model.eval()(x.to(learner.model.head.weight.device))
+    learner.model.eval()(x.to(learner.device))
+    return {
+        name: {**stats, "load": [float(share) for share in stats["load"]]}
+        for name, stats in sparse_ffn.routing_stats(learner.model).items()
+    }
 
 
 def measure(learners: list[Learner], corpus: data.Corpus, config: Config) -> dict[str, dict[str, Any]]:
@@ -30,9 +34,8 @@ def measure(learners: list[Learner], corpus: data.Corpus, config: Config) -> dic
         model = learner.model
         parts = {"train": corpus.train, "valid": corpus.valid, "test": corpus.test}
         bits = {
-            name: bits_per_byte(model, part, config.final_windows, config.batch_size) for name, part in parts.items()
+            name: bits_per_byte(learner, part, config.final_windows, config.batch_size) for name, part in parts.items()
         }
-        observe_routing(learner, corpus, config)
         results[learner.variant] = {
             "label": LABELS[learner.variant],
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -42,10 +45,7 @@ def measure(learners: list[Learner], corpus: data.Corpus, config: Config) -> dic
             "bytes_per_second": config.batch_size * config.context / statistics.median(learner.seconds),
             "step_seconds_median": statistics.median(learner.seconds),
             "step_time_relative": relative_time(learner, dense) if dense else None,
-            "routing": {
-                name: {**stats, "load": [float(share) for share in stats["load"]]}
-                for name, stats in sparse_ffn.routing_stats(model).items()
-            },
+            "routing": routing(learner, corpus, config),
             "curve": learner.curve,
         }
     return results

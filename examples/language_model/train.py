@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +19,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 import sparse_ffn
 
 from . import data
 from .configs import Config
 from .model import ByteTransformer
-from .variants import build
 
 
 class TrainingError(Exception):
@@ -39,8 +38,17 @@ class Learner:
     variant: str
     model: ByteTransformer
     optimizer: torch.optim.Optimizer
+    bf16: bool  # autocast
     curve: list[tuple[int, float]] = field(default_factory=list)  # (steps done, validation bits per byte)
     seconds: list[float] = field(default_factory=list)  # of each step, evaluation left out
+    cpu_seconds: list[float] = field(default_factory=list)  # the same, of all threads, without waiting for a core
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.head.weight.device
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
     def state(self) -> dict[str, Any]:
         return {
@@ -48,22 +56,18 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "curve": self.curve,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.curve, self.seconds = state["curve"], state["seconds"]
+        self.curve, self.seconds, self.cpu_seconds = state["curve"], state["seconds"], state["cpu_seconds"]
 
 
-def make_learner(variant: str, config: Config, seed: int, device: torch.device) -> Learner:
-    model = build(variant, config, seed).to(device)
+def make_learner(variant: str, model: ByteTransformer, config: Config) -> Learner:
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
-    return Learner(variant, model, optimizer)
-
-
-def autocast(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+    return Learner(variant, model, optimizer, bf16=config.bf16 or model.head.weight.is_cuda)
 
 
 def now(device: torch.device) -> float:
@@ -74,12 +78,12 @@ def now(device: torch.device) -> float:
 
 def train_step(learner: Learner, x: Tensor, y: Tensor, config: Config, seed: int, step: int) -> float:
     """One optimizer step; returns the bits per byte of the batch."""
-    start = now(x.device)
+    start, cpu_start = now(x.device), time.process_time()
     torch.manual_seed(data.step_seed(seed, step))
     model, optimizer = learner.model.train(), learner.optimizer
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate_at(step)
-    with autocast(x.device):
+    with learner.autocast():
         logits = model(x)
     loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
     (loss + sparse_ffn.aux_loss(model)).backward()  # type: ignore[no-untyped-call]
@@ -88,20 +92,20 @@ def train_step(learner: Learner, x: Tensor, y: Tensor, config: Config, seed: int
     optimizer.zero_grad()
     bits = loss.item() / math.log(2)
     learner.seconds.append(now(x.device) - start)
+    learner.cpu_seconds.append(time.process_time() - cpu_start)
     if not math.isfinite(bits):
         raise TrainingError(f"the loss of {learner.variant} is {bits} at step {step}")
     return bits
 
 
 @torch.no_grad()
-def bits_per_byte(model: ByteTransformer, part: Tensor, n_windows: int, batch_size: int) -> float:
+def bits_per_byte(learner: Learner, part: Tensor, n_windows: int, batch_size: int) -> float:
     """Over windows spread evenly over the part; every window starts without context."""
-    model.eval()
-    device = model.head.weight.device
+    model, device = learner.model.eval(), learner.device
     total, count = 0.0, 0
     for starts in torch.split(data.even_starts(part, n_windows, model.context), batch_size):
         x, y = (t.to(device) for t in data.windows(part, starts, model.context))
-        with autocast(device):
+        with learner.autocast():
             logits = model(x)
         total += F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum").item()
         count += y.numel()
@@ -137,22 +141,24 @@ def train(
     first_step: int,
     checkpoint: Path,
     about: dict[str, Any],
-) -> None:
-    device = learners[0].model.head.weight.device
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Gives after each step the number of steps done and each learner's bits per byte of the batch.
+
+    Whoever asks for no more of them may `save_checkpoint` and go on later.
+    """
+    device = learners[0].device
     evaluate_every = max(1, config.steps // config.evaluations)
     checkpoint_every = max(1, config.steps // config.checkpoints)
-    with tqdm(total=config.steps, initial=first_step, unit="step", dynamic_ncols=True) as bar:
-        for step in range(first_step, config.steps):
-            x, y = data.batch(corpus.train, seed=seed, step=step, batch_size=config.batch_size, context=config.context)
-            x, y = x.to(device), y.to(device)
-            bits = {learner.variant: train_step(learner, x, y, config, seed, step) for learner in learners}
-            done = step + 1
-            last = done == config.steps
-            if done % evaluate_every == 0 or last:
-                for learner in learners:
-                    valid = bits_per_byte(learner.model, corpus.valid, config.eval_windows, config.batch_size)
-                    learner.curve.append((done, valid))
-            if done % checkpoint_every == 0 or last:
-                save_checkpoint(checkpoint, about, learners, done)
-            bar.set_postfix({name: f"{value:.2f}" for name, value in bits.items()}, refresh=False)
-            bar.update()
+    for step in range(first_step, config.steps):
+        x, y = data.batch(corpus.train, seed=seed, step=step, batch_size=config.batch_size, context=config.context)
+        x, y = x.to(device), y.to(device)
+        bits = {learner.variant: train_step(learner, x, y, config, seed, step) for learner in learners}
+        done = step + 1
+        last = done == config.steps
+        if done % evaluate_every == 0 or last:
+            for learner in learners:
+                valid = bits_per_byte(learner, corpus.valid, config.eval_windows, config.batch_size)
+                learner.curve.append((done, valid))
+        if done % checkpoint_every == 0 or last:
+            save_checkpoint(checkpoint, about, learners, done)
+        yield done, bits

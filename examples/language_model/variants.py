@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
-from sparse_ffn import ProductKeyMemory, SigmaMoE, SparseFFN, TopKFFN, parameter_equal
+from sparse_ffn import MoE, ProductKeyMemory, SigmaMoE, SparseFFN, TopKFFN, parameter_equal
 
 from .configs import Config
 from .model import ByteTransformer, init_linear_
@@ -23,15 +24,16 @@ def dense(config: Config) -> nn.Module:
     return nn.Sequential(up, nn.ReLU(), down)
 
 
-def sigma_moe(config: Config) -> nn.Module:
+def mixture(cls: type[MoE], config: Config, **choices: Any) -> MoE:
+    """Experts of the configuration's size; `choices` come before its other settings and the layer's own."""
+    choices = {"expert_size": config.expert_size, "k": config.experts_k, "n_layers": config.n_layers, **choices}
+    return cls(**parameter_equal(cls, config.d_model, config.d_ff, **choices))
+
+
+def sigma_moe(config: Config, **choices: Any) -> MoE:
     """No dropout on hidden units: whole experts are dropped instead (paper, section 5)."""
-    size = parameter_equal(SigmaMoE, config.d_model, config.d_ff, expert_size=config.expert_size, k=config.experts_k)
-    return SigmaMoE(
-        **size,
-        expert_dropout=config.expert_dropout,
-        balance_weight=config.balance_weight,
-        n_layers=config.n_layers,
-    )
+    settings = {"expert_dropout": config.expert_dropout, "balance_weight": config.balance_weight}
+    return mixture(SigmaMoE, config, **{**settings, **choices})
 
 
 def topk(config: Config) -> nn.Module:
@@ -39,10 +41,10 @@ def topk(config: Config) -> nn.Module:
     return TopKFFN(**size, dropout=config.dropout, n_layers=config.n_layers)
 
 
-def product_key(config: Config) -> nn.Module:
+def product_key(config: Config, **choices: Any) -> nn.Module:
     """The paper uses no dropout inside the memory."""
-    size = parameter_equal(ProductKeyMemory, config.d_model, config.d_ff, k=config.pkm_k, n_heads=config.pkm_heads)
-    return ProductKeyMemory(**size, n_layers=config.n_layers)
+    choices = {"k": config.pkm_k, "n_heads": config.pkm_heads, "n_layers": config.n_layers, **choices}
+    return ProductKeyMemory(**parameter_equal(ProductKeyMemory, config.d_model, config.d_ff, **choices))
 
 
 VARIANTS: dict[str, Callable[[Config], nn.Module]] = {
@@ -55,6 +57,10 @@ LABELS = {"dense": "nn.Sequential", "moe": "SigmaMoE", "topk": "TopKFFN", "pkm":
 
 
 def build(variant: str, config: Config, seed: int) -> ByteTransformer:
+    return transformer(VARIANTS[variant], config, seed)
+
+
+def transformer(make_ffn: Callable[[Config], nn.Module], config: Config, seed: int) -> ByteTransformer:
     torch.manual_seed(seed)
     return ByteTransformer(
         d_model=config.d_model,
@@ -63,7 +69,7 @@ def build(variant: str, config: Config, seed: int) -> ByteTransformer:
         d_head=config.d_head,
         context=config.context,
         dropout=config.dropout,
-        make_ffn=lambda _: VARIANTS[variant](config),
+        make_ffn=lambda _: make_ffn(config),
     )
 
 
