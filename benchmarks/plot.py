@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.records import MODES, Report, Row
 from benchmarks.report import GROUPS
+from sparse_ffn.warning import how_to_install
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +31,7 @@ def figure(rows: Sequence[float], columns: Sequence[float], width: float, height
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("--plot needs matplotlib: pip install 'sparse-ffn[bench]'") from error
+        raise ImportError(f"--plot needs matplotlib: {how_to_install('bench')}") from error
     result = Figure(figsize=(width * sum(columns), height * sum(rows)), layout="constrained")
     return result, result.subplots(len(rows), len(columns), squeeze=False, height_ratios=rows, width_ratios=columns)
 

@@ -3,7 +3,8 @@
 #
 # Into FOLDER go libsparse_ffn_cpu.so and, where nvcc is, libsparse_ffn_cuda.so. They are found through
 #   export SPARSE_FFN_LIBRARY=FOLDER/libsparse_ffn_cpu.so SPARSE_FFN_CUDA_LIBRARY=FOLDER/libsparse_ffn_cuda.so
-# With cmake it does as an installation does; without it calls the compilers itself.
+# With cmake it does as an installation does; without it (or with SPARSE_FFN_NO_CMAKE=1) calls the compilers itself, with
+# CXXFLAGS after its own. SPARSE_FFN_CUDA=0 leaves out the CUDA kernels.
 set -euo pipefail
 dry=""
 if [ "${1:-}" = --dry-run ]; then
@@ -16,6 +17,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 jobs=$(nproc 2>/dev/null || echo 2)
 cxx=${CXX:-$(command -v g++ || command -v clang++ || true)}
 nvcc=${CUDACXX:-$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null || true)}
+if [ "${SPARSE_FFN_CUDA:-}" = 0 ]; then nvcc=""; fi
 [ -n "$cxx" ] || { echo "no C++ compiler here" >&2; exit 3; }
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
@@ -26,39 +28,46 @@ if command -v cmake >/dev/null && [ -z "${SPARSE_FFN_NO_CMAKE:-}" ]; then
   CUDACXX=$nvcc run cmake -S "$here" -B "$out/cmake" -DCMAKE_BUILD_TYPE=Release -DSPARSE_FFN_CUDA=$with_cuda \
     -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$out"
   run cmake --build "$out/cmake" --parallel "$jobs"
+  echo "built in $SECONDS s on $jobs processors" >&2
   exit
 fi
 
-# as in CMakeLists.txt: the core once for each instruction set, what chooses between them once
-flags="-std=c++17 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -fno-math-errno -fno-exceptions -fno-rtti"
-flags="$flags -fopenmp -I$here/include"
-names="generic" x86=""
+# Sources, instruction sets and flags are those of CMakeLists.txt.
+values() {  # of set(NAME VALUES) in a CMakeLists.txt, on however many lines; the last if there are several
+  tr '\n' ' ' <"$here/$1" | grep -o "set($2 [^)]*)" | tail -n1 | sed "s/^set($2 *//; s/ *)\$//"
+}
+flags="-std=c++17 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -fopenmp $(values CMakeLists.txt warnings)"
+names=generic flags_generic="" x86=""
 if [ "$(uname -m)" = x86_64 ]; then
-  names="generic avx2 avx512 avx512_bf16" x86="-DSPARSE_FFN_X86=1"
-fi
-avx2="-mavx2 -mfma -mf16c"
-avx512="$avx2 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512"
-{
-  for base in dispatch scratch; do echo "$x86 -c $here/cpu/$base.cpp -o $out/$base.o"; done
+  names=$(values CMakeLists.txt isas) x86="-DSPARSE_FFN_X86=1"
   for name in $names; do
-    case $name in
-      generic) wide="" ;; avx2) wide=$avx2 ;; avx512) wide=$avx512 ;; avx512_bf16) wide="$avx512 -mavx512bf16" ;;
-    esac
-    for source in "$here"/cpu/*.cpp; do
-      base=$(basename "$source" .cpp)
-      case $base in dispatch | scratch) continue ;; esac
-      echo "$wide -DSPARSE_FFN_ISA_NAME=$name -c $source -o $out/$name-$base.o"
-    done
+    eval "flags_$name=\"$(values CMakeLists.txt "flags_$name")\""
   done
-} >"$out/commands"
-if [ -n "$dry" ]; then
-  sed "s|^|$cxx $flags |" "$out/commands"
-else
-  sed "s|^|$flags |" "$out/commands" | tr '\n' '\0' | xargs -0 -P "$jobs" -I{} sh -c "$cxx {}"
 fi
-run "$cxx" -shared -fopenmp -Wl,--no-undefined -o "$out/libsparse_ffn_cpu.so" "$out"/*.o
+commands=() objects=()
+compile() {  # compile SOURCE OBJECT FLAGS...
+  objects+=("$out/$2.o")
+  commands+=("$(printf '%q ' $cxx $flags "${@:3}" ${CXXFLAGS:-} -I"$here/include" -c "$here/$1" -o "$out/$2.o")")
+}
+for source in $(values CMakeLists.txt once); do
+  compile "$source" "$(basename "$source" .cpp)" $x86
+done
+for name in $names; do
+  own=flags_$name
+  for source in $(values CMakeLists.txt core); do
+    compile "$source" "$name-$(basename "$source" .cpp)" ${!own} "-DSPARSE_FFN_ISA_NAME=$name"
+  done
+done
+if [ -n "$dry" ]; then
+  printf '%s\n' "${commands[@]}"
+else
+  printf '%s\0' "${commands[@]}" | xargs -0 -P "$jobs" -n 1 sh -c
+fi
+run $cxx -shared -fopenmp -Wl,--no-undefined -o "$out/libsparse_ffn_cpu.so" "${objects[@]}"
 if [ -n "$nvcc" ]; then
+  cd "$here/cuda"
   run "$nvcc" -std=c++17 -O3 -shared -cudart static -Xcompiler -fPIC,-fvisibility=hidden -I"$here/include" \
     -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90 \
-    -o "$out/libsparse_ffn_cuda.so" "$here"/cuda/{api,grouped,outer,sums}.cu
+    -o "$out/libsparse_ffn_cuda.so" $(values cuda/CMakeLists.txt kernels)
 fi
+echo "built in $SECONDS s on $jobs processors" >&2

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import hashlib
 import io
 import json
+import os
 import subprocess
 import tarfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -185,14 +189,57 @@ def test_enwik8_archive_without_the_data_is_refused(tmp_path: Path) -> None:
         data.extract_enwik8(archive_of(tmp_path, b"", name="data/other.gz"))
 
 
-def test_enwik8_download_failure_shows_what_pip_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def failing(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        assert "product-key-memory==0.3.0" in command
-        return subprocess.CompletedProcess(command, 1, "", "ERROR: no route to the index")
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of a package index that pip is told to use, with links to several versions."""
+    folder = tmp_path / "index"
+    (folder / "simple" / "product-key-memory").mkdir(parents=True)
+    (folder / "files").mkdir()
+    links = (f'<a href="../../files/product_key_memory-0.{n}.0.tar.gz#sha256=0" data-x="1">x</a>' for n in (2, 3, 4))
+    (folder / "simple" / "product-key-memory" / "index.html").write_text("<br/>".join(links))
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(folder))
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *words: None)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple/")
+        yield folder
+        server.shutdown()
 
-    monkeypatch.setattr(subprocess, "run", failing)
-    with pytest.raises(data.DataError, match="no route to the index"):
+
+def test_enwik8_comes_from_the_index_that_pip_uses_and_nothing_of_the_archive_is_run(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = archive_of(index / "files", b"compressed")
+    monkeypatch.setattr(data, "ENWIK8_ARCHIVE_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+    for module in (subprocess, os):  # pip would build the archive, for its metadata
+        for name in ("run", "Popen", "system", "posix_spawn"):
+            monkeypatch.delattr(module, name, raising=False)
+    fetched = data.download_enwik8(tmp_path)
+    assert fetched.parent == tmp_path
+    assert data.extract_enwik8(fetched) == b"compressed"
+
+
+def test_an_enwik8_archive_of_another_hash_is_refused_before_it_is_opened(index: Path, tmp_path: Path) -> None:
+    archive_of(index / "files", b"compressed")
+    with pytest.raises(data.DataError, match=r"has the SHA-256 [0-9a-f]{64}, not e4961ee7"):
         data.download_enwik8(tmp_path)
+
+
+def test_without_the_enwik8_archive_the_error_says_what_to_do(index: Path, tmp_path: Path) -> None:
+    with pytest.raises(data.DataError, match=r"HTTP Error 404.*Put data/enwik8.gz of .*at .*sparse-ffn/enwik8.gz by"):
+        data.download_enwik8(tmp_path)
+    (index / "simple" / "product-key-memory" / "index.html").write_text("nothing")
+    with pytest.raises(data.DataError, match=r"the package index has no product_key_memory-0\.3\.0\.tar\.gz"):
+        data.download_enwik8(tmp_path)
+
+
+def test_the_package_index_is_that_of_pips_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("PIP_INDEX_URL", raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    assert data.package_index() == "https://pypi.org/simple"
+    (tmp_path / "pip.conf").write_text("[global]\nindex-url = https://mirror.example/simple/\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    assert data.package_index() == "https://mirror.example/simple"
 
 
 def test_batches_are_windows_and_depend_on_seed_and_step_only() -> None:

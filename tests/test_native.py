@@ -86,7 +86,7 @@ else:
 @built
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set_gives_the_reference_result(isa: str) -> None:
-    """One that this CPU lacks falls back to the best it has, and is held to the same result."""
+    """One that this CPU lacks is refused: see test_supply_chain.py."""
     code = """
 import torch, sparse_ffn as sf
 for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)):
@@ -105,7 +105,10 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.f
 print("equal")
 """
     result = run(code, SPARSE_FFN_ISA=isa)
-    assert result.stdout.strip() == "equal", result.stderr
+    if isa in native.instruction_sets():
+        assert result.stdout.strip() == "equal", result.stderr
+    else:
+        assert f"RuntimeError: SPARSE_FFN_ISA is {isa!r}" in result.stderr
 
 
 @built

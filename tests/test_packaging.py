@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -37,7 +38,6 @@ class Distributions:
 
     sdist: Path
     wheel: Path
-    cpu_seconds: float
 
     def sdist_files(self) -> set[str]:
         with tarfile.open(self.sdist) as archive:
@@ -50,10 +50,8 @@ class Distributions:
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
     place = tmp_path_factory.mktemp("dist")
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     run(sys.executable, "-m", "build", "--outdir", place, ROOT, cwd=place)
-    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-    return Distributions(next(place.glob("*.tar.gz")), next(place.glob("*.whl")), seconds)
+    return Distributions(next(place.glob("*.tar.gz")), next(place.glob("*.whl")))
 
 
 def install(wheel: Path, place: Path) -> Path:
@@ -132,8 +130,32 @@ def test_wheel_serves_every_python_and_torch_on_its_platform(distributions: Dist
 
 
 @built
-def test_building_fits_into_a_minute_on_two_cores(distributions: Distributions) -> None:
-    assert distributions.cpu_seconds < 120
+def test_the_core_is_built_without_cmake_too(tmp_path: Path) -> None:
+    """Of the same sources with the same flags, and so with every instruction set and every function."""
+    without = {"SPARSE_FFN_NO_CMAKE": "1", "SPARSE_FFN_CUDA": "0", "CXXFLAGS": "-O0"}  # not for speed, but quickly
+    folder = tmp_path / "a folder"
+    run(ROOT / "csrc" / "build.sh", folder, cwd=tmp_path, **without)
+    report = run(sys.executable, "-c", f"{STEP}\nfrom sparse_ffn import native; print(*native.instruction_sets())",
+                 cwd=tmp_path, SPARSE_FFN_LIBRARY=str(folder / native.LIBRARY_NAME))  # fmt: skip
+    assert report.splitlines()[-1].split() == native.instruction_sets()
+
+
+def test_without_cmake_the_same_sources_are_compiled_with_the_same_flags(tmp_path: Path) -> None:
+    cmake = shutil.which("cmake") or Path(sys.executable).with_name("cmake")
+    options = ("-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", "-DCMAKE_BUILD_TYPE=Release")
+    run(cmake, "-S", ROOT / "csrc", "-B", tmp_path, *options, cwd=tmp_path, SPARSE_FFN_CUDA="0")
+    by_cmake = [entry["command"] for entry in json.loads((tmp_path / "compile_commands.json").read_text())]
+    without = {"SPARSE_FFN_NO_CMAKE": "1", "SPARSE_FFN_CUDA": "0", "CXXFLAGS": ""}
+    by_hand = run(ROOT / "csrc" / "build.sh", "--dry-run", tmp_path / "out", cwd=tmp_path, **without).splitlines()[:-1]
+    assert sorted(map(compilation, by_hand)) == sorted(map(compilation, by_cmake))
+
+
+def compilation(command: str) -> tuple[str, list[str]]:
+    """The source file of a compiler's command, and all options that say what comes out of it."""
+    words = shlex.split(command)
+    source = words[words.index("-c") + 1]
+    options = {word for word in words if word.startswith("-") and not word.startswith(("-I", "-c", "-o"))}
+    return Path(source).name, sorted(options - {"-Dsparse_ffn_cpu_EXPORTS"})
 
 
 @built

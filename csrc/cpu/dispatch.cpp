@@ -13,46 +13,64 @@ namespace sparse_ffn {
 namespace avx512_bf16 { extern const KernelTable table; }
 namespace avx512 { extern const KernelTable table; }
 namespace avx2 { extern const KernelTable table; }
-#elif defined(SPARSE_FFN_ONE_ISA)
-namespace SPARSE_FFN_ONE_ISA { extern const KernelTable table; }
 #endif
 namespace generic { extern const KernelTable table; }
 
 namespace {
 
-const KernelTable& choose() {
-#if defined(SPARSE_FFN_ONE_ISA)  // experiments: one instruction set built, no choice
-  return SPARSE_FFN_ONE_ISA::table;
-#elif defined(SPARSE_FFN_X86)
+#if defined(SPARSE_FFN_X86)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
+struct Choice {
+  const KernelTable* table;
+  bool refused;    // SPARSE_FFN_ISA names none of those below
+  char names[64];  // of all that can run here
+};
+
+Choice choose() {
+#if defined(SPARSE_FFN_X86)
   __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-  // vdpbf16ps does twice the arithmetic of an fp32 FMA on AMD (Zen 4) but half of it on Intel (Sapphire Rapids: 88
-  // against 165 GFLOP/s a core), where widening bf16 to fp32 while packing is the faster way.
-  const struct { const KernelTable* table; bool supported, preferred; } order[] = {
-      {&avx512_bf16::table, has_bf16, __builtin_cpu_is("amd") != 0},
-      {&avx512::table, has_avx512, true},
-      {&avx2::table, has_avx2, true},
+#endif
+  const struct { const KernelTable* table; bool supported, preferred; } candidates[] = {
+#if defined(SPARSE_FFN_X86)
+      // vdpbf16ps does twice the arithmetic of an fp32 FMA on AMD (Zen 4) but half of it on Intel (Sapphire Rapids: 88
+      // against 165 GFLOP/s a core), where widening bf16 to fp32 while packing is the faster way.
+      {&avx512_bf16::table, has_avx512() && __builtin_cpu_supports("avx512bf16"), __builtin_cpu_is("amd") != 0},
+      {&avx512::table, has_avx512(), true},
+      {&avx2::table, has_avx2(), true},
+#endif
       {&generic::table, true, true},
   };
   const char* forced = getenv("SPARSE_FFN_ISA");
-  if (forced && *forced)
-    for (const auto& o : order)
-      if (o.supported && !strcmp(forced, o.table->name)) return *o.table;
-  for (const auto& o : order)
-    if (o.supported && o.preferred) return *o.table;
-  return generic::table;
-#else
-  return generic::table;
-#endif
+  if (forced && !*forced) forced = nullptr;
+  Choice found{nullptr, false, ""};
+  const KernelTable* last = nullptr;
+  for (const auto& c : candidates) {
+    if (!c.supported) continue;
+    if (last) strcat(found.names, " ");
+    strcat(found.names, c.table->name);
+    if (!found.table && (forced ? !strcmp(forced, c.table->name) : c.preferred)) found.table = c.table;
+    last = c.table;
+  }
+  found.refused = !found.table;
+  if (found.refused) found.table = last;
+  return found;
 }
 
-const KernelTable& kernels() {
-  static const KernelTable& table = choose();
-  return table;
+const Choice& choice() {
+  static const Choice found = choose();
+  return found;
 }
+
+const KernelTable& kernels() { return *choice().table; }
 
 constexpr int64_t kMaxSlots = 0x7fffffff;
 
@@ -126,7 +144,8 @@ using namespace sparse_ffn;
 extern "C" {
 
 int sparse_ffn_abi_version(void) { return SPARSE_FFN_ABI_VERSION; }
-const char* sparse_ffn_isa(void) { return kernels().name; }
+const char* sparse_ffn_isa(void) { return choice().refused ? nullptr : kernels().name; }
+const char* sparse_ffn_isas(void) { return choice().names; }
 void sparse_ffn_release_memory(void) {
   release_scratch();
   release_blocks();

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sparse_ffn import info
+from sparse_ffn.warning import how_to_install
 
 from . import data
 from .configs import CONFIGS
@@ -121,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     missing = [name for name in ("matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"error: {' and '.join(missing)} missing: pip install 'sparse-ffn[bench]'", file=sys.stderr)
+        print(f"error: {' and '.join(missing)} missing: {how_to_install('bench')}", file=sys.stderr)
         return 2
     from .train import TrainingError
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from sparse_ffn import cuda, native
 from sparse_ffn.libraries import DTYPES
 from sparse_ffn.warning import SparseFFNWarning as SparseFFNWarning
+from sparse_ffn.warning import how_to_install
 
 ENVIRONMENT_VARIABLE = "SPARSE_FFN_BACKEND"
 BACKENDS = {
@@ -34,7 +35,7 @@ BACKENDS = {
 }
 
 _forced: str | None = None
-_environment = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+_environment = os.environ.get(ENVIRONMENT_VARIABLE, "").strip() or "auto"
 
 
 @contextmanager
@@ -173,8 +174,8 @@ def _warn_once() -> None:
         _warned = True
         warnings.warn(
             f"the native CPU core is missing ({native.PROBLEM}); computing with torch instead, more slowly. Install a "
-            "C++ compiler and reinstall: pip install --force-reinstall --no-deps sparse-ffn. To silence this, set "
-            f"{ENVIRONMENT_VARIABLE}=torch.",
+            f"C++ compiler and reinstall: {how_to_install(options='--force-reinstall --no-deps')}. To silence this, "
+            f"set {ENVIRONMENT_VARIABLE}=torch.",
             SparseFFNWarning,
             stacklevel=2,
         )

@@ -13,9 +13,12 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def find(name: str, variable: str) -> Path | None:
-    """The library: named by an environment variable, beside the package, or where an editable install puts it."""
-    if variable in os.environ:
-        return Path(os.environ[variable])
-    package = Path(__file__).parent
-    places = (package, *(Path(entry, package.name) for entry in sys.path if entry))
-    return next((place / name for place in places if (place / name).is_file()), None)
+    """The library: named by an environment variable, or in a folder of the package itself.
+
+    An editable install gives the package two: that of the sources, and that of what was built. Nothing else is
+    searched: code from a folder that others can write into, such as the current one, would run in this process.
+    """
+    if named := os.environ.get(variable):
+        return Path(named).absolute()  # a bare name would be looked for in the system's folders
+    places = (Path(folder, name).absolute() for folder in sys.modules["sparse_ffn"].__path__)
+    return next((place for place in places if place.is_file()), None)

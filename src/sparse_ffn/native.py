@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from sparse_ffn.libraries import DTYPES as DTYPES
 HUGE_PAGE = 2 << 20
 LIBRARY_NAME = "libsparse_ffn_cpu.so"
 LIBRARY_VARIABLE = "SPARSE_FFN_LIBRARY"
+ISA_VARIABLE = "SPARSE_FFN_ISA"
 ABI_VERSION = 4
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "identity": 4, "squared_relu": 5}
 NORMS = {"layer": 1, "rms": 2}
@@ -193,27 +195,37 @@ def instruction_set() -> str:
     return name.decode()
 
 
-def _load() -> tuple[Any, str | None]:
-    """The library and None, or None and the reason why there is none."""
+def instruction_sets() -> list[str]:
+    """Names of all that this processor has, the widest first; ``SPARSE_FFN_ISA`` chooses one."""
+    names: bytes = _library.sparse_ffn_isas()
+    return names.decode().split()
+
+
+def _load() -> tuple[Any, dict[str, Callable[..., int]], str | None]:
+    """The library, its functions that return a status, and None; or the reason why there is no library."""
     path = libraries.find(LIBRARY_NAME, LIBRARY_VARIABLE)
     if path is None:
-        return None, "it was not built when sparse-ffn was installed"
+        return None, {}, "it was not built when sparse-ffn was installed"
+    functions: dict[str, Callable[..., int]] = {}
     try:
         library = ctypes.CDLL(str(path))
         version = library.sparse_ffn_abi_version()
+        if version != ABI_VERSION:
+            return None, {}, f"{path} has ABI version {version}, this package needs {ABI_VERSION}"
+        for name, argtypes in _SIGNATURES.items():
+            functions[name] = getattr(library, f"sparse_ffn_{name}")
+            functions[name].argtypes = argtypes  # type: ignore[attr-defined]
+        library.sparse_ffn_isa.restype = library.sparse_ffn_isas.restype = ctypes.c_char_p
+        library.sparse_ffn_allocate.restype, library.sparse_ffn_allocate.argtypes = _p, (_i64,)
+        library.sparse_ffn_free.restype, library.sparse_ffn_free.argtypes = None, (_p, _i64)
     except (OSError, AttributeError) as error:
-        return None, f"{path} cannot be loaded: {error}"
-    if version != ABI_VERSION:
-        return None, f"{path} has ABI version {version}, this package needs {ABI_VERSION}"
-    library.sparse_ffn_isa.restype = ctypes.c_char_p
-    library.sparse_ffn_allocate.restype, library.sparse_ffn_allocate.argtypes = _p, (_i64,)
-    library.sparse_ffn_free.restype, library.sparse_ffn_free.argtypes = None, (_p, _i64)
-    return library, None
+        return None, {}, f"{path} cannot be loaded: {error}"
+    return library, functions, None
 
 
-_library, PROBLEM = _load()
-_functions: dict[str, Callable[..., int]] = {}
-if PROBLEM is None:
-    for _name, _argtypes in _SIGNATURES.items():
-        _functions[_name] = getattr(_library, f"sparse_ffn_{_name}")
-        _functions[_name].argtypes = _argtypes  # type: ignore[attr-defined]
+_library, _functions, PROBLEM = _load()
+if PROBLEM is None and _library.sparse_ffn_isa() is None:
+    raise RuntimeError(
+        f"{ISA_VARIABLE} is {os.environ[ISA_VARIABLE]!r}; allowed on this processor are "
+        f"{', '.join(map(repr, instruction_sets()))}"
+    )

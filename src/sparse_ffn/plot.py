@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sparse_ffn.checks import check_module, check_type
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.routing.statistics import coactivation, summary
+from sparse_ffn.warning import how_to_install
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +57,7 @@ def routing_figure(model: nn.Module) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'sparse-ffn[plot]'") from error
+        raise ImportError(f"plots need matplotlib: {how_to_install('plot')}") from error
     check_module("model", model)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, MoE) and m._routed is not None]
     if not layers:
