@@ -13,9 +13,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import Context, ContextVar
 
 import torch
 from torch import Tensor
@@ -34,15 +36,16 @@ BACKENDS = {
     "cuda": "CUDA kernels without Triton, for CUDA tensors of fp32, bf16 and fp16",
 }
 
-_forced: str | None = None
 _environment = os.environ.get(ENVIRONMENT_VARIABLE, "").strip() or "auto"
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Compute with one backend inside a ``with`` block, in the whole process.
+    """Compute with one backend inside a ``with`` block, in the thread or async task that runs the block.
 
-    Wins over the environment variable ``SPARSE_FFN_BACKEND``. A backward pass uses the backend of its forward pass.
+    Wins over the environment variable ``SPARSE_FFN_BACKEND``. A backward pass uses the backend of its forward pass,
+    wherever it runs. An async task or a thread with a copy of the block's context has the block until it ends; a plain
+    ``threading.Thread`` begins without it.
 
     Args:
         name: ``"auto"``, ``"reference"``, ``"torch"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
@@ -51,19 +54,65 @@ def backend(name: str) -> Iterator[None]:
         ValueError: the name is none of these.
         RuntimeError: at the next op, if the backend cannot compute it.
     """
-    global _forced
     _check(name, "backend name")
-    previous, _forced = _forced, name
+    block = _Block(name)
+    _enter((*_blocks(), block))
     try:
         yield
     finally:
-        _forced = previous
+        block.open = False
+        _enter(tuple(other for other in _blocks() if other.open))
+
+
+class _Block:
+    """A ``with`` block. Blocks may end in any order and in any thread: one that has ended counts nowhere."""
+
+    __slots__ = ("name", "open")
+
+    def __init__(self, name: str) -> None:
+        self.name, self.open = name, True
+
+
+_context: ContextVar[tuple[_Block, ...]] = ContextVar("sparse_ffn.backend", default=())
+
+
+class _Traced(threading.local):
+    """The blocks as torch.compile sees them: it reads and guards a thread's attributes, but no context variables."""
+
+    def __init__(self) -> None:  # in each thread; it would not guard a default of the class
+        self.blocks: tuple[_Block, ...] = ()
+
+
+_traced = _Traced()
+
+
+def _enter(blocks: tuple[_Block, ...]) -> None:
+    _traced.blocks = blocks
+    if not torch.compiler.is_dynamo_compiling():
+        _context.set(blocks)
+
+
+def _blocks() -> tuple[_Block, ...]:
+    if torch.compiler.is_dynamo_compiling():
+        return _traced.blocks
+    blocks = _context.get()
+    if blocks or not torch._C._is_key_in_tls("context"):
+        return blocks
+    # autograd recomputes checkpoints on a GPU in threads of its own: torch 2.12 tells them of backward's caller
+    caller: Context | None = torch._C._get_obj_in_tls("context")
+    return blocks if caller is None else caller.get(_context, blocks)
+
+
+def _forced() -> str | None:
+    """The backend of the innermost block that has not ended."""
+    blocks = _blocks()
+    return next((block.name for block in reversed(blocks) if block.open), None) if blocks else None
 
 
 def choose(x: Tensor, dtype: torch.dtype | None = None) -> str:
     """The name of the backend for an op on x's device that computes in ``dtype``, x's own if not given."""
     dtype = x.dtype if dtype is None else dtype
-    name = _environment if _forced is None else _forced
+    name = _forced() or _environment
     if name == "auto":
         if x.is_cpu:
             if native.PROBLEM is None:
@@ -88,9 +137,10 @@ def unavailable(name: str, device: torch.device, dtype: torch.dtype = torch.floa
 def explain(device: torch.device | str = "cpu") -> str:
     """One sentence: which backend computes on this device and why."""
     device = torch.device(device)
-    if _forced not in (None, "auto"):
-        return f"{_forced} (forced by sparse_ffn.backend)"
-    if _forced is None and _environment != "auto":
+    forced = _forced()
+    if forced not in (None, "auto"):
+        return f"{forced} (forced by sparse_ffn.backend)"
+    if forced is None and _environment != "auto":
         return f"{_environment} (forced by {ENVIRONMENT_VARIABLE})"
     reasons = {name: unavailable(name, device) for name in _fast(device)}
     fast = next((name for name, reason in reasons.items() if not reason), None)

@@ -19,11 +19,14 @@ from sparse_ffn.routing.statistics import summary
 def aux_loss(model: nn.Module) -> Tensor:
     """Sum of the weighted balance losses of the last training forward of all MoE layers: add it to the task's loss.
 
+    A layer's loss counts until it can no longer be differentiated: a backward pass through it or through the layer's
+    output, without ``retain_graph``, ends it, and so does ``eval()``. To log it, keep what this returned for the step.
+
     Args:
         model: any module; layers with ``aux="inject"`` add their gradient themselves and count 0 here.
 
     Returns:
-        fp32 scalar with its graph; 0.0 if no layer has a loss (no MoE layer, no token, evaluation).
+        fp32 scalar with its graph; 0.0 if no layer has a loss (no MoE layer, no token, evaluation, after backward).
 
     Raises:
         TypeError: the model is no module.
@@ -33,7 +36,8 @@ def aux_loss(model: nn.Module) -> Tensor:
             cannot be differentiated.
     """
     check_module("model", model)
-    losses = [(name, layer, layer._aux) for name, layer in _moe_layers(model) if layer._aux is not None]
+    kept = [(name, layer, layer._aux) for name, layer in _moe_layers(model)]
+    losses = [(name, layer, loss) for name, layer, loss in kept if loss is not None]
     if not losses:
         return torch.zeros((), dtype=torch.float32, device="cpu")
     for name, layer, loss in losses:

@@ -6,13 +6,14 @@ import torch
 
 from sparse_ffn.backends import unavailable
 
-from . import compiler, copies, distributed, functions, tools, training
+from . import compiler, copies, distributed, functions, layer_drop, threads, tools, training
 from .feature import REFERENCE, Case, Feature
 
 GROUPS: dict[str, tuple[Feature, ...]] = {
     "Compilers": compiler.FEATURES,
-    "Training": training.FEATURES,
+    "Training": (*training.FEATURES, *layer_drop.FEATURES),
     "torch.func and higher derivatives": functions.FEATURES,
+    "Threads": threads.FEATURES,
     "Two processes": distributed.FEATURES,
     "Copies and files": copies.FEATURES,
     "Tools that change parameters": tools.FEATURES,

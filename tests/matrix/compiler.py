@@ -7,9 +7,12 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import nn
+
+import sparse_ffn as sf
 
 from .feature import AND_TRITON, feature
-from .layers import ALL, assert_near, build, step, tokens
+from .layers import ALL, D, assert_near, build, step, tokens
 
 # 128 tokens: inductor 2.13 computes wrong router gradients on the CPU from graphs of about a hundred scores
 
@@ -90,4 +93,19 @@ def jit_trace(name: str) -> None:
             torch.testing.assert_close(trace(x), layer(x))
 
 
-FEATURES = (traced, inductor, export, export_strictly, ahead_of_time, jit_trace)
+class _Tracer(torch.fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, sf.SparseFFN) or super().is_leaf_module(module, name)
+
+
+@feature("torch.fx")
+def symbolic_trace(name: str) -> None:
+    """Symbolic tracing with the layers as leaves: the graph module computes and learns as the model does."""
+    model, x = nn.Sequential(nn.Linear(D, D), build(name)), tokens(12)
+    traced = torch.fx.GraphModule(model, _Tracer().trace(model))
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1"]
+    assert_near(step(traced, x), step(model, x), 0)
+    assert torch.equal(traced.eval()(x), model.eval()(x))
+
+
+FEATURES = (traced, inductor, export, export_strictly, ahead_of_time, jit_trace, symbolic_trace)

@@ -20,6 +20,7 @@ from sparse_ffn.checks import (
     shown,
 )
 from sparse_ffn.layers.base import SparseFFN, check_units
+from sparse_ffn.layers.last_forward import LastForward
 from sparse_ffn.ops.autocast import autocast_dtype
 from sparse_ffn.routing.balance import NAMES, NEED_LOGITS, weighted_losses
 from sparse_ffn.routing.inject import inject
@@ -73,9 +74,10 @@ class MoE(SparseFFN):
             a tuple of these.
         balance_weight: factor of the loss, a tuple with one for each name if ``balance`` is a tuple.
         balance_over: ``"batch"`` pools all real tokens, ``"sequence"`` each run along dimension -2 of x.
-        aux: ``"attach"`` keeps the weighted loss for ``sparse_ffn.aux_loss``; ``"inject"`` adds its gradient in the
-            backward pass without any change to the training loop (it is not scaled by a GradScaler nor divided by
-            gradient accumulation). Layers that several blocks share want ``"inject"``: attach keeps the last call's.
+        aux: ``"attach"`` keeps the weighted loss for ``sparse_ffn.aux_loss`` until a backward pass frees its graph or
+            the layer leaves training; ``"inject"`` adds its gradient in the backward pass without any change to the
+            training loop (it is not scaled by a GradScaler nor divided by gradient accumulation). Layers that several
+            blocks share want ``"inject"``: attach keeps the last call's.
         sync_balance: pool balance losses and loads over the default process group, which must be initialised.
         init_scale: c; keys have standard deviation c/sqrt(d_model), values c/sqrt(E·G), router rows norm c.
         n_layers: sets c = sqrt(2/n_layers).
@@ -87,8 +89,7 @@ class MoE(SparseFFN):
     """
 
     router: Router
-    _last: tuple[Tensor | None, Tensor, Tensor | None] | None
-    """Of the last forward: balance loss, selected experts, mask."""
+    _last: LastForward | None
 
     def __init__(
         self,
@@ -204,11 +205,14 @@ class MoE(SparseFFN):
         loss: Tensor | None
         if parts := self._fusable(x_TD, x is router_input):
             y, index_TK, loss = self._fused(x, x_TD, mask_T, *parts)
+            results: tuple[Tensor | None, ...] = (y,)  # through which the loss's graph goes, too
         else:
             y, index_TK, loss = self._route_then_compute(x, x_TD, mask_T, router_input)
+            results = (y, loss)
         # an exported program has no module to keep these; is_exporting() is true for all that torch 2.9 compiles
-        if not torch.compiler._is_exporting_flag:
-            object.__setattr__(self, "_last", (loss, index_TK, mask_T))  # Module's own costs as much as a small op
+        if not torch.compiler._is_exporting_flag and not ops.in_backward():
+            last = LastForward(loss, index_TK, mask_T, results)
+            object.__setattr__(self, "_last", last)  # Module's own costs as much as a small op
         return y
 
     def _route_then_compute(
@@ -312,19 +316,25 @@ class MoE(SparseFFN):
         twin.__dict__ = copy.deepcopy({**self.__dict__, "_last": None}, memo)
         return twin
 
+    def train(self, mode: bool = True) -> MoE:
+        """As Module's; to leave training is to forget the kept balance loss."""
+        if not mode and self._last is not None:
+            self._last.forget_loss()
+        return super().train(mode)
+
     @property
     def _aux(self) -> Tensor | None:
         last = self._living()
-        return None if last is None else last[0]
+        return None if last is None else last.loss
 
     @property
     def _routed(self) -> tuple[Tensor, Tensor | None] | None:
         last = self._living()
-        return None if last is None else last[1:]
+        return None if last is None else (last.index_TK, last.mask_T)
 
-    def _living(self) -> tuple[Tensor | None, Tensor, Tensor | None] | None:
+    def _living(self) -> LastForward | None:
         """What the last forward left behind; tensors of a torch.func transform end with it."""
-        for tensor in self._last or ():
+        for tensor in () if self._last is None else self._last.tensors():
             if tensor is not None and torch._C._functorch.unwrap_if_dead(tensor) is not tensor:
                 raise RuntimeError(
                     "the last forward of this layer ran inside a transform of torch.func (vmap, grad, ...) that is "

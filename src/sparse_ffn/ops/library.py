@@ -34,6 +34,11 @@ def under_transforms() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def in_backward() -> bool:
+    """Whether a backward pass runs the calling code, which then computes a forward again (activation checkpointing)."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def set_autograd(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> Callable[..., Any]:
     """Give an op its backward formula, and return the callable that differentiates at the least cost.
 

@@ -26,7 +26,7 @@ from sparse_ffn.checks import (
     check_rate,
 )
 from sparse_ffn.ops.autocast import without_autocast
-from sparse_ffn.ops.library import under_transforms
+from sparse_ffn.ops.library import in_backward, under_transforms
 from sparse_ffn.ops.select import stable_topk
 from sparse_ffn.options import CheckedOptions, Unpack
 from sparse_ffn.plain import is_plain
@@ -207,7 +207,9 @@ class Router(CheckedOptions, nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define gate(logits_TE, index_TK, alive_TK)")
 
     def count(self, index_TK: Tensor, mask_T: Tensor | None, alive_TK: Tensor | None = None) -> None:
-        """Add the real tokens' slots to the loads of bias balancing."""
+        """Add the real tokens' slots to the loads of bias balancing, once where checkpointing computes them twice."""
+        if in_backward():
+            return
         if under_transforms():
             raise RuntimeError(
                 "balance=\"bias\" counts the experts' loads as a side effect, which is lost inside torch.func's "

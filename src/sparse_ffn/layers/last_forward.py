@@ -1,0 +1,85 @@
+"""What the last forward of a MoE layer left behind: its routing, and its balance loss while that has a graph."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
+
+from sparse_ffn.ops.library import under_transforms
+
+
+class LastForward:
+    """Selected experts and mask of a forward, and its weighted balance loss until a backward pass frees the graph.
+
+    The loss could not be differentiated again then, and a layer that does not run in the next step (LayerDrop) would
+    add it to that step's. Nodes of Python functions know whether they were freed: those of the ops and of compiled
+    graphs do. Of the others a hook tells.
+
+    Args:
+        loss: the loss, if there is one.
+        index_TK: the selected experts.
+        mask_T: the mask, if there is one.
+        results: tensors of which a backward pass through the loss or the layer's output meets one.
+    """
+
+    __slots__ = ("__weakref__", "_functions", "_loss", "index_TK", "mask_T")
+
+    def __init__(
+        self, loss: Tensor | None, index_TK: Tensor, mask_T: Tensor | None, results: tuple[Tensor | None, ...]
+    ) -> None:
+        self._loss, self.index_TK, self.mask_T = loss, index_TK, mask_T
+        self._functions: list[Node] | None = None
+        if loss is not None and loss.requires_grad and not torch.compiler.is_compiling() and not under_transforms():
+            self._watch(results)
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The loss, or None if there is none (any more)."""
+        loss = self._loss
+        if loss is None or not loss.requires_grad or torch.compiler.is_compiling():
+            return loss
+        if self._functions is None and not under_transforms():
+            self._watch((loss,))  # the forward was compiled: loss and output have one node
+        if any(map(_freed, self._functions or ())):
+            self.forget_loss()
+        return self._loss
+
+    def _watch(self, results: tuple[Tensor | None, ...]) -> None:
+        self._functions = []
+        for node in [result.grad_fn for result in results if result is not None]:
+            if isinstance(node, BackwardCFunction):
+                self._functions.append(node)
+            elif node is not None:
+                node.register_prehook(partial(_passed, weakref.ref(self)))  # a cycle would keep graphs alive
+
+    def forget_loss(self) -> None:
+        """Count 0 from now on."""
+        self._loss, self._functions = None, None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All that it holds."""
+        return self._loss, self.index_TK, self.mask_T
+
+
+def _freed(node: Node) -> bool:
+    try:
+        node._raw_saved_tensors  # type: ignore[attr-defined] # noqa: B018 # an error if they were freed; unpacks none
+    except RuntimeError:
+        return True
+    return False
+
+
+def _passed(last: weakref.ref[LastForward], gradients: tuple[Tensor | None, ...]) -> None:
+    forward = last()
+    if forward is not None and not _keeps_graph():
+        forward.forget_loss()
+
+
+_keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: False)
+"""Whether the backward pass that runs now was asked to retain the graph."""
