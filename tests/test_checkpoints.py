@@ -238,6 +238,12 @@ def test_deepseeks_router_survives_expert_dropout_and_refuses_bad_sizes() -> Non
         DeepSeekRouter(D, E, 3, n_groups=3, topk_groups=1)
 
 
+def test_deepseeks_router_reaches_the_lower_ones_of_equal_groups() -> None:
+    router = DeepSeekRouter(D, 64, 6, n_groups=16, topk_groups=3).eval()
+    nn.init.zeros_(router.weight)
+    assert torch.equal(router(torch.randn(5, D)).index_TK, torch.arange(6).expand(5, -1))
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_to_dense_knows_the_gates_of_deepseeks_router(normalize: bool) -> None:
     layer = sf.MoE(D, E, G, E, router=DeepSeekRouter(D, E, E, normalize=normalize)).eval()

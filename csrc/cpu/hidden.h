@@ -53,16 +53,15 @@ template <class T, class Act, bool kGlu> static float hidden_backward(const Hidd
     const V dh = load_upto(b.c_dh + i, left), z = load_upto(b.z + i, left);
     const V scale = b.scale ? load_upto(b.scale + i, left) : splat(1.f);
     const V upstream = dh * scale * b.gate;
-    V a, da, h, dz;
+    V a, dzg, h, dz;
     if constexpr (kGlu) {
-      Act::both(load_upto(b.zg + i, left), a, da);
+      Act::both(load_upto(b.zg + i, left), upstream * z, a, dzg);
       h = a * z * scale;
       dz = upstream * a;
-      if (b.dz) store_upto(b.dzg + i, upstream * z * da, left);
+      if (b.dz) store_upto(b.dzg + i, dzg, left);
     } else {
-      Act::both(z, a, da);
+      Act::both(z, upstream, a, dz);
       h = a * scale;
-      dz = upstream * da;
     }
     // Lanes past the row are zero in dh, so they add nothing; h there is finite for every activation.
     dgate = fma(dh, h, dgate);

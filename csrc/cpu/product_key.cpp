@@ -14,7 +14,7 @@ struct ProductScratch {
 };
 
 // A bound that at least k sums reach: the first a of one half and the first ceil(k / a) of the other make k pairs, and the
-// last pair of them has the smallest sum. False bounds (sums that are NaN) show in too few candidates.
+// last pair of them has the smallest sum. Where that is NaN it bounds nothing: inf - inf ranks above its neighbours.
 static int32_t least_sum(const float* first, const float* second, int64_t m, int64_t k) {
   float best = -__builtin_inff();
   for (int64_t a = 1; a <= m; a++) {
@@ -52,9 +52,8 @@ static void product_row(const float* first, const float* second, int64_t n, int6
     select_row(row, n, m, s.candidates, s.half + h * n);
     for (int64_t i = 0; i < m; i++) s.value[h * padded + i] = row[s.half[h * n + i]];
   }
-  int32_t least = least_sum(s.value, s.value + padded, m, k);
-  int64_t count = pairs_from(s, m, k, least);
-  if (count < k) count = pairs_from(s, m, k, least = kLowest);
+  const int32_t least = least_sum(s.value, s.value + padded, m, k);
+  const int64_t count = pairs_from(s, m, k, least);
   select_candidates(s.candidates, count, k, least, s.best);
   for (int64_t c = 0; c < k; c++) {
     const int32_t i = s.best[c] >> 16, j = s.best[c] & 0xffff;

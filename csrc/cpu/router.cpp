@@ -43,7 +43,7 @@ static void softmax(const float* row, int64_t n, float* out) {
 }
 
 // The k best of a short row: k times the largest, which is struck out. score: a copy, padded to whole vectors with -inf.
-// False where that would not do: NaN and -inf have no lower value to be replaced by.
+// False where that would not do: nothing compares with a NaN, and -inf has no lower value to be replaced by.
 static bool select_short(float* score, int64_t n, int64_t k, int64_t* index) {
   const float lowest = -__builtin_inff();
   for (int64_t i = 0; i < n; i += VL)
@@ -87,7 +87,7 @@ static void gates(const sparse_ffn_experts& e, const sparse_ffn_router& r, const
       softmax(p, e.K, gate);
       return;
     default:
-      for (int64_t j = 0; j < e.K; j++) gate[j] = 1.f;
+      for (int64_t j = 0; j < e.K; j++) gate[j] = 1.f + 0.f * logits[index[j]];  // NaN where the score is no number
   }
 }
 
@@ -174,6 +174,8 @@ static void score_gradient_row(const sparse_ffn_experts& e, const RouterGradient
     for (int64_t j = 0; j < e.K; j++) mean += gate[j] * dgate[j];
     for (int64_t j = 0; j < e.K; j++) out[index[j]] += gate[j] * (dgate[j] - mean);
   }
+  if (g.router->gate == SPARSE_FFN_GATE_ONE)
+    for (int64_t j = 0; j < e.K; j++) out[index[j]] += 0.f * dgate[j];
 }
 
 template <class T>

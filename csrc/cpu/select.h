@@ -1,4 +1,5 @@
-// select.h - exact top-k of one row, by value descending, ties to the lower index, NaN last.
+// select.h - exact top-k of one row in torch.topk's order: NaN before infinity, then by value descending; ties, also
+// among NaNs, to the lower index.
 // Values become integers of the same order. Vectorised passes drop what cannot be selected until hardly more than k
 // candidates are left, in index order; counting for each of them how many come before it then gives its place. There is
 // hardly a branch that depends on the data.
@@ -7,13 +8,14 @@
 
 SPARSE_FFN_BEGIN
 
-constexpr int32_t kLowest = -0x7fffffff - 1;
+constexpr int32_t kLowest = -0x7fffffff - 1;  // below every value
+constexpr int32_t kNan = 0x7fc00000;          // above infinity
 
-// Ascending with the value; -0 equals +0; NaN below everything.
+// Ascending with the value; -0 equals +0; all NaNs are equal, and above everything.
 static ALWAYS_INLINE VI ordered(V v) {
   const VI u = reinterpret_cast<VI>(v == zero() ? zero() : v);
   const VI rank = u ^ ((u >> 31) & 0x7fffffff);
-  return v != v ? VI{} + kLowest : rank;
+  return v != v ? VI{} + kNan : rank;
 }
 
 static ALWAYS_INLINE float value_of(int32_t rank) {

@@ -31,18 +31,20 @@ int topk(const float* scores, int64_t R, int64_t n, int64_t stride, int64_t k, i
   return failed ? SPARSE_FFN_NO_MEMORY : SPARSE_FFN_OK;
 }
 
-// Activations of one row, and the magnitudes to rank by.
+// Activations of one row, and the magnitudes to rank by: those of the rounded ones, so that what is equal ties. Those
+// that need no more than their value (saves_value) give back numbers that they were given, or zero.
 template <class T, class Act>
-static void activate_row(const T* u, int64_t F, const float* norm, float* value, float* magnitude) {
+static void activate_row(const T* u, int64_t F, const float* norm, T* value, float* magnitude) {
   for (int64_t i = 0; i < F; i += VL) {
     const int64_t left = F - i;
-    const V a = Act::value(load_upto(u + i, left));
-    const V size = a < zero() ? -a : a;
+    V a = Act::value(load_upto(u + i, left));
     store_upto(value + i, a, left);
+    if (sizeof(T) < 4 && !Act::saves_value) a = load_upto(value + i, left);
+    const V size = a < zero() ? -a : a;
     store_upto(magnitude + i, norm ? size * load_upto(norm + i, left) : size, left);
   }
 }
-template <class T> using ActivateRowFn = void (*)(const T*, int64_t, const float*, float*, float*);
+template <class T> using ActivateRowFn = void (*)(const T*, int64_t, const float*, T*, float*);
 template <class T> static ActivateRowFn<T> activate_row_for(int activation) {
   switch (activation) {
     case SPARSE_FFN_RELU: return activate_row<T, Relu>;
@@ -63,7 +65,7 @@ static int select_units(const T* u, int64_t rows, int64_t F, int64_t stride, int
   {
     const Candidates candidates = Candidates::reserve(F);
     int32_t* best = scratch_of<int32_t>(kSlotC, F);
-    float* value = scratch_of<float>(kSlotA, F + VL);
+    T* value = scratch_of<T>(kSlotA, F + VL);
     float* magnitude = scratch_of<float>(kSlotB, F + VL);
     const bool ready = candidates.ready() && best && value && magnitude;
     if (!ready) {
@@ -77,7 +79,7 @@ static int select_units(const T* u, int64_t rows, int64_t F, int64_t stride, int
       select_row(magnitude, F, k, candidates, best);
       for (int64_t j = 0; j < k; j++) {
         index[t * k + j] = best[j];
-        from_float(value[best[j]], kept + t * k + j);
+        kept[t * k + j] = value[best[j]];
       }
     }
   }

@@ -5,8 +5,9 @@
 SPARSE_FFN_BEGIN
 
 // exp(x) to about 1 ulp: x = n ln2 + r with |r| <= ln2/2, a degree-6 polynomial for e^r, the exponent bits for 2^n.
+// 0 below -87.7 and infinite above 88.4, where these bits are those of 0 and of infinity; NaN for NaN.
 static ALWAYS_INLINE V vexp(V x) {
-  const V low = splat(-87.3f), high = splat(88.3f);
+  const V low = splat(-88.f), high = splat(89.f);
   const V clamped = x < low ? low : (x > high ? high : x);
   const V shifter = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
   const V t = fma(clamped, splat(1.44269504f), shifter);
@@ -21,33 +22,44 @@ static ALWAYS_INLINE V vexp(V x) {
   p = fma(p, r, splat(5.0000001201e-1f));
   p = fma(p, r * r, r + 1.f);
   const VI scale = ((reinterpret_cast<VI>(t) - reinterpret_cast<VI>(shifter)) + 127) << 23;
-  return p * reinterpret_cast<V>(scale) + (x != x ? x : zero());  // NaN in, NaN out
+  return p * reinterpret_cast<V>(scale);
 }
 
-// Each activation: value(z), and both(z, &a, &da) with a = value and da = its derivative. saves_value: the backward
-// needs only the activation itself, so that is what the forward stores.
+// Each activation: value(z), and both(z, g, &a, &dz) with a = value and dz = g times the derivative. saves_value: the
+// backward needs only the activation itself, so that is what the forward stores.
+//
+// Of the smooth ones all factors of z are 0 or 1 to the last bit beyond +-kFar. Arguments from there are taken at it,
+// where a formula would meet an overflow or infinity times zero: at -infinity they are 0, at +infinity their slope is 1.
+constexpr float kFar = 100.f;
+static ALWAYS_INLINE V above(V z) { return z < splat(-kFar) ? splat(-kFar) : z; }
+static ALWAYS_INLINE V near(V z) { return z > splat(kFar) ? splat(kFar) : above(z); }
+
 struct Relu {
   static constexpr bool saves_value = true;
   static ALWAYS_INLINE V value(V z) { return z < zero() ? zero() : z; }
-  static ALWAYS_INLINE void both(V z, V& a, V& da) { a = value(z); da = z > zero() ? splat(1.f) : zero(); }
+  static ALWAYS_INLINE void both(V z, V g, V& a, V& dz) { a = value(z); dz = z <= zero() ? zero() : g; }
 };
 struct Identity {
   static constexpr bool saves_value = true;
   static ALWAYS_INLINE V value(V z) { return z; }
-  static ALWAYS_INLINE void both(V z, V& a, V& da) { a = z; da = splat(1.f); }
+  static ALWAYS_INLINE void both(V z, V g, V& a, V& dz) { a = z; dz = g; }
 };
 struct SquaredRelu {
   static constexpr bool saves_value = false;
   static ALWAYS_INLINE V value(V z) { const V r = Relu::value(z); return r * r; }
-  static ALWAYS_INLINE void both(V z, V& a, V& da) { const V r = Relu::value(z); a = r * r; da = r + r; }
+  static ALWAYS_INLINE void both(V z, V g, V& a, V& dz) {
+    a = value(z);
+    const V once = g * z;
+    dz = z <= zero() ? zero() : once + once;
+  }
 };
 struct Silu {
   static constexpr bool saves_value = false;
-  static ALWAYS_INLINE V value(V z) { return z / (1.f + vexp(-z)); }
-  static ALWAYS_INLINE void both(V z, V& a, V& da) {
-    const V s = 1.f / (1.f + vexp(-z));
-    a = z * s;
-    da = s + a * (1.f - s);
+  static ALWAYS_INLINE V value(V z) { z = above(z); return z / (1.f + vexp(-z)); }
+  static ALWAYS_INLINE void both(V z, V g, V& a, V& dz) {
+    const V x = near(z), s = 1.f / (1.f + vexp(-x));
+    a = above(z) * s;
+    dz = g * fma(x * s, 1.f - s, s);
   }
 };
 struct Gelu {  // z Phi(z), Phi from erfc by Abramowitz and Stegun 7.1.26 (absolute error below 1.5e-7)
@@ -65,12 +77,12 @@ struct Gelu {  // z Phi(z), Phi from erfc by Abramowitz and Stegun 7.1.26 (absol
     const V half_erfc = 0.5f * p * t * gauss;
     return z < zero() ? half_erfc : 1.f - half_erfc;
   }
-  static ALWAYS_INLINE V value(V z) { V density; return z * phi_and_density(z, density); }
-  static ALWAYS_INLINE void both(V z, V& a, V& da) {
+  static ALWAYS_INLINE V value(V z) { V density; return above(z) * phi_and_density(z, density); }
+  static ALWAYS_INLINE void both(V z, V g, V& a, V& dz) {
     V density;
-    const V phi = phi_and_density(z, density);
-    a = z * phi;
-    da = fma(z, density, phi);
+    const V x = near(z), phi = phi_and_density(x, density);
+    a = above(z) * phi;
+    dz = g * fma(x, density, phi);
   }
 };
 struct GeluTanh {  // 0.5 z (1 + tanh(w)) = z sigmoid(2w)
@@ -79,12 +91,12 @@ struct GeluTanh {  // 0.5 z (1 + tanh(w)) = z sigmoid(2w)
     const V w = z * 0.79788456f * fma(z * z, splat(0.044715f), splat(1.f));
     return 1.f / (1.f + vexp(-2.f * w));
   }
-  static ALWAYS_INLINE V value(V z) { return z * gate(z); }
-  static ALWAYS_INLINE void both(V z, V& a, V& da) {
-    const V s = gate(z);
-    a = z * s;
-    const V dw = 2.f * 0.79788456f * fma(z * z, splat(3.f * 0.044715f), splat(1.f));
-    da = fma(a * (1.f - s), dw, s);
+  static ALWAYS_INLINE V value(V z) { return above(z) * gate(z); }
+  static ALWAYS_INLINE void both(V z, V g, V& a, V& dz) {
+    const V x = near(z), s = gate(x);
+    a = above(z) * s;
+    const V dw = 2.f * 0.79788456f * fma(x * x, splat(3.f * 0.044715f), splat(1.f));
+    dz = g * fma(x * s * (1.f - s), dw, s);
   }
 };
 

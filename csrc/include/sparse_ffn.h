@@ -93,7 +93,7 @@ SPARSE_FFN_API int sparse_ffn_experts_backward(
     void* dx, void* dkeys, void* dgate_keys, void* dvalues, void* dkey_bias, float* dgate);
 
 /* ---- MoE layer: a linear router and the expert FFN behind it, in one call ---------------------------------------
- * scores = weight x_t in fp32; the K best of scores + bias are selected (ties to the lower expert, NaN last) and weigh
+ * scores = weight x_t in fp32; the K best of scores + bias are selected (as all selections here) and weigh
  * sigmoid(score), the softmax over all scores, the softmax over the selected ones, or 1. fp32 and bf16 only. */
 enum sparse_ffn_gate {
   SPARSE_FFN_GATE_SIGMOID = 0, SPARSE_FFN_GATE_SOFTMAX = 1, SPARSE_FFN_GATE_SOFTMAX_SELECTED = 2, SPARSE_FFN_GATE_ONE = 3
@@ -183,7 +183,8 @@ SPARSE_FFN_API int sparse_ffn_normalised_backward(const sparse_ffn_normalised* a
                                                   const float* scale, void* dproduct);
 
 /* ---- Selection --------------------------------------------------------------------------------------------------
- * All selections are exact, ranked by value descending, ties to the lower index; a NaN ranks last. */
+ * All selections are exact and in torch.topk's order: NaN first, then by value descending; ties, also among NaNs, go to
+ * the lower index. */
 /* Product keys. Row (t, h) has two tables of n scores, at scores + t * stride_t + h * stride_h (+ stride_s). */
 typedef struct sparse_ffn_product_keys {
   int64_t T, H, n, k;

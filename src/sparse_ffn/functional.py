@@ -152,8 +152,8 @@ def product_key_topk(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Ten
         k: 1 <= k <= n².
 
     Returns:
-        The sums [..., k], largest first, differentiable, and their indices i·n + j, int64 [..., k]. Ties go to the
-        lower position in the k x k list of candidates.
+        The sums [..., k], largest first (NaN before infinity), differentiable, and their indices i·n + j, int64
+        [..., k]. Ties go to the lower position in the k x k list of candidates.
 
     Raises:
         TypeError: a wrong dtype.

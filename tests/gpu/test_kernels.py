@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 from net import ROUTINGS, TOLERANCE, Case, check, cvmm_case, expert_case, random, tf32
+from strange import assert_near, exact, numbers
 from test_on_a_gpu import TOKENS
 from torch import Tensor
 
 import sparse_ffn as sf
+from sparse_ffn import ops
 from sparse_ffn.kernels import columns, config, grouped, outer
 from sparse_ffn.ops.activations import ACTIVATIONS
+from sparse_ffn.ops.expert_ffn import dense
 from sparse_ffn.ops.expert_ffn import triton as expert_ffn
 
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16", "bf16"])
@@ -34,6 +37,27 @@ def test_expert_ffn(form: str, routing: str, dtype: torch.dtype, device: str) ->
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_expert_ffn_with_every_activation(activation: str, form: str, device: str) -> None:
     check(expert_case("ragged", form=form, activation=activation, sizes=(16, 20, 16)), device)
+
+
+@dtypes
+@pytest.mark.parametrize("n_experts", [1, 3], ids=["dense", "sorted"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_and_their_derivatives_are_right_everywhere(
+    activation: str, n_experts: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "wins", lambda experts, k: experts == 1)
+    z = numbers(dtype)
+    if dtype == torch.bfloat16:  # hosts' products may take numbers below the normal ones as zero
+        z = z[(z == 0) | ~(z.abs() < torch.finfo(dtype).tiny)]
+    x = z.to(device).unsqueeze(1).requires_grad_()
+    one = torch.ones(n_experts, 1, 1, dtype=dtype, device=device)
+    gate = x.new_ones(len(z), 1)
+    with sf.backend("triton"):
+        y = ops.expert_ffn(x, one, one, gate.long() - 1, gate, activation=activation)
+    (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    value, derivative = exact(activation, z)
+    assert_near(activation, z, y.detach().cpu()[:, 0], value)
+    assert_near(f"the derivative of {activation}", z, slope.cpu()[:, 0], derivative)
 
 
 @pytest.mark.parametrize("form", ["plain", "everything"])

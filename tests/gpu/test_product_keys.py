@@ -8,6 +8,7 @@ import pytest
 import test_large
 import torch
 from net import TOLERANCE, guarded, traps
+from strange import strange
 from test_no_wait import NoHostNumbers
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -44,6 +45,15 @@ def test_zeros_of_both_signs_are_equal_and_infinities_have_their_place(device: s
     first = torch.tensor([[-0.0, 0.0, -0.0, 0.0], [-float("inf"), 1, -1, -float("inf")]], device=device)
     second = torch.tensor([[0.0, -0.0, 0.0, -0.0], [2, 1, -3, 5]], device=device)
     check_same(first, second, 3)
+
+
+@dtypes
+@pytest.mark.parametrize(("n", "k"), [(5, 4), (24, 11), (40, 8)])
+def test_nan_ranks_first_and_infinity_next(
+    n: int, k: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(product_keys, "CHUNK", 32)
+    check_same(strange(16, n, dtype).to(device), strange(16, n, dtype).to(device), k)
 
 
 @pytest.mark.parametrize(("n", "k"), [(40, 8), (33, 16)])

@@ -108,10 +108,13 @@ def fenced() -> None:
 def pairs() -> None:
     test_product_keys.test_zeros_of_both_signs_are_equal_and_infinities_have_their_place("cpu")
     test_product_keys.test_ties_go_to_the_lower_position(3, torch.float32, "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        test_product_keys.test_nan_ranks_first_and_infinity_next(24, 11, torch.float32, "cpu", patch)
 
 
 def selections() -> None:
     check(test_topk.topk_case(form="everything"))
+    test_topk.test_nan_ranks_first_and_infinity_next(torch.float32, "cpu")
 
 
 FAULTS: dict[str, tuple[ModuleType, str, str, Callable[[], Any]]] = {
@@ -149,7 +152,7 @@ FAULTS: dict[str, tuple[ModuleType, str, str, Callable[[], Any]]] = {
     "parts of the gate's gradient in one place": (
         grouped, "(tl.program_id(0) % tl.cdiv(G, BLOCK_N)).to(tl.int64) * S", "0", everything,
     ),
-    "derivative at the wrong place": (grouped, "derivative(pre, ACTIVATION)", "derivative(dh, ACTIVATION)", plain),
+    "derivative at the wrong place": (grouped, "gradient(dh, pre, ACTIVATION)", "gradient(dh, dh, ACTIVATION)", plain),
     "gate left out of the sum": (combine, "        if GATED:", "        if False:", plain),
     "a token's sum cut short": (combine, "for j in range(0, K)", "for j in range(0, K - 1)", one_sum),
     "parts that overlap": (outer, "end = tl.minimum(end, begin + length)", "end = end", in_parts),
@@ -169,11 +172,16 @@ FAULTS: dict[str, tuple[ModuleType, str, str, Callable[[], Any]]] = {
     ),
     "two zeros": (product_keys, "tl.where(score == 0, 0.0, score)", "score", pairs),
     "ties to the higher position": (
-        product_keys, "pack(total.to(tl.float32), p)", "pack(total.to(tl.float32), p ^ (PAIRS - 1))", pairs,
+        product_keys, "pack(total, p)", "pack(total, p ^ (PAIRS - 1))", pairs,
     ),
     "halves swapped": (product_keys, "half == 0, pair // n", "half == 1, pair // n", gradient_of_pairs),
     "gradients of later pairs lost": (
         product_keys, "for other in range(0, k, BLOCK)", "for other in range(0, start + 1, BLOCK)", gradient_of_pairs,
+    ),
+    "NaNs ranked by their bits": (product_keys, "tl.where(score == score, bits, NAN)", "bits", pairs),
+    "units that are NaN ranked by their bits": (
+        topk, "tl.where(score == score, score.to(tl.int32, bitcast=True), NAN)", "score.to(tl.int32, bitcast=True)",
+        selections,
     ),
     "all ties at the threshold taken": (topk, "(equal & (n_equal <= wanted))", "equal", selections),
     "dropout left out of the score": (topk, "    if SCALE:", "    if False:", selections),

@@ -8,6 +8,7 @@ import pytest
 import test_large
 import torch
 from net import TOLERANCE, Case, check, guarded, random, traps
+from strange import stable, strange
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -125,6 +126,20 @@ def test_selection_is_the_stable_topk(k: int, dtype: torch.dtype, device: str) -
             assert torch.equal(index.long(), stable_topk(score, k).sort().values)
             assert torch.equal(z, pre.gather(1, index.long()))
             assert torch.equal(h, z)
+
+
+@dtypes
+def test_nan_ranks_first_and_infinity_next(dtype: torch.dtype, device: str) -> None:
+    pre = strange(8, 40, dtype).to(device)
+    for k in (1, 5, 40):
+        for norm in (None, torch.tensor([0.0, 1.0, 2.0], device=device).repeat(14)[:40]):
+            index, z = pre.new_empty(8, k, dtype=torch.int32), pre.new_empty(8, k)
+            h = torch.empty_like(z)
+            with traps():
+                topk.select(guarded(pre), None, None, norm, index, z, None, h, "identity")
+            score = pre.abs().float() if norm is None else pre.abs().float() * norm
+            assert torch.equal(index.long().cpu(), stable(score, k).sort().values)
+            assert torch.equal(h.isnan(), pre.gather(1, index.long()).isnan())
 
 
 def test_many_units_are_sorted_by_torch(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

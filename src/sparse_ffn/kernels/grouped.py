@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_ffn.kernels.activations import activate, derivative
+from sparse_ffn.kernels.activations import activate, gradient
 from sparse_ffn.kernels.config import Tile
 from sparse_ffn.kernels.launch import cdiv, launch
 from sparse_ffn.kernels.routing import Plan
@@ -194,7 +194,7 @@ def unit_gradients(
     if GLU:
         tl.store(dother + at, (dh * active).to(dother.dtype.element_ty), mask=mask)
         dh *= up
-    tl.store(dz + at, (dh * derivative(pre, ACTIVATION)).to(dz.dtype.element_ty), mask=mask)
+    tl.store(dz + at, gradient(dh, pre, ACTIVATION).to(dz.dtype.element_ty), mask=mask)
     return dot
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_ffn.kernels.activations import activate, derivative
+from sparse_ffn.kernels.activations import activate, gradient
 from sparse_ffn.kernels.launch import cdiv, launch, power_of_two
 
 BLOCK_T, BLOCK_G = 16, 128
@@ -108,7 +108,7 @@ def masked_gradient_kernel(
     if GLU:
         tl.store(dother + at, (slope * active).to(dother.dtype.element_ty), mask=inside)
         slope *= up
-    tl.store(dh + at, (slope * derivative(pre, ACTIVATION)).to(dh.dtype.element_ty), mask=inside)
+    tl.store(dh + at, gradient(slope, pre, ACTIVATION).to(dh.dtype.element_ty), mask=inside)
 
 
 def hidden(

@@ -1,7 +1,8 @@
 """Product-key top-k: the largest of both halves, then of the pairs that can win, in one program a row; its gradient.
 
 A score and its position make one 64-bit integer: the score's bits above, in an order that integers have too, the
-position below, complemented. No two are equal and the larger one is the better one, ties to the lower position.
+position below, complemented. No two are equal and the larger one is the better one, ties to the lower position; a NaN
+is larger than infinity.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from sparse_ffn.kernels.launch import launch, power_of_two
 MAX_K, MAX_N, CHUNK, GRADIENT = 64, 1 << 15, 512, 32
 LAST = tl.constexpr(0x7FFFFFFF)
 NONE = tl.constexpr(-(1 << 63))  # below every score
+NAN = tl.constexpr(0x7FC00000)  # all NaNs are equal, whatever their bits
 
 
 @triton.jit
 def pack(score, position):
     """fp32 scores and int32 positions as int64 keys."""
     bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)  # -0 and 0 are equal
+    bits = tl.where(score == score, bits, NAN)
     ordered = tl.where(bits < 0, bits ^ LAST, bits)
     return (ordered.to(tl.int64) << 32) | (position ^ LAST).to(tl.int64)
 
@@ -82,9 +85,9 @@ def product_keys_kernel(
     i = tl.where(exists, i, 0)
     j = tl.where(exists, j, 0)
     key_first, key_second = tl.gather(best, i, 0), tl.gather(best, TOP + j, 0)
-    total = (score_of(key_first) + score_of(key_second)).to(first.dtype.element_ty)  # rounded, as torch adds
+    total = score_of(key_first) + score_of(key_second)
     value = position_of(key_first) * n + position_of(key_second)
-    winners = tl.topk(tl.where(exists, pack(total.to(tl.float32), p), NONE), TOP)
+    winners = tl.topk(tl.where(exists, pack(total, p), NONE), TOP)
     c = tl.arange(0, TOP)
     chosen = tl.where(c < k, position_of(winners), 0)
     tl.store(out + row * k + c, tl.gather(value, chosen, 0).to(tl.int64), mask=c < k)

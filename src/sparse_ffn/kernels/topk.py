@@ -1,7 +1,8 @@
 """Top-k of a row of hidden units by a threshold, fused with activation, GLU and dropout; a program a token.
 
-A score is not negative, so its fp32 bits order as integers do: the k-th largest is found bit by bit from above, by
-counting how many scores reach a candidate. What reaches the threshold is taken, ties at it from the lowest unit on.
+A score is not negative, so its fp32 bits order as integers do, those of a NaN above infinity's: the k-th largest is
+found bit by bit from above, by counting how many scores reach a candidate. What reaches the threshold is taken, ties at
+it from the lowest unit on.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from sparse_ffn.kernels.launch import cdiv, launch, power_of_two
 
 MAX_F = 1 << 13  # a program holds the scores of all units in its registers
 CHOSEN = 512
+NAN = tl.constexpr(0x7FC00000)  # all NaNs are equal, whatever their bits
 # the lowest bit of fp32 that a number of each dtype can have: fp16's smallest ones are normal numbers there
 LOWEST_BIT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
@@ -55,7 +57,8 @@ def select_kernel(
     )
     if NORM:
         score *= tl.load(norm + f, mask=ok, other=0.0)
-    key = tl.where(ok, score.to(tl.int32, bitcast=True), -1)
+    key = tl.where(score == score, score.to(tl.int32, bitcast=True), NAN)
+    key = tl.where(ok, key, -1)
 
     threshold = 0
     for step in range(0, 31 - lowest_bit):

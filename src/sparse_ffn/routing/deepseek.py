@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.checks import check_flag, check_positive
+from sparse_ffn.ops.select import stable_topk
 from sparse_ffn.options import Unpack
 from sparse_ffn.routing.routers import RouterOptions, SigmoidRouter
 
@@ -67,7 +68,7 @@ class DeepSeekRouter(SigmoidRouter):
         score_TNG = score_TE.view(-1, self.n_groups, self.n_experts // self.n_groups)
         worth_TN = score_TNG.topk(2, dim=2).values.sum(2)
         reached_TN = torch.zeros_like(worth_TN, dtype=torch.bool)
-        reached_TN = reached_TN.scatter(1, worth_TN.topk(self.topk_groups, dim=1).indices, True)
+        reached_TN = reached_TN.scatter(1, stable_topk(worth_TN, self.topk_groups), True)
         return score_TNG.masked_fill(~reached_TN.unsqueeze(2), -torch.inf).flatten(1)
 
     def gate(self, logits_TE: Tensor, index_TK: Tensor, alive_TK: Tensor | None) -> Tensor:

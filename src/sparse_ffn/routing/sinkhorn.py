@@ -14,7 +14,7 @@ def sinkhorn_potential(logits_TE: Tensor, n_iters: int, mask_T: Tensor | None = 
 
     Each iteration makes every token's row sum to 1, then every expert's column to N/E (N real tokens), so that it ends
     with exactly equal columns. With fewer than two real tokens there is nothing to balance, and the
-    potentials are zero.
+    potentials are zero; and where a logit is no number, which leaves nothing balanced, so that it shows where it ranks.
     """
     n_experts = logits_TE.shape[1]
     column_E = logits_TE.new_zeros(n_experts)
@@ -25,4 +25,4 @@ def sinkhorn_potential(logits_TE: Tensor, n_iters: int, mask_T: Tensor | None = 
         row_T1 = -torch.logsumexp(logits_TE + column_E, dim=1, keepdim=True)
         balanced_TE = (logits_TE + row_T1).masked_fill(~real_T1, -torch.inf)
         column_E = target - torch.logsumexp(balanced_TE, dim=0)
-    return torch.where(count > 1, column_E, 0.0)
+    return torch.where((count > 1) & ~column_E.isnan(), column_E, 0.0)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_ffn.ops.activations import hidden
+from sparse_ffn.ops.activations import activate, scaled
 
 
 def expert_ffn(
@@ -36,7 +36,7 @@ def expert_ffn(
 
     up_TEG = units(keys, key_bias)
     if gate_keys is None:
-        h_TEG = hidden(activation, up_TEG, None, weight_TEG)
+        h_TEG = scaled(activate(activation, up_TEG), None, weight_TEG)
     else:
-        h_TEG = hidden(activation, units(gate_keys, None), up_TEG, weight_TEG)
+        h_TEG = scaled(activate(activation, units(gate_keys, None)), up_TEG, weight_TEG)
     return h_TEG.flatten(1) @ values.flatten(0, 1)

@@ -30,15 +30,16 @@ def product_key_topk(
 ) -> Tensor:
     """Value indices i_first·n + i_second of the k largest sums first[i_first] + second[i_second], largest first.
 
-    Shapes: first and second [..., n], 1 <= k <= n² -> int64 [..., k]. Ties go to the lower position in the sorted
-    k x k candidate list, whose rows are the first half's. ``topk`` is how
-    a row's largest entries are found.
+    Shapes: first and second [..., n], 1 <= k <= n² -> int64 [..., k]. Sums are ranked in fp32 at least. Ties go to the
+    lower position in the sorted k x k candidate list, whose rows are the first half's. ``topk`` is how a row's largest
+    entries are found. What is missed are sums of infinity and -infinity, NaNs that rank above the infinity selected.
     """
     n = first.shape[-1]
     top_first, top_second = topk(first, min(n, k)), topk(second, min(n, k))
     row, column = candidate_pairs(n, k, first.device)
     pair_first, pair_second = top_first[..., row], top_second[..., column]
-    sums = first.gather(-1, pair_first) + second.gather(-1, pair_second)
+    wide = torch.promote_types(first.dtype, torch.float32)
+    sums = first.gather(-1, pair_first).to(wide) + second.gather(-1, pair_second).to(wide)
     best = topk(sums, k)
     return pair_first.gather(-1, best) * n + pair_second.gather(-1, best)
 

@@ -39,7 +39,7 @@ def routed_ffn(
     gate = GATES[gate_function](score, index)
     softmax = torch.softmax(score, dim=1)
     if mask is not None:
-        softmax = softmax * mask.unsqueeze(1)
+        softmax = softmax.masked_fill(~mask.unsqueeze(1), 0)
     sums = softmax.view(groups, -1, softmax.shape[1]).sum(1)
     out = reference.expert_ffn(x, keys, values, index, gate, gate_keys, key_bias, hidden_scale, activation)
     return out, index, gate, sums

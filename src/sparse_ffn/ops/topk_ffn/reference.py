@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_ffn.ops.activations import hidden
+from sparse_ffn.ops.activations import activate, scaled
 from sparse_ffn.ops.select import stable_topk
 
 
@@ -33,7 +33,7 @@ def topk_ffn(
     """Y = sum of h[i]·values[i] over the k units of the largest |h[i]|; shapes as in ``ops.topk_ffn``."""
     up_TF = F.linear(x, keys, key_bias)
     z_TF, other_TF = (up_TF, None) if gate_keys is None else (F.linear(x, gate_keys), up_TF)
-    h_TF = hidden(activation, z_TF, other_TF, hidden_scale)
+    h_TF = scaled(activate(activation, z_TF), other_TF, hidden_scale)
     index = stable_topk(rank(h_TF, values, norm_aware), k)
     selected = torch.zeros_like(h_TF, dtype=torch.bool).scatter(1, index, True)
     return torch.where(selected, h_TF, 0) @ values
