@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import sparse_ffn as sf
+from sparse_ffn import SparseFFNWarning
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -130,12 +132,28 @@ def test_a_model_compiles_whole() -> None:
 
 
 def test_registering_twice_changes_nothing_and_a_config_names_it() -> None:
-    before = ALL_EXPERTS_FUNCTIONS["sparse_ffn"]
+    before = ALL_EXPERTS_FUNCTIONS["sparse_ffn"], transformers.PreTrainedModel.post_init
     register()
-    assert ALL_EXPERTS_FUNCTIONS["sparse_ffn"] is before
+    assert (ALL_EXPERTS_FUNCTIONS["sparse_ffn"], transformers.PreTrainedModel.post_init) == before
     model = model_of("olmoe")
     model.set_experts_implementation("sparse_ffn")
     assert model.get_experts_implementation()[""] == "sparse_ffn"
+
+
+def test_a_model_that_never_asks_is_warned_of_wherever_the_choice_is_made(tmp_path: Path) -> None:
+    sizes = {"num_layers": 2, "num_decoder_layers": 2, "num_heads": 2, "d_kv": 4, "d_model": 16, "d_ff": 12}
+    sparse = {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 4}
+    config = transformers.SwitchTransformersConfig(vocab_size=32, **sizes, **sparse)
+    model = transformers.SwitchTransformersForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    says = r"SwitchTransformersSparseMLP never asks .*: it computes as before, and not by 'sparse_ffn'"
+    with pytest.warns(SparseFFNWarning, match=says):
+        loaded = type(model).from_pretrained(tmp_path, experts_implementation="sparse_ffn").eval()
+    with pytest.warns(SparseFFNWarning, match=says):
+        model.set_experts_implementation({"": "sparse_ffn"})
+    tokens = torch.randint(0, 32, (2, 7))
+    with torch.no_grad():
+        torch.testing.assert_close(*(m(input_ids=tokens, decoder_input_ids=tokens).logits for m in (loaded, model)))
 
 
 def test_the_package_alone_imports_no_transformers() -> None:

@@ -9,18 +9,22 @@ from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from sparse_ffn import ops
+from sparse_ffn.integrations.bypass import watch
 
 NAME = "sparse_ffn"
 
 
 def register() -> None:
-    """Offer the kernels to every MoE model of transformers 5 as the experts implementation ``"sparse_ffn"``.
+    """Offer the kernels to the MoE models of transformers 5 as the experts implementation ``"sparse_ffn"``.
 
     Choose it with ``from_pretrained(..., experts_implementation="sparse_ffn")`` or, at any time, with
     ``model.set_experts_implementation("sparse_ffn")``. The model keeps its router, parameters and checkpoint format;
-    outputs and gradients are those of the ``"eager"`` implementation to rounding. Calling this again changes nothing.
+    outputs and gradients are those of the ``"eager"`` implementation to rounding. A few families compute their experts
+    themselves, whatever is chosen (Llama 4, Switch, ...): for these it is a ``SparseFFNWarning``. Calling this again
+    changes nothing.
     """
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    watch(NAME)
 
 
 def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
