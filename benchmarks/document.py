@@ -67,10 +67,10 @@ METHOD = """\
 ## On your machine
 
 ```sh
-make bench                                      # everything here, on a machine that does nothing else
-python -m benchmarks.rows --results runs/bench  # all rows of that run: quartiles, memory, errors
+make bench                                      # on a machine that does nothing else
+python -m benchmarks.rows --results runs/bench  # all rows: quartiles, memory, errors
 python -m benchmarks.rows --machine intel       # all rows of a published machine
-python -m benchmarks.publish                    # puts the run into benchmarks/results, writes these pages anew
+python -m benchmarks.publish                    # adds the run to these pages
 ```
 
 [Targets and passes](benchmarks-targets.md) is a page for developers.
@@ -110,7 +110,8 @@ def _sections(found: Sequence[Machine]) -> Iterator[str]:
         return
     said = comparison.instructions(found)
     busy = "".join(f"\n{BUSY.format(m.title)}" for m in found if machine.was_busy(m.facts))
-    yield f"## The machines\n\n{markdown(comparison.facts(found))}\n{busy}"
+    facts = markdown(comparison.facts(found)).replace("---:", "---")  # words, to the left
+    yield f"## The machines\n\n{facts}\n{busy}"
     yield f"{REPLACED}\n{said}\n\n{markdown(comparison.replaced(found))}\n"
     yield f"{COMPUTED}\n{said}\n\n{markdown(comparison.computed(found))}\n"
     yield f"{PEERS}\n{said}\n\n{markdown(comparison.peers(found))}\n"

@@ -17,8 +17,8 @@ claim no speed on a GPU. One command measures all of this on a machine that has 
 tests first:
 
 ```sh
-benchmarks/run_gpu.sh                            # JSON, logs and a page like this one in runs/gpu/<card>
-python -m benchmarks.publish runs/gpu/<card>     # puts the card beside the machines above
+benchmarks/run_gpu.sh                         # JSON, logs and pages in runs/gpu/<card>
+python -m benchmarks.publish runs/gpu/<card>  # adds the card to these pages
 ```
 """
 MEASURED = """\
