@@ -32,15 +32,15 @@ class Rotary(nn.Module):
         frequencies = 10_000.0 ** (-torch.arange(n_pairs) / n_pairs)
         angles = torch.arange(context)[:, None] * frequencies
         self.n_pairs = n_pairs
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)
+        self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], dim=1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., time, d_head]
         time = x.shape[-2]
         cos, sin = self.get_buffer("cos")[:time], self.get_buffer("sin")[:time]  # fp32, under autocast too
-        n = self.n_pairs
-        a, b, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
-        return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
+        pairs, rest = x[..., : 2 * self.n_pairs], x[..., 2 * self.n_pairs :]
+        turned = pairs * cos + pairs.roll(self.n_pairs, dims=-1) * sin
+        return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,0 +1,35 @@
+"""The results of finished runs: one small JSON each, kept in the repository."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+Record = dict[str, Any]
+
+
+def save(path: Path, record: Record) -> None:
+    """A line for each entry: small files whose differences can be read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.part")
+    lines = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in record.items())
+    partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    partial.replace(path)  # there is a whole file or none
+
+
+def load(path: Path) -> Record | None:
+    """None if the run has not finished."""
+    try:
+        record: Record = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    return record
+
+
+def load_all(paths: Iterable[Path]) -> list[Record]:
+    """Of the runs among them that have finished."""
+    return [record for path in paths if (record := load(path)) is not None]
