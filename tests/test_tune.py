@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -226,6 +227,10 @@ def broken(folder: Path, **changes: object) -> None:
         ({"tiles": [["one", "half", 128, 1024, "64x64x64/4/4"]]}, "one half 64x64x64/4/4"),  # not of that height
         ({"tiles": [["one", "half", 64, 1024, "large"]]}, "a tile is written"),
         ({"tiles": [["one"]]}, "damaged"),
+        ({"heights": [["bf16", math.inf, 64]]}, "damaged"),
+        ({"heights": [["bf16", 16, "1" * 5000]]}, "damaged"),
+        ({"tiles": [["one", "bf16", 64, 64, {"a": 1}]]}, "damaged"),
+        ({"tiles": [["one", "bf16", 64, 64, "__import__('os')"]]}, "damaged"),
         ({"tiles": 3}, "not a table of tiles"),
         ({"heights": [["half", 128, 48]]}, "half of 48 rows"),
     ],
@@ -237,7 +242,7 @@ def test_a_useless_file_is_said_to_be_and_not_used(changes: dict[str, object], w
         assert tuned.load(CARD, ENTRIES) is None
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 200_000, b'{"format": ' + b"1" * 5000 + b"}"])
 def test_so_is_a_damaged_one(content: bytes, folder: Path) -> None:
     folder.mkdir()
     CARD.path.write_bytes(content)

@@ -81,7 +81,7 @@ class Tuned:
                 (str(kernel), str(kind), int(rows), int(columns)): Tile.parse(text)
                 for kernel, kind, rows, columns, text in data["tiles"]
             }
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"not a table of tiles ({type(error).__name__}: {error})") from error
         tall = {(kind, tile.m) for kernel, kind, tile in known if kernel == "one"}
         bad = [
@@ -174,7 +174,7 @@ def _parse(text: str, card: Card, allowed: Iterable[tuple[str, str, Tile]]) -> T
     """
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"is damaged: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"is not of format {FORMAT}")
