@@ -97,11 +97,15 @@ def half_queries(p: Params, x: Tensor, head: int, query_norm: str | None) -> tup
     if "query.weight" in p:
         n_heads = p["sub_keys"].shape[1]
         query = p["query.weight"].unflatten(0, (n_heads, -1))[head] @ x
+        if "query.bias" in p:
+            query = query + p["query.bias"].unflatten(0, (n_heads, -1))[head]
     halves = query.chunk(2)
     if query_norm == "layer":
         halves = [(q - q.mean()) / torch.sqrt(q.var(correction=0) + 1e-5) for q in halves]
     if query_norm == "rms":
         halves = [q / torch.sqrt((q**2).mean() + 1e-5) for q in halves]
+    if "norm_weight" in p:
+        halves = [p["norm_weight"] * q + p.get("norm_bias", 0) for q in halves]
     return tuple(halves)
 
 

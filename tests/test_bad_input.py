@@ -103,7 +103,7 @@ WRONG: dict[str, Sequence[Any] | Callable[[Any], list[Any]]] = {
     **dict.fromkeys(("activation", "value_init", "query_norm", "order", "balance_over", "aux", "init"), WORD),
     **dict.fromkeys(("cluster_by", "router_init"), WORD),
     **dict.fromkeys(("glu", "bias", "norm_aware", "sparse_grad", "sync_balance", "selection_bias", "gated"), FLAG),
-    **dict.fromkeys(("normalize", "fused", "sync", "mode"), FLAG),
+    **dict.fromkeys(("normalize", "fused", "sync", "mode", "query_bias", "norm_affine"), FLAG),
     **dict.fromkeys(("title", "prefix", "package"), TEXT),
     "dropout": RATE,
     "expert_dropout": (*RATE, 1.0),

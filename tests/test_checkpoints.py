@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparse_ffn as sf
-from sparse_ffn.convert import from_moe_layer, from_transformers, to_dense, to_moe_layer, to_transformers
+from sparse_ffn.convert import (
+    from_moe_layer,
+    from_product_key_memory,
+    from_transformers,
+    from_xlm,
+    to_dense,
+    to_moe_layer,
+    to_transformers,
+)
 from sparse_ffn.layers import SharedExpertMoE
 from sparse_ffn.routing import DeepSeekRouter
 
@@ -225,6 +233,94 @@ def test_what_the_papers_code_knows_and_we_do_not_is_an_error() -> None:
         to_moe_layer(sf.SigmaMoE(D, E, G, K, glu=True))
     with pytest.raises(TypeError, match="got DenseFFN"):
         to_moe_layer(sf.DenseFFN(D, G, bias=False))  # type: ignore[arg-type]
+
+
+H, N, C = 3, 7, 4  # heads, sub-keys, half a query
+
+
+def read(scores: Tensor, k: int, values: Tensor, weigh: Any) -> Tensor:
+    """Of scores [B, H, 2, N] the sum over heads of the k best pairs' values, by comparing all pairs."""
+    best = (scores[:, :, 0, :, None] + scores[:, :, 1, None, :]).flatten(2).topk(k)
+    return torch.einsum("bhk,bhko->bo", weigh(best.values), values[best.indices])
+
+
+def product_keys(kind: str) -> tuple[dict[str, Tensor], Any]:
+    """A foreign memory's state in fp64, and its scores of x [B, D]."""
+    if kind == "product-key-memory":
+        state = {"keys": (H, N, 2, C), "to_queries.weight": (2 * H * C, D), "norm.weight": (C,), "norm.bias": (C,)}
+    else:
+        state = {"keys": (N, C) if "shared" in kind else (H, 2, N, C)}
+        if "itself" in kind:
+            state["keys"] = (1, 2, N, D // 2)
+        else:
+            state |= {"query_proj.query_mlps.0.weight": (2 * H * C, D), "query_proj.query_mlps.0.bias": (2 * H * C,)}
+        if "no bias" in kind:
+            del state["query_proj.query_mlps.0.bias"]
+        if "batch norm" in kind:
+            names = ("weight", "bias", "running_mean", "running_var")
+            state |= {f"query_proj.query_mlps.1.{name}": (2 * H * C,) for name in names}
+    tensors = {name: torch.randn(shape, dtype=torch.float64) for name, shape in state.items()}
+    if "batch norm" in kind:
+        tensors["query_proj.query_mlps.1.running_var"].abs_().add_(0.5)
+        tensors["query_proj.query_mlps.1.num_batches_tracked"] = torch.tensor(9)
+
+    def scores(x: Tensor) -> Tensor:
+        if kind == "product-key-memory":
+            query = (x @ tensors["to_queries.weight"].t()).view(-1, 2, H, C)
+            query = F.layer_norm(query, (C,), tensors["norm.weight"], tensors["norm.bias"])
+            return torch.einsum("bphd,hnpd->bhpn", query, tensors["keys"])
+        weight = tensors.get("query_proj.query_mlps.0.weight")
+        query = x if weight is None else F.linear(x, weight, tensors.get("query_proj.query_mlps.0.bias"))
+        if "batch norm" in kind:
+            norm = [tensors[f"query_proj.query_mlps.1.{n}"] for n in ("running_mean", "running_var", "weight", "bias")]
+            query = F.batch_norm(query, *norm)
+        keys = tensors["keys"].expand(H, 2, N, C) if "shared" in kind else tensors["keys"]
+        return torch.einsum("bhpc,hpnc->bhpn", query.view(len(x), len(keys), 2, -1), keys)
+
+    return tensors, scores
+
+
+@pytest.mark.parametrize("activation", ["softmax", "relu"])
+@pytest.mark.parametrize(
+    "kind", ["product-key-memory", "XLM", "XLM, no bias", "XLM, batch norm", "XLM, x itself", "XLM, shared keys"]
+)
+def test_foreign_product_key_memories_by_their_definition(kind: str, activation: str) -> None:
+    theirs, scores = product_keys(kind)
+    theirs["values.weight"] = torch.randn(N * N, 5, dtype=torch.float64)
+    load = from_product_key_memory if kind == "product-key-memory" else from_xlm
+    options = {} if activation == "softmax" else {"activation": activation}
+    layer = load({f"a.{n}": t for n, t in theirs.items()} | {"b": torch.ones(1)}, K, prefix="a.", **options)
+    x = torch.randn(30, D, dtype=torch.float64)
+    ours, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+    weigh = F.relu if activation == "relu" else lambda s: F.softmax(s, -1)
+    values = theirs["values.weight"].requires_grad_()
+    y, wanted = layer(ours), read(scores(expected), K, values, weigh)
+    torch.testing.assert_close(y, wanted, rtol=0, atol=1e-12)
+    y.square().sum().backward()
+    wanted.square().sum().backward()
+    torch.testing.assert_close(ours.grad, expected.grad, rtol=0, atol=1e-10)
+    torch.testing.assert_close(layer.values.grad, values.grad, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("XLM", lambda s: s.update({"query_proj.query_mlps.2.weight": torch.ones(1)}), "no place for: 'query_proj"),
+        ("XLM", lambda s: s.update(head_permutations=torch.ones(H, N)), "no place for: 'head_permutations'"),
+        ("XLM", lambda s: s.update({"values.weight": torch.ones(5, 3)}), "size mismatch for values"),
+        ("XLM", lambda s: s.update(keys=torch.ones(H, N, 2 * C)), r"'keys' must have 4 dimensions, got \[3, 7, 8\]"),
+        ("XLM", lambda s: s.pop("keys"), "has no 'keys'"),
+        ("product-key-memory", lambda s: s.pop("norm.bias"), "has no 'norm.bias'"),
+        ("product-key-memory", lambda s: s.update({"pre_layernorm.weight": torch.ones(D)}), "no place for: 'pre_lay"),
+        ("product-key-memory", lambda s: s.update({"to_queries.weight": torch.ones(9, D)}), r"must have 2·3·4 rows"),
+    ],
+)
+def test_a_product_key_memory_with_more_or_less_is_an_error(kind: str, change: Any, message: str) -> None:
+    theirs, _ = product_keys(kind)
+    theirs["values.weight"] = torch.randn(N * N, 5, dtype=torch.float64)
+    change(theirs)
+    with pytest.raises(ValueError, match=message):
+        (from_product_key_memory if kind == "product-key-memory" else from_xlm)(theirs, K)
 
 
 def test_deepseeks_router_survives_expert_dropout_and_refuses_bad_sizes() -> None:

@@ -43,6 +43,21 @@ GOLDEN = {
         sf.ProductKeyMemory(5, 3, 2, n_heads=2, query_dim=8, query_norm="layer", d_out=3),
         {"sub_keys": [2, 2, 3, 4], "values": [9, 3], "query.weight": [16, 5]},
     ),
+    "ProductKeyMemory, query with a bias, norm with a scale": (
+        sf.ProductKeyMemory(5, 3, 2, n_heads=2, query_dim=8, query_bias=True, query_norm="layer", norm_affine=True),
+        {
+            "sub_keys": [2, 2, 3, 4],
+            "norm_weight": [4],
+            "norm_bias": [4],
+            "values": [9, 5],
+            "query.weight": [16, 5],
+            "query.bias": [16],
+        },
+    ),
+    "ProductKeyMemory, rms norm with a scale": (
+        sf.ProductKeyMemory(4, 3, 2, n_heads=2, query_norm="rms", norm_affine=True),
+        {"sub_keys": [2, 2, 3, 2], "norm_weight": [2], "values": [9, 4]},
+    ),
     "SigmaMoE": (
         sf.SigmaMoE(4, 6, 5, 2),
         {"keys": [6, 5, 4], "values": [6, 5, 4], "router.weight": [6, 4]},
@@ -151,8 +166,11 @@ def test_initial_standard_deviations(options: dict[str, Any], c: float) -> None:
 
 def test_biases_and_noise_start_at_zero() -> None:
     layer = sf.NoisyTopKMoE(8, 4, 4, 2, bias=True)
-    for tensor in (layer.key_bias, layer.out_bias, layer.router.noise_weight):
+    memory = sf.ProductKeyMemory(8, 4, 4, query_dim=6, query_bias=True, query_norm="layer", norm_affine=True)
+    zeros = (layer.key_bias, layer.out_bias, layer.router.noise_weight, memory.query.bias, memory.norm_bias)
+    for tensor in zeros:
         assert not tensor.any()
+    assert (memory.norm_weight == 1).all()
 
 
 # ------------------------------------------------------------------------------------------------------- sizes
@@ -274,6 +292,8 @@ BAD: list[tuple[Any, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     (sf.ProductKeyMemory, (5, 3, 2), {}, ValueError, "d_model must be even.*got 5; or give an even query_dim"),
     (sf.ProductKeyMemory, (4, 3, 2), {"query_dim": 3}, ValueError, "query_dim must be even.*got 3"),
     (sf.ProductKeyMemory, (4, 3, 10), {}, ValueError, "k must be at least 1 and at most n_sub_keys² = 9, got 10"),
+    (sf.ProductKeyMemory, (4, 3, 2), {"query_bias": True}, ValueError, "query_bias = True needs query_dim"),
+    (sf.ProductKeyMemory, (4, 3, 2), {"norm_affine": True}, ValueError, "norm_affine = True needs query_norm"),
     (sf.ProductKeyMemory, (4, 3, 2), {"n_heads": 0}, ValueError, "n_heads must be at least 1"),
     (sf.ProductKeyMemory, (4, 3, 2), {"value_init": "x"}, ValueError, "value_init must be one of 'paper', 'standard'"),
     (sf.ProductKeyMemory, (4, 3, 2), {"query_norm": "batch"}, ValueError, "query_norm must be one of 'layer', 'rms'"),

@@ -108,6 +108,7 @@ SIZES = {"d_ff", "k", "n_sub_keys", "n_experts", "expert_size"}
 CHOICES: dict[str, Any] = {
     "activation": "gelu", "dropout": 0.1, "init_scale": 0.5, "d_ff": 20, "k": 3, "glu": True, "norm_aware": True,
     "n_sub_keys": 5, "n_heads": 2, "query_dim": 4, "query_norm": "layer", "value_init": "standard", "sparse_grad": True,
+    "query_bias": True, "norm_affine": True,
     "n_experts": 5, "expert_size": 8, "expert_dropout": 0.2, "balance": ("switch", "bias"), "order": "before",
     "balance_weight": (0.1, 0.2), "balance_over": "sequence", "aux": "inject", "sync_balance": True, "n_iters": 5,
     "router": "softmax_topk", "bias": None,
@@ -429,9 +430,13 @@ def test_product_keys_refuse_what_they_cannot_keep(dense: nn.Module, options: di
         sf.MoE(6, 4, 3, 4, router="open", bias=True, glu=True, activation="silu", d_out=5),
         sf.ProductKeyMemory(6, 3, 9, n_heads=2),
         sf.ProductKeyMemory(6, 3, 9, n_heads=2, query_dim=4, activation="gelu", d_out=5),
+        sf.ProductKeyMemory(6, 3, 9, n_heads=2, query_dim=4, query_bias=True),
     ],
 )
 def test_back_to_dense(layer: sf.SparseFFN) -> None:
+    for parameter in layer.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter)  # biases
     dense = sf.to_dense(layer)
     assert type(dense) is sf.DenseFFN
     same(dense, layer, rtol=1e-4)

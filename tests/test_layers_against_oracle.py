@@ -269,6 +269,10 @@ def test_norm_aware_topk(options, activation, dtype, backend):
         {"query_dim": 8, "query_norm": "layer"},
         {"query_dim": 8, "query_norm": "rms", "activation": "softmax"},
         {"query_dim": 4, "d_model": 7, "d_out": 2, "sparse_grad": True},
+        {"query_norm": "layer", "norm_affine": True},
+        {"query_dim": 8, "query_bias": True},
+        {"query_dim": 8, "query_bias": True, "query_norm": "rms", "norm_affine": True},
+        {"query_dim": 8, "query_bias": True, "query_norm": "layer", "norm_affine": True, "activation": "softmax"},
     ],
     ids=str,
 )

@@ -20,6 +20,8 @@ from sparse_ffn.convert.config import config_from_dict as config_from_dict
 from sparse_ffn.convert.config_of import config_of as config_of
 from sparse_ffn.convert.moe_layer import from_moe_layer as from_moe_layer
 from sparse_ffn.convert.moe_layer import to_moe_layer as to_moe_layer
+from sparse_ffn.convert.product_keys import from_product_key_memory as from_product_key_memory
+from sparse_ffn.convert.product_keys import from_xlm as from_xlm
 from sparse_ffn.convert.report import Report as Report
 from sparse_ffn.convert.report import Swap as Swap
 from sparse_ffn.convert.sparsify import from_dense as from_dense

@@ -65,7 +65,8 @@ def to_dense(layer: SparseFFN) -> DenseFFN:
 def _trainable(layer: SparseFFN) -> dict[str, bool]:
     trainable = {name: parameter.requires_grad for name, parameter in layer.named_parameters()}
     keys = [wants for name, wants in trainable.items() if name in ("sub_keys", "query.weight")]
-    return trainable | ({"keys": any(keys)} if keys else {})
+    bias = [wants for name, wants in trainable.items() if name in ("sub_keys", "query.bias")]
+    return trainable | ({"keys": any(keys), "key_bias": any(bias)} if keys else {})
 
 
 def _no_dense(layer: SparseFFN, why: str) -> ValueError:
@@ -97,6 +98,10 @@ def _memory(layer: ProductKeyMemory) -> FFNWeights:
     first, second = layer.sub_keys  # [H, N, C] each
     n = layer.n_sub_keys
     keys = torch.cat([first.repeat_interleave(n, 1), second.repeat(1, n, 1)], dim=2)  # [H, N·N, 2C]
+    bias: Tensor | None = None
     if layer.query is not None:
+        if layer.query.bias is not None:
+            bias = (keys @ layer.query.bias.view(layer.n_heads, -1, 1)).flatten()
         keys = keys @ layer.query.weight.view(layer.n_heads, -1, layer.d_model)
-    return FFNWeights(keys.flatten(0, 1), layer.values.repeat(layer.n_heads, 1), layer.activation)
+    values = layer.values.repeat(layer.n_heads, 1)
+    return FFNWeights(keys.flatten(0, 1), values, layer.activation, key_bias=bias)

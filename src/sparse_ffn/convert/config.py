@@ -79,7 +79,9 @@ class ProductKeyMemoryConfig(FFNConfig):
     k: int | None = None
     n_heads: int = 1
     query_dim: int | None = None
+    query_bias: bool = False
     query_norm: str | None = None
+    norm_affine: bool = False
     value_init: str = "paper"
     sparse_grad: bool = False
 

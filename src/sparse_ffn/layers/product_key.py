@@ -29,7 +29,8 @@ class ProductKeyMemory(SparseFFN):
     heads select counts twice. The search is exact.
 
     Parameters: ``sub_keys`` [2, n_heads, n, query_dim/2], ``values`` [n², d_out], with ``query_dim``
-    ``query.weight`` [n_heads·query_dim, d_model].
+    ``query.weight`` [n_heads·query_dim, d_model], with ``query_bias`` ``query.bias`` [n_heads·query_dim]; with
+    ``norm_affine`` ``norm_weight`` and, but for ``"rms"``, ``norm_bias`` [half a query].
 
     Args:
         d_model: input width; even unless ``query_dim`` is given.
@@ -39,7 +40,9 @@ class ProductKeyMemory(SparseFFN):
         activation: of the scores; see ``SparseFFN``. ``"relu"`` is the paper's; ``"softmax"``, over the k selected
             scores of each head, is the original memory's.
         query_dim: width of a learned query for each head (even); None uses x itself, as in the paper.
-        query_norm: normalise each half of the query without learned parameters: ``"layer"`` or ``"rms"``.
+        query_bias: give the learned query a bias, as the original memory has it.
+        query_norm: normalise each half of the query: ``"layer"`` or ``"rms"``.
+        norm_affine: scale and shift (``"rms"``: scale) what is normalised, by parameters that all halves share.
         value_init: ``"paper"`` for values of standard deviation c/n, ``"standard"`` for c/sqrt(d_model).
         sparse_grad: the gradient of ``values`` is a sparse tensor of the rows that were read, for large tables and
             torch.optim.SparseAdam. Not under torch.compile.
@@ -51,7 +54,7 @@ class ProductKeyMemory(SparseFFN):
         dtype: their dtype.
 
     Raises:
-        ValueError: k > n², an odd query, or an argument outside its range.
+        ValueError: k > n², an odd query, a bias or a scale of what there is not, or an argument outside its range.
     """
 
     def __init__(
@@ -63,7 +66,9 @@ class ProductKeyMemory(SparseFFN):
         n_heads: int = 1,
         activation: str = "relu",
         query_dim: int | None = None,
+        query_bias: bool = False,
         query_norm: str | None = None,
+        norm_affine: bool = False,
         value_init: str = "paper",
         sparse_grad: bool = False,
         d_out: int | None = None,
@@ -81,17 +86,26 @@ class ProductKeyMemory(SparseFFN):
         check_choice("value_init", value_init, ("paper", "standard"))
         if query_norm is not None:
             check_choice("query_norm", query_norm, ("layer", "rms"))
+        query_bias = check_flag("query_bias", query_bias)
+        norm_affine = check_flag("norm_affine", norm_affine)
+        if query_bias and query_dim is None:
+            raise ValueError("query_bias = True needs query_dim: x itself is the query, and has no bias")
+        if norm_affine and query_norm is None:
+            raise ValueError("norm_affine = True needs query_norm, 'layer' or 'rms'")
         width = self.d_model if query_dim is None else check_positive("query_dim", query_dim)
         if width % 2:
             name, hint = ("d_model", "; or give an even query_dim") if query_dim is None else ("query_dim", "")
             raise ValueError(f"{name} must be even, since each half meets its own sub-keys, got {width}{hint}")
         self.d_ff = self.n_sub_keys**2
         self.k = k
-        self.query_dim, self.query_norm = None if query_dim is None else width, query_norm
+        self.query_dim, self.query_bias = None if query_dim is None else width, query_bias
+        self.query_norm, self.norm_affine = query_norm, norm_affine
         self.value_init, self.sparse_grad = value_init, check_flag("sparse_grad", sparse_grad)
         self.sub_keys = self._parameter(2, self.n_heads, self.n_sub_keys, width // 2)
         query = (self.d_model, self.n_heads * width)
-        self.query = None if query_dim is None else nn.Linear(*query, bias=False, **self._factory)
+        self.query = None if query_dim is None else nn.Linear(*query, bias=query_bias, **self._factory)
+        self.norm_weight = self._parameter(width // 2) if norm_affine else None
+        self.norm_bias = self._parameter(width // 2) if norm_affine and query_norm == "layer" else None
         self.values = self._parameter(self.d_ff, self.d_out)
         self.reset_parameters()
 
@@ -105,11 +119,17 @@ class ProductKeyMemory(SparseFFN):
         self._k = check_positive("k", k, at_most=self.n_sub_keys**2, limit="n_sub_keys²")
 
     def reset_parameters(self) -> None:
-        """Normal query, sub-keys and values."""
+        """Normal query, sub-keys and values; no bias yet, and scales of 1."""
         self._normal(self.sub_keys, 2 * self.sub_keys.shape[-1])
         self._normal(self.values, self.d_ff if self.value_init == "paper" else self.d_model)
         if self.query is not None:
             self._normal(self.query.weight, self.d_model)
+            if self.query.bias is not None:
+                nn.init.zeros_(self.query.bias)
+        if self.norm_weight is not None:
+            nn.init.ones_(self.norm_weight)
+        if self.norm_bias is not None:
+            nn.init.zeros_(self.norm_bias)
 
     def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
         # T tokens, H heads, N sub-keys, C half a query, K selected values
@@ -129,18 +149,29 @@ class ProductKeyMemory(SparseFFN):
         """Scores of the two halves' sub-keys [T, H, 2, N], in fp32 at least under any autocast."""
         with without_autocast(x):
             if self.query is None:  # all heads see x: one product for each half
-                query_TSC = ops.normalise(rearrange(x, "t (s c) -> t s c", s=2), self.query_norm)
+                query_TSC = self._affine(ops.normalise(rearrange(x, "t (s c) -> t s c", s=2), self.query_norm))
                 score_STM = ops.wide_product(query_TSC.transpose(0, 1), self.sub_keys.flatten(1, 2))
                 return rearrange(score_STM, "s t (h n) -> t h s n", h=self.n_heads)
-            if type(self.query) is nn.Linear and is_plain(self.query):
-                check_places(x, (self.query.weight,))
+            plain = type(self.query) is nn.Linear and is_plain(self.query)
+            if plain:
+                check_places(x, (self.query.weight, self.query.bias))
+            if plain and self.query.bias is None:
                 query_TBC = ops.normalised_product(x, self.query.weight, 2 * self.n_heads, self.query_norm)
-            else:  # quantised, pruned, parametrised, with LoRA: whatever it is now, it computes the query
-                query_TM = self.query(x.to(self.values.dtype))
+            else:
+                if plain:
+                    query_TM = ops.wide_product(x.unsqueeze(0), self.query.weight.unsqueeze(0))[0] + self.query.bias
+                else:  # quantised, pruned, parametrised, with LoRA: whatever it is now, it computes the query
+                    query_TM = self.query(x.to(self.values.dtype))
                 query_TBC = ops.normalise(rearrange(query_TM, "t (b c) -> t b c", b=2 * self.n_heads), self.query_norm)
             sub_keys_BNC = rearrange(self.sub_keys, "s h n c -> (h s) n c")
-            score_BTN = ops.wide_product(query_TBC.transpose(0, 1), sub_keys_BNC)
+            score_BTN = ops.wide_product(self._affine(query_TBC).transpose(0, 1), sub_keys_BNC)
             return rearrange(score_BTN, "(h s) t n -> t h s n", s=2)
+
+    def _affine(self, query: Tensor) -> Tensor:
+        """Normalised halves of queries [..., C], scaled and shifted."""
+        if self.norm_weight is not None:
+            query = query * self.norm_weight
+        return query if self.norm_bias is None else query + self.norm_bias
 
     def param_groups(self, values_lr: float, **options: Any) -> list[dict[str, Any]]:
         """Optimizer parameter groups: the value table with a learning rate of its own, then all other parameters.
@@ -171,7 +202,9 @@ class ProductKeyMemory(SparseFFN):
             n_heads=(self.n_heads, 1),
             activation=(self.activation, "relu"),
             query_dim=(self.query_dim, None),
+            query_bias=(self.query_bias, False),
             query_norm=(self.query_norm, None),
+            norm_affine=(self.norm_affine, False),
             value_init=(self.value_init, "paper"),
             sparse_grad=(self.sparse_grad, False),
         )
