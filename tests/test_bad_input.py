@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import sparse_ffn as sf
 from sparse_ffn import convert, functional, info, layers, plot, routing
+from sparse_ffn.convert.product_keys import QUERY
 from sparse_ffn.integrations import peft
 
 try:
@@ -327,6 +328,12 @@ def entries() -> dict[str, Entry]:
         wrong={"x": (*NO_TENSOR, *odd_layouts(TOKENS), torch.tensor(1.0))})  # fmt: skip
     add("from_moe_layer", convert.from_moe_layer, {"state_dict": PAPERS, "k": 2, "prefix": ""},
         wrong={"k": (*SIZE, 9)})  # fmt: skip
+    xlm = {"keys": torch.randn(2, 2, 3, 2), "values.weight": torch.randn(9, 4), f"{QUERY}.weight": torch.randn(8, 4)}
+    pkm = {"keys": torch.randn(2, 3, 2, 2), "values.weight": torch.randn(9, 4), "to_queries.weight": torch.randn(8, 4),
+           "norm.weight": torch.ones(2), "norm.bias": torch.zeros(2)}  # fmt: skip
+    for name, theirs in (("from_xlm", xlm), ("from_product_key_memory", pkm)):
+        add(name, getattr(convert, name), {"state_dict": theirs, "k": 2, "prefix": ""}, wrong={"k": (*SIZE, 10)})
+    add("config_of", convert.config_of, {"layer": sf.DenseFFN(4, 6)}, wrong={"layer": MODULE})
     add("to_moe_layer", convert.to_moe_layer, {"layer": sf.SigmaMoE(**MOE)}, wrong={"layer": MODULE})
     foreign = (
         None,
@@ -395,11 +402,14 @@ EXEMPT = {
     "Router.forward": "the base has no gate; tried on each router",
     "from_pretrained(options)": "transformers' own arguments, handed on",
     "from_moe_layer(options)": "MoE's own arguments, handed on",
+    "from_xlm(options)": "ProductKeyMemory's own arguments, handed on",
+    "from_product_key_memory(options)": "as from_xlm",
     "from_transformers(options)": "MoE's own arguments, handed on",
     "parameter_equal(choices)": "the layer's own arguments, handed on",
     "ProductKeyMemory.param_groups": "the optimizer's options, which it checks",
 }
 HOOKS = {
+    "train": "torch checks the argument of its own method",
     "perturb": "called by Router.forward with tensors of its own",
     "rank": "as perturb",
     "limit": "as perturb",
