@@ -46,6 +46,8 @@ def record_conversion(model: Any, report: Report) -> None:
 class Record(dict[str, Any]):
     """The configs of a model's converted layers by name; a copy, and so what is saved, has the layers' present options.
 
+    A pickle is a plain dict, with the options as they were.
+
     Args:
         model: what has the layers. The record does not keep it alive.
         configs: as ``Report.to_dict`` gives them.
