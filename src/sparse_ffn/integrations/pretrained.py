@@ -68,7 +68,7 @@ class Record(dict[str, Any]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         twin = memo.get(id(self._model()))  # there if the whole model is being copied
-        return self.now() if twin is None else Record(twin, self.now())
+        return self.now() if twin is None else Record(twin, dict(self))
 
     def __reduce__(self) -> Any:
         return dict, (self.now(),)
