@@ -120,6 +120,7 @@ def test_a_layer_that_the_record_cannot_describe_is_an_error_when_it_is_saved(tm
         pass
 
     model.model.layers[1].mlp.router = Own(16, 4, 1)
+    copy.deepcopy(model)  # which saves nothing
     for act in (lambda: record_conversion(model, report), lambda: model.save_pretrained(tmp_path)):
         with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp cannot be recorded: .*Own"):
             act()

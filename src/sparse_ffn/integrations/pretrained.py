@@ -51,6 +51,8 @@ def record_conversion(model: Any, report: Report) -> None:
 class Record(dict[str, Any]):
     """The configs of a model's converted layers by name; a copy, and so what is saved, has the layers' present options.
 
+    A pickle is a plain dict, with the options as they were.
+
     Args:
         model: what has the layers. The record does not keep it alive.
         configs: as ``Report.to_dict`` gives them.
@@ -71,7 +73,7 @@ class Record(dict[str, Any]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         twin = memo.get(id(self._model()))  # there if the whole model is being copied
-        return self.now() if twin is None else Record(twin, self.now())
+        return self.now() if twin is None else Record(twin, dict(self))
 
     def __reduce__(self) -> Any:
         return dict, (self.now(),)
