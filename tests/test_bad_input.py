@@ -26,14 +26,14 @@ import sparse_ffn as sf
 from sparse_ffn import convert, functional, info, layers, plot, routing
 from sparse_ffn.convert.product_keys import QUERY
 from sparse_ffn.integrations import peft
-
-try:
-    from sparse_ffn.integrations import transformers as hf
-except ImportError:  # the extra "hf"
-    hf = None
 from sparse_ffn.layers import SharedExpertMoE
 from sparse_ffn.routing import Routing
 from sparse_ffn.tune.__main__ import main as tune
+
+try:
+    from sparse_ffn.integrations import transformers as hf
+except ImportError:  # the extra "hf" is not installed
+    hf = None
 
 # --------------------------------------------------------------------------------------------------- wrong values
 
@@ -226,10 +226,6 @@ def routed(layer: sf.MoE) -> sf.MoE:
     return layer
 
 
-def routing_of(*shape: int) -> Routing:
-    return Routing(torch.randn(3, 6), torch.randint(0, 6, (3, 2)), torch.rand(3, 2))
-
-
 def forced(name: str) -> None:
     with sf.backend(name):
         pass
@@ -261,6 +257,7 @@ def entries() -> dict[str, Entry]:
         if issubclass(cls, sf.MoE):
             tensors["router_input"] = TOKENS + 1
         layer = cls(**{**sizes, "dropout": 0.5})
+        layer(TOKENS)  # what it left behind must stay, too
         add(f"{cls.__name__}.forward", layer.forward, tensors,
             wrong={} if issubclass(cls, sf.MoE) else {"router_input": ()})  # fmt: skip
         if cls is not sf.DenseFFN:
@@ -335,23 +332,17 @@ def entries() -> dict[str, Entry]:
         add(name, getattr(convert, name), {"state_dict": theirs, "k": 2, "prefix": ""}, wrong={"k": (*SIZE, 10)})
     add("config_of", convert.config_of, {"layer": sf.DenseFFN(4, 6)}, wrong={"layer": MODULE})
     add("to_moe_layer", convert.to_moe_layer, {"layer": sf.SigmaMoE(**MOE)}, wrong={"layer": MODULE})
-    foreign = (
-        None,
-        3,
-        "mixtral",
-        [],
-        {"model_type": None},
-        {**MIXTRAL, "model_type": "nonsense"},
-        {**MIXTRAL, "hidden_act": "nonsense"},
-    )
+    wrong_words = ({**MIXTRAL, word: "nonsense"} for word in ("model_type", "hidden_act"))
+    foreign = (None, 3, "mixtral", [], {"model_type": None}, *wrong_words)
     add("from_transformers", convert.from_transformers, {"state_dict": BLOCK, "config": MIXTRAL},
         wrong={"config": foreign})  # fmt: skip
     add("to_transformers", convert.to_transformers,
         lambda: {"layer": convert.from_transformers(BLOCK, MIXTRAL), "config": MIXTRAL},
         wrong={"layer": MODULE, "config": foreign})  # fmt: skip
 
+    decided = Routing(torch.randn(3, 6), torch.randint(0, 6, (3, 2)), torch.rand(3, 2))
     add("balance_loss", routing.balance_loss,
-        {"routing": routing_of(), "terms": (("entropy", 1.0),), "mask_T": REAL, "n_sequences": 3})  # fmt: skip
+        {"routing": decided, "terms": (("entropy", 1.0),), "mask_T": REAL, "n_sequences": 3})  # fmt: skip
     layer = routed(sf.SigmaMoE(**MOE))
     for drawn in ("plot_load", "plot_coactivation"):
         add(drawn, getattr(plot, drawn), lambda: {"ax": axes(), "layer": layer}, wrong={"layer": MODULE})
@@ -373,10 +364,9 @@ def of_transformers() -> Iterator[tuple[str, Callable[..., Any], Callable[[], di
     model = transformers.LlamaModel(transformers.LlamaConfig(vocab_size=9, **sizes))
     report = sf.sparsify_(model, OPEN)
     yield "record_conversion", hf.record_conversion, lambda: {"model": model, "report": report}
-    folder = tempfile.TemporaryDirectory()
+    folder = tempfile.TemporaryDirectory()  # removed with the last reference, which is in the table
     hf.record_conversion(model, report)
     model.save_pretrained(folder.name)
-
     yield "from_pretrained", hf.from_pretrained, lambda folder=folder: {"path": folder.name}
 
 

@@ -242,9 +242,7 @@ def test_a_useless_file_is_said_to_be_and_not_used(changes: dict[str, object], w
         assert tuned.load(CARD, ENTRIES) is None
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 200_000, b'{"format": ' + b"1" * 5000 + b"}"]
-)
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 200_000, b"[" + b"1" * 5000 + b"]"])
 def test_so_is_a_damaged_one(content: bytes, folder: Path) -> None:
     folder.mkdir()
     CARD.path.write_bytes(content)
