@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,21 +42,67 @@ print(len(found), *found)
     assert result.stdout.split()[:1] == ["1"], result.stdout + result.stderr
 
 
-@built
-def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    layer, x = sf.SigmaMoE(40, 8, 24, 3), torch.randn(300, 40)
+def with_threads(layer: Callable[[], nn.Module], x: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """Output and gradients of a step with one, two and three threads."""
     threads, results = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            layer.zero_grad()
-            y = layer(x)
-            y.square().sum().backward()
-            results.append([y.detach(), layer.keys.grad.clone(), layer.values.grad.clone()])
+            torch.manual_seed(1)
+            module, leaf = layer(), x.clone().requires_grad_()
+            y = module(leaf)
+            (y.float().square().sum() + sf.aux_loss(module)).backward()
+            found = {"output": y.detach(), "x": leaf.grad}
+            results.append(found | {name: p.grad for name, p in module.named_parameters()})
     finally:
         torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    return results
+
+
+WHATEVER_THE_THREADS: dict[str, Callable[..., nn.Module]] = {
+    "SigmaMoE": lambda d, **o: sf.SigmaMoE(d, 8, 24, 3, bias=True, dropout=0.2, **o),
+    "SoftmaxMoE, a GLU": lambda d, **o: sf.SoftmaxMoE(d, 8, 24, 3, glu=True, activation="silu", balance="cv2", **o),
+    "SwitchMoE, by sequence": lambda d, **o: sf.SwitchMoE(d, 8, 24, balance_over="sequence", **o),
+    "open router, bias balancing": lambda d, **o: sf.MoE(d, 8, 24, 3, router="open", balance="bias", **o),
+    "ProductKeyMemory": lambda d, **o: sf.ProductKeyMemory(d, 16, 8, **o),
+    "ProductKeyMemory, query": lambda d, **o: sf.ProductKeyMemory(d, 16, 8, n_heads=4, query_dim=32, **o),
+    "ProductKeyMemory, normalised query": lambda d, **o: sf.ProductKeyMemory(
+        d, 16, 8, n_heads=4, query_dim=32, query_norm="layer", activation="softmax", **o
+    ),
+}
+# docs/backends.md says why
+BUT_FOR_ROUNDING: dict[str, Callable[..., nn.Module]] = {
+    "DenseFFN": lambda d: sf.DenseFFN(d, 4 * d),
+    "TopKFFN": lambda d: sf.TopKFFN(d, 4 * d, d, glu=True, activation="silu"),
+    "SBaseMoE": lambda d: sf.SBaseMoE(d, 8, 24, 3, balance="z"),
+    "NoisyTopKMoE": lambda d: sf.NoisyTopKMoE(d, 8, 24, 3),
+    "expert dropout": lambda d: sf.SigmaMoE(d, 8, 24, 3, expert_dropout=0.2),
+}
+SHAPES = ((24, 100), (40, 300), (64, 4100))
+
+
+@built
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", WHATEVER_THE_THREADS)
+def test_results_do_not_depend_on_the_number_of_threads(name: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    d, n = shape
+    first, *others = with_threads(
+        lambda: WHATEVER_THE_THREADS[name](d, dtype=dtype), torch.randn(4, n // 4, d).to(dtype)
+    )
+    for other in others:
+        assert [key for key in first if not torch.equal(first[key], other[key])] == []
+
+
+@built
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", BUT_FOR_ROUNDING)
+def test_or_but_for_rounding_where_torch_computes(name: str, shape: tuple[int, int]) -> None:
+    d, n = shape
+    first, *others = with_threads(lambda: BUT_FOR_ROUNDING[name](d), torch.randn(n, d))
+    for other in others:
+        for key, expected in first.items():
+            assert (other[key] - expected).norm() < 1e-5 * expected.norm(), key
 
 
 @built

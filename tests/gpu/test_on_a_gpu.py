@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from net import TOLERANCE, check, cvmm_case, expert_case, random, tf32
+from torch.utils.checkpoint import checkpoint
 
 import sparse_ffn as sf
 from sparse_ffn.ops.expert_ffn import dense
+from sparse_ffn.ops.library import implementation
 
 pytestmark = [
     pytest.mark.gpu,
@@ -99,3 +102,16 @@ def test_layer_compiles_whole() -> None:
     layer = sf.SigmaMoE(64, 16, 32, 4, device="cuda").eval()
     x = torch.randn(512, 64, device="cuda")
     torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
+
+
+def test_a_checkpoint_is_recomputed_on_the_backend_of_the_block_around_backward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Autograd does so in a thread of its own, which torch tells of the caller's context from 2.12 on."""
+    module, threads = implementation("topk_ffn", "torch"), []
+    forward = module.forward
+    monkeypatch.setattr(module, "forward", lambda *a: threads.append(threading.get_ident()) or forward(*a))
+    layer, x = sf.TopKFFN(32, 64, 8, device="cuda"), torch.randn(20, 32, device="cuda", requires_grad=True)
+    with sf.backend("torch"):
+        checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert len(set(threads)) == 2

@@ -16,9 +16,7 @@ WORTH = 6
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """The product of a [..., M, K] and b [..., K, N], summed in fp32 and rounded once: [..., M, N]."""
-    if _widens(a, b.shape[-1]):
-        return torch.matmul(a.float(), b.float()).to(a.dtype)
+    """The product of a [..., M, K] and b [..., K, N] as torch multiplies it: [..., M, N]."""
     out = native.empty_for_torch(*a.shape[:-1], b.shape[-1], dtype=a.dtype)
     return torch.matmul(a, b, out=out)
 
@@ -32,11 +30,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _widens(a: Tensor, n: int) -> bool:
     m, k = a.shape[-2:]
-    return a.dtype in _slow_dtypes() and m * n * k >= WORTH * (m * k + k * n + m * n)
+    return a.dtype in slow_dtypes() and m * n * k >= WORTH * (m * k + k * n + m * n)
 
 
 @functools.cache
-def _slow_dtypes() -> tuple[torch.dtype, ...]:
+def slow_dtypes() -> tuple[torch.dtype, ...]:
     """16-bit dtypes that torch multiplies without instructions for them."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return ()  # unknown here

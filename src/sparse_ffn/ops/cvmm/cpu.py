@@ -56,6 +56,14 @@ def backward(
     return dx, dweight, unsort(dscale.unsqueeze(1), order).squeeze(1).to(reduction.dtype)
 
 
+def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
+    """Gradient of weight alone, of which only the shape matters."""
+    arguments, _keep, _ = _arguments(x, weight, expert, None, None, None, grad.shape[0])
+    grad, dweight = native.rows(grad), native.empty(*weight.shape, dtype=x.dtype)
+    native.call("cvmm_backward", arguments, grad.data_ptr(), grad.stride(0), None, dweight.data_ptr(), None)
+    return dweight
+
+
 def _arguments(
     x: Tensor,
     weight: Tensor,

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from sparse_ffn import native
 from sparse_ffn.native import DTYPES, NORMS, Normalised, WideProduct, pointer
-from sparse_ffn.ops.products import product
+from sparse_ffn.ops.cvmm import cpu as cvmm
+from sparse_ffn.ops.products import product, slow_dtypes
 
 
 def forward(x: Tensor, w: Tensor) -> Tensor:
@@ -38,8 +39,16 @@ def _product(x: Tensor, w: Tensor, norm: str | None, pieces: int) -> tuple[Tenso
 
 def backward(grad: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and w. They are rounded to their dtype in any case: so may the factor be."""
-    grad = grad.to(x.dtype)
-    return product(grad, w), product(grad.transpose(1, 2), x)
+    return _gradients(grad.to(x.dtype), x, w)
+
+
+def _gradients(grad: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """By torch for 16 bits where the processor has instructions; its sums in fp32 depend on the number of threads."""
+    if x.dtype != torch.float32 and x.dtype not in slow_dtypes():
+        return product(grad, w), product(grad.mT, x)
+    dx = _product(grad, w.mT, None, 1)[0].to(x.dtype)
+    batch = torch.arange(w.shape[0], device="cpu").repeat_interleave(x.shape[1])
+    return dx, cvmm.weight_gradient(x.flatten(0, 1), grad.flatten(0, 1), w, batch)
 
 
 def normalised_backward(
@@ -52,4 +61,5 @@ def normalised_backward(
         *(*out.shape, *grad.stride()[:2]), *(DTYPES[x.dtype], NORMS[norm], torch.get_num_threads(), 0)
     )
     native.call("normalised_backward", arguments, *(t.data_ptr() for t in (grad, out, scale, dproduct)))
-    return product(dproduct, w), product(dproduct.t(), x)
+    dx, dw = _gradients(dproduct.unsqueeze(0), x.unsqueeze(0), w.unsqueeze(0))
+    return dx.squeeze(0), dw.squeeze(0)

@@ -18,6 +18,8 @@ def wide_product(x: Tensor, w: Tensor) -> Tensor:
 
     The core gains most with bf16, where torch would round its result, or multiply in fp32.
     """
+    dtype = torch.promote_types(x.dtype, w.dtype)
+    x, w = x.to(dtype), w.to(dtype)
     if not _native(x, w):
         return reference.wide_product(x, w)
     out: Tensor = _forward(x, w)
@@ -26,8 +28,10 @@ def wide_product(x: Tensor, w: Tensor) -> Tensor:
 
 def normalised_product(x: Tensor, w: Tensor, pieces: int, norm: str | None) -> Tensor:
     """Pieces, normalised, of x [M, K] times w [N, K] transposed: [M, pieces, N / pieces], in fp32 at least."""
-    if norm is None or not _native(x, w):
+    if not _native(x, w):
         return reference.normalised_product(x, w, pieces, norm)
+    if norm is None:
+        return wide_product(x.unsqueeze(0), w.unsqueeze(0)).view(x.shape[0], pieces, w.shape[0] // pieces)
     out: Tensor = _normalised(x, w, pieces, norm)[0]
     return out
 
