@@ -45,7 +45,7 @@ S = Config(
     grad_clip=1.0,
     bf16=True,
     evaluations=20,
-    eval_windows=512,
+    eval_windows=256,
     final_windows=4096,
     checkpoints=40,
 )

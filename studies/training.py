@@ -51,7 +51,7 @@ def train_run(
         "config": asdict(config),
         "data": corpus.digest,
         # what changes the rounding
-        "machine": [facts[key] for key in ("processor", "torch", "native core")],
+        "machine": [str(facts[key]) for key in ("processor", "torch", "native core")],
         "threads": torch.get_num_threads(),
     }
     learner = learner_of(run, config, device)

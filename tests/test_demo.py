@@ -23,6 +23,7 @@ import torch
 
 from examples.language_model import __main__ as cli
 from examples.language_model import configs, data, report, train, variants
+from examples.language_model.model import attend
 from sparse_ffn import SigmaMoE, parameter_equal
 
 TINY = replace(
@@ -270,6 +271,16 @@ def test_a_later_byte_does_not_change_earlier_logits(variant: str) -> None:
     before, after = model(tokens), model(changed)
     torch.testing.assert_close(after[:, :9], before[:, :9], rtol=0, atol=1e-12)
     assert (after[:, 9:] - before[:, 9:]).abs().amax(dim=(0, 2)).min() > 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_causal_softmax_attention(dtype: torch.dtype) -> None:
+    q, k, v = torch.randn(3, 2, 4, 16, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    y = attend(q, k, v)
+    assert y.dtype == dtype
+    future = torch.ones(16, 16).triu(1).bool()
+    scores = (q.double() @ k.double().mT / 8**0.5).masked_fill(future, -torch.inf)
+    torch.testing.assert_close(y.double(), scores.softmax(-1) @ v.double(), rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
 def test_model_refuses_more_than_its_context() -> None:

@@ -1,0 +1,211 @@
+"""Writes docs/evidence.md and its pictures from the results of the runs that have finished."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import markdown
+
+from . import paper, picture, plan
+from .results import RESULTS, Record, load_all
+from .sizes import SIZES
+from .statistics import ERRORS
+from .tables import beside_the_paper, comparison
+from .variants import DENSE, SIGMA, VARIANTS
+
+INTRODUCTION = """\
+# Evidence
+
+Does a model learn as well with a sparse layer as with a dense FFN of as many parameters? This page is written by
+`python -m studies.page` from the results of `python -m studies.enwik8`, which are in `studies/results`. No number here
+was typed but the paper's, which are marked so.
+"""
+METHOD = f"""\
+## How it is done
+
+- **Text.** enwik8, bytes: 90 MB for training, 5 MB for validation, 5 MB for the test, as in the paper. Windows of the
+  training text are drawn at random. Learning curves are of {{windows}} windows of the validation text, the same each
+  time; the tables' bits per byte are of the whole test text, cut into windows that start without context.
+- **Model.** The demo's transformer: pre-LN, rotary positions, every FFN replaced. bfloat16 autocast. No dropout at
+  sizes S and M, whose runs see less text than there is. Adam, a warm-up, then a cosine to 0.
+- **Equal parameters.** [`parameter_equal`](parameter-equal.md) gives each layer the parameters of the dense FFN.
+- **Equal chances.** For one seed all layers start from the same weights outside the FFNs and see the same windows in
+  the same order. One learning rate serves all: that of the lowest sum of dense's and SigmaMoE's validation bits per
+  byte at seed 0. Nothing was tuned for any other layer.
+- **Differences** are paired by seed; ± is their standard error over the seeds. A difference within {ERRORS} standard
+  errors is called none. With three seeds an interval of that width misses the true mean about once in five times,
+  with two seeds about once in three: in a table of many rows, some verdicts are chance.
+- **FLOPs** of training count the forward pass thrice, routers included. **CPU time** is what the training steps
+  compute; waiting for a core and evaluation are left out.
+- **Layers.** SigmaMoE has 16 experts of which 4 are used (25%; 2 at 12.5%), an entropy loss of weight 1e-3 and no
+  expert dropout. SoftmaxMoE differs from it in the gates only. SwitchMoE has 4 experts of 4 times the size, of which
+  one is used. SBaseMoE and NoisyTopKMoE have SigmaMoE's sizes. ProductKeyMemory has 4 heads that read 32 values each.
+  Losses and initialisation are the layers' own defaults.
+
+## What differs from the paper
+
+Its Enwik8 model is a Transformer-XL of 41M parameters, with experts of 128 units, which sees 1.6 GB of text in
+segments of 512 bytes and remembers earlier ones. Its WikiText-103 models read sub-words. Its ProductKeyMemory read
+all values; its Switch loss was weaker than its Eq. 17 and its Sinkhorn iteration did not balance: see [the research
+code](reference-code.md). Its numbers are of single runs. So only directions and orders can be compared.
+"""
+REPRODUCE = """\
+## How to reproduce
+
+```sh
+python -m studies.enwik8 --plan           # what is left, and how long it takes on your machine
+nice python -m studies.enwik8 --jobs 2    # run it; stopped at any time, the same command goes on
+python -m studies.page                    # this page again
+```
+
+A run that was stopped goes on from its last checkpoint to the same numbers. Finished runs are not run again unless
+their file is deleted. On another processor or with another number of threads the last digits differ.
+"""
+
+
+def page(records: Mapping[str, Sequence[Record]], trials: Sequence[Record]) -> str:
+    """The text; `records` by size."""
+    parts = [INTRODUCTION, missing(records)]
+    if any(records.values()):
+        parts += [trained(records)]
+    for size, found in records.items():
+        if found:
+            parts += [f"## Size {size}\n", *layers(found), *ablations(found)]
+    if any(records.values()):
+        parts += ["## Curves\n", *pictures(), METHOD.format(windows=_windows(records))]
+    if trials:
+        parts += [learning_rates(trials)]
+    if any(records.values()):
+        parts += [machines([record for found in records.values() for record in found])]
+    return "\n".join([*parts, REPRODUCE])
+
+
+def missing(records: Mapping[str, Sequence[Record]]) -> str:
+    """What there are no results of yet: nothing, or which layers and seeds of each size."""
+    lines = []
+    for size, found in records.items():
+        finished = {(record["variant"], record["seed"]) for record in found}
+        runs = plan.runs_of(size)
+        left = [run for run in runs if (run.variant, run.seed) not in finished]
+        if not left:
+            lines.append(f"- Size {size} is complete: {len(runs)} runs.")
+        elif SIZES[size].needs_gpu and not found:
+            lines.append(f"- Size {size}, the paper's, needs a GPU: none of its {len(runs)} runs has been made.")
+        elif not found:
+            lines.append(f"- Size {size}: none of its {len(runs)} runs has finished.")
+        else:
+            seeds: dict[str, list[str]] = {}
+            for run in left:
+                seeds.setdefault(run.variant, []).append(str(run.seed))
+            text = "; ".join(f"{VARIANTS[name].label} (seed {', '.join(which)})" for name, which in seeds.items())
+            lines.append(f"- Size {size}: **{len(left)} of {len(runs)} runs are missing**: {text}.")
+    return "\n".join(["## What there is\n", *lines]) + "\n"
+
+
+def trained(records: Mapping[str, Sequence[Record]]) -> str:
+    """The sizes, as they were trained."""
+    rows = []
+    for size, found in records.items():
+        for record in found[:1]:
+            config = record["config"]
+            rows.append(
+                [
+                    size,
+                    str(config["d_model"]),
+                    str(config["n_layers"]),
+                    str(config["d_ff"]),
+                    _span([r["parameters"] for r in found if r["variant"] != "dense-equal-flops"]),
+                    f"{config['steps'] * config['batch_size'] * config['context'] / 1e6:.0f} MB",
+                    f"{config['batch_size']} x {config['context']}",
+                    f"{config['learning_rate']:g}",
+                ]
+            )
+    header = ["size", "d_model", "layers", "dense d_ff", "parameters", "text of a run", "batch, bytes", "learning rate"]
+    return markdown((header, rows)) + "\n"
+
+
+def _span(counts: Sequence[int]) -> str:
+    low, high = (f"{count / 1e6:.2f}" for count in (min(counts), max(counts)))
+    return f"{low}M" if low == high else f"{low}M to {high}M"
+
+
+def layers(records: Sequence[Record]) -> Iterator[str]:
+    """The layers against dense, then the order beside the paper's."""
+    names = [name for name, variant in VARIANTS.items() if not variant.ablation]
+    yield "Test bits per byte; lower is better.\n"
+    yield comparison(records, names, DENSE, paper.LAYERS)
+    yield from beside_the_paper(records, names, DENSE, paper.LAYERS)
+
+
+def ablations(records: Sequence[Record]) -> Iterator[str]:
+    """SigmaMoE with one thing changed, against SigmaMoE."""
+    names = [name for name, variant in VARIANTS.items() if variant.ablation]
+    if any(record["variant"] in names for record in records):
+        yield "### SigmaMoE with one thing changed\n"
+        yield comparison(records, [SIGMA, *names], SIGMA, paper.ABLATIONS)
+        yield from beside_the_paper(records, [SIGMA, *names], SIGMA, paper.ABLATIONS)
+
+
+def pictures() -> Iterator[str]:
+    """The links to what `picture.draw` makes."""
+    yield "Means over the seeds that have finished. The layers' differences are small beside what more text brings.\n"
+    yield f"![Validation bits per byte against bytes](images/{picture.BYTES})\n"
+    yield f"![Validation bits per byte against FLOPs and CPU time](images/{picture.COSTS})\n"
+
+
+def _windows(records: Mapping[str, Sequence[Record]]) -> str:
+    numbers = {record["config"]["eval_windows"] for found in records.values() for record in found}
+    return " or ".join(str(number) for number in sorted(numbers))
+
+
+def learning_rates(trials: Sequence[Record]) -> str:
+    """Validation bits per byte of the trials."""
+    rows = []
+    for rate in plan.LEARNING_RATES:
+        row = [f"{rate:g}"]
+        for variant in (DENSE, SIGMA):
+            found = [r for r in trials if r["variant"] == variant and r["config"]["learning_rate"] == rate]
+            row.append(_valid(found[0]) if found else "not yet")
+        rows.append(row)
+    header = ["learning rate", *(VARIANTS[variant].label for variant in (DENSE, SIGMA))]
+    what = f"Validation bits per byte at size {plan.TUNED_AT}, seed 0, after whole runs."
+    return f"## The learning rate\n\n{what}\n\n{markdown((header, rows))}\n"
+
+
+def _valid(record: Record) -> str:
+    return "diverged" if record["diverged"] else f"{record['bits_per_byte']['valid']:.4f}"
+
+
+def machines(records: Sequence[Record]) -> str:
+    """Where the runs were made, and with what."""
+
+    def facts(record: Record) -> tuple[str, ...]:
+        machine: dict[str, Any] = record["machine"]
+        named = (machine[key] for key in ("processor", "native core", "torch", "sparse-ffn", "commit"))
+        return (machine.get("GPU", "none"), str(record["threads"]), *named)
+
+    counts = Counter(facts(record) for record in records)
+    header = ["GPU", "threads", "processor", "native core", "torch", "sparse-ffn", "commit", "runs"]
+    return f"## The machines\n\n{markdown((header, [[*key, str(n)] for key, n in counts.most_common()]))}\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    arguments = argparse.ArgumentParser(prog="python -m studies.page", description=__doc__)
+    arguments.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
+    arguments.add_argument("--docs", type=Path, default=Path("docs"), help="where the page goes (default: docs)")
+    options = arguments.parse_args(argv)
+    records = {size: load_all(run.path(options.results) for run in plan.runs_of(size)) for size in SIZES}
+    trials = load_all(run.path(options.results) for rate in plan.LEARNING_RATES for run in plan.trials(rate))
+    target = options.docs / "evidence.md"
+    target.write_text(page(records, trials))
+    picture.draw(records, options.docs / "images")
+    print(f"written: {target}, from {sum(map(len, records.values()))} finished runs")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,543 @@
+"""The study of the layers on enwik8: its runs at a tiny size, its plan and its page."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from examples.language_model import train
+from examples.language_model.configs import Config
+from examples.language_model.variants import ffn_flops, transformer
+from sparse_ffn import MoE
+from studies import enwik8, page, plan, results, sizes, statistics, training, work
+from studies.plan import Run
+from studies.variants import VARIANTS
+
+ROOT = Path(__file__).parent.parent
+TINY = dict(
+    d_model=32,
+    n_layers=2,
+    n_heads=2,
+    d_head=16,
+    d_ff=64,
+    context=16,
+    n_experts=8,
+    expert_size=8,
+    experts_k=2,
+    topk_k=16,
+    pkm_k=4,
+    pkm_heads=2,
+    batch_size=4,
+    steps=30,
+    warmup=3,
+    evaluations=3,
+    eval_windows=4,
+    final_windows=8,
+    checkpoints=6,
+)
+TIMES = ("training_seconds", "training_cpu_seconds", "run_seconds", "run_cpu_seconds", "machine")
+
+
+def make_tiny() -> dict[str, sizes.Size]:
+    return {name: replace(size, config=replace(size.config, **TINY)) for name, size in sizes.SIZES.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 200)
+    return path
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in make_tiny().items():
+        monkeypatch.setitem(sizes.SIZES, name, size)
+
+
+def arguments(text: Path, folder: Path, *more: str) -> list[str]:
+    return ["--data", str(text), "--results", str(folder / "results"), "--runs", str(folder / "runs"), *more]
+
+
+def comparable(record: results.Record) -> results.Record:
+    """Without what no two runs share."""
+    curve = {key: value for key, value in record["curve"].items() if "seconds" not in key}
+    return {**{key: value for key, value in record.items() if key not in TIMES}, "curve": curve}
+
+
+def load(folder: Path, name: str) -> results.Record:
+    record = results.load(folder / "results" / f"{name}.json")
+    assert record is not None
+    return record
+
+
+@pytest.fixture(scope="module")
+def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted study of two layers: the trials of the learning rate, and a second seed."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in make_tiny().items():
+            patch.setitem(sizes.SIZES, name, size)
+        more = ("--sizes", "S", "--variants", "dense", "sigma", "--seeds", "0", "1")
+        assert enwik8.main(arguments(text, folder, *more)) == 0
+    return folder
+
+
+# the layers
+
+
+@pytest.mark.parametrize("size", ["S", "M"])
+def test_layers_have_equal_parameters_and_share_all_else(size: str) -> None:
+    config = replace(sizes.SIZES[size].config, n_layers=1)
+    dense = transformer(VARIANTS["dense"].make, config, seed=0)
+    others = {name: p for name, p in dense.named_parameters() if ".ffn." not in name}
+    for name in sizes.SIZES[size].variants:
+        model = transformer(VARIANTS[name].make, config, seed=0)
+        parameters = dict(model.named_parameters())
+        assert all(torch.equal(parameters[other], p) for other, p in others.items())
+        share = sum(p.numel() for p in parameters.values()) / sum(p.numel() for p in dense.parameters())
+        assert name == "dense-equal-flops" or abs(share - 1) < 0.02, (name, share)
+
+
+def test_models_have_the_sizes_that_the_study_says() -> None:
+    for size, millions, least_bytes in (("S", 0.86, 20e6), ("M", 4.86, 30e6)):
+        config = sizes.SIZES[size].config
+        model = transformer(VARIANTS["dense"].make, config, seed=0)
+        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.02)
+        assert config.steps * config.batch_size * config.context >= least_bytes
+
+
+def moe(name: str, config: Config) -> MoE:
+    layer = VARIANTS[name].make(config)
+    assert isinstance(layer, MoE)
+    return layer
+
+
+def test_ablations_change_one_thing_of_sigma_moe() -> None:
+    config = sizes.SIZES["S"].config
+    torch.manual_seed(0)
+    sigma = moe("sigma", config)
+    assert (sigma.n_experts, sigma.expert_size, sigma.k, sigma.balance) == (16, 32, 4, ("entropy",))
+    assert moe("sigma-8", config).k == 2
+    assert moe("sigma-no-balance", config).balance == ("none",)
+    assert moe("sigma-expert-dropout", config).router.expert_dropout == 0.05
+    for name, k in (("sigma-k1", 1), ("sigma-k2", 2), ("sigma-k8", 8)):
+        layer = moe(name, config)
+        assert (layer.k, layer.k * layer.expert_size) == (k, 128)
+        assert layer.n_experts * layer.expert_size == pytest.approx(512, abs=layer.expert_size)  # the router grows
+    torch.manual_seed(0)
+    torch.testing.assert_close(moe("sigma-values-std", config).values, sigma.values * 4)
+    switch = moe("switch", config)
+    assert (switch.k, switch.expert_size, switch.n_experts, switch.balance) == (1, 128, 4, ("switch",))
+
+
+def test_the_lower_bound_has_the_arithmetic_of_sigma_moe() -> None:
+    config = sizes.SIZES["M"].config
+    low, sigma = (transformer(VARIANTS[name].make, config, 0) for name in ("dense-equal-flops", "sigma"))
+    assert ffn_flops(low) == pytest.approx(ffn_flops(sigma), rel=0.01)
+
+
+def test_training_flops_count_linears_and_attention_thrice() -> None:
+    config = replace(sizes.SIZES["S"].config, n_layers=1)
+    model = transformer(VARIANTS["dense"].make, config, 0)
+    linears = 128 * 384 + 128 * 128 + 2 * 128 * 512 + 128 * 256
+    attention = sum(2 * 128 * (position + 1) for position in range(256)) / 256  # multiply-adds: scores and values
+    assert training.flops_per_byte(model, config) == 3 * 2 * (linears + attention)
+
+
+# the plan
+
+
+def test_trials_come_first_and_stand_for_the_runs_of_seed_0() -> None:
+    queue = plan.queue(["S", "M"])
+    trials, rest = queue[:6], queue[6:]
+    assert [(run.variant, run.trial) for run in trials] == [
+        (variant, rate) for rate in plan.LEARNING_RATES for variant in ("dense", "sigma")
+    ]
+    assert [run.name for run in rest[:3]] == ["S/topk-16-0", "S/pkm-0", "S/switch-0"]
+    wanted = {*plan.runs_of("S"), *plan.runs_of("M")}
+    assert len(plan.runs_of("S")) == 19 * 3
+    assert len(plan.runs_of("M")) == 5 * 2
+    assert set(rest) == wanted - {Run("S", "dense", 0), Run("S", "sigma", 0)}
+    assert len(rest) == len(set(rest))
+
+
+def test_a_plan_is_of_the_sizes_layers_and_seeds_that_were_asked_for() -> None:
+    assert [run.name for run in plan.queue(["M"], ["pkm"], [1])][6:] == ["M/pkm-1"]
+    assert [run.name for run in plan.queue(["L"], ["dense"])] == ["L/dense-0"]  # with its own learning rate
+
+
+def fake(run: Run, valid: float, *, test: float = 2.0, diverged: str | None = None) -> results.Record:
+    config = run.config(2e-3)
+    points = list(range(1, 6))
+    machine = dict.fromkeys(("native core", "torch", "sparse-ffn", "commit"), "x") | {"processor": "a machine"}
+    return {
+        "size": run.size,
+        "variant": run.variant,
+        "seed": run.seed,
+        "label": VARIANTS[run.variant].label,
+        "diverged": diverged,
+        "bits_per_byte": None if diverged else {"valid": valid, "test": test},
+        "parameters": 1000,
+        "ffn_parameters": 500,
+        "ffn_flops_per_byte": 100,
+        "training_cpu_seconds": 60.0,
+        "run_seconds": 100.0,
+        "run_cpu_seconds": 90.0,
+        "curve": {
+            **{key: points for key in ("bytes", "flops", "seconds", "cpu_seconds")},
+            "bits_per_byte": [2.0 + 1 / point for point in points],
+        },
+        "config": {**config.__dict__},
+        "threads": 1,
+        "machine": machine,
+    }
+
+
+def test_the_learning_rate_is_that_of_the_lowest_sum_over_dense_and_sigma(tmp_path: Path) -> None:
+    bits = {1e-3: (2.0, 2.3), 2e-3: (2.1, 2.1), 4e-3: (1.9, None)}
+    for rate, values in bits.items():
+        for run, valid in zip(plan.trials(rate), values, strict=True):
+            assert plan.learning_rate(tmp_path) is None
+            record = fake(run, valid or 0.0, diverged=None if valid else "the loss is nan")
+            results.save(run.path(tmp_path), record)
+    assert plan.learning_rate(tmp_path) == 2e-3
+    plan.adopt_trials(tmp_path)
+    assert results.load(tmp_path / "S" / "dense-0.json") == results.load(tmp_path / "learning-rate/dense-0.002.json")
+    assert plan.Run("S", "pkm", 1).config(2e-3).learning_rate == 2e-3
+    assert plan.Run("L", "dense", 0).config(2e-3).learning_rate == 2.5e-4
+
+
+@pytest.mark.usefixtures("tiny")
+def test_plan_says_what_is_left_and_how_long_it_takes(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = ("--sizes", "S", "--variants", "dense", "sigma", "pkm", "--seeds", "0", "--plan")
+    assert enwik8.main(arguments(text, tmp_path, *chosen)) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(" min\n") == 7  # six trials and the memory
+    assert "0 of 7 runs have finished" in printed
+    assert "learning rate: not chosen yet" in printed
+    for rate in plan.LEARNING_RATES:
+        for run in plan.trials(rate):
+            results.save(run.path(tmp_path / "results"), fake(run, valid=2.0))
+    (tmp_path / "runs" / "S").mkdir(parents=True)
+    (tmp_path / "runs" / "S" / "pkm-0.pt").touch()
+    assert enwik8.main(arguments(text, tmp_path, *chosen)) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(" min") == 1
+    assert "S/pkm-0" in printed
+    assert "begun" in printed
+    assert "6 of 7 runs have finished" in printed
+    assert "learning rate: 0.001" in printed
+
+
+# the runs
+
+
+def test_a_run_leaves_one_small_file_with_all_its_numbers(whole: Path) -> None:
+    found = sorted(path.relative_to(whole / "results").as_posix() for path in whole.rglob("*.json"))
+    trials = [f"learning-rate/{v}-{rate:g}.json" for v in ("dense", "sigma") for rate in plan.LEARNING_RATES]
+    assert found == sorted([*trials, *(f"S/{v}-{seed}.json" for v in ("dense", "sigma") for seed in (0, 1))])
+    assert not list((whole / "runs").rglob("*.pt"))
+    rate = plan.learning_rate(whole / "results")
+    for variant in ("dense", "sigma"):
+        assert load(whole, f"S/{variant}-0") == load(whole, f"learning-rate/{variant}-{rate:g}")
+        record = load(whole, f"S/{variant}-1")
+        assert (whole / "results" / f"S/{variant}-1.json").stat().st_size < 6000
+        assert (record["size"], record["variant"], record["seed"]) == ("S", variant, 1)
+        assert record["config"]["learning_rate"] == rate
+        assert record["curve"]["bytes"] == [640, 1280, 1920]
+        flops = record["training_flops_per_byte"]
+        assert record["curve"]["flops"] == [640 * flops, 1280 * flops, 1920 * flops]
+        assert record["curve"]["bits_per_byte"][-1] < record["curve"]["bits_per_byte"][0]
+        assert 0 < record["bits_per_byte"]["test"] < 8
+        assert record["training_bytes"] == 1920
+        assert {"processor", "torch", "native core", "commit"} <= record["machine"].keys()
+        assert len(record["routing"]) == (0 if variant == "dense" else 2)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_finished_runs_are_not_run_again(whole: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(work, "train_run")
+    more = ("--sizes", "S", "--variants", "dense", "sigma", "--seeds", "0", "1")
+    assert enwik8.main(arguments(text, whole, *more)) == 0
+
+
+KILLED = """
+import os, signal, sys
+from dataclasses import replace
+sys.path.insert(0, {root!r})
+from tests.test_studies import make_tiny
+from studies import enwik8, results, sizes
+from examples.language_model import train
+sizes.SIZES.update(make_tiny())
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+step, save = train.train_step, train.torch.save
+
+def in_a_step(*rest):
+    return die() if rest[-1] == 17 else step(*rest)
+
+def in_a_checkpoint(content, path):
+    save(content, path)
+    if content["step"] == 20:
+        with open(path, "r+b") as file:
+            file.truncate(1000)
+        die()
+
+if {when!r} == "step":
+    train.train_step = in_a_step
+elif {when!r} == "checkpoint":
+    train.torch.save = in_a_checkpoint
+else:
+    results.json.dumps = die
+enwik8.main({arguments!r})
+"""
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("when", ["step", "checkpoint", "results"])
+def test_a_killed_run_goes_on_to_the_same_numbers(
+    when: str, whole: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole / "results", tmp_path / "results")
+    (tmp_path / "results/S/sigma-1.json").unlink()
+    more = arguments(text, tmp_path, "--sizes", "S", "--variants", "sigma", "--seeds", "1")
+    script = KILLED.format(root=str(ROOT), when=when, arguments=more)
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == -signal.SIGKILL
+    assert not (tmp_path / "results/S/sigma-1.json").exists()
+
+    steps = []
+    real = train.train_step
+
+    def spy(*rest: Any) -> float:
+        steps.append(rest[-1])
+        return real(*rest)
+
+    monkeypatch.setattr(train, "train_step", spy)
+    assert enwik8.main(more) == 0
+    assert steps == list(range({"step": 15, "checkpoint": 15, "results": 30}[when], 30))
+    assert comparable(load(tmp_path, "S/sigma-1")) == comparable(load(whole, "S/sigma-1"))
+    assert not list((tmp_path / "runs").rglob("*.p*t"))  # no checkpoint, no part of one
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_that_is_told_to_stop_goes_on_to_the_same_numbers(
+    whole: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, folder = plan.trials(plan.LEARNING_RATES[0])[0], tmp_path / "results"
+    order = work.Order((run,), str(text), folder, tmp_path / "runs")
+    for _ in range(3):
+        asked = iter([False, False, False, True, True])  # before the run, then after each step
+        monkeypatch.setattr(work.Stop, "__call__", lambda self, asked=asked: next(asked))
+        work.work(order)
+        assert order.left() == [run]
+    monkeypatch.undo()
+    monkeypatch.setitem(sizes.SIZES, "S", make_tiny()["S"])
+    assert torch.load(tmp_path / "runs" / f"{run.name}.pt", weights_only=True)["step"] == 9
+    work.work(order)
+    assert comparable(load(tmp_path, run.name)) == comparable(load(whole, run.name))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_checkpoint_of_other_settings_is_not_gone_on_from(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = plan.trials(plan.LEARNING_RATES[0])[0]
+    order = work.Order((run,), str(text), tmp_path / "results", tmp_path / "runs")
+    asked = iter([False, False, True, True])
+    monkeypatch.setattr(work.Stop, "__call__", lambda self: next(asked))
+    work.work(order)
+    monkeypatch.undo()
+    monkeypatch.setitem(sizes.SIZES, "S", replace(make_tiny()["S"], config=replace(make_tiny()["S"].config, steps=5)))
+    work.work(order)
+    assert "starts anew, since the checkpoint" in capsys.readouterr().out
+    assert load(tmp_path, run.name)["training_bytes"] == 5 * 64
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_that_another_process_has_is_left_to_it(text: Path, tmp_path: Path) -> None:
+    runs = tuple(plan.trials(plan.LEARNING_RATES[0]))
+    order = work.Order(runs, str(text), tmp_path / "results", tmp_path / "runs")
+    with work.lock(tmp_path / "runs" / f"{runs[0].name}.lock") as mine:
+        assert mine
+        work.work(order)
+    assert order.left() == [runs[0]]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_that_diverges_is_recorded_and_not_repeated(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverging(learner: train.Learner, *rest: Any) -> float:
+        raise train.TrainingError("the loss of dense is nan at step 0")
+
+    monkeypatch.setattr(train, "train_step", diverging)
+    run = plan.trials(plan.LEARNING_RATES[0])[0]
+    order = work.Order((run,), str(text), tmp_path / "results", tmp_path / "runs")
+    work.work(order)
+    record = load(tmp_path, run.name)
+    assert record["diverged"] == "the loss of dense is nan at step 0"
+    assert record["bits_per_byte"] is None
+    assert order.left() == []
+
+
+def test_two_jobs_take_a_run_each_and_a_signal_stops_both(text: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "studies.enwik8", *arguments(text, tmp_path, "--sizes", "S", "--jobs", "2")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.rglob("*.lock"))) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "61 of 61 runs are left" in printed
+    checkpoints = sorted(path.name for path in tmp_path.rglob("*.pt"))
+    assert checkpoints == ["dense-0.001.pt", "sigma-0.001.pt"]
+
+
+def test_a_worker_whose_parent_is_gone_stops() -> None:
+    assert not work.Stop(None)()
+    assert not work.Stop(None, parent=os.getppid())()
+    assert work.Stop(None, parent=os.getppid() + 1)()
+    assert work.Stop(deadline=time.time() - 1)()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_papers_size_is_for_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        enwik8.main(["--sizes", "L"])
+    assert "--sizes L would take months on a CPU: add --device cuda" in capsys.readouterr().err
+
+
+# the page
+
+
+def test_differences_are_paired_by_seed() -> None:
+    found = statistics.paired({0: 2.0, 1: 2.2, 2: 2.5, 7: 9.0}, {0: 2.1, 1: 2.3, 2: 2.5})
+    assert found is not None
+    assert found.n == 3
+    assert found.mean == pytest.approx(-0.2 / 3)
+    assert found.error == pytest.approx(torch.tensor([-0.1, -0.1, 0.0]).std().item() / 3**0.5)
+    assert str(found) == "-0.0667 ± 0.0333"
+    assert statistics.paired({0: 2.0}, {1: 2.0}) is None
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "verdict"),
+    [(-0.5, 0.1, "lower"), (0.5, 0.1, "higher"), (0.2, 0.1, "none"), (-0.19, 0.1, "none"), (-0.5, None, "one seed")],
+)
+def test_a_difference_within_two_errors_is_none(mean: float, error: float | None, verdict: str) -> None:
+    assert statistics.Difference(mean, error, 3 if error else 1).verdict == verdict
+
+
+def write_page(folder: Path) -> str:
+    page.main(["--results", str(folder / "results"), "--docs", str(folder)])
+    return (folder / "evidence.md").read_text()
+
+
+def test_page_without_results_says_so(tmp_path: Path) -> None:
+    written = write_page(tmp_path)
+    assert "Size S: none of its 57 runs has finished" in written
+    assert "Size M: none of its 10 runs has finished" in written
+    assert "Size L, the paper's, needs a GPU" in written
+    assert "|" not in written.split("## How to reproduce")[0]
+    assert not (tmp_path / "images").exists()
+
+
+def row(written: str, label: str) -> list[str]:
+    line = next(line for line in written.splitlines() if line.startswith(f"| {label} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_page_of_some_results(tmp_path: Path) -> None:
+    dense = {0: 2.00, 1: 2.02, 2: 2.01}
+    offsets = {"sigma": (-0.02, -0.01, -0.02), "topk-16": (0.01, -0.01, 0.0), "pkm": (0.1,), "sigma-k1": (0.0, 0.02)}
+    for seed, bits in dense.items():
+        run = Run("S", "dense", seed)
+        results.save(run.path(tmp_path / "results"), fake(run, 2.0, test=bits))
+    for variant, values in offsets.items():
+        for seed, offset in enumerate(values):
+            run = Run("S", variant, seed)
+            results.save(run.path(tmp_path / "results"), fake(run, 2.0, test=dense[seed] + offset))
+    run = Run("S", "switch", 0)
+    results.save(run.path(tmp_path / "results"), fake(run, 0.0, diverged="the loss of switch is nan at step 7"))
+
+    written = write_page(tmp_path)
+    assert "Size S: **44 of 57 runs are missing**" in written
+    assert "ProductKeyMemory, ReLU (seed 1, 2)" in written
+    assert row(written, "SigmaMoE, 25%")[4:] == ["1.9933", "-0.0167 ± 0.0033", "lower", "3", "1.08", "11.71"]
+    assert row(written, "TopKFFN, k = d_ff/16")[5:7] == ["+0.0000 ± 0.0058", "none"]
+    assert row(written, "ProductKeyMemory, ReLU")[5:8] == ["+0.1000", "one seed", "1"]
+    assert row(written, "SwitchMoE")[4:8] == ["diverged", "–", "", "1, 1 diverged"]
+    assert row(written, "1 expert, 4 x the size")[5] == "+0.0250 ± 0.0050"  # from SigmaMoE, not from dense
+    assert "here: SigmaMoE, 25% 1.9933 < dense, ReLU 2.0100 = TopKFFN, k = d_ff/16 2.0100 < Prod" in written
+    assert "Enwik8: TopKFFN, k = d_ff/16 1.07 < dense, ReLU 1.08 = SigmaMoE, 25% 1.08 < Prod" in written
+    assert "TopKFFN, k = d_ff/16 (none here, lower in the paper)" in written
+    assert "| a machine |" in written
+    for name in ("evidence-bytes.png", "evidence-costs.png"):
+        assert f"images/{name}" in written
+        assert (tmp_path / "images" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_page_of_complete_sizes_and_trials(tmp_path: Path) -> None:
+    for rate in plan.LEARNING_RATES:
+        for run in plan.trials(rate):
+            record = fake(run, valid=2.0 + 10 * rate)
+            record["config"]["learning_rate"] = rate
+            results.save(run.path(tmp_path / "results"), record)
+    for size in ("S", "M"):
+        for run in plan.runs_of(size):
+            results.save(run.path(tmp_path / "results"), fake(run, valid=2.0))
+    written = write_page(tmp_path)
+    assert "Size S is complete: 57 runs." in written
+    assert "Size M is complete: 10 runs." in written
+    assert "missing" not in written
+    assert row(written, "0.002") == ["0.002", "2.0200", "2.0200"]
+
+
+def test_page_of_real_runs(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "results").symlink_to(whole / "results")
+    written = write_page(tmp_path)
+    sigma, dense = (
+        [load(whole, f"S/{v}-{seed}")["bits_per_byte"]["test"] for seed in (0, 1)] for v in ("sigma", "dense")
+    )
+    assert row(written, "SigmaMoE, 25%")[4] == f"{sum(sigma) / 2:.4f}"
+    difference = [a - b for a, b in zip(sigma, dense, strict=True)]
+    assert row(written, "SigmaMoE, 25%")[5].startswith(f"{sum(difference) / 2:+.4f} ± ")
+
+
+def test_committed_results_are_whole_and_of_the_plan() -> None:
+    known = {run.path(results.RESULTS) for size in sizes.SIZES for run in plan.runs_of(size)}
+    known |= {run.path(results.RESULTS) for rate in plan.LEARNING_RATES for run in plan.trials(rate)}
+    for path in results.RESULTS.rglob("*"):
+        if path.is_file():
+            assert path in known
+            record = json.loads(path.read_text())
+            assert path.name.startswith(f"{record['variant']}-")
+            assert record["training_bytes"] == record["config"]["steps"] * 4096 or record["diverged"]
