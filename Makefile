@@ -1,23 +1,36 @@
 # Verbs for people and for CI; each one prepares what it needs from a fresh clone.
 PYTHON ?= python3
 BIN := .venv/bin
-READY := .venv/.ready
+# what .venv holds, in three sizes: for the demo, for work on the package, for the benchmarks
+DEMO := .venv/.demo
+DEV := .venv/.ready
 PEERS := .venv/.peers
+# modules are compiled when they are imported: most of what is installed never is
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --editable
 
-.PHONY: demo test gate sanitize bench lint docs format clean
+.PHONY: demo test exhaustive gate sanitize bench wheel lint docs format clean
 
-demo: $(READY)  ## train the same small language model with each FFN; table, picture and JSON in runs/demo
+demo: $(DEMO)  ## train the same small language model with each FFN; table, picture and JSON in runs/demo
 	$(BIN)/python -m examples.language_model $(ARGS)
 
-# passive: two processes whose threads wait by spinning keep the cores from each other
-test: $(READY)  ## the whole test suite; the GPU kernels interpreted, or compiled where there is a GPU
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --ignore tests/gpu $(ARGS)
-	OMP_WAIT_POLICY=passive TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/gpu $(ARGS)
+test: MARKED := not exhaustive
+test: $(DEV)  ## the behaviours; the GPU kernels interpreted, or compiled where there is a GPU
+	$(run-tests)
 
-gate: $(READY)  ## compile every GPU kernel for every target, without a GPU, and judge it
+exhaustive: MARKED := exhaustive
+exhaustive: $(DEV)  ## the rest of the suite: sweeps, builds, compilers
+	$(run-tests)
+
+# passive: two processes whose threads wait by spinning keep the cores from each other
+define run-tests
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 -m '$(MARKED)' --ignore tests/gpu $(ARGS)
+	OMP_WAIT_POLICY=passive TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m '$(MARKED)' tests/gpu $(ARGS)
+endef
+
+gate: $(DEV)  ## compile every GPU kernel for every target, without a GPU, and judge it
 	$(BIN)/python tools/compile_gate.py $(ARGS)
 
-sanitize: $(READY)  ## the tests of the ops against a core built with ASan and UBSan
+sanitize: $(DEV)  ## the tests of the ops against a core built with ASan and UBSan
 	.ci/sanitize
 
 bench: $(PEERS)  ## time the layers against dense networks and other libraries; JSON, tables and pictures in runs/bench
@@ -27,26 +40,34 @@ bench: $(PEERS)  ## time the layers against dense networks and other libraries; 
 	$(BIN)/python -m benchmarks.passes --json runs/bench/passes.json
 	@echo "python -m benchmarks.publish puts these numbers into benchmarks/results and the documentation."
 
-lint: $(READY)  ## ruff and mypy, as CI runs them
+wheel: $(DEV)  ## sdist and wheel, in dist/; the wheel is tried in an environment of its own, without a compiler
+	$(BIN)/python tools/try_wheel.py $(ARGS)
+
+lint: $(DEV)  ## ruff and mypy, as CI runs them
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(READY)  ## the documentation site, in site/
+docs: $(DEV)  ## the documentation site, in site/
 	$(BIN)/mkdocs build --strict
 
-format: $(READY)
+format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
 	rm -rf .venv site runs build dist
 
-$(READY): pyproject.toml
+$(DEMO): pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $(READY)
+	$(INSTALL) '.[demo]'
+	touch $(DEMO)
 
-$(PEERS): $(READY)
-	$(BIN)/python -m pip install --quiet --editable '.[bench,peers]' || echo 'The tables will say which peers are missing.'
+$(DEV): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(INSTALL) '.[dev]'
+	touch $(DEMO) $(DEV)
+
+$(PEERS): $(DEV)
+	$(INSTALL) '.[bench,peers]' || echo 'The tables will say which peers are missing.'
 	touch $(PEERS)

@@ -265,6 +265,7 @@ def test_a_crashing_peer_does_not_end_the_run() -> None:
     assert row.of("bad").note == "RuntimeError: out of luck"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_all_contenders_that_need_no_peer_are_right(dtype: str) -> None:
     cases = (

@@ -44,6 +44,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder / "cuda" / cuda.LIBRARY_NAME, result.stdout + result.stderr
 
 
+@pytest.mark.exhaustive
 def test_compiles_for_every_architecture_without_spills(built: tuple[Path, str]) -> None:
     _, log = built
     kernels = re.findall(r"Compiling entry function '(\w+)' for '(sm_\d+)'", log)
@@ -56,6 +57,7 @@ def test_compiles_for_every_architecture_without_spills(built: tuple[Path, str])
     assert max(shared) <= 48 * 1024
 
 
+@pytest.mark.exhaustive
 def test_loads_without_a_driver(built: tuple[Path, str]) -> None:
     library = ctypes.CDLL(str(built[0]))
     library.sparse_ffn_cuda_status_text.restype = ctypes.c_char_p

@@ -47,5 +47,6 @@ def test_train_with_trainer(tmp_path: Path) -> None:
     assert (tmp_path / "config.json").is_file()
 
 
+@pytest.mark.exhaustive
 def test_serve_with_compile() -> None:
     assert serve_with_compile.main(["--backend", "aot_eager", "--requests", "6", "--width", "32"]) == 1

@@ -6,6 +6,7 @@ import pytest
 from matrix import distributed
 from matrix.cases import Case, runnable
 
+pytestmark = pytest.mark.exhaustive
 CASES = runnable(2, "reference", "torch", "cpu")
 
 

@@ -17,11 +17,12 @@ import pytest
 import torch
 
 from sparse_ffn import native
+from tools import try_wheel
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = f"sparse_ffn/{native.LIBRARY_NAME}"
 built = pytest.mark.skipif(native.PROBLEM is not None, reason="no compiler when the package was installed")
-pytestmark = pytest.mark.timeout(900)  # a build on a busy machine
+pytestmark = [pytest.mark.exhaustive, pytest.mark.timeout(900)]  # builds, on a busy machine
 
 
 def run(*command: object, cwd: Path, **environment: str) -> str:
@@ -75,19 +76,6 @@ def sources(folder: str) -> set[str]:
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so"
     }
-
-
-STEP = """
-import torch, sparse_ffn as sf
-with sf.backend("cpu"):
-    layer, x = sf.SigmaMoE(24, 5, 8, 2), torch.randn(50, 24)
-    y = layer(x)
-    (y.square().sum() + sf.aux_loss(layer)).backward()
-with sf.backend("reference"):
-    torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-4)
-assert all(p.grad.isfinite().all() for p in layer.parameters())
-print(sf.__file__)
-"""
 
 
 def test_sdist_holds_all_that_builds_and_tests_and_nothing_else(distributions: Distributions) -> None:
@@ -163,10 +151,16 @@ def test_installed_wheel_trains_on_the_core_outside_the_source_tree(
     distributions: Distributions, tmp_path: Path
 ) -> None:
     python = install(distributions.wheel, tmp_path)
-    report = run(python, "-m", "sparse_ffn.info", cwd=tmp_path)
-    assert "native core: loaded" in report
+    report = run(python, ROOT / "tools" / "try_wheel.py", "--installed", cwd=tmp_path)
     assert "chosen     cpu: cpu (automatic" in report
-    assert run(python, "-c", STEP, cwd=tmp_path).startswith(str(tmp_path))
+    assert f"loaded     {tmp_path}" in report
+
+
+@built
+def test_the_core_loads_wherever_torch_does(distributions: Distributions, tmp_path: Path) -> None:
+    """Of glibc and the compiler's libraries it asks for no more than torch's own wheels, which are manylinux_2_28."""
+    library = zipfile.ZipFile(distributions.wheel).extract(LIBRARY, tmp_path)
+    assert "manylinux_2_28" in try_wheel.platforms(try_wheel.needs(Path(library)))
 
 
 def test_without_a_compiler_a_pure_wheel_installs_warns_once_and_computes_with_torch(

@@ -88,6 +88,7 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatc
     assert "no GPU that torch can use" in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it is no rehearsal")
 def test_rehearsal(tmp_path: Path) -> None:

@@ -21,7 +21,11 @@ typedef float VUnaligned __attribute__((vector_size(VL * 4), aligned(4), may_ali
 
 static ALWAYS_INLINE V zero() { return V{}; }
 static ALWAYS_INLINE V splat(float f) { return V{} + f; }
+#if defined(__aarch64__)  // a vector of less alignment as an argument is an internal error of GCC 14 there
+static ALWAYS_INLINE V load(const float* p) { V v; memcpy(&v, p, sizeof v); return v; }
+#else
 static ALWAYS_INLINE V load(const float* p) { return *reinterpret_cast<const VUnaligned*>(p); }
+#endif
 static ALWAYS_INLINE void store(float* p, V v) { *reinterpret_cast<VUnaligned*>(p) = v; }
 static ALWAYS_INLINE void stream(float* p, V v) {  // p aligned to a vector; drain_streams() before others may read
 #if defined(__AVX512F__)

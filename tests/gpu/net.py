@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pages
+import pytest
 import torch
 from torch import Tensor
 
@@ -24,6 +25,15 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 MARGIN = 4096  # elements on either side
 CANARY = {torch.float32: -12345.5, torch.float16: -12344.0, torch.bfloat16: -12352.0}
 CANARY |= {torch.int32: -7777777, torch.int64: -7777777}
+# for sweeps: 16 bits go the ways of fp32, so that they may come after it
+fp32_first = pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.float32, id="fp32"),
+        pytest.param(torch.float16, id="fp16", marks=pytest.mark.exhaustive),
+        pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.exhaustive),
+    ],
+)
 _fence: pages.Side | None = None
 
 

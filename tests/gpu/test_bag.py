@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import test_large
 import torch
-from net import TOLERANCE, Case, check, guarded, random, traps
+from net import Case, check, fp32_first, guarded, random, traps
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -17,8 +17,6 @@ from sparse_ffn import ops
 from sparse_ffn.kernels import bag, config, segments
 from sparse_ffn.kernels.launch import cdiv
 from sparse_ffn.ops.weighted_bag import triton as weighted_bag
-
-dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16", "bf16"])
 
 BAGS: dict[str, Callable[[], tuple[int, Tensor]]] = {  # rows of the table, index
     "random": lambda: (11, torch.randint(0, 11, (7, 5))),
@@ -45,7 +43,7 @@ def small_bags(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "BAG", small)
 
 
-@dtypes
+@fp32_first
 @pytest.mark.parametrize("name", BAGS)
 def test_weighted_bag(name: str, dtype: torch.dtype, device: str) -> None:
     check(bag_case(name, dtype), device)
@@ -77,7 +75,7 @@ def test_weights_keep_their_own_dtype(device: str) -> None:
     assert (out.dtype, dvalues.dtype, dweight.dtype) == (torch.float16, torch.float16, torch.float32)
 
 
-@dtypes
+@fp32_first
 @pytest.mark.parametrize("name", BAGS)
 def test_sparse_gradient_holds_the_rows_read(name: str, dtype: torch.dtype, device: str) -> None:
     case = bag_case(name, dtype)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from net import ROUTINGS, TOLERANCE, check, expert_case
+from net import ROUTINGS, check, expert_case, fp32_first
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparse_ffn.kernels import masked, routing
@@ -14,7 +14,6 @@ from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.expert_ffn import dense
 from sparse_ffn.ops.expert_ffn import triton as expert_ffn
 
-dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16", "bf16"])
 RULE = dense.wins
 
 
@@ -25,7 +24,7 @@ def every_expert(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routing, "launch", None)  # nothing is sorted
 
 
-@dtypes
+@fp32_first
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("form", ["plain", "everything"])
 def test_expert_ffn(form: str, routing: str, dtype: torch.dtype, device: str) -> None:

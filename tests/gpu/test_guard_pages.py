@@ -21,6 +21,7 @@ from sparse_ffn.ops.expert_ffn import dense
 from sparse_ffn.ops.topk_ffn import triton as topk_ffn
 
 pytestmark = [
+    pytest.mark.exhaustive,
     pytest.mark.usefixtures("small_blocks"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory has no such pages"),
 ]

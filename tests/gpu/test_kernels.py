@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from net import ROUTINGS, TOLERANCE, Case, check, cvmm_case, expert_case, random, tf32
+from net import ROUTINGS, TOLERANCE, Case, check, cvmm_case, expert_case, fp32_first, random, tf32
 from strange import assert_near, exact, numbers
 from test_on_a_gpu import TOKENS
 from torch import Tensor
@@ -19,12 +19,11 @@ from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.expert_ffn import dense
 from sparse_ffn.ops.expert_ffn import triton as expert_ffn
 
-dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16", "bf16"])
 routings = pytest.mark.parametrize("routing", ROUTINGS)
 pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
-@dtypes
+@fp32_first
 @routings
 @pytest.mark.parametrize("form", ["plain", "everything"])
 def test_expert_ffn(form: str, routing: str, dtype: torch.dtype, device: str) -> None:
@@ -66,7 +65,7 @@ def test_expert_ffn_of_any_size(sizes: tuple[int, int, int], form: str, device: 
     check(expert_case(form=form, sizes=sizes, activation="silu"), device)
 
 
-@dtypes
+@fp32_first
 @pytest.mark.parametrize("few", [True, False], ids=["decode", "sorted"])
 @pytest.mark.parametrize("form", ["plain", "everything"])
 def test_inference(form: str, few: bool, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +83,7 @@ def test_which_calls_are_decoded() -> None:
     assert not expert_ffn.few_slots(65, 64)
 
 
-@dtypes
+@fp32_first
 @routings
 @pytest.mark.parametrize("form", ["plain", "gather", "gather, scatter, reduction"])
 def test_cvmm(form: str, routing: str, dtype: torch.dtype, device: str) -> None:
@@ -130,7 +129,13 @@ def test_experts_that_share_a_matrix(device: str) -> None:
     check(case, device)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.float32, id="fp32"),
+        pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.exhaustive),
+    ],
+)
 @pytest.mark.parametrize("routing", ["ragged", "all on one expert", "no token"])
 def test_weight_gradients_in_parts(
     routing: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch

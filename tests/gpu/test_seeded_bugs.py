@@ -35,6 +35,7 @@ from sparse_ffn.kernels import (
 from sparse_ffn.ops.expert_ffn import dense
 
 pytestmark = [
+    pytest.mark.exhaustive,
     pytest.mark.usefixtures("small_blocks"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="a fault may corrupt the GPU's memory"),
 ]

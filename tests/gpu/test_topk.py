@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import test_large
 import torch
-from net import TOLERANCE, Case, check, guarded, random, traps
+from net import TOLERANCE, Case, check, fp32_first, guarded, random, traps
 from strange import stable, strange
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -76,7 +76,7 @@ def topk_case(
 
 
 @ways
-@dtypes
+@fp32_first
 @pytest.mark.parametrize("form", ["plain", "everything"])
 def test_topk_ffn(form: str, dtype: torch.dtype, sparse: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     choose(sparse, monkeypatch)
