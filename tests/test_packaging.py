@@ -123,8 +123,19 @@ def test_the_core_is_built_without_cmake_too(tmp_path: Path) -> None:
     without = {"SPARSE_FFN_NO_CMAKE": "1", "SPARSE_FFN_CUDA": "0", "CXXFLAGS": "-O0"}  # not for speed, but quickly
     folder = tmp_path / "a folder"
     run(ROOT / "csrc" / "build.sh", folder, cwd=tmp_path, **without)
-    report = run(sys.executable, "-c", f"{STEP}\nfrom sparse_ffn import native; print(*native.instruction_sets())",
-                 cwd=tmp_path, SPARSE_FFN_LIBRARY=str(folder / native.LIBRARY_NAME))  # fmt: skip
+    step = """
+import torch, sparse_ffn as sf
+layer, x = sf.SigmaMoE(24, 5, 8, 2), torch.randn(50, 24)
+with sf.backend("cpu"):
+    y = layer(x)
+    (y.square().sum() + sf.aux_loss(layer)).backward()
+with sf.backend("reference"):
+    torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-4)
+assert all(p.grad.isfinite().all() for p in layer.parameters())
+from sparse_ffn import native
+print(*native.instruction_sets())
+"""
+    report = run(sys.executable, "-c", step, cwd=tmp_path, SPARSE_FFN_LIBRARY=str(folder / native.LIBRARY_NAME))
     assert report.splitlines()[-1].split() == native.instruction_sets()
 
 

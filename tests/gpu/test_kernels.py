@@ -38,7 +38,7 @@ def test_expert_ffn_with_every_activation(activation: str, form: str, device: st
     check(expert_case("ragged", form=form, activation=activation, sizes=(16, 20, 16)), device)
 
 
-@dtypes
+@fp32_first
 @pytest.mark.parametrize("n_experts", [1, 3], ids=["dense", "sorted"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_and_their_derivatives_are_right_everywhere(
