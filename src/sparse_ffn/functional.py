@@ -43,7 +43,7 @@ def cvmm(
         [n_out, L] in x's dtype (autocast's under autocast).
 
     Raises:
-        TypeError: a wrong dtype, or ``n_out`` that is no int.
+        TypeError: no dense tensor, a wrong dtype, or ``n_out`` that is no int.
         ValueError: a wrong shape or device, or ``n_out`` below 0.
         IndexError: an index out of its range (checked on the CPU).
     """
@@ -101,7 +101,7 @@ def expert_ffn(
         [T, O] in x's dtype (autocast's under autocast).
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: no dense tensor, or a wrong dtype.
         ValueError: a wrong shape or device, or an unknown activation.
         IndexError: an index out of its range (checked on the CPU).
     """
@@ -133,7 +133,7 @@ def weighted_bag(values: Tensor, index: Tensor, weight: Tensor, *, sparse_grad: 
         [N, O] in the dtype of values (autocast's under autocast).
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: no dense tensor, or a wrong dtype.
         ValueError: a wrong shape or device.
         IndexError: an index out of its range (checked on the CPU).
     """
@@ -156,7 +156,7 @@ def product_key_topk(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Ten
         [..., k]. Ties go to the lower position in the k x k list of candidates.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: no dense tensor, or a wrong dtype.
         ValueError: shapes that differ, or k out of range.
     """
     _check_float("first", first, None)
@@ -198,7 +198,7 @@ def topk_ffn(
         [T, O] in x's dtype (autocast's under autocast).
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: no dense tensor, or a wrong dtype.
         ValueError: a wrong shape or device, an unknown activation, or k out of range.
     """
     _check_float("x", x, 2)
