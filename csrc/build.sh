@@ -40,6 +40,7 @@ avx2="-mavx2 -mfma -mf16c"
 avx512="$avx2 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512"
 {
   for base in dispatch scratch; do echo "$x86 -c $here/cpu/$base.cpp -o $out/$base.o"; done
+  for source in "$here"/interface/*.cpp; do echo "-c $source -o $out/interface-$(basename "$source" .cpp).o"; done
   for name in $names; do
     case $name in
       generic) wide="" ;; avx2) wide=$avx2 ;; avx512) wide=$avx512 ;; avx512_bf16) wide="$avx512 -mavx512bf16" ;;
