@@ -117,9 +117,10 @@ class ProductKeyMemory(SparseFFN):
     def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
         # T tokens, H heads, N sub-keys, C half a query, K selected values
         x = x.reshape(-1, self.d_model)
-        values, n = self.values, self.sub_keys.shape[2]
-        if values.shape[0] != n * n:  # kernels trust it, but functional_call and pruning bring tensors of their own
-            raise ValueError(f"values must have a row for each of the {n}² pairs of sub-keys, got {list(values.shape)}")
+        values, sub_keys, half = self.values, self.sub_keys.shape, self._width // 2
+        n = sub_keys[2] if len(sub_keys) == 4 else 0
+        if sub_keys != (2, self.n_heads, n, half) or values.shape != (n * n, self.d_out):
+            raise self._misfit()
         score_THK, index_THK = ops.product_key_topk(self._scores(x), self.k)
         if self.activation == "softmax":
             weight_THK = torch.softmax(score_THK, dim=-1)
@@ -137,13 +138,32 @@ class ProductKeyMemory(SparseFFN):
                 return rearrange(score_STM, "s t (h n) -> t h s n", h=self.n_heads)
             if type(self.query) is nn.Linear and is_plain(self.query):
                 check_places(x, (self.query.weight,))
+                if self.query.weight.shape != (self.n_heads * self._width, self.d_model):
+                    raise self._misfit()
                 query_TBC = ops.normalised_product(x, self.query.weight, 2 * self.n_heads, self.query_norm)
             else:  # quantised, pruned, parametrised, with LoRA: whatever it is now, it computes the query
                 query_TM = self.query(x.to(self.values.dtype))
+                if query_TM.shape[1:] != (self.n_heads * self._width,):
+                    raise ValueError(
+                        f"query must give [tokens, {self.n_heads * self._width}], got {list(query_TM.shape)}"
+                    )
                 query_TBC = ops.normalise(rearrange(query_TM, "t (b c) -> t b c", b=2 * self.n_heads), self.query_norm)
             sub_keys_BNC = rearrange(self.sub_keys, "s h n c -> (h s) n c")
             score_BTN = ops.wide_product(query_TBC.transpose(0, 1), sub_keys_BNC)
             return rearrange(score_BTN, "(h s) t n -> t h s n", s=2)
+
+    @property
+    def _width(self) -> int:
+        """Of a head's query."""
+        return self.d_model if self.query_dim is None else self.query_dim
+
+    def _parts(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
+        query = self.query.weight if type(self.query) is nn.Linear else None  # others may store it packed
+        return {
+            "sub_keys": (self.sub_keys, (2, self.n_heads, self.n_sub_keys, self._width // 2)),
+            "query.weight": (query, (self.n_heads * self._width, self.d_model)),
+            "values": (self.values, (self.d_ff, self.d_out)),
+        }
 
     def param_groups(self, values_lr: float, **options: Any) -> list[dict[str, Any]]:
         """Optimizer parameter groups: the value table with a learning rate of its own, then all other parameters.
