@@ -127,5 +127,5 @@ def test_cvmm_and_its_gradients_take_rows_far_apart() -> None:
 
 def test_selection_takes_rows_far_apart() -> None:
     scores, index = far_apart(3, 40, torch.float32), torch.empty(3, 5, dtype=torch.int64)
-    native.call("topk", scores.data_ptr(), 3, 40, scores.stride(0), 5, 2, index.data_ptr(), None)
+    native.call("topk", (scores, index, None))
     assert torch.equal(index, scores.contiguous().topk(5).indices)

@@ -189,6 +189,30 @@ def test_indices_out_of_range_are_refused_and_not_read() -> None:
             ops.weighted_bag(values[:, 0], index, torch.ones(3, 1))
 
 
+@built
+def test_without_experts_outputs_and_gradients_are_zero() -> None:
+    """Of so many numbers that the work would be divided among experts."""
+    none, x = torch.zeros(0, dtype=torch.int64), torch.randn(5000, 512, requires_grad=True)
+    weight, keys, values = torch.randn(0, 512, 512), torch.randn(0, 3, 512), torch.randn(0, 3, 512)
+    for y in (
+        functional.expert_ffn(x, keys, values, none.view(1, 0).expand(5000, 0), torch.zeros(5000, 0)),
+        functional.cvmm(x, weight, none, gather_index=none, scatter_index=none, n_out=5000),
+    ):
+        y.sum().backward()
+        assert not y.any()
+        assert not x.grad.any()
+
+
+@built
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_a_glu_of_inputs_without_features_is_a_glu(tokens: int) -> None:
+    keys, values, bias = torch.randn(3, 4, 0), torch.randn(3, 4, 5), torch.randn(3, 4)
+    index, gate = torch.arange(tokens).view(-1, 1) % 3, torch.rand(tokens, 1)
+    y = functional.expert_ffn(torch.randn(tokens, 0), keys, values, index, gate, gate_keys=keys, key_bias=bias)
+    assert y.shape == (tokens, 5)
+    assert not y.any()  # relu(0) * bias
+
+
 LAYERS = {
     "topk": lambda: sf.TopKFFN(8, 20, 5, glu=True, norm_aware=True),
     "product_key": lambda: sf.ProductKeyMemory(8, 5, 7, n_heads=2),

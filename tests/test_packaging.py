@@ -111,7 +111,7 @@ def test_wheel_serves_every_python_and_torch_on_its_platform(distributions: Dist
     wanted = run("nm", "--dynamic", "--undefined-only", library, cwd=tmp_path)
     assert not [word for word in ("torch", "c10", "aten", " Py", "_Py") if word in wanted], wanted
     offered = {line.split()[-1] for line in run("nm", "-D", "--defined-only", library, cwd=tmp_path).splitlines()}
-    assert {f"sparse_ffn_{name}" for name in native._SIGNATURES} <= offered
+    assert {f"sparse_ffn_{name}" for name in native.OPTIONS} <= offered
     assert all(name.startswith("sparse_ffn_") for name in offered), offered
     code = f"import ctypes; print(ctypes.CDLL({library!r}).sparse_ffn_abi_version())"
     assert run(sys.executable, "-I", "-S", "-c", code, cwd=tmp_path).strip() == str(native.ABI_VERSION)

@@ -76,7 +76,7 @@ def test_one_parameter_of_another_size(kind: str, name: str, rows: int, train: b
     exchange(layer, name, tensors(layer)[name].detach()[:rows])
     if name == "router.weight":
         layer.router.bias = layer.router.bias[:rows]
-    with pytest.raises(ValueError, match=r"keys|experts|key_bias|values"):
+    with pytest.raises(ValueError, match=rf"{name} must have shape"):
         output(layer, torch.randn(9, 16), backend, train)
 
 

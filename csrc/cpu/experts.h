@@ -1,6 +1,6 @@
 // experts.h - entry points of one instruction set for the expert FFN, and the per-slot tables they share.
 #pragma once
-#include "../include/sparse_ffn.h"
+#include "problem.h"
 #include "types.h"
 
 SPARSE_FFN_BEGIN

@@ -1,7 +1,7 @@
 // hidden.h - what happens to one row of hidden units between the two matrix products, forward and backward.
 // c_z (and c_zg with GLU) are fp32 products of the row with keys (and gate_keys).
 #pragma once
-#include "../include/sparse_ffn.h"
+#include "problem.h"
 #include "vec_math.h"
 
 SPARSE_FFN_BEGIN

@@ -1,8 +1,8 @@
-// kernel_table.h - what one instruction set offers; dispatch.cpp validates the arguments, picks a table and calls.
+// kernel_table.h - what one instruction set offers; csrc/interface checks the arguments and calls.
 #pragma once
 #include <cstdint>
 
-#include "../include/sparse_ffn.h"
+#include "problem.h"
 
 namespace sparse_ffn {
 
@@ -36,5 +36,8 @@ struct KernelTable {
   int (*topk_activation)(const void* u, int64_t T, int64_t F, int64_t stride, int32_t dtype, int32_t activation,
                          const float* norm, int64_t k, int32_t n_threads, int64_t* index, void* kept);
 };
+
+// Those of the best instruction set that the processor has.
+const KernelTable& kernels();
 
 }  // namespace sparse_ffn

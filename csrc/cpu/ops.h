@@ -1,6 +1,6 @@
 // ops.h - entry points of one instruction set besides the expert FFN; see kernel_table.h for what they do.
 #pragma once
-#include "../include/sparse_ffn.h"
+#include "problem.h"
 #include "types.h"
 
 SPARSE_FFN_BEGIN

@@ -2,7 +2,7 @@
 #pragma once
 #include <omp.h>
 
-#include "../include/sparse_ffn.h"
+#include "problem.h"
 #include "types.h"
 
 SPARSE_FFN_BEGIN

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -131,6 +131,16 @@ def check_places(x: Tensor, parameters: Iterable[Tensor | None]) -> None:
     for parameter in parameters:
         if parameter is not None and parameter.device != x.device:
             raise ValueError(f"x is on {x.device}, but a parameter of the layer is on {parameter.device}")
+
+
+def misfit(parts: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]) -> ValueError:
+    """The error for tensors that do not fit each other: names those that have not the shape they were made with."""
+    wrong = (
+        f"{name} must have shape {list(shape)}, got {list(tensor.shape)}"
+        for name, (tensor, shape) in parts.items()
+        if tensor is not None and tensor.shape != shape
+    )
+    return ValueError("; ".join(wrong))
 
 
 def check_dtype(dtype: Any) -> None:

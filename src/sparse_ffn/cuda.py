@@ -128,6 +128,11 @@ def give_workspace(arguments: Any, name: str, like: Tensor) -> Tensor:
     return workspace
 
 
+def pointer(x: Tensor | None) -> int | None:
+    """The address of a tensor's data; null for None."""
+    return None if x is None else x.data_ptr()
+
+
 def device_number(x: Tensor) -> int:
     """The number of a tensor's device, as the library wants it."""
     return x.device.index or 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import os
+import struct
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -19,121 +21,70 @@ HUGE_PAGE = 2 << 20
 LIBRARY_NAME = "libsparse_ffn_cpu.so"
 LIBRARY_VARIABLE = "SPARSE_FFN_LIBRARY"
 ISA_VARIABLE = "SPARSE_FFN_ISA"
-ABI_VERSION = 4
+ABI_VERSION = 5
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "identity": 4, "squared_relu": 5}
 NORMS = {"layer": 1, "rms": 2}
 GATES = {"sigmoid": 0, "softmax": 1, "softmax_selected": 2, "one": 3}
-
-_p, _i64, _i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-
-
-class Experts(ctypes.Structure):
-    """``sparse_ffn_experts`` of csrc/include/sparse_ffn.h."""
-
-    _fields_ = (
-        *((name, _i64) for name in ("T", "D", "O", "E", "G", "K")),
-        *((name, _i32) for name in ("dtype", "activation", "n_threads", "reserved")),
-        ("x", _p),
-        ("x_stride", _i64),
-        *((name, _p) for name in ("keys", "gate_keys", "values", "key_bias", "gate", "hidden_scale")),
-        *((name, _p) for name in ("order", "offsets")),
-    )
-
-
-class Router(ctypes.Structure):
-    """``sparse_ffn_router``."""
-
-    _fields_ = (
-        *((name, _p) for name in ("weight", "bias", "mask")),
-        ("groups", _i64),
-        *((name, _i32) for name in ("gate", "reserved")),
-    )
-
-
-class Cvmm(ctypes.Structure):
-    """``sparse_ffn_cvmm``."""
-
-    _fields_ = (
-        *((name, _i64) for name in ("rows_x", "rows_out", "S", "E", "M", "L")),
-        *((name, _i32) for name in ("dtype", "n_threads")),
-        ("x", _p),
-        ("x_stride", _i64),
-        ("w", _p),
-        *((name, _i64) for name in ("w_stride_e", "w_stride_m", "w_stride_l")),
-        *((name, _p) for name in ("offsets", "gather", "scatter", "scale")),
-    )
-
-
-class Bag(ctypes.Structure):
-    """``sparse_ffn_bag``."""
-
-    _fields_ = (
-        *((name, _i64) for name in ("T", "J", "N", "O")),
-        *((name, _i32) for name in ("dtype", "n_threads")),
-        *((name, _p) for name in ("values", "index", "weight")),
-    )
-
-
-class WideProduct(ctypes.Structure):
-    """``sparse_ffn_wide_product``."""
-
-    _fields_ = (
-        *((name, _i64) for name in ("B", "M", "N", "K", "x_stride_b", "x_stride_m", "norm_width")),
-        *((name, _i32) for name in ("dtype", "norm", "n_threads", "reserved")),
-        *((name, _p) for name in ("x", "w")),
-    )
-
-
-class Normalised(ctypes.Structure):
-    """``sparse_ffn_normalised``."""
-
-    _fields_ = (
-        *((name, _i64) for name in ("M", "pieces", "width", "stride_m", "stride_piece")),
-        *((name, _i32) for name in ("dtype", "norm", "n_threads", "reserved")),
-    )
-
-
-class ProductKeys(ctypes.Structure):
-    """``sparse_ffn_product_keys``."""
-
-    _fields_ = (
-        *((name, _i64) for name in ("T", "H", "n", "k", "stride_t", "stride_h", "stride_s")),
-        *((name, _i32) for name in ("n_threads", "reserved")),
-    )
-
-
-_POINTER = ctypes.POINTER
-_SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "find_pages": (_p, _i64),
-    "route": (_p, _i64, _i64, _p, _p),
-    "experts_forward": (_POINTER(Experts), _p, _p, _p),
-    "experts_infer": (_POINTER(Experts), _p, _p),
-    "experts_backward": (_POINTER(Experts), _p, _i64, *[_p] * 8),
-    "moe_forward": (_POINTER(Experts), _POINTER(Router), *[_p] * 8),
-    "moe_backward": (_POINTER(Experts), _POINTER(Router), _p, _i64, *[_p] * 11),
-    "cvmm_forward": (_POINTER(Cvmm), _p),
-    "cvmm_backward": (_POINTER(Cvmm), _p, _i64, _p, _p, _p),
-    "bag_forward": (_POINTER(Bag), _p),
-    "bag_backward": (_POINTER(Bag), _p, _p, _p),
-    "bag_backward_sparse": (_POINTER(Bag), _p, _p, _p, _p, _POINTER(_i64)),
-    "wide_product_forward": (_POINTER(WideProduct), _p, _p),
-    "normalised_backward": (_POINTER(Normalised), _p, _p, _p, _p),
-    "product_key_topk": (_POINTER(ProductKeys), _p, _p, _p),
-    "product_key_topk_backward": (_POINTER(ProductKeys), _p, _p, _p),
-    "topk": (_p, _i64, _i64, _i64, _i64, _i32, _p, _p),
-    "topk_activation": (_p, _i64, _i64, _i64, _i32, _i32, _p, _i64, _i32, _p, _p),
+OPTIONS = {
+    "experts_forward": 1,
+    "experts_backward": 1,
+    "moe_forward": 2,
+    "moe_backward": 2,
+    "cvmm_forward": 0,
+    "cvmm_backward": 0,
+    "bag_forward": 0,
+    "bag_backward": 0,
+    "bag_backward_sparse": 0,
+    "wide_product_forward": 1,
+    "normalised_backward": 1,
+    "product_key_topk": 0,
+    "product_key_topk_backward": 0,
+    "topk": 0,
+    "topk_activation": 1,
 }
-_ERRORS = {
-    1: (ValueError, "bad argument"),
-    2: (IndexError, "an index lies outside its table"),
-    3: (MemoryError, "out of memory"),
-    4: (ValueError, "more than 2**31 - 1 slots in one call"),
-}
+"""The functions of the core, each with the number of its options between the tensors and the threads."""
+_ERRORS = {1: ValueError, 2: IndexError, 3: MemoryError, 4: ValueError, 5: TypeError}
+
+_FOREIGN = 7
+_CODES = {dtype: _FOREIGN for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+_CODES |= {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4, torch.int32: 5, torch.bool: 6}
 
 
-def pointer(x: Tensor | None) -> int | None:
-    """The address of a tensor's data; null for None."""
-    return None if x is None else x.data_ptr()
+def _packer(dims: int) -> Callable[..., bytes]:
+    """Makes a ``sparse_ffn_tensor`` out of a dtype's number, an address, sizes and strides."""
+    shown = min(dims, 4)
+    half = f"{shown}q{8 * (4 - shown)}x"
+    pack = struct.Struct(f"@qqP{half}{half}").pack
+    if dims == shown:
+        return functools.partial(pack, dims)
+    return lambda code, data, *numbers: pack(dims, code, data, *numbers[:4], *numbers[dims : dims + 4])
+
+
+_PACK = [_packer(dims) for dims in range(65)]  # torch has no more
+_CPU = torch.device("cpu")
+_ABSENT = bytes(len(_PACK[0](0, 0)))
+
+
+def call(name: str, tensors: tuple[Tensor | None, ...], *options: int) -> None:
+    """Call a function of the core, which checks all that the kernels rely on.
+
+    Args:
+        name: as in csrc/include/sparse_ffn.h.
+        tensors: its block of tensors, in the order that they have there; None for one that is absent.
+        options: numbers that stand between the tensors and the threads.
+
+    Raises:
+        ValueError, TypeError, IndexError, MemoryError: what the core refused, and why.
+    """
+    block = [
+        _ABSENT
+        if t is None
+        else _PACK[t.ndim](_CODES[t.dtype] if t.is_cpu else _FOREIGN, t.data_ptr(), *t.shape, *t.stride())
+        for t in tensors
+    ]
+    status = _functions[name](b"".join(block), *options, torch.get_num_threads())
+    if status:
+        raise _ERRORS[status](_library.sparse_ffn_error().decode())
 
 
 def dense(x: Tensor | None) -> Tensor | None:
@@ -143,7 +94,9 @@ def dense(x: Tensor | None) -> Tensor | None:
 
 def rows(x: Tensor) -> Tensor:
     """The matrix with unit stride inside its rows, copied only if it has not; rows themselves may be strided."""
-    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+    if x.is_contiguous() or (x.ndim == 2 and x.stride(1) == 1 and x.stride(0) >= x.shape[1]):
+        return x
+    return x.contiguous()
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -154,7 +107,7 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     address = _library.sparse_ffn_allocate(size) if size >= HUGE_PAGE else None
     if address is None:
-        return torch.empty(*shape, dtype=dtype, device="cpu")
+        return torch.empty(*shape, dtype=dtype, device=_CPU)
     memory = (ctypes.c_char * size).from_address(address)
     # not at exit: tensors may outlive the interpreter
     weakref.finalize(memory, _library.sparse_ffn_free, address, size).atexit = False
@@ -164,29 +117,8 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
 def empty_for_torch(*shape: int, dtype: torch.dtype) -> Tensor:
     """``empty`` for an output that torch's kernels write and not the core, which finds its outputs' memory itself."""
     out = empty(*shape, dtype=dtype)
-    call("find_pages", out.data_ptr(), out.nbytes)
+    _library.sparse_ffn_find_pages(out.data_ptr(), out.nbytes)
     return out
-
-
-def call(name: str, *arguments: Any) -> None:
-    """Call a function of the core.
-
-    Raises:
-        ValueError, IndexError, MemoryError: what the core refused.
-    """
-    status = _functions[name](*arguments)
-    if status:
-        error, words = _ERRORS[status]
-        raise error(f"sparse_ffn native core, {name}: {words}")
-
-
-def route(index: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
-    """Stable order of slots by expert: index int64 [S] -> order int32 [S], offsets int32 [E + 1]."""
-    index = index.contiguous()
-    order = empty(index.numel(), dtype=torch.int32)
-    offsets = empty(n_experts + 1, dtype=torch.int32)
-    call("route", index.data_ptr(), index.numel(), n_experts, order.data_ptr(), offsets.data_ptr())
-    return order, offsets
 
 
 def instruction_set() -> str:
@@ -212,12 +144,15 @@ def _load() -> tuple[Any, dict[str, Callable[..., int]], str | None]:
         version = library.sparse_ffn_abi_version()
         if version != ABI_VERSION:
             return None, {}, f"{path} has ABI version {version}, this package needs {ABI_VERSION}"
-        for name, argtypes in _SIGNATURES.items():
+        for name, n_options in OPTIONS.items():
             functions[name] = getattr(library, f"sparse_ffn_{name}")
-            functions[name].argtypes = argtypes  # type: ignore[attr-defined]
-        library.sparse_ffn_isa.restype = library.sparse_ffn_isas.restype = ctypes.c_char_p
-        library.sparse_ffn_allocate.restype, library.sparse_ffn_allocate.argtypes = _p, (_i64,)
-        library.sparse_ffn_free.restype, library.sparse_ffn_free.argtypes = None, (_p, _i64)
+            functions[name].argtypes = (ctypes.c_void_p, *[ctypes.c_int32] * (n_options + 1))  # type: ignore[attr-defined]
+        for text in (library.sparse_ffn_isa, library.sparse_ffn_isas, library.sparse_ffn_error):
+            text.restype = ctypes.c_char_p
+        address, n_bytes = ctypes.c_void_p, ctypes.c_int64
+        library.sparse_ffn_allocate.restype, library.sparse_ffn_allocate.argtypes = address, (n_bytes,)
+        library.sparse_ffn_free.restype, library.sparse_ffn_free.argtypes = None, (address, n_bytes)
+        library.sparse_ffn_find_pages.argtypes = (address, n_bytes)
     except (OSError, AttributeError) as error:
         return None, {}, f"{path} cannot be loaded: {error}"
     return library, functions, None

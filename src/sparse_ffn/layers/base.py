@@ -20,6 +20,7 @@ from sparse_ffn.checks import (
     check_places,
     check_positive,
     check_rate,
+    misfit,
 )
 from sparse_ffn.layers.parametrizations import Parametrizations
 from sparse_ffn.ops.activations import ACTIVATIONS
@@ -103,6 +104,8 @@ class SparseFFN(CheckedOptions, nn.Module):
         if not x.dim() or x.shape[-1] != self.d_model:
             raise ValueError(f"x must have shape [..., d_model = {self.d_model}], got {list(x.shape)}")
         check_places(x, self._parameters.values())
+        if self.out_bias is not None and self.out_bias.shape != (self.d_out,):
+            raise self._misfit()
         if mask is not None:
             check_mask(mask, x)
         y = self._forward(x, mask, self._selector_input(x, router_input))
@@ -133,6 +136,13 @@ class SparseFFN(CheckedOptions, nn.Module):
         double = torch.float64 in (x.dtype, own.dtype)  # autocast leaves fp64 alone
         if x.dtype != own.dtype and (double or not autocast_enabled(x)):
             raise TypeError(f"{name} has dtype {x.dtype}, the layer's parameters have {own.dtype}: convert one of them")
+
+    def _misfit(self) -> ValueError:
+        return misfit({**self._parts(), "out_bias": (self.out_bias, (self.d_out,))})
+
+    def _parts(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
+        """The tensors of the layer by name, each with the shape that it was made with."""
+        raise NotImplementedError
 
     def _parameter(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(*shape, **self._factory))
@@ -175,20 +185,18 @@ class SparseFFN(CheckedOptions, nn.Module):
         return ", ".join([str(self.d_model), *sizes, *changed])
 
 
-def check_units(x: Tensor, keys: Tensor, values: Tensor, gate_keys: Tensor | None, key_bias: Tensor | None) -> None:
-    """Raise unless the parts of the hidden units fit each other and x [T, d_model].
+def units_fit(
+    units: tuple[int, ...], d_model: int, keys: Tensor, gate_keys: Tensor | None, key_bias: Tensor | None
+) -> bool:
+    """Whether these are parts of hidden units that are counted as ``units``.
 
     Kernels trust shapes, but functional_call, pruning and parametrisations bring tensors of their own.
     """
-    units = values.shape[:-1]
-    fits = keys.shape == (*units, x.shape[1])
-    if fits and gate_keys is None and key_bias is None:
-        return
-    if not fits or (gate_keys is not None and gate_keys.shape != keys.shape):
-        got = [list(part.shape) for part in (keys, gate_keys) if part is not None]
-        raise ValueError(f"keys (and gate_keys) must be {[*units, x.shape[1]]} to fit values and x, got {got}")
-    if key_bias is not None and key_bias.shape != units:
-        raise ValueError(f"key_bias must be {list(units)} to fit values, got {list(key_bias.shape)}")
+    return (
+        keys.shape == (*units, d_model)
+        and (gate_keys is None or gate_keys.shape == keys.shape)
+        and (key_bias is None or key_bias.shape == units)
+    )
 
 
 def _init_scale(init_scale: float, n_layers: int | None) -> float:

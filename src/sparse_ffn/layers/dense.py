@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_ffn.checks import check_flag, check_positive
-from sparse_ffn.layers.base import SparseFFN
+from sparse_ffn.layers.base import SparseFFN, units_fit
 from sparse_ffn.ops.activations import hidden
 from sparse_ffn.ops.autocast import autocast_dtype
 
@@ -77,6 +77,7 @@ class DenseFFN(SparseFFN):
 
     def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
         x = x.reshape(-1, self.d_model).to(autocast_dtype(x))
+        self._check_units()
         up = F.linear(x, self.keys, self.key_bias)
         scale = self._hidden_scale(up, *up.shape)
         if self.gate_keys is None:
@@ -84,6 +85,20 @@ class DenseFFN(SparseFFN):
         else:
             h = hidden(self.activation, F.linear(x, self.gate_keys), up, scale)
         return F.linear(h, self.values.t())
+
+    def _check_units(self) -> None:
+        n, width = self.values.shape if self.values.ndim == 2 else (-1, -1)
+        if width != self.d_out or not units_fit((n,), self.d_model, self.keys, self.gate_keys, self.key_bias):
+            raise self._misfit()
+
+    def _parts(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
+        keys = (self.d_ff, self.d_model)
+        return {
+            "keys": (self.keys, keys),
+            "gate_keys": (self.gate_keys, keys),
+            "key_bias": (self.key_bias, (self.d_ff,)),
+            "values": (self.values, (self.d_ff, self.d_out)),
+        }
 
     @property
     def active_fraction(self) -> float:

@@ -19,7 +19,7 @@ from sparse_ffn.checks import (
     check_rate,
     shown,
 )
-from sparse_ffn.layers.base import SparseFFN, check_units
+from sparse_ffn.layers.base import SparseFFN, units_fit
 from sparse_ffn.layers.last_forward import LastForward
 from sparse_ffn.ops.autocast import autocast_dtype
 from sparse_ffn.routing.balance import NAMES, NEED_LOGITS, weighted_losses
@@ -219,10 +219,16 @@ class MoE(SparseFFN):
         self, x: Tensor, x_TD: Tensor, mask_T: Tensor | None, router_input: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Output, selected experts, balance loss: the router's module, then the experts."""
+        known = isinstance(self.router, Router) and type(self.router).forward is Router.forward
+        weight = self.router.weight if known else None
+        self._check_experts(weight, self.keys, self.values, self.gate_keys, self.key_bias)
         routing: Routing = self.router(router_input.reshape(-1, self.d_model), mask_T)
         if not isinstance(routing, Routing):
             raise TypeError(f"router must return a sparse_ffn.routing.Routing, got {shown(routing)}")
-        _check_experts(routing.logits_TE.shape[1], x_TD, self.keys, self.values, self.gate_keys, self.key_bias)
+        if routing.logits_TE.shape[1] != self.values.shape[0]:
+            raise ValueError(
+                f"the router scored {routing.logits_TE.shape[1]} experts, values has {self.values.shape[0]}"
+            )
         loss = self._balance_loss(routing, mask_T, x)
         gate_TK = routing.gate_TK
         if loss is not None and self.aux == "inject":
@@ -268,7 +274,9 @@ class MoE(SparseFFN):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """As ``_route_then_compute``, in one op."""
         check_places(x_TD, (router_weight, router_bias))
-        _check_experts(router_weight.shape[0], x_TD, keys, values, gate_keys, key_bias)
+        self._check_experts(router_weight, keys, values, gate_keys, key_bias)
+        if router_bias is not None and router_bias.shape != values.shape[:1]:
+            raise self._misfit()
         if not self.training and not torch.is_grad_enabled() and not ops.under_transforms():
             y, index_TK = ops.routed_ffn_inference(
                 x_TD, router_weight, router_bias, keys, values, gate_keys, key_bias,
@@ -293,6 +301,33 @@ class MoE(SparseFFN):
         if router_bias is not None and self.training:
             router.count(index_TK, mask_T)
         return y, index_TK, self._balance_loss(FusedRouting(softmax_BE, index_TK, gate_TK), mask_T, x)
+
+    def _check_experts(
+        self,
+        router_weight: Tensor | None,
+        keys: Tensor,
+        values: Tensor,
+        gate_keys: Tensor | None,
+        key_bias: Tensor | None,
+    ) -> None:
+        n_experts, size, width = values.shape if values.ndim == 3 else (-1, -1, -1)
+        if (
+            width != self.d_out
+            or not units_fit((n_experts, size), self.d_model, keys, gate_keys, key_bias)
+            or (router_weight is not None and router_weight.shape != (n_experts, self.d_model))
+        ):
+            raise self._misfit()
+
+    def _parts(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
+        units = (self.n_experts, self.expert_size)
+        keys = (*units, self.d_model)
+        return {
+            **{f"router.{name}": part for name, part in self._own_router()._parts().items()},
+            "keys": (self.keys, keys),
+            "gate_keys": (self.gate_keys, keys),
+            "key_bias": (self.key_bias, units),
+            "values": (self.values, (*units, self.d_out)),
+        }
 
     def _n_sequences(self, x: Tensor) -> int | None:
         return x.shape[:-2].numel() if self.balance_over == "sequence" else None
@@ -372,14 +407,6 @@ class MoE(SparseFFN):
 
 
 _NO_LOSS = ("bias", "none")
-
-
-def _check_experts(
-    n_experts: int, x: Tensor, keys: Tensor, values: Tensor, gate_keys: Tensor | None, key_bias: Tensor | None
-) -> None:
-    if values.shape[0] != n_experts:
-        raise ValueError(f"keys and values have {values.shape[0]} experts, the router {n_experts}")
-    check_units(x, keys, values, gate_keys, key_bias)
 
 
 def _tensors(module: nn.Module, *names: str) -> list[Any]:

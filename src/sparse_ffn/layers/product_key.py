@@ -134,9 +134,10 @@ class ProductKeyMemory(SparseFFN):
     def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
         # T tokens, H heads, N sub-keys, C half a query, K selected values
         x = x.reshape(-1, self.d_model)
-        values, n = self.values, self.sub_keys.shape[2]
-        if values.shape[0] != n * n:  # kernels trust it, but functional_call and pruning bring tensors of their own
-            raise ValueError(f"values must have a row for each of the {n}² pairs of sub-keys, got {list(values.shape)}")
+        values, sub_keys, half = self.values, self.sub_keys.shape, self._width // 2
+        n = sub_keys[2] if len(sub_keys) == 4 else 0
+        if sub_keys != (2, self.n_heads, n, half) or values.shape != (n * n, self.d_out):
+            raise self._misfit()
         score_THK, index_THK = ops.product_key_topk(self._scores(x), self.k)
         if self.activation == "softmax":
             weight_THK = torch.softmax(score_THK, dim=-1)
@@ -155,6 +156,7 @@ class ProductKeyMemory(SparseFFN):
             plain = type(self.query) is nn.Linear and is_plain(self.query)
             if plain:
                 check_places(x, (self.query.weight, self.query.bias))
+                self._check_query(self.query)
             if plain and self.query.bias is None:
                 query_TBC = ops.normalised_product(x, self.query.weight, 2 * self.n_heads, self.query_norm)
             else:
@@ -162,6 +164,10 @@ class ProductKeyMemory(SparseFFN):
                     query_TM = ops.wide_product(x.unsqueeze(0), self.query.weight.unsqueeze(0))[0] + self.query.bias
                 else:  # quantised, pruned, parametrised, with LoRA: whatever it is now, it computes the query
                     query_TM = self.query(x.to(self.values.dtype))
+                if query_TM.shape[1:] != (self.n_heads * self._width,):
+                    raise ValueError(
+                        f"query must give [tokens, {self.n_heads * self._width}], got {list(query_TM.shape)}"
+                    )
                 query_TBC = ops.normalise(rearrange(query_TM, "t (b c) -> t b c", b=2 * self.n_heads), self.query_norm)
             sub_keys_BNC = rearrange(self.sub_keys, "s h n c -> (h s) n c")
             score_BTN = ops.wide_product(self._affine(query_TBC).transpose(0, 1), sub_keys_BNC)
@@ -172,6 +178,28 @@ class ProductKeyMemory(SparseFFN):
         if self.norm_weight is not None:
             query = query * self.norm_weight
         return query if self.norm_bias is None else query + self.norm_bias
+
+    def _check_query(self, query: nn.Linear) -> None:
+        rows = self.n_heads * self._width
+        if query.weight.shape != (rows, self.d_model) or (query.bias is not None and query.bias.shape != (rows,)):
+            raise self._misfit()
+
+    @property
+    def _width(self) -> int:
+        """Of a head's query."""
+        return self.d_model if self.query_dim is None else self.query_dim
+
+    def _parts(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
+        query = self.query if type(self.query) is nn.Linear else None  # others may store it packed
+        rows, half = self.n_heads * self._width, (self._width // 2,)
+        return {
+            "sub_keys": (self.sub_keys, (2, self.n_heads, self.n_sub_keys, *half)),
+            "query.weight": (None if query is None else query.weight, (rows, self.d_model)),
+            "query.bias": (None if query is None else query.bias, (rows,)),
+            "norm_weight": (self.norm_weight, half),
+            "norm_bias": (self.norm_bias, half),
+            "values": (self.values, (self.d_ff, self.d_out)),
+        }
 
     def param_groups(self, values_lr: float, **options: Any) -> list[dict[str, Any]]:
         """Optimizer parameter groups: the value table with a learning rate of its own, then all other parameters.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.checks import check_flag, check_type
+from sparse_ffn.checks import check_flag, check_type, misfit
 from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.layers.moe import MoE
 
@@ -49,6 +49,9 @@ class SharedExpertMoE(nn.Module):
         y: Tensor = self.routed(x, mask=mask, router_input=router_input)  # first: it checks all arguments
         shared: Tensor = self.shared(x)
         if self.gate is not None:
+            own = (1, self.d_model)
+            if type(self.gate) is nn.Linear and self.gate.weight.shape != own:  # others may store it packed
+                raise misfit({"gate.weight": (self.gate.weight, own)})
             shared = torch.sigmoid(self.gate(x)) * shared
         return y + shared
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from sparse_ffn import ops
 from sparse_ffn.checks import check_flag, check_positive
-from sparse_ffn.layers.base import check_units
 from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.ops.autocast import autocast_dtype
 
@@ -75,7 +74,7 @@ class TopKFFN(DenseFFN):
 
     def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
         x = x.reshape(-1, self.d_model).to(autocast_dtype(x))
-        check_units(x, self.keys, self.values, self.gate_keys, self.key_bias)
+        self._check_units()
         return ops.topk_ffn(
             x,
             self.keys,

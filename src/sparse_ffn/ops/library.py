@@ -15,7 +15,9 @@ from torch.autograd import forward_ad
 _library = torch.library.Library("sparse_ffn", "DEF")  # type: ignore[no-untyped-call]
 
 
-def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define(
+    schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], vmap: Callable[..., Any] | None = None
+) -> Any:
     """Define an op that runs ``kernel`` on every device, and return its callable.
 
     Library.impl costs a third of torch.library.custom_op per call, hence the lower-level way.
@@ -24,6 +26,8 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     _library.define(schema)  # type: ignore[no-untyped-call]
     _library.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"sparse_ffn::{name}", fake, lib=_library)
+    if vmap is not None:
+        torch.library.register_vmap(f"sparse_ffn::{name}", vmap, lib=_library)
     return getattr(torch.ops.sparse_ffn, name).default
 
 

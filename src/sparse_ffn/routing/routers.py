@@ -24,6 +24,7 @@ from sparse_ffn.checks import (
     check_places,
     check_positive,
     check_rate,
+    misfit,
 )
 from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.ops.library import in_backward, under_transforms
@@ -130,6 +131,10 @@ class Router(CheckedOptions, nn.Module):
     def add_parameters(self) -> None:
         """Make what a router has beyond ``weight`` and ``bias``, for ``reset_parameters`` to initialise."""
 
+    def _parts(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
+        """The router's tensors by name, each with the shape that it was made with: a row for each expert."""
+        return {"weight": (self.weight, (self.n_experts, self.d_model)), "bias": (self.bias, (self.n_experts,))}
+
     def reset_parameters(self) -> None:
         """Initialise: normal directions, every row of norm c, which is a standard deviation of c/sqrt(d_model)."""
         with torch.no_grad():
@@ -167,7 +172,11 @@ class Router(CheckedOptions, nn.Module):
             raise ValueError(f"x must be [tokens, d_model = {self.d_model}], got {list(x_TD.shape)}")
         if mask_T is not None:
             check_mask(mask_T, x_TD)
-        check_places(x_TD, (self.weight, self.bias))
+        parts = self._parts()
+        check_places(x_TD, (tensor for tensor, _ in parts.values()))
+        n_experts = self.weight.shape[:1]
+        if any(tensor is not None and tensor.shape != (*n_experts, *shape[1:]) for tensor, shape in parts.values()):
+            raise misfit({f"router.{name}": part for name, part in parts.items()})
         with without_autocast(x_TD):
             wide = torch.promote_types(self.weight.dtype, torch.float32)
             x_TD = x_TD.to(wide)
@@ -279,6 +288,10 @@ class NoisyTopKRouter(Router):
     def add_parameters(self) -> None:
         """``noise_weight`` [E, d_model]."""
         self.noise_weight = nn.Parameter(torch.empty_like(self.weight))
+
+    def _parts(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
+        """As ``Router``, and the noise weights."""
+        return {**super()._parts(), "noise_weight": (self.noise_weight, (self.n_experts, self.d_model))}
 
     def reset_parameters(self) -> None:
         """As ``Router``; the noise weights start at zero, where the noise has deviation ln 2."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sparse_ffn import cuda
-from sparse_ffn.cuda import DTYPES, Cvmm, on_device
-from sparse_ffn.native import pointer, rows
+from sparse_ffn.cuda import DTYPES, Cvmm, on_device, pointer
+from sparse_ffn.native import rows
 from sparse_ffn.ops.library import absent
 from sparse_ffn.ops.segments import is_transposed, unsort
 from sparse_ffn.sort import sort_by_expert

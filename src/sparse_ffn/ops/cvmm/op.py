@@ -9,6 +9,7 @@ from torch import Tensor
 from sparse_ffn.backends import choose
 from sparse_ffn.ops.autocast import autocast_dtype, cast, weights_for
 from sparse_ffn.ops.cvmm import reference
+from sparse_ffn.ops.indices import Indices, check_indices, checked
 from sparse_ffn.ops.library import absent, define, implementation, refuse_double_backward, set_autograd
 from sparse_ffn.ops.segments import is_transposed
 
@@ -34,13 +35,26 @@ def cvmm(
     chosen = choose(x)
     (weight,) = weights_for(chosen, dtype, weight)
     if chosen == "reference":
+        expert, gather, scatter = (checked(*indices) for indices in _indices(x, weight, expert, gather, scatter, rows))
         return reference.cvmm(x, weight, expert, gather, scatter, reduction, rows)
     out: Tensor = _forward(x, weight, expert, gather, scatter, reduction, rows, chosen)
     return out
 
 
+def _indices(
+    x: Tensor, weight: Tensor, expert: Tensor, gather: Tensor | None, scatter: Tensor | None, n_out: int
+) -> tuple[Indices, ...]:
+    return (
+        ("expert_index", expert, weight.shape[0]),
+        ("gather_index", gather, x.shape[0]),
+        ("scatter_index", scatter, n_out),
+    )
+
+
 def _forward_kernel(*args: Any) -> Tensor:
-    out: Tensor = implementation("cvmm", args[-1]).forward(*args[:-1])
+    x, weight, expert, gather, scatter, _, n_out, backend = args
+    check_indices(backend, *_indices(x, weight, expert, gather, scatter, n_out))
+    out: Tensor = implementation("cvmm", backend).forward(*args[:-1])
     return out
 
 
@@ -58,7 +72,9 @@ def _forward_fake(
 
 
 def _backward_kernel(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    out: tuple[Tensor, Tensor, Tensor] = implementation("cvmm", rest[-1]).backward(grad.contiguous(), *rest[:-1])
+    x, weight, expert, gather, scatter, _, backend = rest
+    check_indices(backend, *_indices(x, weight, expert, gather, scatter, grad.shape[0]))
+    out: tuple[Tensor, Tensor, Tensor] = implementation("cvmm", backend).backward(grad.contiguous(), *rest[:-1])
     return out
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn import native
-from sparse_ffn.native import ACTIVATIONS, DTYPES, Experts, pointer
+from sparse_ffn.native import ACTIVATIONS, dense, rows
 from sparse_ffn.ops.library import absent
 
 
@@ -22,10 +22,16 @@ def inference(
     activation: str,
 ) -> Tensor:
     """Output [T, O], nothing saved."""
-    block, _keep = arguments(x, keys, values, gate, gate_keys, key_bias, hidden_scale, activation, None, None)
-    index = index.contiguous()
-    out = native.empty(x.shape[0], values.shape[2], dtype=x.dtype)
-    native.call("experts_infer", block, index.data_ptr(), out.data_ptr())
+    out = native.empty(x.shape[0], values.shape[-1], dtype=x.dtype)
+    native.call(
+        "experts_forward",
+        (
+            *units(x, keys, values, gate_keys, key_bias),
+            *(index.contiguous(), gate.float().contiguous(), dense(hidden_scale), out),
+            *NOTHING_SAVED,
+        ),
+        ACTIVATIONS[activation],
+    )
     return out
 
 
@@ -41,13 +47,21 @@ def forward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output [T, O] and what the backward pass needs: hidden units [S, G], a GLU's gates [S, G], order, offsets."""
-    order, offsets = native.route(index.reshape(-1), keys.shape[0])
-    block, _keep = arguments(x, keys, values, gate, gate_keys, key_bias, hidden_scale, activation, order, offsets)
-    out = native.empty(x.shape[0], values.shape[2], dtype=x.dtype)
-    z = native.empty(order.shape[0], keys.shape[1], dtype=x.dtype)
-    other = absent(x) if gate_keys is None else native.empty(*z.shape, dtype=z.dtype)
-    native.call("experts_forward", block, out.data_ptr(), z.data_ptr(), None if gate_keys is None else other.data_ptr())
-    return out, z, other, order, offsets
+    slots, size = index.numel(), keys.shape[1]
+    out = native.empty(x.shape[0], values.shape[-1], dtype=x.dtype)
+    z = native.empty(slots, size, dtype=x.dtype)
+    other = None if gate_keys is None else native.empty(slots, size, dtype=x.dtype)
+    order, offsets = native.empty(slots, dtype=torch.int32), native.empty(keys.shape[0] + 1, dtype=torch.int32)
+    native.call(
+        "experts_forward",
+        (
+            *units(x, keys, values, gate_keys, key_bias),
+            *(index.contiguous(), gate.float().contiguous(), dense(hidden_scale), out),
+            *(order, offsets, z, other),
+        ),
+        ACTIVATIONS[activation],
+    )
+    return out, z, absent(x) if other is None else other, order, offsets
 
 
 def backward(
@@ -66,8 +80,6 @@ def backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, keys, values, gate, gate_keys and key_bias; empty tensors for the arguments that are absent."""
-    block, _keep = arguments(x, keys, values, gate, gate_keys, key_bias, hidden_scale, activation, order, offsets)
-    grad = native.rows(grad)
     dx, dkeys, dvalues = (native.empty(*t.shape, dtype=t.dtype) for t in (x, keys, values))
     dgate = native.empty(*gate.shape, dtype=torch.float32)
     dgate_keys, dkey_bias = (
@@ -75,12 +87,13 @@ def backward(
     )
     native.call(
         "experts_backward",
-        block,
-        grad.data_ptr(),
-        grad.stride(0),
-        z.data_ptr(),
-        None if gate_keys is None else other.data_ptr(),
-        *(pointer(t) for t in (dx, dkeys, dgate_keys, dvalues, dkey_bias, dgate)),
+        (
+            *units(x, keys, values, gate_keys, key_bias),
+            *(gate.float().contiguous(), dense(hidden_scale)),
+            *(order, offsets, z, None if gate_keys is None else other, rows(grad)),
+            *(dx, dkeys, dvalues, dgate_keys, dkey_bias, dgate),
+        ),
+        ACTIVATIONS[activation],
     )
     return (
         *(dx, dkeys, dvalues, dgate.to(gate.dtype)),
@@ -89,31 +102,11 @@ def backward(
     )
 
 
-def arguments(
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gate: Tensor | None,
-    gate_keys: Tensor | None,
-    key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
-    activation: str,
-    order: Tensor | None,
-    offsets: Tensor | None,
-    k: int | None = None,
-) -> tuple[Experts, tuple[Tensor | None, ...]]:
-    """The core's argument block, and the tensors whose memory it points to: keep them while it is in use.
+NOTHING_SAVED = (None, None, None, None)
 
-    ``k`` counts a token's experts where there is no gate yet.
-    """
-    x, keys, values = native.rows(x), keys.contiguous(), values.contiguous()
-    gate_keys, key_bias, hidden_scale = native.dense(gate_keys), native.dense(key_bias), native.dense(hidden_scale)
-    if gate is not None:
-        gate, k = gate.float().contiguous(), gate.shape[1]
-    n_experts, size, d_out = values.shape
-    block = Experts(
-        *(*x.shape, d_out, n_experts, size, k, DTYPES[x.dtype], ACTIVATIONS[activation], torch.get_num_threads(), 0),
-        *(x.data_ptr(), x.stride(0), keys.data_ptr(), pointer(gate_keys), values.data_ptr(), pointer(key_bias)),
-        *(pointer(gate), pointer(hidden_scale), pointer(order), pointer(offsets)),
-    )
-    return block, (x, keys, gate_keys, values, key_bias, gate, hidden_scale, order, offsets)
+
+def units(
+    x: Tensor, keys: Tensor, values: Tensor, gate_keys: Tensor | None, key_bias: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The core's ``sparse_ffn_units``."""
+    return rows(x), keys.contiguous(), values.contiguous(), dense(gate_keys), dense(key_bias)

@@ -10,6 +10,7 @@ from torch import Tensor
 from sparse_ffn.backends import choose
 from sparse_ffn.ops.autocast import autocast_dtype, cast, weights_for
 from sparse_ffn.ops.expert_ffn import reference
+from sparse_ffn.ops.indices import check_indices, checked
 from sparse_ffn.ops.library import (
     absent,
     define,
@@ -43,6 +44,7 @@ def expert_ffn(
     chosen = choose(x)
     keys, values, gate_keys, key_bias = weights_for(chosen, dtype, keys, values, gate_keys, key_bias)
     if chosen == "reference":
+        index = checked("index", index, keys.shape[0])
         return reference.expert_ffn(x, keys, values, index, gate, gate_keys, key_bias, hidden_scale, activation)
     arguments = (x, keys, values, index, gate, gate_keys, key_bias, hidden_scale, activation, chosen)
     trained = (x, keys, values, gate, gate_keys, key_bias)
@@ -54,7 +56,12 @@ def expert_ffn(
     return out
 
 
+def _check_index(x: Tensor, keys: Tensor, values: Tensor, index: Tensor, *rest: Any) -> None:
+    check_indices(rest[-1], ("index", index, keys.shape[0]))
+
+
 def _inference_kernel(*args: Any) -> Tensor:
+    _check_index(*args)
     out: Tensor = implementation("expert_ffn", args[-1]).inference(*args[:-1])
     return out
 
@@ -64,6 +71,7 @@ def _inference_fake(*args: Any) -> Tensor:
 
 
 def _forward_kernel(*args: Any) -> tuple[Tensor, ...]:
+    _check_index(*args)
     out: tuple[Tensor, ...] = implementation("expert_ffn", args[-1]).forward(*args[:-1])
     return out
 

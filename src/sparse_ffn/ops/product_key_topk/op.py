@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.backends import choose
+from sparse_ffn.ops.indices import check_indices
 from sparse_ffn.ops.library import define, implementation, refuse_double_backward, set_autograd
 from sparse_ffn.ops.product_key_topk import reference
 
@@ -38,6 +39,7 @@ def _forward_fake(scores: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]
 
 
 def _backward_kernel(grad: Tensor, index: Tensor, n: int, stride: list[int], backend: str) -> Tensor:
+    check_indices(backend, ("index", index, n * n))
     out: Tensor = implementation("product_key_topk", backend).backward(grad, index, n, stride)
     return out
 

@@ -141,10 +141,10 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, router_weight, _, mask, keys, values, gate_keys, key_bias, hidden_scale, _, *options = inputs
+    x, router_weight, _, mask, keys, values, gate_keys, key_bias, hidden_scale, _, gate_function, _, activation = inputs
     _, index, gate, _, *saved = output
     ctx.save_for_backward(x, router_weight, mask, keys, values, gate_keys, key_bias, hidden_scale, index, gate, *saved)
-    ctx.options = options
+    ctx.options = gate_function, activation
     ctx.mark_non_differentiable(index, *saved)
     ctx.set_materialize_grads(False)
 
@@ -178,7 +178,7 @@ _forward = define(
 _backward = define(
     "routed_ffn_backward(Tensor grad, Tensor? grad_gate, Tensor? grad_sums, Tensor x, Tensor router_weight, "
     f"Tensor? mask, {_PARTS}, Tensor? hidden_scale, Tensor index, Tensor gate, Tensor z, Tensor other, Tensor order, "
-    "Tensor offsets, str gate_function, SymInt groups, str activation) -> (Tensor dx, Tensor drouter_weight, "
+    "Tensor offsets, str gate_function, str activation) -> (Tensor dx, Tensor drouter_weight, "
     "Tensor dkeys, Tensor dvalues, Tensor dgate_keys, Tensor dkey_bias)",
     native.backward,
     _backward_fake,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn import native
-from sparse_ffn.native import ACTIVATIONS, DTYPES, pointer
+from sparse_ffn.native import ACTIVATIONS
 from sparse_ffn.ops.activations import hidden, hidden_backward
 from sparse_ffn.ops.library import absent
 from sparse_ffn.ops.products import linear
@@ -77,11 +77,7 @@ def backward(
 def _select_activation(u: Tensor, k: int, activation: str, norm: Tensor | None) -> tuple[Tensor, Tensor]:
     """The k units of the largest |act(u)| (times norm), int64 [T, K], and act(u) there."""
     index, kept = native.empty(u.shape[0], k, dtype=torch.int64), native.empty(u.shape[0], k, dtype=u.dtype)
-    native.call(
-        "topk_activation",
-        *(u.data_ptr(), u.shape[0], u.shape[1], u.stride(0), DTYPES[u.dtype], ACTIVATIONS[activation]),
-        *(pointer(norm), k, torch.get_num_threads(), index.data_ptr(), kept.data_ptr()),
-    )
+    native.call("topk_activation", (u, norm, index, kept), ACTIVATIONS[activation])
     return index, kept
 
 
@@ -89,9 +85,5 @@ def _select(scores: Tensor, k: int) -> Tensor:
     """The k largest of each row, ties to the lower index."""
     scores = scores.float().contiguous()
     index = native.empty(scores.shape[0], k, dtype=torch.int64)
-    native.call(
-        "topk",
-        *(scores.data_ptr(), scores.shape[0], scores.shape[1], scores.shape[1], k, torch.get_num_threads()),
-        *(index.data_ptr(), None),
-    )
+    native.call("topk", (scores, index, None))
     return index

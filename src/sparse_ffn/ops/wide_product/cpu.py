@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn import native
-from sparse_ffn.native import DTYPES, NORMS, Normalised, WideProduct, pointer
+from sparse_ffn.native import NORMS
 from sparse_ffn.ops.cvmm import cpu as cvmm
 from sparse_ffn.ops.products import product, slow_dtypes
 
@@ -24,16 +24,10 @@ def normalised_forward(x: Tensor, w: Tensor, pieces: int, norm: str) -> tuple[Te
 
 
 def _product(x: Tensor, w: Tensor, norm: str | None, pieces: int) -> tuple[Tensor, Tensor | None]:
-    x = x if x.stride(2) == 1 else x.contiguous()
-    w = w.contiguous()
     out = native.empty(*x.shape[:2], w.shape[1], dtype=torch.float32)
     scale = None if norm is None else native.empty(*x.shape[:2], pieces, dtype=torch.float32)
-    arguments = WideProduct(
-        *(*x.shape[:2], *w.shape[1:], *x.stride()[:2], w.shape[1] // pieces),
-        *(DTYPES[x.dtype], 0 if norm is None else NORMS[norm], torch.get_num_threads(), 0),
-        *(x.data_ptr(), w.data_ptr()),
-    )
-    native.call("wide_product_forward", arguments, out.data_ptr(), pointer(scale))
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    native.call("wide_product_forward", (x, w.contiguous(), out, scale), 0 if norm is None else NORMS[norm])
     return out, scale
 
 
@@ -55,11 +49,8 @@ def normalised_backward(
     grad: Tensor, x: Tensor, w: Tensor, out: Tensor, scale: Tensor, norm: str
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and w; grad [M, pieces, width] may be strided."""
-    grad = grad if grad.stride(2) == 1 else grad.contiguous()
-    dproduct = native.empty(out.shape[0], w.shape[0], dtype=x.dtype)
-    arguments = Normalised(
-        *(*out.shape, *grad.stride()[:2]), *(DTYPES[x.dtype], NORMS[norm], torch.get_num_threads(), 0)
-    )
-    native.call("normalised_backward", arguments, *(t.data_ptr() for t in (grad, out, scale, dproduct)))
-    dx, dw = _gradients(dproduct.unsqueeze(0), x.unsqueeze(0), w.unsqueeze(0))
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    dproduct = native.empty(*out.shape, dtype=x.dtype)
+    native.call("normalised_backward", (grad, out, scale, dproduct), NORMS[norm])
+    dx, dw = _gradients(dproduct.flatten(1).unsqueeze(0), x.unsqueeze(0), w.unsqueeze(0))
     return dx.squeeze(0), dw.squeeze(0)

@@ -1,0 +1,75 @@
+// problem.h - what the kernels are given: sizes, and raw pointers whose extents csrc/interface has checked. Tensors are dense
+// and row-major unless a stride (in elements) is given; comments as in sparse_ffn.h.
+#pragma once
+#include "../include/sparse_ffn.h"
+
+namespace sparse_ffn {
+
+struct sparse_ffn_experts {
+  int64_t T, D, O, E, G, K;
+  int32_t dtype, activation, n_threads;
+  const void* x;             // [T, D], row stride x_stride
+  int64_t x_stride;
+  const void* keys;          // [E, G, D]
+  const void* gate_keys;     // [E, G, D] or null: no GLU
+  const void* values;        // [E, G, O]
+  const void* key_bias;      // [E, G] or null
+  const float* gate;         // [T, K]
+  const void* hidden_scale;  // [T, K, G] or null
+  const int32_t* order;      // [S] and
+  const int32_t* offsets;    // [E+1]
+};
+
+struct sparse_ffn_router {
+  const void* weight;        // [E, D] in x's dtype
+  const float* bias;         // [E] or null
+  const uint8_t* mask;       // [T] or null
+  int64_t groups;            // runs of T / groups tokens with sums of their own
+  int32_t gate;
+};
+
+// Slots are sorted by expert: expert e owns offsets[e] .. offsets[e+1]-1. One of w_stride_m, w_stride_l is 1.
+struct sparse_ffn_cvmm {
+  int64_t rows_x, rows_out, S, E, M, L;
+  int32_t dtype, n_threads;
+  const void* x;             // [rows_x, M], row stride x_stride
+  int64_t x_stride;
+  const void* w;             // [E, M, L]
+  int64_t w_stride_e, w_stride_m, w_stride_l;
+  const int32_t* offsets;    // [E+1]
+  const int32_t* gather;     // [S], values in [0, rows_x); null: the identity
+  const int32_t* scatter;    // [S], values in [0, rows_out); null: the identity
+  const float* scale;        // [S]; null: one
+};
+
+struct sparse_ffn_bag {
+  int64_t T, J, N, O;
+  int32_t dtype, n_threads;
+  const void* values;        // [N, O]
+  const int64_t* index;      // [T, J]
+  const void* weight;        // [T, J]
+};
+
+struct sparse_ffn_wide_product {
+  int64_t B, M, N, K;
+  int64_t x_stride_b, x_stride_m, norm_width;
+  int32_t dtype, norm, n_threads;
+  const void* x;             // [B, M, K]
+  const void* w;             // [B, N, K]
+};
+
+// M rows of `pieces` pieces; dout piece at m * stride_m + piece * stride_piece.
+struct sparse_ffn_normalised {
+  int64_t M, pieces, width;
+  int64_t stride_m, stride_piece;
+  int32_t dtype, norm, n_threads;
+};
+
+// Row (t, h) has two tables of n scores, at scores + t * stride_t + h * stride_h (+ stride_s).
+struct sparse_ffn_product_keys {
+  int64_t T, H, n, k;
+  int64_t stride_t, stride_h, stride_s;
+  int32_t n_threads;
+};
+
+}  // namespace sparse_ffn

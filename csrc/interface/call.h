@@ -1,0 +1,46 @@
+// call.h - what the functions of the C interface share: check the tensors of a call, then give its kernels pointers. Not
+// compiled per instruction set.
+#pragma once
+#include <cstring>
+
+#include "../cpu/kernel_table.h"
+#include "../cpu/phases.h"
+#include "../cpu/scratch.h"
+#include "operands.h"
+
+namespace sparse_ffn {
+
+template <class T> T* scratch_of(Slot slot, int64_t count) {
+  return static_cast<T*>(scratch(slot, static_cast<size_t>(count) * sizeof(T)));
+}
+
+inline int done(int status) {
+  return status == SPARSE_FFN_NO_MEMORY ? refuse(status, "the native core is out of memory") : status;
+}
+
+inline void zero(void* out, int64_t count, int32_t dtype) {
+  memset(out, 0, static_cast<size_t>(count) * (dtype == SPARSE_FFN_FP32 ? 4 : 2));
+}
+
+// Stable counting sort of the slots by expert, all of them below E; returns the order. Counts go one place up, so that
+// after the prefix sum next[e] is the first position of expert e and, when all are placed, of expert e + 1: no second array.
+inline const int32_t* sort_by_expert(const int64_t* index, int64_t S, int64_t E, int32_t* order, int32_t* offsets) {
+  memset(offsets, 0, static_cast<size_t>(E + 1) * sizeof(int32_t));
+  for (int64_t s = 0; s < S; s++) offsets[index[s]]++;
+  int32_t total = 0;
+  for (int64_t e = 0; e <= E; e++) {
+    const int32_t count = offsets[e];
+    offsets[e] = total;
+    total += count;
+  }
+  for (int64_t s = 0; s < S; s++) order[offsets[index[s]]++] = static_cast<int32_t>(s);
+  for (int64_t e = E; e > 0; e--) offsets[e] = offsets[e - 1];
+  offsets[0] = 0;
+  return order;
+}
+
+inline void require_activation(Operands& o, int32_t activation) {
+  o.require(activation >= SPARSE_FFN_RELU && activation <= SPARSE_FFN_SQUARED_RELU, "activation %d is unknown", activation);
+}
+
+}  // namespace sparse_ffn

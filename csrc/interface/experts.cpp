@@ -1,0 +1,187 @@
+// experts.cpp - the C interface of the expert FFN and of the MoE layer.
+#include "call.h"
+
+namespace sparse_ffn {
+namespace {
+
+// Up to here reading the touched weights dominates, and the decode path reads each of them once, unpacked.
+constexpr int64_t kDecodeTokens = 32;
+
+// That order and offsets are what a sort of S slots by E experts gives.
+void check_sorted(Operands& o, const int32_t* order, const int32_t* offsets, int64_t S, int64_t E) {
+  if (o.status()) return;
+  bool sorted = offsets[0] == 0 && offsets[E] == S;
+  for (int64_t e = 0; e < E && sorted; e++) sorted = offsets[e] <= offsets[e + 1];
+  for (int64_t e = 0; e < E && sorted; e++) {
+    int32_t before = -1;
+    for (int64_t s = offsets[e]; s < offsets[e + 1]; before = order[s++])
+      sorted &= order[s] > before && order[s] < S;
+  }
+  o.require(sorted, "order and offsets must be those that the forward pass has sorted");
+}
+
+sparse_ffn_experts take_units(Operands& o, const sparse_ffn_units& u, int32_t activation, int32_t n_threads) {
+  sparse_ffn_experts p{};
+  p.x = o.take<void>("x", u.x, "TD", Strides::kRows);
+  p.x_stride = u.x.stride[0];
+  p.keys = o.take<void>("keys", u.keys, "EGD");
+  p.values = o.take<void>("values", u.values, "EGO");
+  p.gate_keys = o.maybe<void>("gate_keys", u.gate_keys, "EGD");
+  p.key_bias = o.maybe<void>("key_bias", u.key_bias, "EG");
+  require_activation(o, activation);
+  p.T = o['T'], p.D = o['D'], p.E = o['E'], p.G = o['G'], p.O = o['O'];
+  p.dtype = o.dtype(), p.activation = activation, p.n_threads = n_threads;
+  return p;
+}
+
+// What is known once a tensor [T, K] is.
+void take_slots(Operands& o, sparse_ffn_experts& p, const sparse_ffn_tensor& hidden_scale) {
+  p.hidden_scale = o.maybe<void>("hidden_scale", hidden_scale, "TKG");
+  p.K = o['K'];
+  o.count_slots(p.T, p.K);
+  o.let('S', p.T * p.K);
+  o.let('F', p.E + 1);
+}
+
+struct Saved {
+  int32_t *order, *offsets;
+  void *z, *zg;
+};
+Saved take_saved(Operands& o, const sparse_ffn_saved& s, bool glu) {
+  return {o.take<int32_t>("order", s.order, "S"), o.take<int32_t>("offsets", s.offsets, "F"),
+          o.take<void>("z", s.z, "SG"), glu ? o.take<void>("zg", s.zg, "SG") : nullptr};
+}
+// All or nothing; without them the order is in scratch.
+Saved take_saved_output(Operands& o, const sparse_ffn_saved& s, bool glu) {
+  return s.z.dtype == SPARSE_FFN_ABSENT ? Saved{} : take_saved(o, s, glu);
+}
+bool find_room(const sparse_ffn_experts& p, Saved& s) {
+  if (!s.order) s.order = scratch_of<int32_t>(kSlotOrder, p.T * p.K + 1);
+  if (!s.offsets) s.offsets = scratch_of<int32_t>(kSlotOffsets, p.E + 1);
+  return s.order && s.offsets;
+}
+
+// The slots sorted, then the experts.
+int forward(sparse_ffn_experts& p, const int64_t* index, const Saved& saved, void* out) {
+  p.order = PHASE("sort", sort_by_expert(index, p.T * p.K, p.E, saved.order, saved.offsets));
+  p.offsets = saved.offsets;
+  if (!p.E) {
+    zero(out, p.T * p.O, p.dtype);
+    return SPARSE_FFN_OK;
+  }
+  if (p.T <= kDecodeTokens && !saved.z) return done(PHASE("decode", kernels().experts_decode(p, out)));
+  return done(kernels().experts_forward(p, out, saved.z, saved.zg));
+}
+
+sparse_ffn_router take_router(Operands& o, const sparse_ffn_tensor& weight, const sparse_ffn_tensor& bias,
+                              const sparse_ffn_tensor& mask, int32_t gate_function) {
+  sparse_ffn_router r{};
+  r.weight = o.take<void>("router.weight", weight, "ED");
+  r.bias = o.maybe<float>("router.bias", bias, "E");
+  r.mask = o.maybe<uint8_t>("mask", mask, "T");
+  r.gate = gate_function;
+  o.require(gate_function >= SPARSE_FFN_GATE_SIGMOID && gate_function <= SPARSE_FFN_GATE_ONE,
+            "gate function %d is unknown", gate_function);
+  o.require(o.dtype() != SPARSE_FFN_FP16, "the router takes float32 and bfloat16, got float16");
+  return r;
+}
+// The sums of runs of tokens, or their gradients.
+float* take_sums(Operands& o, sparse_ffn_router& r, const char* name, const sparse_ffn_tensor& sums) {
+  o.require(o['K'] >= 1 && o['K'] <= o['E'], "k must be at least 1 and at most the number of experts, %d, got %d",
+            static_cast<int>(o['E']), static_cast<int>(o['K']));
+  float* found = o.maybe<float>(name, sums, "BE");
+  r.groups = found ? o['B'] : 1;
+  o.require(r.groups >= 1 && o['T'] % r.groups == 0, "%s must have a row for each of equally long runs of tokens", name);
+  return found;
+}
+
+}  // namespace
+}  // namespace sparse_ffn
+
+using namespace sparse_ffn;
+
+extern "C" {
+
+int sparse_ffn_experts_forward(const sparse_ffn_experts_forward_args* a, int32_t activation, int32_t n_threads) {
+  Operands o;
+  sparse_ffn_experts p = take_units(o, a->units, activation, n_threads);
+  const int64_t* index = o.take<int64_t>("index", a->index, "TK");
+  p.gate = o.take<float>("gate", a->gate, "TK");
+  take_slots(o, p, a->hidden_scale);
+  void* out = o.take<void>("out", a->out, "TO");
+  Saved saved = take_saved_output(o, a->saved, p.gate_keys);
+  o.below("index", index, o['S'], p.E);
+  if (o.status()) return o.status();
+  return find_room(p, saved) ? forward(p, index, saved, out) : done(SPARSE_FFN_NO_MEMORY);
+}
+
+int sparse_ffn_experts_backward(const sparse_ffn_experts_backward_args* a, int32_t activation, int32_t n_threads) {
+  Operands o;
+  sparse_ffn_experts p = take_units(o, a->units, activation, n_threads);
+  p.gate = o.take<float>("gate", a->gate, "TK");
+  take_slots(o, p, a->hidden_scale);
+  const Saved saved = take_saved(o, a->saved, p.gate_keys);
+  const void* dout = o.take<void>("dout", a->dout, "TO", Strides::kRows);
+  void* dx = o.maybe<void>("dx", a->dx, "TD");
+  void* dkeys = o.maybe<void>("dkeys", a->dkeys, "EGD");
+  void* dvalues = o.maybe<void>("dvalues", a->dvalues, "EGO");
+  void* dgate_keys = o.maybe<void>("dgate_keys", a->dgate_keys, "EGD");
+  void* dkey_bias = o.maybe<void>("dkey_bias", a->dkey_bias, "EG");
+  float* dgate = o.maybe<float>("dgate", a->dgate, "TK");
+  check_sorted(o, saved.order, saved.offsets, o['S'], p.E);
+  if (o.status()) return o.status();
+  p.order = saved.order, p.offsets = saved.offsets;
+  if (!p.E) {
+    if (dx) zero(dx, p.T * p.D, p.dtype);
+    return SPARSE_FFN_OK;
+  }
+  return done(kernels().experts_backward(p, dout, a->dout.stride[0], saved.z, saved.zg, dx, dkeys, dgate_keys, dvalues,
+                                         dkey_bias, dgate));
+}
+
+int sparse_ffn_moe_forward(const sparse_ffn_moe_forward_args* a, int32_t gate_function, int32_t activation,
+                           int32_t n_threads) {
+  Operands o;
+  sparse_ffn_experts p = take_units(o, a->units, activation, n_threads);
+  sparse_ffn_router router = take_router(o, a->router_weight, a->router_bias, a->mask, gate_function);
+  int64_t* index = o.take<int64_t>("index", a->index, "TK");
+  float* gate = o.maybe<float>("gate", a->gate, "TK");
+  take_slots(o, p, a->hidden_scale);
+  float* sums = take_sums(o, router, "softmax_sums", a->softmax_sums);
+  void* out = o.take<void>("out", a->out, "TO");
+  Saved saved = take_saved_output(o, a->saved, p.gate_keys);
+  if (o.status()) return o.status();
+  if (!gate) gate = scratch_of<float>(kSlotDgate, p.T * p.K + 1);
+  if (!gate || !find_room(p, saved)) return done(SPARSE_FFN_NO_MEMORY);
+  p.gate = gate;
+  if (const int bad = done(PHASE("route", kernels().route_tokens(p, router, index, gate, sums)))) return bad;
+  return forward(p, index, saved, out);
+}
+
+int sparse_ffn_moe_backward(const sparse_ffn_moe_backward_args* a, int32_t gate_function, int32_t activation,
+                            int32_t n_threads) {
+  Operands o;
+  sparse_ffn_experts p = take_units(o, a->units, activation, n_threads);
+  sparse_ffn_router router = take_router(o, a->router_weight, {}, a->mask, gate_function);
+  const int64_t* index = o.take<int64_t>("index", a->index, "TK");
+  p.gate = o.take<float>("gate", a->gate, "TK");
+  take_slots(o, p, a->hidden_scale);
+  const Saved saved = take_saved(o, a->saved, p.gate_keys);
+  const void* dout = o.take<void>("dout", a->dout, "TO", Strides::kRows);
+  const float* dgate = o.maybe<float>("dgate", a->dgate, "TK");
+  const float* dsums = take_sums(o, router, "dsoftmax_sums", a->dsoftmax_sums);
+  void* dx = o.maybe<void>("dx", a->dx, "TD");
+  void* drouter = o.maybe<void>("drouter_weight", a->drouter_weight, "ED");
+  void* dkeys = o.maybe<void>("dkeys", a->dkeys, "EGD");
+  void* dvalues = o.maybe<void>("dvalues", a->dvalues, "EGO");
+  void* dgate_keys = o.maybe<void>("dgate_keys", a->dgate_keys, "EGD");
+  void* dkey_bias = o.maybe<void>("dkey_bias", a->dkey_bias, "EG");
+  o.below("index", index, o['S'], p.E);
+  check_sorted(o, saved.order, saved.offsets, o['S'], p.E);
+  if (o.status()) return o.status();
+  p.order = saved.order, p.offsets = saved.offsets;
+  return done(kernels().moe_backward(p, router, dout, a->dout.stride[0], saved.z, saved.zg, index, dgate, dsums, dx,
+                                     drouter, dkeys, dgate_keys, dvalues, dkey_bias));
+}
+
+}  // extern "C"
