@@ -67,8 +67,6 @@ def backend(name: str) -> Iterator[None]:
 class _Block:
     """A ``with`` block. Blocks may end in any order and in any thread: one that has ended counts nowhere."""
 
-    __slots__ = ("name", "open")
-
     def __init__(self, name: str) -> None:
         self.name, self.open = name, True
 

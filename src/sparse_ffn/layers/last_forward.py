@@ -28,8 +28,6 @@ class LastForward:
         results: tensors of which a backward pass through the loss or the layer's output meets one.
     """
 
-    __slots__ = ("__weakref__", "_functions", "_loss", "index_TK", "mask_T")
-
     def __init__(
         self, loss: Tensor | None, index_TK: Tensor, mask_T: Tensor | None, results: tuple[Tensor | None, ...]
     ) -> None:
