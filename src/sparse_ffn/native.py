@@ -22,6 +22,7 @@ ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "identity": 4, "
 NORMS = {"layer": 1, "rms": 2}
 GATES = {"sigmoid": 0, "softmax": 1, "softmax_selected": 2, "one": 3}
 
+_nothing = ctypes.c_char()
 _p, _i64, _i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
@@ -130,8 +131,8 @@ _ERRORS = {
 
 
 def pointer(x: Tensor | None) -> int | None:
-    """The address of a tensor's data; null for None."""
-    return None if x is None else x.data_ptr()
+    """The address of a tensor's data, not null for an empty one; null for None."""
+    return None if x is None else x.data_ptr() or ctypes.addressof(_nothing)
 
 
 def dense(x: Tensor | None) -> Tensor | None:
