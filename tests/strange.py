@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -41,23 +42,29 @@ def numbers(dtype: torch.dtype) -> Tensor:
     return torch.cat([z[z.isfinite()], torch.tensor([INF, -INF, NAN], dtype=dtype)])
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "gelu": lambda z: 0.5 * z * torch.erfc(-z / math.sqrt(2)),
+    "gelu_tanh": lambda z: z * torch.sigmoid(math.sqrt(8 / math.pi) * (z + 0.044715 * z**3)),
+    "silu": lambda z: z * torch.sigmoid(z),
+    "identity": lambda z: 1 * z,
+    "squared_relu": lambda z: torch.relu(z).square(),
+}
+
+
+def activation(name: str, z: Tensor) -> Tensor:
+    """Of a float64 z, differentiable; at infinity its limit."""
+    if name not in SMOOTH:
+        return ACTIVATIONS[name](z)
+    far = z.isinf()
+    return torch.where(far, torch.relu(z), ACTIVATIONS[name](z.masked_fill(far, 0)))
+
+
 def exact(name: str, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Value and derivative in float64, at infinity their limits."""
+    """Value and derivative in float64."""
     z = z.double().requires_grad_()
-    near = z if name not in SMOOTH else z.masked_fill(z.isinf(), 0)
-    value = {
-        "relu": torch.relu,
-        "gelu": lambda u: 0.5 * u * torch.erfc(-u / math.sqrt(2)),
-        "gelu_tanh": lambda u: u * torch.sigmoid(math.sqrt(8 / math.pi) * (u + 0.044715 * u**3)),
-        "silu": lambda u: u * torch.sigmoid(u),
-        "identity": lambda u: 1 * u,
-        "squared_relu": lambda u: torch.relu(u) ** 2,
-    }[name](near)
+    value = activation(name, z)
     (slope,) = torch.autograd.grad(value.sum(), z)
-    value = value.detach()
-    if name in SMOOTH:
-        value = torch.where(z.isinf(), torch.relu(z), value)
-        slope = torch.where(z.isinf(), (z > 0).double(), slope)
     return value.detach(), slope
 
 

@@ -1,47 +1,53 @@
-"""Every op on every backend against the float64 reference, over drawn shapes, strides, dtypes and routings.
+"""Every op on every backend against float64, over drawn shapes, strides, dtypes, routings, and numbers of every kind.
 
-``SPARSE_FFN_FUZZ=20`` draws 20 times as many examples as a normal run.
+``SPARSE_FFN_FUZZ=100`` draws 100 times as many examples as a normal run: 10^5.
 
 Errors are held against what rounding may do: the tolerance times the same sums with all terms positive, element by
-element. x, keys and biases are small whole numbers, so that pre-activations are exact in every dtype and no rounding
-moves a unit over ReLU's kink or changes a ranking.
+element. What is NaN or infinite in float64 must be so on a backend, and nothing else, unless a number on the way may
+have left the dtype. x, keys and biases are small whole numbers, or such a number times a power of two, so that no
+rounding moves a unit over ReLU's kink or changes a ranking.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from fuzz import sums
+from fuzz.case import MANY, Case, on
+from fuzz.numbers import (
+    CORE,
+    DEPTHS,
+    DTYPES,
+    EXPERTS,
+    KINDS,
+    LAYOUTS,
+    SEEDS,
+    SIDES,
+    SIZES,
+    TOKENS,
+    WIDTHS,
+    Numbers,
+    laid_out,
+)
 from hypothesis import HealthCheck, settings
 from hypothesis import given as _given
 from hypothesis import strategies as st
+from strange import ACTIVATIONS, SMOOTH
 from torch import Tensor
 
 import sparse_ffn as sf
 from sparse_ffn import functional, native, ops
-from sparse_ffn.ops.activations import ACTIVATIONS
+from sparse_ffn.backends import choose
+from sparse_ffn.ops.routed_ffn import reference
 
 EFFORT = float(os.environ.get("SPARSE_FFN_FUZZ", "1"))
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-LOW = (torch.float16, torch.bfloat16)
-OVERFLOWS = (torch.float16, "squared_relu")
-SMOOTH = ("gelu", "gelu_tanh", "silu")
-
-SIZES = st.sampled_from([1, 2, 3, 4, 7, 8, 15, 16, 17, 31, 33, 48, 64, 67, 130])
-DEPTHS = st.one_of(SIZES, SIZES, SIZES, st.sampled_from([0, 513, 530, 1050]))  # beyond a packed panel
-WIDTHS = st.one_of(SIZES, SIZES, SIZES, st.just(0))
-TOKENS = st.one_of(SIZES, st.sampled_from([0, 32, 257, 400]))
-EXPERTS = st.sampled_from([1, 2, 3, 5, 9, 16])
-SIDES = st.one_of(st.tuples(SIZES, DEPTHS), st.tuples(DEPTHS, SIZES))
-DTYPES = st.sampled_from(list(TOLERANCE))
-SEEDS = st.integers(0, 2**31)
-LAYOUTS = st.sampled_from(
-    ["contiguous", "transposed", "offset", "sliced columns", "sliced rows", "every other column", "expanded"]
-)
+UNITS = ("x", "keys", "gate_keys", "key_bias")
+built = pytest.mark.skipif(native.PROBLEM is not None, reason="no compiler when the package was installed")
 
 
 def given(strategy: st.SearchStrategy[Any], examples: int) -> Callable[..., Any]:
@@ -61,157 +67,87 @@ def given(strategy: st.SearchStrategy[Any], examples: int) -> Callable[..., Any]
     return decorate
 
 
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The numbers of x behind other strides, with NaN (or an index out of range) in the gaps.
+def drawn(
+    n: Numbers,
+    op: Callable[..., Any],
+    computed: Callable[..., Any],
+    tensors: dict[str, Tensor],
+    shapes: list[tuple[int, ...]],
+    options: dict[str, Any],
+    *,
+    fixed: tuple[str, ...] = (),
+    ranked: tuple[str, str] | None = None,
+    known: Callable[[dict[str, Tensor]], dict[str, Any]] | None = None,
+    gathered: int = 0,
+) -> Case:
+    """The case with a kind of numbers in one of its tensors or incoming gradients, and layouts.
 
-    "expanded" repeats x's first row; a shape that a layout does not fit stays as it is.
+    ``shapes`` are those of the outcomes; ``fixed`` tensors have no gradient and only plain numbers; the product of two
+    ``ranked`` ones must not overflow. ``known`` says what the sums take, from the tensors as they lie; or the options.
     """
-    if layout == "contiguous" or x.dim() == 0 or x.numel() == 0:
-        return x
-    gap = float("nan") if x.is_floating_point() else -(2**40)
-    if layout == "expanded":
-        return x[:1].expand(x.shape)
-    if layout == "transposed":
-        return x.transpose(0, -1).contiguous().transpose(0, -1)
-    if layout == "offset":
-        buffer = torch.full((x.numel() + 6,), gap, dtype=x.dtype)
-        view = buffer[3:-3].view(x.shape)
-    elif layout == "sliced columns":
-        view = torch.full((*x.shape[:-1], x.shape[-1] + 5), gap, dtype=x.dtype)[..., 2:-3]
-    elif layout == "sliced rows":
-        view = torch.full((2 * x.shape[0] + 1, *x.shape[1:]), gap, dtype=x.dtype)[1::2]
-    else:
-        view = torch.full((*x.shape[:-1], 2 * x.shape[-1]), gap, dtype=x.dtype)[..., ::2]
-    return view.copy_(x)
+    floats = [m for m, t in tensors.items() if t.is_floating_point() and m not in fixed]
+    trained = tuple(floats) if n.draw(st.sampled_from([True, True, True, False])) else ()
+    upstream = [torch.linspace(-1, 1, max(_size(s), 1), dtype=torch.float64)[: _size(s)].view(s) for s in shapes]
+    upstream = [u.to(n.dtype) for u in upstream]
+    kind = n.draw(KINDS) if gathered <= MANY and all(t.numel() for t in tensors.values()) else "plain"
+    where = None if kind == "plain" else n.draw(st.sampled_from([*floats, "upstream"]))
+    if where is None:
+        pass
+    elif where == "upstream":
+        upstream[0] = n.spoil(upstream[0], kind)
+    elif not (kind == "bottom" and n.dtype == torch.bfloat16 and where in UNITS):  # may be zero, and ReLU then flat
+        spoiled = tensors | {where: n.spoil(tensors[where], kind)}
+        if ranked is None or largest_product(spoiled, *ranked) < torch.finfo(n.dtype).max / 4:
+            tensors = spoiled
+    tensors = {m: laid_out(t, n.draw(LAYOUTS)).detach().requires_grad_(m in trained) for m, t in tensors.items()}
+    upstream = [laid_out(u, n.draw(LAYOUTS)) for u in upstream]
+    taken = options if known is None else known(tensors)
+    return Case(op, computed, tensors, upstream, n.dtype, kind, trained, options, taken, gathered)
 
 
-@dataclass
-class Numbers:
-    """Draws tensors: structure (layouts) from hypothesis, so that it shrinks; numbers from a seed."""
-
-    draw: Callable[[st.SearchStrategy[Any]], Any]
-    dtype: torch.dtype
-
-    def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.draw(SEEDS))
-
-    def tensor(self, *shape: int, dtype: torch.dtype | None = None, grad: bool = True) -> Tensor:
-        x = torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype or self.dtype)
-        return self.view(x).requires_grad_(grad)
-
-    def whole(self, *shape: int) -> Tensor:
-        limit = 2 if shape[-1] < 200 and self.dtype != torch.float16 else 1  # fp16 overflows
-        x = torch.randint(-limit, limit + 1, shape, generator=self.generator).to(self.dtype)
-        return self.view(x).requires_grad_()
-
-    def weight(self, *shape: int) -> Tensor:
-        """Gates and reduction weights: at least fp32, or the op's own dtype."""
-        wide = torch.promote_types(self.dtype, torch.float32)
-        return self.tensor(*shape, dtype=self.draw(st.sampled_from([wide, self.dtype])))
-
-    def dropout(self, *shape: int) -> Tensor:
-        return self.view(torch.randint(0, 2, shape, generator=self.generator).to(self.dtype) * 2)
-
-    def index(self, limit: int, *shape: int) -> Tensor:
-        """Indices below limit: uniform, crowded (Zipf), all the same, in order (repeating), or only even ones."""
-        kind = self.draw(st.sampled_from(["uniform", "zipf", "one", "ordered", "even"]))
-        n = torch.Size(shape).numel()
-        if kind == "ordered":
-            index = torch.arange(n) % limit
-        elif kind == "one":
-            index = torch.full((n,), self.draw(st.integers(0, limit - 1)))
-        elif kind == "zipf":
-            crowd = 1 / torch.arange(1, limit + 1, dtype=torch.float64) ** 1.5
-            index = crowd.expand(max(n, 1), -1).multinomial(1, generator=self.generator)[:n, 0]
-        else:
-            index = torch.randint(0, limit, (n,), generator=self.generator)
-            index = index // 2 * 2 if kind == "even" else index
-        return self.view(index.view(shape))
-
-    def view(self, x: Tensor) -> Tensor:
-        return laid_out(x, self.draw(LAYOUTS)).detach()
+def _size(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
 
 
-@dataclass
-class Case:
-    """One call: its tensors, its options, the gradient that comes back, and what bounds its sums."""
-
-    op: Callable[..., Tensor]
-    tensors: dict[str, Tensor]
-    options: dict[str, Any]
-    upstream: str
-    dtype: torch.dtype
-
-    def run(self, tensors: dict[str, Tensor], options: dict[str, Any], positive: bool = False) -> dict[str, Tensor]:
-        y = self.op(**tensors, **options)
-        numbers = torch.linspace(-1, 1, max(y.numel(), 1), dtype=torch.float64)[: y.numel()].view(y.shape)
-        grad = laid_out(numbers.to(self.dtype), self.upstream).to(y.dtype)
-        wanted = {n: t for n, t in tensors.items() if t.requires_grad}
-        grads = torch.autograd.grad(y, wanted.values(), grad.abs() if positive else grad)
-        return {"output": y.detach(), **dict(zip(wanted, (g.to_dense() for g in grads), strict=True))}
-
-    def wide(self, change: Callable[[Tensor], Tensor] = lambda t: t) -> dict[str, Tensor]:
-        return {
-            n: change(t.detach().double()).requires_grad_(t.requires_grad) if t.is_floating_point() else t
-            for n, t in self.tensors.items()
-        }
-
-    def bound(self) -> dict[str, Tensor]:
-        """The sums with all terms positive; identity is at least as large as the other activations but one."""
-        options = dict(self.options)
-        if options.get("activation", "squared_relu") != "squared_relu":
-            options["activation"] = "identity"
-        if self.op is ops.topk_ffn:
-            options["k"] = self.tensors["keys"].shape[0]
-        return self.run(self.wide(torch.abs), options, positive=True)
-
-    def check(self) -> None:
-        with sf.backend("reference"):
-            expected, bound = self.run(self.wide(), self.options), self.bound()
-        for backend in backends(self.dtype):
-            with sf.backend(backend):
-                actual = self.run(self.tensors, self.options)
-            for name, tensor in actual.items():
-                assert tensor.dtype == (self.dtype if name == "output" else self.tensors[name].dtype)
-                tensor = tensor.double()
-                assert tensor.shape == expected[name].shape
-                assert tensor.isfinite().all(), f"{backend}, {name}: not finite"
-                allowed = bound[name] + 1e-3 * (bound[name].max() if bound[name].numel() else 0)
-                excess = ((tensor - expected[name]).abs() / allowed.clamp_min(1e-30)).flatten()
-                worst = excess.max().item() if excess.numel() else 0.0
-                assert worst < TOLERANCE[self.dtype], f"{backend}, {name}: {worst:.2g} of the sum of absolute terms"
+def largest_product(tensors: dict[str, Tensor], left: str, right: str) -> float:
+    a, b = (tensors[m].double().abs().nan_to_num(0, 0) for m in (left, right))
+    return float((a @ b.mT).max()) if a.numel() and b.numel() else 0.0
 
 
-def backends(dtype: torch.dtype) -> tuple[str, ...]:
-    return ("reference", "torch") if dtype == torch.float64 or native.PROBLEM else ("reference", "torch", "cpu")
+def best(scores: Tensor, k: int) -> Tensor:
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
 @st.composite
 def expert_ffn_cases(draw: Callable[..., Any]) -> Case:
-    activation = draw(st.sampled_from(list(ACTIVATIONS)))
-    dtype = draw(DTYPES)
-    n = Numbers(draw, dtype)
-    tokens, width, (depth, out) = draw(TOKENS), draw(WIDTHS), draw(SIDES)
-    depth = min(depth, 33) if (dtype, activation) == OVERFLOWS else depth
-    experts = draw(EXPERTS)
+    n, activation = Numbers(draw, draw(DTYPES)), draw(st.sampled_from(list(ACTIVATIONS)))
+    tokens, width, (depth, out), experts = draw(TOKENS), draw(WIDTHS), draw(SIDES), draw(EXPERTS)
     k = draw(st.integers(0, min(experts, 4)))
     tensors = {
         "x": n.whole(tokens, depth),
         "keys": n.whole(experts, width, depth),
-        "values": n.tensor(experts, width, out),
+        "values": n.real(experts, width, out),
         "index": n.index(experts, tokens, k),
         "gate": n.weight(tokens, k),
+        **units(n, (experts, width), depth),
     }
     if draw(st.booleans()):
-        tensors["gate_keys"] = n.whole(experts, width, depth)
-    if draw(st.booleans()):
-        tensors["key_bias"] = n.whole(experts, width)
-    if draw(st.booleans()):
         tensors["hidden_scale"] = n.dropout(tokens, k, width)
-    return Case(ops.expert_ffn, tensors, {"activation": activation}, draw(LAYOUTS), dtype)
+    shapes, options = [(tokens, out)], {"activation": activation}
+    return drawn(n, ops.expert_ffn, sums.expert_ffn, tensors, shapes, options, fixed=("hidden_scale",))
 
 
-@given(expert_ffn_cases(), examples=60)
+def units(n: Numbers, shape: tuple[int, ...], depth: int) -> dict[str, Tensor]:
+    """A GLU's gate keys and the keys' biases, or one or none of them."""
+    found = {}
+    if n.draw(st.booleans()):
+        found["gate_keys"] = n.whole(*shape, depth)
+    if n.draw(st.booleans()):
+        found["key_bias"] = n.whole(*shape)
+    return found
+
+
+@given(expert_ffn_cases(), examples=250)
 def test_expert_ffn(poisoned: None, case: Case) -> None:
     case.check()
 
@@ -225,26 +161,102 @@ def test_expert_ffn(poisoned: None, case: Case) -> None:
 def test_expert_ffn_beyond_one_block(
     tokens: int, depth: int, width: int, out: int, experts: int, k: int, dtype: torch.dtype, poisoned: None
 ) -> None:
-    n = Numbers(lambda strategy: "contiguous" if strategy is LAYOUTS else 3, dtype)
+    n = Numbers(lambda strategy: {KINDS: "plain", LAYOUTS: "contiguous", SEEDS: 3}.get(strategy, True), dtype)
     tensors = {
         "x": n.whole(tokens, depth),
         "keys": n.whole(experts, width, depth),
         "gate_keys": n.whole(experts, width, depth),
-        "values": n.tensor(experts, width, out),
+        "values": n.real(experts, width, out),
         "index": torch.rand(tokens, experts).topk(k).indices,
-        "gate": n.tensor(tokens, k, dtype=torch.float32),
+        "gate": n.real(tokens, k, dtype=torch.float32),
     }
-    Case(ops.expert_ffn, tensors, {"activation": "silu"}, "contiguous", dtype).check()
+    drawn(n, ops.expert_ffn, sums.expert_ffn, tensors, [(tokens, out)], {"activation": "silu"}).check()
+
+
+def routed(**arguments: Any) -> Any:
+    """The op on the core, and where no gradient is wanted the one for inference; or the reference of both."""
+    named = [arguments.get(m) for m in ROUTED]
+    x, router, bias, _, keys, values, gate_keys, key_bias, scale, k, gate_function, _, activation = named
+    if choose(x) == "reference":
+        out, _, gate, total = reference.routed_ffn(*named)
+    elif torch.is_grad_enabled() or scale is not None:
+        out, _, gate, total = ops.routed_ffn(**arguments)
+    else:
+        parts = (gate_keys, key_bias, k, gate_function, activation)
+        return ops.routed_ffn_inference(x, router, bias, keys, values, *parts)[0]
+    return out, gate, total
+
+
+ROUTED = (
+    *("x", "router_weight", "router_bias", "mask", "keys", "values", "gate_keys", "key_bias", "hidden_scale"),
+    *("k", "gate_function", "groups", "activation"),
+)
+
+
+@st.composite
+def routed_ffn_cases(draw: Callable[..., Any]) -> Case:
+    n, activation = Numbers(draw, draw(st.sampled_from(CORE))), draw(st.sampled_from(list(ACTIVATIONS)))
+    tokens, width, (depth, out) = draw(TOKENS.filter(bool)), draw(WIDTHS), draw(SIDES)
+    experts = draw(st.one_of(EXPERTS, st.sampled_from([40, 70])))
+    k = draw(st.integers(1, min(experts, draw(st.sampled_from([2, 4, 20])))))
+    tensors = {
+        "x": n.whole(tokens, depth),
+        "router_weight": n.whole(experts, depth),
+        "keys": n.whole(experts, width, depth),
+        "values": n.real(experts, width, out),
+        **units(n, (experts, width), depth),
+    }
+    fixed = {}
+    if draw(st.booleans()):
+        fixed["router_bias"] = torch.randint(-2, 3, (experts,), generator=n.generator).float()
+    if draw(st.booleans()):
+        fixed["mask"] = torch.rand(tokens, generator=n.generator) > 0.3
+    if draw(st.booleans()):
+        fixed["hidden_scale"] = n.dropout(tokens, k, width)
+    options = {
+        "k": k,
+        "gate_function": draw(st.sampled_from(["sigmoid", "softmax", "softmax_selected", "one"])),
+        "groups": 2 if tokens % 2 == 0 and draw(st.booleans()) else 1,
+        "activation": activation,
+    }
+
+    def known(t: dict[str, Tensor]) -> dict[str, Any]:
+        score = t["x"].double() @ t["router_weight"].double().t()
+        index = best(score if "router_bias" not in t else score + t["router_bias"], k)
+        softmax = score.softmax(1).nan_to_num(0)
+        gate = {
+            "sigmoid": lambda: score.gather(1, index).sigmoid(),
+            "softmax": lambda: softmax.gather(1, index),
+            "softmax_selected": lambda: score.gather(1, index).softmax(1),
+            "one": lambda: torch.ones(tokens, k),
+        }[options["gate_function"]]().double()
+        rest = {m: v for m, v in options.items() if m != "k"}
+        return {"index": index, "gate": gate.detach().nan_to_num(0), "softmax": softmax.detach(), **rest}
+
+    shapes = [(tokens, out), (tokens, k), (options["groups"], experts)]
+    case = drawn(
+        n, routed, sums.routed_ffn, tensors | fixed, shapes, options,
+        fixed=tuple(fixed), ranked=("x", "router_weight"), known=known,
+    )  # fmt: skip
+    case.backends, case.wide = ("reference", "cpu"), ("gate", "sums")
+    return case
+
+
+@built
+@given(routed_ffn_cases(), examples=150)
+def test_routed_ffn(poisoned: None, case: Case) -> None:
+    case.check()
+    with torch.no_grad():
+        assert torch.equal(ops.routed_ffn(**case.tensors, **case.options)[1], case.known["index"])
 
 
 @st.composite
 def cvmm_cases(draw: Callable[..., Any]) -> Case:
-    dtype = draw(DTYPES)
-    n = Numbers(draw, dtype)
+    n = Numbers(draw, draw(DTYPES))
     rows, (depth, out), experts = draw(TOKENS), draw(SIDES), draw(EXPERTS)
     gathered, scattered = rows > 0 and draw(st.booleans()), draw(st.booleans())
     slots = draw(TOKENS) if gathered else rows
-    tensors = {"x": n.whole(rows, depth), "weight": n.tensor(experts, depth, out), "expert": n.index(experts, slots)}
+    tensors = {"x": n.real(rows, depth), "weight": n.real(experts, depth, out), "expert": n.index(experts, slots)}
     options: dict[str, Any] = {}
     if gathered:
         tensors["gather"] = n.index(rows, slots)
@@ -253,81 +265,183 @@ def cvmm_cases(draw: Callable[..., Any]) -> Case:
         tensors["scatter"] = n.index(options["n_out"], slots)
     if draw(st.booleans()):
         tensors["reduction"] = n.weight(slots)
-    return Case(ops.cvmm, tensors, options, draw(LAYOUTS), dtype)
+    return drawn(n, ops.cvmm, sums.cvmm, tensors, [(options.get("n_out", slots), out)], options)
 
 
-@given(cvmm_cases(), examples=50)
+@given(cvmm_cases(), examples=150)
 def test_cvmm(poisoned: None, case: Case) -> None:
     case.check()
 
 
 @st.composite
 def bag_cases(draw: Callable[..., Any]) -> Case:
-    dtype = draw(DTYPES)
-    n = Numbers(draw, dtype)
+    n = Numbers(draw, draw(DTYPES))
     table, bags, width, out = draw(st.one_of(SIZES, st.just(900))), draw(TOKENS), draw(st.integers(0, 20)), draw(DEPTHS)
-    tensors = {"values": n.tensor(table, out), "index": n.index(table, bags, width), "weight": n.weight(bags, width)}
-    return Case(ops.weighted_bag, tensors, {}, draw(LAYOUTS), dtype)
+    tensors = {"values": n.real(table, out), "index": n.index(table, bags, width), "weight": n.weight(bags, width)}
+    case = drawn(n, ops.weighted_bag, sums.weighted_bag, tensors, [(bags, out)], {}, gathered=bags * width * out)
+    case.options = {"sparse_grad": draw(st.booleans())}
+    return case
 
 
-@given(st.tuples(bag_cases(), st.booleans()), examples=60)
-def test_weighted_bag(poisoned: None, drawn: tuple[Case, bool]) -> None:
-    case, sparse = drawn
-    if sparse:
-        case.options["sparse_grad"] = True
+@given(bag_cases(), examples=150)
+def test_weighted_bag(poisoned: None, case: Case) -> None:
     case.check()
 
 
 @st.composite
 def topk_ffn_cases(draw: Callable[..., Any]) -> Case:
-    activation = draw(st.sampled_from(list(ACTIVATIONS)))
-    # rounded smooth activations make ties that float64 does not have
-    dtype = draw(st.sampled_from([d for d in TOLERANCE if activation not in SMOOTH or d not in LOW]))
-    n = Numbers(draw, dtype)
-    tokens, units, (depth, out) = draw(TOKENS), draw(st.one_of(SIZES, st.just(300))), draw(SIDES)
-    depth = min(depth, 33) if (dtype, activation) == OVERFLOWS else depth
-    tensors = {"x": n.whole(tokens, depth), "keys": n.whole(units, depth), "values": n.tensor(units, out)}
+    n, activation = Numbers(draw, draw(DTYPES)), draw(st.sampled_from(list(ACTIVATIONS)))
+    tokens, width, (depth, out) = draw(TOKENS), draw(st.one_of(SIZES, st.just(300))), draw(SIDES)
+    tensors = {
+        "x": n.whole(tokens, depth),
+        "keys": n.whole(width, depth),
+        "values": n.real(width, out),
+        **units(n, (width,), depth),
+    }
     if draw(st.booleans()):
-        tensors["gate_keys"] = n.whole(units, depth)
-    if draw(st.booleans()):
-        tensors["key_bias"] = n.whole(units)
-    if draw(st.booleans()):
-        tensors["hidden_scale"] = n.dropout(tokens, units)
+        tensors["hidden_scale"] = n.dropout(tokens, width)
     options = {
-        # the tail of a smooth activation rounds to zero, where its rank is anyone's
-        "k": units if activation in SMOOTH else draw(st.integers(1, units)),
+        "k": width if activation in SMOOTH else draw(st.integers(1, width)),  # how these are rounded is anyone's
         "activation": activation,
         "norm_aware": draw(st.booleans()),
     }
-    return Case(ops.topk_ffn, tensors, options, draw(LAYOUTS), dtype)
+
+    def known(t: dict[str, Tensor]) -> dict[str, Any]:
+        """Ranked are the units as they are in the op's dtype; products of x and keys have no rounding."""
+        if activation in SMOOTH:
+            return {"index": torch.arange(width).expand(tokens, -1), "activation": activation}
+        with torch.no_grad():
+            up = t["x"].double() @ t["keys"].double().t() + t.get("key_bias", torch.zeros(())).double()
+            h = up if "gate_keys" not in t else t["x"].double() @ t["gate_keys"].double().t()
+            h = {"relu": torch.relu, "squared_relu": lambda z: z.relu().square()}.get(activation, abs)(h.to(n.dtype))
+            h = h if "gate_keys" not in t else h * up.to(n.dtype)
+            score = (h if "hidden_scale" not in t else h * t["hidden_scale"]).abs()
+            if options["norm_aware"]:
+                wide = torch.promote_types(n.dtype, torch.float32)
+                score = score.to(wide) * t["values"].to(wide).norm(dim=1)
+            return {"index": best(score, options["k"]), "activation": activation}
+
+    return drawn(
+        n, ops.topk_ffn, sums.topk_ffn, tensors, [(tokens, out)], options,
+        fixed=("hidden_scale",), ranked=("x", "keys"), known=known, gathered=tokens * options["k"] * max(depth, out),
+    )  # fmt: skip
 
 
-@given(topk_ffn_cases(), examples=50)
+@given(topk_ffn_cases(), examples=150)
 def test_topk_ffn(poisoned: None, case: Case) -> None:
     case.check()
 
 
 @st.composite
+def wide_product_cases(draw: Callable[..., Any]) -> Case:
+    n = Numbers(draw, draw(st.sampled_from(CORE)))
+    batch, rows, (depth, width) = draw(st.sampled_from([1, 2, 5])), draw(TOKENS), draw(SIDES)
+    tensors = {"x": n.real(batch, rows, depth), "w": n.real(batch, width, depth)}
+    case = drawn(n, ops.wide_product, sums.wide_product, tensors, [(batch, rows, width)], {})
+    case.backends, case.wide = ("reference", "cpu"), ("output",)
+    return case
+
+
+@given(wide_product_cases(), examples=50)
+def test_wide_product(poisoned: None, case: Case) -> None:
+    case.check()
+
+
+@st.composite
 def score_tables(draw: Callable[..., Any]) -> tuple[Tensor, Tensor, int]:
-    dtype = draw(DTYPES)
-    n = Numbers(draw, dtype)
+    n = Numbers(draw, draw(DTYPES))
     shape = (*draw(st.lists(st.integers(0, 4), max_size=2)), draw(st.one_of(SIZES, st.just(300))))
-    tables = [n.whole(*shape) if dtype in LOW or draw(st.booleans()) else n.tensor(*shape) for _ in range(2)]
-    if draw(st.booleans()):  # what a mask leaves
-        with torch.no_grad():
-            tables = [t.masked_fill(torch.rand(shape, generator=n.generator) < 0.3, -torch.inf) for t in tables]
+    tables = [n.whole(*shape) if draw(st.booleans()) else n.real(*shape) for _ in range(2)]
+    for table in tables:
+        for kind in draw(st.lists(KINDS, max_size=2)):
+            table.copy_(n.spoil(table.clone(), kind))
+        if draw(st.booleans()):  # what a mask leaves
+            table.masked_fill_(torch.rand(shape, generator=n.generator) < 0.3, -torch.inf)
     return *tables, draw(st.integers(1, min(shape[-1] ** 2, 200)))
 
 
-@given(score_tables(), examples=50)
-def test_product_key_topk(poisoned: None, drawn: tuple[Tensor, Tensor, int]) -> None:
-    first, second, k = drawn
-    with sf.backend("reference"):
-        best, index = functional.product_key_topk(first, second, k)
-    every = (first.unsqueeze(-1) + second.unsqueeze(-2)).flatten(-2)
-    assert torch.equal(best, every.sort(dim=-1, descending=True).values[..., :k])
-    for backend in backends(first.dtype)[1:]:
+def best_pairs(first: Tensor, second: Tensor, k: int) -> Tensor:
+    """Of two rows: the pairs of their best whose sums are the best, ranked in fp32 at least."""
+    m, n = min(k, len(first)), len(first)
+    wide = torch.promote_types(first.dtype, torch.float32)
+    i, j = (best(half.unsqueeze(0), m)[0] for half in (first, second))
+    position = torch.arange(m)
+    can_win = (position[:, None] + 1) * (position[None, :] + 1) <= k
+    total = (first[i].to(wide).unsqueeze(1) + second[j].to(wide))[can_win]
+    return (i.unsqueeze(1) * n + j)[can_win][best(total.unsqueeze(0), k)[0]]
+
+
+@given(score_tables(), examples=150)
+def test_product_key_topk(poisoned: None, tables: tuple[Tensor, Tensor, int]) -> None:
+    first, second, k = tables
+    n = first.shape[-1]
+    rows = zip(first.reshape(-1, n), second.reshape(-1, n), strict=True)
+    index = torch.stack([best_pairs(*row, k) for row in rows]) if first.numel() else torch.zeros(0, dtype=torch.int64)
+    index = index.view(*first.shape[:-1], k)
+    sums = first.gather(-1, index // n) + second.gather(-1, index % n)
+    for backend in on(first.dtype):
         with sf.backend(backend):
-            actual_best, actual_index = functional.product_key_topk(first, second, k)
+            actual, actual_index = functional.product_key_topk(first, second, k)
         assert torch.equal(actual_index, index), backend
-        assert torch.equal(actual_best, best), backend
+        assert torch.equal(actual.isnan(), sums.isnan()), backend
+        assert torch.equal(actual.nan_to_num(7), sums.nan_to_num(7)), backend
+
+
+SHAPES = {  # of every argument, a letter a size: one that two of them share cannot be changed in one
+    "cvmm": {
+        **{"x": "SM", "weight": "EML", "expert_index": "S"},
+        **{"gather_index": "S", "scatter_index": "S", "reduction_weight": "S"},
+    },
+    "expert_ffn": {
+        **{"x": "TD", "keys": "EGD", "values": "EGO", "index": "TK", "gate": "TK"},
+        **{"gate_keys": "EGD", "key_bias": "EG"},
+    },
+    "weighted_bag": {"values": "FO", "index": "NK", "weight": "NK"},
+    "topk_ffn": {"x": "TD", "keys": "FD", "values": "FO", "gate_keys": "FD", "key_bias": "F"},
+    "product_key_topk": {"first": "TN", "second": "TN"},
+}
+OPTIONAL = ("gather_index", "scatter_index", "reduction_weight", "gate_keys", "key_bias")
+FREE = ("gate", "weight", "reduction_weight")  # have a dtype of their own
+
+
+@st.composite
+def wrong_calls(draw: Callable[..., Any]) -> tuple[str, dict[str, Any], str, type[Exception] | None]:
+    """A function, arguments of which one is changed, that one's name, and the error that is right, if one is."""
+    name = draw(st.sampled_from(list(SHAPES)))
+    shapes = {m: letters for m, letters in SHAPES[name].items() if m not in OPTIONAL or draw(st.booleans())}
+    if "gather_index" in shapes:
+        shapes["x"] = "NM"
+    sizes = {letter: draw(st.integers(2, 5)) for letter in "".join(shapes.values())}
+    arguments: dict[str, Any] = {}
+    for m, letters in shapes.items():
+        shape = [sizes[letter] for letter in letters]
+        arguments[m] = torch.zeros(shape, dtype=torch.int64) if m.endswith("index") else torch.randn(shape)
+    arguments |= {"k": 1} if name in ("topk_ffn", "product_key_topk") else {}
+    arguments |= {"n_out": 3} if "scatter_index" in arguments else {}
+    m = draw(st.sampled_from(list(shapes)))
+    kind = draw(st.sampled_from(["size", "dimensions", "dtype"]))
+    x, letters = arguments[m], shapes[m]
+    if kind == "size":
+        axis = draw(st.integers(0, len(letters) - 1))
+        shape = list(x.shape)
+        shape[axis] += draw(st.sampled_from([-1, 1]))
+        arguments[m] = x.new_zeros(shape)
+        others = "".join(s for other, s in shapes.items() if other != m)
+        return name, arguments, m, ValueError if letters[axis] in others else None
+    if kind == "dimensions":
+        arguments[m] = x.unsqueeze(0)
+        return name, arguments, m, ValueError
+    arguments[m] = x.int() if m.endswith("index") else x.double()
+    return name, arguments, m, None if (name != "cvmm" and m in FREE) or m == "reduction_weight" else TypeError
+
+
+@given(wrong_calls(), examples=100)
+def test_wrong_arguments_are_refused_by_name(call: tuple[str, dict[str, Any], str, type[Exception] | None]) -> None:
+    name, arguments, changed, error = call
+    function = getattr(functional, name)
+    if error is None:
+        function(**arguments)
+        return
+    with pytest.raises(error) as caught:
+        function(**arguments)
+    assert any(re.search(rf"\b{m}\b", str(caught.value)) for m in arguments), f"{changed}: {caught.value}"

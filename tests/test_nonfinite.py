@@ -202,8 +202,6 @@ def test_topk_ffn_computes_the_same_activations(name: str, dtype: torch.dtype, o
     (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
     value, derivative = exact(name, z)
     assert_near(name, z, y.detach()[:, 0], value)
-    if name in SMOOTH and on_backend != "reference":  # the backward pass is torch's own function here
-        slope, derivative, z = slope[~z.isinf()], derivative[~z.isinf()], z[~z.isinf()]
     assert_near(f"the derivative of {name}", z, slope[:, 0], derivative)
 
 

@@ -218,8 +218,12 @@ def test_rows_of_width_zero_are_rows(sparse_grad: bool, on_backend: str) -> None
     dvalues, dweight = torch.autograd.grad(out.sum(), (values, weight))
     assert dvalues.shape == values.shape
     assert torch.equal(dweight, torch.zeros(6, 2))
-    y = ops.expert_ffn(torch.randn(6, 0), torch.randn(E, G, 0), torch.ones(E, G, O), index % E, weight)
+    x, keys, value, bias = torch.randn(6, 0), torch.randn(E, G, 0), torch.ones(E, G, O), torch.ones(E, G)
+    y = ops.expert_ffn(x, keys, value, index % E, weight)
     assert torch.equal(y, torch.zeros(6, O))
+    for gate in (weight, weight.detach()):  # a GLU is one although its keys have no memory: what gates is 0
+        y = ops.expert_ffn(x, keys, value, index % E, gate, gate_keys=keys, key_bias=bias)
+        assert torch.equal(y, torch.zeros(6, O))
 
 
 @dtypes

@@ -243,7 +243,7 @@ def swap(module: ModuleType, path: Path) -> None:
     users = [
         m
         for n, m in sys.modules.items()
-        if n.startswith("sparse_ffn.") or n in ("test_bag", "test_large", "test_product_keys", __name__)
+        if n.startswith("sparse_ffn.") or n in ("test_bag", "test_large", "test_product_keys", "test_topk", __name__)
     ]
     for user in users:
         for name, value in list(vars(user).items()):

@@ -136,7 +136,12 @@ class ProductKeyMemory(SparseFFN):
         x = x.reshape(-1, self.d_model)
         values, sub_keys, half = self.values, self.sub_keys.shape, self._width // 2
         n = sub_keys[2] if len(sub_keys) == 4 else 0
-        if sub_keys != (2, self.n_heads, n, half) or values.shape != (n * n, self.d_out):
+        norms = [t for t in (self.norm_weight, self.norm_bias) if t is not None]
+        if (
+            sub_keys != (2, self.n_heads, n, half)
+            or values.shape != (n * n, self.d_out)
+            or any(t.shape != (half,) for t in norms)
+        ):
             raise self._misfit()
         score_THK, index_THK = ops.product_key_topk(self._scores(x), self.k)
         if self.activation == "softmax":

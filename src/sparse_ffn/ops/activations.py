@@ -31,15 +31,16 @@ def _squared_relu(z: Tensor) -> Tensor:
     return torch.relu(z).square()
 
 
+def _near(z: Tensor) -> Tensor:
+    return z.clamp(-FAR, FAR)
+
+
 _aten = torch.ops.aten
 ACTIVATIONS = {
     "relu": Activation(torch.relu, lambda grad, z: _aten.threshold_backward(grad, z, 0)),
-    "gelu": Activation(F.gelu, lambda grad, z: _aten.gelu_backward(grad, z)),
-    # z squared overflows in torch's derivative
-    "gelu_tanh": Activation(
-        _gelu_tanh, lambda grad, z: _aten.gelu_backward(grad, z.clamp(-FAR, FAR), approximate="tanh")
-    ),
-    "silu": Activation(F.silu, lambda grad, z: _aten.silu_backward(grad, z)),
+    "gelu": Activation(F.gelu, lambda grad, z: _aten.gelu_backward(grad, _near(z))),
+    "gelu_tanh": Activation(_gelu_tanh, lambda grad, z: _aten.gelu_backward(grad, _near(z), approximate="tanh")),
+    "silu": Activation(F.silu, lambda grad, z: _aten.silu_backward(grad, _near(z))),
     "identity": Activation(lambda z: z, lambda grad, z: grad),
     "squared_relu": Activation(_squared_relu, lambda grad, z: _aten.threshold_backward(2 * (grad * z), z, 0)),
 }

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparse_ffn import native
 from sparse_ffn.native import ACTIVATIONS
-from sparse_ffn.ops.activations import hidden, hidden_backward
+from sparse_ffn.ops.activations import activate, hidden, hidden_backward, scaled
 from sparse_ffn.ops.library import absent
 from sparse_ffn.ops.products import linear
 from sparse_ffn.ops.topk_ffn.reference import rank
@@ -57,7 +57,8 @@ def backward(
     index = index.long()
     scale_TK = None if hidden_scale is None else hidden_scale.gather(1, index)
     other_TK = None if gate_keys is None else other
-    dvalues, dh_TK = bag.backward(grad, values, index, hidden(activation, z, other_TK, scale_TK))
+    h_TK = scaled(activate(activation, z), other_TK, scale_TK)
+    dvalues, dh_TK = bag.backward(grad, values, index, h_TK)
     dz_TK, dother_TK = hidden_backward(activation, dh_TK, z, other_TK, scale_TK)
     dup_TK = dz_TK if dother_TK is None else dother_TK
     dx = bag.forward(keys, index, dup_TK)

@@ -1,0 +1,157 @@
+"""A drawn call, computed by every backend and held against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from strange import SMOOTH
+from torch import Tensor
+
+import sparse_ffn as sf
+from sparse_ffn import native, ops
+
+from .numbers import LOW
+from .sums import Bound, Exact, Overflow
+
+Results = dict[str, Tensor]
+EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, *LOW)}
+TOLERANCE = {dtype: (5 if dtype in LOW else 40) * eps for dtype, eps in EPS.items()}
+"""Sums are in fp32 at least: of 16 bits a few roundings are left, of fp32 those of some hundred terms in a row."""
+OF_TORCH = {dtype: (10 if dtype in LOW else 200) * eps for dtype, eps in EPS.items()}
+"""Of torch's operations each sum and product is rounded to 16 bits; some add a thousand terms in a row."""
+MANY = 1 << 20
+"""Numbers of a gathered table that are too many for a test."""
+
+
+def outcomes(y: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
+    return {"output": y} if isinstance(y, Tensor) else dict(zip(("output", "gate", "sums"), y, strict=True))
+
+
+@dataclass
+class Case:
+    """Tensors, and what to compute: ``op`` with ``options``, and the same in float64 as ``sums``.
+
+    A ``kind`` of numbers is in one of the tensors, or in the gradients that come back.
+    """
+
+    op: Callable[..., Any]
+    sums: Callable[..., Any]
+    tensors: dict[str, Tensor]
+    upstream: list[Tensor]
+    dtype: torch.dtype
+    kind: str
+    trained: tuple[str, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    known: dict[str, Any] = field(default_factory=dict)
+    """What the sums take beside the tensors: for selections what was selected."""
+    gathered: int = 0
+    """How many numbers a gathered table has."""
+    backends: tuple[str, ...] = ("reference", "torch", "cpu")
+    wide: tuple[str, ...] = ()
+    """Outcomes in fp32, whatever the dtype."""
+
+    def check(self) -> None:
+        expected, bounds, lost = self.expected()
+        for backend in on(self.dtype, self.backends):
+            with sf.backend(backend):
+                actual = self.run()
+            for name, found in actual.items():
+                dtype = self.tensors[name].dtype if name in self.tensors else self.dtype
+                assert found.dtype == (torch.float32 if name in self.wide else dtype), name
+                assert found.shape == expected[name].shape, name
+                tolerance = (TOLERANCE if backend == "cpu" else OF_TORCH)[self.dtype]
+                allowed = tolerance * bounds[name]
+                wrong = self.wrong(found.double(), expected[name].double(), allowed, lost[name], self.leaks(backend))
+                assert not wrong.any(), self.report(backend, name, found, expected[name], allowed, wrong)
+
+    def run(self) -> Results:
+        """Outcomes and gradients of the chosen backend."""
+        if not self.trained:
+            with torch.no_grad():
+                return outcomes(self.op(**self.tensors, **self.options))
+        found = outcomes(self.op(**self.tensors, **self.options))
+        return found | self.gradients(found, self.tensors, self.upstream)
+
+    def gradients(self, found: Results, tensors: Results, upstream: list[Tensor]) -> Results:
+        differentiable = [y for y in found.values() if y.requires_grad]
+        if not differentiable:  # no slot, so no sum
+            return {n: torch.zeros_like(tensors[n]) for n in self.trained}
+        arriving = [u.to(y.dtype) for u, y in zip(upstream, found.values(), strict=True) if y.requires_grad]
+        wanted = [tensors[n] for n in self.trained]
+        grads = torch.autograd.grad(differentiable, wanted, arriving, materialize_grads=True)
+        return dict(zip(self.trained, (g.to_dense() for g in grads), strict=True))
+
+    # -------------------------------------------------------------------------------------------------- in float64
+
+    def expected(self) -> tuple[Results, Results, Results]:
+        """What is right, the magnitudes that errors are relative to, and where an overflow may have been."""
+        info = torch.finfo(self.dtype)
+        sparse = self.kind in ("nan", "infinity")
+        expected = self.follow(Exact(sparse), lambda t: t)
+        # where torch or the core multiply with AVX-512-BF16, what is below the normal numbers is zero
+        slack = info.tiny / info.eps if self.dtype == torch.bfloat16 else info.tiny
+        limit = info.max / 4 if self.dtype != torch.float64 else torch.inf
+        bound = Bound(slack, limit, sparse=self.gathered <= MANY)
+        bounds = self.follow(bound, lambda t: t.abs().nan_to_num(nan=0, posinf=0, neginf=0) + slack)
+        bounds = {n: t + slack for n, t in bounds.items()}
+        lost = {n: t > limit for n, t in bounds.items()}
+        if bound.overflows() and not bound.sparse:
+            lost = {n: torch.ones_like(t) for n, t in lost.items()}
+        elif bound.overflows():
+            depends = self.follow(Overflow(bound), lambda t: t)
+            lost = {n: t | depends[n].isnan() for n, t in lost.items()}
+        return expected, bounds, lost
+
+    def follow(self, kept: Exact, change: Callable[[Tensor], Tensor]) -> Results:
+        wide = {}
+        for name, t in self.tensors.items():
+            if t.is_floating_point():
+                t = change(t.detach().double()).requires_grad_(name in self.trained)
+            wide[name] = t
+        taken = {n: kept(t) if n in ("gate", "weight", "reduction") else t for n, t in wide.items()}
+        y = self.sums(kept, **taken, **self.known)
+        found = outcomes(y)
+        if self.trained:
+            found |= self.gradients(found, wide, [change(u.double()) for u in self.upstream])
+        return {n: t.detach() for n, t in found.items()}
+
+    # -------------------------------------------------------------------------------------------------- the judgement
+
+    def leaks(self, backend: str) -> bool:
+        """Whether zeros may be multiplied by what is not finite, or a smooth activation at infinity be torch's own."""
+        dense = self.op in (ops.weighted_bag, ops.topk_ffn)
+        smooth = self.options.get("activation") in SMOOTH
+        if backend == "cpu":
+            return smooth and self.op is ops.topk_ffn and bool(self.tensors.keys() & {"gate_keys", "hidden_scale"})
+        return backend == "reference" or dense or smooth
+
+    def wrong(self, actual: Tensor, expected: Tensor, allowed: Tensor, lost: Tensor, leaks: bool) -> Tensor:
+        """Where a result is neither right to rounding nor what an overflow makes of it.
+
+        A NaN stays one. Of infinities an order of sums may make infinity or NaN: inf·a + inf·b, or inf·(a + b).
+        """
+        right = (actual - expected).abs() <= allowed
+        right |= expected.isnan() & (actual.isnan() | ((self.kind == "infinity") & actual.isinf()))
+        right |= expected.isinf() & ((actual == expected) | actual.isnan())
+        right |= lost & ~actual.isfinite()
+        if leaks and (self.kind in ("nan", "infinity") or lost.any()):
+            right |= actual.isnan()
+        return ~right
+
+    def report(self, backend: str, name: str, *tensors: Tensor) -> str:
+        *_, wrong = tensors
+        at = tuple(wrong.nonzero()[0].tolist())
+        found, wanted, allowed = (t[at].item() for t in tensors[:3])
+        return (
+            f"{backend}, {name}{list(at)} ({int(wrong.sum())} of {wrong.numel()}): {found:.9g}, expected {wanted:.9g} "
+            f"with an error of at most {allowed:.2g}"
+        )
+
+
+def on(dtype: torch.dtype, backends: tuple[str, ...] = ("reference", "torch", "cpu")) -> tuple[str, ...]:
+    """Of some backends those that compute here."""
+    core = dtype != torch.float64 and not native.PROBLEM
+    return tuple(name for name in backends if core or name != "cpu")
