@@ -152,7 +152,7 @@ def ablations(records: Sequence[Record]) -> Iterator[str]:
 
 def pictures() -> Iterator[str]:
     """The links to what `picture.draw` makes."""
-    yield "Means over the seeds that have finished. The layers' differences are small beside what more text brings.\n"
+    yield "Means over the seeds that have finished, of the last part of the runs.\n"
     yield f"![Validation bits per byte against bytes](images/{picture.BYTES})\n"
     yield f"![Validation bits per byte against FLOPs and CPU time](images/{picture.COSTS})\n"
 

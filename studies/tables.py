@@ -40,8 +40,8 @@ def comparison(records: Sequence[Record], names: Sequence[str], base: str, quote
                 f"{own.wt_s:.2f}" if own else "",
             ]
         )
-    label = "dense" if base == DENSE else "SigmaMoE"
-    header = ["FFN", "parameters", "FLOPs", "CPU time", "bits per byte", f"less {label}", "difference", "seeds"]
+    label = _short(base)
+    header = ["FFN", "parameters", "FLOPs", "CPU time", "bits per byte", f"difference from {label}", "called", "seeds"]
     table = markdown(([*header, "paper, Enwik8", "paper, WT-103"], rows))
     legend = f"Parameters and FLOPs are the FFN's, CPU time the model's training step's, relative to {label}'s."
     return f"{table}\n\n{legend}\n"
@@ -86,30 +86,32 @@ def beside_the_paper(
 ) -> Iterator[str]:
     """The orders, best first, and the layers whose difference goes another way than the paper's."""
     bits = bits_of(records)
-    both = [name for name in names if name in bits and name in quoted]
-    if base not in both or len(both) < 2:
+    found = {name: paired(bits.get(name, {}), bits.get(base, {})) for name in names if name in quoted}
+    ours = {name: difference for name, difference in found.items() if difference is not None}
+    if len(ours) < 2:
         return
-    yield "**Beside the paper.** Best first, of the layers that it has too:\n"
-    e8, wt_s = ({name: getattr(quoted[name], column) for name in both} for column in ("e8", "wt_s"))
-    yield f"- here: {_order({name: mean(bits[name].values()) for name in both}, '.4f')}"
-    yield f"- the paper's Enwik8: {_order(e8, '.2f')}"
-    yield f"- the paper's WikiText-103: {_order(wt_s, '.2f')}\n"
+    e8, wt_s = ({name: getattr(quoted[name], column) for name in ours} for column in ("e8", "wt_s"))
+    columns = (
+        _ordered({name: difference.mean for name, difference in ours.items()}, "+.4f"),
+        _ordered(e8, ".2f"),
+        _ordered(wt_s, ".2f"),
+    )
+    header = ["", f"here, difference from {_short(base)}", "the paper's Enwik8", "the paper's WikiText-103"]
+    rows = [[str(rank), *cells] for rank, cells in enumerate(zip(*columns, strict=True), 1)]
+    yield f"The order beside the paper's, best first, of the layers that it has too:\n\n{markdown((header, rows))}\n"
     other = []
-    for name in both:
-        found = paired(bits[name], bits[base]) if name != base else None
+    for name, difference in ours.items():
         theirs = [paper.direction(column[name], column[base]) for column in (e8, wt_s)]
-        if found is not None and found.error is not None and found.verdict not in theirs:
+        if name != base and difference.error is not None and difference.verdict not in theirs:
             there = theirs[0] if theirs[0] == theirs[1] else f"{theirs[0]} on Enwik8 and {theirs[1]} on WikiText-103"
-            other.append(f"{VARIANTS[name].label} ({found.verdict} here, {there} in the paper)")
+            other.append(f"{VARIANTS[name].label} ({difference.verdict} here, {there} in the paper)")
     if other:
         yield f"The difference goes another way than both of the paper's: {'; '.join(other)}.\n"
 
 
-def _order(values: Mapping[str, float], form: str) -> str:
-    """Equal ones, as printed, with an equals sign between."""
-    text, last = "", ""
-    for name in sorted(values, key=lambda name: values[name]):
-        number = format(values[name], form)
-        text += ("" if not text else " = " if number == last else " < ") + f"{VARIANTS[name].label} {number}"
-        last = number
-    return text
+def _ordered(values: Mapping[str, float], form: str) -> list[str]:
+    return [f"{VARIANTS[name].label}: {values[name]:{form}}" for name in sorted(values, key=lambda name: values[name])]
+
+
+def _short(base: str) -> str:
+    return "dense" if base == DENSE else "SigmaMoE"

@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def train_run(
     run: Run, config: Config, corpus: data.Corpus, device: torch.device, checkpoint: Path, stop: Callable[[], bool]
 ) -> Record | None:
     """Its results, or None if it was told to stop: the next call goes on from the checkpoint, to the same numbers."""
-    facts = machine.describe(device)
+    facts = {**machine.describe(device), "sparse-ffn": info.version("sparse-ffn"), "commit": commit()}
     about = {
         "run": run.name,
         "config": asdict(config),
@@ -139,7 +140,7 @@ def _record(
         "config": asdict(config),
         "data": {"name": Path(corpus.name).name, "md5": corpus.digest, "bytes": corpus.n_bytes},
         "threads": torch.get_num_threads(),
-        "machine": {**facts, "sparse-ffn": info.version("sparse-ffn"), "commit": _commit()},
+        "machine": facts,
     }
 
 
@@ -162,7 +163,9 @@ def _progress(run: Run, config: Config, learner: Learner) -> str:
     )
 
 
-def _commit() -> str:
+@cache
+def commit() -> str:
+    """The source that this process has loaded, unless it was changed in its first moments."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import FrameType
 
@@ -77,32 +78,36 @@ def work(order: Order) -> None:
     torch.set_num_threads(order.threads)
     keep_memory()
     stop = Stop(order.deadline)
-    corpus: data.Corpus | None = None
     with stop.listening():
         while not stop():
             plan.adopt_trials(order.results)
             rate = plan.learning_rate(order.results)
-            waits = False  # for the trials that others make
-            for run in order.left():
-                if SIZES[run.size].tune and run.trial is None and rate is None:
-                    waits = True
-                    break
-                with lock(order.scratch / f"{run.name}.lock") as mine:
-                    if not mine or run.path(order.results).exists():
-                        continue
-                    config = run.config(rate)
-                    corpus = corpus or data.load(order.data, config.context)
-                    checkpoint = order.scratch / f"{run.name}.pt"
-                    record = train_run(run, config, corpus, torch.device(order.device), checkpoint, stop)
-                    if record is not None:
-                        results.save(run.path(order.results), record)
-                        checkpoint.unlink(missing_ok=True)
-                        print(f"{run.name}: finished, {told(record)}", flush=True)
-                break
-            else:
+            left = order.left()
+            ready = [run for run in left if rate is not None or run.trial is not None or not SIZES[run.size].tune]
+            if any(attempt(order, run, rate, stop) for run in ready):
+                continue
+            if ready == left:
                 return
-            if waits:
-                time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)  # until the trials are made that others have
+
+
+def attempt(order: Order, run: Run, rate: float | None, stop: Stop) -> bool:
+    """Whether this process got the run; then it is finished, or was told to stop."""
+    with lock(order.scratch / f"{run.name}.lock") as mine:
+        if not mine or run.path(order.results).exists():
+            return False
+        config = run.config(rate)
+        checkpoint = order.scratch / f"{run.name}.pt"
+        corpus = load_corpus(order.data, config.context)
+        record = train_run(run, config, corpus, torch.device(order.device), checkpoint, stop)
+        if record is not None:
+            results.save(run.path(order.results), record)
+            checkpoint.unlink(missing_ok=True)
+            print(f"{run.name}: finished, {told(record)}", flush=True)
+        return True
+
+
+load_corpus = cache(data.load)
 
 
 def told(record: results.Record) -> str:

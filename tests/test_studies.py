@@ -496,8 +496,14 @@ def test_page_of_some_results(tmp_path: Path) -> None:
     assert row(written, "ProductKeyMemory, ReLU")[5:8] == ["+0.1000", "one seed", "1"]
     assert row(written, "SwitchMoE")[4:8] == ["diverged", "–", "", "1, 1 diverged"]
     assert row(written, "1 expert, 4 x the size")[5] == "+0.0250 ± 0.0050"  # from SigmaMoE, not from dense
-    assert "here: SigmaMoE, 25% 1.9933 < dense, ReLU 2.0100 = TopKFFN, k = d_ff/16 2.0100 < Prod" in written
-    assert "Enwik8: TopKFFN, k = d_ff/16 1.07 < dense, ReLU 1.08 = SigmaMoE, 25% 1.08 < Prod" in written
+    order = [row(written, str(rank)) for rank in (1, 2, 3, 4)]
+    assert [cells[1].split(":")[0] for cells in order] == [
+        "SigmaMoE, 25%",
+        "dense, ReLU",
+        "TopKFFN, k = d_ff/16",
+        "ProductKeyMemory, ReLU",
+    ]
+    assert order[0] == ["1", "SigmaMoE, 25%: -0.0167", "TopKFFN, k = d_ff/16: 1.07", "SigmaMoE, 25%: 11.71"]
     assert "TopKFFN, k = d_ff/16 (none here, lower in the paper)" in written
     assert "| a machine |" in written
     for name in ("evidence-bytes.png", "evidence-costs.png"):

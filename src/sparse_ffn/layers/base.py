@@ -100,14 +100,7 @@ class SparseFFN(CheckedOptions, nn.Module):
                 no dense tensor of bool.
             ValueError: a wrong shape or device, or ``router_input`` for a layer without a router.
         """
-        self._check_input("x", x)
-        if not x.dim() or x.shape[-1] != self.d_model:
-            raise ValueError(f"x must have shape [..., d_model = {self.d_model}], got {list(x.shape)}")
-        check_places(x, self._parameters.values())
-        if self.out_bias is not None and self.out_bias.shape != (self.d_out,):
-            raise self._misfit()
-        if mask is not None:
-            check_mask(mask, x)
+        self._check_call(x, mask)
         y = self._forward(x, mask, self._selector_input(x, router_input))
         if self.out_bias is not None:
             y = y + self.out_bias.to(y.dtype)
@@ -125,6 +118,16 @@ class SparseFFN(CheckedOptions, nn.Module):
         if router_input is not None:
             raise ValueError(f"router_input is for MoE layers; {type(self).__name__} has no router")
         return x
+
+    def _check_call(self, x: Tensor, mask: Tensor | None) -> None:
+        self._check_input("x", x)
+        if not x.dim() or x.shape[-1] != self.d_model:
+            raise ValueError(f"x must have shape [..., d_model = {self.d_model}], got {list(x.shape)}")
+        check_places(x, self._parameters.values())
+        if self.out_bias is not None and self.out_bias.shape != (self.d_out,):
+            raise self._misfit()
+        if mask is not None:
+            check_mask(mask, x)
 
     def _check_input(self, name: str, x: Tensor) -> None:
         own = self.values

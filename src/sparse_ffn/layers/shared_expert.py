@@ -46,14 +46,18 @@ class SharedExpertMoE(nn.Module):
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, router_input: Tensor | None = None) -> Tensor:
         """As ``SparseFFN``'s; ``mask`` and ``router_input`` are for the routed experts."""
-        y: Tensor = self.routed(x, mask=mask, router_input=router_input)  # first: it checks all arguments
+        self.routed._check_call(
+            x, mask
+        )  # both parts check all that they are given before either draws or keeps anything
+        self.routed._selector_input(x, router_input)
         shared: Tensor = self.shared(x)
         if self.gate is not None:
             own = (1, self.d_model)
             if type(self.gate) is nn.Linear and self.gate.weight.shape != own:  # others may store it packed
                 raise misfit({"gate.weight": (self.gate.weight, own)})
             shared = torch.sigmoid(self.gate(x)) * shared
-        return y + shared
+        y: Tensor = self.routed(x, mask=mask, router_input=router_input) + shared
+        return y
 
     @property
     def k(self) -> int:
