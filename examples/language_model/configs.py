@@ -70,13 +70,13 @@ DEMO = Config(
     pkm_k=32,
     pkm_heads=1,
     batch_size=16,
-    steps=250,
+    steps=150,
     warmup=20,
     learning_rate=3e-3,
     grad_clip=1.0,
     evaluations=10,
-    eval_windows=192,
-    final_windows=192,
+    eval_windows=128,
+    final_windows=128,
     checkpoints=3,
 )
 
