@@ -59,9 +59,12 @@ def test_a_library_planted_on_the_path_or_in_the_current_folder_is_not_loaded(
     """
     for folder in ("elsewhere", "current"):
         library(tmp_path / folder / "sparse_ffn" / name, source)
-    code = (
-        "import sparse_ffn.native, sparse_ffn.cuda; print(sparse_ffn.native.PROBLEM, sparse_ffn.cuda.library().problem)"
-    )
+    code = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__]  # the path decides
+import sparse_ffn.native, sparse_ffn.cuda
+print(sparse_ffn.native.PROBLEM, sparse_ffn.cuda.library().problem)
+"""
     path = os.pathsep.join(map(str, (tmp_path / "elsewhere", coreless, tmp_path / "current")))
     result = run(code, cwd=tmp_path / "current", PYTHONPATH=path)
     assert result.stdout.count("it was not built") == 2, result.stderr
@@ -110,7 +113,9 @@ print(*[w.message for w in caught if w.category is sf.SparseFFNWarning], sep="\\
 @compiled
 @pytest.mark.parametrize("missing", ["sparse_ffn_moe_forward", "sparse_ffn_isa", "sparse_ffn_allocate"])
 def test_a_library_without_all_symbols_is_not_used_and_the_reason_is_told(missing: str, tmp_path: Path) -> None:
-    names = {f"sparse_ffn_{name}" for name in (*native._SIGNATURES, "isa", "isas", "allocate", "free")} - {missing}
+    names = {
+        f"sparse_ffn_{name}" for name in (*native.OPTIONS, "isa", "isas", "error", "allocate", "free", "find_pages")
+    } - {missing}
     source = f"int sparse_ffn_abi_version(void) {{ return {native.ABI_VERSION}; }}\n"
     path = library(tmp_path / "old.so", source + "\n".join(f"int {name}(void) {{ return 0; }}" for name in names))
     result = run(STEP, SPARSE_FFN_LIBRARY=str(path))
