@@ -401,7 +401,8 @@ SHAPES = {  # of every argument, a letter a size: one that two of them share can
     "product_key_topk": {"first": "TN", "second": "TN"},
 }
 OPTIONAL = ("gather_index", "scatter_index", "reduction_weight", "gate_keys", "key_bias")
-FREE = ("gate", "weight", "reduction_weight")  # have a dtype of their own
+FREE = {"expert_ffn": ("gate",), "weighted_bag": ("values", "weight"), "cvmm": ("reduction_weight",)}
+"""What may have a dtype that no other argument has."""
 
 
 @st.composite
@@ -432,7 +433,7 @@ def wrong_calls(draw: Callable[..., Any]) -> tuple[str, dict[str, Any], str, typ
         arguments[m] = x.unsqueeze(0)
         return name, arguments, m, ValueError
     arguments[m] = x.int() if m.endswith("index") else x.double()
-    return name, arguments, m, None if (name != "cvmm" and m in FREE) or m == "reduction_weight" else TypeError
+    return name, arguments, m, None if m in FREE.get(name, ()) else TypeError
 
 
 @given(wrong_calls(), examples=100)

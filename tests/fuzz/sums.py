@@ -178,7 +178,7 @@ def _probabilities(kept: Exact, score: Tensor, right: Tensor) -> Tensor:
 
 
 def _moved(right: Tensor, score: Tensor) -> Tensor:
-    return (right + UNDERFLOW) * (1 + score - score.detach())
+    return (right + UNDERFLOW) * (1 + (score - score.detach()))
 
 
 def cvmm(
