@@ -13,7 +13,7 @@ from benchmarks.shapes import MoEShape
 COMPUTE, PARAMETERS = "dense, equal compute", "dense, equal parameters"
 KEPT = ("sparse-ffn", COMPUTE, PARAMETERS, "per-expert loop", "torch grouped_mm")
 LEAST = 256  # tokens from which a shape is a training step, not a few tokens that are decoded
-FACTS = ("processor", "cores", "16-bit instructions", "native core", "torch", "load average before the run")
+FACTS = ("processor", "cores", "16-bit instructions", "CPU core", "torch", "load average before the run")
 MEMORIES = {"pkm": "ProductKeyMemory: ", "pkm-query": "ProductKeyMemory with a query: "}
 
 
@@ -91,7 +91,7 @@ def experts(machines: Sequence[Machine]) -> Table:
 
 
 def steps(machine: Machine) -> Table:
-    """Its profiles of the native core, a step a line."""
+    """Its profiles of the CPU core, a step a line."""
     body = []
     for found in machine.profiles:
         *_, step, baseline = found.table()[1]

@@ -88,7 +88,7 @@ Of the peers of a row, the table shows the one that comes nearest.
 PASSES = """\
 ## Steps and their floors
 
-Milliseconds of a step of the native core, router and balance loss included. The floor is the arithmetic of the step at
+Milliseconds of a step of the CPU core, router and balance loss included. The floor is the arithmetic of the step at
 the rate of `torch.mm` in the same process, in fp32 or the layer's dtype, whichever is faster. Beyond the floor a step
 packs gathered rows and weights, adds up a token's experts, computes the last tile of each expert, and waits for memory.
 With few tokens most of the time goes into reading the weights, and the floor says little.

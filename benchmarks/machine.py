@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from sparse_ffn import info, native
+from sparse_ffn import info
+from sparse_ffn.backends import cpu
 from sparse_ffn.ops.products import supported
 
 
@@ -23,7 +24,7 @@ def describe(device: torch.device) -> dict[str, str]:
         "triton": info.version("triton"),
         "torch's CPU capability": torch.backends.cpu.get_cpu_capability(),
         "16-bit instructions": ", ".join(filter(supported, ("avx512_bf16", "amx_tile"))) or "none",
-        "native core": native.PROBLEM or native.instruction_set(),
+        "CPU core": cpu.PROBLEM or cpu.instruction_set(),
         "backend": info.chosen(device),
         LOAD: load_average(),
     }

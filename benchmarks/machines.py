@@ -21,7 +21,7 @@ class Machine:
     Attributes:
         name: of its folder.
         reports: by part.
-        profiles: of the native core's passes.
+        profiles: of the CPU core's passes.
     """
 
     name: str

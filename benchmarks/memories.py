@@ -109,7 +109,7 @@ def memory_case(
     entries = [
         Entry("sparse-ffn", "ours", "ProductKeyMemory" + (", learned query, softmax" if learned else ""),
               lambda: Contender(layer, oracle)),
-        Entry("sparse-ffn, torch backend", "baseline", "the same without the native core",
+        Entry("sparse-ffn, torch backend", "baseline", "the same without the CPU core",
               lambda: Contender(OnBackend(layer, "torch"), oracle, gradients=layer_gradients)),
         Entry(BAG, "peer", "the same function out of topk and embedding_bag; scores in its dtype",
               lambda: rounded(BagMemory(layer))),
@@ -162,7 +162,7 @@ def topk_case(shape: TopKShape, dtype: str, device: torch.device) -> Case:
 
     entries = (
         Entry("sparse-ffn", "ours", "TopKFFN", lambda: rounded(layer)),
-        Entry("sparse-ffn, torch backend", "baseline", "the same without the native core",
+        Entry("sparse-ffn, torch backend", "baseline", "the same without the CPU core",
               lambda: rounded(OnBackend(layer, "torch"), layer_gradients)),
         Entry("dense", "baseline", f"the dense FFN that it replaces, d_ff = {shape.F}, with biases", dense),
         Entry("torch.topk and a mask", "baseline", "the same function out of topk and scatter",

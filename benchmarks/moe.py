@@ -225,7 +225,7 @@ def moe_case(shape: MoEShape, dtype: str, device: torch.device) -> Case:
 
     entries = (
         Entry("sparse-ffn", "ours", "SigmaMoE, with its router and balance loss", p.ours),
-        Entry("sparse-ffn, torch backend", "baseline", "the same without the native core", p.on_torch),
+        Entry("sparse-ffn, torch backend", "baseline", "the same without the CPU core", p.on_torch),
         _equal_compute(p),
         _equal_parameters(p),
         Entry("per-expert loop", "peer", "a Python loop over the experts, our router", loop),
@@ -251,7 +251,7 @@ def glu_case(shape: MoEShape, dtype: str, device: torch.device) -> Case:
 
     entries = (
         Entry("sparse-ffn", "ours", "SigmaMoE(glu=True, activation='silu'), with router and balance loss", p.ours),
-        Entry("sparse-ffn, torch backend", "baseline", "the same without the native core", p.on_torch),
+        Entry("sparse-ffn, torch backend", "baseline", "the same without the CPU core", p.on_torch),
         _equal_compute(p),
         _equal_parameters(p),
         *map(transformers, ("eager", "batched_mm", "grouped_mm")),

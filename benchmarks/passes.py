@@ -1,4 +1,4 @@
-"""Where a step of SigmaMoE or ProductKeyMemory spends its time: the native core's passes beside their floors.
+"""Where a step of SigmaMoE or ProductKeyMemory spends its time: the CPU core's passes beside their floors.
 
 Builds a core that times its passes (CMake and a C++ compiler needed) and runs it in a process of its own. The floor of
 a pass is its arithmetic at the best rate of torch.mm on this machine, in fp32 or in its dtype, whichever is faster.

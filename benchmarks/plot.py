@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.records import MODES, Report, Row
 from benchmarks.report import GROUPS
-from sparse_ffn.warning import how_to_install
+from sparse_ffn.backends.warning import how_to_install
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -55,7 +55,7 @@ class Step:
 
 
 def experts(shape: MoEShape, *, glu: bool, cached: bool = False, card: Card = H100) -> Step:
-    """A training step of the experts, sort included, router not: the kernels of sparse_ffn.kernels one by one.
+    """A training step of the experts, sort included, router not: the kernels of sparse_ffn.backends.triton one by one.
 
     ``cached``: if each gathered matrix were read once, and the rows of the slots never left the cache between the two
     kernels that write and read them, where reading costs 0.55 of what memory does. An upper bound.

@@ -10,7 +10,7 @@ from benchmarks import machines, report
 from benchmarks.machines import PARTS, PUBLISHED, Machine
 from benchmarks.records import MODES
 
-PASSES = "passes"  # of the native core; not rows, but asked for in the same way
+PASSES = "passes"  # of the CPU core; not rows, but asked for in the same way
 
 
 def tables(machine: Machine, parts: Sequence[str]) -> Iterator[tuple[str, str, str]]:
@@ -18,7 +18,7 @@ def tables(machine: Machine, parts: Sequence[str]) -> Iterator[tuple[str, str, s
     for row in (row for part in parts for row in machine.rows(part)):
         yield report.title(row), row.mode, report.text(report.contenders(row))
     for found in machine.profiles if PASSES in parts else ():
-        yield f"Passes of the native core: {found.title()}", found.mode, report.text(found.table())
+        yield f"Passes of the CPU core: {found.title()}", found.mode, report.text(found.table())
 
 
 def contenders(machine: Machine) -> str:

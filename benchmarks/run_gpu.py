@@ -21,7 +21,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-CARD = "import torch; from sparse_ffn.kernels.tuned import Card; print(Card.of(torch.device('cuda')).path.stem, end='')"
+CARD = """
+import torch
+from sparse_ffn.backends.triton.tuned import Card
+print(Card.of(torch.device("cuda")).path.stem, end="")
+"""
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,8 @@ def parts(out: Path, *, rehearse: bool) -> list[Part]:
     """All parts: on a GPU at their real sizes, in a rehearsal at tiny ones on the CPU."""
     python, untuned, tuned = sys.executable, {"SPARSE_FFN_TUNED": str(out / "none")}, {"SPARSE_FFN_TUNED": str(out)}
     libraries = {
-        "SPARSE_FFN_LIBRARY": str(out / "native" / "libsparse_ffn_cpu.so"),
-        "SPARSE_FFN_CUDA_LIBRARY": str(out / "native" / "libsparse_ffn_cuda.so"),
+        "SPARSE_FFN_LIBRARY": str(out / "core" / "libsparse_ffn_cpu.so"),
+        "SPARSE_FFN_CUDA_LIBRARY": str(out / "core" / "libsparse_ffn_cuda.so"),
     }
     # without what only the whole suite needs: options, plugins, the conftest for the documentation
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "--confcutdir", "tests")
@@ -132,7 +136,7 @@ def parts(out: Path, *, rehearse: bool) -> list[Part]:
         routing = ("tests/gpu/test_routing_kernels.py", "-k", "too_many or (covers or cover) and one and 16")
         return [
             Part("info", 200, (python, "-m", "sparse_ffn.info")),
-            Part("build", 200, ("csrc/build.sh", "--dry-run", str(out / "native"))),
+            Part("build", 200, ("csrc/build.sh", "--dry-run", str(out / "core"))),
             Part("tests-gpu", 200, (*pytest, "tests/gpu", "-m", "gpu"), ("python:pytest",), interpreted),
             Part("tests-compiled", 200, (*pytest, *routing), ("python:pytest",), interpreted),
             Part("layers", 200, bench("layers", "bench_layers", *tiny, "--layers", "moe")),
@@ -152,7 +156,7 @@ def parts(out: Path, *, rehearse: bool) -> list[Part]:
     both = ("--dtype", "bf16", "fp32")  # if the time is up, the half that counts is there
     return [
         Part("info", 15, (python, "-m", "sparse_ffn.info")),
-        Part("build", 60, ("csrc/build.sh", str(out / "native"))),
+        Part("build", 60, ("csrc/build.sh", str(out / "core"))),
         Part("tests-gpu", 60, (*pytest, *marked), ("python:pytest",), built),
         Part("tests-compiled", 90, (*pytest, *workers, "tests/gpu", "-m", "not gpu"), ("python:pytest",), untuned),
         Part("layers", 130, bench("layers", "bench_layers", "--seconds", "1", *both), (), built),

@@ -185,11 +185,11 @@ def machines(records: Sequence[Record]) -> str:
 
     def facts(record: Record) -> tuple[str, ...]:
         machine: dict[str, Any] = record["machine"]
-        named = (machine[key] for key in ("processor", "native core", "torch", "sparse-ffn", "commit"))
+        named = (machine[key] for key in ("processor", "CPU core", "torch", "sparse-ffn", "commit"))
         return (machine.get("GPU", "none"), str(record["threads"]), *named)
 
     counts = Counter(facts(record) for record in records)
-    header = ["GPU", "threads", "processor", "native core", "torch", "sparse-ffn", "commit", "runs"]
+    header = ["GPU", "threads", "processor", "CPU core", "torch", "sparse-ffn", "commit", "runs"]
     return f"## The machines\n\n{markdown((header, [[*key, str(n)] for key, n in counts.most_common()]))}\n"
 
 

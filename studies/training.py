@@ -52,7 +52,7 @@ def train_run(
         "config": asdict(config),
         "data": corpus.digest,
         # what changes the rounding
-        "machine": [str(facts[key]) for key in ("processor", "torch", "native core")],
+        "machine": [str(facts[key]) for key in ("processor", "torch", "CPU core")],
         "threads": torch.get_num_threads(),
     }
     learner = learner_of(run, config, device)

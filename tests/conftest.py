@@ -8,20 +8,21 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from sparse_ffn import backend, native
+from sparse_ffn import backend
+from sparse_ffn.backends import cpu
 
-BACKENDS = ("reference", "torch") if native.PROBLEM else ("reference", "torch", "cpu")
+BACKENDS = ("reference", "torch") if cpu.PROBLEM else ("reference", "torch", "cpu")
 # interpreted kernels need TRITON_INTERPRET=1 before anything imports triton: a run of their own, see `make test`
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available() else ["gpu"]
 
 
 def pytest_report_header() -> str:
-    return f"native core: {native.PROBLEM or native.instruction_set()}; backends under test: {', '.join(BACKENDS)}"
+    return f"CPU core: {cpu.PROBLEM or cpu.instruction_set()}; backends under test: {', '.join(BACKENDS)}"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if native.PROBLEM:  # without a compiler the suite tests plain torch; CI insists on the core
-        config.addinivalue_line("filterwarnings", "ignore:the native CPU core is missing")
+    if cpu.PROBLEM:  # without a compiler the suite tests plain torch; CI insists on the core
+        config.addinivalue_line("filterwarnings", "ignore:the CPU core is missing")
 
 
 @pytest.fixture(autouse=True)

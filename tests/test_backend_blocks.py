@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import sparse_ffn as sf
-from sparse_ffn.backends import choose, explain
+from sparse_ffn.backends.choice import choose, explain
 from sparse_ffn.ops.library import implementation
 
 

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 import sparse_ffn as sf
-from sparse_ffn import convert, functional, info, layers, plot, routing
-from sparse_ffn.convert.product_keys import QUERY
+from sparse_ffn import convert, functional, info, integrations, layers, plot, routing
 from sparse_ffn.integrations import peft
+from sparse_ffn.integrations.product_keys import QUERY
 from sparse_ffn.layers import SharedExpertMoE
 from sparse_ffn.routing import Routing
 from sparse_ffn.tune.__main__ import main as tune
@@ -323,21 +323,21 @@ def entries() -> dict[str, Entry]:
     add("ConstantInput", convert.ConstantInput, {"pad": 4})
     add("ConstantInput.forward", convert.ConstantInput(4).forward, {"x": TOKENS},
         wrong={"x": (*NO_TENSOR, *odd_layouts(TOKENS), torch.tensor(1.0))})  # fmt: skip
-    add("from_moe_layer", convert.from_moe_layer, {"state_dict": PAPERS, "k": 2, "prefix": ""},
+    add("from_moe_layer", integrations.from_moe_layer, {"state_dict": PAPERS, "k": 2, "prefix": ""},
         wrong={"k": (*SIZE, 9)})  # fmt: skip
     xlm = {"keys": torch.randn(2, 2, 3, 2), "values.weight": torch.randn(9, 4), f"{QUERY}.weight": torch.randn(8, 4)}
     pkm = {"keys": torch.randn(2, 3, 2, 2), "values.weight": torch.randn(9, 4), "to_queries.weight": torch.randn(8, 4),
            "norm.weight": torch.ones(2), "norm.bias": torch.zeros(2)}  # fmt: skip
     for name, theirs in (("from_xlm", xlm), ("from_product_key_memory", pkm)):
-        add(name, getattr(convert, name), {"state_dict": theirs, "k": 2, "prefix": ""}, wrong={"k": (*SIZE, 10)})
+        add(name, getattr(integrations, name), {"state_dict": theirs, "k": 2, "prefix": ""}, wrong={"k": (*SIZE, 10)})
     add("config_of", convert.config_of, {"layer": sf.DenseFFN(4, 6)}, wrong={"layer": MODULE})
-    add("to_moe_layer", convert.to_moe_layer, {"layer": sf.SigmaMoE(**MOE)}, wrong={"layer": MODULE})
+    add("to_moe_layer", integrations.to_moe_layer, {"layer": sf.SigmaMoE(**MOE)}, wrong={"layer": MODULE})
     wrong_words = ({**MIXTRAL, word: "nonsense"} for word in ("model_type", "hidden_act"))
     foreign = (None, 3, "mixtral", [], {"model_type": None}, *wrong_words)
-    add("from_transformers", convert.from_transformers, {"state_dict": BLOCK, "config": MIXTRAL},
+    add("from_transformers", integrations.from_transformers, {"state_dict": BLOCK, "config": MIXTRAL},
         wrong={"config": foreign})  # fmt: skip
-    add("to_transformers", convert.to_transformers,
-        lambda: {"layer": convert.from_transformers(BLOCK, MIXTRAL), "config": MIXTRAL},
+    add("to_transformers", integrations.to_transformers,
+        lambda: {"layer": integrations.from_transformers(BLOCK, MIXTRAL), "config": MIXTRAL},
         wrong={"layer": MODULE, "config": foreign})  # fmt: skip
 
     decided = Routing(torch.randn(3, 6), torch.randint(0, 6, (3, 2)), torch.rand(3, 2))
@@ -414,7 +414,7 @@ HOOKS = {
 
 def public() -> Iterator[tuple[str, Callable[..., Any]]]:
     """All public callables: functions, constructors, methods, and setters of properties."""
-    for module in (sf, functional, routing, convert, layers, plot, info, peft, *([hf] if hf else [])):
+    for module in (sf, functional, routing, convert, integrations, layers, plot, info, peft, *([hf] if hf else [])):
         for name, value in vars(module).items():
             home = getattr(value, "__module__", "")
             offers_others = hasattr(module, "__path__") or module is hf
@@ -560,7 +560,7 @@ def state(entry: Entry, arguments: dict[str, Any]) -> Any:
     """All that an error must leave as it was."""
     random_states = torch.get_rng_state().numpy().tobytes(), random.getstate()
     owner = getattr(entry.call, "__self__", None) or getattr(entry.call, "args", None)
-    return random_states, torch.get_default_dtype(), sf.backends._forced, look(owner), look(arguments)
+    return random_states, torch.get_default_dtype(), sf.backends.choice._forced, look(owner), look(arguments)
 
 
 def look(value: Any) -> Any:

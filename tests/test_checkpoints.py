@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparse_ffn as sf
-from sparse_ffn.convert import (
+from sparse_ffn.convert import to_dense
+from sparse_ffn.integrations import (
     from_moe_layer,
     from_product_key_memory,
     from_transformers,
     from_xlm,
-    to_dense,
     to_moe_layer,
     to_transformers,
 )

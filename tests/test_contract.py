@@ -519,7 +519,7 @@ def test_masked_tokens_leave_no_trace_in_stats() -> None:
 
 
 def test_backend_is_forced_restored_and_checked() -> None:
-    from sparse_ffn.backends import choose
+    from sparse_ffn.backends.choice import choose
 
     x = torch.zeros(1, dtype=torch.float64)
     assert choose(x) == "torch"

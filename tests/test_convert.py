@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, prune
 import sparse_ffn as sf
 from sparse_ffn.convert import ConstantInput, config, config_from_dict, config_of, sparsify
 from sparse_ffn.convert.calibrate import Reservoir
-from sparse_ffn.convert.partition import balanced_assignment, balanced_kmeans
+from sparse_ffn.convert.init.partition import balanced_assignment, balanced_kmeans
 from sparse_ffn.layers.shared_expert import SharedExpertMoE
 from sparse_ffn.ops.activations import ACTIVATIONS, activate
 from sparse_ffn.routing.routers import SigmoidRouter

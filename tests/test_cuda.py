@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 import sparse_ffn as sf
-from sparse_ffn import cuda, ops
-from sparse_ffn.backends import explain, unavailable
+from sparse_ffn import ops
+from sparse_ffn.backends import cuda
+from sparse_ffn.backends.choice import explain, unavailable
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 from net import ROUTINGS, TOLERANCE, Case, check, cvmm_case, expert_case, random

@@ -41,13 +41,14 @@ from strange import ACTIVATIONS, SMOOTH
 from torch import Tensor
 
 import sparse_ffn as sf
-from sparse_ffn import functional, native, ops
-from sparse_ffn.backends import choose
+from sparse_ffn import functional, ops
+from sparse_ffn.backends import cpu
+from sparse_ffn.backends.choice import choose
 from sparse_ffn.ops.routed_ffn import reference
 
 EFFORT = float(os.environ.get("SPARSE_FFN_FUZZ", "1"))
 UNITS = ("x", "keys", "gate_keys", "key_bias")
-built = pytest.mark.skipif(native.PROBLEM is not None, reason="no compiler when the package was installed")
+built = pytest.mark.skipif(cpu.PROBLEM is not None, reason="no compiler when the package was installed")
 
 
 def given(strategy: st.SearchStrategy[Any], examples: int) -> Callable[..., Any]:

@@ -78,7 +78,7 @@ def test_info_names_versions_devices_backends_and_the_choice() -> None:
         "einops",
         "devices",
         "reference",
-        "native core",
+        "CPU core",
         "triton kernels",
         "(automatic: ",
     ):
@@ -110,7 +110,7 @@ with sf.backend("triton"):
         layer(x)
     except RuntimeError as error:
         print(error)
-print([name for name in sys.modules if name.startswith("sparse_ffn.kernels")])
+print([name for name in sys.modules if name.startswith("sparse_ffn.backends.triton")])
 """
     assert "backend 'triton' is forced, but it computes on CUDA and ROCm devices, not on cpu" in run(code)
     assert "triton is not installed" in run(WITHOUT_TRITON + code, TRITON_INTERPRET="1")
@@ -123,7 +123,7 @@ print([name for name in sys.modules if name.startswith("sparse_ffn.kernels")])
 
 
 def test_the_kernels_import_nothing_from_above() -> None:
-    below = ("sparse_ffn.kernels", "sparse_ffn.sort", "sparse_ffn.warning")
+    below = ("sparse_ffn.backends.triton", "sparse_ffn.backends.sort", "sparse_ffn.backends.warning")
     for path in (Path(sparse_ffn.__file__).parent / "kernels").glob("*.py"):
         for module in re.findall(r"^\s*(?:from|import) (sparse_ffn[\w.]*)", path.read_text(), re.MULTILINE):
             assert module.startswith(below), f"{path.name} imports {module}"

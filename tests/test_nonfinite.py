@@ -11,14 +11,15 @@ import torch
 from strange import INF, NAN, SMOOTH, assert_near, exact, numbers, stable, strange
 
 import sparse_ffn as sf
-from sparse_ffn import functional, native, ops
+from sparse_ffn import functional, ops
+from sparse_ffn.backends import cpu
 from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.product_key_topk import reference as product_keys
 from sparse_ffn.ops.routed_ffn import reference as routed
 from sparse_ffn.ops.select import eager_stable_topk, stable_topk
 
-built = pytest.mark.skipif(native.PROBLEM is not None, reason="no compiler when the package was installed")
-FLUSHES = native.PROBLEM is None and native.instruction_set() == "avx512_bf16"
+built = pytest.mark.skipif(cpu.PROBLEM is not None, reason="no compiler when the package was installed")
+FLUSHES = cpu.PROBLEM is None and cpu.instruction_set() == "avx512_bf16"
 """Whether bf16 numbers below 2^-126 count as zero in the core's products, and where it rounds to bf16."""
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_ffn import native
+from sparse_ffn.backends import cpu
 from tools import try_wheel
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = f"sparse_ffn/{native.LIBRARY_NAME}"
-built = pytest.mark.skipif(native.PROBLEM is not None, reason="no compiler when the package was installed")
+LIBRARY = f"sparse_ffn/{cpu.LIBRARY_NAME}"
+built = pytest.mark.skipif(cpu.PROBLEM is not None, reason="no compiler when the package was installed")
 pytestmark = [pytest.mark.exhaustive, pytest.mark.timeout(900)]  # builds, on a busy machine
 
 
@@ -111,10 +111,10 @@ def test_wheel_serves_every_python_and_torch_on_its_platform(distributions: Dist
     wanted = run("nm", "--dynamic", "--undefined-only", library, cwd=tmp_path)
     assert not [word for word in ("torch", "c10", "aten", " Py", "_Py") if word in wanted], wanted
     offered = {line.split()[-1] for line in run("nm", "-D", "--defined-only", library, cwd=tmp_path).splitlines()}
-    assert {f"sparse_ffn_{name}" for name in native.OPTIONS} <= offered
+    assert {f"sparse_ffn_{name}" for name in cpu.OPTIONS} <= offered
     assert all(name.startswith("sparse_ffn_") for name in offered), offered
     code = f"import ctypes; print(ctypes.CDLL({library!r}).sparse_ffn_abi_version())"
-    assert run(sys.executable, "-I", "-S", "-c", code, cwd=tmp_path).strip() == str(native.ABI_VERSION)
+    assert run(sys.executable, "-I", "-S", "-c", code, cwd=tmp_path).strip() == str(cpu.ABI_VERSION)
 
 
 @built
@@ -132,11 +132,11 @@ with sf.backend("cpu"):
 with sf.backend("reference"):
     torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-4)
 assert all(p.grad.isfinite().all() for p in layer.parameters())
-from sparse_ffn import native
-print(*native.instruction_sets())
+from sparse_ffn.backends import cpu
+print(*cpu.instruction_sets())
 """
-    report = run(sys.executable, "-c", step, cwd=tmp_path, SPARSE_FFN_LIBRARY=str(folder / native.LIBRARY_NAME))
-    assert report.splitlines()[-1].split() == native.instruction_sets()
+    report = run(sys.executable, "-c", step, cwd=tmp_path, SPARSE_FFN_LIBRARY=str(folder / cpu.LIBRARY_NAME))
+    assert report.splitlines()[-1].split() == cpu.instruction_sets()
 
 
 def test_without_cmake_the_same_sources_are_compiled_with_the_same_flags(tmp_path: Path) -> None:
@@ -198,5 +198,5 @@ print(*[w.message for w in caught if w.category is sf.SparseFFNWarning], sep="\\
     assert "it was not built when sparse-ffn was installed" in warning
     assert "Install a C++ compiler and reinstall: pip install" in warning
     report = run(python, "-m", "sparse_ffn.info", cwd=tmp_path)
-    assert "native core: it was not built when sparse-ffn was installed" in report
+    assert "CPU core: it was not built when sparse-ffn was installed" in report
     assert "chosen     cpu: torch (automatic" in report

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_ffn import native
+from sparse_ffn.backends import cpu
 from sparse_ffn.ops import products
 
-pytestmark = pytest.mark.skipif(native.PROBLEM is not None, reason="no compiler when the package was installed")
+pytestmark = pytest.mark.skipif(cpu.PROBLEM is not None, reason="no compiler when the package was installed")
 LOW = (torch.bfloat16, torch.float16)
 
 

@@ -1,4 +1,4 @@
-"""Routing and experts as one op of the native core: the same function as its reference, and as the two one by one."""
+"""Routing and experts as one op of the CPU core: the same function as its reference, and as the two one by one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 import sparse_ffn as sf
-from sparse_ffn import native, ops
+from sparse_ffn import ops
+from sparse_ffn.backends import cpu
 from sparse_ffn.ops.routed_ffn import reference
 
-pytestmark = pytest.mark.skipif(native.PROBLEM is not None, reason="no compiler when the package was installed")
+pytestmark = pytest.mark.skipif(cpu.PROBLEM is not None, reason="no compiler when the package was installed")
 
 D, G, O = 33, 17, 20
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}

@@ -190,7 +190,7 @@ def test_a_plan_is_of_the_sizes_layers_and_seeds_that_were_asked_for() -> None:
 def fake(run: Run, valid: float, *, test: float = 2.0, diverged: str | None = None) -> results.Record:
     config = run.config(2e-3)
     points = list(range(1, 6))
-    machine = dict.fromkeys(("native core", "torch", "sparse-ffn", "commit"), "x") | {"processor": "a machine"}
+    machine = dict.fromkeys(("CPU core", "torch", "sparse-ffn", "commit"), "x") | {"processor": "a machine"}
     return {
         "size": run.size,
         "variant": run.variant,
@@ -273,7 +273,7 @@ def test_a_run_leaves_one_small_file_with_all_its_numbers(whole: Path) -> None:
         assert record["curve"]["bits_per_byte"][-1] < record["curve"]["bits_per_byte"][0]
         assert 0 < record["bits_per_byte"]["test"] < 8
         assert record["training_bytes"] == 1920
-        assert {"processor", "torch", "native core", "commit"} <= record["machine"].keys()
+        assert {"processor", "torch", "CPU core", "commit"} <= record["machine"].keys()
         assert len(record["routing"]) == (0 if variant == "dense" else 2)
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 import sparse_ffn
-from sparse_ffn import cuda, native
+from sparse_ffn.backends import cpu, cuda
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(sparse_ffn.__file__).parent
 COMPILER = shutil.which(os.environ.get("CC") or "cc")
 compiled = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
-built = pytest.mark.skipif(native.PROBLEM is not None, reason="no compiler when the package was installed")
+built = pytest.mark.skipif(cpu.PROBLEM is not None, reason="no compiler when the package was installed")
 
 
 def run(code: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -47,7 +47,7 @@ def coreless(tmp_path: Path) -> Path:
 
 
 @compiled
-@pytest.mark.parametrize("name", [native.LIBRARY_NAME, cuda.LIBRARY_NAME])
+@pytest.mark.parametrize("name", [cpu.LIBRARY_NAME, cuda.LIBRARY_NAME])
 def test_a_library_planted_on_the_path_or_in_the_current_folder_is_not_loaded(
     name: str, coreless: Path, tmp_path: Path
 ) -> None:
@@ -62,8 +62,8 @@ def test_a_library_planted_on_the_path_or_in_the_current_folder_is_not_loaded(
     code = """
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__]  # the path decides
-import sparse_ffn.native, sparse_ffn.cuda
-print(sparse_ffn.native.PROBLEM, sparse_ffn.cuda.library().problem)
+import sparse_ffn.backends.cpu, sparse_ffn.backends.cuda
+print(sparse_ffn.backends.cpu.PROBLEM, sparse_ffn.backends.cuda.library().problem)
 """
     path = os.pathsep.join(map(str, (tmp_path / "elsewhere", coreless, tmp_path / "current")))
     result = run(code, cwd=tmp_path / "current", PYTHONPATH=path)
@@ -78,7 +78,7 @@ def test_a_library_beside_the_package_or_in_the_folder_of_an_editable_install_is
     """An editable install leaves the sources where they are; what it builds is in a second folder of the package."""
     wheel = tmp_path / "site-packages" / "sparse_ffn"
     wheel.mkdir(parents=True)
-    (wheel / native.LIBRARY_NAME).symlink_to(loaded())
+    (wheel / cpu.LIBRARY_NAME).symlink_to(loaded())
     code = f"""
 import importlib.util, sys
 folders = [{str(wheel)!r}, {str(coreless / "sparse_ffn")!r}]
@@ -86,15 +86,15 @@ where = {{"submodule_search_locations": folders}}
 spec = importlib.util.spec_from_file_location("sparse_ffn", folders[1] + "/__init__.py", **where)
 sys.modules["sparse_ffn"] = package = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(package)
-print(package.native.PROBLEM, package.native.instruction_set())
+print(package.backends.cpu.PROBLEM, package.backends.cpu.instruction_set())
 """
-    assert run(code).stdout.split() == ["None", native.instruction_set()]
+    assert run(code).stdout.split() == ["None", cpu.instruction_set()]
 
 
 def loaded() -> Path:
     """Where this process's core is."""
     maps = Path("/proc/self/maps").read_text()
-    return Path(next(word for word in maps.split() if word.endswith(native.LIBRARY_NAME)))
+    return Path(next(word for word in maps.split() if word.endswith(cpu.LIBRARY_NAME)))
 
 
 # -------------------------------------------------------------------------------------------- libraries of no use
@@ -114,16 +114,16 @@ print(*[w.message for w in caught if w.category is sf.SparseFFNWarning], sep="\\
 @pytest.mark.parametrize("missing", ["sparse_ffn_moe_forward", "sparse_ffn_isa", "sparse_ffn_allocate"])
 def test_a_library_without_all_symbols_is_not_used_and_the_reason_is_told(missing: str, tmp_path: Path) -> None:
     names = {
-        f"sparse_ffn_{name}" for name in (*native.OPTIONS, "isa", "isas", "error", "allocate", "free", "find_pages")
+        f"sparse_ffn_{name}" for name in (*cpu.OPTIONS, "isa", "isas", "error", "allocate", "free", "find_pages")
     } - {missing}
-    source = f"int sparse_ffn_abi_version(void) {{ return {native.ABI_VERSION}; }}\n"
+    source = f"int sparse_ffn_abi_version(void) {{ return {cpu.ABI_VERSION}; }}\n"
     path = library(tmp_path / "old.so", source + "\n".join(f"int {name}(void) {{ return 0; }}" for name in names))
     result = run(STEP, SPARSE_FFN_LIBRARY=str(path))
     (warning,) = result.stdout.splitlines() or [result.stderr]
     assert f"{path} cannot be loaded: " in warning
     assert missing in warning
     report = run("from sparse_ffn.info import report; print(report())", SPARSE_FFN_LIBRARY=str(path))
-    assert f"native core: {path} cannot be loaded" in report.stdout
+    assert f"CPU core: {path} cannot be loaded" in report.stdout
 
 
 @compiled
@@ -137,7 +137,7 @@ def test_a_cuda_library_without_all_symbols_is_not_used_and_the_reason_is_told(t
 def test_a_library_that_is_named_is_that_file_and_no_other(tmp_path: Path) -> None:
     """The loader looks for a bare name in the system's folders, where this one would be found."""
     for name in ("libm.so.6", "./libm.so.6"):
-        result = run("from sparse_ffn import native; print(native.PROBLEM)", cwd=tmp_path, SPARSE_FFN_LIBRARY=name)
+        result = run("from sparse_ffn.backends import cpu; print(cpu.PROBLEM)", cwd=tmp_path, SPARSE_FFN_LIBRARY=name)
         assert f"{tmp_path / 'libm.so.6'} cannot be loaded" in result.stdout, result.stderr
 
 
@@ -145,7 +145,7 @@ def test_a_library_that_is_named_is_that_file_and_no_other(tmp_path: Path) -> No
 
 
 def test_empty_variables_are_as_good_as_none() -> None:
-    code = "import torch; from sparse_ffn import backends, native; print(backends.explain(), native.PROBLEM)"
+    code = "import torch; from sparse_ffn.backends import choice, cpu; print(choice.explain(), cpu.PROBLEM)"
     names = ("SPARSE_FFN_BACKEND", "SPARSE_FFN_LIBRARY", "SPARSE_FFN_CUDA_LIBRARY", "SPARSE_FFN_ISA")
     empty, none = run(code, **dict.fromkeys(names, "")), run(code)
     assert empty.stdout == none.stdout != "", empty.stderr
@@ -158,14 +158,14 @@ def test_empty_variables_are_as_good_as_none() -> None:
 def test_an_instruction_set_that_is_not_there_is_an_error(name: str) -> None:
     result = run("import sparse_ffn", SPARSE_FFN_ISA=name)
     assert result.returncode
-    allowed = ", ".join(map(repr, native.instruction_sets()))
+    allowed = ", ".join(map(repr, cpu.instruction_sets()))
     assert f"RuntimeError: SPARSE_FFN_ISA is {name!r}; allowed on this processor are {allowed}\n" in result.stderr
 
 
 @built
 def test_the_instruction_sets_of_this_processor_end_with_the_one_of_every_processor() -> None:
-    names = native.instruction_sets()
-    assert native.instruction_set() in names
+    names = cpu.instruction_sets()
+    assert cpu.instruction_set() in names
     assert names[-1] == "generic"
     assert set(names) <= {"generic", "avx2", "avx512", "avx512_bf16"}
 
@@ -188,5 +188,5 @@ def test_nobody_is_told_to_install_a_name_that_the_package_index_does_not_have()
 
 def test_security_names_every_way_to_have_code_loaded() -> None:
     text = (ROOT / "SECURITY.md").read_text()
-    for name in (native.LIBRARY_VARIABLE, cuda.LIBRARY_VARIABLE, "TRITON_CACHE_DIR", "SPARSE_FFN_TUNED", "enwik8"):
+    for name in (cpu.LIBRARY_VARIABLE, cuda.LIBRARY_VARIABLE, "TRITON_CACHE_DIR", "SPARSE_FFN_TUNED", "enwik8"):
         assert name in text

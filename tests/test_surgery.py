@@ -17,7 +17,7 @@ LAYERS: dict[str, Callable[[], sf.SparseFFN]] = {
     "TopKFFN": lambda: sf.TopKFFN(16, 32, 8, glu=True),
     "ProductKeyMemory": lambda: sf.ProductKeyMemory(16, 6, 4, query_dim=8, query_norm="rms"),
 }
-NATIVE = ["torch", "cpu"]
+COMPILED = ["torch", "cpu"]
 
 
 def tensors(layer: nn.Module) -> dict[str, Tensor]:
@@ -56,12 +56,12 @@ def test_one_parameter_in_another_dtype(kind: str, base: torch.dtype, train: boo
             changed = copy.deepcopy(layer)
             exchange(changed, name, tensor.detach().to(dtype))
             wanted = output(changed, x, "reference", train)
-            for backend in NATIVE:
+            for backend in COMPILED:
                 error = (output(changed, x, backend, train) - wanted).abs().max()
                 assert error <= 0.05 * wanted.abs().max(), (name, dtype, backend)
 
 
-@pytest.mark.parametrize("backend", ["reference", *NATIVE])
+@pytest.mark.parametrize("backend", ["reference", *COMPILED])
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize(
     ("kind", "name", "rows"),
@@ -80,7 +80,7 @@ def test_one_parameter_of_another_size(kind: str, name: str, rows: int, train: b
         output(layer, torch.randn(9, 16), backend, train)
 
 
-@pytest.mark.parametrize("backend", ["reference", *NATIVE])
+@pytest.mark.parametrize("backend", ["reference", *COMPILED])
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("kind", [*LAYERS, "DenseFFN"])
 def test_a_parameter_that_was_left_on_another_device(kind: str, train: bool, backend: str) -> None:
@@ -121,7 +121,7 @@ def test_k_may_change_and_every_backend_follows(kind: str) -> None:
     for train in (True, False):
         wanted = output(layer, x, "reference", train)
         assert (wanted - first).abs().max() > 1e-3
-        for backend in NATIVE:
+        for backend in COMPILED:
             torch.testing.assert_close(output(layer, x, backend, train), wanted, rtol=1e-4, atol=1e-5)
     for k in (0, 99, 2.0):
         with pytest.raises((TypeError, ValueError), match="k must be"):

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import sparse_ffn as sf
-from sparse_ffn.kernels import candidates, config, tuned
-from sparse_ffn.kernels.tile import Tile
-from sparse_ffn.kernels.tuned import Card, Tuned
+from sparse_ffn.backends.triton import candidates, config, tuned
+from sparse_ffn.backends.triton.tile import Tile
+from sparse_ffn.backends.triton.tuned import Card, Tuned
 from sparse_ffn.tune import __main__ as command
 from sparse_ffn.tune.problems import Problem, choices, heights, problems
 from sparse_ffn.tune.search import Search, merged

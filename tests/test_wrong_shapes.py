@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import sparse_ffn as sf
-from sparse_ffn import native
+from sparse_ffn.backends import cpu
 from sparse_ffn.layers.shared_expert import SharedExpertMoE
 from sparse_ffn.routing import DeepSeekRouter
 
-BACKENDS = ("reference", "torch", *(() if native.PROBLEM else ("cpu",)))
+BACKENDS = ("reference", "torch", *(() if cpu.PROBLEM else ("cpu",)))
 TRITON = ("triton",) if importlib.util.find_spec("triton") else ()
-built = pytest.mark.skipif(native.PROBLEM is not None, reason="no compiler when the package was installed")
+built = pytest.mark.skipif(cpu.PROBLEM is not None, reason="no compiler when the package was installed")
 
 
 # ---- Layers
@@ -318,7 +318,7 @@ def core_cases() -> Iterator[tuple[str, Callable[[], str | None]]]:
 
 
 def accepted(function: str, tensors: list[Tensor], options: tuple[int, ...]) -> str | None:
-    native.call(function, tuple(t.clone() for t in tensors), *options)
+    cpu.call(function, tuple(t.clone() for t in tensors), *options)
     return None
 
 
@@ -331,7 +331,7 @@ def refused(
 ) -> str | None:
     before = [None if t is None or t.is_meta else t.clone() for t in tensors]
     try:
-        native.call(function, tuple(tensors), *options)
+        cpu.call(function, tuple(tensors), *options)
     except Exception as error:
         if not isinstance(error, kind):
             return f"{type(error).__name__}: {error}"
@@ -347,7 +347,7 @@ def refused(
 def harmless(function: str, tensors: list[Tensor], options: tuple[int, ...], operand: Operand) -> str | None:
     """A size that no other tensor has: another problem, or an error."""
     try:
-        native.call(function, tuple(tensors), *options)
+        cpu.call(function, tuple(tensors), *options)
     except (ValueError, IndexError):
         return None
     return None

@@ -83,7 +83,7 @@ def try_installed() -> None:
     pure = "Tag: py3-none-any" in str(importlib.metadata.distribution("sparse-ffn").read_text("WHEEL"))
     report = info.report()
     print(f"{report}\nloaded     {sf.__file__}")
-    assert ("native core: loaded" in report) != pure, "a wheel for a platform brings the core, a pure one does not"
+    assert ("CPU core: loaded" in report) != pure, "a wheel for a platform brings the core, a pure one does not"
     with sf.backend("torch" if pure else "cpu"):
         layer, x = sf.SigmaMoE(24, 5, 8, 2), torch.randn(50, 24)
         y = layer(x)

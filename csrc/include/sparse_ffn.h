@@ -1,4 +1,4 @@
-/* sparse_ffn.h - plain C ABI of the native CPU core of sparse-ffn.
+/* sparse_ffn.h - plain C ABI of the CPU core of sparse-ffn.
  *
  * Conventions
  *  - No torch, no C++ in the interface. A tensor crosses it as memory, dtype, sizes and strides in elements (not bytes);

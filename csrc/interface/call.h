@@ -15,7 +15,7 @@ template <class T> T* scratch_of(Slot slot, int64_t count) {
 }
 
 inline int done(int status) {
-  return status == SPARSE_FFN_NO_MEMORY ? refuse(status, "the native core is out of memory") : status;
+  return status == SPARSE_FFN_NO_MEMORY ? refuse(status, "the CPU core is out of memory") : status;
 }
 
 inline void zero(void* out, int64_t count, int32_t dtype) {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sparse_ffn import info
-from sparse_ffn.warning import how_to_install
+from sparse_ffn.backends.warning import how_to_install
 
 from . import data
 from .configs import CONFIGS

@@ -1,8 +1,8 @@
 """sparse-ffn: sparse feed-forward layers for PyTorch."""
 
 from sparse_ffn import functional as functional
-from sparse_ffn.backends import SparseFFNWarning as SparseFFNWarning
-from sparse_ffn.backends import backend as backend
+from sparse_ffn.backends.choice import SparseFFNWarning as SparseFFNWarning
+from sparse_ffn.backends.choice import backend as backend
 from sparse_ffn.convert import DenseFFNConfig as DenseFFNConfig
 from sparse_ffn.convert import MoEConfig as MoEConfig
 from sparse_ffn.convert import NoisyTopKMoEConfig as NoisyTopKMoEConfig
@@ -26,9 +26,9 @@ from sparse_ffn.layers import SoftmaxMoE as SoftmaxMoE
 from sparse_ffn.layers import SparseFFN as SparseFFN
 from sparse_ffn.layers import SwitchMoE as SwitchMoE
 from sparse_ffn.layers import TopKFFN as TopKFFN
-from sparse_ffn.model import aux_loss as aux_loss
-from sparse_ffn.model import routing_stats as routing_stats
-from sparse_ffn.model import update_router_bias as update_router_bias
 from sparse_ffn.sizing import parameter_equal as parameter_equal
+from sparse_ffn.training import aux_loss as aux_loss
+from sparse_ffn.training import routing_stats as routing_stats
+from sparse_ffn.training import update_router_bias as update_router_bias
 
 __version__ = "0.1.0"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.libraries import DTYPES
+from sparse_ffn.backends.libraries import DTYPES
 
 
 def check_positive(name: str, value: Any, at_most: int | None = None, limit: str = "") -> int:

@@ -8,8 +8,8 @@ import sys
 
 import torch
 
-from sparse_ffn import cuda, native
-from sparse_ffn.backends import BACKENDS, ENVIRONMENT_VARIABLE, explain, unavailable
+from sparse_ffn.backends import cpu, cuda
+from sparse_ffn.backends.choice import BACKENDS, ENVIRONMENT_VARIABLE, explain, unavailable
 from sparse_ffn.checks import check_device, check_type
 
 
@@ -34,7 +34,7 @@ def report() -> str:
         "",
         "backends",
         *(f"  {name:10} {what}" for name, what in BACKENDS.items()),
-        f"  native core: {native.PROBLEM or 'loaded, ' + native.instruction_set()}",
+        f"  CPU core: {cpu.PROBLEM or 'loaded, ' + cpu.instruction_set()}",
         f"  triton kernels: {unavailable('triton', torch.device('cuda')) or 'ready'}",
         f"  CUDA library: {cuda.library().problem or 'loaded'}",
         "",

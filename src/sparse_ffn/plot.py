@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from sparse_ffn.backends.warning import how_to_install
 from sparse_ffn.checks import check_module, check_type
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.routing.statistics import coactivation, summary
-from sparse_ffn.warning import how_to_install
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

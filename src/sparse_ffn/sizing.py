@@ -7,12 +7,12 @@ import math
 import warnings
 from typing import Any
 
+from sparse_ffn.backends.warning import SparseFFNWarning
 from sparse_ffn.checks import check_positive, plain
 from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.product_key import ProductKeyMemory
-from sparse_ffn.warning import SparseFFNWarning
 
 _FREE_SIZES: tuple[tuple[type[SparseFFN], str], ...] = (
     (MoE, "n_experts"),

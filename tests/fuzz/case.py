@@ -11,7 +11,8 @@ from strange import SMOOTH
 from torch import Tensor
 
 import sparse_ffn as sf
-from sparse_ffn import native, ops
+from sparse_ffn import ops
+from sparse_ffn.backends import cpu
 
 from .numbers import LOW
 from .sums import Bound, Exact, Overflow
@@ -173,5 +174,5 @@ class Case:
 
 def on(dtype: torch.dtype, backends: tuple[str, ...] = ("reference", "torch", "cpu")) -> tuple[str, ...]:
     """Of some backends those that compute here."""
-    core = dtype != torch.float64 and not native.PROBLEM
+    core = dtype != torch.float64 and not cpu.PROBLEM
     return tuple(name for name in backends if core or name != "cpu")

@@ -21,7 +21,7 @@ else:
     torch.set_num_threads(1)  # test_seeded_bugs forks
 
 import sparse_ffn as sf  # noqa: E402
-from sparse_ffn.kernels import columns, config, masked, routing  # noqa: E402
+from sparse_ffn.backends.triton import columns, config, masked, routing  # noqa: E402
 from sparse_ffn.ops.expert_ffn import dense  # noqa: E402
 
 

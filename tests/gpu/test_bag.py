@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sparse_ffn as sf
 from sparse_ffn import ops
-from sparse_ffn.kernels import bag, config, segments
-from sparse_ffn.kernels.launch import cdiv
+from sparse_ffn.backends.triton import bag, config, segments
+from sparse_ffn.backends.triton.launch import cdiv
 from sparse_ffn.ops.weighted_bag import triton as weighted_bag
 
 BAGS: dict[str, Callable[[], tuple[int, Tensor]]] = {  # rows of the table, index

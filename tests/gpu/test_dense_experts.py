@@ -9,7 +9,7 @@ import torch
 from net import ROUTINGS, check, expert_case, fp32_first
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparse_ffn.kernels import masked, routing
+from sparse_ffn.backends.triton import masked, routing
 from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.expert_ffn import dense
 from sparse_ffn.ops.expert_ffn import triton as expert_ffn

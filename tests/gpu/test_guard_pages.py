@@ -16,7 +16,7 @@ from test_seeded_bugs import alarm
 
 import sparse_ffn as sf
 from sparse_ffn import ops
-from sparse_ffn.kernels import outer
+from sparse_ffn.backends.triton import outer
 from sparse_ffn.ops.expert_ffn import dense
 from sparse_ffn.ops.topk_ffn import triton as topk_ffn
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import sparse_ffn as sf
 from sparse_ffn import ops
-from sparse_ffn.kernels import columns, config, grouped, outer
+from sparse_ffn.backends.triton import columns, config, grouped, outer
 from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.expert_ffn import dense
 from sparse_ffn.ops.expert_ffn import triton as expert_ffn

@@ -17,8 +17,8 @@ from net import random
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
 
-from sparse_ffn.kernels import combine, config, decode, grouped, masked, outer, product_keys, routing
-from sparse_ffn.kernels.launch import cdiv
+from sparse_ffn.backends.triton import combine, config, decode, grouped, masked, outer, product_keys, routing
+from sparse_ffn.backends.triton.launch import cdiv
 
 pytestmark = [
     pytest.mark.usefixtures("small_blocks"),

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sparse_ffn as sf
 from sparse_ffn import ops
-from sparse_ffn.kernels import product_keys
+from sparse_ffn.backends.triton import product_keys
 from sparse_ffn.ops.product_key_topk import reference
 from sparse_ffn.ops.product_key_topk import triton as product_key_topk
 

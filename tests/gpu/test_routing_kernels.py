@@ -11,7 +11,7 @@ import torch
 from net import ROUTINGS, check, cvmm_case, expert_case, guarded, traps
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparse_ffn.kernels import combine, config, decode, grouped, outer, routing
+from sparse_ffn.backends.triton import combine, config, decode, grouped, outer, routing
 from sparse_ffn.ops.cvmm import triton as cvmm
 from sparse_ffn.ops.expert_ffn import dense
 from sparse_ffn.ops.expert_ffn import triton as expert_ffn

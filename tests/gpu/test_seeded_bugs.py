@@ -19,7 +19,7 @@ import test_topk
 import torch
 from net import check, cvmm_case, expert_case, guard_pages, guarded, traps
 
-from sparse_ffn.kernels import (
+from sparse_ffn.backends.triton import (
     bag,
     columns,
     combine,

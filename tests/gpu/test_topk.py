@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparse_ffn import ops
-from sparse_ffn.kernels import bag, config, topk
+from sparse_ffn.backends.triton import bag, config, topk
 from sparse_ffn.ops.activations import ACTIVATIONS, hidden
 from sparse_ffn.ops.select import stable_topk
 from sparse_ffn.ops.topk_ffn import triton as topk_ffn

@@ -9,9 +9,9 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from sparse_ffn.kernels import config, grouped, tuned
-from sparse_ffn.kernels.tile import Tile
-from sparse_ffn.kernels.tuned import Card, Tuned
+from sparse_ffn.backends.triton import config, grouped, tuned
+from sparse_ffn.backends.triton.tile import Tile
+from sparse_ffn.backends.triton.tuned import Card, Tuned
 from sparse_ffn.tune import runner as module
 from sparse_ffn.tune.problems import Problem
 from sparse_ffn.tune.runner import DeviceRunner

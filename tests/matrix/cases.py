@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sparse_ffn.backends import unavailable
+from sparse_ffn.backends.choice import unavailable
 
 from . import compiler, copies, distributed, functions, layer_drop, threads, tools, training
 from .feature import REFERENCE, Case, Feature

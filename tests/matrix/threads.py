@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import sparse_ffn as sf
-from sparse_ffn.backends import explain
+from sparse_ffn.backends.choice import explain
 
 from .feature import feature
 from .layers import assert_near, build, step, tokens

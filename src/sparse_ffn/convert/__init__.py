@@ -1,10 +1,6 @@
 """Conversion: the FFNs of existing models become sparse layers, with their weights, and go back."""
 
-from sparse_ffn.convert.back import to_dense as to_dense
-from sparse_ffn.convert.build import ConstantInput as ConstantInput
 from sparse_ffn.convert.calibrate import calibrate as calibrate
-from sparse_ffn.convert.checkpoints import from_transformers as from_transformers
-from sparse_ffn.convert.checkpoints import to_transformers as to_transformers
 from sparse_ffn.convert.config import DenseFFNConfig as DenseFFNConfig
 from sparse_ffn.convert.config import ExpertsConfig as ExpertsConfig
 from sparse_ffn.convert.config import FFNConfig as FFNConfig
@@ -18,11 +14,9 @@ from sparse_ffn.convert.config import SwitchMoEConfig as SwitchMoEConfig
 from sparse_ffn.convert.config import TopKFFNConfig as TopKFFNConfig
 from sparse_ffn.convert.config import config_from_dict as config_from_dict
 from sparse_ffn.convert.config_of import config_of as config_of
-from sparse_ffn.convert.moe_layer import from_moe_layer as from_moe_layer
-from sparse_ffn.convert.moe_layer import to_moe_layer as to_moe_layer
-from sparse_ffn.convert.product_keys import from_product_key_memory as from_product_key_memory
-from sparse_ffn.convert.product_keys import from_xlm as from_xlm
+from sparse_ffn.convert.init.build import ConstantInput as ConstantInput
 from sparse_ffn.convert.report import Report as Report
 from sparse_ffn.convert.report import Swap as Swap
 from sparse_ffn.convert.sparsify import from_dense as from_dense
 from sparse_ffn.convert.sparsify import sparsify_ as sparsify_
+from sparse_ffn.convert.to_dense import to_dense as to_dense

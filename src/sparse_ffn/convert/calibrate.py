@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn.checks import check_function, check_positive, check_type
-from sparse_ffn.convert.find import find
-from sparse_ffn.convert.probe import first_of
+from sparse_ffn.convert.find.find import find
+from sparse_ffn.convert.find.probe import first_of
 
 Filter = Callable[[nn.Module, str], bool]
 

@@ -19,7 +19,7 @@ from sparse_ffn.convert.config_experts import SBaseMoEConfig as SBaseMoEConfig
 from sparse_ffn.convert.config_experts import SigmaMoEConfig as SigmaMoEConfig
 from sparse_ffn.convert.config_experts import SoftmaxMoEConfig as SoftmaxMoEConfig
 from sparse_ffn.convert.config_experts import SwitchMoEConfig as SwitchMoEConfig
-from sparse_ffn.convert.weights import FFNWeights
+from sparse_ffn.convert.init.weights import FFNWeights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from sparse_ffn.checks import check_choice, check_positive, plain
-from sparse_ffn.convert.weights import FFNWeights
+from sparse_ffn.convert.init.weights import FFNWeights
 from sparse_ffn.layers.base import SparseFFN
 
 Self = TypeVar("Self", bound="FFNConfig")

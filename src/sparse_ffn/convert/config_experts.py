@@ -9,7 +9,7 @@ from typing import Any
 from sparse_ffn import layers
 from sparse_ffn.checks import check_choice
 from sparse_ffn.convert.config_base import FFNConfig
-from sparse_ffn.convert.weights import FFNWeights
+from sparse_ffn.convert.init.weights import FFNWeights
 from sparse_ffn.routing import ROUTERS
 
 SIZES = (16, 128)

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn.checks import check_floating, check_function, check_type
-from sparse_ffn.convert.build import Built, ConstantInput, build
 from sparse_ffn.convert.calibrate import Filter
 from sparse_ffn.convert.config import FFNConfig
-from sparse_ffn.convert.edits import put, set_attribute, switch_off_fast_path
-from sparse_ffn.convert.find import find, find_one
-from sparse_ffn.convert.found import Found, without_numbers
-from sparse_ffn.convert.linears import as_linear
-from sparse_ffn.convert.parents import misfit
+from sparse_ffn.convert.find.edits import put, set_attribute, switch_off_fast_path
+from sparse_ffn.convert.find.find import find, find_one
+from sparse_ffn.convert.find.found import Found, without_numbers
+from sparse_ffn.convert.find.linear import as_linear
+from sparse_ffn.convert.find.parents import misfit
+from sparse_ffn.convert.init.build import Built, ConstantInput, build
+from sparse_ffn.convert.init.weights import FFNWeights, wide
 from sparse_ffn.convert.report import Report, Swap
-from sparse_ffn.convert.weights import FFNWeights, wide
 from sparse_ffn.layers import MoE, SparseFFN
 
 _Slots = dict[int, list[tuple[nn.Module, str, str]]]

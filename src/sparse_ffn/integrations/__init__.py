@@ -1,1 +1,8 @@
-"""Thin bridges to other libraries; each file imports its library, so none is imported with the package."""
+"""Bridges to other libraries: foreign checkpoints here; what imports its library is a file to import by name."""
+
+from sparse_ffn.integrations.checkpoints import from_transformers as from_transformers
+from sparse_ffn.integrations.checkpoints import to_transformers as to_transformers
+from sparse_ffn.integrations.moe_layer import from_moe_layer as from_moe_layer
+from sparse_ffn.integrations.moe_layer import to_moe_layer as to_moe_layer
+from sparse_ffn.integrations.product_keys import from_product_key_memory as from_product_key_memory
+from sparse_ffn.integrations.product_keys import from_xlm as from_xlm

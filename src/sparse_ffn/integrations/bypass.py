@@ -11,7 +11,7 @@ from typing import Any
 import transformers
 from torch import nn
 
-from sparse_ffn.warning import SparseFFNWarning
+from sparse_ffn.backends.warning import SparseFFNWarning
 
 MOE = re.compile(r"(Experts|Mo[eE](Block|Layer)?|SparseMLP)$")
 """What transformers calls its classes of experts and of the blocks that hold them."""

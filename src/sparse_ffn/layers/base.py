@@ -22,10 +22,9 @@ from sparse_ffn.checks import (
     check_rate,
     misfit,
 )
-from sparse_ffn.layers.parametrizations import Parametrizations
+from sparse_ffn.module import CheckedOptions, Parametrizations
 from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.autocast import autocast_enabled
-from sparse_ffn.options import CheckedOptions
 
 
 class SparseFFN(CheckedOptions, nn.Module):

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from sparse_ffn import ops
 from sparse_ffn.checks import check_choice, check_flag, check_places, check_positive
 from sparse_ffn.layers.base import SparseFFN
+from sparse_ffn.module import is_plain
 from sparse_ffn.ops.activations import activate
 from sparse_ffn.ops.autocast import without_autocast
-from sparse_ffn.plain import is_plain
 
 # einops notes each type of tensor that it meets, and torch.compile would compile a layer again when it has
 for _known in (torch.empty(1), nn.Parameter(torch.empty(1))):

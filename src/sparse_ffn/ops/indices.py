@@ -17,7 +17,7 @@ Indices = tuple[str, Tensor | None, int]
 
 
 def check_indices(backend: str, *arguments: Indices) -> None:
-    """Raise IndexError unless all indices are in their range; the native core checks them itself."""
+    """Raise IndexError unless all indices are in their range; the CPU core checks them itself."""
     if backend == "cpu":
         return
     for name, index, limit in arguments:

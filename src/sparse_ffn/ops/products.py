@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_ffn import native
+from sparse_ffn.backends import cpu
 
 WORTH = 6
 """Products per element from which widened copies pay: with few rows, copying the weights takes longer than it saves."""
@@ -17,7 +17,7 @@ WORTH = 6
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """The product of a [..., M, K] and b [..., K, N] as torch multiplies it: [..., M, N]."""
-    out = native.empty_for_torch(*a.shape[:-1], b.shape[-1], dtype=a.dtype)
+    out = cpu.empty_for_torch(*a.shape[:-1], b.shape[-1], dtype=a.dtype)
     return torch.matmul(a, b, out=out)
 
 

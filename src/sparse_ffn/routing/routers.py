@@ -26,11 +26,10 @@ from sparse_ffn.checks import (
     check_rate,
     misfit,
 )
+from sparse_ffn.module import CheckedOptions, Unpack, is_plain
 from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.ops.library import in_backward, under_transforms
 from sparse_ffn.ops.select import stable_topk
-from sparse_ffn.options import CheckedOptions, Unpack
-from sparse_ffn.plain import is_plain
 from sparse_ffn.routing.sinkhorn import sinkhorn_potential
 
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 import torch
 
-from sparse_ffn.kernels import config, tuned
+from sparse_ffn.backends.triton import config, tuned
 from sparse_ffn.tune.problems import KERNELS, KINDS, Problem, choices, heights, problems
 from sparse_ffn.tune.search import Search, merged
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sparse_ffn.kernels.tile import Tile
-from sparse_ffn.kernels.tuned import ROWS, WIDTHS, size_class
+from sparse_ffn.backends.triton.tile import Tile
+from sparse_ffn.backends.triton.tuned import ROWS, WIDTHS, size_class
 
 Entry = tuple[str, str, Tile]  # kernel, arithmetic, tile
 Coordinate = tuple[str, str, int, int]  # a key of Tuned.tiles

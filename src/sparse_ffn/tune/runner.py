@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sparse_ffn import ops
-from sparse_ffn.backends import backend
-from sparse_ffn.kernels import config
-from sparse_ffn.kernels.tuned import Tuned
+from sparse_ffn.backends.choice import backend
+from sparse_ffn.backends.triton import config
+from sparse_ffn.backends.triton.tuned import Tuned
 from sparse_ffn.tune.problems import DTYPES, Problem
 
 ERROR = {"half": 2e-2, "tf32": 5e-3, "fp32": 1e-4}  # relative, in the Frobenius norm

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
-from sparse_ffn.kernels.tile import Tile
-from sparse_ffn.kernels.tuned import Tuned
+from sparse_ffn.backends.triton.tile import Tile
+from sparse_ffn.backends.triton.tuned import Tuned
 from sparse_ffn.tune.problems import KERNELS, Coordinate, Entry, Problem, choices, heights, rows_class
 
 GAIN = 0.02  # what a tile must save of the time to replace another: less may be noise

@@ -1,12 +1,12 @@
-"""CVMM in the native core."""
+"""CVMM in the CPU core."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from sparse_ffn import native
-from sparse_ffn.native import dense, rows
+from sparse_ffn.backends import cpu
+from sparse_ffn.backends.cpu import dense, rows
 from sparse_ffn.ops.library import absent
 from sparse_ffn.ops.segments import is_transposed
 
@@ -21,8 +21,8 @@ def forward(
     n_out: int,
 ) -> Tensor:
     """Output [n_out, L]."""
-    out = native.empty(n_out, weight.shape[-1], dtype=x.dtype)
-    native.call("cvmm_forward", (*_arguments(x, weight, expert, gather, scatter, reduction), out))
+    out = cpu.empty(n_out, weight.shape[-1], dtype=x.dtype)
+    cpu.call("cvmm_forward", (*_arguments(x, weight, expert, gather, scatter, reduction), out))
     return out
 
 
@@ -36,13 +36,13 @@ def backward(
     reduction: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and reduction (empty if absent)."""
-    dx = native.empty(*x.shape, dtype=x.dtype)
+    dx = cpu.empty(*x.shape, dtype=x.dtype)
     transposed = is_transposed(weight)
-    dweight = native.empty(*(weight.mT if transposed else weight).shape, dtype=x.dtype)
+    dweight = cpu.empty(*(weight.mT if transposed else weight).shape, dtype=x.dtype)
     dweight = dweight.mT if transposed else dweight
-    dreduction = None if reduction is None else native.empty(*reduction.shape, dtype=torch.float32)
+    dreduction = None if reduction is None else cpu.empty(*reduction.shape, dtype=torch.float32)
     arguments = _arguments(x, weight, expert, gather, scatter, reduction)
-    native.call("cvmm_backward", (*arguments, rows(grad), dx, dweight, dreduction))
+    cpu.call("cvmm_backward", (*arguments, rows(grad), dx, dweight, dreduction))
     if reduction is None or dreduction is None:
         return dx, dweight, absent(x)
     return dx, dweight, dreduction.to(reduction.dtype)
@@ -50,9 +50,9 @@ def backward(
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
     """Gradient of weight alone, of which only the shape matters."""
-    dweight = native.empty(*weight.shape, dtype=x.dtype)
+    dweight = cpu.empty(*weight.shape, dtype=x.dtype)
     arguments = _arguments(x, weight, expert, None, None, None)
-    native.call("cvmm_backward", (*arguments, rows(grad), None, dweight, None))
+    cpu.call("cvmm_backward", (*arguments, rows(grad), None, dweight, None))
     return dweight
 
 

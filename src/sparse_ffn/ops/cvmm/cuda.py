@@ -7,12 +7,12 @@ import ctypes
 import torch
 from torch import Tensor
 
-from sparse_ffn import cuda
-from sparse_ffn.cuda import DTYPES, Cvmm, on_device, pointer
-from sparse_ffn.native import rows
+from sparse_ffn.backends import cuda
+from sparse_ffn.backends.cpu import rows
+from sparse_ffn.backends.cuda import DTYPES, Cvmm, on_device, pointer
+from sparse_ffn.backends.sort import sort_by_expert
 from sparse_ffn.ops.library import absent
 from sparse_ffn.ops.segments import is_transposed, unsort
-from sparse_ffn.sort import sort_by_expert
 
 # S slots, N rows of x, M and L the matrices' sides, E experts
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_ffn.backends import choose
+from sparse_ffn.backends.choice import choose
 from sparse_ffn.ops.autocast import autocast_dtype, cast, weights_for
 from sparse_ffn.ops.cvmm import reference
 from sparse_ffn.ops.indices import Indices, check_indices, checked

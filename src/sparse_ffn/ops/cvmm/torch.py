@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sparse_ffn.backends.sort import sort_by_expert
 from sparse_ffn.ops.library import absent
 from sparse_ffn.ops.segments import add_rows, is_transposed, segment_mm, segment_outer, unsort
-from sparse_ffn.sort import sort_by_expert
 
 # S slots (rows), N rows of x, M and L the matrices' sides, E experts; rows are sorted by expert unless named otherwise
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparse_ffn.kernels import columns, combine, config, grouped, outer, routing
-from sparse_ffn.kernels.launch import cdiv, matrices, on_device, precision, rows
+from sparse_ffn.backends.sort import sort_by_expert
+from sparse_ffn.backends.triton import columns, combine, config, grouped, outer, routing
+from sparse_ffn.backends.triton.launch import cdiv, matrices, on_device, precision, rows
 from sparse_ffn.ops.library import absent
 from sparse_ffn.ops.segments import is_transposed
-from sparse_ffn.sort import sort_by_expert
 
 # S slots, N rows of x, M and L the matrices' sides, E experts
 

@@ -1,12 +1,12 @@
-"""Expert FFN in the native core: gather, both layers, gate and combine in two passes over the experts."""
+"""Expert FFN in the CPU core: gather, both layers, gate and combine in two passes over the experts."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from sparse_ffn import native
-from sparse_ffn.native import ACTIVATIONS, dense, rows
+from sparse_ffn.backends import cpu
+from sparse_ffn.backends.cpu import ACTIVATIONS, dense, rows
 from sparse_ffn.ops.library import absent
 
 
@@ -22,8 +22,8 @@ def inference(
     activation: str,
 ) -> Tensor:
     """Output [T, O], nothing saved."""
-    out = native.empty(x.shape[0], values.shape[-1], dtype=x.dtype)
-    native.call(
+    out = cpu.empty(x.shape[0], values.shape[-1], dtype=x.dtype)
+    cpu.call(
         "experts_forward",
         (
             *units(x, keys, values, gate_keys, key_bias),
@@ -48,11 +48,11 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output [T, O] and what the backward pass needs: hidden units [S, G], a GLU's gates [S, G], order, offsets."""
     slots, size = index.numel(), keys.shape[1]
-    out = native.empty(x.shape[0], values.shape[-1], dtype=x.dtype)
-    z = native.empty(slots, size, dtype=x.dtype)
-    other = None if gate_keys is None else native.empty(slots, size, dtype=x.dtype)
-    order, offsets = native.empty(slots, dtype=torch.int32), native.empty(keys.shape[0] + 1, dtype=torch.int32)
-    native.call(
+    out = cpu.empty(x.shape[0], values.shape[-1], dtype=x.dtype)
+    z = cpu.empty(slots, size, dtype=x.dtype)
+    other = None if gate_keys is None else cpu.empty(slots, size, dtype=x.dtype)
+    order, offsets = cpu.empty(slots, dtype=torch.int32), cpu.empty(keys.shape[0] + 1, dtype=torch.int32)
+    cpu.call(
         "experts_forward",
         (
             *units(x, keys, values, gate_keys, key_bias),
@@ -80,12 +80,10 @@ def backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, keys, values, gate, gate_keys and key_bias; empty tensors for the arguments that are absent."""
-    dx, dkeys, dvalues = (native.empty(*t.shape, dtype=t.dtype) for t in (x, keys, values))
-    dgate = native.empty(*gate.shape, dtype=torch.float32)
-    dgate_keys, dkey_bias = (
-        None if t is None else native.empty(*t.shape, dtype=t.dtype) for t in (gate_keys, key_bias)
-    )
-    native.call(
+    dx, dkeys, dvalues = (cpu.empty(*t.shape, dtype=t.dtype) for t in (x, keys, values))
+    dgate = cpu.empty(*gate.shape, dtype=torch.float32)
+    dgate_keys, dkey_bias = (None if t is None else cpu.empty(*t.shape, dtype=t.dtype) for t in (gate_keys, key_bias))
+    cpu.call(
         "experts_backward",
         (
             *units(x, keys, values, gate_keys, key_bias),

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_ffn.backends.sort import sort_by_expert
 from sparse_ffn.ops.activations import hidden, hidden_backward
 from sparse_ffn.ops.cvmm import cuda as cvmm
 from sparse_ffn.ops.library import absent
 from sparse_ffn.ops.weighted_bag.cuda import segment_sums
-from sparse_ffn.sort import sort_by_expert
 
 # T tokens, K slots a token, S = T·K, E experts, G units of an expert, D d_model, O d_out; slots are in their own order
 

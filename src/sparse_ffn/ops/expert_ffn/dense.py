@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_ffn.kernels import masked
+from sparse_ffn.backends.triton import masked
 from sparse_ffn.ops.autocast import cast
 from sparse_ffn.ops.library import absent
 

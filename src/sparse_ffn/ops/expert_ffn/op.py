@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_ffn.backends import choose
+from sparse_ffn.backends.choice import choose
 from sparse_ffn.ops.autocast import autocast_dtype, cast, weights_for
 from sparse_ffn.ops.expert_ffn import reference
 from sparse_ffn.ops.indices import check_indices, checked

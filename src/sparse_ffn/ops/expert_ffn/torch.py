@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_ffn.backends.sort import sort_by_expert
 from sparse_ffn.ops.activations import hidden, hidden_backward
 from sparse_ffn.ops.library import absent
 from sparse_ffn.ops.segments import segment_mm, segment_outer, segment_sum, unsort
-from sparse_ffn.sort import sort_by_expert
 
 # T tokens, K slots a token, S = T·K, E experts, G units of an expert, D d_model, O d_out; _S rows are sorted by expert
 

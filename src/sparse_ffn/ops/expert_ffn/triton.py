@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_ffn.kernels import columns, combine, config, decode, grouped, outer, routing
-from sparse_ffn.kernels.launch import cdiv, matrices, on_device, precision, rows
+from sparse_ffn.backends.triton import columns, combine, config, decode, grouped, outer, routing
+from sparse_ffn.backends.triton.launch import cdiv, matrices, on_device, precision, rows
 from sparse_ffn.ops.expert_ffn import dense
 from sparse_ffn.ops.library import absent
 

@@ -1,4 +1,4 @@
-"""Product-key top-k in the native core: both halves and the pairs that can win, in one pass over the rows."""
+"""Product-key top-k in the CPU core: both halves and the pairs that can win, in one pass over the rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparse_ffn import native
+from sparse_ffn.backends import cpu
 
 
 def forward(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -16,15 +16,15 @@ def forward(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     table = scores.float()
     if table.stride(-1) != 1:
         table = table.contiguous()
-    best = native.empty(*scores.shape[:2], k, dtype=torch.float32)
-    index = native.empty(*scores.shape[:2], k, dtype=torch.int64)
-    native.call("product_key_topk", (table, index, best))
+    best = cpu.empty(*scores.shape[:2], k, dtype=torch.float32)
+    index = cpu.empty(*scores.shape[:2], k, dtype=torch.int64)
+    cpu.call("product_key_topk", (table, index, best))
     return best.to(scores.dtype), index
 
 
 def backward(grad: Tensor, index: Tensor, n: int, stride: Sequence[int]) -> Tensor:
     """Gradient of the scores [T, H, 2, n], in their strides."""
     shape = (*grad.shape[:2], 2, n)
-    dscores = native.empty(math.prod(shape), dtype=torch.float32).as_strided(shape, stride)
-    native.call("product_key_topk_backward", (grad.float().contiguous(), index, dscores))
+    dscores = cpu.empty(math.prod(shape), dtype=torch.float32).as_strided(shape, stride)
+    cpu.call("product_key_topk_backward", (grad.float().contiguous(), index, dscores))
     return dscores.to(grad.dtype)

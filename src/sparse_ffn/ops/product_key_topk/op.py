@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_ffn.backends import choose
+from sparse_ffn.backends.choice import choose
 from sparse_ffn.ops.indices import check_indices
 from sparse_ffn.ops.library import define, implementation, refuse_double_backward, set_autograd
 from sparse_ffn.ops.product_key_topk import reference

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparse_ffn.kernels import product_keys
-from sparse_ffn.kernels.launch import on_device, rows
+from sparse_ffn.backends.triton import product_keys
+from sparse_ffn.backends.triton.launch import on_device, rows
 from sparse_ffn.ops.product_key_topk import reference
 
 

@@ -1,12 +1,12 @@
-"""Routed FFN in the native core: scores, selection, gates, experts, and the sums for balance losses in one call."""
+"""Routed FFN in the CPU core: scores, selection, gates, experts, and the sums for balance losses in one call."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from sparse_ffn import native
-from sparse_ffn.native import ACTIVATIONS, GATES, dense, rows
+from sparse_ffn.backends import cpu
+from sparse_ffn.backends.cpu import ACTIVATIONS, GATES, dense, rows
 from sparse_ffn.ops.expert_ffn.cpu import NOTHING_SAVED, units
 from sparse_ffn.ops.library import absent
 
@@ -25,8 +25,8 @@ def inference(
 ) -> tuple[Tensor, Tensor]:
     """Output [T, O] and the selected experts int64 [T, K]."""
     tokens = x.shape[0]
-    out, index = native.empty(tokens, values.shape[-1], dtype=x.dtype), native.empty(tokens, k, dtype=torch.int64)
-    native.call(
+    out, index = cpu.empty(tokens, values.shape[-1], dtype=x.dtype), cpu.empty(tokens, k, dtype=torch.int64)
+    cpu.call(
         "moe_forward",
         (
             *units(x, keys, values, gate_keys, key_bias),
@@ -55,13 +55,13 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """out, index, gate, softmax sums, hidden units [S, G], a GLU's gates [S, G], order, offsets."""
     (tokens, _), (n_experts, size, d_out) = x.shape, values.shape
-    out, index = native.empty(tokens, d_out, dtype=x.dtype), native.empty(tokens, k, dtype=torch.int64)
-    gate = native.empty(tokens, k, dtype=torch.float32)
-    sums = native.empty(groups, n_experts, dtype=torch.float32)
-    z = native.empty(tokens * k, size, dtype=x.dtype)
-    other = None if gate_keys is None else native.empty(*z.shape, dtype=z.dtype)
-    order, offsets = native.empty(tokens * k, dtype=torch.int32), native.empty(n_experts + 1, dtype=torch.int32)
-    native.call(
+    out, index = cpu.empty(tokens, d_out, dtype=x.dtype), cpu.empty(tokens, k, dtype=torch.int64)
+    gate = cpu.empty(tokens, k, dtype=torch.float32)
+    sums = cpu.empty(groups, n_experts, dtype=torch.float32)
+    z = cpu.empty(tokens * k, size, dtype=x.dtype)
+    other = None if gate_keys is None else cpu.empty(*z.shape, dtype=z.dtype)
+    order, offsets = cpu.empty(tokens * k, dtype=torch.int32), cpu.empty(n_experts + 1, dtype=torch.int32)
+    cpu.call(
         "moe_forward",
         (
             *units(x, keys, values, gate_keys, key_bias),
@@ -96,8 +96,8 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of x, router_weight, keys, values, gate_keys, key_bias; empty tensors for what is absent."""
     present = (x, router_weight, keys, values, gate_keys, key_bias)
-    found = [None if t is None else native.empty(*t.shape, dtype=t.dtype) for t in present]
-    native.call(
+    found = [None if t is None else cpu.empty(*t.shape, dtype=t.dtype) for t in present]
+    cpu.call(
         "moe_backward",
         (
             *units(x, keys, values, gate_keys, key_bias),

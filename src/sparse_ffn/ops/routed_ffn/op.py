@@ -1,4 +1,4 @@
-"""Routed FFN: a MoE layer whose router is a linear map, top-k and a gate, as one torch.library op of the native core.
+"""Routed FFN: a MoE layer whose router is a linear map, top-k and a gate, as one torch.library op of the CPU core.
 
 The op saves a pass over x, its gradient and the scores [T, E]; where the core cannot compute, a layer runs its router
 and ``expert_ffn`` one after the other, which is the same function.
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_ffn.backends import choose
+from sparse_ffn.backends.choice import choose
 from sparse_ffn.ops.autocast import autocast_enabled
 from sparse_ffn.ops.library import absent, define, refuse_double_backward, set_autograd
-from sparse_ffn.ops.routed_ffn import cpu as native
+from sparse_ffn.ops.routed_ffn import cpu
 
 
 def routed_ffn_available(
@@ -26,7 +26,7 @@ def routed_ffn_available(
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
 ) -> bool:
-    """Whether the op computes this input now: fp32 or bf16 throughout (a router's bias fp32), on the native core."""
+    """Whether the op computes this input now: fp32 or bf16 throughout (a router's bias fp32), on the CPU core."""
     dtype = x.dtype
     return (
         dtype in (torch.float32, torch.bfloat16)
@@ -172,7 +172,7 @@ _forward = define(
     f"routed_ffn(Tensor x, Tensor router_weight, Tensor? router_bias, Tensor? mask, {_PARTS}, Tensor? hidden_scale, "
     "SymInt k, str gate_function, SymInt groups, str activation) -> (Tensor out, Tensor index, Tensor gate, "
     "Tensor sums, Tensor z, Tensor other, Tensor order, Tensor offsets)",
-    native.forward,
+    cpu.forward,
     _forward_fake,
 )
 _backward = define(
@@ -180,13 +180,13 @@ _backward = define(
     f"Tensor? mask, {_PARTS}, Tensor? hidden_scale, Tensor index, Tensor gate, Tensor z, Tensor other, Tensor order, "
     "Tensor offsets, str gate_function, str activation) -> (Tensor dx, Tensor drouter_weight, "
     "Tensor dkeys, Tensor dvalues, Tensor dgate_keys, Tensor dkey_bias)",
-    native.backward,
+    cpu.backward,
     _backward_fake,
 )
 _inference = define(
     f"routed_ffn_inference(Tensor x, Tensor router_weight, Tensor? router_bias, {_PARTS}, SymInt k, str gate_function, "
     "str activation) -> (Tensor out, Tensor index)",
-    native.inference,
+    cpu.inference,
     _inference_fake,
 )
 _forward = set_autograd(_forward, _autograd, _setup_context)

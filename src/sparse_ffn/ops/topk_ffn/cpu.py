@@ -1,12 +1,12 @@
-"""Top-k FFN in the native core: select fused after the first product, then only the selected units are touched."""
+"""Top-k FFN in the CPU core: select fused after the first product, then only the selected units are touched."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from sparse_ffn import native
-from sparse_ffn.native import ACTIVATIONS
+from sparse_ffn.backends import cpu
+from sparse_ffn.backends.cpu import ACTIVATIONS
 from sparse_ffn.ops.activations import activate, hidden, hidden_backward, scaled
 from sparse_ffn.ops.library import absent
 from sparse_ffn.ops.products import linear
@@ -77,14 +77,14 @@ def backward(
 
 def _select_activation(u: Tensor, k: int, activation: str, norm: Tensor | None) -> tuple[Tensor, Tensor]:
     """The k units of the largest |act(u)| (times norm), int64 [T, K], and act(u) there."""
-    index, kept = native.empty(u.shape[0], k, dtype=torch.int64), native.empty(u.shape[0], k, dtype=u.dtype)
-    native.call("topk_activation", (u, norm, index, kept), ACTIVATIONS[activation])
+    index, kept = cpu.empty(u.shape[0], k, dtype=torch.int64), cpu.empty(u.shape[0], k, dtype=u.dtype)
+    cpu.call("topk_activation", (u, norm, index, kept), ACTIVATIONS[activation])
     return index, kept
 
 
 def _select(scores: Tensor, k: int) -> Tensor:
     """The k largest of each row, ties to the lower index."""
     scores = scores.float().contiguous()
-    index = native.empty(scores.shape[0], k, dtype=torch.int64)
-    native.call("topk", (scores, index, None))
+    index = cpu.empty(scores.shape[0], k, dtype=torch.int64)
+    cpu.call("topk", (scores, index, None))
     return index

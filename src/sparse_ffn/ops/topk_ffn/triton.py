@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_ffn.kernels import bag, config, segments, topk
-from sparse_ffn.kernels.launch import on_device, precision, rows
+from sparse_ffn.backends.triton import bag, config, segments, topk
+from sparse_ffn.backends.triton.launch import on_device, precision, rows
 from sparse_ffn.ops.activations import hidden, hidden_backward
 from sparse_ffn.ops.autocast import cast
 from sparse_ffn.ops.library import absent

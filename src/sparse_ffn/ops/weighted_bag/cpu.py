@@ -1,42 +1,42 @@
-"""Weighted bag in the native core: forward, and a backward that reads each value row once for both gradients."""
+"""Weighted bag in the CPU core: forward, and a backward that reads each value row once for both gradients."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from sparse_ffn import native
+from sparse_ffn.backends import cpu
 
 
 def forward(values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """The bags [N, O]."""
-    out = native.empty(index.shape[0], values.shape[-1], dtype=values.dtype)
-    native.call("bag_forward", (*_table(values, index, weight), out))
+    out = cpu.empty(index.shape[0], values.shape[-1], dtype=values.dtype)
+    cpu.call("bag_forward", (*_table(values, index, weight), out))
     return out
 
 
 def backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of values and weight."""
-    dvalues = native.empty(*values.shape, dtype=values.dtype)
-    dweight = native.empty(*weight.shape, dtype=values.dtype)
-    native.call("bag_backward", (*_table(values, index, weight), grad.contiguous(), dweight, dvalues))
+    dvalues = cpu.empty(*values.shape, dtype=values.dtype)
+    dweight = cpu.empty(*weight.shape, dtype=values.dtype)
+    cpu.call("bag_backward", (*_table(values, index, weight), grad.contiguous(), dweight, dvalues))
     return dvalues, dweight.to(weight.dtype)
 
 
 def values_backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """Gradient of values alone; only the shape and dtype of ``values`` matter."""
-    dvalues = native.empty(*values.shape, dtype=values.dtype)
-    native.call("bag_backward", (*_table(values, index, weight), grad.contiguous(), None, dvalues))
+    dvalues = cpu.empty(*values.shape, dtype=values.dtype)
+    cpu.call("bag_backward", (*_table(values, index, weight), grad.contiguous(), None, dvalues))
     return dvalues
 
 
 def backward_rows(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of values that were read [R], ascending, their gradients [R, O], and the gradient of weight."""
     most = min(index.numel(), values.shape[0])
-    rows, count = native.empty(most, dtype=torch.int64), native.empty(1, dtype=torch.int64)
-    drows = native.empty(most, values.shape[1], dtype=values.dtype)
-    dweight = native.empty(*weight.shape, dtype=values.dtype)
-    native.call("bag_backward_sparse", (*_table(values, index, weight), grad.contiguous(), dweight, count, rows, drows))
+    rows, count = cpu.empty(most, dtype=torch.int64), cpu.empty(1, dtype=torch.int64)
+    drows = cpu.empty(most, values.shape[1], dtype=values.dtype)
+    dweight = cpu.empty(*weight.shape, dtype=values.dtype)
+    cpu.call("bag_backward_sparse", (*_table(values, index, weight), grad.contiguous(), dweight, count, rows, drows))
     used = int(count)
     return rows[:used], drows[:used], dweight.to(weight.dtype)
 

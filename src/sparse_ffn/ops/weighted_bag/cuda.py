@@ -7,9 +7,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from sparse_ffn import cuda
-from sparse_ffn.cuda import DTYPES, Bag, on_device
-from sparse_ffn.sort import sort_by_expert
+from sparse_ffn.backends import cuda
+from sparse_ffn.backends.cuda import DTYPES, Bag, on_device
+from sparse_ffn.backends.sort import sort_by_expert
 
 
 @on_device

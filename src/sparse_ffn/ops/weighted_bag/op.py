@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_ffn.backends import choose
+from sparse_ffn.backends.choice import choose
 from sparse_ffn.ops.autocast import autocast_dtype, weights_for
 from sparse_ffn.ops.indices import check_indices, checked
 from sparse_ffn.ops.library import define, implementation, refuse_double_backward, set_autograd, under_transforms

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_ffn.kernels import bag, config, segments
-from sparse_ffn.kernels.launch import on_device, rows
+from sparse_ffn.backends.triton import bag, config, segments
+from sparse_ffn.backends.triton.launch import on_device, rows
 
 
 @on_device

@@ -1,12 +1,12 @@
-"""Wide product in the native core: low-precision operands are multiplied as they are."""
+"""Wide product in the CPU core: low-precision operands are multiplied as they are."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from sparse_ffn import native
-from sparse_ffn.native import NORMS
+from sparse_ffn.backends import cpu
+from sparse_ffn.backends.cpu import NORMS
 from sparse_ffn.ops.cvmm import cpu as cvmm
 from sparse_ffn.ops.products import product, slow_dtypes
 
@@ -24,10 +24,10 @@ def normalised_forward(x: Tensor, w: Tensor, pieces: int, norm: str) -> tuple[Te
 
 
 def _product(x: Tensor, w: Tensor, norm: str | None, pieces: int) -> tuple[Tensor, Tensor | None]:
-    out = native.empty(*x.shape[:2], w.shape[1], dtype=torch.float32)
-    scale = None if norm is None else native.empty(*x.shape[:2], pieces, dtype=torch.float32)
+    out = cpu.empty(*x.shape[:2], w.shape[1], dtype=torch.float32)
+    scale = None if norm is None else cpu.empty(*x.shape[:2], pieces, dtype=torch.float32)
     x = x if x.stride(-1) == 1 else x.contiguous()
-    native.call("wide_product_forward", (x, w.contiguous(), out, scale), 0 if norm is None else NORMS[norm])
+    cpu.call("wide_product_forward", (x, w.contiguous(), out, scale), 0 if norm is None else NORMS[norm])
     return out, scale
 
 
@@ -50,7 +50,7 @@ def normalised_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and w; grad [M, pieces, width] may be strided."""
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    dproduct = native.empty(*out.shape, dtype=x.dtype)
-    native.call("normalised_backward", (grad, out, scale, dproduct), NORMS[norm])
+    dproduct = cpu.empty(*out.shape, dtype=x.dtype)
+    cpu.call("normalised_backward", (grad, out, scale, dproduct), NORMS[norm])
     dx, dw = _gradients(dproduct.flatten(1).unsqueeze(0), x.unsqueeze(0), w.unsqueeze(0))
     return dx.squeeze(0), dw.squeeze(0)

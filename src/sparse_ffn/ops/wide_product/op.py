@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_ffn.backends import choose
+from sparse_ffn.backends.choice import choose
 from sparse_ffn.ops.library import define, refuse_double_backward, set_autograd
-from sparse_ffn.ops.wide_product import cpu as native
-from sparse_ffn.ops.wide_product import reference
+from sparse_ffn.ops.wide_product import cpu, reference
 
 
 def wide_product(x: Tensor, w: Tensor) -> Tensor:
@@ -57,9 +56,9 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
     return dx, dw
 
 
-_forward = define("wide_product(Tensor x, Tensor w) -> Tensor", native.forward, _forward_fake)
+_forward = define("wide_product(Tensor x, Tensor w) -> Tensor", cpu.forward, _forward_fake)
 _backward = define(
-    "wide_product_backward(Tensor grad, Tensor x, Tensor w) -> (Tensor dx, Tensor dw)", native.backward, _backward_fake
+    "wide_product_backward(Tensor grad, Tensor x, Tensor w) -> (Tensor dx, Tensor dw)", cpu.backward, _backward_fake
 )
 _forward = set_autograd(_forward, _autograd, _setup_context)
 _backward = refuse_double_backward(_backward)
@@ -89,13 +88,13 @@ def _normalised_autograd(ctx: Any, grad: Tensor, unused: Any) -> tuple[Tensor | 
 
 _normalised = define(
     "normalised_product(Tensor x, Tensor w, int pieces, str norm) -> (Tensor out, Tensor scale)",
-    native.normalised_forward,
+    cpu.normalised_forward,
     _normalised_fake,
 )
 _normalised_backward = define(
     "normalised_product_backward(Tensor grad, Tensor x, Tensor w, Tensor out, Tensor scale, str norm) "
     "-> (Tensor dx, Tensor dw)",
-    native.normalised_backward,
+    cpu.normalised_backward,
     _normalised_backward_fake,
 )
 _normalised = set_autograd(_normalised, _normalised_autograd, _normalised_setup)

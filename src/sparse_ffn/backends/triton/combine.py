@@ -1,0 +1,88 @@
+"""Sums of rows in a fixed order, in fp32: a token's k slots; any row's list of slots; the parts of a split product."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparse_ffn.backends.triton.launch import cdiv, launch
+
+BLOCK_T, BLOCK_N, SPLIT_BLOCK = 4, 256, 1024
+
+
+@triton.jit
+def combine_kernel(
+    y, inverse, gate, out, T, N, K, stride_y, stride_out,
+    GATED: tl.constexpr, SORTED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out[t] = sum over j of gate[t, j] · y[position of slot t·K + j]."""
+    n_blocks = tl.cdiv(N, BLOCK_N)
+    t = (tl.program_id(0) // n_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    n = (tl.program_id(0) % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (t < T)[:, None] & (n < N)[None, :]
+    total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    for j in range(0, K):
+        slot = t * K + j
+        position = tl.load(inverse + slot, mask=t < T, other=0) if SORTED else slot
+        row = tl.load(y + position.to(tl.int64)[:, None] * stride_y + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        if GATED:
+            row *= tl.load(gate + slot, mask=t < T, other=0.0).to(tl.float32)[:, None]
+        total += row
+    at = out + t.to(tl.int64)[:, None] * stride_out + n[None, :]
+    tl.store(at, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def segments_kernel(y, members, offsets, out, N, stride_y, stride_out, BLOCK_N: tl.constexpr):
+    """out[r] = sum of y[members[i]] for offsets[r] <= i < offsets[r + 1]."""
+    n_blocks = tl.cdiv(N, BLOCK_N)
+    r = (tl.program_id(0) // n_blocks).to(tl.int64)
+    n = (tl.program_id(0) % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for i in range(tl.load(offsets + r), tl.load(offsets + r + 1)):
+        row = tl.load(members + i).to(tl.int64)
+        total += tl.load(y + row * stride_y + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(out + r * stride_out + n, total.to(out.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def add_parts_kernel(parts, out, size, n_parts, BLOCK: tl.constexpr):
+    """Out = parts[0] + parts[1] + ..., each of ``size`` numbers."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for _ in range(0, n_parts):
+        total += tl.load(parts + at, mask=at < size, other=0.0)
+        parts += size  # the pointer has 64 bits; i * size would not
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
+
+
+def combine(y: Tensor, inverse: Tensor | None, gate: Tensor | None, out: Tensor, k: int) -> None:
+    """out[t] = sum over j of gate[t, j] · y[inverse[t·k + j]]; without inverse y is in slot order, without gate 1.
+
+    Shapes: y [S, N], inverse int32 [S], gate [T, k] contiguous, out [T, N]; y and out have
+    unit stride in their rows.
+    """
+    T, N = out.shape
+    launch(
+        combine_kernel, cdiv(T, BLOCK_T) * cdiv(N, BLOCK_N), y, inverse, gate, out, T, N, k, y.stride(0),
+        out.stride(0), GATED=gate is not None, SORTED=inverse is not None, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N,
+        num_warps=2 * y.element_size(),  # a thread loads 16 bytes at once; with more, ptxas spilled
+    )  # fmt: skip
+
+
+def add_segments(y: Tensor, members: Tensor, offsets: Tensor, out: Tensor) -> None:
+    """out[r] = sum of the rows of y that ``members[offsets[r] : offsets[r + 1]]`` names, zero if none.
+
+    Shapes: y [S, N], members int32 [S], offsets int32 [R + 1], out [R, N]; y and out have unit stride in their
+    rows.
+    """
+    R, N = out.shape
+    launch(
+        segments_kernel, R * cdiv(N, BLOCK_N), y, members, offsets, out, N, y.stride(0), out.stride(0), BLOCK_N=BLOCK_N
+    )
+
+
+def add_parts(parts: Tensor, out: Tensor) -> None:
+    """Out = parts.sum(0) in order, parts fp32 [P, *out.shape] contiguous."""
+    launch(add_parts_kernel, cdiv(out.numel(), SPLIT_BLOCK), parts, out, out.numel(), parts.shape[0], BLOCK=SPLIT_BLOCK)

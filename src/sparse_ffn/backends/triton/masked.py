@@ -1,0 +1,165 @@
+"""All experts' hidden units at once, those of experts that a token did not choose zero: between two dense products.
+
+T tokens, K slots a token, S = T·K, E experts, G hidden units of an expert.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparse_ffn.backends.triton.activations import activate, gradient
+from sparse_ffn.backends.triton.launch import cdiv, launch, power_of_two
+
+BLOCK_T, BLOCK_G = 16, 128
+
+
+@triton.jit
+def block_of(T, E, G, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr):
+    """This program's tokens, expert, units, their addresses in [T, E, G], and which of them there are."""
+    n_blocks = tl.cdiv(G, BLOCK_G)
+    g = (tl.program_id(0) % n_blocks) * BLOCK_G + tl.arange(0, BLOCK_G)
+    expert = tl.program_id(0) // n_blocks % E
+    t = tl.program_id(0) // (n_blocks * E) * BLOCK_T + tl.arange(0, BLOCK_T)
+    at = (t.to(tl.int64) * E + expert)[:, None] * G + g[None, :]
+    return t, expert, g, at, (t < T)[:, None] & (g < G)[None, :]
+
+
+@triton.jit
+def scale_of(hidden_scale, slot, mine, g, G):
+    """Dropout's multipliers of these slots' units."""
+    at = hidden_scale + slot.to(tl.int64)[:, None] * G + g[None, :]
+    return tl.load(at, mask=mine[:, None] & (g < G)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def choice(
+    index, gate, hidden_scale, t, T, expert, g, G, K, SCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr
+):
+    """Each token's last slot with this expert (-1: none), and its units' weights: the sum over all such slots."""
+    chosen = tl.full([BLOCK_T], -1, tl.int32)
+    weight = tl.zeros([BLOCK_T, BLOCK_G if SCALE else 1], tl.float32)
+    for j in range(0, K):
+        slot = t * K + j
+        mine = tl.load(index + slot, mask=t < T, other=-1) == expert
+        part = tl.load(gate + slot, mask=mine, other=0.0).to(tl.float32)[:, None]
+        if SCALE:
+            part *= scale_of(hidden_scale, slot, mine, g, G)
+        weight += part
+        chosen = tl.where(mine, slot, chosen)
+    return chosen, weight
+
+
+@triton.jit
+def masked_hidden_kernel(
+    z, other, index, gate, hidden_scale, saved_z, saved_other, T, E, G, K,
+    ACTIVATION: tl.constexpr, GLU: tl.constexpr, SCALE: tl.constexpr, SAVE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """Z becomes the hidden units times their weights; see ``hidden``."""
+    t, expert, g, at, inside = block_of(T, E, G, BLOCK_T, BLOCK_G)
+    chosen, weight = choice(index, gate, hidden_scale, t, T, expert, g, G, K, SCALE, BLOCK_T, BLOCK_G)
+    mask = inside & (chosen >= 0)[:, None]
+    pre = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
+    units = activate(pre, ACTIVATION)
+    if GLU:
+        up = tl.load(other + at, mask=mask, other=0.0).to(tl.float32)
+        units *= up
+    tl.store(z + at, (units * weight).to(z.dtype.element_ty), mask=inside)
+    if SAVE:
+        for j in range(0, K):
+            slot = t * K + j
+            mine = tl.load(index + slot, mask=t < T, other=-1) == expert
+            to = slot.to(tl.int64)[:, None] * G + g[None, :]
+            tl.store(saved_z + to, pre.to(z.dtype.element_ty), mask=inside & mine[:, None])
+            if GLU:
+                tl.store(saved_other + to, up.to(z.dtype.element_ty), mask=inside & mine[:, None])
+
+
+@triton.jit
+def masked_gradient_kernel(
+    dh, z, other, index, gate, hidden_scale, weighted, dother, dots, T, E, G, K, S,
+    ACTIVATION: tl.constexpr, GLU: tl.constexpr, SCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """Dh becomes the gradient before the activation; see ``hidden_gradient``."""
+    t, expert, g, at, inside = block_of(T, E, G, BLOCK_T, BLOCK_G)
+    chosen, weight = choice(index, gate, hidden_scale, t, T, expert, g, G, K, SCALE, BLOCK_T, BLOCK_G)
+    mask = inside & (chosen >= 0)[:, None]
+    saved = chosen.to(tl.int64)[:, None] * G + g[None, :]
+    pre = tl.load(z + saved, mask=mask, other=0.0).to(tl.float32)
+    active = activate(pre, ACTIVATION)
+    units = active
+    if GLU:
+        up = tl.load(other + saved, mask=mask, other=0.0).to(tl.float32)
+        units *= up
+    slope = tl.load(dh + at, mask=mask, other=0.0).to(tl.float32)
+    part = (tl.program_id(0) % tl.cdiv(G, BLOCK_G)).to(tl.int64) * S
+    for j in range(0, K):
+        slot = t * K + j
+        mine = tl.load(index + slot, mask=t < T, other=-1) == expert
+        dot = slope * units
+        if SCALE:
+            dot *= scale_of(hidden_scale, slot, mine, g, G)
+        tl.store(dots + part + slot, tl.sum(dot, 1), mask=mine)
+    tl.store(weighted + at, (units * weight).to(weighted.dtype.element_ty), mask=inside)
+    slope *= weight
+    if GLU:
+        tl.store(dother + at, (slope * active).to(dother.dtype.element_ty), mask=inside)
+        slope *= up
+    tl.store(dh + at, gradient(slope, pre, ACTIVATION).to(dh.dtype.element_ty), mask=inside)
+
+
+def hidden(
+    z: Tensor,
+    other: Tensor | None,
+    index: Tensor,
+    gate: Tensor,
+    hidden_scale: Tensor | None,
+    saved_z: Tensor | None,
+    saved_other: Tensor | None,
+    activation: str,
+) -> None:
+    """Turn z into the hidden units times their gates (and dropout's multipliers), zero for experts not chosen.
+
+    Shapes, all contiguous: z and other [T, E, G], index int [T, K], gate [T, K], hidden_scale [T, K, G]; saved_z and
+    saved_other [T, K, G] get z and other of the chosen experts (None: kept nowhere).
+    """
+    (T, E, G), K, block = z.shape, index.shape[1], _block(z.shape[2])
+    launch(
+        masked_hidden_kernel, cdiv(T, BLOCK_T) * E * cdiv(G, block), z, other, index, gate, hidden_scale, saved_z,
+        saved_other, T, E, G, K,
+        ACTIVATION=activation, GLU=other is not None, SCALE=hidden_scale is not None, SAVE=saved_z is not None,
+        BLOCK_T=BLOCK_T, BLOCK_G=block,
+    )  # fmt: skip
+
+
+def hidden_gradient(
+    dh: Tensor,
+    z: Tensor,
+    other: Tensor | None,
+    index: Tensor,
+    gate: Tensor,
+    hidden_scale: Tensor | None,
+    weighted: Tensor,
+    dother: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Turn the gradient of the weighted units dh [T, E, G] into that of z; return the gate's, fp32 [T, K].
+
+    Shapes, all contiguous: z and other [T, K, G] as ``hidden`` saved them, weighted [T, E, G] gets the weighted units
+    once more, dother [T, E, G] the gradient of other; the rest as for ``hidden``.
+    """
+    (T, E, G), K, block = dh.shape, index.shape[1], _block(dh.shape[2])
+    dots = dh.new_empty((cdiv(G, block), T, K), dtype=torch.float32)
+    launch(
+        masked_gradient_kernel, cdiv(T, BLOCK_T) * E * cdiv(G, block), dh, z, other, index, gate, hidden_scale,
+        weighted, dother, dots, T, E, G, K, T * K,
+        ACTIVATION=activation, GLU=other is not None, SCALE=hidden_scale is not None, BLOCK_T=BLOCK_T, BLOCK_G=block,
+    )  # fmt: skip
+    return dots.sum(0)
+
+
+def _block(n_units: int) -> int:
+    return min(BLOCK_G, max(power_of_two(n_units), 16))

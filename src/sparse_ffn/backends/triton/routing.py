@@ -1,0 +1,172 @@
+"""Routing on the device: slots sorted by expert (stable, no atomics) and the table of row tiles; no host wait.
+
+S slots (token t's j-th choice is slot t·K + j), E experts. A position is a place in the sorted order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparse_ffn.backends.sort import sort_by_expert
+from sparse_ffn.backends.triton.config import SORT
+from sparse_ffn.backends.triton.launch import cdiv, launch, power_of_two
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a grouped product needs to know of the routing, all int32 on the device.
+
+    ``rows[p]`` is the token at position p, ``inverse[slot]`` the position of a slot (empty if not asked for). Tile i
+    is the expert ``tile_expert[i]`` (-1: idle) and its ``block_m`` rows from position ``tile_row[i]``, cut off where
+    the expert ends.
+    """
+
+    order: Tensor
+    offsets: Tensor
+    rows: Tensor
+    inverse: Tensor
+    tile_expert: Tensor
+    tile_row: Tensor
+    block_m: int
+
+    @property
+    def n_tiles(self) -> int:
+        """An upper bound that needs no look at the device."""
+        return self.tile_expert.shape[0]
+
+
+@triton.jit
+def count_kernel(index, counts, S, E, BLOCK: tl.constexpr, BINS: tl.constexpr):
+    """counts[b, e]: how often block b of the slots names expert e."""
+    block = tl.program_id(0)
+    slot = block * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(index + slot, mask=slot < S, other=-1).to(tl.int32)
+    seen = tl.histogram(expert, BINS, mask=(expert >= 0) & (expert < E))
+    bins = tl.arange(0, BINS)
+    tl.store(counts + block.to(tl.int64) * E + bins, seen, mask=bins < E)
+
+
+@triton.jit
+def scan_kernel(counts, totals, n_blocks, E, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    """Each column of counts to its exclusive prefix sum, in place; its whole sum to totals."""
+    expert = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    carry = tl.zeros([COLUMNS], tl.int32)
+    for start in range(0, n_blocks, BLOCK):
+        block = start + tl.arange(0, BLOCK)
+        at = counts + block.to(tl.int64)[:, None] * E + expert[None, :]
+        mask = (block < n_blocks)[:, None] & (expert < E)[None, :]
+        count = tl.load(at, mask=mask, other=0)
+        tl.store(at, carry[None, :] + tl.cumsum(count, 0) - count, mask=mask)
+        carry += tl.sum(count, 0)
+    tl.store(totals + expert, carry, mask=expert < E)
+
+
+@triton.jit
+def place_kernel(
+    index, counts, totals, order, offsets, S, E, BLOCK: tl.constexpr, PART: tl.constexpr, BINS: tl.constexpr
+):
+    """order[position] = slot: the expert's begin + its slots in blocks before + its slots before in this block."""
+    block = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    total = tl.load(totals + bins, mask=bins < E, other=0)
+    end = tl.cumsum(total, 0)
+    if block == 0:
+        tl.store(offsets + bins, end - total, mask=bins < E)
+        tl.store(offsets + E, tl.sum(total, 0))
+
+    slot = block * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(index + slot, mask=slot < S, other=-1).to(tl.int32)
+    known = (expert >= 0) & (expert < E)
+    rank = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, BLOCK, PART):  # in parts: all pairs of a block at once would not fit into registers
+        before = block * BLOCK + start + tl.arange(0, PART)
+        rival = tl.load(index + before, mask=before < S, other=-1).to(tl.int32)
+        same = (expert[:, None] == rival[None, :]) & (before[None, :] < slot[:, None])
+        rank += tl.sum(same.to(tl.int32), 1)
+    earlier = tl.load(counts + block.to(tl.int64) * E + expert, mask=known, other=0)
+    begin = tl.gather(end - total, tl.where(known, expert, 0), 0)
+    tl.store(order + begin + earlier + rank, slot, mask=known)
+
+
+@triton.jit
+def plan_kernel(
+    order, offsets, rows, inverse, tile_expert, tile_row, S, E, K, n_tiles,
+    BLOCK_M: tl.constexpr, INVERSE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """The tokens and the inverse of a block of positions, and the experts and rows of a block of tiles."""
+    program = tl.program_id(0)
+    position = program * BLOCK + tl.arange(0, BLOCK)
+    sorted_ = position < tl.load(offsets + E)  # all of them, unless an expert was out of range
+    slot = tl.load(order + position, mask=sorted_, other=0)
+    tl.store(rows + position, slot // K, mask=position < S)
+    if INVERSE:
+        tl.store(inverse + slot, position, mask=sorted_)
+
+    if program * TILES < n_tiles:
+        tile = program * TILES + tl.arange(0, TILES)
+        expert = tl.zeros([TILES], tl.int32)  # experts that end at or before the tile: its own one's number
+        first = tl.zeros([TILES], tl.int32)  # and how many tiles they have
+        carry = 0
+        for start in range(0, E, PART):
+            e = start + tl.arange(0, PART)
+            begin = tl.load(offsets + e, mask=e < E, other=0)
+            end = tl.load(offsets + e + 1, mask=e < E, other=0)
+            tiles = (end - begin + BLOCK_M - 1) // BLOCK_M
+            passed = ((carry + tl.cumsum(tiles, 0))[None, :] <= tile[:, None]) & (e < E)[None, :]
+            expert += tl.sum(passed.to(tl.int32), 1)
+            first += tl.sum(tl.where(passed, tiles[None, :], 0), 1)
+            carry += tl.sum(tiles, 0)
+        busy = tile < carry
+        row = tl.load(offsets + expert, mask=busy, other=0) + (tile - first) * BLOCK_M
+        tl.store(tile_expert + tile, tl.where(busy, expert, -1), mask=tile < n_tiles)
+        tl.store(tile_row + tile, row, mask=tile < n_tiles)
+
+
+def sort_slots(index: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """Stable counting sort of int64 [S] by expert: order int32 [S], offsets int32 [E + 1].
+
+    Beyond ``SORT.experts`` torch sorts. A slot whose expert is outside [0, E) is in no expert's part.
+    """
+    S = index.numel()
+    if S >= 1 << 30:
+        raise ValueError(f"one call takes fewer than 2**30 slots (tokens times k), got {S}")
+    order = index.new_empty(S, dtype=torch.int32)
+    if S == 0:
+        return order, index.new_zeros(n_experts + 1, dtype=torch.int32)
+    if n_experts > SORT.experts:
+        known = (index >= 0) & (index < n_experts)
+        return sort_by_expert(torch.where(known, index, n_experts).flatten().to(torch.int32), n_experts)
+    index = index.contiguous()
+    offsets = index.new_empty(n_experts + 1, dtype=torch.int32)
+    n_blocks, bins = cdiv(S, SORT.block), max(power_of_two(n_experts), 16)
+    counts = index.new_empty(n_blocks, n_experts, dtype=torch.int32)
+    totals = index.new_empty(n_experts, dtype=torch.int32)
+    launch(count_kernel, n_blocks, index, counts, S, n_experts, BLOCK=SORT.block, BINS=bins)
+    launch(
+        scan_kernel, cdiv(n_experts, SORT.columns), counts, totals, n_blocks, n_experts,
+        BLOCK=SORT.scan, COLUMNS=SORT.columns,
+    )  # fmt: skip
+    launch(
+        place_kernel, n_blocks, index, counts, totals, order, offsets, S, n_experts,
+        BLOCK=SORT.block, PART=SORT.part, BINS=bins,
+    )  # fmt: skip
+    return order, offsets
+
+
+def plan(order: Tensor, offsets: Tensor, k: int, block_m: int, *, inverse: bool) -> Plan:
+    """The plan for slots in sorted order, ``k`` of them a token."""
+    S, E = order.shape[0], offsets.shape[0] - 1
+    n_tiles = S // block_m + min(E, S)
+    tile_expert, tile_row = order.new_empty(n_tiles), order.new_empty(n_tiles)
+    rows, inverted = torch.empty_like(order), order.new_empty(S if inverse else 0)
+    grid = max(cdiv(S, SORT.positions), cdiv(n_tiles, SORT.tiles))
+    launch(
+        plan_kernel, grid, order, offsets, rows, inverted, tile_expert, tile_row, S, E, k, n_tiles,
+        BLOCK_M=block_m, INVERSE=inverse, BLOCK=SORT.positions, TILES=SORT.tiles, PART=SORT.part,
+    )  # fmt: skip
+    return Plan(order, offsets, rows, inverted, tile_expert, tile_row, block_m)

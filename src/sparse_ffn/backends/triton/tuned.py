@@ -1,0 +1,197 @@
+"""Block sizes measured on the user's card by ``python -m sparse_ffn.tune``: their file, and looking a tile up in it.
+
+One JSON file for each card and its capability, in ``directory()``. It counts only for the kernels and the version of
+Triton that it was measured with.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_ffn.backends.triton.tile import Tile
+from sparse_ffn.backends.warning import SparseFFNWarning
+
+DIRECTORY_VARIABLE = "SPARSE_FFN_TUNED"
+FORMAT = 1
+ROWS = (16, 32, 64, 128)
+WIDTHS = (64, 128, 256, 1024)
+"""A class of problems is named by its largest size; the last one has all that is larger, too."""
+
+
+def size_class(size: float, classes: tuple[int, ...]) -> int:
+    """The class that a size belongs to."""
+    return next((c for c in classes if size <= c), classes[-1])
+
+
+@dataclass
+class Tuned:
+    """What was measured; classes that were not have no entry.
+
+    Attributes:
+        heights: rows of a tile by arithmetic and class of an expert's mean rows.
+        tiles: by kernel, arithmetic, rows of the tile ("outer": class of the product's rows) and class of its columns.
+    """
+
+    heights: dict[tuple[str, int], int] = field(default_factory=dict)
+    tiles: dict[tuple[str, str, int, int], Tile] = field(default_factory=dict)
+
+    def height(self, kind: str, mean_rows: float) -> int | None:
+        """Rows of a tile for experts of so many rows."""
+        return self.heights.get((kind, size_class(mean_rows, ROWS)))
+
+    def tile(self, kernel: str, kind: str, m: int, n: int) -> Tile | None:
+        """The tile of m rows for n columns; "outer": for a product of m rows and n columns."""
+        rows = size_class(m, WIDTHS) if kernel == "outer" else m
+        return self.tiles.get((kernel, kind, rows, size_class(n, WIDTHS)))
+
+    def to_data(self) -> dict[str, Any]:
+        """As what JSON can hold."""
+        return {
+            "heights": [[*key, height] for key, height in self.heights.items()],
+            "tiles": [[*key, str(tile)] for key, tile in self.tiles.items()],
+        }
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any], allowed: Iterable[tuple[str, str, Tile]]) -> Tuned:
+        """From what ``to_data`` gave.
+
+        Args:
+            data: of the file.
+            allowed: kernel, arithmetic and tile of everything that may be launched.
+
+        Raises:
+            ValueError: it is something else, or names a tile that is not allowed.
+        """
+        known = set(allowed)
+        try:
+            heights = {(str(kind), int(rows)): int(height) for kind, rows, height in data["heights"]}
+            tiles = {
+                (str(kernel), str(kind), int(rows), int(columns)): Tile.parse(text)
+                for kernel, kind, rows, columns, text in data["tiles"]
+            }
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"not a table of tiles ({type(error).__name__}: {error})") from error
+        tall = {(kind, tile.m) for kernel, kind, tile in known if kernel == "one"}
+        bad = [
+            f"{kernel} {kind} {tile}"
+            for (kernel, kind, m, _), tile in tiles.items()
+            if (kernel, kind, tile) not in known or (kernel != "outer" and tile.m != m)
+        ]
+        bad += [f"{kind} of {height} rows" for (kind, _), height in heights.items() if (kind, height) not in tall]
+        if bad:
+            raise ValueError(f"not among the tiles that this version may launch: {', '.join(bad)}")
+        return cls(heights, tiles)
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU as the file's key: its name and its capability (on ROCm its architecture)."""
+
+    name: str
+    capability: str
+
+    @classmethod
+    def of(cls, device: torch.device) -> Card:
+        """Of a device that is there."""
+        properties = torch.cuda.get_device_properties(device)
+        if torch.version.hip is not None:
+            return cls(properties.name, str(properties.gcnArchName).partition(":")[0])
+        return cls(properties.name, f"sm_{properties.major}{properties.minor}")
+
+    @property
+    def path(self) -> Path:
+        """Its file."""
+        return directory() / f"{re.sub('[^a-z0-9]+', '-', self.name.lower()).strip('-')}-{self.capability}.json"
+
+
+def directory() -> Path:
+    """$SPARSE_FFN_TUNED, or the folder sparse-ffn in the user's cache directory."""
+    named = os.environ.get(DIRECTORY_VARIABLE)
+    if named:
+        return Path(named).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache and Path(cache).is_absolute() else Path.home() / ".cache") / "sparse-ffn"
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """What the measurements depend on beyond the card: Triton, and the source of the kernels."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "none"
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return {"triton": triton, "kernels": digest.hexdigest()[:16]}
+
+
+def save(found: Tuned, card: Card, **facts: str) -> Path:
+    """Write a card's file, whole or not at all; what else is to be known of the run goes beside the numbers."""
+    key = {"format": FORMAT, "card": card.name, "capability": card.capability, "versions": versions()}
+    path = card.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps({**key, "facts": facts, **found.to_data()}, indent=1) + "\n")
+    partial.replace(path)
+    return path
+
+
+def load(card: Card, allowed: Iterable[tuple[str, str, Tile]]) -> Tuned | None:
+    """What was measured on this card; None if nothing was, or, with a warning, if the file is of no use."""
+    path = card.path
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        _warn(path, f"cannot be read ({error})")
+        return None
+    try:
+        return _parse(text, card, allowed)
+    except ValueError as error:
+        _warn(path, str(error))
+        return None
+
+
+def _parse(text: str, card: Card, allowed: Iterable[tuple[str, str, Tile]]) -> Tuned:
+    """What a file says.
+
+    Raises:
+        ValueError: it does not count here, and why.
+    """
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is damaged: {error}") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ValueError(f"is not of format {FORMAT}")
+    if (data.get("card"), data.get("capability")) != (card.name, card.capability):
+        raise ValueError(f"is of another card, {data.get('card')} ({data.get('capability')})")
+    if data.get("versions") != versions():
+        raise ValueError(f"is stale: measured with {data.get('versions')}, here are {versions()}")
+    try:
+        return Tuned.from_data(data, allowed)
+    except ValueError as error:
+        raise ValueError(f"is damaged: {error}") from error
+
+
+def _warn(path: Path, why: str) -> None:
+    warnings.warn(
+        f"the tuned block sizes in {path} are not used: the file {why}. The built-in ones are. Measure again with "
+        "python -m sparse_ffn.tune, or delete the file.",
+        SparseFFNWarning,
+        stacklevel=2,
+    )

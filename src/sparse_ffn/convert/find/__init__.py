@@ -1,0 +1,1 @@
+"""Finding the FFNs of a model by what modules compute."""

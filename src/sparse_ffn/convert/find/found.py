@@ -1,0 +1,152 @@
+"""What the search for FFNs speaks of: an FFN that was found, and the formula between its linear maps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ffn.convert.find.edits import Edit
+from sparse_ffn.convert.find.linear import Linear
+from sparse_ffn.convert.find.probe import close
+from sparse_ffn.convert.init.weights import FFNWeights
+from sparse_ffn.ops.activations import ACTIVATIONS, hidden
+
+QUICK_GELU = ("silu", 1.702)  # z·sigmoid(1.702·z), CLIP's
+
+
+class Unknown(Exception):
+    """Why something that looked like an FFN by its shapes is left as it is."""
+
+
+@dataclass(frozen=True)
+class Formula:
+    """What was found between the linear maps of an FFN."""
+
+    activation: str
+    """A name in ``ACTIVATIONS``."""
+    gate: str
+    """Where a GLU's gate is: ``""`` none, ``"first"`` or ``"second"`` of two linear maps, or in one of doubled width
+    ``"first half"``, ``"second half"``, ``"even"`` or ``"odd"`` rows."""
+    scale: float = 1.0
+    """s, if the activation is act(s·z)/s."""
+
+    @property
+    def name(self) -> str:
+        """Of the activation, in words."""
+        return self.activation if self.scale == 1 else f"{self.activation}({self.scale:g}·z)/{self.scale:g}"
+
+    def hidden(self, ups: list[Tensor]) -> Tensor:
+        """Hidden units from the linear maps' outputs."""
+        up, gate = self.part(ups)
+        z = self.scale * (up if gate is None else gate)
+        return hidden(self.activation, z, None if gate is None else up, None) / self.scale
+
+    def part(self, ups: list[Tensor], dim: int = -1) -> tuple[Tensor, Tensor | None]:
+        """The plain part and the gate, of outputs, weights or biases whose units lie along ``dim``."""
+        if not self.gate:
+            return ups[0], None
+        if self.gate in ("first", "second"):
+            a, b = ups
+        elif "half" in self.gate:
+            a, b = ups[0].chunk(2, dim)
+        else:
+            index = torch.arange(0, ups[0].shape[dim], 2, device=ups[0].device)
+            a, b = ups[0].index_select(dim, index), ups[0].index_select(dim, index + 1)
+        return (b, a) if self.gate in ("first", "first half", "even") else (a, b)
+
+
+def check_plain(linears: Iterable[Linear]) -> None:
+    """Raise Unknown where a linear map only says that it is one."""
+    for linear in linears:
+        if linear.obstacle is not None:
+            raise Unknown(f"not replaced, since {linear.obstacle}")
+
+
+def check_finite(h: Tensor) -> None:
+    """Raise Unknown for hidden units that equal nothing, not even themselves."""
+    if not bool(h.isfinite().all()):
+        raise Unknown("the hidden units are not finite on the probe")
+
+
+def find_formula(ups: list[Tensor], h: Tensor) -> Formula:
+    """The activation, and a GLU's arrangement, that give h from the outputs of the first linear maps."""
+    check_finite(h)
+    gates: tuple[str, ...]
+    if len(ups) == 2:
+        gates = ("first", "second")
+    elif ups[0].shape[-1] == 2 * h.shape[-1]:
+        gates = ("first half", "second half", "even", "odd")
+    else:
+        gates = ("",)
+    kinds = [*((activation, 1.0) for activation in ACTIVATIONS), QUICK_GELU]
+    for gate in gates:
+        for activation, scale in kinds:
+            formula = Formula(activation, gate, scale)
+            if (gate or activation != "identity") and close(formula.hidden(ups), h):
+                return formula
+    raise Unknown(f"the hidden units are not one of {', '.join(ACTIVATIONS)} of the first linear map's output")
+
+
+@dataclass(frozen=True)
+class Found:
+    """An FFN in a model."""
+
+    name: str
+    """Where its replacement will be."""
+    module: nn.Module
+    """What is there now."""
+    ups: tuple[Linear, ...]
+    down: Linear
+    formula: Formula
+    dropout: float
+    """On the hidden units."""
+    out_dropout: float = 0.0
+    """On the output; lost with the module unless put back."""
+    enclosing: str = ""
+    """The module that the edits' owners are relative to."""
+    edits: tuple[Edit, ...] = ()
+    """What else changes, where the FFN is not one module."""
+
+    @property
+    def pattern(self) -> str:
+        """In words: the linear maps' names and the formula."""
+        names = ", ".join(linear.name.rpartition(".")[2] for linear in (*self.ups, self.down))
+        return f"{names}: {self.formula.name}{' GLU' if self.formula.gate else ''}"
+
+    def weights(self) -> FFNWeights:
+        """The parameters in this library's layout: views, unless the activation has a scale."""
+        keys, gate_keys = self.formula.part([up.weight for up in self.ups], 0)
+        biases = [up.bias for up in self.ups]
+        key_bias = gate_bias = None
+        if any(bias is not None for bias in biases):
+            filled = [up.weight.new_zeros(up.n_out) if b is None else b for up, b in zip(self.ups, biases, strict=True)]
+            key_bias, gate_bias = self.formula.part(filled, 0)
+            if self.formula.gate in ("first", "second"):
+                missing = [bias is None for bias in biases]
+                of_key, of_gate = missing[::-1] if self.formula.gate == "first" else missing
+                key_bias, gate_bias = (None if of_key else key_bias), (None if of_gate else gate_bias)
+        key, gate = self.ups[0], self.ups[-1]
+        if self.formula.gate == "first":
+            key, gate = gate, key
+        trainable = {
+            "keys": key.trainable[0], "gate_keys": gate.trainable[0], "key_bias": key.trainable[1],
+            "gate_bias": gate.trainable[1], "values": self.down.trainable[0], "out_bias": self.down.trainable[1],
+        }  # fmt: skip
+        weights = FFNWeights(
+            keys, self.down.weight.t(), self.formula.activation, gate_keys=gate_keys, key_bias=key_bias,
+            gate_bias=gate_bias, out_bias=self.down.bias, dropout=self.dropout, trainable=trainable,
+        )  # fmt: skip
+        return weights if self.formula.scale == 1 else weights.scaled(self.formula.scale)
+
+
+def relative(name: str, base: str) -> str:
+    return name[len(base) + 1 :] if base else name
+
+
+def without_numbers(name: str) -> str:
+    """A module's or parameter's name with a star for each number: the same for all layers."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)

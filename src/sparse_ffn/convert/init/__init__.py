@@ -1,0 +1,1 @@
+"""From the weights of a dense FFN to those of a layer."""

@@ -1,0 +1,227 @@
+"""From the weights of a dense FFN and a config to a layer of this library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparse_ffn.checks import check_positive, check_tensor
+from sparse_ffn.convert.config import ExpertsConfig, FFNConfig
+from sparse_ffn.convert.init.partition import balanced_kmeans, contiguous, product_grid
+from sparse_ffn.convert.init.router import centre, fit_router, mean_keys
+from sparse_ffn.convert.init.weights import PAD, FFNWeights, wide
+from sparse_ffn.layers import MoE, ProductKeyMemory, SparseFFN
+from sparse_ffn.routing.routers import OpenRouter
+
+
+@dataclass(frozen=True)
+class Built:
+    """A converted layer."""
+
+    layer: SparseFFN
+    config: FFNConfig
+    """Resolved: every size given."""
+    note: str
+    """What was done with the weights."""
+
+
+class ConstantInput(nn.Module):
+    """Appends a 1 and zeros to the last dimension: with it a column of keys is a bias, as a GLU's gate may need.
+
+    Args:
+        pad: width that is added.
+    """
+
+    def __init__(self, pad: int = PAD) -> None:
+        super().__init__()
+        self.pad = check_positive("pad", pad)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_model] -> [..., d_model + pad]."""
+        check_tensor("x", x)
+        if not x.dim():
+            raise ValueError("x must have shape [..., d_model], got []")
+        return F.pad(F.pad(x, (0, 1), value=1.0), (0, self.pad - 1))
+
+    def extra_repr(self) -> str:
+        """The width."""
+        return f"pad={self.pad}"
+
+
+@torch.no_grad()
+def build(config: FFNConfig, ffn: FFNWeights, inputs: Tensor | None = None) -> Built:
+    """Make a layer that starts from a dense FFN.
+
+    Args:
+        config: which layer, and how.
+        ffn: its weights, without a gate bias.
+        inputs: [T, d_model] that the FFN sees, for what needs calibration.
+
+    Raises:
+        ValueError: the config does not fit the FFN.
+    """
+    assert ffn.gate_bias is None
+    config = config.resolve(ffn)
+    place: dict[str, Any] = {"device": ffn.keys.device, "dtype": ffn.keys.dtype}
+    layer = config.layer(d_model=ffn.d_model, d_out=ffn.d_out, **config.arguments(), **place)
+    if config.init == "fresh":
+        note = "fresh weights"
+    elif isinstance(config, ExpertsConfig):
+        assert isinstance(layer, MoE)
+        note = _experts(layer, config, ffn, inputs)
+    elif isinstance(layer, ProductKeyMemory):
+        note = _memory(layer, ffn)
+    else:
+        copy_weights(layer, ffn)
+        exact = "exact" if layer.k == ffn.d_ff else f"the {layer.k} largest of {ffn.d_ff} units"
+        note = f"weights kept: {exact}"
+    freeze(layer, ffn)
+    return Built(layer, config, note)
+
+
+def copy_weights(layer: SparseFFN, ffn: FFNWeights) -> None:
+    """Set the parameters of a layer to the FFN's tensors of the same names, in the layer's shapes."""
+    for name, parameter in layer.named_parameters(recurse=False):
+        value = ffn.tensors().get(name)
+        parameter.copy_(torch.zeros_like(parameter) if value is None else value.reshape(parameter.shape))
+
+
+def _experts(layer: MoE, config: ExpertsConfig, ffn: FFNWeights, inputs: Tensor | None) -> str:
+    if config.init == "upcycle":
+        return _upcycle(layer, ffn)
+    if layer.keys.is_meta and (config.init == "cluster" or config.router_init == "fitted"):
+        raise ValueError('init = "cluster" and router_init = "fitted" need numbers; a model on meta has none')
+    n, k = layer.n_experts, layer.k
+    units_EG, how = _partition(config, ffn, inputs, n)
+    order = units_EG.flatten().to(ffn.keys.device)
+    per_unit: dict[str, Any] = {name: t[order] for name, t in ffn.tensors().items() if name != "out_bias"}
+    ffn = replace(ffn, **per_unit)
+    copy_weights(layer, ffn)
+    if layer.keys.is_meta:
+        return how
+    fitted = config.router_init == "fitted" or (config.router_init is None and inputs is not None)
+    if fitted and inputs is None:
+        raise ValueError('router_init = "fitted" needs calibration: give inputs, see sparse_ffn.calibrate')
+    weight = fit_router(ffn, n, inputs) if fitted and inputs is not None else mean_keys(ffn, n)
+    router = "router fitted to the experts' contributions" if fitted else "router from mean keys"
+    gate = gate_at_zero(layer)
+    if gate == 1:
+        layer.router.weight.copy_(weight)
+    elif k == n and not fitted:
+        layer.router.weight.zero_()
+        router = "zero router"
+    else:
+        layer.router.weight.copy_(centre(weight, inputs))
+    layer.values.div_(gate)
+    if gate != 1:
+        router += f", values times {1 / gate:g}"
+    if fitted and inputs is not None:
+        router += _correct(layer, ffn, inputs)
+    return f"{how}; {router}"
+
+
+def _partition(config: ExpertsConfig, ffn: FFNWeights, inputs: Tensor | None, n: int) -> tuple[Tensor, str]:
+    if config.init == "split":
+        return contiguous(ffn.d_ff, n), f"{n} experts of {ffn.d_ff // n} units in their order"
+    if ffn.keys.is_meta:
+        raise ValueError('init = "cluster" needs the weights, and the FFN is on the meta device: take init="fresh"')
+    by = config.cluster_by or ("keys" if inputs is None else "coactivation")
+    if by == "coactivation":
+        if inputs is None:
+            raise ValueError('cluster_by = "coactivation" needs calibration: give inputs, see sparse_ffn.calibrate')
+        features = coactivation(ffn, inputs)
+    else:
+        features = ffn.keys if ffn.gate_keys is None else ffn.gate_keys
+    return balanced_kmeans(features, n), f"{n} experts of {ffn.d_ff // n} units clustered by {by}"
+
+
+def coactivation(ffn: FFNWeights, inputs: Tensor, n_tokens: int = 2048) -> Tensor:
+    """How strongly each unit adds to the output on each token: [F, tokens].
+
+    A plain unit counts where it is on: the small negative values of GELU and SiLU tie no units together.
+    """
+    h = wide(ffn.hidden(inputs[:n_tokens].to(ffn.keys)))
+    h = torch.relu(h) if ffn.gate_keys is None else h.abs()
+    sizes: Tensor = h * wide(ffn.values).norm(dim=1)
+    return sizes.t()
+
+
+def gate_at_zero(layer: MoE) -> float:
+    """The weight of a selected expert where all logits are zero."""
+    index_TK = torch.arange(layer.k, device="cpu").unsqueeze(0)
+    logits_TE = wide(torch.zeros(1, layer.n_experts, dtype=layer.values.dtype, device="cpu"))
+    return layer.router.gate(logits_TE, index_TK, None)[0, 0].item()
+
+
+def _correct(layer: MoE, ffn: FFNWeights, inputs: Tensor) -> str:
+    """Undo the mean of what routing changes: gates by the values, the mean of unselected experts by the output bias."""
+    training = layer.training
+    layer.eval()
+    x = inputs.to(ffn.keys)
+    done = ""
+    routing = layer.router(x)
+    index, gate = routing.index_TK.flatten(), routing.gate_TK.flatten()
+    count = gate.new_zeros(layer.n_experts).index_add_(0, index, torch.ones_like(gate))
+    mean = torch.zeros_like(count).index_add_(0, index, gate) / count.clamp_min(1)
+    mean = torch.where(count > 0, mean, mean[count > 0].mean())
+    if not isinstance(layer.router, OpenRouter):
+        layer.values.mul_((gate_at_zero(layer) / mean).view(-1, 1, 1).to(layer.values.dtype))
+        done += ", rescaled by mean gates"
+    if layer.out_bias is not None:
+        layer.out_bias.add_((wide(ffn.output(x)) - wide(layer(x))).mean(0).to(layer.out_bias.dtype))
+        done += ", output bias corrected"
+    layer._last = None
+    layer.train(training)
+    return done
+
+
+def _upcycle(layer: MoE, ffn: FFNWeights) -> str:
+    """Each expert a copy; the values are divided by what the k gates sum to where the router is undecided."""
+    for name, tensor in ffn.tensors().items():
+        own: Tensor = getattr(layer, name)
+        own.copy_(tensor if name == "out_bias" else tensor.expand(layer.n_experts, *tensor.shape))
+    for name in ("key_bias", "out_bias"):
+        if name not in ffn.tensors() and (missing := getattr(layer, name)) is not None:
+            missing.zero_()
+    total = layer.k * gate_at_zero(layer)
+    layer.values.div_(total)
+    return f"{layer.n_experts} copies, fresh router, values times {1 / total:g}"
+
+
+def _memory(layer: ProductKeyMemory, ffn: FFNWeights) -> str:
+    """Lay the units out on the grid of product keys that is nearest to their keys; exact where they are products."""
+    if ffn.gate_keys is not None:
+        raise ValueError('init = "pkm" is for plain FFNs; this one is a GLU: take init="fresh"')
+    if layer.n_heads != 1 or layer.query is not None or layer.query_norm is not None:
+        raise ValueError('init = "pkm" needs n_heads = 1, query_dim = None and query_norm = None: take init="fresh"')
+    if layer.d_ff != ffn.d_ff:
+        raise ValueError(f"n_sub_keys² = {layer.d_ff} must be d_ff = {ffn.d_ff}: each unit becomes a product key")
+    if layer.values.is_meta:
+        return "product keys"
+    for name in ("key_bias", "out_bias"):
+        if (bias := ffn.tensors().get(name)) is not None and bool(bias.any()):
+            raise ValueError(f'init = "pkm" has nowhere to keep a non-zero {name}: take init="fresh"')
+    grid_NN = product_grid(ffn.keys, layer.n_sub_keys)
+    first, second = ffn.keys[grid_NN].chunk(2, dim=-1)
+    layer.sub_keys[0, 0].copy_(first.mean(1))
+    layer.sub_keys[1, 0].copy_(second.mean(0))
+    layer.values.copy_(ffn.values[grid_NN.flatten()])
+    n = layer.n_sub_keys
+    keys = torch.cat([layer.sub_keys[0, 0].repeat_interleave(n, 0), layer.sub_keys[1, 0].repeat(n, 1)], dim=1)
+    wanted = ffn.keys[grid_NN.flatten()]
+    error = float((keys - wanted).norm() / wanted.norm().clamp_min(1e-30))
+    return f"values kept; {n} x {n} product keys, relative error of the keys {error:.2%}"
+
+
+def freeze(layer: SparseFFN, ffn: FFNWeights) -> None:
+    """Frozen stays frozen; what had no counterpart trains if anything does."""
+    if not ffn.trainable:
+        return
+    present = {name: ffn.trainable[name] for name in ffn.tensors() if name in ffn.trainable}
+    some: Any = any(present.values())
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(present.get(name, some))

@@ -1,0 +1,70 @@
+"""Initial weights of routers: the experts' mean keys, or a fit to what the experts contribute on calibration data.
+
+T tokens, D d_model, E experts, G units of an expert, O d_out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse_ffn.convert.init.weights import FFNWeights, wide
+
+SMALL = 0.1  # standard deviation of logits at which gates hardly differ, while their order is free
+
+
+def mean_keys(ffn: FFNWeights, n_experts: int) -> Tensor:
+    """Avg-K: the mean key of each expert's units (the gate's in a GLU), [E, D]."""
+    keys = ffn.keys if ffn.gate_keys is None else ffn.gate_keys
+    return keys.view(n_experts, -1, keys.shape[1]).mean(1)
+
+
+def contributions(ffn: FFNWeights, n_experts: int, x_TD: Tensor) -> Tensor:
+    """Norm of each expert's part of the output, [T, E] in fp32 at least."""
+    h_TEG = ffn.hidden(x_TD).view(len(x_TD), n_experts, -1)
+    values_EGO = ffn.values.reshape(n_experts, -1, ffn.d_out)
+    return torch.stack([wide(h_TEG[:, e] @ values_EGO[e]).norm(dim=1) for e in range(n_experts)], dim=1)
+
+
+def fit_router(ffn: FFNWeights, n_experts: int, inputs: Tensor, n_steps: int = 20) -> Tensor:
+    """Weights [E, D] whose logits rank the experts as their contributions do.
+
+    Softmax regression on each token's shares of the squared contributions, full batch. Few steps of L-BFGS do better on
+    tokens that were not seen than many.
+
+    Args:
+        ffn: units in the experts' order.
+        n_experts: E.
+        inputs: [T, D].
+        n_steps: most iterations.
+    """
+    x_TD = inputs.to(ffn.keys)
+    part_TE = contributions(ffn, n_experts, x_TD).square()
+    share_TE = part_TE / part_TE.sum(1, keepdim=True).clamp_min(1e-30)
+    x_TD = wide(x_TD)
+    scale = x_TD.square().mean().sqrt().clamp_min(1e-12)
+    x_TD = x_TD / scale
+    weight = x_TD.new_zeros(n_experts, x_TD.shape[1]).requires_grad_()
+    optimizer = torch.optim.LBFGS([weight], max_iter=n_steps, line_search_fn="strong_wolfe")
+
+    def loss_and_gradient() -> float:
+        with torch.enable_grad():
+            loss = F.cross_entropy(F.linear(x_TD, weight), share_TE)
+            weight.grad = torch.autograd.grad(loss, weight)[0]
+        return float(loss.detach())
+
+    optimizer.step(loss_and_gradient)  # type: ignore[no-untyped-call]
+    return (weight.detach() / scale).to(ffn.keys.dtype)
+
+
+def centre(weight_ED: Tensor, inputs: Tensor | None) -> Tensor:
+    """The same ranking with logits so small that all gates are near their value at zero.
+
+    What all experts share is taken off, which changes no ranking.
+    """
+    weight_ED = wide(weight_ED)
+    weight_ED = weight_ED - weight_ED.mean(0)
+    x = None if inputs is None else inputs.to(weight_ED)
+    size = weight_ED.norm(dim=1).mean() if x is None else F.linear(x, weight_ED).std()
+    return weight_ED * (SMALL / size.clamp_min(1e-12))

@@ -1,0 +1,107 @@
+"""to_dense: a sparse layer as the dense FFN that computes the same, where there is one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ffn.convert.init.build import copy_weights, freeze, gate_at_zero
+from sparse_ffn.convert.init.weights import FFNWeights
+from sparse_ffn.layers import DenseFFN, MoE, ProductKeyMemory, SparseFFN
+from sparse_ffn.routing.deepseek import DeepSeekRouter
+from sparse_ffn.routing.routers import NoisyTopKRouter, OpenRouter, SigmoidRouter, SinkhornRouter, SoftmaxRouter
+
+# routers whose gate() says what they do at zero logits; a subclass may do more
+KNOWN = (OpenRouter, SigmoidRouter, SoftmaxRouter, SinkhornRouter, NoisyTopKRouter, DeepSeekRouter)
+
+
+@torch.no_grad()
+def to_dense(layer: SparseFFN) -> DenseFFN:
+    """The dense FFN that computes what a layer computes in evaluation.
+
+    Args:
+        layer: one whose k selects everything, with gates that do not depend on the token: ``TopKFFN`` at k = d_ff,
+            ``MoE`` at k = n_experts with an open or a zero router, ``ProductKeyMemory`` at k = n_sub_keys² without
+            ``query_norm`` and softmax.
+
+    Returns:
+        A new ``DenseFFN`` of the same device, dtype, training mode and ``requires_grad``. Its units are in the layer's
+        order.
+
+    Raises:
+        TypeError: no layer of this library.
+        ValueError: no dense FFN computes the same; the message says why.
+    """
+    if not isinstance(layer, SparseFFN):
+        inside = (
+            [n for n, m in layer.named_modules() if isinstance(m, SparseFFN)] if isinstance(layer, nn.Module) else []
+        )
+        hint = f": give the layer in it, at {', '.join(map(repr, inside))}" if inside else ""
+        raise TypeError(f"layer must be a layer of sparse_ffn, got {type(layer).__name__}{hint}")
+    if isinstance(layer, MoE):
+        weights = _experts(layer)
+    elif isinstance(layer, ProductKeyMemory):
+        weights = _memory(layer)
+    elif isinstance(layer, DenseFFN):
+        if layer.k < layer.d_ff:
+            raise _no_dense(layer, f"k = {layer.k} of d_ff = {layer.d_ff} units are used, others for each token")
+        weights = FFNWeights(
+            layer.keys, layer.values, layer.activation, layer.gate_keys, layer.key_bias, None, layer.out_bias
+        )  # fmt: skip
+    else:
+        raise _no_dense(layer, "its function is unknown here")
+    bias = weights.key_bias is not None
+    dense = DenseFFN(
+        weights.d_model, weights.d_ff, activation=layer.activation, glu=weights.gate_keys is not None, bias=bias,
+        d_out=weights.d_out, dropout=layer.dropout, device=weights.keys.device, dtype=weights.keys.dtype,
+    )  # fmt: skip
+    copy_weights(dense, weights)
+    freeze(dense, replace(weights, trainable=_trainable(layer)))
+    return dense.train(layer.training)
+
+
+def _trainable(layer: SparseFFN) -> dict[str, bool]:
+    trainable = {name: parameter.requires_grad for name, parameter in layer.named_parameters()}
+    keys = [wants for name, wants in trainable.items() if name in ("sub_keys", "query.weight")]
+    bias = [wants for name, wants in trainable.items() if name in ("sub_keys", "query.bias")]
+    return trainable | ({"keys": any(keys), "key_bias": any(bias)} if keys else {})
+
+
+def _no_dense(layer: SparseFFN, why: str) -> ValueError:
+    return ValueError(f"no dense FFN computes what this {type(layer).__name__} does: {why}")
+
+
+def _experts(layer: MoE) -> FFNWeights:
+    if layer.k < layer.n_experts:
+        raise _no_dense(layer, f"k = {layer.k} of n_experts = {layer.n_experts} are used, others for each token")
+    if type(layer.router) not in KNOWN:
+        raise _no_dense(layer, f"the gates of its {type(layer.router).__name__} are unknown here")
+    if not isinstance(layer.router, OpenRouter) and bool(layer.router.weight.any()):
+        raise _no_dense(layer, "its gates depend on the token (the router's weights are not zero)")
+
+    def flat(rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else rows.flatten(0, 1)
+
+    keys, values = layer.keys.flatten(0, 1), layer.values.flatten(0, 1) * gate_at_zero(layer)
+    return FFNWeights(
+        keys, values, layer.activation, flat(layer.gate_keys), flat(layer.key_bias), None, layer.out_bias
+    )  # fmt: skip
+
+
+def _memory(layer: ProductKeyMemory) -> FFNWeights:
+    if layer.k < layer.d_ff:
+        raise _no_dense(layer, f"k = {layer.k} of {layer.d_ff} values are used, others for each token")
+    if layer.activation == "softmax" or layer.query_norm is not None:
+        raise _no_dense(layer, "its weights are normalised over the token's scores or query")
+    first, second = layer.sub_keys  # [H, N, C] each
+    n = layer.n_sub_keys
+    keys = torch.cat([first.repeat_interleave(n, 1), second.repeat(1, n, 1)], dim=2)  # [H, N·N, 2C]
+    bias: Tensor | None = None
+    if layer.query is not None:
+        if layer.query.bias is not None:
+            bias = (keys @ layer.query.bias.view(layer.n_heads, -1, 1)).flatten()
+        keys = keys @ layer.query.weight.view(layer.n_heads, -1, layer.d_model)
+    values = layer.values.repeat(layer.n_heads, 1)
+    return FFNWeights(keys.flatten(0, 1), values, layer.activation, key_bias=bias)

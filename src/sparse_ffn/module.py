@@ -1,0 +1,111 @@
+"""What our modules share: options checked by name, parametrisations, and whether one is no more than its weights."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import typing
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TypeVar, Union
+
+from torch import nn
+from torch.nn.modules import module as globally
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack as Unpack
+else:  # Python 3.10 has none: there typing.get_type_hints gives the TypedDict itself
+    Unpack = Union
+
+T = TypeVar("T", bound="CheckedOptions")
+
+
+class CheckedOptions:
+    """A base that refuses options before ``__init__`` hands them to a class that does not know where they came from.
+
+    ``__new__`` has a class of its own so that ``inspect.signature`` finds the ``__init__`` of all that inherit.
+    """
+
+    def __new__(cls: type[T], *args: Any, **options: Any) -> T:
+        """Check the names of the options."""
+        if options:  # copies and pickles have none
+            check_options(cls, options)
+        return super().__new__(cls)
+
+
+def check_options(cls: type, options: Iterable[str]) -> None:
+    """Raise unless ``cls(...)`` takes all these names, and say which are near or which base takes them."""
+    allowed = _options(cls)
+    if allowed is None:
+        return
+    for name in options:
+        if name in allowed:
+            continue
+        base = next((base for base in cls.__mro__[1:] if name in (_options(base) or ())), None)
+        near = difflib.get_close_matches(name, allowed, n=1)
+        hint = f" ({base.__name__} has it)" if base else f" (did you mean {near[0]!r}?)" if near else ""
+        raise TypeError(f"{cls.__name__} has no argument {name!r}{hint}; it takes {', '.join(allowed)}")
+
+
+def _options(cls: Any) -> list[str] | None:
+    """Names that a class takes by keyword; None if it does not say what its ``**options`` are."""
+    found: list[str] = []
+    for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            found.append(name)
+            continue
+        try:
+            options = typing.get_type_hints(cls.__init__).get(name)
+        except Exception:  # annotations of a user's class need not mean anything at run time
+            return None
+        if not typing.is_typeddict(options):
+            return None
+        found += options.__annotations__
+    return found
+
+
+_METHODS = ("keys", "values")
+
+
+class Parametrizations(nn.ModuleDict):
+    """A ModuleDict in which "keys" and "values" may be names: as attributes they then hide the methods.
+
+    torch adds parametrisations to a plain ModuleDict, which refuses the names of its own methods, after it has taken
+    the parameter away; peft's ``target_parameters`` does the same.
+    """
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As Module's."""
+        if name not in _METHODS:
+            super().add_module(name, module)
+            return
+        self._modules[name] = module  # type: ignore[assignment]
+        self.__dict__[name] = module  # what getattr finds, and so torch.func.functional_call
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self.__dict__.pop(name, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the attributes: they are in ``_modules`` too."""
+        return {name: value for name, value in self.__dict__.items() if name not in _METHODS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__.update({name: self._modules[name] for name in _METHODS if name in self._modules})
+
+
+def is_plain(module: nn.Module, weight: str = "weight") -> bool:
+    """Whether calling the module would do nothing that its own class does not do.
+
+    False with hooks on it (pruning, FSDP, profilers), with a ``forward`` of its own (accelerate's offload), and for a
+    weight that computes by itself (torchao's quantised tensors). The class is the caller's to check, exactly: a
+    subclass may do more, and parametrisation, FSDP and LoRA change it.
+    """
+    hooked = (
+        "forward" in module.__dict__
+        or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        or globally._global_forward_hooks or globally._global_forward_pre_hooks
+        or globally._global_backward_hooks or globally._global_backward_pre_hooks
+    )  # fmt: skip
+    return not hooked and not is_traceable_wrapper_subclass(getattr(module, weight))
