@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import flat
 import pytest
 import torch
 import torch.distributed as dist
@@ -171,9 +172,9 @@ def test_strided_and_expanded_tensors_are_read_as_they_are(dtype: torch.dtype) -
         torch.randn(1, 6).to(dtype).expand(11, 6),
         torch.randn(11, 1).to(dtype).expand(11, 6),
     ):
-        y = ops.expert_ffn(x, keys, values, index, gate)
+        y = flat.expert_ffn(x, keys, values, index, gate)
         with sf.backend("reference"):
-            expected = ops.expert_ffn(x.double(), keys.double(), values.double(), index, gate.double())
+            expected = flat.expert_ffn(x.double(), keys.double(), values.double(), index, gate.double())
         torch.testing.assert_close(y.double(), expected, rtol=4e-2, atol=4e-2)
 
 
@@ -185,7 +186,7 @@ def test_indices_out_of_range_are_refused_and_not_read() -> None:
         with pytest.raises(IndexError):
             functional.expert_ffn(x, keys, values, index, torch.ones(3, 1))
         with pytest.raises(IndexError):  # the unchecked op, too
-            ops.expert_ffn(x, keys, values, index, torch.ones(3, 1))
+            flat.expert_ffn(x, keys, values, index, torch.ones(3, 1))
         with pytest.raises(IndexError):
             ops.weighted_bag(values[:, 0], index, torch.ones(3, 1))
 

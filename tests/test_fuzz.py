@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import flat
 import pytest
 import torch
 from fuzz import sums
@@ -44,7 +45,6 @@ import sparse_ffn as sf
 from sparse_ffn import functional, ops
 from sparse_ffn.backends import cpu
 from sparse_ffn.backends.choice import choose
-from sparse_ffn.ops.routed_ffn import reference
 
 EFFORT = float(os.environ.get("SPARSE_FFN_FUZZ", "1"))
 UNITS = ("x", "keys", "gate_keys", "key_bias")
@@ -133,9 +133,9 @@ def expert_ffn_cases(draw: Callable[..., Any]) -> Case:
         **units(n, (experts, width), depth),
     }
     if draw(st.booleans()):
-        tensors["hidden_scale"] = n.dropout(tokens, k, width)
+        tensors["dropout_mask"] = n.dropout(tokens, k, width)
     shapes, options = [(tokens, out)], {"activation": activation}
-    return drawn(n, ops.expert_ffn, sums.expert_ffn, tensors, shapes, options, fixed=("hidden_scale",))
+    return drawn(n, flat.expert_ffn, sums.expert_ffn, tensors, shapes, options, fixed=("dropout_mask",))
 
 
 def units(n: Numbers, shape: tuple[int, ...], depth: int) -> dict[str, Tensor]:
@@ -171,27 +171,23 @@ def test_expert_ffn_beyond_one_block(
         "index": torch.rand(tokens, experts).topk(k).indices,
         "gate": n.real(tokens, k, dtype=torch.float32),
     }
-    drawn(n, ops.expert_ffn, sums.expert_ffn, tensors, [(tokens, out)], {"activation": "silu"}).check()
+    drawn(n, flat.expert_ffn, sums.expert_ffn, tensors, [(tokens, out)], {"activation": "silu"}).check()
 
 
 def routed(**arguments: Any) -> Any:
     """The op on the core, and where no gradient is wanted the one for inference; or the reference of both."""
-    named = [arguments.get(m) for m in ROUTED]
-    x, router, bias, _, keys, values, gate_keys, key_bias, scale, k, gate_function, _, activation = named
-    if choose(x) == "reference":
-        out, _, gate, total = reference.routed_ffn(*named)
-    elif torch.is_grad_enabled() or scale is not None:
-        out, _, gate, total = ops.routed_ffn(**arguments)
+    if choose(arguments["x"]) == "reference":
+        out, _, gate, total = flat.routed_reference(**arguments)
+    elif torch.is_grad_enabled() or "dropout_mask" in arguments:
+        out, _, gate, total = flat.routed_ffn(**arguments)
     else:
-        parts = (gate_keys, key_bias, k, gate_function, activation)
-        return ops.routed_ffn_inference(x, router, bias, keys, values, *parts)[0]
+        x, router, bias, k, gate_function, activation = (arguments.get(m) for m in INFERENCE)
+        experts = ops.Units(**{m: arguments[m] for m in ops.Units._fields if m in arguments})
+        return ops.routed_ffn_inference(x, router, bias, experts, k, gate_function, activation)[0]
     return out, gate, total
 
 
-ROUTED = (
-    *("x", "router_weight", "router_bias", "mask", "keys", "values", "gate_keys", "key_bias", "hidden_scale"),
-    *("k", "gate_function", "groups", "activation"),
-)
+INFERENCE = ("x", "router_weight", "router_bias", "k", "gate_function", "activation")
 
 
 @st.composite
@@ -213,7 +209,7 @@ def routed_ffn_cases(draw: Callable[..., Any]) -> Case:
     if draw(st.booleans()):
         fixed["mask"] = torch.rand(tokens, generator=n.generator) > 0.3
     if draw(st.booleans()):
-        fixed["hidden_scale"] = n.dropout(tokens, k, width)
+        fixed["dropout_mask"] = n.dropout(tokens, k, width)
     options = {
         "k": k,
         "gate_function": draw(st.sampled_from(["sigmoid", "softmax", "softmax_selected", "one"])),
@@ -248,7 +244,7 @@ def routed_ffn_cases(draw: Callable[..., Any]) -> Case:
 def test_routed_ffn(poisoned: None, case: Case) -> None:
     case.check()
     with torch.no_grad():
-        assert torch.equal(ops.routed_ffn(**case.tensors, **case.options)[1], case.known["index"])
+        assert torch.equal(flat.routed_ffn(**case.tensors, **case.options)[1], case.known["index"])
 
 
 @st.composite
@@ -300,7 +296,7 @@ def topk_ffn_cases(draw: Callable[..., Any]) -> Case:
         **units(n, (width,), depth),
     }
     if draw(st.booleans()):
-        tensors["hidden_scale"] = n.dropout(tokens, width)
+        tensors["dropout_mask"] = n.dropout(tokens, width)
     options = {
         "k": width if activation in SMOOTH else draw(st.integers(1, width)),  # how these are rounded is anyone's
         "activation": activation,
@@ -316,15 +312,15 @@ def topk_ffn_cases(draw: Callable[..., Any]) -> Case:
             h = up if "gate_keys" not in t else t["x"].double() @ t["gate_keys"].double().t()
             h = {"relu": torch.relu, "squared_relu": lambda z: z.relu().square()}.get(activation, abs)(h.to(n.dtype))
             h = h if "gate_keys" not in t else h * up.to(n.dtype)
-            score = (h if "hidden_scale" not in t else h * t["hidden_scale"]).abs()
+            score = (h if "dropout_mask" not in t else h * t["dropout_mask"]).abs()
             if options["norm_aware"]:
                 wide = torch.promote_types(n.dtype, torch.float32)
                 score = score.to(wide) * t["values"].to(wide).norm(dim=1)
             return {"index": best(score, options["k"]), "activation": activation}
 
     return drawn(
-        n, ops.topk_ffn, sums.topk_ffn, tensors, [(tokens, out)], options,
-        fixed=("hidden_scale",), ranked=("x", "keys"), known=known, gathered=tokens * options["k"] * max(depth, out),
+        n, flat.topk_ffn, sums.topk_ffn, tensors, [(tokens, out)], options,
+        fixed=("dropout_mask",), ranked=("x", "keys"), known=known, gathered=tokens * options["k"] * max(depth, out),
     )  # fmt: skip
 
 

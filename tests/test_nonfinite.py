@@ -6,6 +6,7 @@ right in value and derivative at any number, on every backend; ``.ci/run`` runs 
 
 from __future__ import annotations
 
+import flat
 import pytest
 import torch
 from strange import INF, NAN, SMOOTH, assert_near, exact, numbers, stable, strange
@@ -15,7 +16,6 @@ from sparse_ffn import functional, ops
 from sparse_ffn.backends import cpu
 from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.product_key_topk import reference as product_keys
-from sparse_ffn.ops.routed_ffn import reference as routed
 from sparse_ffn.ops.select import eager_stable_topk, stable_topk
 
 built = pytest.mark.skipif(cpu.PROBLEM is not None, reason="no compiler when the package was installed")
@@ -56,7 +56,7 @@ def test_topk_ffn_ranks_its_units_in_that_order(
         selected = stable(score.unsqueeze(0).float(), k)[0]
         gate_keys = torch.ones(n, 1, dtype=dtype) if glu else None
         values.requires_grad_()
-        y = ops.topk_ffn(x, keys, values, k, gate_keys=gate_keys, activation="identity", norm_aware=norm_aware)
+        y = flat.topk_ffn(x, keys, values, k, gate_keys=gate_keys, activation="identity", norm_aware=norm_aware)
         (dvalues,) = torch.autograd.grad(y, values, torch.ones_like(y))
         units = torch.zeros(n, dtype=torch.bool).index_fill(0, selected, True)
         expected = torch.where(units, row, 0)
@@ -94,27 +94,25 @@ def test_router_rows_are_the_references_whatever_the_scores(
             "keys": torch.ones(n_experts, 1, 1, dtype=dtype),
             "values": torch.ones(n_experts, 1, 1, dtype=dtype),
         }
-        found = ops.routed_ffn(**t, k=k, gate_function=gate_function)
+        found = flat.routed_ffn(**t, k=k, gate_function=gate_function)
         x, router, keys, values = t.values()
-        wanted = routed.routed_ffn(x, router, None, None, keys, values, *[None] * 3, k, gate_function, 1, "relu")
+        wanted = flat.routed_reference(**t, k=k, gate_function=gate_function)
         assert torch.equal(found[1], stable(row.float().expand(2, -1), k))
         for name, a, b in zip(("output", "index", "gate", "sums"), found, wanted, strict=True):
             torch.testing.assert_close(a, b, equal_nan=True, msg=name)
-        few = ops.routed_ffn_inference(x, router, None, keys, values, None, None, k, gate_function, "relu")
+        few = ops.routed_ffn_inference(x, router, None, ops.Units(keys, values), k, gate_function, "relu")
         assert torch.equal(few[1], found[1])
 
 
 @built
 def test_padding_that_is_no_number_is_in_no_sum() -> None:
     x, mask = torch.randn(6, 4), torch.tensor([True, True, False, True, False, True])
-    weights = [torch.randn(3, 4), None, mask, torch.randn(3, 5, 4), torch.randn(3, 5, 4), None, None, None]
-    options = (2, "softmax", 1, "relu")
+    weights = (torch.randn(3, 4), torch.randn(3, 5, 4), torch.randn(3, 5, 4))
+    options = {"k": 2, "gate_function": "softmax", "mask": mask}
     found = []
     for padding in (1.0, NAN):
         x[~mask] = padding
-        router, _, _, keys, values, *_ = weights
-        actual = ops.routed_ffn(x, router, keys, values, k=2, gate_function="softmax", mask=mask)
-        found += [actual[3], routed.routed_ffn(x, *weights, *options)[3]]
+        found += [compute(x, *weights, **options)[3] for compute in (flat.routed_ffn, flat.routed_reference)]
     for sums in found[1:]:
         torch.testing.assert_close(sums, found[0])
 
@@ -181,7 +179,7 @@ def test_activations_and_their_derivatives_are_right_everywhere(
     weights = {"keys": ones, "values": ones / width, "index": gate.long() - 1, "gate": gate}
     if glu:
         weights |= {"keys": 0 * ones, "gate_keys": ones, "key_bias": ones[..., 0]}  # what is gated is 0 * x + 1
-    y = ops.expert_ffn(x, **weights, activation=name)
+    y = flat.expert_ffn(x, **weights, activation=name)
     (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
     value, derivative = exact(name, z)
     # 0 * infinity is nothing to compare
@@ -199,7 +197,7 @@ def test_topk_ffn_computes_the_same_activations(name: str, dtype: torch.dtype, o
         z = z[~z.isinf()]
     x = z.unsqueeze(1).requires_grad_()
     ones = torch.ones(1, 1, dtype=dtype)
-    y = ops.topk_ffn(x, ones, ones, 1, activation=name)
+    y = flat.topk_ffn(x, ones, ones, 1, activation=name)
     (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
     value, derivative = exact(name, z)
     assert_near(name, z, y.detach()[:, 0], value)
@@ -223,7 +221,7 @@ def test_numbers_below_the_smallest_normal_one_count_but_of_bf16_on_avx512_bf16(
         for factors in ((x, small * one), (small * x, one)):
             product = ops.cvmm(*factors, index[:, 0])
             assert torch.equal(product, torch.full_like(product, 2 * kept))
-            y = ops.expert_ffn(*factors, one, index, gate, activation="identity")
+            y = flat.expert_ffn(*factors, one, index, gate, activation="identity")
             assert torch.equal(y, torch.full_like(y, 4 * kept))
         wide = ops.wide_product(x.unsqueeze(0), small * one)
         assert torch.equal(wide, torch.full_like(wide, 2 * kept if dtype != torch.float16 else 2 * small))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import flat
 import pytest
 import torch
 from torch import Tensor
@@ -87,9 +88,9 @@ def test_expert_ffn_meets_its_reference(
         tensors |= {
             "gate_keys": leaf(E, G, D, dtype=dtype),
             "key_bias": leaf(E, G, dtype=dtype),
-            "hidden_scale": (torch.rand(tokens, slots, G) > 0.3).to(dtype) / 0.7,
+            "dropout_mask": (torch.rand(tokens, slots, G) > 0.3).to(dtype) / 0.7,
         }
-    assert_meets_reference(lambda **t: ops.expert_ffn(**t, activation=activation), tensors, dtype)
+    assert_meets_reference(lambda **t: flat.expert_ffn(**t, activation=activation), tensors, dtype)
 
 
 @dtypes
@@ -220,10 +221,10 @@ def test_rows_of_width_zero_are_rows(sparse_grad: bool, on_backend: str) -> None
     assert dvalues.shape == values.shape
     assert torch.equal(dweight, torch.zeros(6, 2))
     x, keys, value, bias = torch.randn(6, 0), torch.randn(E, G, 0), torch.ones(E, G, O), torch.ones(E, G)
-    y = ops.expert_ffn(x, keys, value, index % E, weight)
+    y = flat.expert_ffn(x, keys, value, index % E, weight)
     assert torch.equal(y, torch.zeros(6, O))
     for gate in (weight, weight.detach()):  # a GLU is one although its keys have no memory: what gates is 0
-        y = ops.expert_ffn(x, keys, value, index % E, gate, gate_keys=keys, key_bias=bias)
+        y = flat.expert_ffn(x, keys, value, index % E, gate, gate_keys=keys, key_bias=bias)
         assert torch.equal(y, torch.zeros(6, O))
 
 
@@ -244,12 +245,12 @@ def test_topk_ffn_meets_its_reference(
         tensors |= {
             "gate_keys": whole(units, D),
             "key_bias": whole(units),
-            "hidden_scale": torch.randint(0, 2, (tokens, units)).to(dtype) * 2,
+            "dropout_mask": torch.randint(0, 2, (tokens, units)).to(dtype) * 2,
         }
     if activation in ("gelu", "gelu_tanh", "silu") and dtype in (torch.float16, torch.bfloat16) and k < units:
         tensors = {n: t.detach().float().requires_grad_(t.requires_grad) for n, t in tensors.items()}
         dtype = torch.float32  # rounded activations make ties that float64 does not have: compare where it can be
-    assert_meets_reference(lambda **t: ops.topk_ffn(**t, **options), tensors, dtype)
+    assert_meets_reference(lambda **t: flat.topk_ffn(**t, **options), tensors, dtype)
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 1), (3, 4), (3, 9), (7, 5), (40, 32), (5, 25)])
@@ -301,19 +302,19 @@ def test_opcheck_holds_for_every_op(backend: str) -> None:
     def grad(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tuple(None if t is None else t.clone().requires_grad_() for t in tensors)
 
-    for gate_keys, key_bias, hidden_scale in ((None, None, None), (keys.flip(0), bias, scale)):
+    for gate_keys, key_bias, dropout_mask in ((None, None, None), (keys.flip(0), bias, scale)):
         xg, kg, vg, gg, ug, bg = grad(x, keys, values, gate, gate_keys, key_bias)
-        call = (xg, kg, vg, index, gg, ug, bg, hidden_scale, "gelu", backend)
+        call = (xg, kg, vg, index, gg, ug, bg, dropout_mask, "gelu", backend)
         torch.library.opcheck(library.expert_ffn.default, call)
-        plain = (x, keys, values, index, gate, gate_keys, key_bias, hidden_scale, "gelu", backend)
+        plain = (x, keys, values, index, gate, gate_keys, key_bias, dropout_mask, "gelu", backend)
         torch.library.opcheck(library.expert_ffn_inference.default, plain)
         saved = [t.detach() for t in library.expert_ffn(*call)[1:]]
-        back = (torch.randn(6, O), x, keys, values, gate, gate_keys, key_bias, hidden_scale, *saved, "gelu", backend)
+        back = (torch.randn(6, O), x, keys, values, gate, gate_keys, key_bias, dropout_mask, *saved, "gelu", backend)
         torch.library.opcheck(library.expert_ffn_backward.default, back)
 
         first_keys, first_values = keys[0], values[0]
         units = tuple(None if t is None else t[0] for t in (gate_keys, key_bias))
-        dropped = None if hidden_scale is None else torch.rand(6, G)
+        dropped = None if dropout_mask is None else torch.rand(6, G)
         xg, kg, vg, ug, bg = grad(x, first_keys, first_values, *units)
         call = (xg, kg, vg, 3, ug, bg, dropped, "silu", True, backend)
         torch.library.opcheck(library.topk_ffn.default, call)

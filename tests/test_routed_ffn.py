@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import flat
 import pytest
 import torch
 from torch import Tensor
 
 import sparse_ffn as sf
-from sparse_ffn import ops
 from sparse_ffn.backends import cpu
 from sparse_ffn.ops.routed_ffn import reference
 
@@ -42,7 +42,7 @@ def test_output_gates_sums_and_gradients_meet_the_reference(
         "key_bias": None,
         "router_bias": None,
         "mask": None,
-        "hidden_scale": None,
+        "dropout_mask": None,
     }
     groups, activation = 1, "relu"
     if form == "everything":
@@ -52,14 +52,14 @@ def test_output_gates_sums_and_gradients_meet_the_reference(
             "key_bias": leaf(n_experts, G, dtype=dtype),
             "router_bias": torch.randn(n_experts),
             "mask": torch.rand(tokens) > 0.3,
-            "hidden_scale": ((torch.rand(tokens, k, G) > 0.3) / 0.7).to(dtype),
+            "dropout_mask": ((torch.rand(tokens, k, G) > 0.3) / 0.7).to(dtype),
         }
     options: dict[str, Any] = {"k": k, "gate_function": gate_function, "groups": groups, "activation": activation}
     wide = {
         n: t if t is None or not t.is_floating_point() else t.detach().double().requires_grad_(t.requires_grad)
         for n, t in tensors.items()
     }
-    actual, expected = ops.routed_ffn(**tensors, **options), reference.routed_ffn(**wide, **options)
+    actual, expected = flat.routed_ffn(**tensors, **options), flat.routed_reference(**wide, **options)
     assert torch.equal(actual[1], expected[1])
     upstream = [torch.randn_like(expected[i]).to(dtype).double() for i in (0, 2, 3)]
     trained = [n for n, t in tensors.items() if t is not None and t.requires_grad]

@@ -179,7 +179,7 @@ def slots() -> tuple[Operand, ...]:
 
 NAMES = ("expert", "gather", "scatter")
 INDEX, GATE = Operand("index", "TK", i64, "E"), Operand("gate", "TK")
-SCALE = maybe(Operand("hidden_scale", "TKG"))
+SCALE = maybe(Operand("dropout_mask", "TKG"))
 GRADIENTS = (
     *(Operand("dkeys", "EGD"), Operand("dvalues", "EGO"), Operand("dgate_keys", "EGD"), Operand("dkey_bias", "EG")),
 )

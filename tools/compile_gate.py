@@ -314,7 +314,7 @@ def selections(dtype: torch.dtype, n_units: int, activation: str, form: str, wei
     if form == "full":
         units = (empty(n_units, D).to(dtype=weights), empty(n_units).to(dtype=weights), empty(T, n_units))
     for sparse in (True, False):
-        topk_ffn.gathers = lambda *sizes, sparse=sparse: sparse
+        triton.use_gather = lambda *sizes, sparse=sparse: sparse
         _, *saved = topk_ffn.forward(x, keys, values, k, *units, activation, form == "full")
         topk_ffn.backward(empty(T, D), x, keys, values, *units, *saved, activation)
 

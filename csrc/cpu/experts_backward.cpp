@@ -66,7 +66,7 @@ static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_str
     dh.E = p.E;
     dh.n_threads = p.n_threads;
     const HiddenBackwardFn<T> differentiate = hidden_backward_for<T>(p.activation, glu);
-    const T* scale = static_cast<const T*>(p.hidden_scale);
+    const T* scale = static_cast<const T*>(p.dropout_mask);
     const bool done = PHASE("dh", run_row_gemm(dh, [&](int64_t, int64_t s, const float* c) {
       HiddenBackward<T> b{};
       b.c_dh = c;

@@ -30,7 +30,7 @@ template <class T> static int forward(const sparse_ffn_experts& p, T* out, T* sa
   up.n_threads = p.n_threads;
   const HiddenForwardFn<T> activate = hidden_forward_for<T>(p.activation, glu);
   const T* bias = static_cast<const T*>(p.key_bias);
-  const T* scale = static_cast<const T*>(p.hidden_scale);
+  const T* scale = static_cast<const T*>(p.dropout_mask);
   const int64_t padded = up.padded();
   const bool done = PHASE("up", run_row_gemm(up, [&](int64_t e, int64_t s, const float* c) {
     HiddenForward<T> f{};

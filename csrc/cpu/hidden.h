@@ -89,7 +89,7 @@ template <class T> static HiddenBackwardFn<T> hidden_backward_for(int activation
 
 // True where the saved z is the hidden row itself, so that no second buffer is needed.
 static inline bool saved_is_hidden(const sparse_ffn_experts& p) {
-  return (p.activation == SPARSE_FFN_RELU || p.activation == SPARSE_FFN_IDENTITY) && !p.gate_keys && !p.hidden_scale;
+  return (p.activation == SPARSE_FFN_RELU || p.activation == SPARSE_FFN_IDENTITY) && !p.gate_keys && !p.dropout_mask;
 }
 
 SPARSE_FFN_END

@@ -15,7 +15,7 @@ struct sparse_ffn_experts {
   const void* values;        // [E, G, O]
   const void* key_bias;      // [E, G] or null
   const float* gate;         // [T, K]
-  const void* hidden_scale;  // [T, K, G] or null
+  const void* dropout_mask;  // [T, K, G] or null
   const int32_t* order;      // [S] and
   const int32_t* offsets;    // [E+1]
 };

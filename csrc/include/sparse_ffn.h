@@ -30,7 +30,7 @@ extern "C" {
 #define SPARSE_FFN_API __attribute__((visibility("default")))
 #endif
 
-#define SPARSE_FFN_ABI_VERSION 5
+#define SPARSE_FFN_ABI_VERSION 6
 
 enum sparse_ffn_status {
   SPARSE_FFN_OK = 0,
@@ -75,12 +75,12 @@ SPARSE_FFN_API void* sparse_ffn_allocate(int64_t bytes);
 SPARSE_FFN_API void sparse_ffn_free(void* memory, int64_t bytes);
 /* Finds the memory behind a fresh buffer that others will write, with huge pages where there are. All functions here do
  * so for their own large outputs. */
-SPARSE_FFN_API int sparse_ffn_find_pages(void* p, int64_t bytes);
+SPARSE_FFN_API int sparse_ffn_advise_huge_pages(void* p, int64_t bytes);
 
 /* ---- Expert FFN -------------------------------------------------------------------------------------------------
  * y_t = sum_j gate[t,j] * h(t,j) @ values[e],  e = index[t,j]
- * h   = act(z) * hidden_scale,             z  = keys[e] x_t + key_bias[e]
- * h   = act(zg) * z * hidden_scale  (GLU), zg = gate_keys[e] x_t */
+ * h   = act(z) * dropout_mask,             z  = keys[e] x_t + key_bias[e]
+ * h   = act(zg) * z * dropout_mask  (GLU), zg = gate_keys[e] x_t */
 typedef struct sparse_ffn_units {
   sparse_ffn_tensor x;             /* [T, D], rows */
   sparse_ffn_tensor keys;          /* [E, G, D] */
@@ -100,7 +100,7 @@ typedef struct sparse_ffn_experts_forward_args {
   sparse_ffn_units units;
   sparse_ffn_tensor index;         /* [T, K] int64 in [0, E) */
   sparse_ffn_tensor gate;          /* [T, K] fp32 */
-  sparse_ffn_tensor hidden_scale;  /* [T, K, G], or absent: dropout's multiplier */
+  sparse_ffn_tensor dropout_mask;  /* [T, K, G], or absent: dropout's multiplier */
   sparse_ffn_tensor out;           /* [T, O] */
   sparse_ffn_saved saved;          /* all absent: inference */
 } sparse_ffn_experts_forward_args;
@@ -110,7 +110,7 @@ SPARSE_FFN_API int sparse_ffn_experts_forward(const sparse_ffn_experts_forward_a
 /* Gradients that are absent are not computed. */
 typedef struct sparse_ffn_experts_backward_args {
   sparse_ffn_units units;
-  sparse_ffn_tensor gate, hidden_scale;              /* of the forward pass */
+  sparse_ffn_tensor gate, dropout_mask;              /* of the forward pass */
   sparse_ffn_saved saved;
   sparse_ffn_tensor dout;                            /* [T, O], rows */
   sparse_ffn_tensor dx, dkeys, dvalues, dgate_keys, dkey_bias;
@@ -130,7 +130,7 @@ typedef struct sparse_ffn_moe_forward_args {
   sparse_ffn_tensor router_weight; /* [E, D] */
   sparse_ffn_tensor router_bias;   /* [E] fp32, for the ranking only, or absent */
   sparse_ffn_tensor mask;          /* [T] bool, false for padding, which the sums leave out; or absent */
-  sparse_ffn_tensor hidden_scale;  /* [T, K, G], or absent */
+  sparse_ffn_tensor dropout_mask;  /* [T, K, G], or absent */
   sparse_ffn_tensor out;           /* [T, O] */
   sparse_ffn_tensor index;         /* [T, K] int64, an output too */
   sparse_ffn_tensor gate;          /* [T, K] fp32, or absent */
@@ -142,7 +142,7 @@ SPARSE_FFN_API int sparse_ffn_moe_forward(const sparse_ffn_moe_forward_args* arg
 
 typedef struct sparse_ffn_moe_backward_args {
   sparse_ffn_units units;
-  sparse_ffn_tensor router_weight, mask, hidden_scale, index, gate;  /* of the forward pass */
+  sparse_ffn_tensor router_weight, mask, dropout_mask, index, gate;  /* of the forward pass */
   sparse_ffn_saved saved;
   sparse_ffn_tensor dout;                            /* [T, O], rows */
   sparse_ffn_tensor dgate, dsoftmax_sums;            /* what reached these outputs, fp32, or absent */

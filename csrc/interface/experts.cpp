@@ -35,8 +35,8 @@ sparse_ffn_experts take_units(Operands& o, const sparse_ffn_units& u, int32_t ac
 }
 
 // What is known once a tensor [T, K] is.
-void take_slots(Operands& o, sparse_ffn_experts& p, const sparse_ffn_tensor& hidden_scale) {
-  p.hidden_scale = o.maybe<void>("hidden_scale", hidden_scale, "TKG");
+void take_slots(Operands& o, sparse_ffn_experts& p, const sparse_ffn_tensor& dropout_mask) {
+  p.dropout_mask = o.maybe<void>("dropout_mask", dropout_mask, "TKG");
   p.K = o['K'];
   o.count_slots(p.T, p.K);
   o.let('S', p.T * p.K);
@@ -107,7 +107,7 @@ int sparse_ffn_experts_forward(const sparse_ffn_experts_forward_args* a, int32_t
   sparse_ffn_experts p = take_units(o, a->units, activation, n_threads);
   const int64_t* index = o.take<int64_t>("index", a->index, "TK");
   p.gate = o.take<float>("gate", a->gate, "TK");
-  take_slots(o, p, a->hidden_scale);
+  take_slots(o, p, a->dropout_mask);
   void* out = o.take<void>("out", a->out, "TO");
   Saved saved = take_saved_output(o, a->saved, p.gate_keys);
   o.below("index", index, o['S'], p.E);
@@ -119,7 +119,7 @@ int sparse_ffn_experts_backward(const sparse_ffn_experts_backward_args* a, int32
   Operands o;
   sparse_ffn_experts p = take_units(o, a->units, activation, n_threads);
   p.gate = o.take<float>("gate", a->gate, "TK");
-  take_slots(o, p, a->hidden_scale);
+  take_slots(o, p, a->dropout_mask);
   const Saved saved = take_saved(o, a->saved, p.gate_keys);
   const void* dout = o.take<void>("dout", a->dout, "TO", Strides::kRows);
   void* dx = o.maybe<void>("dx", a->dx, "TD");
@@ -146,7 +146,7 @@ int sparse_ffn_moe_forward(const sparse_ffn_moe_forward_args* a, int32_t gate_fu
   sparse_ffn_router router = take_router(o, a->router_weight, a->router_bias, a->mask, gate_function);
   int64_t* index = o.take<int64_t>("index", a->index, "TK");
   float* gate = o.maybe<float>("gate", a->gate, "TK");
-  take_slots(o, p, a->hidden_scale);
+  take_slots(o, p, a->dropout_mask);
   float* sums = take_sums(o, router, "softmax_sums", a->softmax_sums);
   void* out = o.take<void>("out", a->out, "TO");
   Saved saved = take_saved_output(o, a->saved, p.gate_keys);
@@ -165,7 +165,7 @@ int sparse_ffn_moe_backward(const sparse_ffn_moe_backward_args* a, int32_t gate_
   sparse_ffn_router router = take_router(o, a->router_weight, {}, a->mask, gate_function);
   const int64_t* index = o.take<int64_t>("index", a->index, "TK");
   p.gate = o.take<float>("gate", a->gate, "TK");
-  take_slots(o, p, a->hidden_scale);
+  take_slots(o, p, a->dropout_mask);
   const Saved saved = take_saved(o, a->saved, p.gate_keys);
   const void* dout = o.take<void>("dout", a->dout, "TO", Strides::kRows);
   const float* dgate = o.maybe<float>("dgate", a->dgate, "TK");

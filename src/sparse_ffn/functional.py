@@ -117,7 +117,7 @@ def expert_ffn(
     _check_weight("gate", gate, 2, x)
     _check_shape("gate", gate, tuple(index.shape), "index")
     check_choice("activation", activation, ACTIVATIONS)
-    return ops.expert_ffn(x, keys, values, index, gate, gate_keys=gate_keys, key_bias=key_bias, activation=activation)
+    return ops.expert_ffn(x, ops.Units(keys, values, gate_keys, key_bias), index, gate, activation=activation)
 
 
 def weighted_bag(values: Tensor, index: Tensor, weight: Tensor, *, sparse_grad: bool = False) -> Tensor:
@@ -210,9 +210,8 @@ def topk_ffn(
     check_choice("activation", activation, ACTIVATIONS)
     k = check_positive("k", k, at_most=keys.shape[0], limit="d_ff")
     norm_aware = check_flag("norm_aware", norm_aware)
-    return ops.topk_ffn(
-        x, keys, values, k, gate_keys=gate_keys, key_bias=key_bias, activation=activation, norm_aware=norm_aware
-    )
+    units = ops.Units(keys, values, gate_keys, key_bias)
+    return ops.topk_ffn(x, units, k, activation=activation, norm_aware=norm_aware)
 
 
 def _check_weight(name: str, weight: Tensor, dim: int, other: Tensor, first: str = "x") -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import flat
 import torch
 from strange import SMOOTH
 from torch import Tensor
@@ -108,7 +109,7 @@ class Case:
         return lost
 
     def follow(self, kept: Exact, change: Callable[[Tensor], Tensor], at_least: float = -torch.inf) -> Results:
-        weights = ("weight",) if self.op is ops.weighted_bag else ("gate", "reduction", "hidden_scale")
+        weights = ("weight",) if self.op is ops.weighted_bag else ("gate", "reduction", "dropout_mask")
         wide = {}
         for name, t in self.tensors.items():
             if t.is_floating_point():
@@ -141,10 +142,10 @@ class Case:
 
     def leaks(self, backend: str, gradient: bool) -> bool:
         """Whether zeros may be multiplied by what is not finite, or a smooth activation at infinity be torch's own."""
-        dense = self.op in (ops.weighted_bag, ops.topk_ffn)
+        dense = self.op in (ops.weighted_bag, flat.topk_ffn)
         smooth = self.options.get("activation") in SMOOTH
         if backend == "cpu":  # where a smooth activation is flat an infinite gradient arrives
-            of_torch = self.op is ops.topk_ffn and bool(self.tensors.keys() & {"gate_keys", "hidden_scale"})
+            of_torch = self.op is flat.topk_ffn and bool(self.tensors.keys() & {"gate_keys", "dropout_mask"})
             return smooth and (gradient or of_torch)
         return backend == "reference" or dense or smooth
 

@@ -117,13 +117,13 @@ def expert_ffn(
     gate: Tensor,
     gate_keys: Tensor | None = None,
     key_bias: Tensor | None = None,
-    hidden_scale: Tensor | None = None,
+    dropout_mask: Tensor | None = None,
     activation: str = "relu",
 ) -> Tensor:
     (T, K), E = index.shape, keys.shape[0]
     experts = zip(*((None,) * E if w is None else w.unbind() for w in (keys, gate_keys, key_bias, values)), strict=True)
     gate = gate.reshape(-1, 1)
-    scale = None if hidden_scale is None else hidden_scale.reshape(T * K, keys.shape[1])
+    scale = None if dropout_mask is None else dropout_mask.reshape(T * K, keys.shape[1])
     tokens, parts = [], []
     for e, (*weights, value) in enumerate(experts):
         slots = (index.reshape(-1) == e).nonzero().squeeze(1)
@@ -216,14 +216,14 @@ def topk_ffn(
     index: Tensor,
     gate_keys: Tensor | None = None,
     key_bias: Tensor | None = None,
-    hidden_scale: Tensor | None = None,
+    dropout_mask: Tensor | None = None,
     activation: str = "relu",
 ) -> Tensor:
     """With the units ``index`` [T, K]."""
     if not kept.sparse:
-        h = hidden(kept, x, keys, gate_keys, key_bias, hidden_scale, activation)
+        h = hidden(kept, x, keys, gate_keys, key_bias, dropout_mask, activation)
         return weighted_bag(kept, values, index, h.gather(1, index))
-    scale = None if hidden_scale is None else hidden_scale.gather(1, index)
+    scale = None if dropout_mask is None else dropout_mask.gather(1, index)
     parts = (None if w is None else w[index] for w in (keys, gate_keys, key_bias))
     return weighted_bag(kept, values, index, hidden(kept, x, *parts, scale, activation))
 

@@ -223,8 +223,8 @@ def expert_case(
     tensors["gate"] = torch.rand(T, K, dtype=torch.float64)
     if form == "everything":
         tensors |= {"gate_keys": random(E, G, D), "key_bias": random(E, G)}
-        tensors["hidden_scale"] = (torch.rand(T, K, G) > 0.3).double() * 1.5
-    trained = tuple(n for n in tensors if n not in ("index", "hidden_scale")) if train else ()
+        tensors["dropout_mask"] = (torch.rand(T, K, G) > 0.3).double() * 1.5
+    trained = tuple(n for n in tensors if n not in ("index", "dropout_mask")) if train else ()
     return Case(ops.expert_ffn, tensors, dtype, {"activation": activation}, trained)
 
 

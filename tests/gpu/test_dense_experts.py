@@ -14,13 +14,13 @@ from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.expert_ffn import dense
 from sparse_ffn.ops.expert_ffn import triton as expert_ffn
 
-RULE = dense.wins
+RULE = dense.use_dense
 
 
 @pytest.fixture(autouse=True)
 def every_expert(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "wins", lambda n_experts, k: True)
-    monkeypatch.setattr(expert_ffn, "few_slots", lambda n_slots, n_experts: False)
+    monkeypatch.setattr(dense, "use_dense", lambda n_experts, k: True)
+    monkeypatch.setattr(expert_ffn, "use_decode", lambda n_slots, n_experts: False)
     monkeypatch.setattr(routing, "launch", None)  # nothing is sorted
 
 
@@ -64,7 +64,7 @@ def test_both_sides_of_the_rule(k: int, device: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(("n_experts", "k"), [(5, 5), (5, 2), (6, 2)])
 def test_the_rule_changes_no_result(n_experts: int, k: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "wins", RULE)
+    monkeypatch.setattr(dense, "use_dense", RULE)
     if not RULE(n_experts, k):
         monkeypatch.setattr(routing, "launch", LAUNCH)
     monkeypatch.setitem(ROUTINGS, "these", lambda: (n_experts, torch.rand(23, n_experts).topk(k).indices))
@@ -85,7 +85,7 @@ def test_it_never_waits_for_the_device(form: str, monkeypatch: pytest.MonkeyPatc
     t = {n: x.float() if x.is_floating_point() else x for n, x in expert_case(form=form).tensors.items()}
     with FakeTensorMode() as mode:
         t = {n: mode.from_tensor(x) for n, x in t.items()}
-        units = tuple(t.get(n) for n in ("gate_keys", "key_bias", "hidden_scale"))
+        units = tuple(t.get(n) for n in ("gate_keys", "key_bias", "dropout_mask"))
         call = (*(t[n] for n in ("x", "keys", "values", "index", "gate")), *units, "relu")
         out, *saved = expert_ffn.forward(*call)
         assert out.shape == expert_ffn.inference(*call).shape == (23, 33)

@@ -35,7 +35,7 @@ def experts() -> None:
 
 def every_expert() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dense, "wins", lambda n_experts, k: True)
+        patch.setattr(dense, "use_dense", lambda n_experts, k: True)
         check(expert_case("random", form="everything", activation="gelu"))
 
 
@@ -62,7 +62,7 @@ def bags() -> None:
 def selected() -> None:
     for sparse in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(topk_ffn, "gathers", lambda *sizes, sparse=sparse: sparse)
+            patch.setattr(topk_ffn, "use_gather", lambda *sizes, sparse=sparse: sparse)
             check(test_topk.topk_case(form="everything", norm_aware=True))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import flat
 import pytest
 import torch
 from net import ROUTINGS, TOLERANCE, Case, check, cvmm_case, expert_case, fp32_first, random, tf32
@@ -13,7 +14,6 @@ from test_on_a_gpu import TOKENS
 from torch import Tensor
 
 import sparse_ffn as sf
-from sparse_ffn import ops
 from sparse_ffn.backends.triton import columns, config, grouped, outer
 from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.expert_ffn import dense
@@ -44,7 +44,7 @@ def test_expert_ffn_with_every_activation(activation: str, form: str, device: st
 def test_activations_and_their_derivatives_are_right_everywhere(
     activation: str, n_experts: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dense, "wins", lambda experts, k: experts == 1)
+    monkeypatch.setattr(dense, "use_dense", lambda experts, k: experts == 1)
     z = numbers(dtype)
     if dtype == torch.bfloat16:  # hosts' products may take numbers below the normal ones as zero
         z = z[(z == 0) | ~(z.abs() < torch.finfo(dtype).tiny)]
@@ -52,7 +52,7 @@ def test_activations_and_their_derivatives_are_right_everywhere(
     one = torch.ones(n_experts, 1, 1, dtype=dtype, device=device)
     gate = x.new_ones(len(z), 1)
     with sf.backend("triton"):
-        y = ops.expert_ffn(x, one, one, gate.long() - 1, gate, activation=activation)
+        y = flat.expert_ffn(x, one, one, gate.long() - 1, gate, activation=activation)
     (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
     value, derivative = exact(activation, z)
     assert_near(activation, z, y.detach().cpu()[:, 0], value)
@@ -69,7 +69,7 @@ def test_expert_ffn_of_any_size(sizes: tuple[int, int, int], form: str, device: 
 @pytest.mark.parametrize("few", [True, False], ids=["decode", "sorted"])
 @pytest.mark.parametrize("form", ["plain", "everything"])
 def test_inference(form: str, few: bool, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expert_ffn, "few_slots", lambda n_slots, n_experts: few)
+    monkeypatch.setattr(expert_ffn, "use_decode", lambda n_slots, n_experts: few)
     monkeypatch.setattr(expert_ffn.decode, "BLOCK_D", 16)
     monkeypatch.setattr(expert_ffn.decode, "BLOCK_O", 16)
     for routing in ("one token", "no token", "an expert named twice"):
@@ -77,10 +77,10 @@ def test_inference(form: str, few: bool, dtype: torch.dtype, device: str, monkey
 
 
 def test_which_calls_are_decoded() -> None:
-    assert expert_ffn.few_slots(16, 4)
-    assert not expert_ffn.few_slots(17, 4)
-    assert expert_ffn.few_slots(64, 64)
-    assert not expert_ffn.few_slots(65, 64)
+    assert expert_ffn.use_decode(16, 4)
+    assert not expert_ffn.use_decode(17, 4)
+    assert expert_ffn.use_decode(64, 64)
+    assert not expert_ffn.use_decode(65, 64)
 
 
 @fp32_first

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import flat
 import pytest
 import test_bag
 import test_topk
@@ -35,14 +36,14 @@ def not_rounded(gradient: Tensor, dtype: torch.dtype) -> bool:
 @pytest.mark.parametrize("form", ["plain", "everything"])
 @pytest.mark.parametrize("every", [False, True], ids=["sorted", "dense"])
 def test_expert_ffn(every: bool, form: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "wins", lambda n_experts, k: every)
+    monkeypatch.setattr(dense, "use_dense", lambda n_experts, k: every)
     actual = check(masters(expert_case("ragged", dtype, form=form, activation="silu", sizes=(24, 20, 17))), device)
     assert every or all(not_rounded(actual[n], dtype) for n in ("dkeys", "dvalues"))
 
 
 @dtypes
 def test_decoding(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expert_ffn, "few_slots", lambda n_slots, n_experts: True)
+    monkeypatch.setattr(expert_ffn, "use_decode", lambda n_slots, n_experts: True)
     check(masters(expert_case("one token", dtype, form="everything", train=False)), device)
 
 
@@ -96,7 +97,7 @@ LAYERS: dict[str, tuple[Callable[..., torch.nn.Module], int]] = {  # and the byt
 @pytest.mark.parametrize("name", LAYERS)
 def test_what_is_kept_for_the_backward_pass(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No copy of a weight, nothing of the size [tokens, k, d_model]."""
-    monkeypatch.setattr(dense, "wins", lambda n_experts, k: name.endswith("dense"))
+    monkeypatch.setattr(dense, "use_dense", lambda n_experts, k: name.endswith("dense"))
     make, bytes_of_a_token = LAYERS[name]
     layer = make(device=device)
     parameters = {p.data_ptr() for p in layer.parameters()}
@@ -118,7 +119,7 @@ def test_what_is_kept_for_the_backward_pass(name: str, device: str, monkeypatch:
 def core(layer: Any, x: Tensor) -> Tensor:
     """The layer without its router, whose scores are no part of the kernels."""
     if isinstance(layer, sf.TopKFFN):
-        return ops.topk_ffn(x, layer.keys, layer.values, layer.k)
+        return flat.topk_ffn(x, layer.keys, layer.values, layer.k)
     index = torch.rand(x.shape[0], layer.n_experts, device=x.device).topk(layer.k).indices
     gate = torch.rand(x.shape[0], layer.k, device=x.device)
-    return ops.expert_ffn(x, layer.keys, layer.values, index, gate)
+    return flat.expert_ffn(x, layer.keys, layer.values, index, gate)

@@ -28,14 +28,14 @@ TOKENS = (1, 7, 40, 80, 300, 5000)  # of which each chooses 3 of 5 experts: tile
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("every", [False, True], ids=["sorted", "dense"])
 def test_real_tiles(tokens: int, dtype: torch.dtype, every: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "wins", lambda n_experts, k: every)
+    monkeypatch.setattr(dense, "use_dense", lambda n_experts, k: every)
     for sizes in ((256, 128, 256), (100, 60, 36)):
         for form in ("plain", "everything"):
             case = expert_case("random", dtype, form=form, activation="silu", sizes=sizes)
             index = torch.rand(tokens, 5).topk(3).indices
             case.tensors |= {"x": random(tokens, sizes[0]), "index": index, "gate": torch.rand(tokens, 3).double()}
             if form == "everything":
-                case.tensors["hidden_scale"] = (torch.rand(tokens, 3, sizes[1]) > 0.3).double()
+                case.tensors["dropout_mask"] = (torch.rand(tokens, 3, sizes[1]) > 0.3).double()
             check(case, "cuda")
             if dtype != torch.float32:
                 check(replace(case, wide=("keys", "values")), "cuda")
@@ -45,7 +45,7 @@ def test_real_tiles(tokens: int, dtype: torch.dtype, every: bool, monkeypatch: p
 @pytest.mark.parametrize("op", ["sorted", "dense", "cvmm"])
 def test_tf32_where_torch_allows_it(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without an activation each number comes of two products at most, each of two rounded factors."""
-    monkeypatch.setattr(dense, "wins", lambda n_experts, k: op == "dense")
+    monkeypatch.setattr(dense, "use_dense", lambda n_experts, k: op == "dense")
     case = cvmm_case("ragged", form="gather, scatter, reduction", sizes=(256, 128))
     if op != "cvmm":
         case = expert_case("random", activation="identity", sizes=(256, 128, 256))

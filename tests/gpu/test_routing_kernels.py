@@ -109,11 +109,11 @@ def test_a_layer_of_many_experts_meets_the_reference(
 def test_expert_ffn_never_waits_for_the_device(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under FakeTensorMode a number that only the device knows cannot be read: .item() and its kin raise."""
     launched = without_launches(monkeypatch)
-    monkeypatch.setattr(dense, "wins", lambda n_experts, k: False)
+    monkeypatch.setattr(dense, "use_dense", lambda n_experts, k: False)
     t = {n: x.float() if x.is_floating_point() else x for n, x in expert_case(form=form).tensors.items()}
     with FakeTensorMode() as mode:
         t = {n: mode.from_tensor(x) for n, x in t.items()}
-        units = tuple(t.get(n) for n in ("gate_keys", "key_bias", "hidden_scale"))
+        units = tuple(t.get(n) for n in ("gate_keys", "key_bias", "dropout_mask"))
         call = (*(t[n] for n in ("x", "keys", "values", "index", "gate")), *units, "relu")
         out, *saved = expert_ffn.forward(*call)
         assert out.shape == expert_ffn.inference(*call).shape == (23, 33)

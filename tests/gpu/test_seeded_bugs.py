@@ -92,7 +92,7 @@ def wide_sums() -> None:
 
 def repeated() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dense, "wins", lambda n_experts, k: True)
+        patch.setattr(dense, "use_dense", lambda n_experts, k: True)
         check(expert_case("an expert named twice", form="everything"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import flat
 import pytest
 import test_large
 import torch
@@ -14,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparse_ffn import ops
 from sparse_ffn.backends.triton import bag, config, topk
 from sparse_ffn.ops.activations import ACTIVATIONS, hidden
 from sparse_ffn.ops.select import stable_topk
@@ -34,13 +34,13 @@ def small_bags(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def choose(sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(topk_ffn, "gathers", lambda *sizes: sparse)
+    monkeypatch.setattr(topk_ffn, "use_gather", lambda *sizes: sparse)
 
 
 def units(t: dict[str, Tensor], activation: str) -> Tensor:
     up = t["x"] @ t["keys"].t() + t.get("key_bias", 0)
     pre, other = (t["x"] @ t["gate_keys"].t(), up) if "gate_keys" in t else (up, None)
-    return hidden(activation, pre, other, t.get("hidden_scale"))
+    return hidden(activation, pre, other, t.get("dropout_mask"))
 
 
 def topk_case(
@@ -62,17 +62,17 @@ def topk_case(
 
     t = {"x": whole(T, D), "keys": whole(n_units, D), "values": random(n_units, O)}
     if form == "everything":
-        t |= {"gate_keys": whole(n_units, D), "key_bias": whole(n_units), "hidden_scale": 2 * whole(T, n_units).abs()}
+        t |= {"gate_keys": whole(n_units, D), "key_bias": whole(n_units), "dropout_mask": 2 * whole(T, n_units).abs()}
     narrow_values = t["values"].to(dtype).double()
     index = stable_topk(rank(units(t, activation), narrow_values, norm_aware), k)
     selected = torch.zeros(T, n_units, dtype=torch.bool).scatter(1, index, True)
 
     def op(activation: str, **tensors: Tensor) -> Tensor:
         if tensors["x"].dtype != torch.float64:
-            return ops.topk_ffn(k=k, activation=activation, norm_aware=norm_aware, **tensors)
+            return flat.topk_ffn(k=k, activation=activation, norm_aware=norm_aware, **tensors)
         return torch.where(selected.to(tensors["x"].device), units(tensors, activation), 0) @ tensors["values"]
 
-    return Case(op, t, dtype, {"activation": activation}, tuple(n for n in t if n != "hidden_scale"))
+    return Case(op, t, dtype, {"activation": activation}, tuple(n for n in t if n != "dropout_mask"))
 
 
 @ways
@@ -105,7 +105,7 @@ def test_every_activation(activation: str, device: str, monkeypatch: pytest.Monk
 def test_strided_arguments_and_the_gradient_of_a_sum(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     choose(True, monkeypatch)
     case = topk_case(form="everything")
-    for name in ("x", "keys", "values", "gate_keys", "hidden_scale"):
+    for name in ("x", "keys", "values", "gate_keys", "dropout_mask"):
         case.tensors[name] = case.tensors[name].t().contiguous().t()
     case.sum_gradient = True
     check(case, device)
@@ -196,10 +196,10 @@ def is_index(x: object) -> bool:
 
 def test_which_calls_gather() -> None:
     many, one = torch.empty(1 << 14, 1, dtype=torch.bfloat16), torch.empty(1, 1, dtype=torch.bfloat16)
-    assert topk_ffn.gathers(many, 4096, 37)
-    assert not topk_ffn.gathers(many, 4096, 38)
-    assert topk_ffn.gathers(one, 4096, 2048)
-    assert topk_ffn.gathers(many.float(), 4096, 128)  # without tf32
+    assert topk_ffn.use_gather(many, 4096, 37)
+    assert not topk_ffn.use_gather(many, 4096, 38)
+    assert topk_ffn.use_gather(one, 4096, 2048)
+    assert topk_ffn.use_gather(many.float(), 4096, 128)  # without tf32
 
 
 def test_two_runs_are_bit_equal(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +223,7 @@ def test_it_never_waits_for_the_device(form: str, sparse: bool, monkeypatch: pyt
     t = {n: x.float() for n, x in topk_case(form=form).tensors.items()}
     with FakeTensorMode() as mode:
         t = {n: mode.from_tensor(x) for n, x in t.items()}
-        units = tuple(t.get(n) for n in ("gate_keys", "key_bias", "hidden_scale"))
+        units = tuple(t.get(n) for n in ("gate_keys", "key_bias", "dropout_mask"))
         arguments = (t["x"], t["keys"], t["values"])
         out, *saved = topk_ffn.forward(*arguments, 6, *units, "relu", True)
         grads = topk_ffn.backward(out, *arguments, *units, *saved, "relu")

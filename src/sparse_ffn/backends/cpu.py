@@ -21,7 +21,7 @@ HUGE_PAGE = 2 << 20
 LIBRARY_NAME = "libsparse_ffn_cpu.so"
 LIBRARY_VARIABLE = "SPARSE_FFN_LIBRARY"
 ISA_VARIABLE = "SPARSE_FFN_ISA"
-ABI_VERSION = 5
+ABI_VERSION = 6
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "identity": 4, "squared_relu": 5}
 NORMS = {"layer": 1, "rms": 2}
 GATES = {"sigmoid": 0, "softmax": 1, "softmax_selected": 2, "one": 3}
@@ -117,7 +117,7 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
 def empty_for_torch(*shape: int, dtype: torch.dtype) -> Tensor:
     """``empty`` for an output that torch's kernels write and not the core, which finds its outputs' memory itself."""
     out = empty(*shape, dtype=dtype)
-    _library.sparse_ffn_find_pages(out.data_ptr(), out.nbytes)
+    _library.sparse_ffn_advise_huge_pages(out.data_ptr(), out.nbytes)
     return out
 
 
@@ -152,7 +152,7 @@ def _load() -> tuple[Any, dict[str, Callable[..., int]], str | None]:
         address, n_bytes = ctypes.c_void_p, ctypes.c_int64
         library.sparse_ffn_allocate.restype, library.sparse_ffn_allocate.argtypes = address, (n_bytes,)
         library.sparse_ffn_free.restype, library.sparse_ffn_free.argtypes = None, (address, n_bytes)
-        library.sparse_ffn_find_pages.argtypes = (address, n_bytes)
+        library.sparse_ffn_advise_huge_pages.argtypes = (address, n_bytes)
     except (OSError, AttributeError) as error:
         return None, {}, f"{path} cannot be loaded: {error}"
     return library, functions, None

@@ -152,7 +152,7 @@ class SparseFFN(CheckedOptions, nn.Module):
     def _normal(self, parameter: Tensor, fan: int) -> None:
         nn.init.normal_(parameter, 0.0, self.init_scale / math.sqrt(fan))
 
-    def _hidden_scale(self, x: Tensor, *shape: int) -> Tensor | None:
+    def _dropout_mask(self, x: Tensor, *shape: int) -> Tensor | None:
         """Dropout's multiplier for hidden units, or None when there is nothing to drop."""
         if not self.training or not self.dropout:
             return None

@@ -79,7 +79,7 @@ class DenseFFN(SparseFFN):
         x = x.reshape(-1, self.d_model).to(autocast_dtype(x))
         self._check_units()
         up = F.linear(x, self.keys, self.key_bias)
-        scale = self._hidden_scale(up, *up.shape)
+        scale = self._dropout_mask(up, *up.shape)
         if self.gate_keys is None:
             h = hidden(self.activation, up, None, scale)
         else:

@@ -236,13 +236,10 @@ class MoE(SparseFFN):
         x_TD = x_TD.to(autocast_dtype(x_TD))
         y = ops.expert_ffn(
             x_TD,
-            self.keys,
-            self.values,
+            ops.Units(self.keys, self.values, self.gate_keys, self.key_bias),
             routing.index_TK,
             gate_TK,
-            gate_keys=self.gate_keys,
-            key_bias=self.key_bias,
-            hidden_scale=self._hidden_scale(x_TD, x_TD.shape[0], self.k, self.expert_size),
+            dropout_mask=self._dropout_mask(x_TD, x_TD.shape[0], self.k, self.expert_size),
             activation=self.activation,
         )
         return y, routing.index_TK, loss
@@ -255,7 +252,8 @@ class MoE(SparseFFN):
         gate_function = plain_gate(router)
         if gate_function is None:
             return None
-        tensors = (*_tensors(router, "weight", "bias"), *_tensors(self, "keys", "values", "gate_keys", "key_bias"))
+        experts = ops.Units(*_tensors(self, "keys", "values", "gate_keys", "key_bias"))
+        tensors = (*_tensors(router, "weight", "bias"), experts)
         return (router, gate_function, *tensors) if ops.routed_ffn_available(x_TD, *tensors) else None
 
     def _fused(
@@ -267,35 +265,28 @@ class MoE(SparseFFN):
         gate_function: str,
         router_weight: Tensor,
         router_bias: Tensor | None,
-        keys: Tensor,
-        values: Tensor,
-        gate_keys: Tensor | None,
-        key_bias: Tensor | None,
+        experts: ops.Units,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """As ``_route_then_compute``, in one op."""
         check_places(x_TD, (router_weight, router_bias))
-        self._check_experts(router_weight, keys, values, gate_keys, key_bias)
-        if router_bias is not None and router_bias.shape != values.shape[:1]:
+        self._check_experts(router_weight, *experts)
+        if router_bias is not None and router_bias.shape != experts.values.shape[:1]:
             raise self._misfit()
         if not self.training and not torch.is_grad_enabled() and not ops.under_transforms():
             y, index_TK = ops.routed_ffn_inference(
-                x_TD, router_weight, router_bias, keys, values, gate_keys, key_bias,
-                router.k, gate_function, self.activation,
-            )  # fmt: skip
+                x_TD, router_weight, router_bias, experts, router.k, gate_function, self.activation
+            )
             return y, index_TK, None
         y, index_TK, gate_TK, softmax_BE = ops.routed_ffn(
             x_TD,
             router_weight,
-            keys,
-            values,
+            experts,
             k=router.k,
             gate_function=gate_function,
             router_bias=router_bias,
             mask=mask_T,
             groups=self._n_sequences(x) or 1,
-            gate_keys=gate_keys,
-            key_bias=key_bias,
-            hidden_scale=self._hidden_scale(x_TD, x_TD.shape[0], router.k, self.expert_size),
+            dropout_mask=self._dropout_mask(x_TD, x_TD.shape[0], router.k, self.expert_size),
             activation=self.activation,
         )
         if router_bias is not None and self.training:

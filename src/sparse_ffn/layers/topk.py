@@ -77,12 +77,9 @@ class TopKFFN(DenseFFN):
         self._check_units()
         return ops.topk_ffn(
             x,
-            self.keys,
-            self.values,
+            ops.Units(self.keys, self.values, self.gate_keys, self.key_bias),
             self.k,
-            gate_keys=self.gate_keys,
-            key_bias=self.key_bias,
-            hidden_scale=self._hidden_scale(x, x.shape[0], self.d_ff),
+            dropout_mask=self._dropout_mask(x, x.shape[0], self.d_ff),
             activation=self.activation,
             norm_aware=self.norm_aware,
         )

@@ -9,6 +9,7 @@ from sparse_ffn.ops.routed_ffn.op import routed_ffn as routed_ffn
 from sparse_ffn.ops.routed_ffn.op import routed_ffn_available as routed_ffn_available
 from sparse_ffn.ops.routed_ffn.op import routed_ffn_inference as routed_ffn_inference
 from sparse_ffn.ops.topk_ffn.op import topk_ffn as topk_ffn
+from sparse_ffn.ops.units import Units as Units
 from sparse_ffn.ops.weighted_bag.op import weighted_bag as weighted_bag
 from sparse_ffn.ops.wide_product.op import normalised_product as normalised_product
 from sparse_ffn.ops.wide_product.op import wide_product as wide_product

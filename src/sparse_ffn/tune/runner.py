@@ -94,5 +94,7 @@ class DeviceRunner:
 
     def _step(self) -> list[Tensor]:
         """Output and gradients. SiLU has no kink: rounding cannot change a unit's slope."""
-        y = ops.expert_ffn(**self.arguments, activation="silu")
+        experts = ops.Units(**{name: t for name, t in self.arguments.items() if name in ops.Units._fields})
+        others = {name: t for name, t in self.arguments.items() if name not in ops.Units._fields}
+        y = ops.expert_ffn(experts=experts, **others, activation="silu")
         return [y.detach(), *torch.autograd.grad(y, self.trained, self.grad)]

@@ -17,7 +17,7 @@ BLOCK_G, BLOCK_D, BLOCK_O = 16, 128, 128
 
 @triton.jit
 def up_rows_kernel(
-    x, index, keys, gate_keys, key_bias, hidden_scale, h, G, D, E, K, stride_x,
+    x, index, keys, gate_keys, key_bias, dropout_mask, h, G, D, E, K, stride_x,
     stride_ke, stride_kg, stride_kd, stride_ge, stride_gg, stride_gd, stride_be, stride_bg,
     ACTIVATION: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -50,7 +50,7 @@ def up_rows_kernel(
     hidden = activate(tl.sum(pre, 1), ACTIVATION) * hidden if GLU else activate(hidden, ACTIVATION)
     at = slot.to(tl.int64) * G + g
     if SCALE:
-        hidden *= tl.load(hidden_scale + at, mask=g_ok, other=0.0).to(tl.float32)
+        hidden *= tl.load(dropout_mask + at, mask=g_ok, other=0.0).to(tl.float32)
     tl.store(h + at, hidden, mask=g_ok)
 
 
@@ -80,17 +80,17 @@ def up_rows(
     keys: Tensor,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     h: Tensor,
     activation: str,
 ) -> None:
     """Hidden units of every slot into h, fp32 [S, G]; the other shapes as in ``sparse_ffn.ops.expert_ffn``."""
     E, G, D = keys.shape
     launch(
-        up_rows_kernel, h.shape[0] * cdiv(G, BLOCK_G), x, index, keys, gate_keys, key_bias, hidden_scale, h, G, D, E,
+        up_rows_kernel, h.shape[0] * cdiv(G, BLOCK_G), x, index, keys, gate_keys, key_bias, dropout_mask, h, G, D, E,
         index.shape[1], x.stride(0), *keys.stride(), *(0, 0, 0) if gate_keys is None else gate_keys.stride(),
         *(0, 0) if key_bias is None else key_bias.stride(),
-        ACTIVATION=activation, GLU=gate_keys is not None, BIAS=key_bias is not None, SCALE=hidden_scale is not None,
+        ACTIVATION=activation, GLU=gate_keys is not None, BIAS=key_bias is not None, SCALE=dropout_mask is not None,
         BLOCK_G=BLOCK_G, BLOCK_D=BLOCK_D,
     )  # fmt: skip
 

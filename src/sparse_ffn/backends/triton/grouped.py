@@ -81,7 +81,7 @@ def two_products(
 
 @triton.jit
 def up_kernel(
-    x, rows, keys, gate_keys, key_bias, hidden_scale, z, other, h,
+    x, rows, keys, gate_keys, key_bias, dropout_mask, z, other, h,
     order, offsets, tile_expert, tile_row, G, D, stride_x,
     stride_ke, stride_kg, stride_kd, stride_ge, stride_gg, stride_gd, stride_be, stride_bg,
     ACTIVATION: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr,
@@ -126,7 +126,7 @@ def up_kernel(
     if STORE_H:
         if SCALE:
             slot = tl.load(order + p, mask=ok, other=0).to(tl.int64)
-            scale = tl.load(hidden_scale + slot[:, None] * G + g[None, :], mask=mask, other=0.0)
+            scale = tl.load(dropout_mask + slot[:, None] * G + g[None, :], mask=mask, other=0.0)
             hidden *= scale.to(tl.float32)
         tl.store(h + first * G + at, hidden.to(h.dtype.element_ty), mask=mask)
 
@@ -171,7 +171,7 @@ def rows_kernel(
 
 @triton.jit
 def unit_gradients(
-    dh, weight, z, other, hidden_scale, scale_at, dz, dother, weighted, g, ok, G,
+    dh, weight, z, other, dropout_mask, scale_at, dz, dother, weighted, g, ok, G,
     ACTIVATION: tl.constexpr, GLU: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """From the gradient at columns g of a tile to those of z and other; returns the rows' sums of dh · h."""
@@ -184,7 +184,7 @@ def unit_gradients(
         up = tl.load(other + at, mask=mask, other=0.0).to(tl.float32)
         hidden *= up
     if SCALE:
-        scale = tl.load(hidden_scale + scale_at[:, None] + g[None, :], mask=mask, other=0.0).to(tl.float32)
+        scale = tl.load(dropout_mask + scale_at[:, None] + g[None, :], mask=mask, other=0.0).to(tl.float32)
         hidden *= scale
     dot = tl.sum(dh * hidden, 1)
     tl.store(weighted + at, (hidden * weight).to(weighted.dtype.element_ty), mask=mask)
@@ -200,7 +200,7 @@ def unit_gradients(
 
 @triton.jit
 def hidden_gradient_kernel(
-    grad, rows, values, z, other, hidden_scale, gate, dz, dother, weighted, dgate,
+    grad, rows, values, z, other, dropout_mask, gate, dz, dother, weighted, dgate,
     order, offsets, tile_expert, tile_row, G, O, S, stride_grad, stride_ve, stride_vg, stride_vo,
     ACTIVATION: tl.constexpr, GLU: tl.constexpr, SCALE: tl.constexpr, HALVES: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -227,15 +227,15 @@ def hidden_gradient_kernel(
         low, high = tl.split(tl.permute(tl.reshape(dh, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
         half = (tl.program_id(0) % tl.cdiv(G, BLOCK_N)) * BLOCK_N + tl.arange(0, BLOCK_N // 2)
         dot = unit_gradients(
-            low, weight, z, other, hidden_scale, scale_at, dz, dother, weighted, half, ok, G, ACTIVATION, GLU, SCALE
+            low, weight, z, other, dropout_mask, scale_at, dz, dother, weighted, half, ok, G, ACTIVATION, GLU, SCALE
         )
         half += BLOCK_N // 2
         dot += unit_gradients(
-            high, weight, z, other, hidden_scale, scale_at, dz, dother, weighted, half, ok, G, ACTIVATION, GLU, SCALE
+            high, weight, z, other, dropout_mask, scale_at, dz, dother, weighted, half, ok, G, ACTIVATION, GLU, SCALE
         )
     else:
         dot = unit_gradients(
-            dh, weight, z, other, hidden_scale, scale_at, dz, dother, weighted, g, ok, G, ACTIVATION, GLU, SCALE
+            dh, weight, z, other, dropout_mask, scale_at, dz, dother, weighted, g, ok, G, ACTIVATION, GLU, SCALE
         )
     part = (tl.program_id(0) % tl.cdiv(G, BLOCK_N)).to(tl.int64) * S
     tl.store(dgate + part + slot, dot, mask=ok)
@@ -247,7 +247,7 @@ def up(
     keys: Tensor,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     z: Tensor | None,
     other: Tensor | None,
     h: Tensor,
@@ -257,7 +257,7 @@ def up(
 ) -> None:
     """Hidden units of every position into h, what the backward pass needs of them into z and other.
 
-    Shapes: x [T, D] with unit stride in its rows, keys and gate_keys [E, G, D], key_bias [E, G], hidden_scale [S, G]
+    Shapes: x [T, D] with unit stride in its rows, keys and gate_keys [E, G, D], key_bias [E, G], dropout_mask [S, G]
     in slot order, contiguous; z, other and h [S, G] contiguous. z keeps the argument of the activation (of ReLU the
     result), other the ungated half of a GLU; None: kept nowhere. h may be z where both would hold the same.
     """
@@ -265,10 +265,10 @@ def up(
     if G >= 1 << 24:
         raise ValueError(f"an expert has fewer than 2**24 hidden units here, got {G}")
     launch(
-        up_kernel, plan.n_tiles * cdiv(G, tile.n), x, plan.rows, keys, gate_keys, key_bias, hidden_scale,
+        up_kernel, plan.n_tiles * cdiv(G, tile.n), x, plan.rows, keys, gate_keys, key_bias, dropout_mask,
         z, other, h, plan.order, plan.offsets, plan.tile_expert, plan.tile_row, G, D, x.stride(0),
         *keys.stride(), *_strides(gate_keys, 3), *_strides(key_bias, 2),
-        ACTIVATION=activation, GLU=gate_keys is not None, BIAS=key_bias is not None, SCALE=hidden_scale is not None,
+        ACTIVATION=activation, GLU=gate_keys is not None, BIAS=key_bias is not None, SCALE=dropout_mask is not None,
         SAVE_Z=z is not None, STORE_H=h is not z, EVEN_K=D % tile.k == 0, PRECISION=precision, **tile.meta,
     )  # fmt: skip
 
@@ -324,7 +324,7 @@ def hidden_gradient(
     values: Tensor,
     z: Tensor,
     other: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     gate: Tensor,
     dz: Tensor,
     dother: Tensor | None,
@@ -336,16 +336,16 @@ def hidden_gradient(
 ) -> None:
     """Gradients of z and other, the gate's gradient, and the hidden units times their gate, all in one pass.
 
-    Shapes: grad [T, O] with unit stride in its rows, values [E, G, O], gate [S] and hidden_scale [S, G] in slot order;
+    Shapes: grad [T, O] with unit stride in its rows, values [E, G, O], gate [S] and dropout_mask [S, G] in slot order;
     z, other, dz, dother and weighted [S, G]; dgate fp32 [blocks of G, S] in slot order, to be summed over the first
     dimension.
     """
     G, O = values.shape[1:]
     launch(
-        hidden_gradient_kernel, plan.n_tiles * cdiv(G, tile.n), grad, plan.rows, values, z, other, hidden_scale, gate,
+        hidden_gradient_kernel, plan.n_tiles * cdiv(G, tile.n), grad, plan.rows, values, z, other, dropout_mask, gate,
         dz, dother, weighted, dgate, plan.order, plan.offsets, plan.tile_expert, plan.tile_row,
         G, O, plan.order.shape[0], grad.stride(0), *values.stride(),
-        ACTIVATION=activation, GLU=other is not None, SCALE=hidden_scale is not None, HALVES=tile.n > 32,
+        ACTIVATION=activation, GLU=other is not None, SCALE=dropout_mask is not None, HALVES=tile.n > 32,
         EVEN_K=O % tile.k == 0, PRECISION=precision, **tile.meta,
     )  # fmt: skip
 

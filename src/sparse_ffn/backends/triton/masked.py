@@ -28,15 +28,15 @@ def block_of(T, E, G, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr):
 
 
 @triton.jit
-def scale_of(hidden_scale, slot, mine, g, G):
+def scale_of(dropout_mask, slot, mine, g, G):
     """Dropout's multipliers of these slots' units."""
-    at = hidden_scale + slot.to(tl.int64)[:, None] * G + g[None, :]
+    at = dropout_mask + slot.to(tl.int64)[:, None] * G + g[None, :]
     return tl.load(at, mask=mine[:, None] & (g < G)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
 def choice(
-    index, gate, hidden_scale, t, T, expert, g, G, K, SCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr
+    index, gate, dropout_mask, t, T, expert, g, G, K, SCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr
 ):
     """Each token's last slot with this expert (-1: none), and its units' weights: the sum over all such slots."""
     chosen = tl.full([BLOCK_T], -1, tl.int32)
@@ -46,7 +46,7 @@ def choice(
         mine = tl.load(index + slot, mask=t < T, other=-1) == expert
         part = tl.load(gate + slot, mask=mine, other=0.0).to(tl.float32)[:, None]
         if SCALE:
-            part *= scale_of(hidden_scale, slot, mine, g, G)
+            part *= scale_of(dropout_mask, slot, mine, g, G)
         weight += part
         chosen = tl.where(mine, slot, chosen)
     return chosen, weight
@@ -54,13 +54,13 @@ def choice(
 
 @triton.jit
 def masked_hidden_kernel(
-    z, other, index, gate, hidden_scale, saved_z, saved_other, T, E, G, K,
+    z, other, index, gate, dropout_mask, saved_z, saved_other, T, E, G, K,
     ACTIVATION: tl.constexpr, GLU: tl.constexpr, SCALE: tl.constexpr, SAVE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """Z becomes the hidden units times their weights; see ``hidden``."""
     t, expert, g, at, inside = block_of(T, E, G, BLOCK_T, BLOCK_G)
-    chosen, weight = choice(index, gate, hidden_scale, t, T, expert, g, G, K, SCALE, BLOCK_T, BLOCK_G)
+    chosen, weight = choice(index, gate, dropout_mask, t, T, expert, g, G, K, SCALE, BLOCK_T, BLOCK_G)
     mask = inside & (chosen >= 0)[:, None]
     pre = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
     units = activate(pre, ACTIVATION)
@@ -80,12 +80,12 @@ def masked_hidden_kernel(
 
 @triton.jit
 def masked_gradient_kernel(
-    dh, z, other, index, gate, hidden_scale, weighted, dother, dots, T, E, G, K, S,
+    dh, z, other, index, gate, dropout_mask, weighted, dother, dots, T, E, G, K, S,
     ACTIVATION: tl.constexpr, GLU: tl.constexpr, SCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """Dh becomes the gradient before the activation; see ``hidden_gradient``."""
     t, expert, g, at, inside = block_of(T, E, G, BLOCK_T, BLOCK_G)
-    chosen, weight = choice(index, gate, hidden_scale, t, T, expert, g, G, K, SCALE, BLOCK_T, BLOCK_G)
+    chosen, weight = choice(index, gate, dropout_mask, t, T, expert, g, G, K, SCALE, BLOCK_T, BLOCK_G)
     mask = inside & (chosen >= 0)[:, None]
     saved = chosen.to(tl.int64)[:, None] * G + g[None, :]
     pre = tl.load(z + saved, mask=mask, other=0.0).to(tl.float32)
@@ -101,7 +101,7 @@ def masked_gradient_kernel(
         mine = tl.load(index + slot, mask=t < T, other=-1) == expert
         dot = slope * units
         if SCALE:
-            dot *= scale_of(hidden_scale, slot, mine, g, G)
+            dot *= scale_of(dropout_mask, slot, mine, g, G)
         tl.store(dots + part + slot, tl.sum(dot, 1), mask=mine)
     tl.store(weighted + at, (units * weight).to(weighted.dtype.element_ty), mask=inside)
     slope *= weight
@@ -116,21 +116,21 @@ def hidden(
     other: Tensor | None,
     index: Tensor,
     gate: Tensor,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     saved_z: Tensor | None,
     saved_other: Tensor | None,
     activation: str,
 ) -> None:
     """Turn z into the hidden units times their gates (and dropout's multipliers), zero for experts not chosen.
 
-    Shapes, all contiguous: z and other [T, E, G], index int [T, K], gate [T, K], hidden_scale [T, K, G]; saved_z and
+    Shapes, all contiguous: z and other [T, E, G], index int [T, K], gate [T, K], dropout_mask [T, K, G]; saved_z and
     saved_other [T, K, G] get z and other of the chosen experts (None: kept nowhere).
     """
     (T, E, G), K, block = z.shape, index.shape[1], _block(z.shape[2])
     launch(
-        masked_hidden_kernel, cdiv(T, BLOCK_T) * E * cdiv(G, block), z, other, index, gate, hidden_scale, saved_z,
+        masked_hidden_kernel, cdiv(T, BLOCK_T) * E * cdiv(G, block), z, other, index, gate, dropout_mask, saved_z,
         saved_other, T, E, G, K,
-        ACTIVATION=activation, GLU=other is not None, SCALE=hidden_scale is not None, SAVE=saved_z is not None,
+        ACTIVATION=activation, GLU=other is not None, SCALE=dropout_mask is not None, SAVE=saved_z is not None,
         BLOCK_T=BLOCK_T, BLOCK_G=block,
     )  # fmt: skip
 
@@ -141,7 +141,7 @@ def hidden_gradient(
     other: Tensor | None,
     index: Tensor,
     gate: Tensor,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     weighted: Tensor,
     dother: Tensor | None,
     activation: str,
@@ -154,9 +154,9 @@ def hidden_gradient(
     (T, E, G), K, block = dh.shape, index.shape[1], _block(dh.shape[2])
     dots = dh.new_empty((cdiv(G, block), T, K), dtype=torch.float32)
     launch(
-        masked_gradient_kernel, cdiv(T, BLOCK_T) * E * cdiv(G, block), dh, z, other, index, gate, hidden_scale,
+        masked_gradient_kernel, cdiv(T, BLOCK_T) * E * cdiv(G, block), dh, z, other, index, gate, dropout_mask,
         weighted, dother, dots, T, E, G, K, T * K,
-        ACTIVATION=activation, GLU=other is not None, SCALE=hidden_scale is not None, BLOCK_T=BLOCK_T, BLOCK_G=block,
+        ACTIVATION=activation, GLU=other is not None, SCALE=dropout_mask is not None, BLOCK_T=BLOCK_T, BLOCK_G=block,
     )  # fmt: skip
     return dots.sum(0)
 

@@ -18,7 +18,7 @@ def inference(
     gate: Tensor,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     activation: str,
 ) -> Tensor:
     """Output [T, O], nothing saved."""
@@ -27,7 +27,7 @@ def inference(
         "experts_forward",
         (
             *units(x, keys, values, gate_keys, key_bias),
-            *(index.contiguous(), gate.float().contiguous(), dense(hidden_scale), out),
+            *(index.contiguous(), gate.float().contiguous(), dense(dropout_mask), out),
             *NOTHING_SAVED,
         ),
         ACTIVATIONS[activation],
@@ -43,7 +43,7 @@ def forward(
     gate: Tensor,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output [T, O] and what the backward pass needs: hidden units [S, G], a GLU's gates [S, G], order, offsets."""
@@ -56,7 +56,7 @@ def forward(
         "experts_forward",
         (
             *units(x, keys, values, gate_keys, key_bias),
-            *(index.contiguous(), gate.float().contiguous(), dense(hidden_scale), out),
+            *(index.contiguous(), gate.float().contiguous(), dense(dropout_mask), out),
             *(order, offsets, z, other),
         ),
         ACTIVATIONS[activation],
@@ -72,7 +72,7 @@ def backward(
     gate: Tensor,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     z: Tensor,
     other: Tensor,
     order: Tensor,
@@ -87,7 +87,7 @@ def backward(
         "experts_backward",
         (
             *units(x, keys, values, gate_keys, key_bias),
-            *(gate.float().contiguous(), dense(hidden_scale)),
+            *(gate.float().contiguous(), dense(dropout_mask)),
             *(order, offsets, z, None if gate_keys is None else other, rows(grad)),
             *(dx, dkeys, dvalues, dgate_keys, dkey_bias, dgate),
         ),

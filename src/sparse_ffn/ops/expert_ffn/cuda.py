@@ -24,7 +24,7 @@ def forward(
     gate: Tensor,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output [T, O] and what the backward pass needs: z [S, G], GLU's other half [S, G], order [S], offsets [E + 1]."""
@@ -37,7 +37,7 @@ def forward(
         z_SG, other_SG = up_SG, None
     else:
         z_SG, other_SG = cvmm.forward(x, gate_keys.transpose(1, 2), expert, token, None, None, T * K), up_SG
-    h_SG = hidden(activation, z_SG, other_SG, _slots(hidden_scale))
+    h_SG = hidden(activation, z_SG, other_SG, _slots(dropout_mask))
     out = cvmm.forward(h_SG, values, expert, None, token, gate.reshape(-1), T)
     order, offsets = sort_by_expert(expert, keys.shape[0])
     return out, z_SG, absent(x) if other_SG is None else other_SG, order, offsets
@@ -56,7 +56,7 @@ def backward(
     gate: Tensor,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     z: Tensor,
     other: Tensor,
     order: Tensor,
@@ -66,7 +66,7 @@ def backward(
     """Gradients of x, keys, values, gate, gate_keys and key_bias; empty tensors for the arguments that are absent."""
     T, K = gate.shape
     token, expert = _tokens(T, K, order), _experts(order, offsets)
-    other_SG, scale_SG = None if gate_keys is None else other, _slots(hidden_scale)
+    other_SG, scale_SG = None if gate_keys is None else other, _slots(dropout_mask)
     h_SG = hidden(activation, z, other_SG, scale_SG)
     dh_SG, dvalues, dgate = cvmm.backward(grad, h_SG, values, expert, None, token, gate.reshape(-1))
     dz_SG, dother_SG = hidden_backward(activation, dh_SG, z, other_SG, scale_SG)
@@ -93,5 +93,5 @@ def _experts(order: Tensor, offsets: Tensor) -> Tensor:
     return torch.empty_like(sorted_S).index_copy_(0, order.long(), sorted_S)
 
 
-def _slots(hidden_scale: Tensor | None) -> Tensor | None:
-    return None if hidden_scale is None else torch.flatten(hidden_scale, 0, 1)
+def _slots(dropout_mask: Tensor | None) -> Tensor | None:
+    return None if dropout_mask is None else torch.flatten(dropout_mask, 0, 1)

@@ -17,7 +17,7 @@ from sparse_ffn.ops.library import absent
 # T tokens, K slots a token, S = T·K, E experts, G units of an expert, F = E·G, D d_model, O d_out
 
 
-def wins(n_experts: int, k: int) -> bool:
+def use_dense(n_experts: int, k: int) -> bool:
     """Whether all experts are computed: for E <= 2.5·k.
 
     A prediction, not a measurement: a roofline of an H100 gives the dense products of all experts at E/k = 4 about 1.6
@@ -34,7 +34,7 @@ def forward(
     gate: Tensor,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     activation: str,
     *,
     save: bool,
@@ -49,7 +49,7 @@ def forward(
     saved_z = z.new_empty(T * K if save else 0, G)
     saved_other = absent(x) if other is None else torch.empty_like(saved_z)
     masked.hidden(
-        z, other, index.contiguous(), gate.contiguous(), None if hidden_scale is None else hidden_scale.contiguous(),
+        z, other, index.contiguous(), gate.contiguous(), None if dropout_mask is None else dropout_mask.contiguous(),
         saved_z if save else None, saved_other if save and other is not None else None, activation,
     )  # fmt: skip
     return z.view(T, E * G) @ _matrix(values, x), saved_z, saved_other
@@ -63,7 +63,7 @@ def backward(
     gate: Tensor,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     z: Tensor,
     other: Tensor,
     index: Tensor,
@@ -75,7 +75,7 @@ def backward(
     weighted, dother = torch.empty_like(dz), None if gate_keys is None else torch.empty_like(dz)
     dgate = masked.hidden_gradient(
         dz, z, None if gate_keys is None else other, index, gate.contiguous(),
-        None if hidden_scale is None else hidden_scale.contiguous(), weighted, dother, activation,
+        None if dropout_mask is None else dropout_mask.contiguous(), weighted, dother, activation,
     )  # fmt: skip
 
     def to_matrix(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:

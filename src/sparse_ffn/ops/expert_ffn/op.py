@@ -19,34 +19,32 @@ from sparse_ffn.ops.library import (
     set_autograd,
     under_transforms,
 )
+from sparse_ffn.ops.units import Units
 
 
 def expert_ffn(
     x: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    experts: Units,
     index: Tensor,
     gate: Tensor,
     *,
-    gate_keys: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    hidden_scale: Tensor | None = None,
+    dropout_mask: Tensor | None = None,
     activation: str = "relu",
 ) -> Tensor:
     """y[t] = sum_j gate[t, j] * values[e].T h(x[t]; e) with e = index[t, j]; arguments are trusted to fit.
 
-    Shapes: x [T, D], keys and gate_keys [E, G, D], values [E, G, O], index int64 [T, K], gate [T, K] (its own dtype),
-    key_bias [E, G], hidden_scale [T, K, G] (dropout's multiplier, no gradient); result [T, O] in x's dtype or
-    autocast's.
+    Shapes: x [T, D], experts of keys [E, G, D] and values [E, G, O], index int64 [T, K], gate [T, K] (its own dtype),
+    dropout_mask [T, K, G] (dropout's multiplier, no gradient); result [T, O] in x's dtype or autocast's.
     """
     dtype = autocast_dtype(x)
-    x, hidden_scale = cast(x, dtype), cast(hidden_scale, dtype)
+    x, dropout_mask = cast(x, dtype), cast(dropout_mask, dtype)
     chosen = choose(x)
-    keys, values, gate_keys, key_bias = weights_for(chosen, dtype, keys, values, gate_keys, key_bias)
+    experts = Units(*weights_for(chosen, dtype, *experts))
+    keys, values, gate_keys, key_bias = experts
     if chosen == "reference":
         index = checked("index", index, keys.shape[0])
-        return reference.expert_ffn(x, keys, values, index, gate, gate_keys, key_bias, hidden_scale, activation)
-    arguments = (x, keys, values, index, gate, gate_keys, key_bias, hidden_scale, activation, chosen)
+        return reference.expert_ffn(x, experts, index, gate, dropout_mask, activation)
+    arguments = (x, keys, values, index, gate, gate_keys, key_bias, dropout_mask, activation, chosen)
     trained = (x, keys, values, gate, gate_keys, key_bias)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained)
     if wanted or under_transforms():
@@ -84,7 +82,7 @@ def _forward_fake(
     gate: Tensor,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     activation: str,
     backend: str,
 ) -> tuple[Tensor, ...]:
@@ -123,8 +121,8 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, keys, values, _, gate, gate_keys, key_bias, hidden_scale, activation, chosen = inputs
-    ctx.save_for_backward(x, keys, values, gate, gate_keys, key_bias, hidden_scale, *output[1:])
+    x, keys, values, _, gate, gate_keys, key_bias, dropout_mask, activation, chosen = inputs
+    ctx.save_for_backward(x, keys, values, gate, gate_keys, key_bias, dropout_mask, *output[1:])
     ctx.options = activation, chosen
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -146,21 +144,21 @@ def _autograd(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | Non
 
 _forward = define(
     "expert_ffn(Tensor x, Tensor keys, Tensor values, Tensor index, Tensor gate, Tensor? gate_keys, Tensor? key_bias, "
-    "Tensor? hidden_scale, str activation, str backend) "
+    "Tensor? dropout_mask, str activation, str backend) "
     "-> (Tensor out, Tensor z, Tensor other, Tensor order, Tensor offsets)",
     _forward_kernel,
     _forward_fake,
 )
 _backward = define(
     "expert_ffn_backward(Tensor grad, Tensor x, Tensor keys, Tensor values, Tensor gate, Tensor? gate_keys, "
-    "Tensor? key_bias, Tensor? hidden_scale, Tensor z, Tensor other, Tensor order, Tensor offsets, str activation, "
+    "Tensor? key_bias, Tensor? dropout_mask, Tensor z, Tensor other, Tensor order, Tensor offsets, str activation, "
     "str backend) -> (Tensor dx, Tensor dkeys, Tensor dvalues, Tensor dgate, Tensor dgate_keys, Tensor dkey_bias)",
     _backward_kernel,
     _backward_fake,
 )
 _inference = define(
     "expert_ffn_inference(Tensor x, Tensor keys, Tensor values, Tensor index, Tensor gate, Tensor? gate_keys, "
-    "Tensor? key_bias, Tensor? hidden_scale, str activation, str backend) -> Tensor",
+    "Tensor? key_bias, Tensor? dropout_mask, str activation, str backend) -> Tensor",
     _inference_kernel,
     _inference_fake,
 )

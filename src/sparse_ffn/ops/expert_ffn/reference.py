@@ -7,27 +7,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_ffn.ops.activations import activate, scaled
+from sparse_ffn.ops.units import Units
 
 
 def expert_ffn(
     x: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    experts: Units,
     index: Tensor,
     gate: Tensor,
-    gate_keys: Tensor | None,
-    key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     activation: str,
 ) -> Tensor:
     """y[t] = sum_j gate[t, j] * FFN of expert index[t, j] (x[t]); shapes as in ``sparse_ffn.ops.expert_ffn``."""
+    keys, values, gate_keys, key_bias = experts
     # T tokens, K slots, E experts, G units of an expert, D d_model, O d_out
     # one-hot products instead of a scatter: deterministic on every device
     chosen_TKE = (index.unsqueeze(-1) == torch.arange(keys.shape[0], device=index.device)).to(x.dtype)
-    if hidden_scale is None:
+    if dropout_mask is None:
         weight_TEG = torch.einsum("tk,tke->te", gate.to(x.dtype), chosen_TKE).unsqueeze(-1)
     else:
-        weight_TEG = torch.einsum("tk,tkg,tke->teg", gate.to(x.dtype), hidden_scale, chosen_TKE)
+        weight_TEG = torch.einsum("tk,tkg,tke->teg", gate.to(x.dtype), dropout_mask, chosen_TKE)
 
     def units(matrix: Tensor, bias: Tensor | None) -> Tensor:
         z_TEG = F.linear(x, matrix.flatten(0, 1)).view(x.shape[0], *matrix.shape[:2])

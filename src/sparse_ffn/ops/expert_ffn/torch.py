@@ -23,7 +23,7 @@ def forward(
     gate: Tensor,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output [T, O] and what the backward pass needs: z [S, G], GLU's other half [S, G], order [S], offsets [E + 1]."""
@@ -38,7 +38,7 @@ def forward(
         z_SG, other_SG = up_SG, None
     else:
         z_SG, other_SG = segment_mm(x_SD, gate_keys.transpose(1, 2), bounds), up_SG
-    h_SG = hidden(activation, z_SG, other_SG, _sorted_rows(hidden_scale, order))
+    h_SG = hidden(activation, z_SG, other_SG, _sorted_rows(dropout_mask, order))
     h_SG = h_SG * _sorted_gates(gate, order).to(h_SG.dtype)
     out_SO = segment_mm(h_SG, values, bounds)
     out = unsort(out_SO, order).view(T, K, values.shape[2]).sum(1)
@@ -58,7 +58,7 @@ def backward(
     gate: Tensor,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     z: Tensor,
     other: Tensor,
     order: Tensor,
@@ -70,7 +70,7 @@ def backward(
     bounds = offsets.tolist()
     token = order // K
     x_SD, grad_SO = x.index_select(0, token), grad.index_select(0, token)
-    scale_SG, gate_S1 = _sorted_rows(hidden_scale, order), _sorted_gates(gate, order)
+    scale_SG, gate_S1 = _sorted_rows(dropout_mask, order), _sorted_gates(gate, order)
     other_SG = None if gate_keys is None else other
 
     h_SG = hidden(activation, z, other_SG, scale_SG)
@@ -95,5 +95,5 @@ def _sorted_gates(gate: Tensor, order: Tensor) -> Tensor:
     return gate.reshape(-1, 1).index_select(0, order)
 
 
-def _sorted_rows(hidden_scale: Tensor | None, order: Tensor) -> Tensor | None:
-    return None if hidden_scale is None else torch.flatten(hidden_scale, 0, 1).index_select(0, order)
+def _sorted_rows(dropout_mask: Tensor | None, order: Tensor) -> Tensor | None:
+    return None if dropout_mask is None else torch.flatten(dropout_mask, 0, 1).index_select(0, order)

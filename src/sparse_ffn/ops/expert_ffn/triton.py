@@ -1,6 +1,6 @@
 """Expert FFN out of the Triton kernels: sort, grouped products, sums over a token's slots; no host wait.
 
-Where ``dense.wins`` all experts are computed instead: there the slots keep their own order.
+Where ``dense.use_dense`` all experts are computed instead: there the slots keep their own order.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ def forward(
     gate: Tensor,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output [T, O] and what the backward pass needs: z [S, G], GLU's other half [S, G], order [S], offsets [E + 1]."""
-    if dense.wins(keys.shape[0], index.shape[1]):
+    if dense.use_dense(keys.shape[0], index.shape[1]):
         out, z, other = dense.forward(
-            x, keys, values, index, gate, gate_keys, key_bias, hidden_scale, activation, save=True
+            x, keys, values, index, gate, gate_keys, key_bias, dropout_mask, activation, save=True
         )
         expert = index.reshape(-1).to(torch.int32)  # no order: each slot's expert, and no offsets
         return out, z, other, expert, expert.new_zeros(keys.shape[0] + 1)
     order, offsets = routing.sort_slots(index, keys.shape[0])
     z_SG = x.new_empty(order.shape[0], keys.shape[1])
     other_SG = None if gate_keys is None else torch.empty_like(z_SG)
-    out = _forward(x, keys, values, gate, gate_keys, key_bias, hidden_scale, activation, order, offsets, z_SG, other_SG)
+    out = _forward(x, keys, values, gate, gate_keys, key_bias, dropout_mask, activation, order, offsets, z_SG, other_SG)
     return out, z_SG, absent(x) if other_SG is None else other_SG, order, offsets
 
 
@@ -51,31 +51,31 @@ def inference(
     gate: Tensor,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     activation: str,
 ) -> Tensor:
     """Output [T, O], nothing saved."""
-    if not few_slots(index.numel(), keys.shape[0]):
-        if dense.wins(keys.shape[0], index.shape[1]):
+    if not use_decode(index.numel(), keys.shape[0]):
+        if dense.use_dense(keys.shape[0], index.shape[1]):
             return dense.forward(
-                x, keys, values, index, gate, gate_keys, key_bias, hidden_scale, activation, save=False
+                x, keys, values, index, gate, gate_keys, key_bias, dropout_mask, activation, save=False
             )[0]
         order, offsets = routing.sort_slots(index, keys.shape[0])
         return _forward(
-            x, keys, values, gate, gate_keys, key_bias, hidden_scale, activation, order, offsets, None, None
+            x, keys, values, gate, gate_keys, key_bias, dropout_mask, activation, order, offsets, None, None
         )
     index = index.contiguous()
     h_SG = x.new_empty(index.numel(), keys.shape[1], dtype=torch.float32)
     y_SO = x.new_empty(index.numel(), values.shape[2], dtype=torch.float32)
     out = x.new_empty(x.shape[0], values.shape[2])
-    scale = None if hidden_scale is None else hidden_scale.contiguous()
+    scale = None if dropout_mask is None else dropout_mask.contiguous()
     decode.up_rows(rows(x), index, keys, gate_keys, key_bias, scale, h_SG, activation)
     decode.down_rows(h_SG, index, values, y_SO)
     combine.combine(y_SO, None, gate.contiguous(), out, index.shape[1])
     return out
 
 
-def few_slots(n_slots: int, n_experts: int) -> bool:
+def use_decode(n_slots: int, n_experts: int) -> bool:
     """Whether to take each slot by itself, which reads an expert's weights once for each of its slots.
 
     While there are no more slots than experts that is rarely more than once; below 16 the sort would cost more.
@@ -90,7 +90,7 @@ def _forward(
     gate: Tensor,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     activation: str,
     order: Tensor,
     offsets: Tensor,
@@ -104,10 +104,10 @@ def _forward(
     plan = routing.plan(order, offsets, K, block_m, inverse=True)
 
     # ReLU's saved activations are the hidden units themselves
-    is_z = z_SG is not None and activation == "relu" and gate_keys is None and hidden_scale is None
+    is_z = z_SG is not None and activation == "relu" and gate_keys is None and dropout_mask is None
     h_SG = z_SG if is_z and z_SG is not None else x.new_empty(order.shape[0], G)
     tile = config.tile(x.device, "one" if gate_keys is None else "two", kind, G, block_m)
-    scale = None if hidden_scale is None else hidden_scale.contiguous()
+    scale = None if dropout_mask is None else dropout_mask.contiguous()
     up = (matrices(keys, x.dtype), None if gate_keys is None else matrices(gate_keys, x.dtype), key_bias)
     grouped.up(plan, x, *up, scale, z_SG, other_SG, h_SG, activation, tile, how)
     del up  # casts of fp32 weights
@@ -128,7 +128,7 @@ def backward(
     gate: Tensor,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     z: Tensor,
     other: Tensor,
     order: Tensor,
@@ -136,9 +136,9 @@ def backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, keys, values, gate, gate_keys and key_bias; empty tensors for the arguments that are absent."""
-    if dense.wins(keys.shape[0], gate.shape[1]):
+    if dense.use_dense(keys.shape[0], gate.shape[1]):
         return dense.backward(
-            grad, x, keys, values, gate, gate_keys, key_bias, hidden_scale, z, other, order.view(gate.shape), activation
+            grad, x, keys, values, gate, gate_keys, key_bias, dropout_mask, z, other, order.view(gate.shape), activation
         )
     (E, G, D), (T, K), S = keys.shape, gate.shape, order.shape[0]
     how, x, grad = precision(x), rows(x), rows(grad)
@@ -149,11 +149,11 @@ def backward(
 
     dz_SG, weighted_SG = torch.empty_like(z), torch.empty_like(z)
     dother_SG = None if gate_keys is None else torch.empty_like(z)
-    simple = gate_keys is None and hidden_scale is None
+    simple = gate_keys is None and dropout_mask is None
     tile = config.tile(x.device, "one" if simple else "two", kind, G, block_m)
     dgates = x.new_empty(cdiv(G, tile.n), S, dtype=torch.float32)
     grouped.hidden_gradient(
-        plan, grad, matrices(values, x.dtype), z, other_SG, None if hidden_scale is None else hidden_scale.contiguous(),
+        plan, grad, matrices(values, x.dtype), z, other_SG, None if dropout_mask is None else dropout_mask.contiguous(),
         gate.contiguous(), dz_SG, dother_SG, weighted_SG, dgates, activation, tile, how,
     )  # fmt: skip
     dgate = dgates.sum(0).to(gate.dtype).view(T, K)

@@ -15,24 +15,21 @@ from sparse_ffn.backends.choice import choose
 from sparse_ffn.ops.autocast import autocast_enabled
 from sparse_ffn.ops.library import absent, define, refuse_double_backward, set_autograd
 from sparse_ffn.ops.routed_ffn import cpu
+from sparse_ffn.ops.units import Units
 
 
 def routed_ffn_available(
     x: Tensor,
     router_weight: Tensor,
     router_bias: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
-    gate_keys: Tensor | None,
-    key_bias: Tensor | None,
+    experts: Units,
 ) -> bool:
     """Whether the op computes this input now: fp32 or bf16 throughout (a router's bias fp32), on the CPU core."""
     dtype = x.dtype
     return (
         dtype in (torch.float32, torch.bfloat16)
-        and router_weight.dtype == keys.dtype == values.dtype == dtype
-        and (gate_keys is None or gate_keys.dtype == dtype)
-        and (key_bias is None or key_bias.dtype == dtype)
+        and router_weight.dtype == dtype
+        and all(t is None or t.dtype == dtype for t in experts)
         and (router_bias is None or router_bias.dtype == torch.float32)
         and x.shape[0] > 0
         and not autocast_enabled(x)
@@ -43,29 +40,24 @@ def routed_ffn_available(
 def routed_ffn(
     x: Tensor,
     router_weight: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    experts: Units,
     *,
     k: int,
     gate_function: str,
     router_bias: Tensor | None = None,
     mask: Tensor | None = None,
     groups: int = 1,
-    gate_keys: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    hidden_scale: Tensor | None = None,
+    dropout_mask: Tensor | None = None,
     activation: str = "relu",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What ``reference.routed_ffn`` computes: out, index, gate, softmax sums; arguments are trusted to fit.
 
-    Shapes: x [T, D], router_weight [E, D], router_bias fp32 [E] (ranking only), mask bool [T], keys and gate_keys
-    [E, G, D], values [E, G, O], key_bias [E, G], hidden_scale [T, K, G]; results [T, O], int64 [T, K], fp32 [T, K],
-    fp32 [groups, E].
+    Shapes: x [T, D], router_weight [E, D], experts of keys [E, G, D] and values [E, G, O], router_bias fp32 [E]
+    (ranking only), mask bool [T], dropout_mask [T, K, G]; results [T, O], int64 [T, K], fp32 [T, K], fp32 [groups, E].
     """
     found: tuple[Tensor, ...] = _forward(
-        x, router_weight, router_bias, mask, keys, values, gate_keys, key_bias, hidden_scale,
-        k, gate_function, groups, activation,
-    )  # fmt: skip
+        x, router_weight, router_bias, mask, *experts, dropout_mask, k, gate_function, groups, activation
+    )
     return found[0], found[1], found[2], found[3]
 
 
@@ -73,17 +65,14 @@ def routed_ffn_inference(
     x: Tensor,
     router_weight: Tensor,
     router_bias: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
-    gate_keys: Tensor | None,
-    key_bias: Tensor | None,
+    experts: Units,
     k: int,
     gate_function: str,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """Output and index of ``routed_ffn``, without a gradient."""
     found: tuple[Tensor, Tensor] = _inference(
-        x, router_weight, router_bias, keys, values, gate_keys, key_bias, k, gate_function, activation
+        x, router_weight, router_bias, *experts, k, gate_function, activation
     )
     return found
 
@@ -97,7 +86,7 @@ def _forward_fake(
     values: Tensor,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     k: int,
     gate_function: str,
     groups: int,
@@ -141,9 +130,9 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, router_weight, _, mask, keys, values, gate_keys, key_bias, hidden_scale, _, gate_function, _, activation = inputs
+    x, router_weight, _, mask, keys, values, gate_keys, key_bias, dropout_mask, _, gate_function, _, activation = inputs
     _, index, gate, _, *saved = output
-    ctx.save_for_backward(x, router_weight, mask, keys, values, gate_keys, key_bias, hidden_scale, index, gate, *saved)
+    ctx.save_for_backward(x, router_weight, mask, keys, values, gate_keys, key_bias, dropout_mask, index, gate, *saved)
     ctx.options = gate_function, activation
     ctx.mark_non_differentiable(index, *saved)
     ctx.set_materialize_grads(False)
@@ -169,7 +158,7 @@ def _autograd(
 
 _PARTS = "Tensor keys, Tensor values, Tensor? gate_keys, Tensor? key_bias"
 _forward = define(
-    f"routed_ffn(Tensor x, Tensor router_weight, Tensor? router_bias, Tensor? mask, {_PARTS}, Tensor? hidden_scale, "
+    f"routed_ffn(Tensor x, Tensor router_weight, Tensor? router_bias, Tensor? mask, {_PARTS}, Tensor? dropout_mask, "
     "SymInt k, str gate_function, SymInt groups, str activation) -> (Tensor out, Tensor index, Tensor gate, "
     "Tensor sums, Tensor z, Tensor other, Tensor order, Tensor offsets)",
     cpu.forward,
@@ -177,7 +166,7 @@ _forward = define(
 )
 _backward = define(
     "routed_ffn_backward(Tensor grad, Tensor? grad_gate, Tensor? grad_sums, Tensor x, Tensor router_weight, "
-    f"Tensor? mask, {_PARTS}, Tensor? hidden_scale, Tensor index, Tensor gate, Tensor z, Tensor other, Tensor order, "
+    f"Tensor? mask, {_PARTS}, Tensor? dropout_mask, Tensor index, Tensor gate, Tensor z, Tensor other, Tensor order, "
     "Tensor offsets, str gate_function, str activation) -> (Tensor dx, Tensor drouter_weight, "
     "Tensor dkeys, Tensor dvalues, Tensor dgate_keys, Tensor dkey_bias)",
     cpu.backward,

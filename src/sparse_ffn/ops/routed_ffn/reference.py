@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from sparse_ffn.ops.expert_ffn import reference
 from sparse_ffn.ops.select import stable_topk
+from sparse_ffn.ops.units import Units
 
 
 def routed_ffn(
@@ -17,11 +18,8 @@ def routed_ffn(
     router_weight: Tensor,
     router_bias: Tensor | None,
     mask: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
-    gate_keys: Tensor | None,
-    key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    experts: Units,
+    dropout_mask: Tensor | None,
     k: int,
     gate_function: str,
     groups: int,
@@ -41,7 +39,7 @@ def routed_ffn(
     if mask is not None:
         softmax = softmax.masked_fill(~mask.unsqueeze(1), 0)
     sums = softmax.view(groups, -1, softmax.shape[1]).sum(1)
-    out = reference.expert_ffn(x, keys, values, index, gate, gate_keys, key_bias, hidden_scale, activation)
+    out = reference.expert_ffn(x, experts, index, gate, dropout_mask, activation)
     return out, index, gate, sums
 
 

@@ -23,18 +23,18 @@ def forward(
     k: int,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     activation: str,
     norm_aware: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output [T, O]; the selected units int32 [T, K], their z and, for a GLU, their other half [T, K]."""
     up_TF = linear(x, keys, key_bias)
-    if gate_keys is None and hidden_scale is None:
+    if gate_keys is None and dropout_mask is None:
         norm_F = values.float().norm(dim=1) if norm_aware else None
         index, kept_TK = _select_activation(up_TF, k, activation, norm_F)
         return bag.forward(values, index, kept_TK), index.to(torch.int32), up_TF.gather(1, index), absent(x)
     z_TF, other_TF = (up_TF, None) if gate_keys is None else (linear(x, gate_keys), up_TF)
-    h_TF = hidden(activation, z_TF, other_TF, hidden_scale)
+    h_TF = hidden(activation, z_TF, other_TF, dropout_mask)
     index = _select(rank(h_TF, values, norm_aware), k)
     other_TK = absent(x) if other_TF is None else other_TF.gather(1, index)
     return bag.forward(values, index, h_TF.gather(1, index)), index.to(torch.int32), z_TF.gather(1, index), other_TK
@@ -47,7 +47,7 @@ def backward(
     values: Tensor,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     index: Tensor,
     z: Tensor,
     other: Tensor,
@@ -55,7 +55,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, keys, values, gate_keys and key_bias; empty tensors for the arguments that are absent."""
     index = index.long()
-    scale_TK = None if hidden_scale is None else hidden_scale.gather(1, index)
+    scale_TK = None if dropout_mask is None else dropout_mask.gather(1, index)
     other_TK = None if gate_keys is None else other
     h_TK = scaled(activate(activation, z), other_TK, scale_TK)
     dvalues, dh_TK = bag.backward(grad, values, index, h_TK)

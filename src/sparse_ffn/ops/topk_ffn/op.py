@@ -11,32 +11,31 @@ from sparse_ffn.backends.choice import choose
 from sparse_ffn.ops.autocast import autocast_dtype, cast, weights_for
 from sparse_ffn.ops.library import absent, define, implementation, refuse_double_backward, set_autograd
 from sparse_ffn.ops.topk_ffn import reference
+from sparse_ffn.ops.units import Units
 
 
 def topk_ffn(
     x: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    units: Units,
     k: int,
     *,
-    gate_keys: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    hidden_scale: Tensor | None = None,
+    dropout_mask: Tensor | None = None,
     activation: str = "relu",
     norm_aware: bool = False,
 ) -> Tensor:
     """Two-layer FFN of which only the k hidden units of the largest |h| count; arguments are trusted to fit.
 
-    Shapes: x [T, D], keys and gate_keys [F, D], values [F, O], key_bias [F], hidden_scale [T, F] (dropout's
-    multiplier, applied before the selection, no gradient); result [T, O] in x's dtype or autocast's.
+    Shapes: x [T, D], units of keys [F, D] and values [F, O], dropout_mask [T, F] (dropout's multiplier, applied before
+    the selection, no gradient); result [T, O] in x's dtype or autocast's.
     """
     dtype = autocast_dtype(x)
-    x, hidden_scale = cast(x, dtype), cast(hidden_scale, dtype)
+    x, dropout_mask = cast(x, dtype), cast(dropout_mask, dtype)
     chosen = choose(x)
-    keys, values, gate_keys, key_bias = weights_for(chosen, dtype, keys, values, gate_keys, key_bias)
+    units = Units(*weights_for(chosen, dtype, *units))
+    keys, values, gate_keys, key_bias = units
     if chosen == "reference":
-        return reference.topk_ffn(x, keys, values, k, gate_keys, key_bias, hidden_scale, activation, norm_aware)
-    out: Tensor = _forward(x, keys, values, k, gate_keys, key_bias, hidden_scale, activation, norm_aware, chosen)[0]
+        return reference.topk_ffn(x, units, k, dropout_mask, activation, norm_aware)
+    out: Tensor = _forward(x, keys, values, k, gate_keys, key_bias, dropout_mask, activation, norm_aware, chosen)[0]
     return out
 
 
@@ -74,8 +73,8 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, keys, values, _, gate_keys, key_bias, hidden_scale, activation, _, chosen = inputs
-    ctx.save_for_backward(x, keys, values, gate_keys, key_bias, hidden_scale, *output[1:])
+    x, keys, values, _, gate_keys, key_bias, dropout_mask, activation, _, chosen = inputs
+    ctx.save_for_backward(x, keys, values, gate_keys, key_bias, dropout_mask, *output[1:])
     ctx.options = activation, chosen
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -96,14 +95,14 @@ def _autograd(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | Non
 
 
 _forward = define(
-    "topk_ffn(Tensor x, Tensor keys, Tensor values, int k, Tensor? gate_keys, Tensor? key_bias, Tensor? hidden_scale, "
+    "topk_ffn(Tensor x, Tensor keys, Tensor values, int k, Tensor? gate_keys, Tensor? key_bias, Tensor? dropout_mask, "
     "str activation, bool norm_aware, str backend) -> (Tensor out, Tensor index, Tensor z, Tensor other)",
     _forward_kernel,
     _forward_fake,
 )
 _backward = define(
     "topk_ffn_backward(Tensor grad, Tensor x, Tensor keys, Tensor values, Tensor? gate_keys, Tensor? key_bias, "
-    "Tensor? hidden_scale, Tensor index, Tensor z, Tensor other, str activation, str backend) "
+    "Tensor? dropout_mask, Tensor index, Tensor z, Tensor other, str activation, str backend) "
     "-> (Tensor dx, Tensor dkeys, Tensor dvalues, Tensor dgate_keys, Tensor dkey_bias)",
     _backward_kernel,
     _backward_fake,

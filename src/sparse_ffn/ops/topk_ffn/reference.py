@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from sparse_ffn.ops.activations import activate, scaled
 from sparse_ffn.ops.select import stable_topk
+from sparse_ffn.ops.units import Units
 
 
 def rank(h: Tensor, values: Tensor, norm_aware: bool) -> Tensor:
@@ -21,19 +22,17 @@ def rank(h: Tensor, values: Tensor, norm_aware: bool) -> Tensor:
 
 def topk_ffn(
     x: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    units: Units,
     k: int,
-    gate_keys: Tensor | None,
-    key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     activation: str,
     norm_aware: bool,
 ) -> Tensor:
     """Y = sum of h[i]·values[i] over the k units of the largest |h[i]|; shapes as in ``ops.topk_ffn``."""
+    keys, values, gate_keys, key_bias = units
     up_TF = F.linear(x, keys, key_bias)
     z_TF, other_TF = (up_TF, None) if gate_keys is None else (F.linear(x, gate_keys), up_TF)
-    h_TF = scaled(activate(activation, z_TF), other_TF, hidden_scale)
+    h_TF = scaled(activate(activation, z_TF), other_TF, dropout_mask)
     index = stable_topk(rank(h_TF, values, norm_aware), k)
     selected = torch.zeros_like(h_TF, dtype=torch.bool).scatter(1, index, True)
     return torch.where(selected, h_TF, 0) @ values

@@ -22,14 +22,14 @@ def forward(
     k: int,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     activation: str,
     norm_aware: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output [T, O]; the selected units int32 [T, K], their z and, for a GLU, their other half [T, K]."""
     up_TF = F.linear(x, keys, key_bias)
     z_TF, other_TF = (up_TF, None) if gate_keys is None else (F.linear(x, gate_keys), up_TF)
-    h_TF = hidden(activation, z_TF, other_TF, hidden_scale)
+    h_TF = hidden(activation, z_TF, other_TF, dropout_mask)
     index = eager_stable_topk(rank(h_TF, values, norm_aware), k)
     out = bag.forward(values, index, h_TF.gather(1, index))
     other_TK = absent(x) if other_TF is None else other_TF.gather(1, index)
@@ -43,7 +43,7 @@ def backward(
     values: Tensor,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     index: Tensor,
     z: Tensor,
     other: Tensor,
@@ -51,7 +51,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, keys, values, gate_keys and key_bias; empty tensors for the arguments that are absent."""
     index = index.long()
-    scale_TK = None if hidden_scale is None else hidden_scale.gather(1, index)
+    scale_TK = None if dropout_mask is None else dropout_mask.gather(1, index)
     other_TK = None if gate_keys is None else other
     dvalues, dh_TK = bag.backward(grad, values, index, hidden(activation, z, other_TK, scale_TK))
     dz_TK, dother_TK = hidden_backward(activation, dh_TK, z, other_TK, scale_TK)

@@ -1,7 +1,7 @@
 """Top-k FFN out of the Triton kernels: select fused after torch's product, then only the selected units' rows.
 
 Where so many units are selected that reading their rows one by one takes longer than a dense product, the products
-are dense ones of matrices with zeros: see ``gathers``. Saved are index and pre-activations of the selected units. What
+are dense ones of matrices with zeros: see ``use_gather``. Saved are index and pre-activations of the selected units. What
 has a number for every token and hidden unit exists for a block of tokens only, see ``blocks``.
 """
 
@@ -30,7 +30,7 @@ CACHE, MEMORY = 5.5e12, 3.0e12
 MAX_BYTES, MIN_TOKENS = 64 << 20, 128  # of a block; guesses, not measured
 
 
-def gathers(x: Tensor, n_units: int, k: int) -> bool:
+def use_gather(x: Tensor, n_units: int, k: int) -> bool:
     """Whether reading the k selected rows of each token is predicted to be faster than a dense product.
 
     Both times for one column of the values. For 16 bits and many tokens that is k < 0.92 % of d_ff.
@@ -56,19 +56,19 @@ def forward(
     k: int,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     activation: str,
     norm_aware: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output [T, O]; the selected units int32 [T, K], their z and, for a GLU, their other half [T, K]."""
-    sparse = gathers(x, keys.shape[0], k)
+    sparse = use_gather(x, keys.shape[0], k)
     weights = (keys.to(x.dtype), values if sparse else values.to(x.dtype))
     units = (cast(gate_keys, x.dtype), cast(key_bias, x.dtype))
     norm_F = torch.linalg.vector_norm(values, dim=1, dtype=torch.float32) if norm_aware else None
     select = _select if topk.fits(keys.shape[0]) else _sorted
     found = []
     for part in blocks(x, keys.shape[0]):
-        scale = None if hidden_scale is None else hidden_scale[part]
+        scale = None if dropout_mask is None else dropout_mask[part]
         h_TK, *saved = select(x[part], weights[0], k, *units, scale, activation, norm_F)
         found.append((_product(weights[1], saved[0], h_TK, sparse), *saved))
     out, index, z_TK, other_TK = map(_joined, zip(*found, strict=True))
@@ -87,7 +87,7 @@ def _select(
     k: int,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     activation: str,
     norm: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -96,7 +96,7 @@ def _select(
     index, z_TK = x.new_empty(x.shape[0], k, dtype=torch.int32), x.new_empty(x.shape[0], k)
     other_TK = None if other_TF is None else torch.empty_like(z_TK)
     h_TK = torch.empty_like(z_TK)
-    scale = None if hidden_scale is None else rows(hidden_scale)
+    scale = None if dropout_mask is None else rows(dropout_mask)
     topk.select(rows(z_TF), other_TF, scale, norm, index, z_TK, other_TK, h_TK, activation)
     return h_TK, index, z_TK, absent(x) if other_TK is None else other_TK
 
@@ -107,13 +107,13 @@ def _sorted(
     k: int,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     activation: str,
     norm: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same beyond ``topk.MAX_F`` units: torch sorts them."""
     z_TF, other_TF = _units(x, keys, gate_keys, key_bias)
-    h_TF = hidden(activation, z_TF, other_TF, hidden_scale)
+    h_TF = hidden(activation, z_TF, other_TF, dropout_mask)
     index = stable_topk(h_TF.abs() if norm is None else h_TF.abs() * norm, k)
     other_TK = absent(x) if other_TF is None else other_TF.gather(1, index)
     return h_TF.gather(1, index), index.to(torch.int32), z_TF.gather(1, index), other_TK
@@ -127,16 +127,16 @@ def backward(
     values: Tensor,
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
-    hidden_scale: Tensor | None,
+    dropout_mask: Tensor | None,
     index: Tensor,
     z: Tensor,
     other: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, keys, values, gate_keys and key_bias; empty tensors for the arguments that are absent."""
-    products = _Gathered if gathers(x, keys.shape[0], index.shape[1]) else _Dense
+    products = _Gathered if use_gather(x, keys.shape[0], index.shape[1]) else _Dense
     of = products(index, keys.shape[0])
-    scale_TK = None if hidden_scale is None else hidden_scale.gather(1, index.long()).float()
+    scale_TK = None if dropout_mask is None else dropout_mask.gather(1, index.long()).float()
     z_TK, other_TK = z.float(), None if gate_keys is None else other.float()
     dvalues, dh_TK = of.both_gradients(grad, values, hidden(activation, z_TK, other_TK, scale_TK))
     dz_TK, dother_TK = hidden_backward(activation, dh_TK, z_TK, other_TK, scale_TK)
