@@ -77,14 +77,15 @@ def drawn(
     options: dict[str, Any],
     *,
     fixed: tuple[str, ...] = (),
-    ranked: tuple[str, str] | None = None,
+    ranked: tuple[str, ...] = (),
     known: Callable[[dict[str, Tensor]], dict[str, Any]] | None = None,
     gathered: int = 0,
 ) -> Case:
     """The case with a kind of numbers in one of its tensors or incoming gradients, and layouts.
 
-    ``shapes`` are those of the outcomes; ``fixed`` tensors have no gradient and only plain numbers; the product of two
-    ``ranked`` ones must not overflow. ``known`` says what the sums take, from the tensors as they lie; or the options.
+    ``shapes`` are those of the outcomes; ``fixed`` tensors have no gradient and only plain numbers; the products of x
+    with ``ranked`` ones must not overflow. ``known`` says what the sums take, from the tensors as they lie, or the
+    options.
     """
     floats = [m for m, t in tensors.items() if t.is_floating_point() and m not in fixed]
     trained = tuple(floats) if n.draw(st.sampled_from([True, True, True, False])) else ()
@@ -92,26 +93,41 @@ def drawn(
     upstream = [u.to(n.dtype) for u in upstream]
     kind = n.draw(KINDS) if gathered <= MANY and all(t.numel() for t in tensors.values()) else "plain"
     where = None if kind == "plain" else n.draw(st.sampled_from([*floats, "upstream"]))
+    layouts = {m: n.draw(LAYOUTS) for m in tensors}
     if where is None:
         pass
     elif where == "upstream":
         upstream[0] = n.spoil(upstream[0], kind)
-    elif not (kind == "bottom" and n.dtype == torch.bfloat16 and where in UNITS):  # may be zero, and ReLU then flat
+    elif not rounding_decides(kind, where, n.dtype, tensors):
+        if kind == "huge" and layouts[where].startswith("one"):  # there would be more than one
+            layouts[where] = "contiguous"
         spoiled = tensors | {where: n.spoil(tensors[where], kind)}
-        if ranked is None or largest_product(spoiled, *ranked) < torch.finfo(n.dtype).max / 4:
+        found = {m: laid_out(spoiled[m], layouts[m]) for m in ("x", *ranked) if m in spoiled and ranked}
+        if all(largest_product(found["x"], found[m]) < torch.finfo(n.dtype).max / 4 for m in found if m != "x"):
             tensors = spoiled
-    tensors = {m: laid_out(t, n.draw(LAYOUTS)).detach().requires_grad_(m in trained) for m, t in tensors.items()}
+    tensors = {m: laid_out(t, layouts[m]).detach().requires_grad_(m in trained) for m, t in tensors.items()}
     upstream = [laid_out(u, n.draw(LAYOUTS)) for u in upstream]
     taken = options if known is None else known(tensors)
     return Case(op, computed, tensors, upstream, n.dtype, kind, trained, options, taken, gathered)
+
+
+def rounding_decides(kind: str, where: str, dtype: torch.dtype, tensors: dict[str, Tensor]) -> bool:
+    """Whether a rounding or a flush to zero may choose the side of a kink or change a ranking.
+
+    Products of bf16 numbers that small may be zero; and beside products that large, which may cancel, a bias counts or
+    not, as it is added last or first.
+    """
+    if kind == "bottom":
+        return dtype == torch.bfloat16 and where in (*UNITS, "router_weight")
+    return kind == "top" and where in ("x", "keys") and "key_bias" in tensors
 
 
 def _size(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def largest_product(tensors: dict[str, Tensor], left: str, right: str) -> float:
-    a, b = (tensors[m].double().abs().nan_to_num(0, 0) for m in (left, right))
+def largest_product(x: Tensor, keys: Tensor) -> float:
+    a, b = (t.double().abs().nan_to_num(0, 0) for t in (x, keys))
     return float((a @ b.mT).max()) if a.numel() and b.numel() else 0.0
 
 
@@ -233,7 +249,7 @@ def routed_ffn_cases(draw: Callable[..., Any]) -> Case:
     shapes = [(tokens, out), (tokens, k), (options["groups"], experts)]
     case = drawn(
         n, routed, sums.routed_ffn, tensors | fixed, shapes, options,
-        fixed=tuple(fixed), ranked=("x", "router_weight"), known=known,
+        fixed=tuple(fixed), ranked=("router_weight",), known=known,
     )  # fmt: skip
     case.backends, case.wide = ("reference", "cpu"), ("gate", "sums")
     return case
@@ -320,7 +336,8 @@ def topk_ffn_cases(draw: Callable[..., Any]) -> Case:
 
     return drawn(
         n, flat.topk_ffn, sums.topk_ffn, tensors, [(tokens, out)], options,
-        fixed=("dropout_mask",), ranked=("x", "keys"), known=known, gathered=tokens * options["k"] * max(depth, out),
+        fixed=("dropout_mask",), ranked=("keys", "gate_keys"), known=known,
+        gathered=tokens * options["k"] * max(depth, out),
     )  # fmt: skip
 
 

@@ -98,7 +98,7 @@ class Case:
 
     def lost(self, limit: float) -> Results:
         """Where something on the way may be too large; weights below 1 may come later than it."""
-        bound = Bound(0.0, limit, sparse=self.gathered <= MANY)
+        bound = Bound(0.0, limit, sparse=self.gathered <= MANY, at_least=1.0)
         largest = self.follow(bound, lambda t: t.abs().nan_to_num(nan=0, posinf=0, neginf=0), at_least=1.0)
         lost = {n: t > limit for n, t in largest.items()}
         if bound.overflows() and not bound.sparse:

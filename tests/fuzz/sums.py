@@ -29,19 +29,23 @@ class Exact:
     def act(self, name: str, z: Tensor) -> Tensor:
         return exact_activation(name, z)
 
+    def gate(self, t: Tensor) -> Tensor:
+        """Gates that are computed on the way."""
+        return t
+
 
 class Bound(Exact):
     """What everything would be if nothing cancelled, its inputs being magnitudes: rounding errors are relative to it.
 
     ``slack`` is added at each step, since numbers below the dtype's normal ones have errors of their own. Notes what is
-    beyond ``limit``, and which gradients are.
+    beyond ``limit``, and which gradients are, if no gate is below ``at_least``.
     """
 
     positive = True
 
-    def __init__(self, slack: float, limit: float, sparse: bool) -> None:
+    def __init__(self, slack: float, limit: float, sparse: bool, at_least: float = 0.0) -> None:
         super().__init__(sparse)
-        self.slack, self.limit = slack, limit
+        self.slack, self.limit, self.at_least = slack, limit, at_least
         self.large: list[Tensor] = []
         self.large_gradients: dict[int, Tensor] = {}
 
@@ -54,6 +58,9 @@ class Bound(Exact):
 
     def act(self, name: str, z: Tensor) -> Tensor:
         return z * z if name == "squared_relu" else z  # at least as large as all others, and as steep but for a tenth
+
+    def gate(self, t: Tensor) -> Tensor:
+        return t + (self.at_least - t.detach()).clamp_min(0)
 
     def _gradient(self, i: int, grad: Tensor) -> Tensor:
         grad = grad + self.slack
@@ -163,10 +170,11 @@ def routed_ffn(
     else:
         chosen = 1 + 0 * score.gather(1, index)
     chosen = kept(chosen)
-    if mask is not None:
-        every = every.masked_fill(~mask.unsqueeze(1), 0)
+    if mask is not None:  # a token that does not count has no softmax in the sums, and so no NaN of one
+        uncounted = ~mask.unsqueeze(1)
+        every = kept(_probabilities(kept, score.masked_fill(uncounted, 0), softmax)).masked_fill(uncounted, 0)
     sums = every.view(groups, -1, every.shape[1]).sum(1)
-    return expert_ffn(kept, x, keys, values, index, chosen, **units), chosen, sums
+    return expert_ffn(kept, x, keys, values, index, kept.gate(chosen), **units), chosen, sums
 
 
 def _probabilities(kept: Exact, score: Tensor, right: Tensor) -> Tensor:
