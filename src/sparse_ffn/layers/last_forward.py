@@ -1,10 +1,11 @@
-"""What the last forward of a MoE layer left behind: its routing, and its balance loss while that has a graph."""
+"""What a forward of a MoE layer leaves behind: its routing, and its balance loss while that has a graph."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,9 +61,17 @@ class LastForward:
         """Count 0 from now on."""
         self._loss, self._functions = None, None
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """All that it holds."""
-        return self._loss, self.index_TK, self.mask_T
+    def check_alive(self) -> None:
+        """Raise if it is of a torch.func transform that is over: tensors of a transform end with it."""
+        for tensor in (self._loss, self.index_TK, self.mask_T):
+            if tensor is not None and torch._C._functorch.unwrap_if_dead(tensor) is not tensor:
+                raise RuntimeError(
+                    "the last forward of this layer ran inside a transform of torch.func (vmap, grad, ...) that is "
+                    "over: ask for aux_loss and routing_stats inside the transformed function"
+                )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Nothing: copies of a layer start clean."""
 
 
 def _freed(node: Node) -> bool:

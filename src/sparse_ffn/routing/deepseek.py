@@ -8,7 +8,8 @@ from torch import Tensor
 from sparse_ffn.checks import check_flag, check_positive
 from sparse_ffn.module import Unpack
 from sparse_ffn.ops.select import stable_topk
-from sparse_ffn.routing.routers import RouterOptions, SigmoidRouter
+from sparse_ffn.routing.base import RouterOptions
+from sparse_ffn.routing.routers import SigmoidRouter
 
 # T tokens, E experts, K selected experts, N groups of experts
 
