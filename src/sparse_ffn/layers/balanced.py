@@ -40,7 +40,7 @@ class Balanced(nn.Module):
         terms = tuple((name, weight) for name, weight in pairs if name in LOSSES) if self.training else ()
         if not terms:
             return None
-        return weighted_losses(routing, terms, mask_T=mask_T, n_sequences=n_sequences, sync=self.sync_balance)
+        return weighted_losses(routing, terms, mask_T, n_sequences, self.sync_balance)
 
     def _keep(
         self, loss: Tensor | None, index_TK: Tensor, mask_T: Tensor | None, results: tuple[Tensor | None, ...]

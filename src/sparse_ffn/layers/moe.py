@@ -10,9 +10,7 @@ from torch import Tensor
 
 from sparse_ffn import ops
 from sparse_ffn.checks import check_positive, check_rate, shown
-from sparse_ffn.layers.balanced import Balanced
-from sparse_ffn.layers.fused_path import fused_forward
-from sparse_ffn.layers.units import UnitsFFN
+from sparse_ffn.layers.fused_path import FusedPath
 from sparse_ffn.ops.autocast import autocast_dtype
 from sparse_ffn.routing.base import Router, Routing
 from sparse_ffn.routing.inject import inject
@@ -21,7 +19,7 @@ from sparse_ffn.routing.routers import make_router
 # T tokens, D d_model, O d_out, E experts, G units of an expert, K selected experts
 
 
-class MoE(Balanced, UnitsFFN):
+class MoE(FusedPath):
     """y = sum over the k selected experts of gate_e · values_e.T act(keys_e x) (arXiv 2310.10837, Eq. 11).
 
     No capacity limit, no dropped token. Parameters: ``keys`` [E, G, d_model], ``values`` [E, G, d_out],
@@ -132,7 +130,7 @@ class MoE(Balanced, UnitsFFN):
         x_TD = x if x.dim() == 2 else x.reshape(-1, self.d_model)
         mask_T = None if mask is None else mask.reshape(-1)
         units, n_sequences = self._units(), self._n_sequences(x)
-        if x is router_input and (y_TO := fused_forward(self, x_TD, mask_T, units, n_sequences)) is not None:
+        if x is router_input and (y_TO := self._fused(x_TD, mask_T, units, n_sequences)) is not None:
             return y_TO
         routing = self._route(router_input.reshape(-1, self.d_router), mask_T, units)
         loss, gate_TK = self._balance_loss(routing, mask_T, n_sequences), routing.gate_TK
@@ -148,9 +146,10 @@ class MoE(Balanced, UnitsFFN):
 
     def _route(self, x_TR: Tensor, mask_T: Tensor | None, units: ops.Units) -> Routing:
         """What the router decides, or any module that stands in its place."""
-        if isinstance(self.router, Router) and type(self.router).forward is Router.forward:
-            self._check_router(units, self.router.weight)
-        routing: Routing = self.router(x_TR, mask_T)
+        router = self.router
+        if isinstance(router, Router) and type(router).forward is Router.forward:
+            self._check_router(units, router.weight)
+        routing: Routing = router(x_TR, mask_T)
         if not isinstance(routing, Routing):
             raise TypeError(f"router must return a sparse_ffn.routing.Routing, got {shown(routing)}")
         n_scored, n_experts = routing.logits_TE.shape[1], units.values.shape[0]
@@ -166,15 +165,12 @@ class MoE(Balanced, UnitsFFN):
                 f"router_input of width d_router = {self.d_router} must be given: this layer's router does not see x"
             )
         self._check_input("router_input", router_input, torch.float32)
-        shape = [*x.shape[:-1], self.d_router]
-        if list(router_input.shape) != shape:
-            raise ValueError(f"router_input must have shape {shape}, d_router last, got {list(router_input.shape)}")
+        shape = (*x.shape[:-1], self.d_router)
+        if router_input.shape != shape:
+            raise ValueError(
+                f"router_input must have shape {list(shape)}, d_router last, got {list(router_input.shape)}"
+            )
         return router_input
-
-    def _check_router(self, units: ops.Units, weight: Tensor, bias: Tensor | None = None) -> None:
-        experts = units.values.shape[:1]
-        if weight.shape != (*experts, self.d_router) or (bias is not None and bias.shape != experts):
-            raise self._shape_error()
 
     def _tensors(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
         router = self._own_router()._tensors()

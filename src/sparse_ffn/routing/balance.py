@@ -26,6 +26,8 @@ from sparse_ffn.ops.library import under_transforms
 from sparse_ffn.routing.base import AnyRouting, FusedRouting, Routing
 from sparse_ffn.routing.distributed import all_reduce_sum
 
+Terms = tuple[tuple[str, float], ...]
+
 
 class Pool:
     """Sums over the real tokens of each group, and over all processes if asked."""
@@ -163,7 +165,7 @@ def check_balance(
 
 def balance_loss(
     routing: AnyRouting,
-    terms: tuple[tuple[str, float], ...],
+    terms: Terms,
     *,
     mask_T: Tensor | None = None,
     n_sequences: int | None = None,
@@ -187,18 +189,11 @@ def balance_loss(
     if mask_T is not None:
         check_mask(mask_T, routing.gate_TK)
     _check_sequences(n_sequences, routing.gate_TK.shape[0])
-    return weighted_losses(
-        routing, _checked(terms), mask_T=mask_T, n_sequences=n_sequences, sync=check_flag("sync", sync)
-    )
+    return weighted_losses(routing, _checked(terms), mask_T, n_sequences, check_flag("sync", sync))
 
 
 def weighted_losses(
-    routing: AnyRouting,
-    terms: tuple[tuple[str, float], ...],
-    *,
-    mask_T: Tensor | None,
-    n_sequences: int | None,
-    sync: bool,
+    routing: AnyRouting, terms: Terms, mask_T: Tensor | None, n_sequences: int | None, sync: bool
 ) -> Tensor:
     """``balance_loss`` of arguments that are right."""
     with without_autocast(routing.gate_TK):
@@ -207,7 +202,7 @@ def weighted_losses(
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
 
-def _checked(terms: Any) -> tuple[tuple[str, float], ...]:
+def _checked(terms: Any) -> Terms:
     pairs = isinstance(terms, (tuple, list)) and all(isinstance(t, (tuple, list)) and len(t) == 2 for t in terms)
     if not pairs or not terms:
         error = ValueError if terms == () else TypeError

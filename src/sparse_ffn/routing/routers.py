@@ -132,18 +132,7 @@ def make_router(
     expert_dropout: float,
     **options: Any,
 ) -> Router:
-    """The router that a layer's argument ``router`` stands for: a name, a router, or what makes one.
-
-    Args:
-        router: the layer's argument.
-        d_model: the layer's width, and the router's too if neither it nor ``d_router`` says otherwise.
-        d_router: the router's width; None where it is not given.
-        n_experts: E.
-        k: experts selected for a token.
-        balance: names of the layer's balance; ``"bias"`` among them needs a selection bias.
-        expert_dropout: of a router that is made here; one that exists has its own.
-        options: of a router that is made here.
-    """
+    """The router that a layer's argument ``router`` stands for: a name, a router, or what makes one of the options."""
     if d_router is not None:
         width = check_positive("d_router", d_router)
     else:
