@@ -178,7 +178,7 @@ def test_softmax_before_uses_all_experts_and_after_only_the_selected():
     assert routed(logits, 2, "softmax_topk").gate_TK.tolist()[0] == pytest.approx([5 / 8, 3 / 8])
 
 
-def test_open_router_weighs_the_selected_with_one():
+def test_the_unweighted_router_weighs_the_selected_with_one():
     index, gate = routed([[0.1, 0.3, 0.2]], 2, "unweighted")[1:]
     assert index == [[1, 2]]
     assert gate.tolist() == [[1, 1]]

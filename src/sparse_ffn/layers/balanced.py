@@ -1,4 +1,4 @@
-"""Balanced: what a layer does about balance: its options, its loss, and what is kept for a training loop to ask for."""
+"""Balanced: the balance of a layer: its options, its loss, and what a forward keeps for the training loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T", bound="Balanced")
 
 
 class Balanced(nn.Module):
-    """A layer whose routing is balanced, and asked for by ``aux_loss`` and ``routing_stats``."""
+    """A layer with balance losses, which keeps what ``aux_loss`` and ``routing_stats`` ask for."""
 
     _last: LastForward | None = None
 

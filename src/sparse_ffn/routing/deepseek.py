@@ -18,8 +18,8 @@ class DeepSeekRouter(SigmoidRouter):
     """The router of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2), which many later models share.
 
     Its scores are sigmoids, and the selection bias is added to these, not to the logits. A group of experts is worth
-    the sum of its two best biased scores; only experts of the best groups can be selected. The scaling factor of the
-    gates that such models have belongs into the layer's values.
+    the sum of its two best biased scores; only experts of the best groups can be selected. Where a model scales its
+    gates by a factor, the layer's values take that up.
 
     Args:
         d_model: width of the tokens.
