@@ -53,18 +53,11 @@ class Balanced(nn.Module):
 
     @property
     def _aux(self) -> Tensor | None:
-        last = self._living()
-        return None if last is None else last.loss
+        return None if self._last is None else self._last.loss
 
     @property
     def _routed(self) -> tuple[Tensor, Tensor | None] | None:
-        last = self._living()
-        return None if last is None else (last.index_TK, last.mask_T)
-
-    def _living(self) -> LastForward | None:
-        if self._last is not None:
-            self._last.check_alive()
-        return self._last
+        return None if self._last is None else self._last.routed
 
     def train(self: T, mode: bool = True) -> T:
         """As Module's; to leave training is to forget the kept balance loss."""
