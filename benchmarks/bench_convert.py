@@ -70,7 +70,7 @@ def converted(
     """A converted copy of the encoder's model."""
     model = copy.deepcopy(encoder.model)
     n_experts = 1536 // way.expert_size
-    config = sf.MoEConfig(router="open", expert_size=way.expert_size, k=n_experts * share // 100, **way.options)
+    config = sf.MoEConfig(router="unweighted", expert_size=way.expert_size, k=n_experts * share // 100, **way.options)
     return model, sf.sparsify_(model, config, calibration=calibration if way.data else None)
 
 

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> float:
 
     seen = sf.calibrate(model, [tokens])  # take real text here
     k = args.experts if args.k is None else args.k
-    config = sf.MoEConfig(n_experts=args.experts, k=k, router="open", init="cluster")
+    config = sf.MoEConfig(n_experts=args.experts, k=k, router="unweighted", init="cluster")
     report = sf.sparsify_(model, config, calibration=seen)
     print(report)
     after = model(tokens).logits

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> dict[int, tuple[float, float]]:
     seen = sf.calibrate(dense, [batch(512, generator)[0] for _ in range(8)])
     for k in args.k:
         model = copy.deepcopy(dense)
-        config = sf.MoEConfig(n_experts=N_EXPERTS, k=k, router="open", init="cluster")  # exact at k = n_experts
+        config = sf.MoEConfig(n_experts=N_EXPERTS, k=k, router="unweighted", init="cluster")  # exact at k = n_experts
         report = sf.sparsify_(model, config, calibration=seen)
         if k == args.k[0]:
             print(report)

@@ -30,12 +30,12 @@ def sigma(**choices: Any) -> Callable[[Config], nn.Module]:
     return partial(sigma_moe, **choices)
 
 
-def softmax(order: str) -> Callable[[Config], nn.Module]:
+def softmax(router: str) -> Callable[[Config], nn.Module]:
     """SigmaMoE with other gates, as in the paper's ablation."""
     return lambda config: mixture(
         SoftmaxMoE,
         config,
-        order=order,
+        router=router,
         expert_dropout=config.expert_dropout,
         balance_weight=config.balance_weight,
     )
@@ -88,8 +88,8 @@ VARIANTS: dict[str, Variant] = {
     "switch": Variant("SwitchMoE", switch),
     "topk-4": Variant("TopKFFN, k = d_ff/4", top(4)),
     "sigma-8": Variant("SigmaMoE, 12.5%", share(8)),
-    "softmax-after": Variant("SoftmaxMoE, renormalised", softmax("after")),
-    "softmax-before": Variant("SoftmaxMoE, before top-k", softmax("before")),
+    "softmax-after": Variant("SoftmaxMoE, renormalised", softmax("softmax_topk")),
+    "softmax-before": Variant("SoftmaxMoE, before top-k", softmax("softmax")),
     "pkm-softmax": Variant("ProductKeyMemory, softmax", partial(product_key, activation="softmax")),
     "sbase": Variant("SBaseMoE", of_own(SBaseMoE)),
     "noisy": Variant("NoisyTopKMoE", of_own(NoisyTopKMoE)),

@@ -202,7 +202,7 @@ def route(
                 gate.append(1 / (1 + torch.exp(-logits_TE[t, e])))
             elif router in ("softmax", "softmax_topk", "noisy_topk"):
                 gate.append(torch.exp(scores_TE[t, e] - scores_TE[t].max()) / normaliser)
-            elif router == "open":
+            elif router == "unweighted":
                 gate.append(zero + 1)
             else:
                 raise ValueError(f"no router is called {router!r}")

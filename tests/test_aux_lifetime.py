@@ -15,13 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 import sparse_ffn as sf
 
-KEEPING = ("SigmaMoE", "SoftmaxMoE", "SwitchMoE", "SBaseMoE", "NoisyTopKMoE", "open")
+KEEPING = ("SigmaMoE", "SoftmaxMoE", "SwitchMoE", "SBaseMoE", "NoisyTopKMoE", "unweighted")
 keeping = pytest.mark.parametrize("name", KEEPING)
 
 
 def build(name: str, **options: Any) -> sf.MoE:
-    if name == "open":  # its output's gradient for the router is zero
-        return sf.MoE(8, 9, 4, 3, router="open", **options)
+    if name == "unweighted":  # its output's gradient for the router is zero
+        return sf.MoE(8, 9, 4, 3, router="unweighted", **options)
     layer = LAYERS[name](**options)
     assert isinstance(layer, sf.MoE)
     return layer

@@ -101,7 +101,8 @@ FOREIGN = routing.SigmoidRouter(4, 6, 1)  # of other sizes than the layer's
 WRONG: dict[str, Sequence[Any] | Callable[[Any], list[Any]]] = {
     **dict.fromkeys(("d_model", "d_ff", "n_experts", "expert_size", "k", "n_sub_keys", "n_heads", "n_iters"), SIZE),
     **dict.fromkeys(("d_out", "query_dim", "n_layers", "n_groups", "topk_groups", "max_tokens", "pad"), SIZE),
-    **dict.fromkeys(("activation", "value_init", "query_norm", "order", "balance_over", "aux", "init"), WORD),
+    "d_router": SIZE,
+    **dict.fromkeys(("activation", "value_init", "query_norm", "balance_over", "aux", "init"), WORD),
     **dict.fromkeys(("cluster_by", "router_init"), WORD),
     **dict.fromkeys(("glu", "bias", "norm_aware", "sparse_grad", "sync_balance", "selection_bias", "gated"), FLAG),
     **dict.fromkeys(("normalize", "fused", "sync", "mode", "query_bias", "norm_affine"), FLAG),
@@ -204,15 +205,15 @@ SIZES: dict[type, dict[str, Any]] = {
 }  # fmt: skip
 SMALL = {"d_model": 4, "n_experts": 6, "k": 2}
 ROUTERS = (
-    routing.Router, routing.SigmoidRouter, routing.SoftmaxRouter, routing.SinkhornRouter, routing.NoisyTopKRouter,
-    routing.OpenRouter, routing.DeepSeekRouter,
+    routing.Router, routing.SigmoidRouter, routing.SoftmaxRouter, routing.SoftmaxTopKRouter, routing.SinkhornRouter,
+    routing.NoisyTopKRouter, routing.UnweightedRouter, routing.DeepSeekRouter,
 )  # fmt: skip
 CONFIGS: dict[type, dict[str, Any]] = {
     sf.DenseFFNConfig: {}, sf.TopKFFNConfig: {"k": 2}, sf.ProductKeyMemoryConfig: {"k": 2},
     **{cls: {"k": 2} for cls in (sf.MoEConfig, sf.SigmaMoEConfig, sf.SoftmaxMoEConfig, sf.SwitchMoEConfig,
                                  sf.SBaseMoEConfig, sf.NoisyTopKMoEConfig)},
 }  # fmt: skip
-OPEN = sf.MoEConfig(router="open", expert_size=4, k=2)
+OPEN = sf.MoEConfig(router="unweighted", expert_size=4, k=2)
 PAPERS = {"keys": torch.randn(3, 4, 5), "values": torch.randn(3, 5, 4), "expert_sel": torch.randn(3, 4)}
 MIXTRAL = {"model_type": "mixtral", "num_experts_per_tok": 2, "hidden_act": "silu"}
 BLOCK = {

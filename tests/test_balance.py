@@ -106,7 +106,7 @@ def test_z_is_the_mean_square_of_the_logsumexp(k, balance_over):
 
 @EVERY_K
 @OVER
-@pytest.mark.parametrize("router", ["sigmoid", "softmax", "softmax_topk", "sinkhorn", "open"])
+@pytest.mark.parametrize("router", ["sigmoid", "softmax", "softmax_topk", "sinkhorn", "unweighted"])
 @pytest.mark.parametrize("scale", [0.1, 3.0, 100.0])
 def test_every_loss_stays_in_its_range(k, balance_over, router, scale):
     ranges = {"entropy": (-math.log(E), 0), "switch": (0, E), "cv2": (0, E - 1), "z": (0, math.inf)}
@@ -116,7 +116,7 @@ def test_every_loss_stays_in_its_range(k, balance_over, router, scale):
 
 
 @EVERY_K
-@pytest.mark.parametrize("router", ["sigmoid", "softmax", "softmax_topk", "sinkhorn", "open"])
+@pytest.mark.parametrize("router", ["sigmoid", "softmax", "softmax_topk", "sinkhorn", "unweighted"])
 def test_entropy_sees_the_logits_of_all_experts_whatever_the_gate(k, router):
     """The research code's softmax-after-top-k fed it the selected logits only."""
     logits = normal(9, E)
@@ -200,7 +200,7 @@ def test_defaults_are_the_papers():
 
 @EVERY_LOSS
 @OVER
-@pytest.mark.parametrize("router", ["sigmoid", "softmax", "softmax_topk", "sinkhorn", "noisy_topk", "open"])
+@pytest.mark.parametrize("router", ["sigmoid", "softmax", "softmax_topk", "sinkhorn", "noisy_topk", "unweighted"])
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 3)], ids=str)
 def test_no_real_token_costs_exactly_0_and_has_gradient_0(balance, balance_over, router, shape):
     layer = selector(balance, 2, router=router, balance_over=balance_over, dtype=torch.float32)
@@ -234,7 +234,7 @@ def test_all_gates_0_is_not_nan(balance):
 
 
 @EVERY_LOSS
-@pytest.mark.parametrize("router", ["sigmoid", "softmax", "sinkhorn", "open"])
+@pytest.mark.parametrize("router", ["sigmoid", "softmax", "sinkhorn", "unweighted"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 def test_a_token_whose_gates_are_all_0_is_not_nan_among_others(balance, router, dtype):
     """All its experts are dropped; it has no share in the importance of any expert, and no gradient."""
@@ -650,7 +650,7 @@ def test_injecting_leaves_the_output_alone():
 
 
 def test_injecting_does_nothing_without_grad_or_in_eval():
-    layer, x = selector("z", aux="inject", router="open", weight=1.0), normal(4, E)
+    layer, x = selector("z", aux="inject", router="unweighted", weight=1.0), normal(4, E)
     with torch.no_grad():
         assert not layer(x).requires_grad
     layer.eval()(x).sum().backward()
@@ -660,7 +660,7 @@ def test_injecting_does_nothing_without_grad_or_in_eval():
 
 
 def test_a_layer_shared_by_several_blocks_injects_for_each_call():
-    layer, x, z = selector("z", aux="inject", router="open"), normal(4, E), normal(4, E, seed=1)
+    layer, x, z = selector("z", aux="inject", router="unweighted"), normal(4, E), normal(4, E, seed=1)
     separate = []
     for batch in (x, z):
         layer.zero_grad()

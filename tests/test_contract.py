@@ -18,8 +18,8 @@ from torch import nn
 import sparse_ffn as sf
 from sparse_ffn import convert, layers, plot, routing
 from sparse_ffn.layers import SharedExpertMoE
-from sparse_ffn.layers.moe import MoEOptions
-from sparse_ffn.routing.routers import RouterOptions
+from sparse_ffn.layers.variants import MoEOptions
+from sparse_ffn.routing.base import RouterOptions
 
 # What checkpoints and code of users depend on: changing a line here breaks them.
 GOLDEN = {
@@ -329,11 +329,17 @@ BAD: list[tuple[Any, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
         ValueError,
         "a router with selection_bias=False do not fit",
     ),
-    (sf.SoftmaxMoE, (4, 3, 5, 1), {"order": "during"}, ValueError, "order must be one of 'before', 'after'"),
+    (
+        sf.SoftmaxMoE,
+        (4, 3, 5, 1),
+        {"router": "sigmoid"},
+        ValueError,
+        "router must be one of 'softmax', 'softmax_topk'",
+    ),
     (sf.SBaseMoE, (4, 3, 5, 1), {"n_iters": 0}, ValueError, "n_iters must be at least 1, got 0"),
     (sf.SBaseMoE, (4, 3, 5, 1), {"expert_dropuot": 0.1}, TypeError, r"SBaseMoE.*\(did you mean 'expert_dropout'\?\)"),
     (sf.MoE, (4, 3, 5, 1), {"router": nn.Linear(4, 3)}, ValueError, "router must be one of 'sigmoid'.*got Linear"),
-    (sf.SigmaMoE, (4, 3, 5, 1), {"router": "open"}, TypeError, r"SigmaMoE has no argument 'router' \(MoE has it\)"),
+    (sf.SigmaMoE, (4, 3, 5, 1), {"router": "softmax"}, TypeError, r"SigmaMoE has no argument 'router' \(MoE has it\)"),
     (sf.SigmaMoE, (4, 3, 5, 1), {"gain": 1}, TypeError, "SigmaMoE has no argument 'gain'; it takes d_model, n_experts"),
     (sf.SigmaMoE, (4, 3, 5, 1), {"gain": 1}, TypeError, "balance_weight, activation, glu.*dtype$"),
     (sf.SigmaMoE, (4, 3, 5, 1), {"n_iters": 1}, TypeError, "SigmaMoE has no argument 'n_iters'"),
@@ -346,7 +352,7 @@ BAD: list[tuple[Any, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     (routing.SigmoidRouter, (4, 3, 1), {"init_scale": math.nan}, ValueError, "init_scale must be finite and >= 0"),
     (routing.SigmoidRouter, (4, 3, 1), {"init_scale": "1"}, ValueError, "init_scale must be finite.*got '1'"),
     (routing.SinkhornRouter, (4, 3, 1), {"iters": 3}, TypeError, "SinkhornRouter.*'iters'.*did you mean 'n_iters'"),
-    (routing.DeepSeekRouter, (4, 3, 1), {"order": "after"}, TypeError, "DeepSeekRouter has no argument 'order'; it t"),
+    (routing.DeepSeekRouter, (4, 3, 1), {"gates": "a"}, TypeError, "DeepSeekRouter has no argument 'gates'; it t"),
 ]
 
 
@@ -421,7 +427,7 @@ def test_bad_inputs_are_named_and_change_nothing(layer: sf.SparseFFN) -> None:
         with pytest.raises(error, match=words):
             call()
     if isinstance(layer, sf.MoE):
-        with pytest.raises(ValueError, match=r"router_input must have x's shape \[2, 3, 4\], got \[2, 4\]"):
+        with pytest.raises(ValueError, match=r"router_input must have shape \[2, 3, 4\], d_router last, got \[2, 4\]"):
             layer(x, router_input=x[:, 0])
         with pytest.raises(TypeError, match="router_input must be a floating tensor"):
             layer(x, router_input=x.long())

@@ -23,7 +23,7 @@ from sparse_ffn.layers.shared_expert import SharedExpertMoE
 from sparse_ffn.ops.activations import ACTIVATIONS, activate
 from sparse_ffn.routing.routers import SigmoidRouter
 
-OPEN = sf.MoEConfig(router="open", n_experts=4, k=4)
+OPEN = sf.MoEConfig(router="unweighted", n_experts=4, k=4)
 
 
 class Activation(nn.Module):
@@ -82,7 +82,7 @@ def same(a: nn.Module, b: nn.Module, width: int = 6, rtol: float = 1e-5) -> None
 
 @pytest.mark.parametrize("kind", config.CONFIGS)
 def test_configs_have_the_layers_arguments_and_defaults(kind: type[config.FFNConfig]) -> None:
-    of_the_ffn = {"d_model", "d_out", "device", "dtype"}
+    of_the_ffn = {"d_model", "d_out", "d_router", "device", "dtype"}
     arguments: dict[str, Any] = {}
     for cls in kind.layer.__mro__:  # variants pass **options on to MoE
         if issubclass(cls, sf.SparseFFN) and cls is not sf.SparseFFN:
@@ -90,7 +90,7 @@ def test_configs_have_the_layers_arguments_and_defaults(kind: type[config.FFNCon
             if "options" not in arguments:
                 break
             del arguments["options"]
-    if kind is not sf.MoEConfig:
+    if kind not in (sf.MoEConfig, sf.SoftmaxMoEConfig):
         arguments.pop("router", None)
     fields = {f.name: f.default for f in dataclasses.fields(kind) if f.name not in config.OF_CONVERSION}
     assert fields.keys() == arguments.keys() - of_the_ffn
@@ -109,9 +109,9 @@ CHOICES: dict[str, Any] = {
     "activation": "gelu", "dropout": 0.1, "init_scale": 0.5, "d_ff": 20, "k": 3, "glu": True, "norm_aware": True,
     "n_sub_keys": 5, "n_heads": 2, "query_dim": 4, "query_norm": "layer", "value_init": "standard", "sparse_grad": True,
     "query_bias": True, "norm_affine": True,
-    "n_experts": 5, "expert_size": 8, "expert_dropout": 0.2, "balance": ("switch", "bias"), "order": "before",
+    "n_experts": 5, "expert_size": 8, "expert_dropout": 0.2, "balance": ("switch", "bias"),
     "balance_weight": (0.1, 0.2), "balance_over": "sequence", "aux": "inject", "sync_balance": True, "n_iters": 5,
-    "router": "softmax_topk", "bias": None,
+    "router": "softmax", "bias": None,
 }  # fmt: skip
 """A value for each option of a layer that is not its default."""
 AFTERWARDS: dict[str, Any] = {
@@ -142,7 +142,7 @@ def test_every_option_of_a_layer_is_read_back(kind: type[config.FFNConfig]) -> N
     assert config_of(made.layer(6, d_out=7, **made.arguments())) == dataclasses.replace(chosen, init_scale=0.5)
 
 
-@pytest.mark.parametrize("router", ["sigmoid", "softmax", "softmax_topk", "sinkhorn", "noisy_topk", "open"])
+@pytest.mark.parametrize("router", ["sigmoid", "softmax", "softmax_topk", "sinkhorn", "noisy_topk", "unweighted"])
 def test_routers_are_read_back_by_name(router: str) -> None:
     layer = sf.MoE(6, 4, 3, 2, router=router)
     assert config_of(layer).router == router
@@ -313,14 +313,14 @@ def test_every_mixture_is_exact_at_all_experts(kind: type[Any], init: str) -> No
     layer = sf.from_dense(dense, kind(n_experts=4, k=4, init=init)).eval()
     same(layer, dense)
     if kind is not sf.SwitchMoEConfig:
-        same(sf.from_dense(dense, sf.SoftmaxMoEConfig(n_experts=4, k=4, order="before")), dense)
+        same(sf.from_dense(dense, sf.SoftmaxMoEConfig(n_experts=4, k=4, router="softmax")), dense)
 
 
 @pytest.mark.parametrize(
     "chosen",
     [
         *(kind(n_experts=5, k=5) for kind in config.CONFIGS if issubclass(kind, config.ExpertsConfig)),
-        sf.SoftmaxMoEConfig(n_experts=5, k=5, order="before"),
+        sf.SoftmaxMoEConfig(n_experts=5, k=5, router="softmax"),
         sf.TopKFFNConfig(k=15),
         sf.DenseFFNConfig(),
     ],
@@ -357,7 +357,7 @@ def test_the_mean_that_calibration_corrects_is_that_of_fp64(kind: type[Any]) -> 
 def test_biases_that_an_ffn_lacks_are_zeros(init: str, bias: Any) -> None:
     dense = Mlp("gelu", bias=bias)
     k = 2 if init == "upcycle" else 4
-    layer = sf.from_dense(dense, sf.MoEConfig(router="open", n_experts=4, k=k, init=init, bias=True))
+    layer = sf.from_dense(dense, sf.MoEConfig(router="unweighted", n_experts=4, k=k, init=init, bias=True))
     assert layer.key_bias is not None
     assert layer.out_bias is not None
     same(layer, dense)
@@ -389,7 +389,7 @@ def test_dense_and_fresh_and_upcycled() -> None:
     assert (fresh.n_experts, fresh.activation) == (3, "relu")
     # copies with gates that sum to 1 give the dense output whatever the router says
     same(sf.from_dense(dense, sf.SoftmaxMoEConfig(init="upcycle", n_experts=3, k=2)), dense)
-    same(sf.from_dense(dense, sf.MoEConfig(router="open", init="upcycle", n_experts=3, k=2)), dense)
+    same(sf.from_dense(dense, sf.MoEConfig(router="unweighted", init="upcycle", n_experts=3, k=2)), dense)
 
 
 def test_product_keys_are_recovered_where_the_keys_are_products() -> None:
@@ -427,7 +427,7 @@ def test_product_keys_refuse_what_they_cannot_keep(dense: nn.Module, options: di
     [
         sf.DenseFFN(6, 8, activation="gelu"),
         sf.TopKFFN(6, 8, 8, glu=True),
-        sf.MoE(6, 4, 3, 4, router="open", bias=True, glu=True, activation="silu", d_out=5),
+        sf.MoE(6, 4, 3, 4, router="unweighted", bias=True, glu=True, activation="silu", d_out=5),
         sf.ProductKeyMemory(6, 3, 9, n_heads=2),
         sf.ProductKeyMemory(6, 3, 9, n_heads=2, query_dim=4, activation="gelu", d_out=5),
         sf.ProductKeyMemory(6, 3, 9, n_heads=2, query_dim=4, query_bias=True),
@@ -512,7 +512,7 @@ def test_the_layer_within_is_named_where_to_dense_gets_what_holds_it() -> None:
     ("layer", "why"),
     [
         (sf.TopKFFN(6, 8, 3), "k = 3 of d_ff = 8"),
-        (sf.MoE(6, 4, 3, 2, router="open"), "k = 2 of n_experts = 4"),
+        (sf.MoE(6, 4, 3, 2, router="unweighted"), "k = 2 of n_experts = 4"),
         (sf.SigmaMoE(6, 4, 3, 4), "its gates depend on the token"),
         (sf.MoE(6, 4, 3, 4, router=OwnRouter(6, 4, 4)), "gates of its OwnRouter are unknown"),
         (sf.ProductKeyMemory(6, 3, 4), "k = 4 of 9 values"),
@@ -592,7 +592,7 @@ def test_tied_ffns_are_one_layer_from_the_calibration_of_all_of_them() -> None:
         model[1].norm.weight.mul_(torch.tensor([9.0, 1, 1, 1, 1, 1]))  # the two see different tokens
     dense = copy.deepcopy(model)
     calibration = sf.calibrate(model, [torch.randn(20, 6)])
-    config = sf.MoEConfig(router="open", n_experts=4, k=1, init="cluster")
+    config = sf.MoEConfig(router="unweighted", n_experts=4, k=1, init="cluster")
     report = sf.sparsify_(model, config, calibration=calibration)
     layer, both = model[0].ffn, torch.cat([calibration["0.ffn"], calibration["1.ffn"]])
     assert layer is model[1].ffn
@@ -679,7 +679,7 @@ def test_what_is_compiled_by_itself_is_left_and_listed() -> None:
     assert "convert first, then compile" in report.unknown["1._orig_mod"]
     whole = torch.compile(nn.Sequential(Block()), backend="eager")
     before = whole(torch.ones(1, 6))
-    assert sf.sparsify_(whole, sf.MoEConfig(router="open", n_experts=4, k=1)).names == ["_orig_mod.0.ffn"]
+    assert sf.sparsify_(whole, sf.MoEConfig(router="unweighted", n_experts=4, k=1)).names == ["_orig_mod.0.ffn"]
     assert not torch.equal(whole(torch.ones(1, 6)), before)
 
 
@@ -1091,7 +1091,7 @@ class Backwards(Mlp):
 def test_the_order_of_registration_does_not_matter(d_ff: int) -> None:
     model = nn.Sequential(Block(Backwards(d_ff)))
     dense = copy.deepcopy(model)
-    assert sf.sparsify_(model, sf.MoEConfig(router="open", n_experts=2, k=2)).names == ["0.ffn"]
+    assert sf.sparsify_(model, sf.MoEConfig(router="unweighted", n_experts=2, k=2)).names == ["0.ffn"]
     same(model, dense)
 
 
@@ -1279,7 +1279,7 @@ def test_a_calibration_that_does_not_fit_is_an_error(given: dict[str, Tensor], m
 @pytest.mark.parametrize("by", ["keys", "coactivation"])
 def test_clusters_find_units_that_work_together(by: str) -> None:
     dense, x, group = clustered()
-    config = sf.MoEConfig(router="open", n_experts=4, k=1, init="cluster", cluster_by=by)
+    config = sf.MoEConfig(router="unweighted", n_experts=4, k=1, init="cluster", cluster_by=by)
     layer = sf.from_dense(dense, config, inputs=x)
     for keys in layer.keys:
         unit = torch.cdist(keys, dense.a.weight).argmin(1)

@@ -184,7 +184,7 @@ def test_split_into_all_experts_changes_nothing(name: str) -> None:
     model, compared, n = MODELS[name]()
     model.eval()
     dense = copy.deepcopy(model)
-    report = sf.sparsify_(model, sf.MoEConfig(router="open", expert_size=4, k=1, init="split"))
+    report = sf.sparsify_(model, sf.MoEConfig(router="unweighted", expert_size=4, k=1, init="split"))
     assert len(report.swaps) == n, report
     assert not report.unknown, report
     model = copy.deepcopy(dense)  # again, with k each layer's own number of experts

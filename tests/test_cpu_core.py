@@ -65,7 +65,7 @@ WHATEVER_THE_THREADS: dict[str, Callable[..., nn.Module]] = {
     "SigmaMoE": lambda d, **o: sf.SigmaMoE(d, 8, 24, 3, bias=True, dropout=0.2, **o),
     "SoftmaxMoE, a GLU": lambda d, **o: sf.SoftmaxMoE(d, 8, 24, 3, glu=True, activation="silu", balance="cv2", **o),
     "SwitchMoE, by sequence": lambda d, **o: sf.SwitchMoE(d, 8, 24, balance_over="sequence", **o),
-    "open router, bias balancing": lambda d, **o: sf.MoE(d, 8, 24, 3, router="open", balance="bias", **o),
+    "unweighted router, bias balancing": lambda d, **o: sf.MoE(d, 8, 24, 3, router="unweighted", balance="bias", **o),
     "ProductKeyMemory": lambda d, **o: sf.ProductKeyMemory(d, 16, 8, **o),
     "ProductKeyMemory, query": lambda d, **o: sf.ProductKeyMemory(d, 16, 8, n_heads=4, query_dim=32, **o),
     "ProductKeyMemory, normalised query": lambda d, **o: sf.ProductKeyMemory(

@@ -228,7 +228,7 @@ def routed_ffn_cases(draw: Callable[..., Any]) -> Case:
         fixed["dropout_mask"] = n.dropout(tokens, k, width)
     options = {
         "k": k,
-        "gate_function": draw(st.sampled_from(["sigmoid", "softmax", "softmax_selected", "one"])),
+        "gate_function": draw(st.sampled_from(["sigmoid", "softmax", "softmax_topk", "unweighted"])),
         "groups": 2 if tokens % 2 == 0 and draw(st.booleans()) else 1,
         "activation": activation,
     }
@@ -240,8 +240,8 @@ def routed_ffn_cases(draw: Callable[..., Any]) -> Case:
         gate = {
             "sigmoid": lambda: score.gather(1, index).sigmoid(),
             "softmax": lambda: softmax.gather(1, index),
-            "softmax_selected": lambda: score.gather(1, index).softmax(1),
-            "one": lambda: torch.ones(tokens, k),
+            "softmax_topk": lambda: score.gather(1, index).softmax(1),
+            "unweighted": lambda: torch.ones(tokens, k),
         }[options["gate_function"]]().double()
         rest = {m: v for m, v in options.items() if m != "k"}
         return {"index": index, "gate": gate.detach().nan_to_num(0), "softmax": softmax.detach(), **rest}

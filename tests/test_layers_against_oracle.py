@@ -58,17 +58,16 @@ FFN = {
 PRODUCT_KEYS = {"ProductKeyMemory": Case(sf.ProductKeyMemory, {"d_model": 6, "n_sub_keys": 4, "k": 3, "n_heads": 2})}
 FAMILY = {
     "SigmaMoE": Case(sf.SigmaMoE, MOE, {}, "sigmoid"),
-    "SoftmaxMoE-before": Case(sf.SoftmaxMoE, MOE, {"order": "before"}, "softmax"),
-    "SoftmaxMoE-after": Case(sf.SoftmaxMoE, MOE, {"order": "after"}, "softmax_topk"),
-    "SoftmaxMoE-renormalize": Case(sf.SoftmaxMoE, MOE, {"order": "renormalize"}, "softmax_topk"),
+    "SoftmaxMoE-softmax": Case(sf.SoftmaxMoE, MOE, {"router": "softmax"}, "softmax"),
+    "SoftmaxMoE-softmax_topk": Case(sf.SoftmaxMoE, MOE, {"router": "softmax_topk"}, "softmax_topk"),
     "SwitchMoE": Case(sf.SwitchMoE, MOE, {}, "softmax"),
     "SBaseMoE": Case(sf.SBaseMoE, MOE, {}, "sinkhorn"),
     "NoisyTopKMoE": Case(sf.NoisyTopKMoE, MOE, {}, "noisy_topk"),
-    "MoE-open": Case(sf.MoE, MOE, {"router": "open"}, "open"),
+    "MoE-unweighted": Case(sf.MoE, MOE, {"router": "unweighted"}, "unweighted"),
 }
 ROUTERS = {
     name: Case(sf.MoE, MOE, {"router": name}, name)
-    for name in ("sigmoid", "softmax", "softmax_topk", "sinkhorn", "noisy_topk", "open")
+    for name in ("sigmoid", "softmax", "softmax_topk", "sinkhorn", "noisy_topk", "unweighted")
 }
 ALL = FFN | PRODUCT_KEYS | FAMILY
 EACH_LAYER = pytest.mark.parametrize("case", list(ALL.values()), ids=list(ALL))

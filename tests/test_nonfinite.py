@@ -80,7 +80,7 @@ def test_product_keys_are_the_references_whatever_the_scores(
 
 
 @built
-@pytest.mark.parametrize("gate_function", ["sigmoid", "softmax", "softmax_selected", "one"])
+@pytest.mark.parametrize("gate_function", ["sigmoid", "softmax", "softmax_topk", "unweighted"])
 @pytest.mark.parametrize(("n_experts", "k"), [(4, 1), (5, 5), (40, 3), (70, 20)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_router_rows_are_the_references_whatever_the_scores(
@@ -127,7 +127,7 @@ LAYERS = {
     "product keys, query": (lambda: sf.ProductKeyMemory(8, 6, 3, query_dim=4, query_norm="layer"), "sub_keys"),
     **{
         f"moe, {router}": (lambda router=router: sf.MoE(8, 6, 4, 2, router=router), "router.weight")
-        for router in ("sigmoid", "softmax", "softmax_topk", "sinkhorn", "open")
+        for router in ("sigmoid", "softmax", "softmax_topk", "sinkhorn", "unweighted")
     },
 }
 

@@ -178,15 +178,15 @@ def test_softmax_before_uses_all_experts_and_after_only_the_selected():
     assert routed(logits, 2, "softmax_topk").gate_TK.tolist()[0] == pytest.approx([5 / 8, 3 / 8])
 
 
-def test_open_router_weighs_the_selected_with_one():
-    index, gate = routed([[0.1, 0.3, 0.2]], 2, "open")[1:]
+def test_the_unweighted_router_weighs_the_selected_with_one():
+    index, gate = routed([[0.1, 0.3, 0.2]], 2, "unweighted")[1:]
     assert index == [[1, 2]]
     assert gate.tolist() == [[1, 1]]
 
 
 def test_dropped_experts_rank_last_and_weigh_nothing():
     dropped = torch.tensor([[True, False, True]])
-    for router in ("sigmoid", "softmax", "softmax_topk", "noisy_topk", "open", "sinkhorn"):
+    for router in ("sigmoid", "softmax", "softmax_topk", "noisy_topk", "unweighted", "sinkhorn"):
         index, gate = routed([[5, 0, 4]], 2, router, dropped_TE=dropped)[1:]
         assert index == [[1, 0]]
         assert gate[0, 1] == 0
@@ -259,7 +259,7 @@ def test_moe_by_hand():
 
 def test_moe_biases_and_router_input():
     p = THREE_EXPERTS | {"key_bias": matrix((4,), (0,), (1,)), "out_bias": torch.tensor([100.0], dtype=torch.float64)}
-    y, routing = oracle.moe(p, row(1), 1, router="open", router_input=row(-1))
+    y, routing = oracle.moe(p, row(1), 1, router="unweighted", router_input=row(-1))
     assert routing.index_TK == [[2]]
     assert y.tolist() == [[107]]
 

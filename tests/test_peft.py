@@ -48,7 +48,7 @@ def test_merged_equals_unmerged(on_backend: str, router: str) -> None:
         whole = model.merge_and_unload()  # the router's, which was inside
         torch.testing.assert_close(whole(x), adapted_y, rtol=1e-4, atol=1e-5)
     assert type(whole[1]) is sf.MoE
-    assert type(whole[1].router).__name__ == {"sigmoid": "SigmoidRouter", "softmax_topk": "SoftmaxRouter"}[router]
+    assert type(whole[1].router).__name__ == {"sigmoid": "SigmoidRouter", "softmax_topk": "SoftmaxTopKRouter"}[router]
 
 
 @pytest.mark.parametrize("name", NAMES)

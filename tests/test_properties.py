@@ -17,7 +17,7 @@ from sparse_ffn import functional as F
 PROPERTY = settings(deadline=None, max_examples=30, derandomize=True)
 SEEDS = st.integers(0, 999)
 ACTIVATIONS = st.sampled_from(list(oracle.ACTIVATIONS))
-ROUTERS = ["sigmoid", "softmax", "softmax_topk", "sinkhorn", "noisy_topk", "open"]
+ROUTERS = ["sigmoid", "softmax", "softmax_topk", "sinkhorn", "noisy_topk", "unweighted"]
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -213,7 +213,9 @@ def test_padding_changes_nothing_in_loss_statistics_and_real_outputs(layer, leng
 
 
 @PROPERTY
-@given(layer=moe_layers(routers=("sigmoid", "softmax", "softmax_topk", "open")), shape=st.tuples(TOKENS), seed=SEEDS)
+@given(
+    layer=moe_layers(routers=("sigmoid", "softmax", "softmax_topk", "unweighted")), shape=st.tuples(TOKENS), seed=SEEDS
+)
 def test_outputs_of_padding_are_computed_as_usual(layer, shape, seed):
     x, mask = inputs(layer, *shape, seed=seed), normal(*shape, seed=seed) > 0
     assert torch.equal(layer(x, mask=mask), layer(x))
@@ -248,7 +250,7 @@ def test_topk_of_all_units_is_dense(data, options, seed):
 @given(data=st.data(), options=two_layer_options(), seed=SEEDS)
 def test_open_moe_of_all_experts_is_dense_with_the_experts_concatenated(data, options, seed):
     d_model, n_experts, size = data.draw(st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4)))
-    moe = oracle.randomise(sf.MoE(d_model, n_experts, size, n_experts, router="open", **options), seed)
+    moe = oracle.randomise(sf.MoE(d_model, n_experts, size, n_experts, router="unweighted", **options), seed)
     dense = sf.DenseFFN(d_model, n_experts * size, **options)
     state = {name: p for name, p in moe.state_dict().items() if not name.startswith("router")}
     flat = {name: p if name == "out_bias" else p.flatten(0, 1) for name, p in state.items()}
@@ -446,7 +448,7 @@ def test_raising_one_logit_leaves_the_other_sigmoid_gates_unchanged(n_experts, d
     [
         lambda p: sf.DenseFFN(4, 12, bias=False, d_out=12, dropout=p, activation="silu"),
         lambda p: sf.TopKFFN(4, 12, 12, bias=False, d_out=12, dropout=p, activation="silu"),
-        lambda p: sf.MoE(4, 4, 3, 4, router="open", d_out=12, dropout=p, activation="silu"),
+        lambda p: sf.MoE(4, 4, 3, 4, router="unweighted", d_out=12, dropout=p, activation="silu"),
         lambda p: sf.ProductKeyMemory(4, 3, 9, d_out=9, dropout=p, activation="silu"),
     ],
     ids=["DenseFFN", "TopKFFN", "MoE", "ProductKeyMemory"],

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(cpu.PROBLEM is not None, reason="no compiler whe
 D, G, O = 33, 17, 20
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
 GATES = list(reference.GATES)
-ROUTERS = ["sigmoid", "softmax", "softmax_topk", "open", "sinkhorn", "noisy_topk"]
+ROUTERS = ["sigmoid", "softmax", "softmax_topk", "unweighted", "sinkhorn", "noisy_topk"]
 
 
 def leaf(*shape: int, dtype: torch.dtype) -> Tensor:

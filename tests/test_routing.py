@@ -15,22 +15,23 @@ import sparse_ffn as sf
 from sparse_ffn.routing import (
     DeepSeekRouter,
     NoisyTopKRouter,
-    OpenRouter,
     Routing,
     SigmoidRouter,
     SinkhornRouter,
     SoftmaxRouter,
+    SoftmaxTopKRouter,
+    UnweightedRouter,
 )
 from sparse_ffn.routing.sinkhorn import sinkhorn_potential
 
-ROUTERS = ["sigmoid", "softmax", "softmax_topk", "sinkhorn", "noisy_topk", "open"]
+ROUTERS = ["sigmoid", "softmax", "softmax_topk", "sinkhorn", "noisy_topk", "unweighted"]
 EVERY_ROUTER = pytest.mark.parametrize("router", ROUTERS)
 PROPERTY = settings(deadline=None, max_examples=30, derandomize=True)
 
 
 def selector(n_experts, k, router="sigmoid", *, dtype=torch.float64, layer=sf.MoE, **options):
     """A layer whose logits are its input: d_model = n_experts and the identity as router weight."""
-    if layer is sf.MoE:
+    if layer is sf.MoE or router != "sigmoid":
         options |= {"router": router}
     module = oracle.randomise(layer(n_experts, n_experts, 2, k, dtype=dtype, **options))
     with torch.no_grad():
@@ -135,13 +136,13 @@ def test_sigmoid_gates_do_not_see_the_other_logits(router):
     assert before.sum() > 1
 
 
-def test_open_router_ranks_on_logits_and_weighs_1():
-    routing = route([[0.0, 2, 1]], 2, "open")
+def test_the_unweighted_router_ranks_on_logits_and_weighs_1():
+    routing = route([[0.0, 2, 1]], 2, "unweighted")
     assert routing.index_TK.tolist() == [[1, 2]]
     assert routing.gate_TK.tolist() == [[1, 1]]
 
 
-@pytest.mark.parametrize("router", ["sigmoid", "open"])
+@pytest.mark.parametrize("router", ["sigmoid", "unweighted"])
 def test_with_a_zero_router_a_sigma_moe_is_half_the_sum_of_the_selected_experts(router):
     module, x = sf.MoE(4, 5, 3, 2, router=router, dtype=torch.float64), normal(6, 4)
     torch.nn.init.zeros_(module.router.weight)
@@ -154,33 +155,34 @@ def test_with_a_zero_router_a_sigma_moe_is_half_the_sum_of_the_selected_experts(
 
 def test_softmax_before_the_selection_is_over_all_experts():
     logits = normal(7, 5)
-    routing = route(logits, 2, layer=sf.SoftmaxMoE, order="before")
+    routing = route(logits, 2, layer=sf.SoftmaxMoE, router="softmax")
     expected = torch.softmax(logits, -1).gather(1, routing.index_TK)
     torch.testing.assert_close(routing.gate_TK, expected)
     assert (routing.gate_TK.sum(1) < 1).all()
 
 
-@pytest.mark.parametrize("order", ["after", "renormalize"])
-def test_softmax_after_the_selection_is_the_renormalised_one(order):
+def test_softmax_after_the_selection_is_the_renormalised_one():
     logits = normal(7, 5)
-    routing = route(logits, 2, layer=sf.SoftmaxMoE, order=order)
+    routing = route(logits, 2, layer=sf.SoftmaxMoE)
     before = torch.softmax(logits, -1).gather(1, routing.index_TK)
     torch.testing.assert_close(routing.gate_TK, before / before.sum(1, keepdim=True))
 
 
 @pytest.mark.parametrize("expert_dropout", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("k", [1, 3, 5])
-def test_after_and_renormalize_are_one_function_with_expert_dropout_too(expert_dropout, k):
-    results = []
-    for order in ("after", "renormalize"):
-        module = selector(5, k, layer=sf.SoftmaxMoE, order=order, expert_dropout=expert_dropout)
-        x = normal(50, 5).requires_grad_()
-        torch.manual_seed(0)
-        y = module(x)
-        (y * normal(50, 5, seed=1)).sum().backward()
-        results.append((y, x.grad, module.router.weight.grad))
-    for after, renormalize in zip(*results, strict=True):
-        assert torch.equal(after, renormalize)
+def test_softmax_topk_is_the_renormalised_softmax_with_expert_dropout_too(expert_dropout, k):
+    over_all, over_selected = (
+        selector(5, k, layer=sf.SoftmaxMoE, router=router, expert_dropout=expert_dropout)
+        for router in ("softmax", "softmax_topk")
+    )
+    x = normal(50, 5)
+    torch.manual_seed(0)
+    before = over_all.router(x, None)
+    torch.manual_seed(0)
+    after = over_selected.router(x, None)
+    assert torch.equal(before.index_TK, after.index_TK)
+    total = before.gate_TK.sum(1, keepdim=True)
+    torch.testing.assert_close(after.gate_TK, before.gate_TK / torch.where(total > 0, total, 1))
 
 
 def test_renormalised_gates_survive_logits_of_any_size():
@@ -243,7 +245,7 @@ def test_dropped_experts_rank_last_with_gate_exactly_0(router, data):
         torch.testing.assert_close(gate.sum(1), alive.any(1).to(gate))
 
 
-@pytest.mark.parametrize("router", ["sigmoid", "softmax", "softmax_topk", "open"])
+@pytest.mark.parametrize("router", ["sigmoid", "softmax", "softmax_topk", "unweighted"])
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_survivors_are_the_best_ones_and_the_layer_computes_the_oracles_function(router, k):
     """The mask is read off the routing of a layer with k = E under the same seed."""
@@ -475,11 +477,11 @@ def test_the_router_sees_router_input_and_the_experts_see_x(router):
     ("name", "router"),
     [
         ("sigmoid", SigmoidRouter(5, 4, 2, dtype=torch.float64)),
-        ("softmax", SoftmaxRouter(5, 4, 2, order="before", dtype=torch.float64)),
-        ("softmax_topk", SoftmaxRouter(5, 4, 2, order="after", dtype=torch.float64)),
+        ("softmax", SoftmaxRouter(5, 4, 2, dtype=torch.float64)),
+        ("softmax_topk", SoftmaxTopKRouter(5, 4, 2, dtype=torch.float64)),
         ("sinkhorn", SinkhornRouter(5, 4, 2, dtype=torch.float64)),
         ("noisy_topk", NoisyTopKRouter(5, 4, 2, dtype=torch.float64)),
-        ("open", OpenRouter(5, 4, 2, dtype=torch.float64)),
+        ("unweighted", UnweightedRouter(5, 4, 2, dtype=torch.float64)),
     ],
 )
 def test_a_router_may_be_given_by_name_or_as_a_module(name, router):

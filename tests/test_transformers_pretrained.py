@@ -128,7 +128,7 @@ def test_a_layer_that_the_record_cannot_describe_is_an_error_when_it_is_saved(tm
 
 def test_a_layer_that_became_dense_again_is_recorded_as_what_it_is(tmp_path: Path) -> None:
     model = model_of("LlamaForCausalLM")
-    record_conversion(model, sf.sparsify_(model, sf.MoEConfig(router="open", n_experts=4, k=4)))
+    record_conversion(model, sf.sparsify_(model, sf.MoEConfig(router="unweighted", n_experts=4, k=4)))
     model.model.layers[0].mlp = sf.to_dense(model.model.layers[0].mlp)
     model.model.layers[1].mlp = model_of("LlamaForCausalLM").model.layers[1].mlp  # transformers' own
     model.save_pretrained(tmp_path)

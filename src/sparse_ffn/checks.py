@@ -133,11 +133,11 @@ def check_places(x: Tensor, parameters: Iterable[Tensor | None]) -> None:
             raise ValueError(f"x is on {x.device}, but a parameter of the layer is on {parameter.device}")
 
 
-def misfit(parts: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]) -> ValueError:
+def shape_error(tensors: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]) -> ValueError:
     """The error for tensors that do not fit each other: names those that have not the shape they were made with."""
     wrong = (
         f"{name} must have shape {list(shape)}, got {list(tensor.shape)}"
-        for name, (tensor, shape) in parts.items()
+        for name, (tensor, shape) in tensors.items()
         if tensor is not None and tensor.shape != shape
     )
     return ValueError("; ".join(wrong))

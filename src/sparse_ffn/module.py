@@ -95,6 +95,15 @@ class Parametrizations(nn.ModuleDict):
         self.__dict__.update({name: self._modules[name] for name in _METHODS if name in self._modules})
 
 
+def tensors_of(module: nn.Module, *names: str) -> list[Any]:
+    """Attributes of a module that are parameters or buffers unless someone put another tensor in their place.
+
+    Module.__getattr__ would cost 0.7 microseconds for each, a tenth of a decode step together.
+    """
+    own, buffers = module._parameters, module._buffers
+    return [own[n] if n in own else buffers[n] if n in buffers else getattr(module, n) for n in names]
+
+
 def is_plain(module: nn.Module, weight: str = "weight") -> bool:
     """Whether calling the module would do nothing that its own class does not do.
 

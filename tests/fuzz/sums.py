@@ -165,7 +165,7 @@ def routed_ffn(
         chosen = torch.sigmoid(score.gather(1, index)) if not kept.positive else _moved(gate, score.gather(1, index))
     elif gate_function == "softmax":
         chosen = every.gather(1, index)
-    elif gate_function == "softmax_selected":
+    elif gate_function == "softmax_topk":
         chosen = _probabilities(kept, score.gather(1, index), gate)
     else:
         chosen = 1 + 0 * score.gather(1, index)

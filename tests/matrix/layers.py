@@ -22,7 +22,7 @@ LAYERS: dict[str, Callable[..., sf.SparseFFN]] = {
     "SwitchMoE": lambda **o: sf.SwitchMoE(D, 9, 4, d_out=6, **o),
     "SBaseMoE": lambda **o: sf.SBaseMoE(D, 9, 4, 3, balance="z", **o),
     "NoisyTopKMoE": lambda **o: sf.NoisyTopKMoE(D, 9, 4, 3, **o),
-    "MoE": lambda **o: sf.MoE(D, 9, 4, 3, router="open", balance="bias", **o),  # the loads of bias balancing
+    "MoE": lambda **o: sf.MoE(D, 9, 4, 3, router="unweighted", balance="bias", **o),  # the loads of bias balancing
 }
 ALL = tuple(LAYERS)
 MIXTURES = tuple(name for name in LAYERS if name.endswith("MoE"))

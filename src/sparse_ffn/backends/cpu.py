@@ -24,7 +24,7 @@ ISA_VARIABLE = "SPARSE_FFN_ISA"
 ABI_VERSION = 6
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "identity": 4, "squared_relu": 5}
 NORMS = {"layer": 1, "rms": 2}
-GATES = {"sigmoid": 0, "softmax": 1, "softmax_selected": 2, "one": 3}
+GATES = {"sigmoid": 0, "softmax": 1, "softmax_topk": 2, "unweighted": 3}
 OPTIONS = {
     "experts_forward": 1,
     "experts_backward": 1,

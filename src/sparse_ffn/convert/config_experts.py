@@ -88,7 +88,7 @@ class ExpertsConfig(FFNConfig):
 class MoEConfig(ExpertsConfig):
     """For ``MoE``: fields as all configs of the family, and ``router``, by name.
 
-    ``router="open"`` weighs every selected expert 1, so that a converted layer computes a part of the dense sum.
+    ``router="unweighted"`` weighs every selected expert 1, so that a converted layer computes a part of the dense sum.
     """
 
     layer = layers.MoE
@@ -109,11 +109,11 @@ class SigmaMoEConfig(ExpertsConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SoftmaxMoEConfig(ExpertsConfig):
-    """For ``SoftmaxMoE``, with its ``order``."""
+    """For ``SoftmaxMoE``, with its ``router``."""
 
     layer = layers.SoftmaxMoE
 
-    order: str = "renormalize"
+    router: str = "softmax_topk"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,8 @@ from torch import nn
 
 from sparse_ffn.convert.config import CONFIGS
 from sparse_ffn.convert.config_base import FFNConfig
-from sparse_ffn.convert.config_experts import MoEConfig
 from sparse_ffn.layers import MoE, SparseFFN
-from sparse_ffn.routing.routers import ROUTERS, Router
+from sparse_ffn.routing import ROUTERS, Router
 
 
 def config_of(layer: SparseFFN) -> FFNConfig:
@@ -29,32 +28,31 @@ def config_of(layer: SparseFFN) -> FFNConfig:
     if kind is None:
         raise TypeError(f"no config is for {type(layer).__name__}: there are {', '.join(c.__name__ for c in CONFIGS)}")
     router = layer._own_router() if isinstance(layer, MoE) else None
-    names = [name for name in kind(init="fresh").arguments() if name != "router"]
-    meta: dict[str, Any] = {"device": "meta"}
-    options = {name: _option(layer, router, name) for name in names}
-    for choice in [{"router": name} for name in ROUTERS] if kind is MoEConfig else [{}]:
-        config: FFNConfig = kind(init="fresh", **options, **choice)
-        if router is None:
-            return config
-        twin: Any = config.layer(d_model=layer.d_model, d_out=layer.d_out, **config.arguments(), **meta)
-        if _facts(router) == _facts(twin.router):
-            return config
-    raise ValueError(f"no {kind.__name__} makes a layer with this router, {router}")
+    default: Any = kind(init="fresh")
+    config: FFNConfig = kind(init="fresh", **{n: _option(layer, router, n, v) for n, v in default.arguments().items()})
+    if router is not None:
+        widths: dict[str, Any] = {"d_model": layer.d_model, "d_out": layer.d_out, "device": "meta"}
+        twin: Any = config.layer(**widths, **config.arguments())
+        if _facts(router) != _facts(twin.router):
+            raise ValueError(f"no {kind.__name__} makes a layer with this router, {router}")
+    return config
 
 
-def _option(layer: SparseFFN, router: Router | None, name: str) -> Any:
+def _option(layer: SparseFFN, router: Router | None, name: str, default: Any) -> Any:
     """What the argument of that name would have to be now."""
     if name == "n_layers":
         return None  # init_scale says it
     if name in ("glu", "bias"):
         return getattr(layer, "gate_keys" if name == "glu" else "out_bias") is not None
+    if name == "router" and router is not None:
+        return next((known for known, cls in ROUTERS.items() if cls is _own_class(router)), default)
     value = getattr(layer if hasattr(layer, name) else router, name)
     return value[0] if name in ("balance", "balance_weight") and len(value) == 1 else value
 
 
 def _facts(router: Router) -> tuple[Any, ...]:
     """What decides the function that a router computes: its class and all that its repr shows."""
-    return _own_class(router), router.extra_repr().replace("renormalize", "after")  # two names of one function
+    return _own_class(router), router.extra_repr()
 
 
 def _own_class(module: nn.Module) -> type:

@@ -11,10 +11,10 @@ from sparse_ffn.convert.init.build import copy_weights, freeze, gate_at_zero
 from sparse_ffn.convert.init.weights import FFNWeights
 from sparse_ffn.layers import DenseFFN, MoE, ProductKeyMemory, SparseFFN
 from sparse_ffn.routing.deepseek import DeepSeekRouter
-from sparse_ffn.routing.routers import NoisyTopKRouter, OpenRouter, SigmoidRouter, SinkhornRouter, SoftmaxRouter
+from sparse_ffn.routing.routers import ROUTERS, UnweightedRouter
 
 # routers whose gate() says what they do at zero logits; a subclass may do more
-KNOWN = (OpenRouter, SigmoidRouter, SoftmaxRouter, SinkhornRouter, NoisyTopKRouter, DeepSeekRouter)
+KNOWN = (*ROUTERS.values(), DeepSeekRouter)
 
 
 @torch.no_grad()
@@ -23,8 +23,8 @@ def to_dense(layer: SparseFFN) -> DenseFFN:
 
     Args:
         layer: one whose k selects everything, with gates that do not depend on the token: ``TopKFFN`` at k = d_ff,
-            ``MoE`` at k = n_experts with an open or a zero router, ``ProductKeyMemory`` at k = n_sub_keys² without
-            ``query_norm`` and softmax.
+            ``MoE`` at k = n_experts with an unweighted or a zero router, ``ProductKeyMemory`` at k = n_sub_keys²
+            without ``query_norm`` and softmax.
 
     Returns:
         A new ``DenseFFN`` of the same device, dtype, training mode and ``requires_grad``. Its units are in the layer's
@@ -78,7 +78,7 @@ def _experts(layer: MoE) -> FFNWeights:
         raise _no_dense(layer, f"k = {layer.k} of n_experts = {layer.n_experts} are used, others for each token")
     if type(layer.router) not in KNOWN:
         raise _no_dense(layer, f"the gates of its {type(layer.router).__name__} are unknown here")
-    if not isinstance(layer.router, OpenRouter) and bool(layer.router.weight.any()):
+    if not isinstance(layer.router, UnweightedRouter) and bool(layer.router.weight.any()):
         raise _no_dense(layer, "its gates depend on the token (the router's weights are not zero)")
 
     def flat(rows: Tensor | None) -> Tensor | None:

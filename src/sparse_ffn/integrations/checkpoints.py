@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from sparse_ffn.checks import check_choice, check_flag, check_tensor, check_type, shown
 from sparse_ffn.layers import DenseFFN, MoE
 from sparse_ffn.layers.shared_expert import SharedExpertMoE
+from sparse_ffn.routing import ROUTERS, Router
 from sparse_ffn.routing.deepseek import DeepSeekRouter
-from sparse_ffn.routing.routers import ROUTERS, Router
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -236,6 +236,7 @@ def _check_fits(layer: MoE | SharedExpertMoE, moe: MoE, facts: Mapping[str, Any]
         "shared expert": (shared, kind == "qwen2_moe" or (shared and kind.startswith("deepseek"))),
         "gated shared expert": (isinstance(layer, SharedExpertMoE) and layer.gate is not None, kind == "qwen2_moe"),
         "d_model": (moe.d_model, facts.get("hidden_size", moe.d_model)),
+        "d_router": (moe.d_router, moe.d_model),
         "n_experts": (moe.n_experts, next(iter(n_experts), moe.n_experts)),
         "expert_size": (moe.expert_size, size),
     }
@@ -246,9 +247,8 @@ def _check_fits(layer: MoE | SharedExpertMoE, moe: MoE, facts: Mapping[str, Any]
 
 def _traits(router: Router) -> tuple[Any, ...]:
     """What decides which function a router computes."""
-    options = ("order", "normalize", "n_groups", "topk_groups")
+    options = ("normalize", "n_groups", "topk_groups")
     found = {name: getattr(router, name, None) for name in options}
-    found["order"] = "after" if found["order"] == "renormalize" else found["order"]  # one function, two names
     return type(router).__name__, router.k, *((name, value) for name, value in found.items() if value is not None)
 
 

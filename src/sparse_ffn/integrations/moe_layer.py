@@ -58,7 +58,7 @@ def to_moe_layer(layer: MoE, *, prefix: str = "") -> dict[str, Tensor]:
         prefix: put before each name.
 
     Raises:
-        ValueError: the layer has a parameter that the paper's code has no place for.
+        ValueError: the layer has a parameter that the paper's code has no place for, or a router of its own width.
         TypeError: no ``MoE``.
     """
     if not isinstance(layer, MoE):
@@ -73,6 +73,8 @@ def to_moe_layer(layer: MoE, *, prefix: str = "") -> dict[str, Tensor]:
     }
     state = layer.state_dict()
     foreign = sorted(state.keys() - names.keys())
+    if layer.d_router != layer.d_model:
+        raise ValueError(f"the paper's router sees x, not d_router = {layer.d_router} other features")
     if foreign:
         raise ValueError(f"the paper's MoE layer has no place for {', '.join(foreign)}")
     state["keys"] = state["keys"].mT

@@ -20,7 +20,7 @@ from sparse_ffn.checks import (
     check_places,
     check_positive,
     check_rate,
-    misfit,
+    shape_error,
 )
 from sparse_ffn.module import CheckedOptions, Parametrizations
 from sparse_ffn.ops.activations import ACTIVATIONS
@@ -28,7 +28,11 @@ from sparse_ffn.ops.autocast import autocast_enabled
 
 
 class SparseFFN(CheckedOptions, nn.Module):
-    """Base of all layers: a feed-forward block x [..., d_model] -> [..., d_out].
+    """Base of all layers: a feed-forward block x [..., d_model] -> [..., d_out], a sum over hidden units.
+
+    Unit i reads the input with its key and adds its value to the output: y = sum_i act(keys_i · x) values_i. In the
+    words of gated FFNs ``keys`` is up_proj.weight, ``values`` down_proj.weight transposed, and ``gate_keys``
+    gate_proj.weight: one row for each unit in all three. The layers differ in how they choose the units to compute.
 
     Args:
         d_model: input width.
@@ -89,7 +93,8 @@ class SparseFFN(CheckedOptions, nn.Module):
             x: [..., d_model], of the parameters' dtype (any float dtype under autocast).
             mask: bool [...], True for real tokens. Padding takes no part in balance and statistics; its outputs are
                 computed as usual. Layers without a router only check it.
-            router_input: what the router sees instead of x, of x's shape; MoE layers only.
+            router_input: what the router sees instead of x, [..., d_router], of the parameters' dtype or fp32; MoE
+                layers only.
 
         Returns:
             [..., d_out]; its dtype follows nn.Linear.
@@ -124,11 +129,11 @@ class SparseFFN(CheckedOptions, nn.Module):
             raise ValueError(f"x must have shape [..., d_model = {self.d_model}], got {list(x.shape)}")
         check_places(x, self._parameters.values())
         if self.out_bias is not None and self.out_bias.shape != (self.d_out,):
-            raise self._misfit()
+            raise self._shape_error()
         if mask is not None:
             check_mask(mask, x)
 
-    def _check_input(self, name: str, x: Tensor) -> None:
+    def _check_input(self, name: str, x: Tensor, *also: torch.dtype) -> None:
         own = self.values
         if isinstance(x, Tensor) and x.dtype == own.dtype and x.device == own.device and x.layout is torch.strided:
             return
@@ -136,13 +141,13 @@ class SparseFFN(CheckedOptions, nn.Module):
         if x.device != own.device:
             raise ValueError(f"{name} is on {x.device}, the layer's parameters are on {own.device}")
         double = torch.float64 in (x.dtype, own.dtype)  # autocast leaves fp64 alone
-        if x.dtype != own.dtype and (double or not autocast_enabled(x)):
+        if x.dtype not in (own.dtype, *also) and (double or not autocast_enabled(x)):
             raise TypeError(f"{name} has dtype {x.dtype}, the layer's parameters have {own.dtype}: convert one of them")
 
-    def _misfit(self) -> ValueError:
-        return misfit({**self._parts(), "out_bias": (self.out_bias, (self.d_out,))})
+    def _shape_error(self) -> ValueError:
+        return shape_error({**self._tensors(), "out_bias": (self.out_bias, (self.d_out,))})
 
-    def _parts(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
+    def _tensors(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
         """The tensors of the layer by name, each with the shape that it was made with."""
         raise NotImplementedError
 
@@ -185,20 +190,6 @@ class SparseFFN(CheckedOptions, nn.Module):
         }
         changed = [f"{n}={v!r}" for n, (v, default) in {**options, **shared}.items() if v != default]
         return ", ".join([str(self.d_model), *sizes, *changed])
-
-
-def units_fit(
-    units: tuple[int, ...], d_model: int, keys: Tensor, gate_keys: Tensor | None, key_bias: Tensor | None
-) -> bool:
-    """Whether these are parts of hidden units that are counted as ``units``.
-
-    Kernels trust shapes, but functional_call, pruning and parametrisations bring tensors of their own.
-    """
-    return (
-        keys.shape == (*units, d_model)
-        and (gate_keys is None or gate_keys.shape == keys.shape)
-        and (key_bias is None or key_bias.shape == units)
-    )
 
 
 def _init_scale(init_scale: float, n_layers: int | None) -> float:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_ffn.checks import check_flag, check_positive
-from sparse_ffn.layers.base import SparseFFN, units_fit
+from sparse_ffn.checks import check_positive
+from sparse_ffn.layers.units import UnitsFFN
 from sparse_ffn.ops.activations import hidden
 from sparse_ffn.ops.autocast import autocast_dtype
 
 
-class DenseFFN(SparseFFN):
+class DenseFFN(UnitsFFN):
     """y = values.T act(keys x + key_bias) + out_bias, all hidden units computed (arXiv 2310.10837, section 2).
 
     Parameters: ``keys`` [d_ff, d_model], ``values`` [d_ff, d_out], with ``bias`` ``key_bias`` [d_ff] and ``out_bias``
@@ -54,10 +54,7 @@ class DenseFFN(SparseFFN):
             bias=bias, device=device, dtype=dtype,
         )  # fmt: skip
         self.d_ff = check_positive("d_ff", d_ff)
-        self.keys = self._parameter(self.d_ff, self.d_model)
-        self.gate_keys = self._parameter(self.d_ff, self.d_model) if check_flag("glu", glu) else None
-        self.key_bias = self._parameter(self.d_ff) if bias else None
-        self.values = self._parameter(self.d_ff, self.d_out)
+        self._make_units(glu, bias)
         self.reset_parameters()
 
     @property
@@ -65,40 +62,19 @@ class DenseFFN(SparseFFN):
         """All units: d_ff."""
         return self.d_ff
 
-    def reset_parameters(self) -> None:
-        """Normal keys and values, zero biases."""
-        self._normal(self.keys, self.d_model)
-        self._normal(self.values, self.d_ff)
-        if self.gate_keys is not None:
-            self._normal(self.gate_keys, self.d_model)
-        for bias in (self.key_bias, self.out_bias):
-            if bias is not None:
-                torch.nn.init.zeros_(bias)
+    @property
+    def _units_shape(self) -> tuple[int, ...]:
+        return (self.d_ff,)
 
     def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
-        x = x.reshape(-1, self.d_model).to(autocast_dtype(x))
-        self._check_units()
-        up = F.linear(x, self.keys, self.key_bias)
-        scale = self._dropout_mask(up, *up.shape)
-        if self.gate_keys is None:
-            h = hidden(self.activation, up, None, scale)
+        x, units = x.reshape(-1, self.d_model).to(autocast_dtype(x)), self._units()
+        up = F.linear(x, units.keys, units.key_bias)
+        dropout_mask = self._dropout_mask(up, *up.shape)
+        if units.gate_keys is None:
+            h = hidden(self.activation, up, None, dropout_mask)
         else:
-            h = hidden(self.activation, F.linear(x, self.gate_keys), up, scale)
-        return F.linear(h, self.values.t())
-
-    def _check_units(self) -> None:
-        n, width = self.values.shape if self.values.ndim == 2 else (-1, -1)
-        if width != self.d_out or not units_fit((n,), self.d_model, self.keys, self.gate_keys, self.key_bias):
-            raise self._misfit()
-
-    def _parts(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
-        keys = (self.d_ff, self.d_model)
-        return {
-            "keys": (self.keys, keys),
-            "gate_keys": (self.gate_keys, keys),
-            "key_bias": (self.key_bias, (self.d_ff,)),
-            "values": (self.values, (self.d_ff, self.d_out)),
-        }
+            h = hidden(self.activation, F.linear(x, units.gate_keys), up, dropout_mask)
+        return F.linear(h, units.values.t())
 
     @property
     def active_fraction(self) -> float:
@@ -107,8 +83,7 @@ class DenseFFN(SparseFFN):
 
     def flops_per_token(self) -> int:
         """2·d_ff·(d_model + d_out), and 2·d_ff·d_model more for a GLU."""
-        inputs = self.d_model * (1 if self.gate_keys is None else 2)
-        return 2 * self.d_ff * (inputs + self.d_out)
+        return self._flops(self.d_ff, self.d_ff)
 
     def extra_repr(self) -> str:
         """Sizes and what differs from the defaults."""

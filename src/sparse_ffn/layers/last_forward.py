@@ -1,10 +1,11 @@
-"""What the last forward of a MoE layer left behind: its routing, and its balance loss while that has a graph."""
+"""What a forward of a MoE layer leaves behind: its routing, and its balance loss while that has a graph."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class LastForward:
     def __init__(
         self, loss: Tensor | None, index_TK: Tensor, mask_T: Tensor | None, results: tuple[Tensor | None, ...]
     ) -> None:
-        self._loss, self.index_TK, self.mask_T = loss, index_TK, mask_T
+        self._loss, self._index_TK, self._mask_T = loss, index_TK, mask_T
         self._functions: list[Node] | None = None
         if loss is not None and loss.requires_grad and not torch.compiler.is_compiling() and not under_transforms():
             self._watch(results)
@@ -39,6 +40,7 @@ class LastForward:
     @property
     def loss(self) -> Tensor | None:
         """The loss, or None if there is none (any more)."""
+        self._check_alive()
         loss = self._loss
         if loss is None or not loss.requires_grad or torch.compiler.is_compiling():
             return loss
@@ -47,6 +49,12 @@ class LastForward:
         if any(map(_freed, self._functions or ())):
             self.forget_loss()
         return self._loss
+
+    @property
+    def routed(self) -> tuple[Tensor, Tensor | None]:
+        """The selected experts, and the mask if there was one."""
+        self._check_alive()
+        return self._index_TK, self._mask_T
 
     def _watch(self, results: tuple[Tensor | None, ...]) -> None:
         self._functions = []
@@ -60,9 +68,17 @@ class LastForward:
         """Count 0 from now on."""
         self._loss, self._functions = None, None
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """All that it holds."""
-        return self._loss, self.index_TK, self.mask_T
+    def _check_alive(self) -> None:
+        """Raise if the forward ran in a transform of torch.func that is over, with which its tensors ended."""
+        for tensor in (self._loss, self._index_TK, self._mask_T):
+            if tensor is not None and torch._C._functorch.unwrap_if_dead(tensor) is not tensor:
+                raise RuntimeError(
+                    "the last forward of this layer ran inside a transform of torch.func (vmap, grad, ...) that is "
+                    "over: ask for aux_loss and routing_stats inside the transformed function"
+                )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Nothing: copies of a layer start clean."""
 
 
 def _freed(node: Node) -> bool:

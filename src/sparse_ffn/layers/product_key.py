@@ -142,7 +142,7 @@ class ProductKeyMemory(SparseFFN):
             or values.shape != (n * n, self.d_out)
             or any(t.shape != (half,) for t in norms)
         ):
-            raise self._misfit()
+            raise self._shape_error()
         score_THK, index_THK = ops.product_key_topk(self._scores(x), self.k)
         if self.activation == "softmax":
             weight_THK = torch.softmax(score_THK, dim=-1)
@@ -187,14 +187,14 @@ class ProductKeyMemory(SparseFFN):
     def _check_query(self, query: nn.Linear) -> None:
         rows = self.n_heads * self._width
         if query.weight.shape != (rows, self.d_model) or (query.bias is not None and query.bias.shape != (rows,)):
-            raise self._misfit()
+            raise self._shape_error()
 
     @property
     def _width(self) -> int:
         """Of a head's query."""
         return self.d_model if self.query_dim is None else self.query_dim
 
-    def _parts(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
+    def _tensors(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
         query = self.query if type(self.query) is nn.Linear else None  # others may store it packed
         rows, half = self.n_heads * self._width, (self._width // 2,)
         return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.checks import check_flag, check_type, misfit
+from sparse_ffn.checks import check_flag, check_type, shape_error
 from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.layers.moe import MoE
 
@@ -46,15 +46,14 @@ class SharedExpertMoE(nn.Module):
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, router_input: Tensor | None = None) -> Tensor:
         """As ``SparseFFN``'s; ``mask`` and ``router_input`` are for the routed experts."""
-        self.routed._check_call(
-            x, mask
-        )  # both parts check all that they are given before either draws or keeps anything
+        # both parts check all that they are given before either draws or keeps anything
+        self.routed._check_call(x, mask)
         self.routed._selector_input(x, router_input)
         shared: Tensor = self.shared(x)
         if self.gate is not None:
             own = (1, self.d_model)
             if type(self.gate) is nn.Linear and self.gate.weight.shape != own:  # others may store it packed
-                raise misfit({"gate.weight": (self.gate.weight, own)})
+                raise shape_error({"gate.weight": (self.gate.weight, own)})
             shared = torch.sigmoid(self.gate(x)) * shared
         y: Tensor = self.routed(x, mask=mask, router_input=router_input) + shared
         return y

@@ -74,10 +74,9 @@ class TopKFFN(DenseFFN):
 
     def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
         x = x.reshape(-1, self.d_model).to(autocast_dtype(x))
-        self._check_units()
         return ops.topk_ffn(
             x,
-            ops.Units(self.keys, self.values, self.gate_keys, self.key_bias),
+            self._units(),
             self.k,
             dropout_mask=self._dropout_mask(x, x.shape[0], self.d_ff),
             activation=self.activation,
@@ -91,8 +90,7 @@ class TopKFFN(DenseFFN):
 
     def flops_per_token(self) -> int:
         """2·d_ff·d_model (twice for a GLU) for all keys, 2·k·d_out for the values."""
-        inputs = self.d_model * (1 if self.gate_keys is None else 2)
-        return 2 * self.d_ff * inputs + 2 * self.k * self.d_out
+        return self._flops(self.d_ff, self.k)
 
     def extra_repr(self) -> str:
         """Sizes and what differs from the defaults."""

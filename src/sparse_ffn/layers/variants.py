@@ -4,11 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any, TypedDict
+
+import torch
 
 from sparse_ffn.checks import check_choice
-from sparse_ffn.layers.moe import MoE, MoEOptions
+from sparse_ffn.layers.moe import MoE
 from sparse_ffn.module import Unpack
 from sparse_ffn.routing.routers import SinkhornRouter
+
+
+class MoEOptions(TypedDict, total=False):
+    """The keyword arguments of ``MoE`` that all its named variants share."""
+
+    activation: str
+    glu: bool
+    bias: bool
+    d_out: int | None
+    d_router: int | None
+    dropout: float
+    expert_dropout: float
+    balance_over: str
+    aux: str
+    sync_balance: bool
+    init_scale: float
+    n_layers: int | None
+    device: Any
+    dtype: torch.dtype | None
 
 
 class SigmaMoE(MoE):
@@ -32,13 +54,12 @@ class SigmaMoE(MoE):
 
 
 class SoftmaxMoE(MoE):
-    """Softmax gates (arXiv 2310.10837, section 4 and the ablations). Arguments: ``MoE``'s and ``order``.
+    """Softmax gates (arXiv 2310.10837, section 4 and the ablations). Arguments: ``MoE``'s.
 
     Args:
-        order: softmax ``"before"`` the selection over all experts, or ``"after"`` it over the selected.
-            ``"renormalize"`` (divide the probabilities of ``"before"`` by their selected sum) is the same function as
-            ``"after"``. With these two and k = 1 a gate is always 1: the router then learns from the balance loss
-            alone (not from ``"cv2"``, which sees gates only).
+        router: ``"softmax_topk"``, over the selected experts, or ``"softmax"``, over all. With ``"softmax_topk"`` and
+            k = 1 a gate is always 1: the router then learns from the balance loss alone (not from ``"cv2"``, which
+            sees gates only).
     """
 
     def __init__(
@@ -48,16 +69,15 @@ class SoftmaxMoE(MoE):
         expert_size: int,
         k: int,
         *,
-        order: str = "renormalize",
+        router: str = "softmax_topk",
         balance: str | Sequence[str] = "entropy",
         balance_weight: float | Sequence[float] = 1e-3,
         **options: Unpack[MoEOptions],
     ) -> None:
-        check_choice("order", order, ("before", "after", "renormalize"))
+        check_choice("router", router, ("softmax", "softmax_topk"))
         super().__init__(
             d_model, n_experts, expert_size, k,
-            router="softmax" if order == "before" else "softmax_topk",
-            balance=balance, balance_weight=balance_weight, **options,
+            router=router, balance=balance, balance_weight=balance_weight, **options,
         )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def cast(x: None, dtype: torch.dtype) -> None: ...
 @overload
 def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
 def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """X in another dtype, None staying None."""
+    """x in another dtype, None staying None."""
     return None if x is None else x.to(dtype)
 
 

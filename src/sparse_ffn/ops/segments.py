@@ -53,7 +53,7 @@ def unsort(rows: Tensor, order: Tensor) -> Tensor:
 
 
 def add_rows(n: int, index: Tensor, rows: Tensor) -> Tensor:
-    """Result[index[s]] += rows[s] from zeros [n, N], in a fixed order on every device."""
+    """result[index[s]] += rows[s] from zeros [n, N], in a fixed order on every device."""
     out = rows.new_zeros(n, rows.shape[1])
     if rows.device.type == "cpu":
         return out.index_add_(0, index, rows)

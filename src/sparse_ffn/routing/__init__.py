@@ -1,12 +1,13 @@
 """Routing: routers (scores to gates), balance losses, statistics. Pure torch, at least fp32."""
 
 from sparse_ffn.routing.balance import balance_loss as balance_loss
+from sparse_ffn.routing.base import Router as Router
+from sparse_ffn.routing.base import Routing as Routing
 from sparse_ffn.routing.deepseek import DeepSeekRouter as DeepSeekRouter
 from sparse_ffn.routing.routers import ROUTERS as ROUTERS
 from sparse_ffn.routing.routers import NoisyTopKRouter as NoisyTopKRouter
-from sparse_ffn.routing.routers import OpenRouter as OpenRouter
-from sparse_ffn.routing.routers import Router as Router
-from sparse_ffn.routing.routers import Routing as Routing
 from sparse_ffn.routing.routers import SigmoidRouter as SigmoidRouter
 from sparse_ffn.routing.routers import SinkhornRouter as SinkhornRouter
 from sparse_ffn.routing.routers import SoftmaxRouter as SoftmaxRouter
+from sparse_ffn.routing.routers import SoftmaxTopKRouter as SoftmaxTopKRouter
+from sparse_ffn.routing.routers import UnweightedRouter as UnweightedRouter

@@ -14,7 +14,7 @@ T tokens, E experts, K selected experts, B groups of tokens (1, or the number of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,10 @@ from torch import Tensor
 from sparse_ffn.checks import check_choice, check_count, check_finite, check_flag, check_mask, check_type, shown
 from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.ops.library import under_transforms
+from sparse_ffn.routing.base import AnyRouting, FusedRouting, Routing
 from sparse_ffn.routing.distributed import all_reduce_sum
-from sparse_ffn.routing.routers import FusedRouting, Routing
+
+Terms = tuple[tuple[str, float], ...]
 
 
 class Pool:
@@ -33,9 +35,7 @@ class Pool:
     count_B1: Tensor | int
     """Real tokens of each group: a tensor only where it is not simply the group's length."""
 
-    def __init__(
-        self, mask_T: Tensor | None, n_groups: int | None, sync: bool, routing: Routing | FusedRouting
-    ) -> None:
+    def __init__(self, mask_T: Tensor | None, n_groups: int | None, sync: bool, routing: AnyRouting) -> None:
         self.mask_T, self.sync = mask_T, sync
         self.n_experts = routing[0].shape[1]
         self.per_sequence = n_groups is not None
@@ -59,7 +59,7 @@ class Pool:
         """Means [B, N]; 0 for a group without a real token."""
         return self._over_count(self.sum(x_TN))
 
-    def mean_softmax(self, routing: Routing | FusedRouting) -> Tensor:
+    def mean_softmax(self, routing: AnyRouting) -> Tensor:
         """Means [B, E] of the softmax over the logits of all experts, whatever the gate."""
         if isinstance(routing, FusedRouting):
             return self._over_count(self._over_processes(routing.softmax_BE))
@@ -79,7 +79,7 @@ class Pool:
         return total[0] / total[1].clamp_min(1)
 
 
-def entropy(routing: Routing | FusedRouting, pool: Pool) -> Tensor:
+def entropy(routing: AnyRouting, pool: Pool) -> Tensor:
     """Negative entropy of the mean softmax."""
     if isinstance(routing, FusedRouting) and not isinstance(pool.count_B1, Tensor) and not under_transforms():
         summed: Tensor = _MeanNegativeEntropy.apply(routing.softmax_BE, pool.count_B1)  # type: ignore[no-untyped-call]
@@ -107,25 +107,25 @@ class _MeanNegativeEntropy(torch.autograd.Function):
         return slope_BE.mul_(grad * ctx.factor), None
 
 
-def switch(routing: Routing | FusedRouting, pool: Pool) -> Tensor:
+def switch(routing: AnyRouting, pool: Pool) -> Tensor:
     """Eq. 17, literally for any k: f sums to k. The gradient flows through p only."""
     p_BE = pool.mean_softmax(routing)
-    f_BE = pool.mean(_slots(routing, torch.ones_like(routing.gate_TK), pool.n_experts))
+    f_BE = pool.mean(_by_expert(routing, torch.ones_like(routing.gate_TK), pool.n_experts))
     return pool.over_groups(pool.n_experts * (f_BE * p_BE).sum(1))
 
 
-def cv2(routing: Routing | FusedRouting, pool: Pool) -> Tensor:
+def cv2(routing: AnyRouting, pool: Pool) -> Tensor:
     """Squared coefficient of variation of the experts' importance, the gates being normalised per token."""
     total_T1 = routing.gate_TK.sum(1, keepdim=True)
     share_TK = routing.gate_TK / torch.where(total_T1 > 0, total_T1, 1)  # all gates 0: no share, no infinite slope
-    importance_BE = pool.sum(_slots(routing, share_TK, pool.n_experts))
+    importance_BE = pool.sum(_by_expert(routing, share_TK, pool.n_experts))
     mean_B1 = importance_BE.mean(1, keepdim=True)
     variance_B = (importance_BE - mean_B1).square().mean(1)
     mean_B = mean_B1.squeeze(1)
     return pool.over_groups(variance_B / torch.where(mean_B > 0, mean_B, 1).square())
 
 
-def z(routing: Routing | FusedRouting, pool: Pool) -> Tensor:
+def z(routing: AnyRouting, pool: Pool) -> Tensor:
     """Mean squared logsumexp of the logits."""
     assert isinstance(routing, Routing), "z is in NEED_LOGITS"
     return pool.over_groups(pool.mean(torch.logsumexp(routing.logits_TE, dim=1, keepdim=True).square()).squeeze(1))
@@ -133,7 +133,7 @@ def z(routing: Routing | FusedRouting, pool: Pool) -> Tensor:
 
 NEED_LOGITS = ("z",)
 """Losses that need the logits, not only their softmax sums and the gates."""
-LOSSES: dict[str, Callable[[Routing | FusedRouting, Pool], Tensor]] = {
+LOSSES: dict[str, Callable[[AnyRouting, Pool], Tensor]] = {
     "entropy": entropy,
     "switch": switch,
     "cv2": cv2,
@@ -142,9 +142,30 @@ LOSSES: dict[str, Callable[[Routing | FusedRouting, Pool], Tensor]] = {
 NAMES = (*LOSSES, "bias", "none")
 
 
+def check_balance(
+    names: str | Sequence[str], weights: float | Sequence[float]
+) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """A layer's arguments ``balance`` and ``balance_weight`` as tuples of one length."""
+    if isinstance(names, str):
+        names, weights = (names,), (weights,)  # type: ignore[assignment]
+    if not isinstance(names, Sequence) or not names:
+        raise ValueError(
+            f"balance must be one of {', '.join(map(repr, NAMES))} or a tuple of these, got {shown(names)}"
+        )
+    for name in names:
+        check_choice("balance", name, NAMES)
+    if not isinstance(weights, Sequence) or isinstance(weights, str) or len(names) != len(weights):
+        raise ValueError(
+            f"balance_weight must hold one weight for each of balance = {tuple(names)}, got {shown(weights)}"
+        )
+    if len(set(names)) != len(names) or ("none" in names and len(names) > 1):
+        raise ValueError(f"balance must name each loss once, and 'none' only by itself, got {tuple(names)}")
+    return tuple(names), tuple(check_finite("balance_weight", weight) for weight in weights)
+
+
 def balance_loss(
-    routing: Routing | FusedRouting,
-    terms: tuple[tuple[str, float], ...],
+    routing: AnyRouting,
+    terms: Terms,
     *,
     mask_T: Tensor | None = None,
     n_sequences: int | None = None,
@@ -168,18 +189,11 @@ def balance_loss(
     if mask_T is not None:
         check_mask(mask_T, routing.gate_TK)
     _check_sequences(n_sequences, routing.gate_TK.shape[0])
-    return weighted_losses(
-        routing, _checked(terms), mask_T=mask_T, n_sequences=n_sequences, sync=check_flag("sync", sync)
-    )
+    return weighted_losses(routing, _checked(terms), mask_T, n_sequences, check_flag("sync", sync))
 
 
 def weighted_losses(
-    routing: Routing | FusedRouting,
-    terms: tuple[tuple[str, float], ...],
-    *,
-    mask_T: Tensor | None,
-    n_sequences: int | None,
-    sync: bool,
+    routing: AnyRouting, terms: Terms, mask_T: Tensor | None, n_sequences: int | None, sync: bool
 ) -> Tensor:
     """``balance_loss`` of arguments that are right."""
     with without_autocast(routing.gate_TK):
@@ -188,7 +202,7 @@ def weighted_losses(
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
 
-def _checked(terms: Any) -> tuple[tuple[str, float], ...]:
+def _checked(terms: Any) -> Terms:
     pairs = isinstance(terms, (tuple, list)) and all(isinstance(t, (tuple, list)) and len(t) == 2 for t in terms)
     if not pairs or not terms:
         error = ValueError if terms == () else TypeError
@@ -206,6 +220,6 @@ def _check_sequences(n_sequences: int | None, tokens: int) -> None:
         raise ValueError(f"n_sequences = {n_sequences} must divide the number of tokens, {tokens}")
 
 
-def _slots(routing: Routing | FusedRouting, x_TK: Tensor, n_experts: int) -> Tensor:
-    """Per-slot numbers at the slots' experts: [T, E]."""
+def _by_expert(routing: AnyRouting, x_TK: Tensor, n_experts: int) -> Tensor:
+    """Numbers of the slots at the slots' experts: [T, E]."""
     return x_TK.new_zeros(x_TK.shape[0], n_experts).scatter_add(1, routing.index_TK, x_TK)

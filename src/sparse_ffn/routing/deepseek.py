@@ -8,7 +8,8 @@ from torch import Tensor
 from sparse_ffn.checks import check_flag, check_positive
 from sparse_ffn.module import Unpack
 from sparse_ffn.ops.select import stable_topk
-from sparse_ffn.routing.routers import RouterOptions, SigmoidRouter
+from sparse_ffn.routing.base import RouterOptions
+from sparse_ffn.routing.routers import SigmoidRouter
 
 # T tokens, E experts, K selected experts, N groups of experts
 
@@ -17,8 +18,8 @@ class DeepSeekRouter(SigmoidRouter):
     """The router of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2), which many later models share.
 
     Its scores are sigmoids, and the selection bias is added to these, not to the logits. A group of experts is worth
-    the sum of its two best biased scores; only experts of the best groups can be selected. The scaling factor of the
-    gates that such models have belongs into the layer's values.
+    the sum of its two best biased scores; only experts of the best groups can be selected. Where a model scales its
+    gates by a factor, the layer's values take that up.
 
     Args:
         d_model: width of the tokens.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def inject(x: Tensor, loss: Tensor) -> Tensor:
-    """X unchanged; when its gradient is computed, ``loss`` is differentiated with weight 1. Without grad, x itself."""
+    """x unchanged; when its gradient is computed, ``loss`` is differentiated with weight 1. Without grad, x itself."""
     injected: Tensor = _Inject.apply(x, loss)  # type: ignore[no-untyped-call]
     return injected
 

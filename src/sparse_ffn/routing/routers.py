@@ -1,4 +1,4 @@
-"""Routers: which experts a token goes to, and how much each counts.
+"""The routers by name: how each weighs the experts that it selects.
 
 T tokens, D d_model, E experts, K selected experts.
 """
@@ -6,236 +6,16 @@ T tokens, D d_model, E experts, K selected experts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_ffn.checks import (
-    check_choice,
-    check_device,
-    check_dtype,
-    check_finite,
-    check_flag,
-    check_floating,
-    check_mask,
-    check_places,
-    check_positive,
-    check_rate,
-    misfit,
-)
-from sparse_ffn.module import CheckedOptions, Unpack, is_plain
-from sparse_ffn.ops.autocast import without_autocast
-from sparse_ffn.ops.library import in_backward, under_transforms
-from sparse_ffn.ops.select import stable_topk
+from sparse_ffn.checks import check_choice, check_positive, shown
+from sparse_ffn.module import Unpack
+from sparse_ffn.routing.base import Router, RouterOptions
 from sparse_ffn.routing.sinkhorn import sinkhorn_potential
-
-
-class Routing(NamedTuple):
-    """What a router decides, in fp32 (fp64 for an fp64 router)."""
-
-    logits_TE: Tensor
-    """W3 x, before noise, dropout and bias."""
-    index_TK: Tensor
-    """Selected experts, best first; int64."""
-    gate_TK: Tensor
-    """Their weights in the output; exactly 0 for a dropped expert."""
-
-
-class FusedRouting(NamedTuple):
-    """What is known of a ``Routing`` when routing and experts were one op, which keeps no logits."""
-
-    softmax_BE: Tensor
-    """Sums of softmax(logits) over the real tokens of each group."""
-    index_TK: Tensor
-    """As in ``Routing``."""
-    gate_TK: Tensor
-    """As in ``Routing``."""
-
-
-class RouterOptions(TypedDict, total=False):
-    """``Router``'s keyword arguments."""
-
-    expert_dropout: float
-    selection_bias: bool
-    init_scale: float
-    device: Any
-    dtype: torch.dtype | None
-
-
-class Router(CheckedOptions, nn.Module):
-    """Scores every expert with a linear map, takes the k best, and weighs them; subclasses say how.
-
-    Logits, ranking and gates are computed in fp32 at least, under any autocast. Ranking is on logits: gates saturate
-    and would make false ties. Ties go to the lower expert index.
-
-    Args:
-        d_model: width of the tokens.
-        n_experts: E.
-        k: experts selected for a token, 1 <= k <= n_experts.
-        expert_dropout: chance in training that a token cannot use an expert (one draw per token and expert, before the
-            selection, no rescaling: arXiv 2310.10837, Eq. 22). Dropped experts rank last and have gate 0.
-        selection_bias: keep a buffer ``bias`` [E] that is added to the logits for ranking only; see
-            ``sparse_ffn.update_router_bias``.
-        init_scale: c of the initialisation: rows of ``weight`` of equal norm, standard deviation c/sqrt(d_model).
-
-    Raises:
-        ValueError: a size, rate or scale outside its range.
-        TypeError: an argument of a wrong type, or that the router does not have; a dtype that layers do not have.
-    """
-
-    bias: Tensor | None
-    load: Tensor | None
-
-    def __init__(
-        self,
-        d_model: int,
-        n_experts: int,
-        k: int,
-        *,
-        expert_dropout: float = 0.0,
-        selection_bias: bool = False,
-        init_scale: float = 1.0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.d_model, self.n_experts = check_positive("d_model", d_model), check_positive("n_experts", n_experts)
-        self.k = k
-        self.expert_dropout = check_rate("expert_dropout", expert_dropout)
-        self.init_scale = check_finite("init_scale", init_scale)
-        selection_bias = check_flag("selection_bias", selection_bias)
-        check_device(device)
-        check_dtype(dtype)
-        self.weight = nn.Parameter(torch.empty(self.n_experts, self.d_model, device=device, dtype=dtype))
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        bias = torch.empty(self.n_experts, device=device, dtype=wide) if selection_bias else None
-        self.register_buffer("bias", bias)
-        self.add_parameters()
-        # slots counted since the last bias update; no buffer, since DDP would overwrite it with the first process's
-        self.load = None
-        self.reset_parameters()
-
-    @property
-    def k(self) -> int:
-        """Experts selected for a token. May be set to any number up to n_experts at any time."""
-        return self._k
-
-    @k.setter
-    def k(self, k: int) -> None:
-        self._k = check_positive("k", k, at_most=self.n_experts, limit="n_experts")
-
-    def add_parameters(self) -> None:
-        """Make what a router has beyond ``weight`` and ``bias``, for ``reset_parameters`` to initialise."""
-
-    def _parts(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
-        """The router's tensors by name, each with the shape that it was made with: a row for each expert."""
-        return {"weight": (self.weight, (self.n_experts, self.d_model)), "bias": (self.bias, (self.n_experts,))}
-
-    def reset_parameters(self) -> None:
-        """Initialise: normal directions, every row of norm c, which is a standard deviation of c/sqrt(d_model)."""
-        with torch.no_grad():
-            self.weight.normal_()
-            # rows of one norm: no expert starts ahead (arXiv 2310.10837, section 5)
-            norm = self.weight.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.weight.dtype).tiny)
-            self.weight.div_(norm).mul_(self.init_scale)
-            if self.bias is not None:
-                self.bias.zero_()
-            self.load = None
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """As Module's, but ``bias`` stays fp32 (fp64 for an fp64 router): steps of 1e-3 vanish in bf16."""
-        before = self.bias
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        if before is not None and self.bias is not None and self.bias.dtype != wide:
-            self.bias = before.to(self.bias.device, wide)
-        return self
-
-    def forward(self, x_TD: Tensor, mask_T: Tensor | None = None) -> Routing:
-        """Route tokens.
-
-        Args:
-            x_TD: [T, d_model].
-            mask_T: bool [T], True for real tokens. Padding is routed too, but has no part in what is computed over the
-                batch (Sinkhorn, the loads of bias balancing).
-
-        Raises:
-            TypeError: x is no dense floating tensor, or the mask no dense tensor of bool.
-            ValueError: a wrong shape or device.
-        """
-        check_floating("x", x_TD)
-        if x_TD.dim() != 2 or x_TD.shape[1] != self.d_model:
-            raise ValueError(f"x must be [tokens, d_model = {self.d_model}], got {list(x_TD.shape)}")
-        if mask_T is not None:
-            check_mask(mask_T, x_TD)
-        parts = self._parts()
-        check_places(x_TD, (tensor for tensor, _ in parts.values()))
-        n_experts = self.weight.shape[:1]
-        if any(tensor is not None and tensor.shape != (*n_experts, *shape[1:]) for tensor, shape in parts.values()):
-            raise misfit({f"router.{name}": part for name, part in parts.items()})
-        with without_autocast(x_TD):
-            wide = torch.promote_types(self.weight.dtype, torch.float32)
-            x_TD = x_TD.to(wide)
-            logits_TE = F.linear(x_TD, self.weight.to(wide))
-            seen_TE = self.perturb(logits_TE, x_TD)
-            score_TE = self.rank(seen_TE.detach(), mask_T)
-            if self.bias is not None:
-                score_TE = score_TE + self.bias
-            score_TE = self.limit(score_TE)
-            alive_TE: Tensor | None = None
-            if self.training and self.expert_dropout > 0:
-                alive_TE = torch.rand_like(logits_TE) >= self.expert_dropout
-                score_TE = score_TE.masked_fill(~alive_TE, -torch.inf)
-            index_TK = stable_topk(score_TE, self.k)
-            alive_TK = None if alive_TE is None else alive_TE.gather(1, index_TK)
-            gate_TK = self.gate(seen_TE, index_TK, alive_TK)
-            if alive_TK is not None:
-                gate_TK = gate_TK * alive_TK
-            if self.bias is not None and self.training:
-                self.count(index_TK, mask_T, alive_TK)
-        return Routing(logits_TE, index_TK, gate_TK)
-
-    def perturb(self, logits_TE: Tensor, x_TD: Tensor) -> Tensor:
-        """The logits that ranking and gates see."""
-        return logits_TE
-
-    def rank(self, logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
-        """The scores whose k largest are selected."""
-        return logits_TE
-
-    def limit(self, score_TE: Tensor) -> Tensor:
-        """The scores with the selection bias, -inf for experts that the token cannot reach."""
-        return score_TE
-
-    def gate(self, logits_TE: Tensor, index_TK: Tensor, alive_TK: Tensor | None) -> Tensor:
-        """The weights of the selected experts; ``alive_TK`` is False where expert dropout struck (None: nowhere)."""
-        raise NotImplementedError(f"{type(self).__name__} must define gate(logits_TE, index_TK, alive_TK)")
-
-    def count(self, index_TK: Tensor, mask_T: Tensor | None, alive_TK: Tensor | None = None) -> None:
-        """Add the real tokens' slots to the loads of bias balancing, once where checkpointing computes them twice."""
-        if in_backward():
-            return
-        if under_transforms():
-            raise RuntimeError(
-                "balance=\"bias\" counts the experts' loads as a side effect, which is lost inside torch.func's "
-                "transforms: take another balance there, or evaluate"
-            )
-        # a dropped expert fills a slot only where too few live: such slots are no load
-        slots_TK = torch.ones_like(index_TK) if alive_TK is None else alive_TK.to(index_TK.dtype)
-        if mask_T is not None:
-            slots_TK = slots_TK * mask_T.unsqueeze(1)
-        load = slots_TK.new_zeros(self.n_experts).scatter_add(0, index_TK.flatten(), slots_TK.flatten())
-        self.load = load if self.load is None else self.load.to(load.device) + load
-
-    def extra_repr(self) -> str:
-        """Sizes and what differs from the defaults."""
-        text = f"{self.d_model}, n_experts={self.n_experts}, k={self.k}"
-        if self.expert_dropout:
-            text += f", expert_dropout={self.expert_dropout}"
-        return text + (", selection_bias=True" if self.bias is not None else "")
 
 
 class SigmoidRouter(Router):
@@ -246,8 +26,8 @@ class SigmoidRouter(Router):
         return torch.sigmoid(logits_TE).gather(1, index_TK)
 
 
-class OpenRouter(Router):
-    """Ranks on logits, and every selected expert weighs 1 (Avg-K, MoEfication, exact conversion of dense FFNs)."""
+class UnweightedRouter(Router):
+    """Every selected expert weighs 1 (Avg-K, MoEfication, exact conversion of dense FFNs)."""
 
     def gate(self, logits_TE: Tensor, index_TK: Tensor, alive_TK: Tensor | None) -> Tensor:
         """Ones. The zero-weighted logits keep the router in the graph: under DDP every parameter needs a gradient."""
@@ -255,42 +35,40 @@ class OpenRouter(Router):
 
 
 class SoftmaxRouter(Router):
-    """Gates compete in a softmax over all experts or over the selected ones.
-
-    Args:
-        order: ``"before"`` the selection (softmax over all experts, as in Switch), or ``"after"`` it. ``"renormalize"``
-            (softmax before, then divided by the selected sum: arXiv 2310.10837, Eq. 23-25) is the same function as
-            ``"after"``.
-    """
-
-    def __init__(
-        self, d_model: int, n_experts: int, k: int, *, order: str = "renormalize", **options: Unpack[RouterOptions]
-    ) -> None:
-        check_choice("order", order, ("before", "after", "renormalize"))
-        self.order = order
-        super().__init__(d_model, n_experts, k, **options)
+    """Gates compete in a softmax over all experts, as in Switch (2101.03961)."""
 
     def gate(self, logits_TE: Tensor, index_TK: Tensor, alive_TK: Tensor | None) -> Tensor:
-        """Softmax probabilities."""
-        if self.order == "before":
-            return torch.softmax(logits_TE, dim=1).gather(1, index_TK)
-        return softmax_over_selected(logits_TE.gather(1, index_TK), alive_TK)
-
-    def extra_repr(self) -> str:
-        """Sizes and what differs from the defaults."""
-        return f"{super().extra_repr()}, order={self.order!r}"
+        """The selected experts' shares of the softmax."""
+        return torch.softmax(logits_TE, dim=1).gather(1, index_TK)
 
 
-class NoisyTopKRouter(Router):
+class SoftmaxTopKRouter(Router):
+    """Gates compete in a softmax over the selected experts.
+
+    A softmax over all experts, divided by the sum over the selected ones, is the same function (arXiv 2310.10837,
+    Eq. 23-25).
+    """
+
+    def gate(self, logits_TE: Tensor, index_TK: Tensor, alive_TK: Tensor | None) -> Tensor:
+        """The softmax over the selected experts that live; zeros, never NaN, where none does."""
+        logits_TK = logits_TE.gather(1, index_TK)
+        if alive_TK is None:
+            return torch.softmax(logits_TK, dim=1)
+        # a finite fill: a row of -inf would make softmax NaN, in its gradient too
+        masked_TK = logits_TK.masked_fill(~alive_TK, torch.finfo(logits_TK.dtype).min)
+        return torch.softmax(masked_TK, dim=1) * alive_TK
+
+
+class NoisyTopKRouter(SoftmaxTopKRouter):
     """Sparsely-gated MoE: logits + N(0, 1)·softplus(W4 x) in training, softmax over the selected (Eq. 13)."""
 
     def add_parameters(self) -> None:
         """``noise_weight`` [E, d_model]."""
         self.noise_weight = nn.Parameter(torch.empty_like(self.weight))
 
-    def _parts(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
+    def _tensors(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
         """As ``Router``, and the noise weights."""
-        return {**super()._parts(), "noise_weight": (self.noise_weight, (self.n_experts, self.d_model))}
+        return {**super()._tensors(), "noise_weight": (self.noise_weight, (self.n_experts, self.d_model))}
 
     def reset_parameters(self) -> None:
         """As ``Router``; the noise weights start at zero, where the noise has deviation ln 2."""
@@ -306,10 +84,6 @@ class NoisyTopKRouter(Router):
             return logits_TE + unused
         deviation_TE = F.softplus(F.linear(x_TD, self.noise_weight.to(x_TD.dtype)))
         return logits_TE + torch.randn_like(logits_TE) * deviation_TE
-
-    def gate(self, logits_TE: Tensor, index_TK: Tensor, alive_TK: Tensor | None) -> Tensor:
-        """Softmax over the selected (noisy) logits."""
-        return softmax_over_selected(logits_TE.gather(1, index_TK), alive_TK)
 
 
 class SinkhornRouter(SigmoidRouter):
@@ -337,38 +111,48 @@ class SinkhornRouter(SigmoidRouter):
         return f"{super().extra_repr()}, n_iters={self.n_iters}"
 
 
-def softmax_over_selected(logits_TK: Tensor, alive_TK: Tensor | None) -> Tensor:
-    """Softmax over the selected experts that live; zeros, never NaN, where none does."""
-    if alive_TK is None:
-        return torch.softmax(logits_TK, dim=1)
-    # a finite fill: a row of -inf would make softmax NaN, in its gradient too
-    masked_TK = logits_TK.masked_fill(~alive_TK, torch.finfo(logits_TK.dtype).min)
-    return torch.softmax(masked_TK, dim=1) * alive_TK
-
-
-def plain_gate(router: Router) -> str | None:
-    """The router's gate, if it now is a linear map, a top-k and a gate that ``ops.routed_ffn`` knows; else None.
-
-    By exact type: a subclass may do more. With hooks on it a router must be called.
-    """
-    kind = type(router)
-    if kind is SigmoidRouter or (kind is SinkhornRouter and not router.training):
-        gate = "sigmoid"
-    elif kind is OpenRouter:
-        gate = "one"
-    elif kind is SoftmaxRouter:
-        gate = "softmax" if router.order == "before" else "softmax_selected"
-    else:
-        return None
-    drops = router.training and router.expert_dropout > 0
-    return gate if not drops and is_plain(router) else None
-
-
-ROUTERS: dict[str, Callable[..., Router]] = {
+ROUTERS: dict[str, type[Router]] = {
     "sigmoid": SigmoidRouter,
-    "softmax": partial(SoftmaxRouter, order="before"),
-    "softmax_topk": partial(SoftmaxRouter, order="after"),
+    "softmax": SoftmaxRouter,
+    "softmax_topk": SoftmaxTopKRouter,
     "sinkhorn": SinkhornRouter,
     "noisy_topk": NoisyTopKRouter,
-    "open": OpenRouter,
+    "unweighted": UnweightedRouter,
 }
+
+
+def make_router(
+    router: str | Router | Callable[..., Router],
+    d_model: int,
+    d_router: int | None,
+    n_experts: int,
+    k: int,
+    *,
+    balance: tuple[str, ...],
+    expert_dropout: float,
+    **options: Any,
+) -> Router:
+    """The router that a layer's argument ``router`` stands for: a name, a router, or what makes one of the options."""
+    if d_router is not None:
+        width = check_positive("d_router", d_router)
+    else:
+        width = router.d_model if isinstance(router, Router) else d_model
+    sizes, made = (width, n_experts, k), router
+    if not isinstance(router, Router):
+        if isinstance(router, nn.Module) or not callable(router):
+            check_choice("router", router, ROUTERS)
+        made = (ROUTERS[router] if isinstance(router, str) else router)(
+            *sizes, expert_dropout=expert_dropout, selection_bias="bias" in balance, **options
+        )
+    elif expert_dropout:
+        raise ValueError(f"expert_dropout = {expert_dropout!r}: give it to the router module instead")
+    if not isinstance(made, Router):
+        raise TypeError(f"router must make a sparse_ffn.routing.Router, but {shown(router)} made {shown(made)}")
+    if (made.d_model, made.n_experts, made.k) != sizes:
+        raise ValueError(
+            f"router has (d_model, n_experts, k) = {(made.d_model, made.n_experts, made.k)}, the layer (d_router, "
+            f"n_experts, k) = {sizes}"
+        )
+    if ("bias" in balance) != (made.bias is not None):
+        raise ValueError(f"balance = {balance!r} and a router with selection_bias={made.bias is not None} do not fit")
+    return made

@@ -48,7 +48,7 @@ def segments_kernel(y, members, offsets, out, N, stride_y, stride_out, BLOCK_N: 
 
 @triton.jit
 def add_parts_kernel(parts, out, size, n_parts, BLOCK: tl.constexpr):
-    """Out = parts[0] + parts[1] + ..., each of ``size`` numbers."""
+    """out = parts[0] + parts[1] + ..., each of ``size`` numbers."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for _ in range(0, n_parts):
@@ -84,5 +84,5 @@ def add_segments(y: Tensor, members: Tensor, offsets: Tensor, out: Tensor) -> No
 
 
 def add_parts(parts: Tensor, out: Tensor) -> None:
-    """Out = parts.sum(0) in order, parts fp32 [P, *out.shape] contiguous."""
+    """out = parts.sum(0) in order, parts fp32 [P, *out.shape] contiguous."""
     launch(add_parts_kernel, cdiv(out.numel(), SPLIT_BLOCK), parts, out, out.numel(), parts.shape[0], BLOCK=SPLIT_BLOCK)

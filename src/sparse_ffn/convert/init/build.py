@@ -15,7 +15,7 @@ from sparse_ffn.convert.init.partition import balanced_kmeans, contiguous, produ
 from sparse_ffn.convert.init.router import centre, fit_router, mean_keys
 from sparse_ffn.convert.init.weights import PAD, FFNWeights, wide
 from sparse_ffn.layers import MoE, ProductKeyMemory, SparseFFN
-from sparse_ffn.routing.routers import OpenRouter
+from sparse_ffn.routing.routers import UnweightedRouter
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _correct(layer: MoE, ffn: FFNWeights, inputs: Tensor) -> str:
     count = gate.new_zeros(layer.n_experts).index_add_(0, index, torch.ones_like(gate))
     mean = torch.zeros_like(count).index_add_(0, index, gate) / count.clamp_min(1)
     mean = torch.where(count > 0, mean, mean[count > 0].mean())
-    if not isinstance(layer.router, OpenRouter):
+    if not isinstance(layer.router, UnweightedRouter):
         layer.values.mul_((gate_at_zero(layer) / mean).view(-1, 1, 1).to(layer.values.dtype))
         done += ", rescaled by mean gates"
     if layer.out_bias is not None:

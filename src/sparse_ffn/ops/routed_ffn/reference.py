@@ -46,6 +46,6 @@ def routed_ffn(
 GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sigmoid": lambda score, index: torch.sigmoid(score).gather(1, index),
     "softmax": lambda score, index: torch.softmax(score, dim=1).gather(1, index),
-    "softmax_selected": lambda score, index: torch.softmax(score.gather(1, index), dim=1),
-    "one": lambda score, index: 1 + 0 * score.gather(1, index),
+    "softmax_topk": lambda score, index: torch.softmax(score.gather(1, index), dim=1),
+    "unweighted": lambda score, index: 1 + 0 * score.gather(1, index),
 }

@@ -28,7 +28,7 @@ def topk_ffn(
     activation: str,
     norm_aware: bool,
 ) -> Tensor:
-    """Y = sum of h[i]·values[i] over the k units of the largest |h[i]|; shapes as in ``ops.topk_ffn``."""
+    """y = sum of h[i]·values[i] over the k units of the largest |h[i]|; shapes as in ``ops.topk_ffn``."""
     keys, values, gate_keys, key_bias = units
     up_TF = F.linear(x, keys, key_bias)
     z_TF, other_TF = (up_TF, None) if gate_keys is None else (F.linear(x, gate_keys), up_TF)

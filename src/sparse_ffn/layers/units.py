@@ -1,0 +1,72 @@
+"""UnitsFFN: what the layers share that store each hidden unit as rows, DenseFFN, TopKFFN and the MoE family."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sparse_ffn import ops
+from sparse_ffn.checks import check_flag
+from sparse_ffn.layers.base import SparseFFN
+from sparse_ffn.module import tensors_of
+
+
+class UnitsFFN(SparseFFN):
+    """Base of layers with one row per hidden unit in ``keys``, ``values`` and, for a GLU, ``gate_keys``."""
+
+    keys: nn.Parameter
+    gate_keys: nn.Parameter | None
+    key_bias: nn.Parameter | None
+    _units_dims = 1
+
+    @property
+    def _units_shape(self) -> tuple[int, ...]:
+        """How the hidden units are counted: [d_ff], or [experts, units of each]."""
+        raise NotImplementedError
+
+    def _make_units(self, glu: bool, bias: bool) -> None:
+        units = self._units_shape
+        self.keys = self._parameter(*units, self.d_model)
+        self.gate_keys = self._parameter(*units, self.d_model) if check_flag("glu", glu) else None
+        self.key_bias = self._parameter(*units) if bias else None
+        self.values = self._parameter(*units, self.d_out)
+
+    def reset_parameters(self) -> None:
+        """Normal keys and values, zero biases."""
+        self._normal(self.keys, self.d_model)
+        self._normal(self.values, self.d_ff)  # of all units, not of an expert's (arXiv 2310.10837, section 5)
+        if self.gate_keys is not None:
+            self._normal(self.gate_keys, self.d_model)
+        for bias in (self.key_bias, self.out_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def _units(self) -> ops.Units:
+        """The hidden units' tensors, which fit each other.
+
+        Kernels trust shapes, but functional_call, pruning and parametrisations bring tensors of their own.
+        """
+        units = ops.Units(*tensors_of(self, "keys", "values", "gate_keys", "key_bias"))
+        shape = units.values.shape
+        counted = shape[:-1]
+        if (
+            len(counted) != self._units_dims
+            or shape[-1] != self.d_out
+            or units.keys.shape != (*counted, self.d_model)
+            or (units.gate_keys is not None and units.gate_keys.shape != units.keys.shape)
+            or (units.key_bias is not None and units.key_bias.shape != counted)
+        ):
+            raise self._shape_error()
+        return units
+
+    def _tensors(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
+        units = self._units_shape
+        return {
+            "keys": (self.keys, (*units, self.d_model)),
+            "gate_keys": (self.gate_keys, (*units, self.d_model)),
+            "key_bias": (self.key_bias, units),
+            "values": (self.values, (*units, self.d_out)),
+        }
+
+    def _flops(self, n_keys: int, n_values: int) -> int:
+        """Of so many units' keys (twice for a GLU) and so many units' values."""
+        return 2 * (n_keys * self.d_model * (1 if self.gate_keys is None else 2) + n_values * self.d_out)
