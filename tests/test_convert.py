@@ -892,7 +892,7 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -
     def fails(*args: Any) -> Any:
         raise RuntimeError("in the middle")
 
-    monkeypatch.setattr(sparsify, "put", fails)  # the first two are in place by then
+    monkeypatch.setattr(sparsify, "apply", fails)  # the first two are in place by then
     with pytest.raises(RuntimeError, match="in the middle"):
         sf.sparsify_(model, sf.MoEConfig(n_experts=2))
     assert state(model) == before

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from sparse_ffn.checks import check_floating, check_function, check_type
 from sparse_ffn.convert.calibrate import Filter
 from sparse_ffn.convert.config import FFNConfig
-from sparse_ffn.convert.find.edits import put, set_attribute, switch_off_fast_path
-from sparse_ffn.convert.find.find import find, find_one
-from sparse_ffn.convert.find.found import Found, without_numbers
+from sparse_ffn.convert.find.edits import apply, set_attribute, switch_off_fast_path
+from sparse_ffn.convert.find.find import find, find_one, without_numbers
+from sparse_ffn.convert.find.found import Found
 from sparse_ffn.convert.find.linear import as_linear
-from sparse_ffn.convert.find.parents import misfit
+from sparse_ffn.convert.find.match import rejection
 from sparse_ffn.convert.init.build import Built, ConstantInput, build
 from sparse_ffn.convert.init.weights import FFNWeights, wide
 from sparse_ffn.convert.report import Report, Swap
@@ -258,7 +258,7 @@ def _fitting(wanted: list[Found], slots: _Slots, unknown: dict[str, str]) -> lis
         parents = {owner: attribute for owner, attribute, _ in slots[id(f.module)]}
         if "_orig_mod" in parents.values():
             left[f.name] = "it is compiled by itself, and would go on as it was: convert first, then compile"
-        for reason in (_mixed(f.weights()), *(misfit(f, parent) for parent in parents)):
+        for reason in (_mixed(f.weights()), *(rejection(f, parent) for parent in parents)):
             if reason is not None:
                 left.setdefault(f.name, reason)
     unknown.update(left)
@@ -299,7 +299,7 @@ def _swap(model: nn.Module, plans: list[_Plan], slots: _Slots) -> None:
                 undo.append(set_attribute(owner, attribute, plan.module))
             if plan.found.edits:
                 enclosing = model.get_submodule(plan.found.enclosing)
-                undo += put(enclosing, plan.found.edits)
+                undo += apply(enclosing, plan.found.edits)
                 for module in model.modules():
                     if any(inner is enclosing for inner in module.modules()):
                         undo += switch_off_fast_path(module)
