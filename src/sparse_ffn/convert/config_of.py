@@ -6,9 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from sparse_ffn.convert.config import CONFIGS
-from sparse_ffn.convert.config_base import FFNConfig
-from sparse_ffn.convert.config_experts import MoEConfig
+from sparse_ffn.convert.config import CONFIGS, FFNConfig, MoEConfig
 from sparse_ffn.layers import MoE, SparseFFN
 from sparse_ffn.routing.routers import ROUTERS, Router
 
@@ -29,15 +27,13 @@ def config_of(layer: SparseFFN) -> FFNConfig:
     if kind is None:
         raise TypeError(f"no config is for {type(layer).__name__}: there are {', '.join(c.__name__ for c in CONFIGS)}")
     router = layer._own_router() if isinstance(layer, MoE) else None
-    names = [name for name in kind(init="fresh").arguments() if name != "router"]
-    meta: dict[str, Any] = {"device": "meta"}
-    options = {name: _option(layer, router, name) for name in names}
+    options = {n: _option(layer, router, n) for n in kind(init="fresh").arguments() if n != "router"}
     for choice in [{"router": name} for name in ROUTERS] if kind is MoEConfig else [{}]:
         config: FFNConfig = kind(init="fresh", **options, **choice)
         if router is None:
             return config
-        twin: Any = config.layer(d_model=layer.d_model, d_out=layer.d_out, **config.arguments(), **meta)
-        if _facts(router) == _facts(twin.router):
+        twin: Any = config.layer(d_model=layer.d_model, d_out=layer.d_out, **config.arguments(), device="meta")
+        if _function(router) == _function(twin.router):
             return config
     raise ValueError(f"no {kind.__name__} makes a layer with this router, {router}")
 
@@ -52,7 +48,7 @@ def _option(layer: SparseFFN, router: Router | None, name: str) -> Any:
     return value[0] if name in ("balance", "balance_weight") and len(value) == 1 else value
 
 
-def _facts(router: Router) -> tuple[Any, ...]:
+def _function(router: Router) -> tuple[Any, ...]:
     """What decides the function that a router computes: its class and all that its repr shows."""
     return _own_class(router), router.extra_repr().replace("renormalize", "after")  # two names of one function
 
