@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn.convert.init.build import copy_weights, freeze, gate_at_zero
+from sparse_ffn.convert.init.partition import product_keys
 from sparse_ffn.convert.init.weights import FFNWeights
 from sparse_ffn.layers import DenseFFN, MoE, ProductKeyMemory, SparseFFN
 from sparse_ffn.routing.deepseek import DeepSeekRouter
@@ -35,9 +36,8 @@ def to_dense(layer: SparseFFN) -> DenseFFN:
         ValueError: no dense FFN computes the same; the message says why.
     """
     if not isinstance(layer, SparseFFN):
-        inside = (
-            [n for n, m in layer.named_modules() if isinstance(m, SparseFFN)] if isinstance(layer, nn.Module) else []
-        )
+        modules = layer.named_modules() if isinstance(layer, nn.Module) else ()
+        inside = [name for name, module in modules if isinstance(module, SparseFFN)]
         hint = f": give the layer in it, at {', '.join(map(repr, inside))}" if inside else ""
         raise TypeError(f"layer must be a layer of sparse_ffn, got {type(layer).__name__}{hint}")
     if isinstance(layer, MoE):
@@ -95,9 +95,7 @@ def _memory(layer: ProductKeyMemory) -> FFNWeights:
         raise _no_dense(layer, f"k = {layer.k} of {layer.d_ff} values are used, others for each token")
     if layer.activation == "softmax" or layer.query_norm is not None:
         raise _no_dense(layer, "its weights are normalised over the token's scores or query")
-    first, second = layer.sub_keys  # [H, N, C] each
-    n = layer.n_sub_keys
-    keys = torch.cat([first.repeat_interleave(n, 1), second.repeat(1, n, 1)], dim=2)  # [H, N·N, 2C]
+    keys = product_keys(layer.sub_keys)
     bias: Tensor | None = None
     if layer.query is not None:
         if layer.query.bias is not None:

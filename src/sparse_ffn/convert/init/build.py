@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +13,9 @@ from torch.nn import functional as F
 
 from sparse_ffn.checks import check_positive, check_tensor
 from sparse_ffn.convert.config import ExpertsConfig, FFNConfig
-from sparse_ffn.convert.init.partition import balanced_kmeans, contiguous, product_grid
+from sparse_ffn.convert.init.partition import balanced_kmeans, contiguous, product_grid, product_keys
 from sparse_ffn.convert.init.router import centre, fit_router, mean_keys
-from sparse_ffn.convert.init.weights import PAD, FFNWeights, wide
+from sparse_ffn.convert.init.weights import PAD, FFNWeights, relative_error, wide
 from sparse_ffn.layers import MoE, ProductKeyMemory, SparseFFN
 from sparse_ffn.routing.routers import OpenRouter
 
@@ -50,6 +52,19 @@ class ConstantInput(nn.Module):
     def extra_repr(self) -> str:
         """The width."""
         return f"pad={self.pad}"
+
+
+@contextmanager
+def evaluating(layer: SparseFFN) -> Iterator[None]:
+    """A layer in evaluation mode, which it leaves as it was before, without a trace of what ran."""
+    training = layer.training
+    layer.eval()
+    try:
+        yield
+    finally:
+        layer.train(training)
+        if isinstance(layer, MoE):
+            layer._last = None
 
 
 @torch.no_grad()
@@ -127,8 +142,6 @@ def _experts(layer: MoE, config: ExpertsConfig, ffn: FFNWeights, inputs: Tensor 
 def _partition(config: ExpertsConfig, ffn: FFNWeights, inputs: Tensor | None, n: int) -> tuple[Tensor, str]:
     if config.init == "split":
         return contiguous(ffn.d_ff, n), f"{n} experts of {ffn.d_ff // n} units in their order"
-    if ffn.keys.is_meta:
-        raise ValueError('init = "cluster" needs the weights, and the FFN is on the meta device: take init="fresh"')
     by = config.cluster_by or ("keys" if inputs is None else "coactivation")
     if by == "coactivation":
         if inputs is None:
@@ -158,12 +171,11 @@ def gate_at_zero(layer: MoE) -> float:
 
 
 def _correct(layer: MoE, ffn: FFNWeights, inputs: Tensor) -> str:
-    """Undo the mean of what routing changes: gates by the values, the mean of unselected experts by the output bias."""
-    training = layer.training
-    layer.eval()
+    """Make the output right in the mean: values take back the mean gates, the output bias the unselected experts."""
     x = inputs.to(ffn.keys)
     done = ""
-    routing = layer.router(x)
+    with evaluating(layer):
+        routing = layer.router(x)
     index, gate = routing.index_TK.flatten(), routing.gate_TK.flatten()
     count = gate.new_zeros(layer.n_experts).index_add_(0, index, torch.ones_like(gate))
     mean = torch.zeros_like(count).index_add_(0, index, gate) / count.clamp_min(1)
@@ -172,24 +184,21 @@ def _correct(layer: MoE, ffn: FFNWeights, inputs: Tensor) -> str:
         layer.values.mul_((gate_at_zero(layer) / mean).view(-1, 1, 1).to(layer.values.dtype))
         done += ", rescaled by mean gates"
     if layer.out_bias is not None:
-        layer.out_bias.add_((wide(ffn.output(x)) - wide(layer(x))).mean(0).to(layer.out_bias.dtype))
+        with evaluating(layer):
+            y = layer(x)
+        layer.out_bias.add_((wide(ffn.output(x)) - wide(y)).mean(0).to(layer.out_bias.dtype))
         done += ", output bias corrected"
-    layer._last = None
-    layer.train(training)
     return done
 
 
 def _upcycle(layer: MoE, ffn: FFNWeights) -> str:
-    """Each expert a copy; the values are divided by what the k gates sum to where the router is undecided."""
-    for name, tensor in ffn.tensors().items():
-        own: Tensor = getattr(layer, name)
-        own.copy_(tensor if name == "out_bias" else tensor.expand(layer.n_experts, *tensor.shape))
-    for name in ("key_bias", "out_bias"):
-        if name not in ffn.tensors() and (missing := getattr(layer, name)) is not None:
-            missing.zero_()
+    """Make each expert a copy; the values are divided by what the k gates sum to where the router is undecided."""
+    n = layer.n_experts
+    copies: dict[str, Any] = {name: t.expand(n, *t.shape) for name, t in ffn.tensors().items() if name != "out_bias"}
+    copy_weights(layer, replace(ffn, **copies))
     total = layer.k * gate_at_zero(layer)
     layer.values.div_(total)
-    return f"{layer.n_experts} copies, fresh router, values times {1 / total:g}"
+    return f"{n} copies, fresh router, values times {1 / total:g}"
 
 
 def _memory(layer: ProductKeyMemory, ffn: FFNWeights) -> str:
@@ -210,15 +219,13 @@ def _memory(layer: ProductKeyMemory, ffn: FFNWeights) -> str:
     layer.sub_keys[0, 0].copy_(first.mean(1))
     layer.sub_keys[1, 0].copy_(second.mean(0))
     layer.values.copy_(ffn.values[grid_NN.flatten()])
+    error = relative_error(product_keys(layer.sub_keys)[0], ffn.keys[grid_NN.flatten()])
     n = layer.n_sub_keys
-    keys = torch.cat([layer.sub_keys[0, 0].repeat_interleave(n, 0), layer.sub_keys[1, 0].repeat(n, 1)], dim=1)
-    wanted = ffn.keys[grid_NN.flatten()]
-    error = float((keys - wanted).norm() / wanted.norm().clamp_min(1e-30))
     return f"values kept; {n} x {n} product keys, relative error of the keys {error:.2%}"
 
 
 def freeze(layer: SparseFFN, ffn: FFNWeights) -> None:
-    """Frozen stays frozen; what had no counterpart trains if anything does."""
+    """Freeze what was frozen; a parameter without a counterpart trains if any other does."""
     if not ffn.trainable:
         return
     present = {name: ffn.trainable[name] for name in ffn.tensors() if name in ffn.trainable}

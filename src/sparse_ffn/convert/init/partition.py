@@ -71,6 +71,13 @@ def product_grid(keys_FD: Tensor, n: int) -> Tensor:
     return grid_NN
 
 
+def product_keys(sub_keys_2HNC: Tensor) -> Tensor:
+    """The key of each pair of sub-keys, [H, N·N, 2C]: the pairs of a first sub-key follow each other."""
+    first, second = sub_keys_2HNC
+    n = first.shape[1]
+    return torch.cat([first.repeat_interleave(n, 1), second.repeat(1, n, 1)], dim=2)
+
+
 def balanced_assignment(similarity_FE: Tensor, n_rounds: int = 100) -> Tensor:
     """A cluster for each unit, F/E units each, of high total similarity.
 
