@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,12 +69,7 @@ def evaluating(layer: SparseFFN) -> Iterator[None]:
 
 @torch.no_grad()
 def build(config: FFNConfig, ffn: FFNWeights, inputs: Tensor | None = None) -> Built:
-    """Make a layer that starts from a dense FFN.
-
-    Args:
-        config: which layer, and how.
-        ffn: its weights, without a gate bias.
-        inputs: [T, d_model] that the FFN sees, for what needs calibration.
+    """Make a layer that starts from a dense FFN without a gate bias, which sees inputs [T, d_model].
 
     Raises:
         ValueError: the config does not fit the FFN.
@@ -87,13 +82,12 @@ def build(config: FFNConfig, ffn: FFNWeights, inputs: Tensor | None = None) -> B
         note = "fresh weights"
     elif isinstance(config, ExpertsConfig):
         assert isinstance(layer, MoE)
-        note = _experts(layer, config, ffn, inputs)
+        note = _upcycle(layer, ffn) if config.init == "upcycle" else _experts(layer, config, ffn, inputs)
     elif isinstance(layer, ProductKeyMemory):
         note = _memory(layer, ffn)
     else:
         copy_weights(layer, ffn)
-        exact = "exact" if layer.k == ffn.d_ff else f"the {layer.k} largest of {ffn.d_ff} units"
-        note = f"weights kept: {exact}"
+        note = f"weights kept: {'exact' if layer.k == ffn.d_ff else f'the {layer.k} largest of {ffn.d_ff} units'}"
     freeze(layer, ffn)
     return Built(layer, config, note)
 
@@ -106,50 +100,43 @@ def copy_weights(layer: SparseFFN, ffn: FFNWeights) -> None:
 
 
 def _experts(layer: MoE, config: ExpertsConfig, ffn: FFNWeights, inputs: Tensor | None) -> str:
-    if config.init == "upcycle":
-        return _upcycle(layer, ffn)
+    """Deal the hidden units out to experts, and give the router weights that rank these."""
     if layer.keys.is_meta and (config.init == "cluster" or config.router_init == "fitted"):
         raise ValueError('init = "cluster" and router_init = "fitted" need numbers; a model on meta has none')
-    n, k = layer.n_experts, layer.k
-    units_EG, how = _partition(config, ffn, inputs, n)
-    order = units_EG.flatten().to(ffn.keys.device)
-    per_unit: dict[str, Any] = {name: t[order] for name, t in ffn.tensors().items() if name != "out_bias"}
-    ffn = replace(ffn, **per_unit)
-    copy_weights(layer, ffn)
-    if layer.keys.is_meta:
-        return how
-    fitted = config.router_init == "fitted" or (config.router_init is None and inputs is not None)
-    if fitted and inputs is None:
-        raise ValueError('router_init = "fitted" needs calibration: give inputs, see sparse_ffn.calibrate')
-    weight = fit_router(ffn, n, inputs) if fitted and inputs is not None else mean_keys(ffn, n)
-    router = "router fitted to the experts' contributions" if fitted else "router from mean keys"
-    gate = gate_at_zero(layer)
-    if gate == 1:
-        layer.router.weight.copy_(weight)
-    elif k == n and not fitted:
-        layer.router.weight.zero_()
-        router = "zero router"
+    if inputs is None and config.cluster_by == "coactivation":
+        raise ValueError('cluster_by = "coactivation" needs calibration: give inputs, see sparse_ffn.calibrate')
+    n, how = layer.n_experts, f"{layer.n_experts} experts of {layer.expert_size} units"
+    if config.init == "split":
+        units_EG, how = contiguous(ffn.d_ff, n), f"{how} in their order"
+    elif inputs is None or config.cluster_by == "keys":
+        units_EG, how = balanced_kmeans(ffn.deciding_keys, n), f"{how} clustered by keys"
     else:
-        layer.router.weight.copy_(centre(weight, inputs))
+        units_EG, how = balanced_kmeans(coactivation(ffn, inputs), n), f"{how} clustered by coactivation"
+    order = units_EG.flatten().to(ffn.keys.device)
+    ffn = ffn.map_units(lambda rows: rows[order])
+    copy_weights(layer, ffn)
+    return how if layer.keys.is_meta else f"{how}; {_route(layer, config, ffn, inputs)}"
+
+
+def _route(layer: MoE, config: ExpertsConfig, ffn: FFNWeights, inputs: Tensor | None) -> str:
+    """Give the router its weights, and the values what makes up for the gates."""
+    if inputs is None and config.router_init == "fitted":
+        raise ValueError('router_init = "fitted" needs calibration: give inputs, see sparse_ffn.calibrate')
+    sample = None if config.router_init == "mean_keys" else inputs
+    if sample is None:
+        weight, note = mean_keys(ffn, layer.n_experts), "router from mean keys"
+    else:
+        weight, note = fit_router(ffn, layer.n_experts, sample), "router fitted to the experts' contributions"
+    gate = gate_at_zero(layer)
+    if gate != 1 and layer.k == layer.n_experts and sample is None:
+        weight, note = torch.zeros_like(weight), "zero router"
+    elif gate != 1:
+        weight = centre(weight, inputs)
+    layer.router.weight.copy_(weight)
     layer.values.div_(gate)
     if gate != 1:
-        router += f", values times {1 / gate:g}"
-    if fitted and inputs is not None:
-        router += _correct(layer, ffn, inputs)
-    return f"{how}; {router}"
-
-
-def _partition(config: ExpertsConfig, ffn: FFNWeights, inputs: Tensor | None, n: int) -> tuple[Tensor, str]:
-    if config.init == "split":
-        return contiguous(ffn.d_ff, n), f"{n} experts of {ffn.d_ff // n} units in their order"
-    by = config.cluster_by or ("keys" if inputs is None else "coactivation")
-    if by == "coactivation":
-        if inputs is None:
-            raise ValueError('cluster_by = "coactivation" needs calibration: give inputs, see sparse_ffn.calibrate')
-        features = coactivation(ffn, inputs)
-    else:
-        features = ffn.keys if ffn.gate_keys is None else ffn.gate_keys
-    return balanced_kmeans(features, n), f"{n} experts of {ffn.d_ff // n} units clustered by {by}"
+        note += f", values times {1 / gate:g}"
+    return note if sample is None else note + _correct(layer, ffn, sample)
 
 
 def coactivation(ffn: FFNWeights, inputs: Tensor, n_tokens: int = 2048) -> Tensor:
@@ -194,15 +181,14 @@ def _correct(layer: MoE, ffn: FFNWeights, inputs: Tensor) -> str:
 def _upcycle(layer: MoE, ffn: FFNWeights) -> str:
     """Make each expert a copy; the values are divided by what the k gates sum to where the router is undecided."""
     n = layer.n_experts
-    copies: dict[str, Any] = {name: t.expand(n, *t.shape) for name, t in ffn.tensors().items() if name != "out_bias"}
-    copy_weights(layer, replace(ffn, **copies))
+    copy_weights(layer, ffn.map_units(lambda rows: rows.expand(n, *rows.shape)))
     total = layer.k * gate_at_zero(layer)
     layer.values.div_(total)
     return f"{n} copies, fresh router, values times {1 / total:g}"
 
 
 def _memory(layer: ProductKeyMemory, ffn: FFNWeights) -> str:
-    """Lay the units out on the grid of product keys that is nearest to their keys; exact where they are products."""
+    """Lay the units out on the nearest grid of product keys; exact where their keys are products."""
     if ffn.gate_keys is not None:
         raise ValueError('init = "pkm" is for plain FFNs; this one is a GLU: take init="fresh"')
     if layer.n_heads != 1 or layer.query is not None or layer.query_norm is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,6 +69,16 @@ class FFNWeights:
         """All that are there, by name."""
         names = ("keys", "values", "gate_keys", "key_bias", "gate_bias", "out_bias")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
+    def deciding_keys(self) -> Tensor:
+        """Those that decide whether a unit is on: the gate's in a GLU."""
+        return self.keys if self.gate_keys is None else self.gate_keys
+
+    def map_units(self, change: Callable[[Tensor], Tensor]) -> FFNWeights:
+        """The same with every tensor that has a row for each unit changed."""
+        changed: dict[str, Any] = {name: change(t) for name, t in self.tensors().items() if name != "out_bias"}
+        return replace(self, **changed)
 
     def hidden(self, x: Tensor) -> Tensor:
         """Hidden units of x [T, D]: [T, F], without dropout."""
