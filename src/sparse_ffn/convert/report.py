@@ -1,4 +1,4 @@
-"""What sparsify_ did and what it left: a report that prints as a table."""
+"""The report of sparsify_: what it replaced and what it left, which prints as a table."""
 
 from __future__ import annotations
 

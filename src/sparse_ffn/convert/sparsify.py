@@ -17,7 +17,7 @@ from sparse_ffn.convert.find.find import find, find_one, without_numbers
 from sparse_ffn.convert.find.found import Found
 from sparse_ffn.convert.find.linear import as_linear
 from sparse_ffn.convert.init.build import Built, ConstantInput, build, evaluating
-from sparse_ffn.convert.init.weights import FFNWeights, relative_error
+from sparse_ffn.convert.init.weights import relative_error
 from sparse_ffn.convert.places import Places, mixed, places_of, replaceable, twins
 from sparse_ffn.convert.report import Replacement, Report
 from sparse_ffn.layers import MoE
@@ -154,24 +154,17 @@ def _rows(f: Found, inputs: Tensor) -> Tensor:
     return inputs.reshape(-1, ffn.d_model).to(ffn.keys)
 
 
-def _without_gate_bias(ffn: FFNWeights, rows: Tensor | None) -> tuple[FFNWeights, Tensor | None]:
-    """Weights and inputs as a layer after a ``ConstantInput`` has them, if there is a gate bias."""
-    if ffn.gate_bias is None:
-        return ffn, rows
-    return ffn.with_constant_input(), None if rows is None else ConstantInput()(rows)
-
-
 def _make(f: Found, config: FFNConfig, rows: Tensor | None) -> _New:
     """Build what replaces an FFN, without touching the model."""
     ffn = f.weights()
+    before = nn.Sequential(*([] if ffn.gate_bias is None else [ConstantInput()]))
+    after = nn.Sequential(*([nn.Dropout(f.out_dropout)] if f.out_dropout else []))
     try:
-        built = build(config, *_without_gate_bias(ffn, rows))
+        plain = ffn if ffn.gate_bias is None else ffn.with_constant_input()
+        built = build(config, plain, None if rows is None else before(rows))
     except (ValueError, TypeError) as error:
         raise type(error)(f"{f.name or 'the FFN'} ({f.pattern}, d_ff = {ffn.d_ff}): {error}") from error
-    parts: list[nn.Module] = [*([] if ffn.gate_bias is None else [ConstantInput()]), built.layer]
-    if f.out_dropout:
-        parts.append(nn.Dropout(f.out_dropout))
-    module = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
+    module = nn.Sequential(*before, built.layer, *after) if before or after else built.layer
     return _New(f.name, module.train(f.module.training), built)
 
 
@@ -179,11 +172,10 @@ def _make(f: Found, config: FFNConfig, rows: Tensor | None) -> _New:
 def _replacement(f: Found, new: _New, rows: Tensor | None, names: list[str]) -> Replacement:
     """The report's line."""
     ffn, layer = f.weights(), new.built.layer
-    plain, inputs = _without_gate_bias(ffn, rows)
     error = None
-    if inputs is not None:
-        with evaluating(layer):
-            error = relative_error(layer(inputs), plain.output(inputs))
+    if rows is not None:
+        with evaluating(new.module):
+            error = relative_error(new.module(rows), ffn.output(rows))
     note = new.built.note + ("" if ffn.gate_bias is None else "; a constant input carries the gate's bias")
     sizes = f"E={layer.n_experts} G={layer.expert_size} k={layer.k}" if isinstance(layer, MoE) else f"k={layer.k}"
     tied = None if f.name == new.name else new.name

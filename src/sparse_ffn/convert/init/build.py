@@ -55,16 +55,16 @@ class ConstantInput(nn.Module):
 
 
 @contextmanager
-def evaluating(layer: SparseFFN) -> Iterator[None]:
-    """A layer in evaluation mode, which it leaves as it was before, without a trace of what ran."""
-    training = layer.training
-    layer.eval()
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a new module, which keeps nothing of what runs in it."""
+    training = module.training
+    module.eval()
     try:
         yield
     finally:
-        layer.train(training)
-        if isinstance(layer, MoE):
-            layer._last = None
+        for inner in module.train(training).modules():
+            if isinstance(inner, MoE):
+                inner._last = None
 
 
 @torch.no_grad()
