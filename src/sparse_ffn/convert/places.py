@@ -51,15 +51,7 @@ def mixed(ffn: FFNWeights) -> str | None:
 def replaceable(
     model: nn.Module, wanted: list[Found], groups: Mapping[str, object], places: Places, unknown: dict[str, str]
 ) -> list[Found]:
-    """The FFNs that a layer can stand for; the others become unknown, with the reason.
-
-    Args:
-        model: what holds them.
-        wanted: FFNs that were found in it.
-        groups: what ``twins`` says of each, by name.
-        places: of the model's modules.
-        unknown: gets the names and reasons.
-    """
+    """The FFNs that a layer can stand for, by the groups of ``twins``; the others become unknown, with the reason."""
     owners: dict[int, set[nn.Module]] = defaultdict(set)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):

@@ -1,4 +1,7 @@
-"""Matching: whether linear maps are a two-layer FFN, and where a layer can stand, by what copies of modules compute."""
+"""Matching: whether linear maps are a two-layer FFN, and where a layer can stand, by what copies of modules compute.
+
+A match that fails raises Unknown with the reason.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +33,8 @@ from sparse_ffn.layers import DenseFFN
 
 
 def match_dense(name: str, layer: DenseFFN) -> Found:
-    """This library's own dense layer, whose formula is known.
-
-    Raises:
-        Unknown: it has hooks.
-    """
-    check_no_hooks(layer)
+    """This library's own dense layer, whose formula is known."""
+    refuse(hooks(layer))
     ups = [Linear(layer, f"{name}.keys", transposed=False, parameters=("keys", "key_bias"))]
     if layer.gate_keys is not None:
         ups.append(Linear(layer, f"{name}.gate_keys", transposed=False, parameters=("gate_keys", "")))
@@ -45,11 +44,7 @@ def match_dense(name: str, layer: DenseFFN) -> Found:
 
 
 def match_block(name: str, module: nn.Module, ups: list[Linear], down: Linear) -> Found:
-    """A module that is an FFN of these linear maps and nothing else: Sequential, Mlp, gate/up/down, wi/wo.
-
-    Raises:
-        Unknown: it computes something else, or cannot be replaced.
-    """
+    """A module that is an FFN of these linear maps and nothing else: Sequential, Mlp, gate/up/down, wi/wo."""
     try:
         return _match_block(name, module, ups, down)
     except Unknown:
@@ -61,10 +56,8 @@ def match_block(name: str, module: nn.Module, ups: list[Linear], down: Linear) -
 
 def _match_block(name: str, module: nn.Module, ups: list[Linear], down: Linear) -> Found:
     linears = (*ups, down)
-    check_plain(linears)
-    check_no_hooks(module)
-    if next(module.buffers(), None) is not None:
-        raise Unknown("not replaced, since it has buffers: " + ", ".join(n for n, _ in module.named_buffers()))
+    buffers = ", ".join(name for name, _ in module.named_buffers())
+    refuse(*(linear.obstacle for linear in linears), hooks(module), f"it has buffers: {buffers}" if buffers else None)
     x = probe_input(ups[0].n_in)
     seen = observe(module, [linear.within(name) for linear in linears], [(x,)])
     y = seen.down.output
@@ -88,12 +81,8 @@ def _match_block(name: str, module: nn.Module, ups: list[Linear], down: Linear) 
 
 
 def match_pair(name: str, module: nn.Module, up: Linear, down: Linear) -> Found:
-    """Two linear maps in a larger module: BERT's pairs of modules, torch.nn's Transformer layers, OPT's.
-
-    Raises:
-        Unknown: what lies between them is no activation, or the module does not run on with a layer in their place.
-    """
-    check_plain([up, down])
+    """Two linear maps in a larger module: BERT's pairs of modules, torch.nn's Transformer layers, OPT's."""
+    refuse(up.obstacle, down.obstacle)
     a, b = up.within(name), down.within(name)
     module = _between(module, a, b)
     patched = [type(m).__name__ for m in module.modules() if "forward" in vars(m)]
@@ -103,7 +92,7 @@ def match_pair(name: str, module: nn.Module, up: Linear, down: Linear) -> Found:
     formula = seen.formula()
     trained, _ = run_first(seen.copied, [seen.args], seen.leaves, train=True)
     owners = list(dict.fromkeys(["", a.rpartition(".")[0], b.rpartition(".")[0]]))
-    edits = [_edit_activation(seen, owners, b)]
+    edits = [_edit_activation(seen, owners)]
     dropout = 0.0
     first = trained.only(seen.linears[0])
     if first is None:
@@ -115,26 +104,18 @@ def match_pair(name: str, module: nn.Module, up: Linear, down: Linear) -> Found:
             edits.append(_edit_dropout(seen.copied, owners, trained, h, rate))
     owner, _, attribute = b.rpartition(".")
     edits.append(Edit(owner, attribute, nn.Identity))
-    for edit in edits:
-        if (part := module.get_submodule(edit.owner)._modules.get(edit.attribute)) is not None:
-            check_no_hooks(part)
-    check_no_hooks(up.module)
+    gone = [module.get_submodule(edit.owner)._modules.get(edit.attribute) for edit in edits]
+    refuse(*(hooks(part) for part in (up.module, *gone) if part is not None))
     found = Found(up.name, up.module, (up,), down, formula, dropout, enclosing=name, edits=tuple(edits))
     _verify(found, module, a, seen, trained)
     return found
 
 
-def check_plain(linears: tuple[Linear, ...] | list[Linear]) -> None:
-    """Raise Unknown where a linear map only says that it is one."""
-    for linear in linears:
-        if linear.obstacle is not None:
-            raise Unknown(f"not replaced, since {linear.obstacle}")
-
-
-def check_no_hooks(module: nn.Module) -> None:
-    """Raise Unknown if something that hangs on the module would be lost with it."""
-    if (why := hooks(module)) is not None:
-        raise Unknown(f"not replaced, since {why}")
+def refuse(*reasons: str | None) -> None:
+    """Raise Unknown with the first reason, if there is one."""
+    for why in reasons:
+        if why is not None:
+            raise Unknown(f"not replaced, since {why}")
 
 
 @dataclass(frozen=True)
@@ -152,11 +133,7 @@ class Seen:
     down: Call
 
     def formula(self) -> Formula:
-        """What lies between the linear maps.
-
-        Raises:
-            Unknown: no activation that is known, or one that is clamped, as ReLU6 is.
-        """
+        """What lies between the linear maps: an activation that is known, without a clamp, as ReLU6 has one."""
         formula = find_formula([call.output for call in self.ups], self.down.input)
         weights = [(weight, weight.data) for up in self.linears[:-1] if isinstance(weight := up.weight, Tensor)]
         for weight, value in weights:
@@ -172,11 +149,7 @@ class Seen:
 
 
 def observe(module: nn.Module, names: list[str], choices: list[Arguments]) -> Seen:
-    """Run a copy of a module with the first arguments that it takes, and watch its linear maps of these names.
-
-    Raises:
-        Unknown: it does not run, does not call each of them once, or its numbers are not finite.
-    """
+    """Run a copy of a module with the first arguments that it takes, and watch its linear maps of these names."""
     copied = probe_copy(module)
     linears = [copied.get_submodule(name) for name in names]
     leaves = [m for m in copied.modules() if not any(True for _ in m.children())]
@@ -198,21 +171,20 @@ def _between(module: nn.Module, up: str, down: str) -> nn.Module:
     return nn.Sequential(OrderedDict(list(module.named_children())[first : last + 1]))
 
 
-def _edit_activation(seen: Seen, owners: list[str], down: str) -> Edit:
+def _edit_activation(seen: Seen, owners: list[str]) -> Edit:
     """Takes out the activation: a module or a function that is an attribute of one of the owners."""
     z, h = seen.ups[0].output, seen.down.input
     for owner in owners:
-        for attribute, child in seen.copied.get_submodule(owner).named_children():
+        module = seen.copied.get_submodule(owner)
+        for attribute, child in module.named_children():
             call = seen.trace.only(child)
             if call is not None and close(call.input, z) and close(call.output, h):
                 return Edit(owner, attribute, nn.Identity)
-    for owner in owners:
-        module = seen.copied.get_submodule(owner)
         for attribute, value in list(vars(module).items()):
             if not callable(value) or isinstance(value, (type, nn.Module)):
                 continue
-            undo = set_attribute(module, attribute, nn.Identity())
             again = None
+            undo = set_attribute(module, attribute, nn.Identity())
             with suppress(Exception):  # a module that does not run without it says that it is not the activation
                 again = run(seen.copied, seen.args, seen.linears).only(seen.linears[-1])
             undo()
@@ -255,12 +227,9 @@ def _verify(found: Found, module: nn.Module, up: str, seen: Seen, trained: Trace
 
 
 def rejection(found: Found, holder: nn.Module) -> str | None:
-    """Why the module that holds an FFN does not accept a layer in its place.
+    """Why the module that holds an FFN does not accept a layer in its place; None if it does or does not run by itself.
 
     It may pass more than the tokens, read a weight, go through the FFN's parts, or hold the FFN a second time.
-
-    Returns:
-        The reason; None if it accepts a layer, or if it does not run by itself on a probe.
     """
     only_calls = type(holder).__module__.startswith("torch.")  # torch's containers and wrappers
     if found.edits or only_calls or any("forward" in vars(m) for m in holder.modules()):

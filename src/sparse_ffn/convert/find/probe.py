@@ -44,12 +44,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 def probe_copy(module: nn.Module, *, numbers: bool = True) -> nn.Module:
     """A copy on the CPU in fp64 and evaluation mode, without hooks, and with the same random weights in every copy.
 
-    Args:
-        module: what is copied.
-        numbers: False makes all weights one number, which takes no memory and is enough to see what is called.
-
-    Raises:
-        Unknown: it cannot be copied.
+    Without ``numbers`` all weights are one number, which takes no memory and is enough to see what is called.
     """
     try:
         copied = copy.deepcopy(module, _tensors(module, numbers)).eval()
@@ -142,14 +137,7 @@ def first_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def run(
     copied: nn.Module, args: Iterable[Tensor | None], watch: Iterable[nn.Module] = (), train: bool = False
 ) -> Trace:
-    """Run a probe copy and watch some of its modules.
-
-    Args:
-        copied: what ``probe_copy`` returned.
-        args: its positional arguments.
-        watch: modules of the copy whose inputs and outputs are wanted.
-        train: run in training mode, with a random state that is put back afterwards.
-    """
+    """Run what ``probe_copy`` returned, in training mode if asked, and note the calls of the modules to watch."""
     from torch.utils._pytree import tree_leaves  # here: it would double the library's import time
 
     trace = Trace()
@@ -204,11 +192,7 @@ def probe_arguments(width: int) -> list[Arguments]:
 def run_first(
     copied: nn.Module, choices: list[Arguments], watch: Iterable[nn.Module], train: bool = False
 ) -> tuple[Trace, Arguments]:
-    """Run with the first of some arguments that the copy takes; returns them too.
-
-    Raises:
-        Unknown: it takes none of them.
-    """
+    """Run with the first of some arguments that the copy takes; returns them too."""
     failed: list[str] = []
     watch = list(watch)
     for args in choices:
