@@ -111,7 +111,7 @@ class _Search:
         obstacles = [linear.obstacle for linear in inside if linear.obstacle is not None]
         # hooks go with the module, a GLU is not put in piecewise, and what cannot be replaced is named as a whole
         if block is None or not (obstacles or hooks(module) or block[0][0].n_out * len(block[0]) != block[1].n_in):
-            self.pairs(name, module, inside, reasons)
+            self.match_pairs(name, module, inside, reasons)
         if (more := crowded(module, inside)) is not None:
             named = self.unknown.keys() | {linear.name for f in self.found for linear in f.linears}
             if not named & {linear.name for linear in inside}:
@@ -123,7 +123,7 @@ class _Search:
             self.decide(*inside)
         return None
 
-    def pairs(self, name: str, module: nn.Module, inside: list[Linear], reasons: list[str]) -> None:
+    def match_pairs(self, name: str, module: nn.Module, inside: list[Linear], reasons: list[str]) -> None:
         """FFNs of two linear maps in a larger module."""
         for up, down in pairs(name, module, inside):
             if not self.undecided(up, down):

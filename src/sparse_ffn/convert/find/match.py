@@ -66,12 +66,12 @@ def _match_block(name: str, module: nn.Module, ups: list[Linear], down: Linear) 
     if not all(close(call.input, x) for call in seen.ups) or not close(seen.trace.outputs[0], y):
         raise Unknown(f"more than {', '.join(linear.attribute for linear in linears)} and an activation")
     formula = seen.formula()
-    trained, _ = run_first(seen.copied, [(x,)], seen.linears, train=True)
-    if any(trained.only(m) is None for m in seen.linears) or not same_outputs(trained, seen.trace):
+    trained, h = seen.train(formula)
+    if not same_outputs(trained, seen.trace):
         raise Unknown("in training it does more than dropout")
     dropout = out_dropout = 0.0
     for rate, dropped in trained.dropouts:
-        if close(dropped, seen.down.input) and not dropout:
+        if close(dropped, h) and not dropout:
             dropout = rate
         elif close(dropped, y) and not out_dropout:
             out_dropout = rate
@@ -90,20 +90,13 @@ def match_pair(name: str, module: nn.Module, up: Linear, down: Linear) -> Found:
         raise Unknown(f"forward of {patched[0]} is patched, so that a copy cannot be probed")
     seen = observe(module, [a, b], probe_arguments(up.n_in))
     formula = seen.formula()
-    trained, _ = run_first(seen.copied, [seen.args], seen.leaves, train=True)
-    owners = list(dict.fromkeys(["", a.rpartition(".")[0], b.rpartition(".")[0]]))
-    edits = [_edit_activation(seen, owners)]
-    dropout = 0.0
-    first = trained.only(seen.linears[0])
-    if first is None:
-        raise Unknown(f"{a} is not called once in training")
-    h = formula.hidden([first.output])
-    for rate, dropped in trained.dropouts:
-        if close(dropped, h) and not dropout:
-            dropout = rate
-            edits.append(_edit_dropout(seen.copied, owners, trained, h, rate))
-    owner, _, attribute = b.rpartition(".")
-    edits.append(Edit(owner, attribute, nn.Identity))
+    trained, h = seen.train(formula)
+    (up_owner, _, _), (owner, _, attribute) = a.rpartition("."), b.rpartition(".")
+    owners = list(dict.fromkeys(["", up_owner, owner]))
+    edits = [_edit_activation(seen, owners), Edit(owner, attribute, nn.Identity)]
+    dropout = next((rate for rate, dropped in trained.dropouts if close(dropped, h)), 0.0)
+    if dropout:
+        edits.append(_edit_dropout(seen.copied, owners, trained, h, dropout))
     gone = [module.get_submodule(edit.owner)._modules.get(edit.attribute) for edit in edits]
     refuse(*(hooks(part) for part in (up.module, *gone) if part is not None))
     found = Found(up.name, up.module, (up,), down, formula, dropout, enclosing=name, edits=tuple(edits))
@@ -146,6 +139,14 @@ class Seen:
         if last is None or len(outputs) != len(first) or not close(formula.hidden(outputs), last.input):
             raise Unknown(f"the hidden units are {formula.name} only while they are small: something clamps them")
         return formula
+
+    def train(self, formula: Formula) -> tuple[Trace, Tensor]:
+        """What it does in training, and its hidden units there."""
+        trained, _ = run_first(self.copied, [self.args], {*self.leaves, *self.linears}, train=True)
+        calls = [call for linear in self.linears if (call := trained.only(linear)) is not None]
+        if len(calls) < len(self.linears):
+            raise Unknown("in training its linear maps are not called once each")
+        return trained, formula.hidden([call.output for call in calls[:-1]])
 
 
 def observe(module: nn.Module, names: list[str], choices: list[Arguments]) -> Seen:
