@@ -54,5 +54,5 @@ def _function(router: Router) -> tuple[Any, ...]:
 
 
 def _own_class(module: nn.Module) -> type:
-    """The class without those that FSDP and parametrisations put before it."""
+    """The class below those that FSDP and parametrisations put before it."""
     return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch."))

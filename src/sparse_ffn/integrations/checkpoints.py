@@ -29,21 +29,25 @@ CORRECTION_BIAS = "gate.e_score_correction_bias"
 
 @dataclass(frozen=True)
 class Style:
-    """How a family of models names the tensors of a block."""
+    """How a family of models names the tensors of a block, and what decides its function."""
 
     expert: tuple[str, str, str] = PARTS
     """The three matrices in checkpoints that hold each expert by itself."""
     shared: str | None = None
     """The shared expert; None where the family has none."""
+    facts: tuple[str, ...] = ("norm_topk_prob",)
+    """What its config must say, besides what all must."""
 
 
 STYLES = {
-    "mixtral": Style(expert=("w1", "w3", "w2")),
+    "mixtral": Style(expert=("w1", "w3", "w2"), facts=()),
     "olmoe": Style(),
     "qwen2_moe": Style(shared="shared_expert"),
     "qwen3_moe": Style(),
-    "deepseek_v2": Style(shared="shared_experts"),
-    "deepseek_v3": Style(shared="shared_experts"),
+    "deepseek_v2": Style(shared="shared_experts", facts=("routed_scaling_factor", "topk_method", "norm_topk_prob")),
+    "deepseek_v3": Style(
+        shared="shared_experts", facts=("routed_scaling_factor", "n_group", "topk_group", "norm_topk_prob")
+    ),
 }
 
 
@@ -85,7 +89,7 @@ def from_transformers(
     if facts["model_type"] == "deepseek_v3":
         options = {"balance": "bias", **options}
     sizes = (up.shape[2], up.shape[0], up.shape[1], facts["num_experts_per_tok"])
-    router, act, dtype = _router(facts, sizes), ACTIVATIONS[facts["hidden_act"]], up.dtype
+    router, act, dtype = _router(facts, *sizes[:2]), ACTIVATIONS[facts["hidden_act"]], up.dtype
     moe = MoE(*sizes, router=router, activation=act, glu=True, device="meta", dtype=dtype, **options)
     moe.router.to(ours[f"{routed}router.weight"].dtype)  # some models keep it wider than the experts
     layer: MoE | SharedExpertMoE = moe
@@ -205,11 +209,7 @@ def _facts(config: Any) -> dict[str, Any]:
         raise TypeError(f"config must be a config of transformers or a dict of its values, got {shown(config)}")
     facts = dict(config) if isinstance(config, Mapping) else config.to_dict()
     check_choice("config.model_type", facts.get("model_type"), STYLES)
-    needed = {"num_experts_per_tok", "hidden_act"} | {
-        "mixtral": set(),
-        "deepseek_v2": {"routed_scaling_factor", "topk_method", "norm_topk_prob"},
-        "deepseek_v3": {"routed_scaling_factor", "n_group", "topk_group", "norm_topk_prob"},
-    }.get(facts["model_type"], {"norm_topk_prob"})
+    needed = ("num_experts_per_tok", "hidden_act", *STYLES[facts["model_type"]].facts)
     missing = sorted(name for name in needed if facts.get(name) is None)
     if missing:
         raise ValueError(f"config must say {', '.join(missing)}, which decide what the block computes")
@@ -224,13 +224,10 @@ def _facts(config: Any) -> dict[str, Any]:
 
 def _check_fits(layer: MoE | SharedExpertMoE, moe: MoE, facts: Mapping[str, Any]) -> None:
     kind, shared = facts["model_type"], isinstance(layer, SharedExpertMoE)
-    k = facts["num_experts_per_tok"]
-    named = _router(facts, (moe.d_model, moe.n_experts, moe.expert_size, k))
-    router = ROUTERS[named](moe.d_model, moe.n_experts, k, device="meta") if isinstance(named, str) else named
     n_experts = [facts[n] for n in ("num_local_experts", "num_experts", "n_routed_experts") if facts.get(n) is not None]
     size = facts.get("moe_intermediate_size") or facts.get("intermediate_size", moe.expert_size)
     checks = {
-        "router": (_traits(moe.router), _traits(router)),
+        "router": (_traits(moe.router), _traits(_router(facts, moe.d_model, moe.n_experts))),
         "activation": (moe.activation, ACTIVATIONS[facts["hidden_act"]]),
         "glu": (moe.gate_keys is not None, True),
         "bias": (moe.out_bias is not None, False),
@@ -254,16 +251,16 @@ def _traits(router: Router) -> tuple[Any, ...]:
     return type(router).__name__, router.k, *((name, value) for name, value in found.items() if value is not None)
 
 
-def _router(facts: Mapping[str, Any], sizes: tuple[int, int, int, int]) -> str | DeepSeekRouter:
-    """The router that ranks and weighs as the model's does."""
-    d_model, n_experts, _, k = sizes
+def _router(facts: Mapping[str, Any], d_model: int, n_experts: int) -> Router:
+    """A router on meta that ranks and weighs as the model's does."""
+    k: int = facts["num_experts_per_tok"]
     if facts["model_type"] == "deepseek_v3":
         return DeepSeekRouter(
             d_model, n_experts, k, normalize=facts["norm_topk_prob"], n_groups=facts["n_group"],
             topk_groups=facts["topk_group"], selection_bias=True, device="meta",
         )  # fmt: skip
     normalized = facts["model_type"] == "mixtral" or facts.get("norm_topk_prob", False)
-    return "softmax_topk" if normalized else "softmax"
+    return ROUTERS["softmax_topk" if normalized else "softmax"](d_model, n_experts, k, device="meta")
 
 
 def _experts(keys: Keys, style: Style) -> tuple[Tensor, Tensor, Tensor]:

@@ -99,7 +99,7 @@ def _moe_modules(module: nn.Module, submodels: bool) -> Iterator[nn.Module]:
 
 def _check_made(model: Any) -> None:
     if getattr(model.config, "_experts_implementation", None) == NAME:
-        _warn_of_bypass(model, submodels=False)  # those have warned themselves
+        _warn_of_bypass(model, submodels=False)  # the models within have warned themselves
 
 
 def _check_chosen(model: Any, experts_implementation: str | dict[str, str]) -> None:

@@ -72,8 +72,7 @@ def to_moe_layer(layer: MoE, *, prefix: str = "") -> dict[str, Tensor]:
         "out_bias": "o_bias",
     }
     state = layer.state_dict()
-    foreign = sorted(state.keys() - names.keys())
-    if foreign:
+    if foreign := sorted(state.keys() - names.keys()):
         raise ValueError(f"the paper's MoE layer has no place for {', '.join(foreign)}")
     state["keys"] = state["keys"].mT
     return {prefix + names[name]: tensor.detach().clone().contiguous() for name, tensor in state.items()}

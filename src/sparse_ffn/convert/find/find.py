@@ -85,8 +85,13 @@ class _Search:
         return not self.decided & {linear.module for linear in linears}
 
     def decide(self, *linears: Linear) -> None:
-        """Nothing further out gets these linear maps."""
+        """Keep these linear maps from modules further out."""
         self.decided |= {linear.module for linear in linears}
+
+    def leave(self, name: str, why: str, module: nn.Module, inside: list[Linear]) -> None:
+        """Leave a module as it is, for a reason."""
+        self.unknown[name] = f"{why}; {_seen(module)}"
+        self.decide(*inside)
 
     def dense(self, name: str, layer: DenseFFN) -> None:
         """A dense layer of this library."""
@@ -109,18 +114,16 @@ class _Search:
             except Unknown as why:
                 reasons.append(str(why))
         obstacles = [linear.obstacle for linear in inside if linear.obstacle is not None]
-        # hooks go with the module, a GLU is not put in piecewise, and what cannot be replaced is named as a whole
+        # an FFN with hooks, a GLU and one that cannot be replaced are a whole, which is not taken apart into pairs
         if block is None or not (obstacles or hooks(module) or block[0][0].n_out * len(block[0]) != block[1].n_in):
             self.match_pairs(name, module, inside, reasons)
         if (more := crowded(module, inside)) is not None:
             named = self.unknown.keys() | {linear.name for f in self.found for linear in f.linears}
             if not named & {linear.name for linear in inside}:
-                self.unknown[more[0]] = f"{more[1]}; {_seen(module)}"
-                self.decide(*inside)
-        # attention too has matrices of fitting shapes, but none that widen: what does not widen goes without a reason
+                self.leave(*more, module, inside)
+        # attention has matrices of fitting shapes too, but none that widen: it is left without a reason
         if block is not None and self.undecided(*inside) and block[1].n_in > block[0][0].n_in:
-            self.unknown[name] = f"{[*reasons, *obstacles, ROOT][0]}; {_seen(module)}"
-            self.decide(*inside)
+            self.leave(name, [*reasons, *obstacles, ROOT][0], module, inside)
         return None
 
     def match_pairs(self, name: str, module: nn.Module, inside: list[Linear], reasons: list[str]) -> None:
