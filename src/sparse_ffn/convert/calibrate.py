@@ -22,8 +22,9 @@ class Reservoir:
     def __init__(self, size: int, seed: int = 0) -> None:
         self.size, self.seen = size, 0
         self._generator = torch.Generator().manual_seed(seed)
-        self._rows: Tensor | None = None
         self._rank = torch.empty(0, device="cpu")
+        self.rows = torch.empty(0, 0, device="cpu")
+        """The sample [at most size, width], on the CPU, in the order in which the rows came."""
 
     def add(self, rows: Tensor) -> None:
         """Let rows [n, width] go by."""
@@ -35,13 +36,8 @@ class Reservoir:
         kept = rank.topk(min(self.size, len(rank))).indices.sort().values
         old = len(self._rank)
         new = rows[(kept[kept >= old] - old).to(rows.device)].cpu()
-        self._rows = new if self._rows is None else torch.cat([self._rows[kept[kept < old]], new])
+        self.rows = torch.cat([self.rows[kept[kept < old]], new]) if old else new
         self._rank = rank[kept]
-
-    @property
-    def rows(self) -> Tensor:
-        """The sample [at most size, width], on the CPU, in the order in which the rows came."""
-        return torch.empty(0, 0, device="cpu") if self._rows is None else self._rows
 
 
 @torch.no_grad()

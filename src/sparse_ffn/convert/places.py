@@ -61,8 +61,9 @@ def replaceable(
         unknown.update(left)
         wanted = [f for f in wanted if f.name not in left]
         group_of = {linear.module: groups[f.name] for f in wanted for linear in f.linears}
-        left = {f.name: why for f in wanted if (why := _used_elsewhere(f, group_of, owners, places)) is not None}
-        if not left:  # else once more: one that stays can tie down another
+        uses = {f.name: _use_elsewhere(f, groups[f.name], group_of, owners, places) for f in wanted}
+        left = {name: why for name, why in uses.items() if why is not None}
+        if not left:  # an FFN that is left can tie down another
             return wanted
 
 
@@ -75,12 +76,16 @@ def _unfit(f: Found, places: Places) -> str | None:
     return next((why for why in reasons if why is not None), None)
 
 
-def _used_elsewhere(
-    f: Found, group_of: Mapping[nn.Module, object], owners: Mapping[int, set[nn.Module]], places: Places
+def _use_elsewhere(
+    f: Found,
+    group: object,
+    group_of: Mapping[nn.Module, object],
+    owners: Mapping[int, set[nn.Module]],
+    places: Places,
 ) -> str | None:
-    """Which part of an FFN something else uses, that is not replaced alike."""
+    """Which part of an FFN something uses that is not replaced alike."""
     own = {linear.module for linear in f.linears}
-    group, why = group_of[f.down.module], None
+    why = None
     for linear in f.linears:
         names = [place.name for place in places[linear.module]]
         parameters = list(linear.module.parameters())

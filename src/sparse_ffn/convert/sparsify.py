@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from sparse_ffn.convert.find.edits import apply, set_attribute, switch_off_fast_
 from sparse_ffn.convert.find.find import find, find_one, without_numbers
 from sparse_ffn.convert.find.found import Found
 from sparse_ffn.convert.find.linear import as_linear
-from sparse_ffn.convert.init.build import Built, ConstantInput, build, evaluating
+from sparse_ffn.convert.init.build import Built, build, evaluating
 from sparse_ffn.convert.init.weights import relative_error
 from sparse_ffn.convert.places import Places, mixed, places_of, replaceable, twins
 from sparse_ffn.convert.report import Replacement, Report
@@ -67,19 +66,20 @@ def sparsify_(
     groups = {f.name: twins(f, configs[f.name]) for f in wanted}
     wanted = replaceable(model, wanted, groups, places, unknown)
     samples = {} if calibration is None else {f.name: _sample(f, calibration) for f in wanted}
-    new: dict[object, _New] = {}
-    for f in wanted:
-        group = groups[f.name]
-        if group not in new:
-            rows = [samples[g.name] for g in wanted if g.name in samples and groups[g.name] == group]
-            new[group] = _make(f, configs[f.name], torch.cat(rows) if rows else None)
-    plan = [(f, new[groups[f.name]]) for f in wanted]
     every_name: dict[nn.Module, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         every_name[module].append(name)
-    replacements = tuple(_replacement(f, made, samples.get(f.name), every_name[f.module]) for f, made in plan)
+    made: dict[object, tuple[Built, str]] = {}
+    plan, replacements = [], []
+    for f in wanted:
+        group = groups[f.name]
+        if group not in made:
+            rows = [samples[g.name] for g in wanted if g.name in samples and groups[g.name] == group]
+            made[group] = _make(f, configs[f.name], torch.cat(rows) if rows else None), f.name
+        plan.append((f, made[group][0]))
+        replacements.append(_replacement(f, *made[group], samples.get(f.name), every_name[f.module]))
     _replace(model, plan, places)
-    return Report(replacements, unknown, skipped, _others(model, [made.module for _, made in plan]))
+    return Report(tuple(replacements), unknown, skipped, _others(model, [new.module for _, new in plan]))
 
 
 def from_dense(ffn: nn.Module, config: FFNConfig, *, inputs: Tensor | None = None) -> nn.Module:
@@ -121,16 +121,6 @@ def _check_calibration(calibration: object) -> None:
         check_floating(f"calibration[{name!r}]", value)
 
 
-@dataclass(frozen=True)
-class _New:
-    """What replaces an FFN, and all others that have the same parameters and become the same."""
-
-    name: str
-    """Of the first of them."""
-    module: nn.Module
-    built: Built
-
-
 def _sample(f: Found, calibration: Mapping[str, Tensor]) -> Tensor:
     if f.name not in calibration:
         raise ValueError(
@@ -154,46 +144,42 @@ def _rows(f: Found, inputs: Tensor) -> Tensor:
     return inputs.reshape(-1, ffn.d_model).to(ffn.keys)
 
 
-def _make(f: Found, config: FFNConfig, rows: Tensor | None) -> _New:
+def _make(f: Found, config: FFNConfig, rows: Tensor | None) -> Built:
     """Build what replaces an FFN, without touching the model."""
     ffn = f.weights()
-    before = nn.Sequential(*([] if ffn.gate_bias is None else [ConstantInput()]))
-    after = nn.Sequential(*([nn.Dropout(f.out_dropout)] if f.out_dropout else []))
     try:
-        plain = ffn if ffn.gate_bias is None else ffn.with_constant_input()
-        built = build(config, plain, None if rows is None else before(rows))
+        built = build(config, ffn, rows, f.out_dropout)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{f.name or 'the FFN'} ({f.pattern}, d_ff = {ffn.d_ff}): {error}") from error
-    module = nn.Sequential(*before, built.layer, *after) if before or after else built.layer
-    return _New(f.name, module.train(f.module.training), built)
+    built.module.train(f.module.training)
+    return built
 
 
 @torch.no_grad()
-def _replacement(f: Found, new: _New, rows: Tensor | None, names: list[str]) -> Replacement:
-    """The report's line."""
-    ffn, layer = f.weights(), new.built.layer
+def _replacement(f: Found, new: Built, first: str, rows: Tensor | None, names: list[str]) -> Replacement:
+    """The report's line on an FFN, whose new layer was made for the place ``first``."""
+    ffn, layer = f.weights(), new.layer
     error = None
     if rows is not None:
         with evaluating(new.module):
             error = relative_error(new.module(rows), ffn.output(rows))
-    note = new.built.note + ("" if ffn.gate_bias is None else "; a constant input carries the gate's bias")
     sizes = f"E={layer.n_experts} G={layer.expert_size} k={layer.k}" if isinstance(layer, MoE) else f"k={layer.k}"
-    tied = None if f.name == new.name else new.name
+    tied = None if f.name == first else first
     return Replacement(
         name=f.name,
         pattern=f.pattern,
         layer=f"{type(layer).__name__} {sizes}",
-        config=new.built.config,
+        config=new.config,
         parameters=(ffn.n_parameters(), layer.n_parameters),
         flops=(ffn.flops_per_token(), layer.flops_per_token()),
-        note=note if tied is None else f"the layer of {tied}",
+        note=new.note if tied is None else f"the layer of {tied}",
         shared=tuple(name for name in names if name != f.name),
         relative_error=error,
         tied=tied,
     )
 
 
-def _replace(model: nn.Module, plan: list[tuple[Found, _New]], places: Places) -> None:
+def _replace(model: nn.Module, plan: list[tuple[Found, Built]], places: Places) -> None:
     """Put all new modules in; on any error take all out again."""
     undo: list[Callable[[], None]] = []
     try:

@@ -178,10 +178,6 @@ class Keys:
             raise ValueError(f"{self.prefix + name!r} must have {dim} dimensions, got {list(tensor.shape)}")
         return tensor
 
-    def take_if_there(self, name: str, dim: int) -> Tensor | None:
-        """As ``take``, but None where there is none."""
-        return self.take(name, dim) if name in self.left else None
-
     def finish(self) -> None:
         """Raise ValueError unless every tensor was taken."""
         if self.left:

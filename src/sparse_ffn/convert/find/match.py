@@ -173,7 +173,7 @@ def _between(module: nn.Module, up: str, down: str) -> nn.Module:
 
 
 def _edit_activation(seen: Seen, owners: list[str]) -> Edit:
-    """Takes out the activation: a module or a function that is an attribute of one of the owners."""
+    """An edit that takes out the activation: a module or a function that is an attribute of one of the owners."""
     z, h = seen.ups[0].output, seen.down.input
     for owner in owners:
         module = seen.copied.get_submodule(owner)
@@ -186,7 +186,7 @@ def _edit_activation(seen: Seen, owners: list[str]) -> Edit:
                 continue
             again = None
             undo = set_attribute(module, attribute, nn.Identity())
-            with suppress(Exception):  # a module that does not run without it says that it is not the activation
+            with suppress(Exception):  # where the module does not run without it, it is not the activation
                 again = run(seen.copied, seen.args, seen.linears).only(seen.linears[-1])
             undo()
             if again is not None and close(again.input, z):
@@ -196,7 +196,7 @@ def _edit_activation(seen: Seen, owners: list[str]) -> Edit:
 
 
 def _edit_dropout(copied: nn.Module, owners: list[str], trained: Trace, h: Tensor, rate: float) -> Edit:
-    """Takes out the dropout of the hidden units: a module or a rate that is an attribute of one of the owners."""
+    """An edit that takes out the hidden units' dropout: a module or a rate that is an attribute of an owner."""
     for owner in owners:
         for attribute, child in copied.get_submodule(owner).named_children():
             call = trained.only(child)
@@ -204,7 +204,7 @@ def _edit_dropout(copied: nn.Module, owners: list[str], trained: Trace, h: Tenso
                 return Edit(owner, attribute, nn.Identity)
     for owner in owners:
         rates = [n for n, v in vars(copied.get_submodule(owner)).items() if isinstance(v, float) and v == rate]
-        if rates:  # the one whose name says so, if there is one; _verify tries it
+        if rates:  # preferably one that is named after the activation; _verify tries it
             return Edit(owner, min(rates, key=lambda n: "activation" not in n), 0.0)
     raise Unknown(f"the dropout {rate} of the hidden units has no attribute of its own")
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from sparse_ffn.checks import check_positive, check_tensor
 from sparse_ffn.convert.config import ExpertsConfig, FFNConfig
-from sparse_ffn.convert.init.partition import balanced_kmeans, contiguous, product_grid, product_keys
+from sparse_ffn.convert.init.partition import balanced_kmeans, product_grid, product_keys
 from sparse_ffn.convert.init.router import centre, fit_router, mean_keys
 from sparse_ffn.convert.init.weights import PAD, FFNWeights, relative_error, wide
 from sparse_ffn.layers import MoE, ProductKeyMemory, SparseFFN
@@ -24,6 +24,8 @@ from sparse_ffn.routing.routers import OpenRouter
 class Built:
     """A converted layer."""
 
+    module: nn.Module
+    """The layer, after a ``ConstantInput`` if the gate has a bias, and before a dropout if the FFN ends in one."""
     layer: SparseFFN
     config: FFNConfig
     """Resolved: every size given."""
@@ -68,13 +70,16 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def build(config: FFNConfig, ffn: FFNWeights, inputs: Tensor | None = None) -> Built:
-    """Make a layer that starts from a dense FFN without a gate bias, which sees inputs [T, d_model].
+def build(config: FFNConfig, ffn: FFNWeights, inputs: Tensor | None = None, out_dropout: float = 0.0) -> Built:
+    """Make a layer that starts from a dense FFN, which sees inputs [T, d_model].
 
     Raises:
         ValueError: the config does not fit the FFN.
     """
-    assert ffn.gate_bias is None
+    before = nn.Sequential(*([] if ffn.gate_bias is None else [ConstantInput()]))
+    after = nn.Sequential(*([nn.Dropout(out_dropout)] if out_dropout else []))
+    if before:
+        ffn, inputs = ffn.with_constant_input(), None if inputs is None else before(inputs)
     config = config.resolve(ffn)
     place: dict[str, Any] = {"device": ffn.keys.device, "dtype": ffn.keys.dtype}
     layer = config.layer(d_model=ffn.d_model, d_out=ffn.d_out, **config.arguments(), **place)
@@ -89,7 +94,8 @@ def build(config: FFNConfig, ffn: FFNWeights, inputs: Tensor | None = None) -> B
         copy_weights(layer, ffn)
         note = f"weights kept: {'exact' if layer.k == ffn.d_ff else f'the {layer.k} largest of {ffn.d_ff} units'}"
     freeze(layer, ffn)
-    return Built(layer, config, note)
+    note += "; a constant input carries the gate's bias" if before else ""
+    return Built(nn.Sequential(*before, layer, *after) if before or after else layer, layer, config, note)
 
 
 def copy_weights(layer: SparseFFN, ffn: FFNWeights) -> None:
@@ -107,12 +113,12 @@ def _experts(layer: MoE, config: ExpertsConfig, ffn: FFNWeights, inputs: Tensor 
         raise ValueError('cluster_by = "coactivation" needs calibration: give inputs, see sparse_ffn.calibrate')
     n, how = layer.n_experts, f"{layer.n_experts} experts of {layer.expert_size} units"
     if config.init == "split":
-        units_EG, how = contiguous(ffn.d_ff, n), f"{how} in their order"
+        units, how = torch.arange(ffn.d_ff, device="cpu"), f"{how} in their order"
     elif inputs is None or config.cluster_by == "keys":
-        units_EG, how = balanced_kmeans(ffn.deciding_keys, n), f"{how} clustered by keys"
+        units, how = balanced_kmeans(ffn.deciding_keys, n), f"{how} clustered by keys"
     else:
-        units_EG, how = balanced_kmeans(coactivation(ffn, inputs), n), f"{how} clustered by coactivation"
-    order = units_EG.flatten().to(ffn.keys.device)
+        units, how = balanced_kmeans(coactivation(ffn, inputs), n), f"{how} clustered by coactivation"
+    order = units.flatten().to(ffn.keys.device)
     ffn = ffn.map_units(lambda rows: rows[order])
     copy_weights(layer, ffn)
     return how if layer.keys.is_meta else f"{how}; {_route(layer, config, ffn, inputs)}"

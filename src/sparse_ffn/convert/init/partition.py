@@ -1,4 +1,4 @@
-"""Which hidden units form an expert: in their order, or balanced clusters of units that belong together.
+"""Which hidden units form an expert: balanced clusters of units that belong together.
 
 F hidden units, E experts, G units of an expert, C features of a unit.
 """
@@ -12,11 +12,6 @@ from torch.nn import functional as F
 from sparse_ffn.convert.init.weights import wide
 
 SHARPNESS = 30  # standard deviation of the scaled similarities: the softmax over clusters is then close to a choice
-
-
-def contiguous(d_ff: int, n_experts: int) -> Tensor:
-    """The units of each expert [E, G], in their order."""
-    return torch.arange(d_ff, device="cpu").view(n_experts, d_ff // n_experts)
 
 
 def balanced_kmeans(features_FC: Tensor, n_clusters: int, n_iters: int = 20) -> Tensor:
