@@ -87,7 +87,7 @@ def measure(n_pairs: int, n_calibration: int, seconds: float) -> tuple[list[Meas
     for share, way in _cases():
         model, report = converted(encoder, way, share, calibration)
         q, d = encoder.embed(model, heads), encoder.embed(model, rests)
-        before, after = (sum(swap.flops[i] for swap in report.swaps) for i in (0, 1))
+        before, after = (sum(new.flops[i] for new in report.replacements) for i in (0, 1))
         rows.append(
             Measured(
                 share,

@@ -380,7 +380,7 @@ def axes() -> Any:
 EXEMPT = {
     "SparseFFNWarning": "a warning's class",
     "Report": "a result of sparsify_",
-    "Swap": "a result of sparsify_",
+    "Replacement": "a result of sparsify_",
     "FFNConfig": "the configs' base: what it checks is tried on each of them",
     "ExpertsConfig": "as FFNConfig",
     "Routing": "a result of routers; the layer and balance_loss check it",

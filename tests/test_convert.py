@@ -478,7 +478,7 @@ def test_our_own_dense_layer_is_an_ffn_too(dense: sf.DenseFFN) -> None:
 
 def test_a_shared_expert_stays_what_it_is() -> None:
     moe = SharedExpertMoE(sf.MoE(6, 4, 3, 2), sf.DenseFFN(6, 8))
-    assert not sf.sparsify_(nn.Sequential(moe), OPEN).swaps
+    assert not sf.sparsify_(nn.Sequential(moe), OPEN).replacements
 
 
 @pytest.mark.parametrize("frozen", ["keys", "values", "out_bias"])
@@ -562,7 +562,7 @@ def test_meta_models_are_converted_without_data() -> None:
     with torch.device("meta"):
         model = nn.Sequential(Block(), Block())
     report = sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, k=2))
-    assert len(report.swaps) == 2
+    assert len(report.replacements) == 2
     assert model[0].ffn.keys.is_meta
     with torch.device("meta"):
         model = nn.Sequential(Block())
@@ -582,7 +582,7 @@ def test_shared_modules_stay_shared_and_tied_parameters_stay_tied() -> None:
     dense = copy.deepcopy(model)
     report = sf.sparsify_(model, OPEN)
     assert model[0].ffn is model[1].ffn is model[2].ffn
-    assert report.swaps[0].shared == ("1.ffn",)
+    assert report.replacements[0].shared == ("1.ffn",)
     same(model, dense)
 
 
@@ -597,16 +597,16 @@ def test_tied_ffns_are_one_layer_from_the_calibration_of_all_of_them() -> None:
     layer, both = model[0].ffn, torch.cat([calibration["0.ffn"], calibration["1.ffn"]])
     assert layer is model[1].ffn
     torch.testing.assert_close(layer.eval()(both), sf.from_dense(dense[0].ffn, config, inputs=both).eval()(both))
-    for name, swap in zip(("0.ffn", "1.ffn"), report.swaps, strict=True):
+    for name, new in zip(("0.ffn", "1.ffn"), report.replacements, strict=True):
         wanted = dense[0].ffn(calibration[name])
         error = (layer(calibration[name]) - wanted).norm() / wanted.norm()
-        assert swap.moved == pytest.approx(error.item(), rel=1e-3)
-    assert [swap.tied for swap in report.swaps] == [None, "0.ffn"]
+        assert new.relative_error == pytest.approx(error.item(), rel=1e-3)
+    assert [new.tied for new in report.replacements] == [None, "0.ffn"]
     assert "the layer of 0.ffn" in str(report)
 
 
 def test_the_report_counts_parameters_once_and_flops_in_each_place() -> None:
-    one = sf.sparsify_(nn.Sequential(Block()), OPEN).swaps[0]
+    one = sf.sparsify_(nn.Sequential(Block()), OPEN).replacements[0]
     shared, block = Mlp(), Block()
     for model in (nn.Sequential(Block(shared), Block(shared)), nn.Sequential(block, block), twins(*ALL)):
         first = str(sf.sparsify_(model, OPEN)).partition("\n")[0]
@@ -660,7 +660,7 @@ def test_no_parameter_is_untied() -> None:
 
 def test_lists_are_taken_where_tuples_are() -> None:
     config = sf.SigmaMoEConfig(n_experts=4, balance=["entropy", "z"], balance_weight=[1e-3, 1e-4])
-    assert len(sf.sparsify_(nn.Sequential(Block()), config).swaps) == 1
+    assert len(sf.sparsify_(nn.Sequential(Block()), config).replacements) == 1
 
 
 @pytest.mark.parametrize("where", ["ffn", "ffn.a"])
@@ -668,14 +668,14 @@ def test_hooks_are_not_thrown_away(where: str) -> None:
     model = nn.Sequential(Block())
     model[0].get_submodule(where).register_forward_hook(lambda *_: None)
     report = sf.sparsify_(model, OPEN)
-    assert not report.swaps
+    assert not report.replacements
     assert "forward hooks" in str(report)
 
 
 def test_what_is_compiled_by_itself_is_left_and_listed() -> None:
     model = nn.Sequential(nn.LayerNorm(6), torch.compile(Mlp(), backend="eager"))
     report = sf.sparsify_(model, OPEN)
-    assert not report.swaps
+    assert not report.replacements
     assert "convert first, then compile" in report.unknown["1._orig_mod"]
     whole = torch.compile(nn.Sequential(Block()), backend="eager")
     before = whole(torch.ones(1, 6))
@@ -892,7 +892,7 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -
     def fails(*args: Any) -> Any:
         raise RuntimeError("in the middle")
 
-    monkeypatch.setattr(sparsify, "put", fails)  # the first two are in place by then
+    monkeypatch.setattr(sparsify, "apply", fails)  # the first two are in place by then
     with pytest.raises(RuntimeError, match="in the middle"):
         sf.sparsify_(model, sf.MoEConfig(n_experts=2))
     assert state(model) == before
@@ -926,7 +926,7 @@ def test_what_is_unknown_is_listed_with_what_was_seen() -> None:
     normed = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.LayerNorm(16), nn.Linear(16, 6))
     model = nn.Sequential(nn.Embedding(9, 6), Block(mish), Inline(), normed, nn.Linear(6, 3))
     report = sf.sparsify_(model, OPEN)
-    assert not report.swaps
+    assert not report.replacements
     assert set(report.unknown) == {"1.ffn.a", "2.a", "3.0"}
     assert "not one of relu" in report.unknown["1.ffn.a"]
     assert "Mish" in report.unknown["1.ffn.a"]
@@ -1031,7 +1031,7 @@ class Clipped(nn.Module):
 def test_a_clamp_that_only_large_values_show_is_seen(act: Any, inside: Any) -> None:
     ffn = nn.Sequential(nn.Linear(6, 16), act(), nn.Linear(16, 6))
     report = sf.sparsify_(nn.Sequential(Block(ffn)) if inside is Block else ffn, OPEN)
-    assert not report.swaps
+    assert not report.replacements
     assert "clamps" in str(report.unknown)
 
 
@@ -1291,14 +1291,14 @@ def test_clusters_find_units_that_work_together(by: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [sf.SigmaMoEConfig, sf.SoftmaxMoEConfig, sf.SwitchMoEConfig])
-def test_calibrated_gates_are_rescaled_and_the_report_says_what_moved(kind: type[Any]) -> None:
+def test_calibrated_gates_are_rescaled_and_the_report_says_the_error(kind: type[Any]) -> None:
     dense, x, _ = clustered()
     model = nn.Sequential(dense, nn.Tanh())
     calibration = sf.calibrate(model, [x])
     report = sf.sparsify_(model, kind(n_experts=4, k=1, init="cluster"), calibration=calibration)
-    assert "rescaled by mean gates" in report.swaps[0].note
+    assert "rescaled by mean gates" in report.replacements[0].note
     error = ((model[0].eval()(x) - dense(x)).norm() / dense(x).norm()).item()
-    assert report.swaps[0].moved == pytest.approx(error, rel=1e-3)
+    assert report.replacements[0].relative_error == pytest.approx(error, rel=1e-3)
     assert error < 0.15
     assert f"{error:.2%}" in str(report)
 

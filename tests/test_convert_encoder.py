@@ -28,7 +28,7 @@ def encoded() -> Encoded:
 def test_all_experts_give_the_same_embeddings_and_ranking(encoded: Encoded) -> None:
     encoder, heads, rests = encoded
     model, report = converted(encoder, WAYS[0], 100, {})
-    assert len(report.swaps) == 6
+    assert len(report.replacements) == 6
     assert not report.unknown
     for texts in (heads, rests):
         dense, ours = encoder.embed(encoder.model, texts), encoder.embed(model, texts)

@@ -185,7 +185,7 @@ def test_split_into_all_experts_changes_nothing(name: str) -> None:
     model.eval()
     dense = copy.deepcopy(model)
     report = sf.sparsify_(model, sf.MoEConfig(router="unweighted", expert_size=4, k=1, init="split"))
-    assert len(report.swaps) == n, report
+    assert len(report.replacements) == n, report
     assert not report.unknown, report
     model = copy.deepcopy(dense)  # again, with k each layer's own number of experts
     full = {name: dataclasses.replace(config, k=config.n_experts) for name, config in report.configs.items()}
@@ -219,7 +219,7 @@ def test_ffns_that_are_more_than_two_linear_maps_are_listed(name: str, sizes: An
     layers = len(sizes.get("layers_block_type", "12"))
     model, _, _ = _transformers(name, 0, **{**_BERT, "num_hidden_layers": layers}, **sizes)
     report = sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4))
-    assert not report.swaps
+    assert not report.replacements
     assert len(report.unknown) == 2
     for at, reason in report.unknown.items():
         assert at.endswith(up)

@@ -18,7 +18,7 @@ from sparse_ffn import SparseFFNWarning
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
-from sparse_ffn.integrations.bypass import MOE, dispatches  # noqa: E402
+from sparse_ffn.integrations.experts import MOE, dispatches  # noqa: E402
 from sparse_ffn.integrations.transformers import register  # noqa: E402
 
 DOCS = Path(__file__).parents[1] / "docs" / "integrations.md"

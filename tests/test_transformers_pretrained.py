@@ -196,7 +196,7 @@ def test_a_model_whose_blocks_are_tied_is_saved_and_loaded(kind: str, balance: s
     model = tied(kind)
     report = sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, k=2, balance=balance, init="cluster"))
     layers = list(dict.fromkeys(m for m in model.modules() if isinstance(m, sf.SigmaMoE)))
-    assert (len(report.swaps), len(layers)) == ((2, 1) if kind == "Zamba" else (4, 2))
+    assert (len(report.replacements), len(layers)) == ((2, 1) if kind == "Zamba" else (4, 2))
     if balance == "bias":
         for layer in layers:
             layer.router.bias.copy_(torch.randn(4))

@@ -47,12 +47,11 @@ def cvmm(
         ValueError: a wrong shape or device, or ``n_out`` below 0.
         IndexError: an index out of its range (checked on the CPU).
     """
-    _check_float("x", x, 2)
-    _check_float("weight", weight, 3, like=x)
+    _check_float("x", x, (None, None))
+    _check_float("weight", weight, (None, x.shape[1], None), "x", x)
     check_tensor("expert_index", expert_index)
     slots = expert_index.numel()
     _check_index("expert_index", expert_index, (slots,), x)
-    _check_shape("weight", weight, (weight.shape[0], x.shape[1], weight.shape[2]), "x")
     if gather_index is None:
         _check_shape("expert_index (without gather_index)", expert_index, (x.shape[0],))
     else:
@@ -67,8 +66,7 @@ def cvmm(
             raise ValueError("n_out must be given with scatter_index")
         _check_index("scatter_index", scatter_index, (slots,), x, "expert_index")
     if reduction_weight is not None:
-        _check_weight("reduction_weight", reduction_weight, 1, x)
-        _check_shape("reduction_weight", reduction_weight, (slots,), "expert_index")
+        _check_weight("reduction_weight", reduction_weight, (slots,), "expert_index", x)
     return ops.cvmm(
         x, weight, expert_index, gather=gather_index, scatter=scatter_index, reduction=reduction_weight, n_out=n_out
     )
@@ -105,19 +103,12 @@ def expert_ffn(
         ValueError: a wrong shape or device, or an unknown activation.
         IndexError: an index out of its range (checked on the CPU).
     """
-    _check_float("x", x, 2)
-    _check_float("keys", keys, 3, like=x)
-    _check_float("values", values, 3, like=x)
-    n_experts, size = keys.shape[:2]
-    _check_shape("keys", keys, (n_experts, size, x.shape[1]), "x")
-    _check_shape("values", values, (n_experts, size, values.shape[2]), "keys")
-    _check_units(gate_keys, key_bias, keys, x)
+    units = ops.Units(keys, values, gate_keys, key_bias)
+    _check_units(x, units, 3, activation)
     check_tensor("index", index)
     _check_index("index", index, (x.shape[0], index.shape[-1] if index.dim() else 0), x)
-    _check_weight("gate", gate, 2, x)
-    _check_shape("gate", gate, tuple(index.shape), "index")
-    check_choice("activation", activation, ACTIVATIONS)
-    return ops.expert_ffn(x, ops.Units(keys, values, gate_keys, key_bias), index, gate, activation=activation)
+    _check_weight("gate", gate, tuple(index.shape), "index", x)
+    return ops.expert_ffn(x, units, index, gate, activation=activation)
 
 
 def weighted_bag(values: Tensor, index: Tensor, weight: Tensor, *, sparse_grad: bool = False) -> Tensor:
@@ -137,8 +128,8 @@ def weighted_bag(values: Tensor, index: Tensor, weight: Tensor, *, sparse_grad: 
         ValueError: a wrong shape or device.
         IndexError: an index out of its range (checked on the CPU).
     """
-    _check_float("values", values, 2)
-    _check_weight("weight", weight, 2, values, "values")
+    _check_float("values", values, (None, None))
+    _check_weight("weight", weight, (None, None), "", values, "values")
     _check_index("index", index, tuple(weight.shape), values, "weight", "values")
     return ops.weighted_bag(values, index, weight, sparse_grad=check_flag("sparse_grad", sparse_grad))
 
@@ -160,7 +151,7 @@ def product_key_topk(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Ten
         ValueError: shapes that differ, or k out of range.
     """
     _check_float("first", first, None)
-    _check_float("second", second, None, like=first, first="first")
+    _check_float("second", second, None, like=first, of="first")
     if first.dim() == 0 or first.shape != second.shape:
         raise ValueError(f"first and second must have one shape [..., n], got {list(first.shape)} and "
                          f"{list(second.shape)}")  # fmt: skip
@@ -201,59 +192,66 @@ def topk_ffn(
         TypeError: no dense tensor, or a wrong dtype.
         ValueError: a wrong shape or device, an unknown activation, or k out of range.
     """
-    _check_float("x", x, 2)
-    _check_float("keys", keys, 2, like=x)
-    _check_float("values", values, 2, like=x)
-    _check_shape("keys", keys, (keys.shape[0], x.shape[1]), "x")
-    _check_shape("values", values, (keys.shape[0], values.shape[1]), "keys")
-    _check_units(gate_keys, key_bias, keys, x)
-    check_choice("activation", activation, ACTIVATIONS)
+    units = ops.Units(keys, values, gate_keys, key_bias)
+    _check_units(x, units, 2, activation)
     k = check_positive("k", k, at_most=keys.shape[0], limit="d_ff")
     norm_aware = check_flag("norm_aware", norm_aware)
-    units = ops.Units(keys, values, gate_keys, key_bias)
     return ops.topk_ffn(x, units, k, activation=activation, norm_aware=norm_aware)
 
 
-def _check_weight(name: str, weight: Tensor, dim: int, other: Tensor, first: str = "x") -> None:
-    """Weights and gates have a dtype of their own, but share the device."""
-    _check_float(name, weight, dim)
-    if weight.device != other.device:
-        raise ValueError(f"{name} is on {weight.device}, {first} is on {other.device}")
+Shape = tuple[int | None, ...]
+"""None is any size."""
 
 
-def _check_float(name: str, x: Tensor, dim: int | None, like: Tensor | None = None, first: str = "x") -> None:
-    check_floating(name, x)
-    if dim is not None and x.dim() != dim:
-        raise ValueError(f"{name} must have {dim} dimensions, got shape {list(x.shape)}")
-    if like is None:
-        return
-    if x.device != like.device:
-        raise ValueError(f"{name} is on {x.device}, {first} is on {like.device}")
-    if x.dtype != like.dtype and not autocast_enabled(x):
-        raise TypeError(f"{name} has dtype {x.dtype}, {first} has {like.dtype}")
-
-
-def _check_shape(name: str, x: Tensor, shape: tuple[int, ...], other: str | None = None) -> None:
-    if tuple(x.shape) != shape:
-        to_fit = "" if other is None else f" to fit {other}"
-        raise ValueError(f"{name} must have shape {list(shape)}{to_fit}, got {list(x.shape)}")
-
-
-def _check_units(gate_keys: Tensor | None, key_bias: Tensor | None, keys: Tensor, x: Tensor) -> None:
-    if gate_keys is not None:
-        _check_float("gate_keys", gate_keys, keys.dim(), like=x)
-        _check_shape("gate_keys", gate_keys, tuple(keys.shape), "keys")
-    if key_bias is not None:
-        _check_float("key_bias", key_bias, keys.dim() - 1, like=x)
-        _check_shape("key_bias", key_bias, tuple(keys.shape[:-1]), "keys")
-
-
-def _check_index(
-    name: str, index: Tensor, shape: tuple[int, ...], like: Tensor, other: str | None = None, first: str = "x"
+def _check_float(
+    name: str, x: Tensor, shape: Shape | None, fit: str = "", like: Tensor | None = None, of: str = "x"
 ) -> None:
+    """Raise unless x is floating, of this shape, and on the device and (but for autocast) of the dtype of another."""
+    check_floating(name, x)
+    if shape is not None:
+        _check_shape(name, x, shape, fit)
+    if like is not None:
+        _check_device(name, x, like, of)
+        if x.dtype != like.dtype and not autocast_enabled(x):
+            raise TypeError(f"{name} has dtype {x.dtype}, {of} has {like.dtype}")
+
+
+def _check_shape(name: str, x: Tensor, shape: Shape, fit: str = "") -> None:
+    """Raise unless x has this shape, so that it fits the argument ``fit``."""
+    if x.dim() != len(shape):
+        raise ValueError(f"{name} must have {len(shape)} dimensions, got shape {list(x.shape)}")
+    wanted = [has if size is None else size for has, size in zip(x.shape, shape, strict=True)]
+    if list(x.shape) != wanted:
+        raise ValueError(f"{name} must have shape {wanted}{fit and f' to fit {fit}'}, got {list(x.shape)}")
+
+
+def _check_device(name: str, x: Tensor, like: Tensor, of: str) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device}, {of} is on {like.device}")
+
+
+def _check_units(x: Tensor, units: ops.Units, dim: int, activation: str) -> None:
+    """Raise unless x [T, D] and the units' tensors, of which keys have ``dim`` dimensions, fit each other."""
+    _check_float("x", x, (None, None))
+    keys, values, gate_keys, key_bias = units
+    _check_float("keys", keys, (*[None] * (dim - 1), x.shape[1]), "x", x)
+    _check_float("values", values, (*keys.shape[:-1], None), "keys", x)
+    if gate_keys is not None:
+        _check_float("gate_keys", gate_keys, tuple(keys.shape), "keys", x)
+    if key_bias is not None:
+        _check_float("key_bias", key_bias, tuple(keys.shape[:-1]), "keys", x)
+    check_choice("activation", activation, ACTIVATIONS)
+
+
+def _check_index(name: str, index: Tensor, shape: Shape, like: Tensor, fit: str = "", of: str = "x") -> None:
     check_tensor(name, index)
     if index.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {str(index.dtype).removeprefix('torch.')}")
-    _check_shape(name, index, shape, other)
-    if index.device != like.device:
-        raise ValueError(f"{name} is on {index.device}, {first} is on {like.device}")
+    _check_shape(name, index, shape, fit)
+    _check_device(name, index, like, of)
+
+
+def _check_weight(name: str, weight: Tensor, shape: Shape, fit: str, like: Tensor, of: str = "x") -> None:
+    """Weights and gates have a dtype of their own, but share the device."""
+    _check_float(name, weight, shape, fit)
+    _check_device(name, weight, like, of)

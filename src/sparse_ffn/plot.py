@@ -32,7 +32,7 @@ def plot_load(ax: Axes, layer: MoE, title: str = "load per expert") -> None:
 
 
 def plot_coactivation(ax: Axes, layer: MoE, title: str = "co-activation") -> None:
-    """Of the tokens that use expert i (row), the share that uses expert j too (column), in the last forward.
+    """Colours for the share of the tokens with expert i (row) that also use expert j (column), in the last forward.
 
     Raises:
         TypeError: an argument of a wrong type.

@@ -1,4 +1,4 @@
-"""Questions to a whole model about the MoE layers in it: the balance loss, the routing, the bias update."""
+"""What a training loop calls with a whole model: its MoE layers' balance loss, statistics and bias update."""
 
 from __future__ import annotations
 

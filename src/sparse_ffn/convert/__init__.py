@@ -15,8 +15,8 @@ from sparse_ffn.convert.config import TopKFFNConfig as TopKFFNConfig
 from sparse_ffn.convert.config import config_from_dict as config_from_dict
 from sparse_ffn.convert.config_of import config_of as config_of
 from sparse_ffn.convert.init.build import ConstantInput as ConstantInput
+from sparse_ffn.convert.report import Replacement as Replacement
 from sparse_ffn.convert.report import Report as Report
-from sparse_ffn.convert.report import Swap as Swap
 from sparse_ffn.convert.sparsify import from_dense as from_dense
 from sparse_ffn.convert.sparsify import sparsify_ as sparsify_
 from sparse_ffn.convert.to_dense import to_dense as to_dense

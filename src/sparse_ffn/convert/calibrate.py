@@ -1,8 +1,9 @@
-"""Calibration: what the FFNs of a model see on real batches, a uniform sample of it in bounded memory."""
+"""Calibration: a uniform sample, in bounded memory, of what the FFNs of a model see on real batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,18 +17,14 @@ Filter = Callable[[nn.Module, str], bool]
 
 
 class Reservoir:
-    """A uniform sample of the rows that went by.
-
-    Args:
-        size: most rows kept.
-        seed: of the draw.
-    """
+    """A uniform sample of at most ``size`` of the rows that went by."""
 
     def __init__(self, size: int, seed: int = 0) -> None:
         self.size, self.seen = size, 0
         self._generator = torch.Generator().manual_seed(seed)
-        self._rows: Tensor | None = None
         self._rank = torch.empty(0, device="cpu")
+        self.rows = torch.empty(0, 0, device="cpu")
+        """The sample [at most size, width], on the CPU, in the order in which the rows came."""
 
     def add(self, rows: Tensor) -> None:
         """Let rows [n, width] go by."""
@@ -39,13 +36,8 @@ class Reservoir:
         kept = rank.topk(min(self.size, len(rank))).indices.sort().values
         old = len(self._rank)
         new = rows[(kept[kept >= old] - old).to(rows.device)].cpu()
-        self._rows = new if self._rows is None else torch.cat([self._rows[kept[kept < old]], new])
+        self.rows = torch.cat([self.rows[kept[kept < old]], new]) if old else new
         self._rank = rank[kept]
-
-    @property
-    def rows(self) -> Tensor:
-        """The sample [at most size, width], on the CPU, in the order in which the rows came."""
-        return torch.empty(0, 0, device="cpu") if self._rows is None else self._rows
 
 
 @torch.no_grad()
@@ -55,7 +47,7 @@ def calibrate(
     """Run a model on batches and keep a sample of what each of its FFNs gets.
 
     Args:
-        model: before ``sparsify_``; it runs in evaluation mode, which is put back.
+        model: before ``sparsify_``. It runs in evaluation mode, and its modes are as before afterwards.
         batches: each a mapping (keyword arguments), a tuple or list (positional arguments), or one argument. Tokens
             that a mapping's ``attention_mask`` [batch, length] marks as padding are left out, or its
             ``decoder_attention_mask`` in the decoder of an encoder-decoder of transformers.
@@ -78,32 +70,27 @@ def calibrate(
     if not found:
         raise ValueError("the model has no FFN that sparsify_ would find (and filter_fn admit)")
     samples = {f.name: Reservoir(max_tokens) for f in found}
-    masks: Mapping[str, Any] = {}
+    batch: Any = None
+
+    def keep(sample: Reservoir, mask_name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        x: Tensor = first_of(args, kwargs)
+        mask: Any = batch.get(mask_name) if isinstance(batch, Mapping) else None
+        fits = isinstance(mask, Tensor) and mask.shape == x.shape[:-1]
+        sample.add(x[mask.bool().to(x.device)] if fits else x.flatten(0, -2))
 
     decoder = _decoder(model)
-
-    def keep(name: str, part: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x: Tensor = first_of(args, kwargs)
-            given = masks.get(part)
-            mask = given.bool().to(x.device) if isinstance(given, Tensor) else None
-            samples[name].add(x.flatten(0, -2) if mask is None or mask.shape != x.shape[:-1] else x[mask])
-
-        return hook
-
     handles = []
     for f in found:
-        part = "decoder_attention_mask" if f.ups[0].module in decoder else "attention_mask"
-        handles.append(f.ups[0].module.register_forward_pre_hook(keep(f.name, part), with_kwargs=True))
+        first = f.ups[0].module
+        hook = partial(keep, samples[f.name], "decoder_attention_mask" if first in decoder else "attention_mask")
+        handles.append(first.register_forward_pre_hook(hook, with_kwargs=True))
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         for batch in batches:
             if isinstance(batch, Mapping):
-                masks = batch
                 model(**batch)
             else:
-                masks = {}
                 model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
     finally:
         for handle in handles:

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from sparse_ffn.convert.config import CONFIGS
-from sparse_ffn.convert.config_base import FFNConfig
+from sparse_ffn.convert.config import CONFIGS, FFNConfig
 from sparse_ffn.layers import MoE, SparseFFN
 from sparse_ffn.routing import ROUTERS, Router
 
@@ -33,7 +32,7 @@ def config_of(layer: SparseFFN) -> FFNConfig:
     if router is not None:
         widths: dict[str, Any] = {"d_model": layer.d_model, "d_out": layer.d_out, "device": "meta"}
         twin: Any = config.layer(**widths, **config.arguments())
-        if _facts(router) != _facts(twin.router):
+        if _function(router) != _function(twin.router):
             raise ValueError(f"no {kind.__name__} makes a layer with this router, {router}")
     return config
 
@@ -50,11 +49,11 @@ def _option(layer: SparseFFN, router: Router | None, name: str, default: Any) ->
     return value[0] if name in ("balance", "balance_weight") and len(value) == 1 else value
 
 
-def _facts(router: Router) -> tuple[Any, ...]:
+def _function(router: Router) -> tuple[Any, ...]:
     """What decides the function that a router computes: its class and all that its repr shows."""
     return _own_class(router), router.extra_repr()
 
 
 def _own_class(module: nn.Module) -> type:
-    """The class without those that FSDP and parametrisations put before it."""
+    """The class below those that FSDP and parametrisations put before it."""
     return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch."))

@@ -1,4 +1,4 @@
-"""What sparsify_ did and what it left: a report that prints as a table."""
+"""The report of sparsify_: what it replaced and what it left, which prints as a table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sparse_ffn.convert.config import FFNConfig
 
 
 @dataclass(frozen=True)
-class Swap:
+class Replacement:
     """One FFN that was replaced."""
 
     name: str
@@ -29,7 +29,7 @@ class Swap:
     """What was done with the weights."""
     shared: tuple[str, ...] = ()
     """Other names of the same module, which share the new layer."""
-    moved: float | None = None
+    relative_error: float | None = None
     """Relative error of the output on the calibration data, None without: ‖new - old‖ / ‖old‖."""
     tied: str | None = None
     """The earlier place whose layer this is too, for FFNs that had the same parameters."""
@@ -37,9 +37,9 @@ class Swap:
 
 @dataclass(frozen=True)
 class Report:
-    """All swaps, and all that was left as it was. ``print`` it."""
+    """All replacements, and all that was left as it was. ``print`` it."""
 
-    swaps: tuple[Swap, ...]
+    replacements: tuple[Replacement, ...]
     unknown: dict[str, str]
     """What looked like an FFN by its shapes: name, and why it was left."""
     skipped: tuple[str, ...]
@@ -50,28 +50,28 @@ class Report:
     @property
     def names(self) -> list[str]:
         """Where the new layers are."""
-        return [swap.name for swap in self.swaps]
+        return [new.name for new in self.replacements]
 
     @property
     def configs(self) -> dict[str, FFNConfig]:
         """Resolved configs by name: ``sparsify_`` takes them, to give another copy of the model the same layers."""
-        return {swap.name: swap.config for swap in self.swaps}
+        return {new.name: new.config for new in self.replacements}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON: by name, the config of each layer."""
         return {name: config.to_dict() for name, config in self.configs.items()}
 
     def __str__(self) -> str:
-        head = ("name", "was", "is", "parameters", "FLOPs/token", *(("moved",) if self._measured else ()), "weights")
-        rows = [head]
-        for s in self.swaps:
-            moved = ("-" if s.moved is None else f"{s.moved:.2%}",) if self._measured else ()
-            name = s.name + "".join(f" = {other}" for other in s.shared)
-            rows.append((name, s.pattern, s.layer, _change(*s.parameters), _change(*s.flops), *moved, s.note))
-        lines = [f"{len(self.swaps)} FFN{'' if len(self.swaps) == 1 else 's'} replaced"]
-        if self.swaps:
-            parameters = _total(s.parameters for s in self.swaps if s.tied is None)
-            flops = _total(s.flops for s in self.swaps for _ in (s.name, *s.shared))
+        measured = any(new.relative_error is not None for new in self.replacements)
+        rows = [("name", "was", "is", "parameters", "FLOPs/token", *(("error",) if measured else ()), "weights")]
+        for r in self.replacements:
+            error = ("-" if r.relative_error is None else f"{r.relative_error:.2%}",) if measured else ()
+            name = " = ".join((r.name, *r.shared))
+            rows.append((name, r.pattern, r.layer, _change(*r.parameters), _change(*r.flops), *error, r.note))
+        lines = [f"{len(self.replacements)} FFN{'' if len(self.replacements) == 1 else 's'} replaced"]
+        if self.replacements:
+            parameters = _total(r.parameters for r in self.replacements if r.tied is None)
+            flops = _total(r.flops for r in self.replacements for _ in (r.name, *r.shared))
             lines[0] += f": parameters {_change(*parameters)}, FLOPs/token {_change(*flops)}"
             widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
             lines += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -79,10 +79,6 @@ class Report:
         lines += _section("left: not selected", self.skipped)
         lines += _section("left: no FFN", [f"{count} x {name}" for name, count in self.others.items()])
         return "\n".join(lines)
-
-    @property
-    def _measured(self) -> bool:
-        return any(swap.moved is not None for swap in self.swaps)
 
 
 def _total(pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:

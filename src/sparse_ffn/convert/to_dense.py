@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparse_ffn.convert.init.build import copy_weights, freeze, gate_at_zero
+from sparse_ffn.convert.init.partition import product_keys
 from sparse_ffn.convert.init.weights import FFNWeights
 from sparse_ffn.layers import DenseFFN, MoE, ProductKeyMemory, SparseFFN
 from sparse_ffn.routing.deepseek import DeepSeekRouter
 from sparse_ffn.routing.routers import ROUTERS, UnweightedRouter
 
-# routers whose gate() says what they do at zero logits; a subclass may do more
 KNOWN = (*ROUTERS.values(), DeepSeekRouter)
+"""Routers whose ``gate`` says what they do at zero logits; a subclass may do more."""
 
 
 @torch.no_grad()
@@ -35,9 +37,8 @@ def to_dense(layer: SparseFFN) -> DenseFFN:
         ValueError: no dense FFN computes the same; the message says why.
     """
     if not isinstance(layer, SparseFFN):
-        inside = (
-            [n for n, m in layer.named_modules() if isinstance(m, SparseFFN)] if isinstance(layer, nn.Module) else []
-        )
+        modules = layer.named_modules() if isinstance(layer, nn.Module) else ()
+        inside = [name for name, module in modules if isinstance(module, SparseFFN)]
         hint = f": give the layer in it, at {', '.join(map(repr, inside))}" if inside else ""
         raise TypeError(f"layer must be a layer of sparse_ffn, got {type(layer).__name__}{hint}")
     if isinstance(layer, MoE):
@@ -47,22 +48,25 @@ def to_dense(layer: SparseFFN) -> DenseFFN:
     elif isinstance(layer, DenseFFN):
         if layer.k < layer.d_ff:
             raise _no_dense(layer, f"k = {layer.k} of d_ff = {layer.d_ff} units are used, others for each token")
-        weights = FFNWeights(
-            layer.keys, layer.values, layer.activation, layer.gate_keys, layer.key_bias, None, layer.out_bias
-        )  # fmt: skip
+        weights = _weights(layer)
     else:
         raise _no_dense(layer, "its function is unknown here")
-    bias = weights.key_bias is not None
-    dense = DenseFFN(
-        weights.d_model, weights.d_ff, activation=layer.activation, glu=weights.gate_keys is not None, bias=bias,
-        d_out=weights.d_out, dropout=layer.dropout, device=weights.keys.device, dtype=weights.keys.dtype,
-    )  # fmt: skip
+    options: dict[str, Any] = {"activation": layer.activation, "dropout": layer.dropout}
+    options |= {"glu": weights.gate_keys is not None, "bias": weights.key_bias is not None}
+    options |= {"device": weights.keys.device, "dtype": weights.keys.dtype}
+    dense = DenseFFN(weights.d_model, weights.d_ff, d_out=weights.d_out, **options)
     copy_weights(dense, weights)
     freeze(dense, replace(weights, trainable=_trainable(layer)))
     return dense.train(layer.training)
 
 
+def _weights(layer: DenseFFN | MoE) -> FFNWeights:
+    gate_keys, key_bias, out_bias = layer.gate_keys, layer.key_bias, layer.out_bias
+    return FFNWeights(layer.keys, layer.values, layer.activation, gate_keys, key_bias, out_bias=out_bias)
+
+
 def _trainable(layer: SparseFFN) -> dict[str, bool]:
+    """Whether the dense FFN's tensors train: a product key does if one of its parts does."""
     trainable = {name: parameter.requires_grad for name, parameter in layer.named_parameters()}
     keys = [wants for name, wants in trainable.items() if name in ("sub_keys", "query.weight")]
     bias = [wants for name, wants in trainable.items() if name in ("sub_keys", "query.bias")]
@@ -80,14 +84,8 @@ def _experts(layer: MoE) -> FFNWeights:
         raise _no_dense(layer, f"the gates of its {type(layer.router).__name__} are unknown here")
     if not isinstance(layer.router, UnweightedRouter) and bool(layer.router.weight.any()):
         raise _no_dense(layer, "its gates depend on the token (the router's weights are not zero)")
-
-    def flat(rows: Tensor | None) -> Tensor | None:
-        return None if rows is None else rows.flatten(0, 1)
-
-    keys, values = layer.keys.flatten(0, 1), layer.values.flatten(0, 1) * gate_at_zero(layer)
-    return FFNWeights(
-        keys, values, layer.activation, flat(layer.gate_keys), flat(layer.key_bias), None, layer.out_bias
-    )  # fmt: skip
+    weights = _weights(layer).map_units(lambda rows: rows.flatten(0, 1))
+    return replace(weights, values=weights.values * gate_at_zero(layer))
 
 
 def _memory(layer: ProductKeyMemory) -> FFNWeights:
@@ -95,13 +93,10 @@ def _memory(layer: ProductKeyMemory) -> FFNWeights:
         raise _no_dense(layer, f"k = {layer.k} of {layer.d_ff} values are used, others for each token")
     if layer.activation == "softmax" or layer.query_norm is not None:
         raise _no_dense(layer, "its weights are normalised over the token's scores or query")
-    first, second = layer.sub_keys  # [H, N, C] each
-    n = layer.n_sub_keys
-    keys = torch.cat([first.repeat_interleave(n, 1), second.repeat(1, n, 1)], dim=2)  # [H, N·N, 2C]
+    keys = product_keys(layer.sub_keys)
     bias: Tensor | None = None
     if layer.query is not None:
         if layer.query.bias is not None:
             bias = (keys @ layer.query.bias.view(layer.n_heads, -1, 1)).flatten()
         keys = keys @ layer.query.weight.view(layer.n_heads, -1, layer.d_model)
-    values = layer.values.repeat(layer.n_heads, 1)
-    return FFNWeights(keys.flatten(0, 1), values, layer.activation, key_bias=bias)
+    return FFNWeights(keys.flatten(0, 1), layer.values.repeat(layer.n_heads, 1), layer.activation, key_bias=bias)

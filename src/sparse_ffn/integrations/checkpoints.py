@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -28,21 +29,25 @@ CORRECTION_BIAS = "gate.e_score_correction_bias"
 
 @dataclass(frozen=True)
 class Style:
-    """How a family of models names the tensors of a block."""
+    """How a family of models names the tensors of a block, and what decides its function."""
 
     expert: tuple[str, str, str] = PARTS
     """The three matrices in checkpoints that hold each expert by itself."""
     shared: str | None = None
     """The shared expert; None where the family has none."""
+    facts: tuple[str, ...] = ("norm_topk_prob",)
+    """What its config must say, besides what all must."""
 
 
 STYLES = {
-    "mixtral": Style(expert=("w1", "w3", "w2")),
+    "mixtral": Style(expert=("w1", "w3", "w2"), facts=()),
     "olmoe": Style(),
     "qwen2_moe": Style(shared="shared_expert"),
     "qwen3_moe": Style(),
-    "deepseek_v2": Style(shared="shared_experts"),
-    "deepseek_v3": Style(shared="shared_experts"),
+    "deepseek_v2": Style(shared="shared_experts", facts=("routed_scaling_factor", "topk_method", "norm_topk_prob")),
+    "deepseek_v3": Style(
+        shared="shared_experts", facts=("routed_scaling_factor", "n_group", "topk_group", "norm_topk_prob")
+    ),
 }
 
 
@@ -72,34 +77,28 @@ def from_transformers(
     """
     facts = _facts(config)
     style, keys = STYLES[facts["model_type"]], Keys(state_dict, prefix)
-    activation = ACTIVATIONS[facts["hidden_act"]]
     gate_keys, up, down = _experts(keys, style)
+    shared = style.shared is not None and f"{style.shared}.up_proj.weight" in keys.left
+    routed = "routed." if shared else ""
     ours = {"keys": up, "gate_keys": gate_keys, "values": down.mT * facts.get("routed_scaling_factor", 1.0)}
-    ours["router.weight"] = keys.take("gate.weight", 2)
+    ours = {routed + name: tensor for name, tensor in ours.items()}
+    for name, theirs in _names(facts, shared).items():
+        tensor = keys.take(theirs, 1 if theirs == CORRECTION_BIAS else 2)
+        ours[name] = tensor.mT if name == "shared.values" else tensor
+    keys.finish()
     if facts["model_type"] == "deepseek_v3":
-        ours["router.bias"] = keys.take(CORRECTION_BIAS, 1)
         options = {"balance": "bias", **options}
     sizes = (up.shape[2], up.shape[0], up.shape[1], facts["num_experts_per_tok"])
-    router = _router(facts, sizes)
-    moe = MoE(*sizes, router=router, activation=activation, glu=True, device="meta", dtype=up.dtype, **options)
-    moe.router.to(ours["router.weight"].dtype)  # some models keep it wider than the experts
-    if style.shared is None or f"{style.shared}.up_proj.weight" not in keys.left:
-        keys.finish()
-        _check_fits(moe, moe, facts)
-        return filled(moe, ours)
-    gate, up, down = (keys.take(f"{style.shared}.{part}.weight", 2) for part in PARTS)
-    shared = DenseFFN(
-        sizes[0], up.shape[0], activation=activation, glu=True, bias=False, device="meta", dtype=up.dtype
-    )  # fmt: skip
-    whole = {f"routed.{name}": tensor for name, tensor in ours.items()}
-    whole |= {"shared.gate_keys": gate, "shared.keys": up, "shared.values": down.mT}
-    gated = facts["model_type"] == "qwen2_moe"
-    if gated:
-        whole["gate.weight"] = keys.take("shared_expert_gate.weight", 2)
-    keys.finish()
-    both = SharedExpertMoE(moe, shared, gated=gated)
-    _check_fits(both, moe, facts)
-    return filled(both, whole)
+    router, act, dtype = _router(facts, *sizes[:2]), ACTIVATIONS[facts["hidden_act"]], up.dtype
+    moe = MoE(*sizes, router=router, activation=act, glu=True, device="meta", dtype=dtype, **options)
+    moe.router.to(ours[f"{routed}router.weight"].dtype)  # some models keep it wider than the experts
+    layer: MoE | SharedExpertMoE = moe
+    if shared:
+        d_ff = ours["shared.keys"].shape[0]
+        dense = DenseFFN(sizes[0], d_ff, activation=act, glu=True, bias=False, device="meta", dtype=dtype)
+        layer = SharedExpertMoE(moe, dense, gated=facts["model_type"] == "qwen2_moe")
+    _check_fits(layer, moe, facts)
+    return filled(layer, ours)
 
 
 def to_transformers(
@@ -131,22 +130,29 @@ def to_transformers(
     gate, up = moe.gate_keys, moe.keys
     down = moe.values.mT / facts.get("routed_scaling_factor", 1.0)
     assert gate is not None  # _check_fits
-    state: dict[str, Tensor] = {"gate.weight": moe.router.weight}
-    if facts["model_type"] == "deepseek_v3":
-        assert moe.router.bias is not None
-        state[CORRECTION_BIAS] = moe.router.bias
     if fused:
-        state |= {"experts.gate_up_proj": torch.cat((gate, up), 1), "experts.down_proj": down}
+        state = {"experts.gate_up_proj": torch.cat((gate, up), 1), "experts.down_proj": down}
     else:
-        for e in range(moe.n_experts):
-            named = zip(style.expert, (gate[e], up[e], down[e]), strict=True)
-            state |= {f"experts.{e}.{part}.weight": matrix for part, matrix in named}
-    if isinstance(layer, SharedExpertMoE):
-        matrices = (layer.shared.gate_keys, layer.shared.keys, layer.shared.values.mT)
-        state |= {f"{style.shared}.{p}.weight": m for p, m in zip(PARTS, matrices, strict=True) if m is not None}
-        if layer.gate is not None:
-            state["shared_expert_gate.weight"] = layer.gate.weight
+        matrices = zip(style.expert, (gate, up, down), strict=True)
+        state = {f"experts.{e}.{part}.weight": m[e] for part, m in matrices for e in range(moe.n_experts)}
+    for name, theirs in _names(facts, isinstance(layer, SharedExpertMoE)).items():
+        tensor: Tensor = attrgetter(name)(layer)
+        state[theirs] = tensor.mT if name == "shared.values" else tensor
     return {prefix + name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
+
+
+def _names(facts: Mapping[str, Any], shared: bool) -> dict[str, str]:
+    """Our names and theirs of all tensors but the experts'; the shared expert's values are transposed."""
+    kind, routed = facts["model_type"], "routed." if shared else ""
+    names = {f"{routed}router.weight": "gate.weight"}
+    if kind == "deepseek_v3":
+        names[f"{routed}router.bias"] = CORRECTION_BIAS
+    if shared:
+        ours = ("shared.gate_keys", "shared.keys", "shared.values")
+        names |= {name: f"{STYLES[kind].shared}.{part}.weight" for name, part in zip(ours, PARTS, strict=True)}
+        if kind == "qwen2_moe":
+            names["gate.weight"] = "shared_expert_gate.weight"
+    return names
 
 
 class Keys:
@@ -171,10 +177,6 @@ class Keys:
         if tensor.dim() != dim:
             raise ValueError(f"{self.prefix + name!r} must have {dim} dimensions, got {list(tensor.shape)}")
         return tensor
-
-    def take_if_there(self, name: str, dim: int) -> Tensor | None:
-        """As ``take``, and None where there is none."""
-        return self.take(name, dim) if name in self.left else None
 
     def finish(self) -> None:
         """Raise ValueError unless every tensor was taken."""
@@ -203,11 +205,7 @@ def _facts(config: Any) -> dict[str, Any]:
         raise TypeError(f"config must be a config of transformers or a dict of its values, got {shown(config)}")
     facts = dict(config) if isinstance(config, Mapping) else config.to_dict()
     check_choice("config.model_type", facts.get("model_type"), STYLES)
-    needed = {"num_experts_per_tok", "hidden_act"} | {
-        "mixtral": set(),
-        "deepseek_v2": {"routed_scaling_factor", "topk_method", "norm_topk_prob"},
-        "deepseek_v3": {"routed_scaling_factor", "n_group", "topk_group", "norm_topk_prob"},
-    }.get(facts["model_type"], {"norm_topk_prob"})
+    needed = ("num_experts_per_tok", "hidden_act", *STYLES[facts["model_type"]].facts)
     missing = sorted(name for name in needed if facts.get(name) is None)
     if missing:
         raise ValueError(f"config must say {', '.join(missing)}, which decide what the block computes")
@@ -222,13 +220,10 @@ def _facts(config: Any) -> dict[str, Any]:
 
 def _check_fits(layer: MoE | SharedExpertMoE, moe: MoE, facts: Mapping[str, Any]) -> None:
     kind, shared = facts["model_type"], isinstance(layer, SharedExpertMoE)
-    k = facts["num_experts_per_tok"]
-    named = _router(facts, (moe.d_model, moe.n_experts, moe.expert_size, k))
-    router = ROUTERS[named](moe.d_model, moe.n_experts, k, device="meta") if isinstance(named, str) else named
     n_experts = [facts[n] for n in ("num_local_experts", "num_experts", "n_routed_experts") if facts.get(n) is not None]
     size = facts.get("moe_intermediate_size") or facts.get("intermediate_size", moe.expert_size)
     checks = {
-        "router": (_traits(moe.router), _traits(router)),
+        "router": (_traits(moe.router), _traits(_router(facts, moe.d_model, moe.n_experts))),
         "activation": (moe.activation, ACTIVATIONS[facts["hidden_act"]]),
         "glu": (moe.gate_keys is not None, True),
         "bias": (moe.out_bias is not None, False),
@@ -252,16 +247,16 @@ def _traits(router: Router) -> tuple[Any, ...]:
     return type(router).__name__, router.k, *((name, value) for name, value in found.items() if value is not None)
 
 
-def _router(facts: Mapping[str, Any], sizes: tuple[int, int, int, int]) -> str | DeepSeekRouter:
-    """The router that ranks and weighs as the model's does."""
-    d_model, n_experts, _, k = sizes
+def _router(facts: Mapping[str, Any], d_model: int, n_experts: int) -> Router:
+    """A router on meta that ranks and weighs as the model's does."""
+    k: int = facts["num_experts_per_tok"]
     if facts["model_type"] == "deepseek_v3":
         return DeepSeekRouter(
             d_model, n_experts, k, normalize=facts["norm_topk_prob"], n_groups=facts["n_group"],
             topk_groups=facts["topk_group"], selection_bias=True, device="meta",
         )  # fmt: skip
     normalized = facts["model_type"] == "mixtral" or facts.get("norm_topk_prob", False)
-    return "softmax_topk" if normalized else "softmax"
+    return ROUTERS["softmax_topk" if normalized else "softmax"](d_model, n_experts, k, device="meta")
 
 
 def _experts(keys: Keys, style: Style) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import re
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from sparse_ffn import ops
-from sparse_ffn.integrations.bypass import watch
+from sparse_ffn.backends.warning import SparseFFNWarning
 
 NAME = "sparse_ffn"
+MOE = re.compile(r"(Experts|Mo[eE](Block|Layer)?|SparseMLP)$")
+"""What transformers calls its classes of experts and of the blocks that hold them."""
 
 
 def register() -> None:
@@ -24,7 +31,8 @@ def register() -> None:
     changes nothing.
     """
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
-    watch(NAME)
+    _call_after("post_init", _check_made)
+    _call_after("set_experts_implementation", _check_chosen)
 
 
 def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -71,5 +79,58 @@ def _product(experts: Any, name: str, x: Tensor, expert: Tensor, rows: Tensor | 
 
 
 def _flag(experts: Any, name: str, default: bool) -> bool:
-    """A fact about the experts; versions of transformers before it became one have the default."""
+    """A fact about the experts; versions of transformers that do not state it have the default."""
     return bool(getattr(experts, name, default))
+
+
+def dispatches(module: nn.Module) -> bool:
+    """Whether these are experts that ask for the implementation: transformers tells such ones how their weights lie."""
+    return hasattr(module, "is_transposed")
+
+
+def _moe_modules(module: nn.Module, submodels: bool) -> Iterator[nn.Module]:
+    """The outermost MoE modules, those of models within the model only with ``submodels``."""
+    for child in module.children():
+        if MOE.search(type(child).__name__) or dispatches(child):
+            yield child
+        elif submodels or not isinstance(child, transformers.PreTrainedModel):
+            yield from _moe_modules(child, submodels)
+
+
+def _check_made(model: Any) -> None:
+    if getattr(model.config, "_experts_implementation", None) == NAME:
+        _warn_of_bypass(model, submodels=False)  # the models within have warned themselves
+
+
+def _check_chosen(model: Any, experts_implementation: str | dict[str, str]) -> None:
+    chosen = experts_implementation
+    if NAME in (chosen.values() if isinstance(chosen, dict) else (chosen,)):
+        _warn_of_bypass(model, submodels=True)
+
+
+def _warn_of_bypass(model: nn.Module, submodels: bool) -> None:
+    """Warn of MoE modules that compute their experts themselves, whatever implementation is chosen."""
+    modules = _moe_modules(model, submodels)
+    if classes := {type(m).__name__ for m in modules if not any(map(dispatches, m.modules()))}:
+        warnings.warn(
+            f"in {type(model).__name__} {', '.join(sorted(classes))} never asks transformers for an experts "
+            f"implementation: it computes as before, and not by {NAME!r}",
+            SparseFFNWarning,
+            stacklevel=4,
+        )
+
+
+def _call_after(name: str, action: Callable[..., None]) -> None:
+    """Make a method of all transformers' models call the action at its end, once."""
+    method = getattr(transformers.PreTrainedModel, name)
+    if hasattr(method, "before_sparse_ffn"):
+        return
+
+    @functools.wraps(method)
+    def extended(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        action(self, *args, **kwargs)
+        return result
+
+    extended.before_sparse_ffn = method  # type: ignore[attr-defined]
+    setattr(transformers.PreTrainedModel, name, extended)

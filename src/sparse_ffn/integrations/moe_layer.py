@@ -72,10 +72,9 @@ def to_moe_layer(layer: MoE, *, prefix: str = "") -> dict[str, Tensor]:
         "out_bias": "o_bias",
     }
     state = layer.state_dict()
-    foreign = sorted(state.keys() - names.keys())
     if layer.d_router != layer.d_model:
         raise ValueError(f"the paper's router sees x, not d_router = {layer.d_router} other features")
-    if foreign:
+    if foreign := sorted(state.keys() - names.keys()):
         raise ValueError(f"the paper's MoE layer has no place for {', '.join(foreign)}")
     state["keys"] = state["keys"].mT
     return {prefix + names[name]: tensor.detach().clone().contiguous() for name, tensor in state.items()}

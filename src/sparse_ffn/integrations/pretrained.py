@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import transformers
+from torch import Tensor
 
 from sparse_ffn.checks import check_type, shown
 from sparse_ffn.convert import Report, config_from_dict, config_of, sparsify_
-from sparse_ffn.integrations.ties import shared, tie, tied
 from sparse_ffn.layers import SparseFFN
 
 KEY = "sparse_ffn"  # of the record in config.json
@@ -44,8 +45,9 @@ def record_conversion(model: Any, report: Report) -> None:
     missing = [name for name in report.names if name not in places]
     if missing:
         raise ValueError(f"report is of another model: this one has no {', '.join(map(repr, missing))}")
-    tie(model)
-    _record(model, {**(getattr(model.config, KEY, None) or {}), **report.configs})
+    _tie(model)
+    names = {**(getattr(model.config, KEY, None) or {}), **report.configs}
+    setattr(model.config, KEY, Record(model, _present(model, names)))
 
 
 class Record(dict[str, Any]):
@@ -77,10 +79,6 @@ class Record(dict[str, Any]):
 
     def __reduce__(self) -> Any:
         return dict, (self.now(),)
-
-
-def _record(model: Any, names: Iterable[str]) -> None:
-    setattr(model.config, KEY, Record(model, _present(model, names)))
 
 
 def _present(model: Any, names: Iterable[str]) -> dict[str, Any]:
@@ -137,19 +135,20 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
     class Converted(base):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            with tied(self):
-                _convert(self, record)
-            tie(self)
+            with _tied(self):
+                configs = {name: config_from_dict(values) for name, values in _places(self, record).items()}
+                sparsify_(self, {name: dataclasses.replace(config, init="fresh") for name, config in configs.items()})
+            _tie(self)
 
         def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
             super().mark_tied_weights_as_initialized(loading_info)
-            loading_info.missing_keys -= shared(self).keys()  # a layer in several places is loaded in one
+            loading_info.missing_keys -= _shared(self).keys()  # a layer in several places is loaded in one
 
     Converted.__name__, Converted.__module__ = base.__name__, base.__module__  # some models look for it in their module
     wants_info = options.pop("output_loading_info", False)
     model, info = Converted.from_pretrained(path, config=config, output_loading_info=True, **options)
     model.__class__ = base
-    _record(model, _places(model, record))
+    setattr(model.config, KEY, Record(model, _present(model, _places(model, record))))
     _check_loaded(model, info["missing_keys"])
     return (model, info) if wants_info else model
 
@@ -175,12 +174,6 @@ def _check_loaded(model: Any, missing: Iterable[str]) -> None:
         raise ValueError(f"the checkpoint lacks weights of converted layers: {', '.join(lost)}")
 
 
-def _convert(model: Any, record: dict[str, dict[str, Any]]) -> None:
-    """Layers of the recorded shapes in the recorded places; the weights are those of the checkpoint."""
-    configs = {name: config_from_dict(values) for name, values in _places(model, record).items()}
-    sparsify_(model, {name: dataclasses.replace(config, init="fresh") for name, config in configs.items()})
-
-
 def _places(model: Any, record: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The record with this model's names: without its head it lacks a prefix, and the other way round."""
     prefix = f"{model.base_model_prefix}."
@@ -190,3 +183,41 @@ def _places(model: Any, record: dict[str, dict[str, Any]]) -> dict[str, dict[str
         return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in names), name)
 
     return {here(name): values for name, values in record.items()}
+
+
+@contextmanager
+def _tied(model: Any) -> Iterator[None]:
+    """Tie the weights of a model that is being loaded, which transformers does later: tied FFNs become one layer."""
+
+    def set_parameter(name: str, tensor: Tensor) -> None:
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, tensor)
+
+    own = {name: model.get_parameter(name) for name in model.all_tied_weights_keys}
+    for name, source in model.all_tied_weights_keys.items():
+        set_parameter(name, model.get_parameter(source))
+    yield
+    left = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name in own.keys() & left:
+        set_parameter(name, own[name])
+
+
+def _shared(model: Any) -> dict[str, str]:
+    """The tensors of converted layers that are in several places: each further name of one, and its first name."""
+    first: dict[int, str] = {}
+    layers = [(f"{n}.", m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, SparseFFN)]
+    tensors = [(path + n, t) for path, m in layers for n, t in (*m.named_parameters(), *m.named_buffers())]
+    return {name: place for name, tensor in tensors if (place := first.setdefault(id(tensor), name)) != name}
+
+
+def _tie(model: Any) -> None:
+    """Tell transformers which tensors converted layers share, in place of those that went with the FFNs."""
+    for part in model.modules():
+        if not isinstance(part, transformers.PreTrainedModel):
+            continue
+        left = {name for name, _ in part.named_parameters(remove_duplicate=False)}
+        known = {target: source for target, source in part.all_tied_weights_keys.items() if {target, source} <= left}
+        several = _shared(part)
+        if several or known != part.all_tied_weights_keys:
+            part.all_tied_weights_keys = known | {name: place for name, place in several.items() if name in left}
+            part._tied_weights_keys = known | several

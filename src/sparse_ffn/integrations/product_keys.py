@@ -41,7 +41,8 @@ def from_xlm(state_dict: Mapping[str, Tensor], k: int, *, prefix: str = "", **op
     ours, width, d_model, n_heads = {"values": values}, 2 * sub_keys.shape[-1], 2 * sub_keys.shape[-1], 1
     has_query = f"{QUERY}.weight" in keys.left
     if has_query:
-        weight, bias = keys.take(f"{QUERY}.weight", 2), keys.take_if_there(f"{QUERY}.bias", 1)
+        weight = keys.take(f"{QUERY}.weight", 2)
+        bias = keys.take(f"{QUERY}.bias", 1) if f"{QUERY}.bias" in keys.left else None
         if f"{BATCH_NORM}.running_var" in keys.left:
             weight, bias = _without_batch_norm(keys, weight, bias)
         ours["query.weight"] = weight

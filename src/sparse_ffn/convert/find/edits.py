@@ -10,33 +10,31 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Edit:
-    """One attribute of a module within the enclosing one that gets a new value when a layer is put in."""
+    """One attribute of a module within the enclosing one, and the value that it gets when a layer is put in."""
 
     owner: str
     attribute: str
     value: object
 
 
-def put(root: nn.Module, edits: Iterable[Edit]) -> list[Callable[[], None]]:
+def apply(root: nn.Module, edits: Iterable[Edit]) -> list[Callable[[], None]]:
     """Make the edits; returns what undoes each, to be called in reverse."""
-    undo: list[Callable[[], None]] = []
-    for edit in edits:
-        owner = root.get_submodule(edit.owner)
-        value = edit.value() if callable(edit.value) else edit.value
-        undo.append(set_attribute(owner, edit.attribute, value))
-    return undo
+    return [
+        set_attribute(root.get_submodule(e.owner), e.attribute, e.value() if callable(e.value) else e.value)
+        for e in edits
+    ]
 
 
 def set_attribute(owner: nn.Module, attribute: str, value: object) -> Callable[[], None]:
     """Set an attribute that may hold a module, a function or a number; returns what undoes it."""
-    modules, plain = dict(owner._modules), dict(owner.__dict__)
+    modules, others = dict(owner._modules), dict(owner.__dict__)
 
     def undo() -> None:
         owner._modules.clear()
         owner._modules.update(modules)
-        for name in owner.__dict__.keys() - plain.keys():
+        for name in owner.__dict__.keys() - others.keys():
             del owner.__dict__[name]
-        owner.__dict__.update(plain)
+        owner.__dict__.update(others)
 
     if isinstance(value, nn.Module):
         owner.__dict__.pop(attribute, None)

@@ -1,25 +1,20 @@
-"""What the search for FFNs speaks of: an FFN that was found, and the formula between its linear maps."""
+"""An FFN that was found in a model, and the formula between its linear maps."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from sparse_ffn.convert.find.edits import Edit
 from sparse_ffn.convert.find.linear import Linear
-from sparse_ffn.convert.find.probe import close
+from sparse_ffn.convert.find.probe import Unknown, close
 from sparse_ffn.convert.init.weights import FFNWeights
 from sparse_ffn.ops.activations import ACTIVATIONS, hidden
 
 QUICK_GELU = ("silu", 1.702)  # z·sigmoid(1.702·z), CLIP's
-
-
-class Unknown(Exception):
-    """Why something that looked like an FFN by its shapes is left as it is."""
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
 @dataclass(frozen=True)
@@ -45,36 +40,21 @@ class Formula:
         z = self.scale * (up if gate is None else gate)
         return hidden(self.activation, z, None if gate is None else up, None) / self.scale
 
-    def part(self, ups: list[Tensor], dim: int = -1) -> tuple[Tensor, Tensor | None]:
+    def part(self, ups: list[MaybeTensor], dim: int = -1) -> tuple[MaybeTensor, Tensor | None]:
         """The plain part and the gate, of outputs, weights or biases whose units lie along ``dim``."""
-        if not self.gate:
-            return ups[0], None
         if self.gate in ("first", "second"):
             a, b = ups
+        elif not self.gate or (both := ups[0]) is None:
+            return ups[0], None
         elif "half" in self.gate:
-            a, b = ups[0].chunk(2, dim)
+            a, b = both.chunk(2, dim)
         else:
-            index = torch.arange(0, ups[0].shape[dim], 2, device=ups[0].device)
-            a, b = ups[0].index_select(dim, index), ups[0].index_select(dim, index + 1)
+            a, b = (both.movedim(dim, 0)[first::2].movedim(0, dim) for first in (0, 1))
         return (b, a) if self.gate in ("first", "first half", "even") else (a, b)
-
-
-def check_plain(linears: Iterable[Linear]) -> None:
-    """Raise Unknown where a linear map only says that it is one."""
-    for linear in linears:
-        if linear.obstacle is not None:
-            raise Unknown(f"not replaced, since {linear.obstacle}")
-
-
-def check_finite(h: Tensor) -> None:
-    """Raise Unknown for hidden units that equal nothing, not even themselves."""
-    if not bool(h.isfinite().all()):
-        raise Unknown("the hidden units are not finite on the probe")
 
 
 def find_formula(ups: list[Tensor], h: Tensor) -> Formula:
     """The activation, and a GLU's arrangement, that give h from the outputs of the first linear maps."""
-    check_finite(h)
     gates: tuple[str, ...]
     if len(ups) == 2:
         gates = ("first", "second")
@@ -105,30 +85,27 @@ class Found:
     dropout: float
     """On the hidden units."""
     out_dropout: float = 0.0
-    """On the output; lost with the module unless put back."""
+    """On the output: a dropout after the layer replaces it."""
     enclosing: str = ""
     """The module that the edits' owners are relative to."""
     edits: tuple[Edit, ...] = ()
-    """What else changes, where the FFN is not one module."""
+    """What else changes where the FFN is not one module."""
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The first linear maps and the last one."""
+        return *self.ups, self.down
 
     @property
     def pattern(self) -> str:
         """In words: the linear maps' names and the formula."""
-        names = ", ".join(linear.name.rpartition(".")[2] for linear in (*self.ups, self.down))
+        names = ", ".join(linear.attribute for linear in self.linears)
         return f"{names}: {self.formula.name}{' GLU' if self.formula.gate else ''}"
 
     def weights(self) -> FFNWeights:
         """The parameters in this library's layout: views, unless the activation has a scale."""
         keys, gate_keys = self.formula.part([up.weight for up in self.ups], 0)
-        biases = [up.bias for up in self.ups]
-        key_bias = gate_bias = None
-        if any(bias is not None for bias in biases):
-            filled = [up.weight.new_zeros(up.n_out) if b is None else b for up, b in zip(self.ups, biases, strict=True)]
-            key_bias, gate_bias = self.formula.part(filled, 0)
-            if self.formula.gate in ("first", "second"):
-                missing = [bias is None for bias in biases]
-                of_key, of_gate = missing[::-1] if self.formula.gate == "first" else missing
-                key_bias, gate_bias = (None if of_key else key_bias), (None if of_gate else gate_bias)
+        key_bias, gate_bias = self.formula.part([up.bias for up in self.ups], 0)
         key, gate = self.ups[0], self.ups[-1]
         if self.formula.gate == "first":
             key, gate = gate, key
@@ -141,12 +118,3 @@ class Found:
             gate_bias=gate_bias, out_bias=self.down.bias, dropout=self.dropout, trainable=trainable,
         )  # fmt: skip
         return weights if self.formula.scale == 1 else weights.scaled(self.formula.scale)
-
-
-def relative(name: str, base: str) -> str:
-    return name[len(base) + 1 :] if base else name
-
-
-def without_numbers(name: str) -> str:
-    """A module's or parameter's name with a star for each number: the same for all layers."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)

@@ -1,4 +1,4 @@
-"""Linear maps in the wild: which modules are one, and which way round their weight lies."""
+"""Linear maps of any library: which modules are one, and which way round their weight lies."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ from sparse_ffn.convert.find.probe import HOOKS, close, probe_copy, probe_input,
 
 @dataclass(frozen=True)
 class Linear:
-    """A module that computes W x + b.
-
-    T is ``nn.Linear``, or anything that proved to compute the same: GPT-2's Conv1D keeps its weight transposed.
-    """
+    """A module that computes W x + b: ``nn.Linear``, or one that proved to, as GPT-2's Conv1D whose weight is Wᵀ."""
 
     module: nn.Module
     name: str
@@ -25,6 +22,15 @@ class Linear:
     """What the module calls them."""
     stated: tuple[int, int] | None = None
     """Input and output width, if the module only says that it is a linear map and has no plain weight."""
+
+    def within(self, base: str) -> str:
+        """Its name relative to a module that holds it."""
+        return self.name.removeprefix(f"{base}.")
+
+    @property
+    def attribute(self) -> str:
+        """The last part of its name."""
+        return self.name.rpartition(".")[2]
 
     @property
     def weight(self) -> Tensor:
@@ -86,13 +92,14 @@ def linear_maps(model: nn.Module) -> dict[nn.Module, Linear]:
 def as_linear(name: str, module: nn.Module) -> Linear | None:
     """The module as a linear map, None if it is none.
 
-    Decided by running it, unless it is an ``nn.Linear``. What is wrapped, parametrised, pruned or quantised is known by
-    the widths that it states, and has an obstacle.
+    Unless it is an ``nn.Linear``, a copy runs. A map that is wrapped, parametrised, pruned or quantised is known by the
+    widths that it states, and has an obstacle.
     """
     return _plain(name, module) or _stated(name, module)
 
 
 def _stated(name: str, module: nn.Module) -> Linear | None:
+    """A linear map that only says so by its widths."""
     n_in, n_out = (getattr(module, width, None) for width in ("in_features", "out_features"))
     if type(n_in) is not int or type(n_out) is not int:
         return None
@@ -105,6 +112,7 @@ def _stated(name: str, module: nn.Module) -> Linear | None:
 
 
 def _plain(name: str, module: nn.Module) -> Linear | None:
+    """A linear map with a matrix of numbers for its weight."""
     parameters = dict(module.named_parameters(recurse=False))
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if weight is None or weight.dim() != 2 or not weight.is_floating_point() or set(parameters) - {"weight", "bias"}:
@@ -121,7 +129,7 @@ def _plain(name: str, module: nn.Module) -> Linear | None:
             copied = probe_copy(module)
             x = probe_input(n_in)
             y = run(copied, (x,)).outputs
-        except Exception:  # whatever it is, it does not map such an input
+        except Exception:  # it takes no such input, so it is no linear map this way round
             continue
         found = Linear(copied, name, transposed)
         if len(y) == 1 and close(y[0], F.linear(x, found.weight, found.bias)):
@@ -138,7 +146,7 @@ def hooks(module: nn.Module) -> str | None:
         if "forward" in inner.__dict__:
             return f"forward of {type(inner).__name__} is patched"
         for name, parameter in inner.named_parameters(recurse=False):
-            if type(parameter) is not nn.Parameter:  # quantised or sharded: its numbers are not at hand
+            if type(parameter) is not nn.Parameter:  # it is quantised or sharded, and its numbers are not at hand
                 return f"{name} of {type(inner).__name__} is a {type(parameter).__name__}"
             if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
                 return f"{name} of {type(inner).__name__} has gradient hooks"

@@ -1,7 +1,6 @@
-"""Probing: a module is run on small random inputs, with random weights in fp64, to see what it computes.
+"""Probing: a copy of a module runs on a small random input, with random weights in fp64, to show what it computes.
 
-Nothing of the module itself is touched: a copy runs, whose parameters are random, so that zero or meta weights tell as
-much as any.
+The weights of the copy are random, so that a model whose weights are zero or on meta shows as much as any other.
 """
 
 from __future__ import annotations
@@ -17,13 +16,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-TOLERANCE = 1e-6  # above what differently rounded constants do, far below the difference of gelu and gelu_tanh
+from sparse_ffn.convert.find.edits import switch_off_fast_path
+
+Arguments = tuple[Tensor | None, ...]
+
+TOLERANCE = 1e-6  # constants of an activation that are rounded differently differ less; gelu and gelu_tanh far more
 FP64: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # whatever the default device is
 
 HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
     "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
+
+
+class Unknown(Exception):
+    """Why something that looked like an FFN by its shapes is left as it is."""
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -35,12 +42,23 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 
 def probe_copy(module: nn.Module, *, numbers: bool = True) -> nn.Module:
-    """A copy on the CPU in fp64 and evaluation mode, with random weights: the same ones in every copy.
+    """A copy on the CPU in fp64 and evaluation mode, without hooks, and with the same random weights in every copy.
 
-    Args:
-        module: what is copied.
-        numbers: without, all weights are one number that takes no memory, for who only asks what is called.
+    Without ``numbers`` all weights are one number, which takes no memory and is enough to see what is called.
     """
+    try:
+        copied = copy.deepcopy(module, _tensors(module, numbers)).eval()
+    except Exception as error:
+        raise Unknown(f"{type(module).__name__} cannot be copied to probe it ({error})") from error
+    for inner in copied.modules():
+        switch_off_fast_path(inner)
+        for kind in HOOKS:
+            getattr(inner, kind, {}).clear()
+    return copied
+
+
+def _tensors(module: nn.Module, numbers: bool) -> dict[int, Any]:
+    """The copy's parameters and buffers, by the id of the module's."""
     generator = torch.Generator().manual_seed(0)
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
@@ -54,23 +72,16 @@ def probe_copy(module: nn.Module, *, numbers: bool = True) -> nn.Module:
             value = 0.5 + torch.rand(parameter.shape, generator=generator, **FP64)
         memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
     for buffer in module.buffers():
-        if buffer.is_meta:
-            memo[id(buffer)] = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")
-        else:
-            memo[id(buffer)] = buffer.to(
-                "cpu", torch.float64 if buffer.is_floating_point() else buffer.dtype, copy=True
-            )
-    copied = copy.deepcopy(module, memo).eval()
-    for inner in copied.modules():
-        for kind in HOOKS:  # what users hang on their model is not for probes
-            getattr(inner, kind, {}).clear()
-    return copied
+        dtype = torch.float64 if buffer.is_floating_point() and not buffer.is_meta else buffer.dtype
+        zeros = torch.zeros(buffer.shape, dtype=dtype, device="cpu")
+        memo[id(buffer)] = zeros if buffer.is_meta else buffer.to("cpu", dtype, copy=True)
+    return memo
 
 
 def _matrix(n_out: int, n_in: int, generator: torch.Generator) -> Tensor:
-    """Random, but with rows that overlap in memory: that of a large model would not fit, nor be drawn in good time."""
+    """A random matrix whose rows overlap in memory: an independent one of a large model takes too long to draw."""
     drawn: Tensor = torch.randn(2 * n_out + n_in, generator=generator, **FP64) / max(n_in, 1) ** 0.5
-    return drawn.as_strided((n_out, n_in), (2, 1))  # by 2: it must differ from its transpose
+    return drawn.as_strided((n_out, n_in), (2, 1))  # the row stride of 2 makes it differ from its transpose
 
 
 @dataclass
@@ -87,7 +98,7 @@ class Trace:
 
     calls: dict[nn.Module, list[Call]] = field(default_factory=dict)
     dropouts: list[tuple[float, Tensor]] = field(default_factory=list)
-    """Rate and input of every dropout. It drops nothing in a probe: training can be compared with evaluation."""
+    """Rate and input of every dropout, which drops nothing in a probe, so that training compares with evaluation."""
     outputs: list[Tensor] = field(default_factory=list)
     bare: bool = False
     """Whether the output was a tensor, and not something that holds tensors."""
@@ -99,6 +110,8 @@ class Trace:
 
 
 class _Dropouts(TorchFunctionMode):
+    """Notes every dropout in training and lets its input pass."""
+
     def __init__(self, seen: list[tuple[float, Tensor]]) -> None:
         super().__init__()
         self.seen = seen
@@ -108,10 +121,9 @@ class _Dropouts(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in (F.dropout, torch.dropout):
-            names = ("input", "p", "training") if func is F.dropout else ("input", "p", "train")
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            rate, training = given.get("p", 0.5), given.get(names[2], True)
-            if training and rate > 0:
+            given = {**dict(zip(("input", "p", "training"), args, strict=False)), **kwargs}
+            rate = given.get("p", 0.5)
+            if rate > 0 and given.get("training", given.get("train", True)):
                 self.seen.append((rate, given["input"].clone()))
                 return given["input"]
         return func(*args, **kwargs)
@@ -125,14 +137,7 @@ def first_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def run(
     copied: nn.Module, args: Iterable[Tensor | None], watch: Iterable[nn.Module] = (), train: bool = False
 ) -> Trace:
-    """Run a probe copy and watch some of its modules.
-
-    Args:
-        copied: what ``probe_copy`` returned.
-        args: its positional arguments.
-        watch: modules of the copy whose inputs and outputs are wanted.
-        train: run in training mode, with a random state that is put back afterwards.
-    """
+    """Run what ``probe_copy`` returned, in training mode if asked, and note the calls of the modules to watch."""
     from torch.utils._pytree import tree_leaves  # here: it would double the library's import time
 
     trace = Trace()
@@ -173,6 +178,26 @@ def same_outputs(a: Trace, b: Trace) -> bool:
 
 
 def probe_input(width: int, seed: int = 1) -> Tensor:
-    """[2, 3, width] in fp64."""
+    """Random tokens [2, 3, width] in fp64."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(2, 3, width, generator=generator, **FP64)
+
+
+def probe_arguments(width: int) -> list[Arguments]:
+    """What a block or a layer may take: tokens alone, with empty places for masks, with a memory, with a mask."""
+    x, mask = probe_input(width), torch.ones(2, 1, 3, 3, **FP64)
+    return [(x,), (x, None), (x, None, None), (x, x), (x, mask)]
+
+
+def run_first(
+    copied: nn.Module, choices: list[Arguments], watch: Iterable[nn.Module], train: bool = False
+) -> tuple[Trace, Arguments]:
+    """Run with the first of some arguments that the copy takes; returns them too."""
+    failed: list[str] = []
+    watch = list(watch)
+    for args in choices:
+        try:
+            return run(copied, args, watch, train=train), args
+        except Exception as error:  # noqa: PERF203
+            failed.append(f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}")
+    raise Unknown(f"{type(copied).__name__} does not run by itself ({'; '.join(dict.fromkeys(failed))})")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +13,9 @@ from torch.nn import functional as F
 
 from sparse_ffn.checks import check_positive, check_tensor
 from sparse_ffn.convert.config import ExpertsConfig, FFNConfig
-from sparse_ffn.convert.init.partition import balanced_kmeans, contiguous, product_grid
+from sparse_ffn.convert.init.partition import balanced_kmeans, product_grid, product_keys
 from sparse_ffn.convert.init.router import centre, fit_router, mean_keys
-from sparse_ffn.convert.init.weights import PAD, FFNWeights, wide
+from sparse_ffn.convert.init.weights import PAD, FFNWeights, relative_error, wide
 from sparse_ffn.layers import MoE, ProductKeyMemory, SparseFFN
 from sparse_ffn.routing.routers import UnweightedRouter
 
@@ -22,6 +24,8 @@ from sparse_ffn.routing.routers import UnweightedRouter
 class Built:
     """A converted layer."""
 
+    module: nn.Module
+    """The layer, after a ``ConstantInput`` if the gate has a bias, and before a dropout if the FFN ends in one."""
     layer: SparseFFN
     config: FFNConfig
     """Resolved: every size given."""
@@ -52,19 +56,30 @@ class ConstantInput(nn.Module):
         return f"pad={self.pad}"
 
 
-@torch.no_grad()
-def build(config: FFNConfig, ffn: FFNWeights, inputs: Tensor | None = None) -> Built:
-    """Make a layer that starts from a dense FFN.
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a new module, which keeps nothing of what runs in it."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        for inner in module.train(training).modules():
+            if isinstance(inner, MoE):
+                inner._last = None
 
-    Args:
-        config: which layer, and how.
-        ffn: its weights, without a gate bias.
-        inputs: [T, d_model] that the FFN sees, for what needs calibration.
+
+@torch.no_grad()
+def build(config: FFNConfig, ffn: FFNWeights, inputs: Tensor | None = None, out_dropout: float = 0.0) -> Built:
+    """Make a layer that starts from a dense FFN, which sees inputs [T, d_model].
 
     Raises:
         ValueError: the config does not fit the FFN.
     """
-    assert ffn.gate_bias is None
+    before = nn.Sequential(*([] if ffn.gate_bias is None else [ConstantInput()]))
+    after = nn.Sequential(*([nn.Dropout(out_dropout)] if out_dropout else []))
+    if before:
+        ffn, inputs = ffn.with_constant_input(), None if inputs is None else before(inputs)
     config = config.resolve(ffn)
     place: dict[str, Any] = {"device": ffn.keys.device, "dtype": ffn.keys.dtype}
     layer = config.layer(d_model=ffn.d_model, d_out=ffn.d_out, **config.arguments(), **place)
@@ -72,15 +87,15 @@ def build(config: FFNConfig, ffn: FFNWeights, inputs: Tensor | None = None) -> B
         note = "fresh weights"
     elif isinstance(config, ExpertsConfig):
         assert isinstance(layer, MoE)
-        note = _experts(layer, config, ffn, inputs)
+        note = _upcycle(layer, ffn) if config.init == "upcycle" else _experts(layer, config, ffn, inputs)
     elif isinstance(layer, ProductKeyMemory):
         note = _memory(layer, ffn)
     else:
         copy_weights(layer, ffn)
-        exact = "exact" if layer.k == ffn.d_ff else f"the {layer.k} largest of {ffn.d_ff} units"
-        note = f"weights kept: {exact}"
+        note = f"weights kept: {'exact' if layer.k == ffn.d_ff else f'the {layer.k} largest of {ffn.d_ff} units'}"
     freeze(layer, ffn)
-    return Built(layer, config, note)
+    note += "; a constant input carries the gate's bias" if before else ""
+    return Built(nn.Sequential(*before, layer, *after) if before or after else layer, layer, config, note)
 
 
 def copy_weights(layer: SparseFFN, ffn: FFNWeights) -> None:
@@ -91,52 +106,43 @@ def copy_weights(layer: SparseFFN, ffn: FFNWeights) -> None:
 
 
 def _experts(layer: MoE, config: ExpertsConfig, ffn: FFNWeights, inputs: Tensor | None) -> str:
-    if config.init == "upcycle":
-        return _upcycle(layer, ffn)
+    """Deal the hidden units out to experts, and give the router weights that rank these."""
     if layer.keys.is_meta and (config.init == "cluster" or config.router_init == "fitted"):
         raise ValueError('init = "cluster" and router_init = "fitted" need numbers; a model on meta has none')
-    n, k = layer.n_experts, layer.k
-    units_EG, how = _partition(config, ffn, inputs, n)
-    order = units_EG.flatten().to(ffn.keys.device)
-    per_unit: dict[str, Any] = {name: t[order] for name, t in ffn.tensors().items() if name != "out_bias"}
-    ffn = replace(ffn, **per_unit)
-    copy_weights(layer, ffn)
-    if layer.keys.is_meta:
-        return how
-    fitted = config.router_init == "fitted" or (config.router_init is None and inputs is not None)
-    if fitted and inputs is None:
-        raise ValueError('router_init = "fitted" needs calibration: give inputs, see sparse_ffn.calibrate')
-    weight = fit_router(ffn, n, inputs) if fitted and inputs is not None else mean_keys(ffn, n)
-    router = "router fitted to the experts' contributions" if fitted else "router from mean keys"
-    gate = gate_at_zero(layer)
-    if gate == 1:
-        layer.router.weight.copy_(weight)
-    elif k == n and not fitted:
-        layer.router.weight.zero_()
-        router = "zero router"
+    if inputs is None and config.cluster_by == "coactivation":
+        raise ValueError('cluster_by = "coactivation" needs calibration: give inputs, see sparse_ffn.calibrate')
+    n, how = layer.n_experts, f"{layer.n_experts} experts of {layer.expert_size} units"
+    if config.init == "split":
+        units, how = torch.arange(ffn.d_ff, device="cpu"), f"{how} in their order"
+    elif inputs is None or config.cluster_by == "keys":
+        units, how = balanced_kmeans(ffn.deciding_keys, n), f"{how} clustered by keys"
     else:
-        layer.router.weight.copy_(centre(weight, inputs))
+        units, how = balanced_kmeans(coactivation(ffn, inputs), n), f"{how} clustered by coactivation"
+    order = units.flatten().to(ffn.keys.device)
+    ffn = ffn.map_units(lambda rows: rows[order])
+    copy_weights(layer, ffn)
+    return how if layer.keys.is_meta else f"{how}; {_route(layer, config, ffn, inputs)}"
+
+
+def _route(layer: MoE, config: ExpertsConfig, ffn: FFNWeights, inputs: Tensor | None) -> str:
+    """Give the router its weights, and the values what makes up for the gates."""
+    if inputs is None and config.router_init == "fitted":
+        raise ValueError('router_init = "fitted" needs calibration: give inputs, see sparse_ffn.calibrate')
+    sample = None if config.router_init == "mean_keys" else inputs
+    if sample is None:
+        weight, note = mean_keys(ffn, layer.n_experts), "router from mean keys"
+    else:
+        weight, note = fit_router(ffn, layer.n_experts, sample), "router fitted to the experts' contributions"
+    gate = gate_at_zero(layer)
+    if gate != 1 and layer.k == layer.n_experts and sample is None:
+        weight, note = torch.zeros_like(weight), "zero router"
+    elif gate != 1:
+        weight = centre(weight, inputs)
+    layer.router.weight.copy_(weight)
     layer.values.div_(gate)
     if gate != 1:
-        router += f", values times {1 / gate:g}"
-    if fitted and inputs is not None:
-        router += _correct(layer, ffn, inputs)
-    return f"{how}; {router}"
-
-
-def _partition(config: ExpertsConfig, ffn: FFNWeights, inputs: Tensor | None, n: int) -> tuple[Tensor, str]:
-    if config.init == "split":
-        return contiguous(ffn.d_ff, n), f"{n} experts of {ffn.d_ff // n} units in their order"
-    if ffn.keys.is_meta:
-        raise ValueError('init = "cluster" needs the weights, and the FFN is on the meta device: take init="fresh"')
-    by = config.cluster_by or ("keys" if inputs is None else "coactivation")
-    if by == "coactivation":
-        if inputs is None:
-            raise ValueError('cluster_by = "coactivation" needs calibration: give inputs, see sparse_ffn.calibrate')
-        features = coactivation(ffn, inputs)
-    else:
-        features = ffn.keys if ffn.gate_keys is None else ffn.gate_keys
-    return balanced_kmeans(features, n), f"{n} experts of {ffn.d_ff // n} units clustered by {by}"
+        note += f", values times {1 / gate:g}"
+    return note if sample is None else note + _correct(layer, ffn, sample)
 
 
 def coactivation(ffn: FFNWeights, inputs: Tensor, n_tokens: int = 2048) -> Tensor:
@@ -158,12 +164,11 @@ def gate_at_zero(layer: MoE) -> float:
 
 
 def _correct(layer: MoE, ffn: FFNWeights, inputs: Tensor) -> str:
-    """Undo the mean of what routing changes: gates by the values, the mean of unselected experts by the output bias."""
-    training = layer.training
-    layer.eval()
+    """Make the output right in the mean: values take back the mean gates, the output bias the unselected experts."""
     x = inputs.to(ffn.keys)
     done = ""
-    routing = layer.router(x)
+    with evaluating(layer):
+        routing = layer.router(x)
     index, gate = routing.index_TK.flatten(), routing.gate_TK.flatten()
     count = gate.new_zeros(layer.n_experts).index_add_(0, index, torch.ones_like(gate))
     mean = torch.zeros_like(count).index_add_(0, index, gate) / count.clamp_min(1)
@@ -172,28 +177,24 @@ def _correct(layer: MoE, ffn: FFNWeights, inputs: Tensor) -> str:
         layer.values.mul_((gate_at_zero(layer) / mean).view(-1, 1, 1).to(layer.values.dtype))
         done += ", rescaled by mean gates"
     if layer.out_bias is not None:
-        layer.out_bias.add_((wide(ffn.output(x)) - wide(layer(x))).mean(0).to(layer.out_bias.dtype))
+        with evaluating(layer):
+            y = layer(x)
+        layer.out_bias.add_((wide(ffn.output(x)) - wide(y)).mean(0).to(layer.out_bias.dtype))
         done += ", output bias corrected"
-    layer._last = None
-    layer.train(training)
     return done
 
 
 def _upcycle(layer: MoE, ffn: FFNWeights) -> str:
-    """Each expert a copy; the values are divided by what the k gates sum to where the router is undecided."""
-    for name, tensor in ffn.tensors().items():
-        own: Tensor = getattr(layer, name)
-        own.copy_(tensor if name == "out_bias" else tensor.expand(layer.n_experts, *tensor.shape))
-    for name in ("key_bias", "out_bias"):
-        if name not in ffn.tensors() and (missing := getattr(layer, name)) is not None:
-            missing.zero_()
+    """Make each expert a copy; the values are divided by what the k gates sum to where the router is undecided."""
+    n = layer.n_experts
+    copy_weights(layer, ffn.map_units(lambda rows: rows.expand(n, *rows.shape)))
     total = layer.k * gate_at_zero(layer)
     layer.values.div_(total)
-    return f"{layer.n_experts} copies, fresh router, values times {1 / total:g}"
+    return f"{n} copies, fresh router, values times {1 / total:g}"
 
 
 def _memory(layer: ProductKeyMemory, ffn: FFNWeights) -> str:
-    """Lay the units out on the grid of product keys that is nearest to their keys; exact where they are products."""
+    """Lay the units out on the nearest grid of product keys; exact where their keys are products."""
     if ffn.gate_keys is not None:
         raise ValueError('init = "pkm" is for plain FFNs; this one is a GLU: take init="fresh"')
     if layer.n_heads != 1 or layer.query is not None or layer.query_norm is not None:
@@ -210,15 +211,13 @@ def _memory(layer: ProductKeyMemory, ffn: FFNWeights) -> str:
     layer.sub_keys[0, 0].copy_(first.mean(1))
     layer.sub_keys[1, 0].copy_(second.mean(0))
     layer.values.copy_(ffn.values[grid_NN.flatten()])
+    error = relative_error(product_keys(layer.sub_keys)[0], ffn.keys[grid_NN.flatten()])
     n = layer.n_sub_keys
-    keys = torch.cat([layer.sub_keys[0, 0].repeat_interleave(n, 0), layer.sub_keys[1, 0].repeat(n, 1)], dim=1)
-    wanted = ffn.keys[grid_NN.flatten()]
-    error = float((keys - wanted).norm() / wanted.norm().clamp_min(1e-30))
     return f"values kept; {n} x {n} product keys, relative error of the keys {error:.2%}"
 
 
 def freeze(layer: SparseFFN, ffn: FFNWeights) -> None:
-    """Frozen stays frozen; what had no counterpart trains if anything does."""
+    """Freeze what was frozen; a parameter without a counterpart trains if any other does."""
     if not ffn.trainable:
         return
     present = {name: ffn.trainable[name] for name in ffn.tensors() if name in ffn.trainable}

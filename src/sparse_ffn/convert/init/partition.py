@@ -1,4 +1,4 @@
-"""Which hidden units form an expert: in their order, or balanced clusters of units that belong together.
+"""Which hidden units form an expert: balanced clusters of units that belong together.
 
 F hidden units, E experts, G units of an expert, C features of a unit.
 """
@@ -11,32 +11,24 @@ from torch.nn import functional as F
 
 from sparse_ffn.convert.init.weights import wide
 
-
-def contiguous(d_ff: int, n_experts: int) -> Tensor:
-    """The units of each expert [E, G], in their order."""
-    return torch.arange(d_ff, device="cpu").view(n_experts, d_ff // n_experts)
+SHARPNESS = 30  # standard deviation of the scaled similarities: the softmax over clusters is then close to a choice
 
 
 def balanced_kmeans(features_FC: Tensor, n_clusters: int, n_iters: int = 20) -> Tensor:
     """Clusters of equal size by k-means on the unit sphere (MoEfication, arXiv 2110.01786).
 
-    Args:
-        features_FC: one row per unit, floating; only directions count.
-        n_clusters: E; must divide F.
-        n_iters: most rounds; it ends before when no unit moves.
-
-    Returns:
-        int64 [E, G]: the units of each cluster, ascending. The same for the same features.
+    Only the directions of the features count. After ``n_iters`` rounds, or when no unit moves, it returns the units of
+    each cluster [E, G], ascending: the same for the same features.
     """
     point_FC = F.normalize(wide(features_FC), dim=1)
     center_EC = _spread(point_FC, n_clusters)
     cluster_F = torch.full((len(point_FC),), -1, device=point_FC.device)
     for _ in range(n_iters):
         similarity_FE = point_FC @ center_EC.t()
-        moved_F = balanced_assignment(similarity_FE)
-        if torch.equal(moved_F, cluster_F):
+        nearest_F = balanced_assignment(similarity_FE)
+        if torch.equal(nearest_F, cluster_F):
             break
-        cluster_F = moved_F
+        cluster_F = nearest_F
         sum_EC = torch.zeros_like(center_EC).index_add_(0, cluster_F, point_FC)
         center_EC = F.normalize(sum_EC, dim=1)
     return cluster_F.argsort(stable=True).view(n_clusters, -1)
@@ -53,15 +45,7 @@ def _spread(point_FC: Tensor, n: int) -> Tensor:
 
 
 def product_grid(keys_FD: Tensor, n: int) -> Tensor:
-    """Units laid out so that those of a row are alike in the first half of their keys, those of a column in the second.
-
-    Args:
-        keys_FD: n² keys.
-        n: rows, and columns.
-
-    Returns:
-        int64 [n, n].
-    """
+    """n² units laid out [n, n]: those of a row are alike in the first half of their keys, of a column in the second."""
     first, second = wide(keys_FD).chunk(2, dim=1)
     row_NN = balanced_kmeans(first, n)
     center_NC = second[balanced_kmeans(second, n)].mean(1)
@@ -71,22 +55,23 @@ def product_grid(keys_FD: Tensor, n: int) -> Tensor:
     return grid_NN
 
 
+def product_keys(sub_keys_2HNC: Tensor) -> Tensor:
+    """The key of each pair of sub-keys, [H, N·N, 2C]: the pairs of a first sub-key follow each other."""
+    first, second = sub_keys_2HNC
+    n = first.shape[1]
+    return torch.cat([first.repeat_interleave(n, 1), second.repeat(1, n, 1)], dim=2)
+
+
 def balanced_assignment(similarity_FE: Tensor, n_rounds: int = 100) -> Tensor:
-    """A cluster for each unit, F/E units each, of high total similarity.
+    """A cluster for each unit [F], F/E units each, of high total similarity.
 
-    Prices per cluster rise where too many units want in (Sinkhorn's column scaling). What is then still uneven is
-    settled by deferred acceptance: a full cluster keeps those that lose most elsewhere, the others ask the next best.
-
-    Args:
-        similarity_FE: [F, E], higher is better.
-        n_rounds: of the prices.
-
-    Returns:
-        int64 [F].
+    Prices per cluster rise where too many units want in (Sinkhorn's column scaling, ``n_rounds`` times). Deferred
+    acceptance settles what is then still uneven: a full cluster keeps those that lose most elsewhere, and the others
+    ask the next best.
     """
     n_units, n_clusters = similarity_FE.shape
     size = n_units // n_clusters
-    sharp_FE = similarity_FE * (30 / similarity_FE.std().clamp_min(1e-12))
+    sharp_FE = similarity_FE * (SHARPNESS / similarity_FE.std().clamp_min(1e-12))
     price_E = torch.zeros_like(sharp_FE[0])
     for _ in range(n_rounds):
         wanted_E = torch.softmax(sharp_FE - price_E, dim=1).sum(0)

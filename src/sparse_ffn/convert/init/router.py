@@ -1,4 +1,4 @@
-"""Initial weights of routers: the experts' mean keys, or a fit to what the experts contribute on calibration data.
+"""Initial weights of routers: the experts' mean keys, or a fit to what the experts contribute to real outputs.
 
 T tokens, D d_model, E experts, G units of an expert, O d_out.
 """
@@ -11,13 +11,12 @@ from torch.nn import functional as F
 
 from sparse_ffn.convert.init.weights import FFNWeights, wide
 
-SMALL = 0.1  # standard deviation of logits at which gates hardly differ, while their order is free
+SMALL = 0.1  # standard deviation of logits: σ(±0.1) = 0.5 ± 0.025, so that all gates are nearly those at zero
 
 
 def mean_keys(ffn: FFNWeights, n_experts: int) -> Tensor:
     """Avg-K: the mean key of each expert's units (the gate's in a GLU), [E, D]."""
-    keys = ffn.keys if ffn.gate_keys is None else ffn.gate_keys
-    return keys.view(n_experts, -1, keys.shape[1]).mean(1)
+    return ffn.deciding_keys.view(n_experts, -1, ffn.d_model).mean(1)
 
 
 def contributions(ffn: FFNWeights, n_experts: int, x_TD: Tensor) -> Tensor:
@@ -30,14 +29,8 @@ def contributions(ffn: FFNWeights, n_experts: int, x_TD: Tensor) -> Tensor:
 def fit_router(ffn: FFNWeights, n_experts: int, inputs: Tensor, n_steps: int = 20) -> Tensor:
     """Weights [E, D] whose logits rank the experts as their contributions do.
 
-    Softmax regression on each token's shares of the squared contributions, full batch. Few steps of L-BFGS do better on
-    tokens that were not seen than many.
-
-    Args:
-        ffn: units in the experts' order.
-        n_experts: E.
-        inputs: [T, D].
-        n_steps: most iterations.
+    A softmax regression on each token's shares of the squared contributions, over all inputs [T, D] at once. Few steps
+    of L-BFGS do better than many on tokens that were not seen. The units of ``ffn`` are in the experts' order.
     """
     x_TD = inputs.to(ffn.keys)
     part_TE = contributions(ffn, n_experts, x_TD).square()
@@ -59,12 +52,9 @@ def fit_router(ffn: FFNWeights, n_experts: int, inputs: Tensor, n_steps: int = 2
 
 
 def centre(weight_ED: Tensor, inputs: Tensor | None) -> Tensor:
-    """The same ranking with logits so small that all gates are near their value at zero.
-
-    What all experts share is taken off, which changes no ranking.
-    """
+    """The same ranking with logits so small that all gates are near their value at zero."""
     weight_ED = wide(weight_ED)
-    weight_ED = weight_ED - weight_ED.mean(0)
+    weight_ED = weight_ED - weight_ED.mean(0)  # what all experts share ranks none
     x = None if inputs is None else inputs.to(weight_ED)
     size = weight_ED.norm(dim=1).mean() if x is None else F.linear(x, weight_ED).std()
     return weight_ED * (SMALL / size.clamp_min(1e-12))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,12 +12,17 @@ from torch.nn import functional as F
 
 from sparse_ffn.ops.activations import hidden
 
-PAD = 8  # widths stay multiples of what kernels like
+PAD = 8  # 16-bit rows stay multiples of the 16 bytes that a vector load of a GPU reads
 
 
 def wide(x: Tensor) -> Tensor:
     """The tensor in fp32 at least; fp64 stays fp64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """‖found - expected‖ / ‖expected‖ over all elements."""
+    return float((wide(found) - wide(expected)).norm() / wide(expected).norm().clamp_min(1e-30))
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,16 @@ class FFNWeights:
         names = ("keys", "values", "gate_keys", "key_bias", "gate_bias", "out_bias")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
+    @property
+    def deciding_keys(self) -> Tensor:
+        """Those that decide whether a unit is on: the gate's in a GLU."""
+        return self.keys if self.gate_keys is None else self.gate_keys
+
+    def map_units(self, change: Callable[[Tensor], Tensor]) -> FFNWeights:
+        """The same with every tensor that has a row for each unit changed."""
+        changed: dict[str, Any] = {name: change(t) for name, t in self.tensors().items() if name != "out_bias"}
+        return replace(self, **changed)
+
     def hidden(self, x: Tensor) -> Tensor:
         """Hidden units of x [T, D]: [T, F], without dropout."""
         up = F.linear(x, self.keys, self.key_bias)
@@ -85,23 +101,16 @@ class FFNWeights:
         return sum(t.numel() for t in self.tensors().values())
 
     def scaled(self, scale: float) -> FFNWeights:
-        """What computes with act what this would with act(scale·z)/scale: the keys take the one, the values the other.
-
-        The result's tensors are new where they differ.
-        """
-
-        def times(name: str, factor: float) -> Tensor | None:
-            value: Tensor | None = getattr(self, name)
-            return None if value is None else value * factor
-
+        """Weights that compute with act what these would with act(scale·z)/scale; tensors are new where they differ."""
         inside = ("keys", "key_bias") if self.gate_keys is None else ("gate_keys", "gate_bias")
-        changed: dict[str, Any] = {name: times(name, scale) for name in inside} | {"values": times("values", 1 / scale)}
-        return replace(self, **changed)
+        factors = {**dict.fromkeys(inside, scale), "values": 1 / scale}
+        scaled: dict[str, Any] = {n: t * factors[n] for n, t in self.tensors().items() if n in factors}
+        return replace(self, **scaled)
 
     def with_constant_input(self) -> FFNWeights:
         """The same function of x with a 1 and PAD - 1 zeros appended: the gate's bias is then a column of its keys.
 
-        The layers have no gate bias; a constant input does the same, and learns the same.
+        The layers have no gate bias: that column computes and learns the same.
         """
         assert self.gate_keys is not None
         gate_bias = self.gate_keys.new_zeros(self.d_ff) if self.gate_bias is None else self.gate_bias

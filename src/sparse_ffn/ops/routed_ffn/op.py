@@ -71,9 +71,7 @@ def routed_ffn_inference(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """Output and index of ``routed_ffn``, without a gradient."""
-    found: tuple[Tensor, Tensor] = _inference(
-        x, router_weight, router_bias, *experts, k, gate_function, activation
-    )
+    found: tuple[Tensor, Tensor] = _inference(x, router_weight, router_bias, *experts, k, gate_function, activation)
     return found
 
 

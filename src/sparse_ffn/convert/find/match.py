@@ -1,0 +1,280 @@
+"""Matching: whether linear maps are a two-layer FFN, and where a layer can stand, by what copies of modules compute.
+
+A match that fails raises Unknown with the reason.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ffn.convert.find.edits import Edit, apply, set_attribute
+from sparse_ffn.convert.find.found import Formula, Found, find_formula
+from sparse_ffn.convert.find.linear import Linear, hooks
+from sparse_ffn.convert.find.probe import (
+    Arguments,
+    Call,
+    Trace,
+    Unknown,
+    close,
+    probe_arguments,
+    probe_copy,
+    probe_input,
+    run,
+    run_first,
+    same_outputs,
+)
+from sparse_ffn.convert.init.weights import FFNWeights
+from sparse_ffn.layers import DenseFFN
+
+
+def match_dense(name: str, layer: DenseFFN) -> Found:
+    """This library's own dense layer, whose formula is known."""
+    refuse(hooks(layer))
+    ups = [Linear(layer, f"{name}.keys", transposed=False, parameters=("keys", "key_bias"))]
+    if layer.gate_keys is not None:
+        ups.append(Linear(layer, f"{name}.gate_keys", transposed=False, parameters=("gate_keys", "")))
+    down = Linear(layer, f"{name}.values", transposed=True, parameters=("values", "out_bias"))
+    formula = Formula(layer.activation, "" if layer.gate_keys is None else "second")
+    return Found(name, layer, tuple(ups), down, formula, layer.dropout)
+
+
+def match_block(name: str, module: nn.Module, ups: list[Linear], down: Linear) -> Found:
+    """A module that is an FFN of these linear maps and nothing else: Sequential, Mlp, gate/up/down, wi/wo."""
+    try:
+        return _match_block(name, module, ups, down)
+    except Unknown:
+        if len(ups) == 1 and down.n_out == ups[0].n_in and down.n_in == ups[0].n_out:
+            with suppress(Unknown):  # they may have been registered the other way round
+                return _match_block(name, module, [down], ups[0])
+        raise
+
+
+def _match_block(name: str, module: nn.Module, ups: list[Linear], down: Linear) -> Found:
+    linears = (*ups, down)
+    buffers = ", ".join(name for name, _ in module.named_buffers())
+    refuse(*(linear.obstacle for linear in linears), hooks(module), f"it has buffers: {buffers}" if buffers else None)
+    x = probe_input(ups[0].n_in)
+    seen = observe(module, [linear.within(name) for linear in linears], [(x,)])
+    y = seen.down.output
+    if not seen.trace.bare:
+        raise Unknown("it returns something else than a tensor")
+    if not all(close(call.input, x) for call in seen.ups) or not close(seen.trace.outputs[0], y):
+        raise Unknown(f"more than {', '.join(linear.attribute for linear in linears)} and an activation")
+    formula = seen.formula()
+    trained, h = seen.train(formula)
+    if not same_outputs(trained, seen.trace):
+        raise Unknown("in training it does more than dropout")
+    dropout = out_dropout = 0.0
+    for rate, dropped in trained.dropouts:
+        if close(dropped, h) and not dropout:
+            dropout = rate
+        elif close(dropped, y) and not out_dropout:
+            out_dropout = rate
+        else:
+            raise Unknown(f"dropout {rate} is neither on the hidden units nor on the output")
+    return Found(name, module, tuple(ups), down, formula, dropout, out_dropout)
+
+
+def match_pair(name: str, module: nn.Module, up: Linear, down: Linear) -> Found:
+    """Two linear maps in a larger module: BERT's pairs of modules, torch.nn's Transformer layers, OPT's."""
+    refuse(up.obstacle, down.obstacle)
+    a, b = up.within(name), down.within(name)
+    module = _between(module, a, b)
+    patched = [type(m).__name__ for m in module.modules() if "forward" in vars(m)]
+    if patched:
+        raise Unknown(f"forward of {patched[0]} is patched, so that a copy cannot be probed")
+    seen = observe(module, [a, b], probe_arguments(up.n_in))
+    formula = seen.formula()
+    trained, h = seen.train(formula)
+    (up_owner, _, _), (owner, _, attribute) = a.rpartition("."), b.rpartition(".")
+    owners = list(dict.fromkeys(["", up_owner, owner]))
+    edits = [_edit_activation(seen, owners), Edit(owner, attribute, nn.Identity)]
+    dropout = next((rate for rate, dropped in trained.dropouts if close(dropped, h)), 0.0)
+    if dropout:
+        edits.append(_edit_dropout(seen.copied, owners, trained, h, dropout))
+    gone = [module.get_submodule(edit.owner)._modules.get(edit.attribute) for edit in edits]
+    refuse(*(hooks(part) for part in (up.module, *gone) if part is not None))
+    found = Found(up.name, up.module, (up,), down, formula, dropout, enclosing=name, edits=tuple(edits))
+    _verify(found, module, a, seen, trained)
+    return found
+
+
+def refuse(*reasons: str | None) -> None:
+    """Raise Unknown with the first reason, if there is one."""
+    for why in reasons:
+        if why is not None:
+            raise Unknown(f"not replaced, since {why}")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A copy of a module that ran on a probe, and the one call of each of its linear maps."""
+
+    copied: nn.Module
+    linears: list[nn.Module]
+    """The first ones and the last one."""
+    leaves: list[nn.Module]
+    args: Arguments
+    """What it ran on."""
+    trace: Trace
+    ups: list[Call]
+    down: Call
+
+    def formula(self) -> Formula:
+        """What lies between the linear maps: an activation that is known, without a clamp, as ReLU6 has one."""
+        formula = find_formula([call.output for call in self.ups], self.down.input)
+        weights = [(weight, weight.data) for up in self.linears[:-1] if isinstance(weight := up.weight, Tensor)]
+        for weight, value in weights:
+            weight.data = 1000 * value  # only large hidden units show a clamp
+        trace, _ = run_first(self.copied, [self.args], self.linears)
+        for weight, value in weights:
+            weight.data = value
+        *first, last = (trace.only(linear) for linear in self.linears)
+        outputs = [call.output for call in first if call is not None]
+        if last is None or len(outputs) != len(first) or not close(formula.hidden(outputs), last.input):
+            raise Unknown(f"the hidden units are {formula.name} only while they are small: something clamps them")
+        return formula
+
+    def train(self, formula: Formula) -> tuple[Trace, Tensor]:
+        """What it does in training, and its hidden units there."""
+        trained, _ = run_first(self.copied, [self.args], {*self.leaves, *self.linears}, train=True)
+        calls = [call for linear in self.linears if (call := trained.only(linear)) is not None]
+        if len(calls) < len(self.linears):
+            raise Unknown("in training its linear maps are not called once each")
+        return trained, formula.hidden([call.output for call in calls[:-1]])
+
+
+def observe(module: nn.Module, names: list[str], choices: list[Arguments]) -> Seen:
+    """Run a copy of a module with the first arguments that it takes, and watch its linear maps of these names."""
+    copied = probe_copy(module)
+    linears = [copied.get_submodule(name) for name in names]
+    leaves = [m for m in copied.modules() if not any(True for _ in m.children())]
+    trace, args = run_first(copied, choices, {*leaves, *linears})
+    *ups, down = calls = [call for linear in linears if (call := trace.only(linear)) is not None]
+    if len(calls) < len(names):
+        raise Unknown(f"{' and '.join(names)} are not called once each")
+    if not bool(down.input.isfinite().all()):
+        raise Unknown("the hidden units are not finite on the probe")
+    return Seen(copied, linears, leaves, args, trace, ups, down)
+
+
+def _between(module: nn.Module, up: str, down: str) -> nn.Module:
+    """The part of a Sequential between the linear maps: what comes before it may take another kind of input."""
+    if type(module).forward is not nn.Sequential.forward:
+        return module
+    names = list(module._modules)
+    first, last = (names.index(name.partition(".")[0]) for name in (up, down))
+    return nn.Sequential(OrderedDict(list(module.named_children())[first : last + 1]))
+
+
+def _edit_activation(seen: Seen, owners: list[str]) -> Edit:
+    """An edit that takes out the activation: a module or a function that is an attribute of one of the owners."""
+    z, h = seen.ups[0].output, seen.down.input
+    for owner in owners:
+        module = seen.copied.get_submodule(owner)
+        for attribute, child in module.named_children():
+            call = seen.trace.only(child)
+            if call is not None and close(call.input, z) and close(call.output, h):
+                return Edit(owner, attribute, nn.Identity)
+        for attribute, value in list(vars(module).items()):
+            if not callable(value) or isinstance(value, (type, nn.Module)):
+                continue
+            again = None
+            undo = set_attribute(module, attribute, nn.Identity())
+            with suppress(Exception):  # where the module does not run without it, it is not the activation
+                again = run(seen.copied, seen.args, seen.linears).only(seen.linears[-1])
+            undo()
+            if again is not None and close(again.input, z):
+                return Edit(owner, attribute, nn.Identity)
+    kind = type(seen.copied).__name__
+    raise Unknown(f"the activation is written into forward of {kind}: make it an attribute, or the FFN a module")
+
+
+def _edit_dropout(copied: nn.Module, owners: list[str], trained: Trace, h: Tensor, rate: float) -> Edit:
+    """An edit that takes out the hidden units' dropout: a module or a rate that is an attribute of an owner."""
+    for owner in owners:
+        for attribute, child in copied.get_submodule(owner).named_children():
+            call = trained.only(child)
+            if isinstance(child, nn.Dropout) and call is not None and close(call.input, h):
+                return Edit(owner, attribute, nn.Identity)
+    for owner in owners:
+        rates = [n for n, v in vars(copied.get_submodule(owner)).items() if isinstance(v, float) and v == rate]
+        if rates:  # preferably one that is named after the activation; _verify tries it
+            return Edit(owner, min(rates, key=lambda n: "activation" not in n), 0.0)
+    raise Unknown(f"the dropout {rate} of the hidden units has no attribute of its own")
+
+
+def _verify(found: Found, module: nn.Module, up: str, seen: Seen, trained: Trace) -> None:
+    """Raise Unknown unless the module gives the same outputs and dropouts with a layer in place of the FFN."""
+    copied = probe_copy(module)
+    linear = replace(found.ups[0], module=copied.get_submodule(up))
+    down = replace(found.down, module=copied.get_submodule(found.down.within(found.enclosing)))
+    weights = replace(found, ups=(linear,), down=down).weights()
+    owner, _, attribute = up.rpartition(".")
+    apply(copied, (Edit(owner, attribute, lambda: _DenseStandIn(weights)), *found.edits))
+    try:
+        same = same_outputs(run(copied, seen.args), seen.trace)
+        again = run(copied, seen.args, train=True)
+    except Exception as error:
+        raise Unknown(f"{type(module).__name__} does not run with the FFN replaced ({error})") from error
+    same = same and same_outputs(again, trained)
+    if not same or sorted(rate for rate, _ in again.dropouts) != sorted(rate for rate, _ in trained.dropouts):
+        raise Unknown(f"{type(module).__name__} does not compute the same with the FFN replaced")
+
+
+def rejection(found: Found, holder: nn.Module) -> str | None:
+    """Why the module that holds an FFN does not accept a layer in its place; None if it does or does not run by itself.
+
+    It may pass more than the tokens, read a weight, go through the FFN's parts, or hold the FFN a second time.
+    """
+    only_calls = type(holder).__module__.startswith("torch.")  # torch's containers and wrappers
+    if found.edits or only_calls or any("forward" in vars(m) for m in holder.modules()):
+        return None  # with edits match_pair has tried a stand-in
+    names = [name for name, child in holder._modules.items() if child is found.module]
+    part = "" if found.ups[0].module is found.module else found.ups[0].within(found.name)
+    try:
+        copied = probe_copy(holder, numbers=False)
+        used = copied.get_submodule(names[0]).get_submodule(part)
+        trace, args = run_first(copied, probe_arguments(found.ups[0].n_in), [used])
+        copied = probe_copy(holder, numbers=False)
+    except Unknown:
+        return None
+    stand_in: nn.Module = _LayerStandIn(found.down.n_out)
+    wrapped = found.out_dropout > 0 or found.weights().gate_bias is not None
+    for name in names:
+        set_attribute(copied, name, nn.Sequential(stand_in) if wrapped else stand_in)
+    try:
+        again = run(copied, args, [stand_in])
+    except Exception as error:
+        return f"{type(holder).__name__} does not run with a layer in its place ({type(error).__name__}: {error})"
+    if len(again.calls.get(stand_in, [])) != len(trace.calls.get(used, [])):
+        return f"{type(holder).__name__} does not call a layer in its place: it calls its parts, or holds it elsewhere"
+    return None
+
+
+class _DenseStandIn(nn.Module):
+    """Computes the dense function where a converted layer will stand."""
+
+    def __init__(self, weights: FFNWeights) -> None:
+        super().__init__()
+        self.ffn = weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.ffn.output(x)
+        return y + 0 * nn.functional.dropout(torch.ones_like(y), self.ffn.dropout, self.training)
+
+
+class _LayerStandIn(nn.Module):
+    """Takes the arguments of a layer and has no weights."""
+
+    def __init__(self, d_out: int) -> None:
+        super().__init__()
+        self.d_out = d_out
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        return x[..., :1] + x.new_zeros(self.d_out)

@@ -1,0 +1,98 @@
+"""Places: where modules are in a model, and for which of its FFNs a layer can stand there."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import nn
+
+from sparse_ffn.convert.config import FFNConfig
+from sparse_ffn.convert.find.found import Found
+from sparse_ffn.convert.find.match import rejection
+from sparse_ffn.convert.init.weights import FFNWeights
+
+
+class Place(NamedTuple):
+    """An attribute that holds a module."""
+
+    owner: nn.Module
+    attribute: str
+    name: str
+    """The module's full name."""
+
+
+Places = Mapping[nn.Module, list[Place]]
+
+
+def places_of(model: nn.Module) -> Places:
+    """All places of each module inside a model."""
+    places: dict[nn.Module, list[Place]] = defaultdict(list)
+    for path, owner in model.named_modules():
+        for attribute, child in owner._modules.items():
+            if child is not None:
+                places[child].append(Place(owner, attribute, f"{path}.{attribute}" if path else attribute))
+    return places
+
+
+def twins(f: Found, config: FFNConfig) -> object:
+    """Equal for FFNs that have the same parameters and become the same: one new layer stands in all their places."""
+    parameters = tuple(id(p) for linear in f.linears for p in linear.module.parameters())
+    return parameters, f.formula, f.dropout, f.out_dropout, repr(config)
+
+
+def mixed(ffn: FFNWeights) -> str | None:
+    """Why parameters of several kinds do not become one layer's."""
+    kinds = {f"{t.dtype} on {t.device}" for t in ffn.tensors().values()}
+    return f"its parameters differ in dtype or device: {', '.join(sorted(kinds))}" if len(kinds) > 1 else None
+
+
+def replaceable(
+    model: nn.Module, wanted: list[Found], groups: Mapping[str, object], places: Places, unknown: dict[str, str]
+) -> list[Found]:
+    """The FFNs that a layer can stand for, by the groups of ``twins``; the others become unknown, with the reason."""
+    owners: dict[int, set[nn.Module]] = defaultdict(set)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)].add(module)
+    left = {f.name: why for f in wanted if (why := _unfit(f, places)) is not None}
+    while True:
+        unknown.update(left)
+        wanted = [f for f in wanted if f.name not in left]
+        group_of = {linear.module: groups[f.name] for f in wanted for linear in f.linears}
+        uses = {f.name: _use_elsewhere(f, groups[f.name], group_of, owners, places) for f in wanted}
+        left = {name: why for name, why in uses.items() if why is not None}
+        if not left:  # an FFN that is left can tie down another
+            return wanted
+
+
+def _unfit(f: Found, places: Places) -> str | None:
+    """Why an FFN cannot be replaced, whatever becomes of the others."""
+    holders = {place.owner: place.attribute for place in places[f.module]}
+    if "_orig_mod" in holders.values():
+        return "it is compiled by itself, and would go on as it was: convert first, then compile"
+    reasons = (mixed(f.weights()), *(rejection(f, holder) for holder in holders))
+    return next((why for why in reasons if why is not None), None)
+
+
+def _use_elsewhere(
+    f: Found,
+    group: object,
+    group_of: Mapping[nn.Module, object],
+    owners: Mapping[int, set[nn.Module]],
+    places: Places,
+) -> str | None:
+    """Which part of an FFN something uses that is not replaced alike."""
+    own = {linear.module for linear in f.linears}
+    why = None
+    for linear in f.linears:
+        names = [place.name for place in places[linear.module]]
+        parameters = list(linear.module.parameters())
+        if len(names) > 1 and own != {f.module}:  # a dense layer of this library is replaced as a whole
+            why = f"{linear.name} is used in several places: {', '.join(names)}"
+        elif any(group_of.get(owner) != group for p in parameters for owner in owners[id(p)]):
+            why = f"parameters of {linear.name} are tied to something that is not replaced alike"
+        elif any(len(owners[id(p)] & own) > 1 for p in parameters):
+            why = f"parameters of {linear.name} are tied to other ones of the same FFN"
+    return why
