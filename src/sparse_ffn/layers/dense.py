@@ -83,7 +83,7 @@ class DenseFFN(SparseFFN):
         if self.gate_keys is None:
             h = hidden(self.activation, up, None, scale)
         else:
-            h = hidden(self.activation, F.linear(x, self.gate_keys), up, scale)
+            h = hidden(self.activation, up, F.linear(x, self.gate_keys), scale)
         return F.linear(h, self.values.t())
 
     def _check_units(self) -> None:
