@@ -29,7 +29,6 @@ class Backend(Protocol):
         n_out: int,
     ) -> Tensor:
         """The output [n_out, L]."""
-        ...
 
     def backward(
         self,
@@ -42,4 +41,3 @@ class Backend(Protocol):
         reduction: Tensor | None,
     ) -> Gradients:
         """The gradients, for that of the output, of any strides."""
-        ...

@@ -47,21 +47,14 @@ def cvmm(
 @functools.cache
 def implementation(backend: str) -> Backend:
     """A backend's module, imported when it is first asked for: triton takes a second, and is not everywhere."""
-    if backend == "cpu":
-        from sparse_ffn.ops.cvmm import cpu
+    from sparse_ffn.ops.cvmm import cpu, cuda, torch
 
-        return cpu
     if backend == "triton":
         from sparse_ffn.ops.cvmm import triton
 
         return triton
-    if backend == "cuda":
-        from sparse_ffn.ops.cvmm import cuda
-
-        return cuda
-    from sparse_ffn.ops.cvmm import torch
-
-    return torch
+    others: dict[str, Backend] = {"cpu": cpu, "cuda": cuda, "torch": torch}
+    return others[backend]
 
 
 def _shapes(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:

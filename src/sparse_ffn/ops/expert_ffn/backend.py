@@ -37,13 +37,11 @@ class Backend(Protocol):
         self, x: Tensor, experts: Units, index: Tensor, gate: Tensor, dropout_mask: Tensor | None, activation: str
     ) -> tuple[Tensor, Saved]:
         """The output [T, O], and what the backward pass needs."""
-        ...
 
     def inference(
         self, x: Tensor, experts: Units, index: Tensor, gate: Tensor, dropout_mask: Tensor | None, activation: str
     ) -> Tensor:
         """The output, nothing kept."""
-        ...
 
     def backward(
         self,
@@ -56,4 +54,3 @@ class Backend(Protocol):
         activation: str,
     ) -> Gradients:
         """The gradients, for that of the output, of any strides."""
-        ...

@@ -21,35 +21,27 @@ class Products(Protocol):
 
     def rows(self, x: Tensor) -> Tensor:
         """X [T, D] as ``up`` reads it."""
-        ...
 
     def own(self, per_slot: Tensor) -> Tensor:
         """Rows of what has a row for each token and slot, [T, K, *]."""
-        ...
 
     def of_experts(self, bias: Tensor) -> Tensor:
         """Rows of what has a row for each expert, [E, *]."""
-        ...
 
     def up(self, rows: Tensor, matrices: Tensor) -> Tensor:
         """Rows [S, G] of x times matrices [E, G, D]."""
-        ...
 
     def down(self, h: Tensor, values: Tensor, gate: Tensor) -> Tensor:
         """Sums [T, O] over a token's slots of gate · h times values [E, G, O]."""
-        ...
 
     def up_backward(self, grads: list[Tensor], rows: Tensor, matrices: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Gradient of x, summed over stacks of matrices, and those of the stacks, for the gradients of ``up``."""
-        ...
 
     def down_backward(self, grad: Tensor, h: Tensor, values: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of h, values and gate."""
-        ...
 
     def sums(self, rows: Tensor) -> Tensor:
         """Sums [E, G] of the rows of each expert."""
-        ...
 
 
 class ByProducts:

@@ -45,21 +45,14 @@ def expert_ffn(
 @functools.cache
 def implementation(backend: str) -> Backend:
     """A backend's module, imported when it is first asked for: triton takes a second, and is not everywhere."""
-    if backend == "cpu":
-        from sparse_ffn.ops.expert_ffn import cpu
+    from sparse_ffn.ops.expert_ffn import cpu, cuda, torch
 
-        return cpu
     if backend == "triton":
         from sparse_ffn.ops.expert_ffn import triton
 
         return triton
-    if backend == "cuda":
-        from sparse_ffn.ops.expert_ffn import cuda
-
-        return cuda
-    from sparse_ffn.ops.expert_ffn import torch
-
-    return torch
+    others: dict[str, Backend] = {"cpu": cpu, "cuda": cuda, "torch": torch}
+    return others[backend]
 
 
 def _shapes(

@@ -5,15 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparse_ffn.ops.expert_ffn.by_products import ByProducts
-from sparse_ffn.ops.segments import segment_mm, segment_outer, segment_sum, unsort
+from sparse_ffn.ops.segments import Segments, segment_mm, segment_outer, segment_sum, unsort
 
 
 class _Sorted:
     """Rows are sorted by expert."""
 
     def __init__(self, order: Tensor, offsets: Tensor, k: int) -> None:
-        self.order, self.offsets, self.k = order, offsets, k
-        self.token, self.bounds = order // k, offsets.tolist()
+        self.order, self.token, self.k = order, order // k, k
+        self.segments = Segments(offsets)
 
     def rows(self, x: Tensor) -> Tensor:
         return x.index_select(0, self.token)
@@ -22,28 +22,28 @@ class _Sorted:
         return per_slot.flatten(0, 1).index_select(0, self.order)
 
     def of_experts(self, bias: Tensor) -> Tensor:
-        return bias.repeat_interleave(self.offsets.diff(), 0, output_size=self.order.shape[0])
+        return bias.repeat_interleave(self.segments.offsets.diff(), 0, output_size=self.order.shape[0])
 
     def up(self, rows: Tensor, matrices: Tensor) -> Tensor:
-        return segment_mm(rows, matrices.transpose(1, 2), self.bounds)
+        return segment_mm(rows, matrices.transpose(1, 2), self.segments)
 
     def down(self, h: Tensor, values: Tensor, gate: Tensor) -> Tensor:
-        return self._summed(segment_mm(h * self._gates(gate).to(h.dtype), values, self.bounds))
+        return self._summed(segment_mm(h * self._gates(gate).to(h.dtype), values, self.segments))
 
     def up_backward(self, grads: list[Tensor], rows: Tensor, matrices: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        dx = segment_mm(grads[0], matrices[0], self.bounds)
+        dx = segment_mm(grads[0], matrices[0], self.segments)
         for grad, matrix in zip(grads[1:], matrices[1:], strict=True):
-            dx += segment_mm(grad, matrix, self.bounds)
-        return self._summed(dx), [segment_outer(grad, rows, self.bounds) for grad in grads]
+            dx += segment_mm(grad, matrix, self.segments)
+        return self._summed(dx), [segment_outer(grad, rows, self.segments) for grad in grads]
 
     def down_backward(self, grad: Tensor, h: Tensor, values: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         grad, weight = self.rows(grad), self._gates(gate).to(h.dtype)
-        dh = segment_mm(grad, values.transpose(1, 2), self.bounds)
+        dh = segment_mm(grad, values.transpose(1, 2), self.segments)
         dgate = unsort((dh.to(gate.dtype) * h).sum(1, keepdim=True), self.order).view(gate.shape)
-        return dh * weight, segment_outer(h * weight, grad, self.bounds), dgate
+        return dh * weight, segment_outer(h * weight, grad, self.segments), dgate
 
     def sums(self, rows: Tensor) -> Tensor:
-        return segment_sum(rows, self.bounds)
+        return segment_sum(rows, self.segments)
 
     def _gates(self, gate: Tensor) -> Tensor:
         return gate.reshape(-1, 1).index_select(0, self.order)

@@ -20,10 +20,8 @@ class Backend(Protocol):
 
     def forward(self, scores: Tensor, k: int) -> Best:
         """The sums and their indices."""
-        ...
 
     def backward(
         self, grad: Tensor, selected: Tensor, scores_size: Sequence[int], scores_stride: Sequence[int]
     ) -> Tensor:
         """Gradient of the scores in their strides. The scores are not kept: they are large."""
-        ...

@@ -33,17 +33,14 @@ def product_key_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 @functools.cache
 def implementation(backend: str) -> Backend:
     """A backend's module, imported when it is first asked for: triton takes a second, and is not everywhere."""
-    if backend == "cpu":
-        from sparse_ffn.ops.product_key_topk import cpu
+    from sparse_ffn.ops.product_key_topk import cpu, torch
 
-        return cpu
     if backend == "triton":
         from sparse_ffn.ops.product_key_topk import triton
 
         return triton
-    from sparse_ffn.ops.product_key_topk import torch  # for "cuda" too: csrc/cuda has no kernel for it
-
-    return torch
+    others: dict[str, Backend] = {"cpu": cpu, "cuda": torch, "torch": torch}  # csrc/cuda has no kernel for it
+    return others[backend]
 
 
 def _shapes(scores: Tensor, k: int) -> Best:

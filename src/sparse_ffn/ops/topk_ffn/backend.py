@@ -34,10 +34,8 @@ class Backend(Protocol):
         self, x: Tensor, units: Units, k: int, dropout_mask: Tensor | None, activation: str, norm_aware: bool
     ) -> tuple[Tensor, Saved]:
         """The output [T, O], and what the backward pass needs."""
-        ...
 
     def backward(
         self, grad: Tensor, x: Tensor, units: Units, dropout_mask: Tensor | None, saved: Saved, activation: str
     ) -> Gradients:
         """The gradients, for that of the output, of any strides."""
-        ...

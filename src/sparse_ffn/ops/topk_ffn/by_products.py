@@ -18,15 +18,12 @@ class Products(Protocol):
 
     def both_gradients(self, grad: Tensor, values: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of values [F, O] and h [T, K] where the output is h @ values."""
-        ...
 
     def gradients(self, dup: Tensor, keys: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of x and keys [F, D] where up = x @ keys.T."""
-        ...
 
     def sums(self, dup: Tensor, bias: Tensor) -> Tensor:
         """Gradient of a bias [F] that is part of up."""
-        ...
 
 
 def backward(

@@ -20,14 +20,11 @@ class Backend(Protocol):
 
     def forward(self, values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The bags [N, O] in ``dtype``; only backends that cast weights themselves get values in another one."""
-        ...
 
     def backward(self, grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> Gradients:
         """The gradients, for that of the bags, of any strides."""
-        ...
 
     def backward_rows(
         self, grad: Tensor, values: Tensor, index: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of values that were read [R], ascending, their gradients [R, O], and the gradient of weight."""
-        ...

@@ -67,21 +67,14 @@ class _SparseGradient(torch.autograd.Function):
 @functools.cache
 def implementation(backend: str) -> Backend:
     """A backend's module, imported when it is first asked for: triton takes a second, and is not everywhere."""
-    if backend == "cpu":
-        from sparse_ffn.ops.weighted_bag import cpu
+    from sparse_ffn.ops.weighted_bag import cpu, cuda, torch
 
-        return cpu
     if backend == "triton":
         from sparse_ffn.ops.weighted_bag import triton
 
         return triton
-    if backend == "cuda":
-        from sparse_ffn.ops.weighted_bag import cuda
-
-        return cuda
-    from sparse_ffn.ops.weighted_bag import torch
-
-    return torch
+    others: dict[str, Backend] = {"cpu": cpu, "cuda": cuda, "torch": torch}
+    return others[backend]
 
 
 def _shapes(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
