@@ -17,7 +17,8 @@ from sparse_ffn.ops.units import Units
 class Products(Protocol):
     """The products of one call; rows [S, *] are in an order of its own."""
 
-    def __init__(self, order: Tensor, offsets: Tensor, k: int) -> None: ...
+    def __init__(self, order: Tensor, offsets: Tensor, shape: tuple[int, int]) -> None:
+        """Of T tokens with K slots each."""
 
     def rows(self, x: Tensor) -> Tensor:
         """X [T, D] as ``up`` reads it."""
@@ -55,7 +56,7 @@ class ByProducts:
     ) -> tuple[Tensor, Saved]:
         """The output, and what the backward pass needs."""
         order, offsets = sort_by_expert(index.reshape(-1), experts.keys.shape[0])
-        of = self._products(order, offsets, index.shape[1])
+        of = self._products(order, offsets, (index.shape[0], index.shape[1]))
         rows = of.rows(x)
         up = of.up(rows, experts.keys)
         if experts.key_bias is not None:
@@ -83,7 +84,7 @@ class ByProducts:
         """The gradients."""
         order, offsets, up, glu_gate = saved
         keys, values, gate_keys, key_bias = experts
-        of = self._products(order, offsets, gate.shape[1])
+        of = self._products(order, offsets, (gate.shape[0], gate.shape[1]))
         scale = None if dropout_mask is None else of.own(dropout_mask)
         dh, dvalues, dgate = of.down_backward(grad, hidden(activation, up, glu_gate, scale), values, gate)
         dup, dglu_gate = hidden_backward(activation, dh, up, glu_gate, scale)

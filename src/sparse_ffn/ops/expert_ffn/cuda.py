@@ -13,9 +13,9 @@ from sparse_ffn.ops.weighted_bag.cuda import segment_sums
 class _Cvmm:
     """Rows are in the slots' own order; the kernels gather those of x and add up those of a token."""
 
-    def __init__(self, order: Tensor, offsets: Tensor, k: int) -> None:
+    def __init__(self, order: Tensor, offsets: Tensor, shape: tuple[int, int]) -> None:
         self.order, self.offsets = order, offsets
-        self.token = torch.arange(order.shape[0], device=order.device) // k
+        self.token = torch.arange(order.shape[0], device=order.device) // shape[1]
         position = torch.arange(order.shape[0], device=order.device, dtype=order.dtype)
         of_sorted = torch.searchsorted(offsets[1:].contiguous(), position, right=True)  # does not wait for the device
         self.expert = torch.empty_like(of_sorted).index_copy_(0, order.long(), of_sorted)

@@ -11,8 +11,8 @@ from sparse_ffn.ops.segments import Segments, segment_mm, segment_outer, segment
 class _Sorted:
     """Rows are sorted by expert."""
 
-    def __init__(self, order: Tensor, offsets: Tensor, k: int) -> None:
-        self.order, self.token, self.k = order, order // k, k
+    def __init__(self, order: Tensor, offsets: Tensor, shape: tuple[int, int]) -> None:
+        self.order, self.token, self.shape = order, order // shape[1], shape
         self.segments = Segments(offsets)
 
     def rows(self, x: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class _Sorted:
 
     def _summed(self, rows: Tensor) -> Tensor:
         """Sums over a token's slots."""
-        return unsort(rows, self.order).view(-1, self.k, rows.shape[1]).sum(1)
+        return unsort(rows, self.order).view(*self.shape, rows.shape[1]).sum(1)
 
 
 _backend = ByProducts(_Sorted)

@@ -80,7 +80,7 @@ def _select(
 ) -> tuple[Tensor, Saved]:
     """The selected units of some tokens."""
     up_TK = up_TF.new_empty(up_TF.shape[0], k)
-    index, h_TK = torch.empty_like(up_TK, dtype=torch.int32), torch.empty_like(up_TK)
+    index, h_TK = up_TK.new_empty(up_TK.shape, dtype=torch.int32), torch.empty_like(up_TK)
     glu_gate_TK = None if glu_gate_TF is None else torch.empty_like(up_TK)
     scale = None if scale is None else rows(scale)
     topk.select(rows(up_TF), glu_gate_TF, scale, norm, index, up_TK, glu_gate_TK, h_TK, activation)
