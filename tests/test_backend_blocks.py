@@ -15,7 +15,7 @@ from torch import Tensor
 
 import sparse_ffn as sf
 from sparse_ffn.backends.choice import choose, explain
-from sparse_ffn.ops.library import implementation
+from sparse_ffn.ops.topk_ffn import torch as topk_ffn
 
 
 def now() -> str:
@@ -126,9 +126,9 @@ def test_it_decorates_functions() -> None:
 
 
 def test_a_backward_pass_uses_the_backend_of_its_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, calls = implementation("topk_ffn", "torch"), []
-    backward = module.backward
-    monkeypatch.setattr(module, "backward", lambda *a: calls.append(threading.current_thread()) or backward(*a))
+    calls = []
+    backward = topk_ffn.backward
+    monkeypatch.setattr(topk_ffn, "backward", lambda *a: calls.append(threading.current_thread()) or backward(*a))
     with sf.backend("torch"):
         loss = sf.TopKFFN(8, 16, 4)(torch.randn(5, 8)).sum()
     loss.backward(retain_graph=True)

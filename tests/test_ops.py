@@ -304,19 +304,19 @@ def test_opcheck_holds_for_every_op(backend: str) -> None:
 
     for gate_keys, key_bias, dropout_mask in ((None, None, None), (keys.flip(0), bias, scale)):
         xg, kg, vg, gg, ug, bg = grad(x, keys, values, gate, gate_keys, key_bias)
-        call = (xg, kg, vg, index, gg, ug, bg, dropout_mask, "gelu", backend)
+        call = (xg, kg, vg, ug, bg, index, gg, dropout_mask, "gelu", backend)
         torch.library.opcheck(library.expert_ffn.default, call)
-        plain = (x, keys, values, index, gate, gate_keys, key_bias, dropout_mask, "gelu", backend)
+        plain = (x, keys, values, gate_keys, key_bias, index, gate, dropout_mask, "gelu", backend)
         torch.library.opcheck(library.expert_ffn_inference.default, plain)
         saved = [t.detach() for t in library.expert_ffn(*call)[1:]]
-        back = (torch.randn(6, O), x, keys, values, gate, gate_keys, key_bias, dropout_mask, *saved, "gelu", backend)
+        back = (torch.randn(6, O), x, keys, values, gate_keys, key_bias, gate, dropout_mask, *saved, "gelu", backend)
         torch.library.opcheck(library.expert_ffn_backward.default, back)
 
         first_keys, first_values = keys[0], values[0]
         units = tuple(None if t is None else t[0] for t in (gate_keys, key_bias))
         dropped = None if dropout_mask is None else torch.rand(6, G)
         xg, kg, vg, ug, bg = grad(x, first_keys, first_values, *units)
-        call = (xg, kg, vg, 3, ug, bg, dropped, "silu", True, backend)
+        call = (xg, kg, vg, ug, bg, 3, dropped, "silu", True, backend)
         torch.library.opcheck(library.topk_ffn.default, call)
         saved = [t.detach() for t in library.topk_ffn(*call)[1:]]
         back = (torch.randn(6, O), x, first_keys, first_values, *units, dropped, *saved, "silu", backend)
@@ -337,7 +337,8 @@ def test_opcheck_holds_for_every_op(backend: str) -> None:
     _, picked = functional.product_key_topk(scores[:, :, 0], scores[:, :, 1], 6)
     picked = picked.reshape(4, 3, 6)
     torch.library.opcheck(
-        library.product_key_topk_backward.default, (torch.randn(4, 3, 6), picked, 5, scores.stride(), backend)
+        library.product_key_topk_backward.default,
+        (torch.randn(4, 3, 6), picked, scores.shape, scores.stride(), backend),
     )
 
 

@@ -210,7 +210,7 @@ def test_opcheck_holds() -> None:
         grads = (torch.randn(6, O), torch.randn_like(gate), torch.randn_like(sums))
         back = (*grads, *plain, index, gate, *saved, "sigmoid", "silu")
         torch.library.opcheck(library.routed_ffn_backward.default, back)
-        forward = (x, router, bias, keys, values, gate_keys, key_bias, 2, "sigmoid", "silu")
+        forward = (x, router, bias, mask, keys, values, gate_keys, key_bias, scale, 2, "sigmoid", 1, "silu")
         torch.library.opcheck(
             library.routed_ffn_inference.default, tuple(t.detach() if isinstance(t, Tensor) else t for t in forward)
         )

@@ -36,6 +36,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from sparse_ffn.backends.triton import candidates, config, routing, tuned
+from sparse_ffn.ops import Units
 from sparse_ffn.ops.cvmm import triton as cvmm
 from sparse_ffn.ops.expert_ffn import triton as expert_ffn
 from sparse_ffn.ops.product_key_topk import triton as product_key_topk
@@ -245,16 +246,14 @@ def experts(
 
     x, keys, values = empty(T, D), empty(E, G, D).to(dtype=weights), empty(E, G, D).to(dtype=weights)
     index, gate = torch.zeros(T, K, dtype=torch.int64), torch.empty(T, K)
-    units = (empty(E, G, D).to(dtype=weights), empty(E, G).to(dtype=weights)) if form == "full" else (None, None)
+    extra = (empty(E, G, D).to(dtype=weights), empty(E, G).to(dtype=weights)) if form == "full" else (None, None)
+    units = Units(keys, values, *extra)
     scale = empty(T, K, G) if form in ("full", "dropout") else None
     activation = "gelu" if form in ("full", "dropout") else form
-    call = (x, keys, values, index, gate, *units, scale, activation)
-    _, *saved = expert_ffn.forward(*call)
-    expert_ffn.inference(*call)
-    expert_ffn.inference(
-        x[:1], keys, values, index[:1], gate[:1], *units, None if scale is None else scale[:1], activation
-    )
-    expert_ffn.backward(empty(T, D), x, keys, values, gate, *units, scale, *saved, activation)
+    _, saved = expert_ffn.forward(x, units, index, gate, scale, activation)
+    expert_ffn.inference(x, units, index, gate, scale, activation)
+    expert_ffn.inference(x[:1], units, index[:1], gate[:1], None if scale is None else scale[:1], activation)
+    expert_ffn.backward(empty(T, D), x, units, gate, scale, saved, activation)
 
 
 def cvmms(
@@ -294,7 +293,7 @@ def product_keys(dtype: torch.dtype, n: int, k: int) -> None:
     scores = torch.empty(16, 1, 2, n, dtype=dtype)
     product_key_topk.product_key_topk(*scores.unbind(2), k)
     index = torch.zeros(16, 1, k, dtype=torch.int64)
-    product_key_topk.backward(scores.new_empty(16, 1, k), index, n, scores.stride())
+    product_key_topk.backward(scores.new_empty(16, 1, k), index, scores.shape, scores.stride())
 
 
 def sorts(n_experts: int) -> None:
@@ -310,13 +309,14 @@ def selections(dtype: torch.dtype, n_units: int, activation: str, form: str, wei
         return torch.zeros(shape, dtype=dtype)
 
     x, keys, values = empty(T, D), empty(n_units, D).to(dtype=weights), empty(n_units, D).to(dtype=weights)
-    units = (None, None, None)
+    units, scale = Units(keys, values), None
     if form == "full":
-        units = (empty(n_units, D).to(dtype=weights), empty(n_units).to(dtype=weights), empty(T, n_units))
+        units = Units(keys, values, empty(n_units, D).to(dtype=weights), empty(n_units).to(dtype=weights))
+        scale = empty(T, n_units)
     for sparse in (True, False):
-        triton.use_gather = lambda *sizes, sparse=sparse: sparse
-        _, *saved = topk_ffn.forward(x, keys, values, k, *units, activation, form == "full")
-        topk_ffn.backward(empty(T, D), x, keys, values, *units, *saved, activation)
+        topk_ffn.use_gather = lambda *sizes, sparse=sparse: sparse
+        _, saved = topk_ffn.forward(x, units, k, scale, activation, form == "full")
+        topk_ffn.backward(empty(T, D), x, units, scale, saved, activation)
 
 
 def usage(kernel: Any) -> tuple[int, int, str]:

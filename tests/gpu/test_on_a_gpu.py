@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sparse_ffn as sf
 from sparse_ffn.ops.expert_ffn import dense
-from sparse_ffn.ops.library import implementation
+from sparse_ffn.ops.topk_ffn import torch as topk_ffn
 
 pytestmark = [
     pytest.mark.gpu,
@@ -108,9 +108,9 @@ def test_a_checkpoint_is_recomputed_on_the_backend_of_the_block_around_backward(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Autograd does so in a thread of its own, which torch tells of the caller's context from 2.12 on."""
-    module, threads = implementation("topk_ffn", "torch"), []
-    forward = module.forward
-    monkeypatch.setattr(module, "forward", lambda *a: threads.append(threading.get_ident()) or forward(*a))
+    threads = []
+    forward = topk_ffn.forward
+    monkeypatch.setattr(topk_ffn, "forward", lambda *a: threads.append(threading.get_ident()) or forward(*a))
     layer, x = sf.TopKFFN(32, 64, 8, device="cuda"), torch.randn(20, 32, device="cuda", requires_grad=True)
     with sf.backend("torch"):
         checkpoint(layer, x, use_reentrant=False).sum().backward()

@@ -103,7 +103,7 @@ def test_gradients_are_exact_and_in_order(k: int, dtype: torch.dtype, device: st
     grad = torch.randint(-3, 4, index.shape, device=device).to(dtype)
     for stride in ((4 * n, 2 * n, n, 1), (n, 3 * n, 6 * n, 1)):  # heads of a token, or tokens of a head, side by side
         with traps():
-            actual = product_key_topk.backward(guarded(grad), guarded(index), n, stride)
+            actual = product_key_topk.backward(guarded(grad), guarded(index), (3, 2, 2, n), stride)
         assert actual.stride() == stride
         expected = torch.zeros(3, 2, 2, n, dtype=torch.float64, device=device)
         expected[:, :, 0].scatter_add_(-1, index // n, grad.double())
@@ -113,7 +113,7 @@ def test_gradients_are_exact_and_in_order(k: int, dtype: torch.dtype, device: st
 
 def test_gradients_of_two_runs_are_bit_equal(device: str) -> None:
     index, grad = torch.randint(0, 49, (3, 2, 40), device=device), torch.randn(3, 2, 40, device=device)
-    first, second = (product_key_topk.backward(grad, index, 7, (28, 14, 7, 1)) for _ in range(2))
+    first, second = (product_key_topk.backward(grad, index, (3, 2, 2, 7), (28, 14, 7, 1)) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -126,7 +126,7 @@ def test_it_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         index = product_key_topk.product_key_topk(tables, tables, 7)
         assert index.shape == (2, 5, 7)
         grad = mode.from_tensor(torch.empty(2, 5, 7))
-        assert product_key_topk.backward(grad, index, 40, (400, 80, 40, 1)).shape == (2, 5, 2, 40)
+        assert product_key_topk.backward(grad, index, (2, 5, 2, 40), (400, 80, 40, 1)).shape == (2, 5, 2, 40)
     assert launched == [10, 20]
 
 

@@ -12,6 +12,7 @@ from net import ROUTINGS, check, cvmm_case, expert_case, guarded, traps
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparse_ffn.backends.triton import combine, config, decode, grouped, outer, routing
+from sparse_ffn.ops import Units
 from sparse_ffn.ops.cvmm import triton as cvmm
 from sparse_ffn.ops.expert_ffn import dense
 from sparse_ffn.ops.expert_ffn import triton as expert_ffn
@@ -113,12 +114,13 @@ def test_expert_ffn_never_waits_for_the_device(form: str, monkeypatch: pytest.Mo
     t = {n: x.float() if x.is_floating_point() else x for n, x in expert_case(form=form).tensors.items()}
     with FakeTensorMode() as mode:
         t = {n: mode.from_tensor(x) for n, x in t.items()}
-        units = tuple(t.get(n) for n in ("gate_keys", "key_bias", "dropout_mask"))
-        call = (*(t[n] for n in ("x", "keys", "values", "index", "gate")), *units, "relu")
-        out, *saved = expert_ffn.forward(*call)
+        experts = Units(t["keys"], t["values"], t.get("gate_keys"), t.get("key_bias"))
+        x, gate, dropout_mask = t["x"], t["gate"], t.get("dropout_mask")
+        call = (x, experts, t["index"], gate, dropout_mask, "relu")
+        out, saved = expert_ffn.forward(*call)
         assert out.shape == expert_ffn.inference(*call).shape == (23, 33)
-        grads = expert_ffn.backward(out, *call[:3], *call[4:8], *saved, "relu")
-        assert grads[1].shape == t["keys"].shape
+        gradients = expert_ffn.backward(out, x, experts, gate, dropout_mask, saved, "relu")
+        assert gradients.experts.keys.shape == t["keys"].shape
     names = {"count", "scan", "place", "plan", "up", "rows", "combine", "hidden_gradient", "outer"}
     assert launched - {"sum_rows_kernel"} == {f"{name}_kernel" for name in names}
 

@@ -148,7 +148,7 @@ FAULTS: dict[str, tuple[ModuleType, str, str, Callable[[], Any]]] = {
     "tile's rows not from its expert's begin": (routing, "(tile - first) * BLOCK_M", "tile * BLOCK_M", plain),
     "idle tiles at work": (grouped, "    if expert < 0:\n        return\n    g_ok", "    g_ok", plain),
     "bias left out": (grouped, "    if BIAS:", "    if False:", everything),
-    "halves of a GLU swapped": (grouped, "(dh * active).to(dother", "(dh * up).to(dother", everything),
+    "halves of a GLU swapped": (grouped, "(dh * active).to(dup", "(dh * gated).to(dup", everything),
     "dropout left out of the gradient": (grouped, "        dh *= scale", "        dh *= 1", everything),
     "parts of the gate's gradient in one place": (
         grouped, "(tl.program_id(0) % tl.cdiv(G, BLOCK_N)).to(tl.int64) * S", "0", everything,

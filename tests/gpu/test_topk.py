@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparse_ffn.backends.triton import bag, config, topk
+from sparse_ffn.ops import Units
 from sparse_ffn.ops.activations import ACTIVATIONS, hidden
 from sparse_ffn.ops.select import stable_topk
 from sparse_ffn.ops.topk_ffn import triton as topk_ffn
@@ -37,10 +38,10 @@ def choose(sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(topk_ffn, "use_gather", lambda *sizes: sparse)
 
 
-def units(t: dict[str, Tensor], activation: str) -> Tensor:
+def hidden_units(t: dict[str, Tensor], activation: str) -> Tensor:
     up = t["x"] @ t["keys"].t() + t.get("key_bias", 0)
-    pre, other = (t["x"] @ t["gate_keys"].t(), up) if "gate_keys" in t else (up, None)
-    return hidden(activation, pre, other, t.get("dropout_mask"))
+    glu_gate = t["x"] @ t["gate_keys"].t() if "gate_keys" in t else None
+    return hidden(activation, up, glu_gate, t.get("dropout_mask"))
 
 
 def topk_case(
@@ -64,13 +65,13 @@ def topk_case(
     if form == "everything":
         t |= {"gate_keys": whole(n_units, D), "key_bias": whole(n_units), "dropout_mask": 2 * whole(T, n_units).abs()}
     narrow_values = t["values"].to(dtype).double()
-    index = stable_topk(rank(units(t, activation), narrow_values, norm_aware), k)
+    index = stable_topk(rank(hidden_units(t, activation), narrow_values, norm_aware), k)
     selected = torch.zeros(T, n_units, dtype=torch.bool).scatter(1, index, True)
 
     def op(activation: str, **tensors: Tensor) -> Tensor:
         if tensors["x"].dtype != torch.float64:
             return flat.topk_ffn(k=k, activation=activation, norm_aware=norm_aware, **tensors)
-        return torch.where(selected.to(tensors["x"].device), units(tensors, activation), 0) @ tensors["values"]
+        return torch.where(selected.to(tensors["x"].device), hidden_units(tensors, activation), 0) @ tensors["values"]
 
     return Case(op, t, dtype, {"activation": activation}, tuple(n for n in t if n != "dropout_mask"))
 
@@ -180,13 +181,12 @@ def test_blocks_of_tokens_bound_the_temporaries(
         check(topk_case((T, 5, n_units, 6, k), dtype, form="everything", norm_aware=True), device)
     case = topk_case((T, 5, n_units, 6, k), form="everything")
     t = {n: x.float().to(device) for n, x in case.tensors.items()}
-    units = tuple(t[n] for n in ("gate_keys", "key_bias"))
-    whole = (t["x"], t["keys"], t["values"])
+    units = Units(t["keys"], t["values"], t["gate_keys"], t["key_bias"])
     monkeypatch.setattr(bag, "launch", lambda *a, **meta: None)  # what kernels allocate is seen, not what they do
     monkeypatch.setattr(topk, "launch", lambda kernel, grid, *a, **meta: [x.zero_() for x in a if is_index(x)])
     with Sizes() as sizes:
-        _, *saved = topk_ffn.forward(*whole, k, *units, None, "relu", True)
-        topk_ffn.backward(t["x"].new_ones(T, 6), *whole, *units, None, *saved, "relu")
+        _, saved = topk_ffn.forward(t["x"], units, k, None, "relu", True)
+        topk_ffn.backward(t["x"].new_ones(T, 6), t["x"], units, None, saved, "relu")
     assert sizes.largest <= most < T * n_units
 
 
@@ -223,11 +223,10 @@ def test_it_never_waits_for_the_device(form: str, sparse: bool, monkeypatch: pyt
     t = {n: x.float() for n, x in topk_case(form=form).tensors.items()}
     with FakeTensorMode() as mode:
         t = {n: mode.from_tensor(x) for n, x in t.items()}
-        units = tuple(t.get(n) for n in ("gate_keys", "key_bias", "dropout_mask"))
-        arguments = (t["x"], t["keys"], t["values"])
-        out, *saved = topk_ffn.forward(*arguments, 6, *units, "relu", True)
-        grads = topk_ffn.backward(out, *arguments, *units, *saved, "relu")
-    assert [g.shape for g in grads[:3]] == [x.shape for x in arguments]
+        units = Units(t["keys"], t["values"], t.get("gate_keys"), t.get("key_bias"))
+        out, saved = topk_ffn.forward(t["x"], units, 6, t.get("dropout_mask"), "relu", True)
+        dx, dunits = topk_ffn.backward(out, t["x"], units, t.get("dropout_mask"), saved, "relu")
+    assert (dx.shape, dunits.keys.shape, dunits.values.shape) == (t["x"].shape, units.keys.shape, units.values.shape)
     gathered = {"bag_kernel", "bag_gradient_kernel", "hot_rows_kernel"}
     assert launched == {"select_kernel", "chosen_kernel"} | (gathered if sparse else set())
 

@@ -73,7 +73,7 @@ class DenseFFN(UnitsFFN):
         if units.gate_keys is None:
             h = hidden(self.activation, up, None, dropout_mask)
         else:
-            h = hidden(self.activation, F.linear(x, units.gate_keys), up, dropout_mask)
+            h = hidden(self.activation, up, F.linear(x, units.gate_keys), dropout_mask)
         return F.linear(h, units.values.t())
 
     @property

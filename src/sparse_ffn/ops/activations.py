@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -59,24 +60,28 @@ def activate(name: str, z: Tensor) -> Tensor:
     return torch.where(far, torch.relu(z), act(z.masked_fill(far, 0)))
 
 
-def hidden(name: str, z: Tensor, up: Tensor | None, scale: Tensor | None) -> Tensor:
-    """Hidden units: act(z) by torch's own function, times the ungated half of a GLU, times dropout's multiplier."""
-    return scaled(ACTIVATIONS[name].forward(z), up, scale)
+def hidden(name: str, up: Tensor, glu_gate: Tensor | None, scale: Tensor | None) -> Tensor:
+    """Hidden units by torch's own activation: act(up), of a GLU act(glu_gate) · up, times dropout's multiplier."""
+    return _hidden(ACTIVATIONS[name].forward, up, glu_gate, scale)
 
 
-def scaled(h: Tensor, up: Tensor | None, scale: Tensor | None) -> Tensor:
-    """The activations h, times the ungated half of a GLU, times dropout's multiplier."""
-    if up is not None:
-        h = h * up
+def hidden_anywhere(name: str, up: Tensor, glu_gate: Tensor | None, scale: Tensor | None) -> Tensor:
+    """The same by ``activate``."""
+    return _hidden(partial(activate, name), up, glu_gate, scale)
+
+
+def _hidden(act: Callable[[Tensor], Tensor], up: Tensor, glu_gate: Tensor | None, scale: Tensor | None) -> Tensor:
+    h = act(up) if glu_gate is None else act(glu_gate) * up
     return h if scale is None else h * scale
 
 
 def hidden_backward(
-    name: str, grad: Tensor, z: Tensor, up: Tensor | None, scale: Tensor | None
+    name: str, grad: Tensor, up: Tensor, glu_gate: Tensor | None, scale: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of ``hidden`` with respect to z and up."""
+    """Gradients of ``hidden`` with respect to up and glu_gate."""
+    act = ACTIVATIONS[name]
     if scale is not None:
         grad = grad * scale
-    if up is None:
-        return ACTIVATIONS[name].backward(grad, z), None
-    return ACTIVATIONS[name].backward(grad * up, z), grad * ACTIVATIONS[name].forward(z)
+    if glu_gate is None:
+        return act.backward(grad, up), None
+    return grad * act.forward(glu_gate), act.backward(grad * up, glu_gate)

@@ -42,6 +42,6 @@ def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype)
 
 
-def weights_for(backend: str, dtype: torch.dtype, *weights: Tensor | None) -> tuple[Any, ...]:
-    """Weights as a backend's ops take them for products in ``dtype``: cast, or as they are."""
-    return weights if backend in ("triton", "cuda") else tuple(cast(w, dtype) for w in weights)
+def casts_inside(backend: str) -> bool:
+    """Whether a backend's ops take weights in any dtype and cast them themselves."""
+    return backend in ("triton", "cuda")

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
-def segment_mm(rows: Tensor, weight: Tensor, bounds: list[int]) -> Tensor:
+class Segments:
+    """Where each expert's rows begin: ``offsets``, int32 [E + 1]; the host learns it when it first asks, and waits."""
+
+    def __init__(self, offsets: Tensor) -> None:
+        self.offsets = offsets
+
+    @functools.cached_property
+    def bounds(self) -> list[int]:
+        return self.offsets.tolist()
+
+
+def segment_mm(rows: Tensor, weight: Tensor, segments: Segments) -> Tensor:
     """rows[a:b] @ weight[e] for each expert's segment: [S, M] x [E, M, N] -> [S, N]."""
+    if use_grouped_mm(rows, weight):
+        return F.grouped_mm(rows, weight, offs=segments.offsets[1:])
     out = rows.new_empty(rows.shape[0], weight.shape[2])
-    for e, (a, b) in enumerate(pairwise(bounds)):
+    for e, (a, b) in enumerate(pairwise(segments.bounds)):
         if b > a:
             torch.mm(rows[a:b], weight[e], out=out[a:b])
     return out
 
 
-def segment_outer(left: Tensor, right: Tensor, bounds: list[int]) -> Tensor:
+def segment_outer(left: Tensor, right: Tensor, segments: Segments) -> Tensor:
     """left[a:b].T @ right[a:b] for each expert's segment: [S, M] x [S, N] -> [E, M, N], zero where it is empty."""
-    out = left.new_empty(len(bounds) - 1, left.shape[1], right.shape[1])
-    for e, (a, b) in enumerate(pairwise(bounds)):
+    if use_grouped_mm(left, right):
+        return F.grouped_mm(left.t(), right, offs=segments.offsets[1:])
+    out = left.new_empty(segments.offsets.shape[0] - 1, left.shape[1], right.shape[1])
+    for e, (a, b) in enumerate(pairwise(segments.bounds)):
         if b > a:
             torch.mm(left[a:b].t(), right[a:b], out=out[e])
         else:
@@ -28,10 +45,37 @@ def segment_outer(left: Tensor, right: Tensor, bounds: list[int]) -> Tensor:
     return out
 
 
-def segment_sum(rows: Tensor, bounds: list[int]) -> Tensor:
+def use_grouped_mm(*operands: Tensor) -> bool:
+    """Whether torch has one kernel for the products of all experts, and the operands lie as it wants them.
+
+    The kernel is for bf16 on NVIDIA's compute capabilities 9 and 10. Elsewhere torch has a loop like the one here: on a
+    CPU with AVX-512 it took between 0.75 and 1.2 times as long (16 and 64 experts, 64 to 4096 rows).
+    """
+    first = operands[0]
+    if first.dtype != torch.bfloat16 or not hasattr(F, "grouped_mm") or not has_grouped_kernel(first.device):
+        return False
+    return all(t.numel() > 0 and _is_aligned(t) for t in operands)
+
+
+@functools.cache
+def has_grouped_kernel(device: torch.device) -> bool:
+    """Whether ``F.grouped_mm`` is one kernel on a device."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def _is_aligned(t: Tensor) -> bool:
+    """Whether one of the last two strides is 1, and what else the kernel steps by is a multiple of 16 bytes."""
+    *batch, row, column = t.stride()
+    steps = (*batch, row if column == 1 else column)
+    return 1 in (row, column) and t.data_ptr() % 16 == 0 and all(n * t.element_size() % 16 == 0 for n in steps)
+
+
+def segment_sum(rows: Tensor, segments: Segments) -> Tensor:
     """Sum of the rows of each expert's segment: [S, N] -> [E, N]."""
-    out = rows.new_zeros(len(bounds) - 1, rows.shape[1])
-    for e, (a, b) in enumerate(pairwise(bounds)):
+    out = rows.new_zeros(segments.offsets.shape[0] - 1, rows.shape[1])
+    for e, (a, b) in enumerate(pairwise(segments.bounds)):
         if b > a:
             torch.sum(rows[a:b], dim=0, out=out[e])
     return out

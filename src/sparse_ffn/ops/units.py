@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -18,3 +19,7 @@ class Units(NamedTuple):
     values: Tensor
     gate_keys: Tensor | None = None
     key_bias: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> Units:
+        """The same units in another dtype."""
+        return Units._make([None if t is None else t.to(dtype) for t in self])

@@ -81,11 +81,11 @@ def two_products(
 
 @triton.jit
 def up_kernel(
-    x, rows, keys, gate_keys, key_bias, dropout_mask, z, other, h,
+    x, rows, keys, gate_keys, key_bias, dropout_mask, saved_up, saved_glu_gate, h,
     order, offsets, tile_expert, tile_row, G, D, stride_x,
     stride_ke, stride_kg, stride_kd, stride_ge, stride_gg, stride_gd, stride_be, stride_bg,
     ACTIVATION: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr,
-    SAVE_Z: tl.constexpr, STORE_H: tl.constexpr,
+    SAVE: tl.constexpr, STORE_H: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -114,15 +114,15 @@ def up_kernel(
     mask = ok[:, None] & g_ok[None, :]
     if GLU:
         hidden = activate(pre, ACTIVATION)
-        if SAVE_Z:
-            tl.store(z + first * G + at, pre.to(z.dtype.element_ty), mask=mask)
-            tl.store(other + first * G + at, up.to(z.dtype.element_ty), mask=mask)
+        if SAVE:
+            tl.store(saved_glu_gate + first * G + at, pre.to(saved_glu_gate.dtype.element_ty), mask=mask)
+            tl.store(saved_up + first * G + at, up.to(saved_up.dtype.element_ty), mask=mask)
         hidden *= up
     else:
         hidden = activate(up, ACTIVATION)
-        if SAVE_Z:
+        if SAVE:
             saved = hidden if ACTIVATION == "relu" else up  # what ReLU keeps says all that its backward pass asks
-            tl.store(z + first * G + at, saved.to(z.dtype.element_ty), mask=mask)
+            tl.store(saved_up + first * G + at, saved.to(saved_up.dtype.element_ty), mask=mask)
     if STORE_H:
         if SCALE:
             slot = tl.load(order + p, mask=ok, other=0).to(tl.int64)
@@ -159,10 +159,10 @@ def rows_kernel(
     mask = ok[:, None] & n_ok[None, :]
     slot = tl.load(order + p, mask=ok, other=0)
     if DOT:
-        other = tl.load(partner_rows + p, mask=ok, other=0).to(tl.int64)
-        with_ = tl.load(partner + other[:, None] * stride_partner + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        partner_row = tl.load(partner_rows + p, mask=ok, other=0).to(tl.int64)
+        with_ = tl.load(partner + partner_row[:, None] * stride_partner + n[None, :], mask=mask, other=0.0)
         part = (tl.program_id(0) % tl.cdiv(N, BLOCK_N)).to(tl.int64) * S
-        tl.store(dots + part + slot, tl.sum(acc * with_, 1), mask=ok)
+        tl.store(dots + part + slot, tl.sum(acc * with_.to(tl.float32), 1), mask=ok)
     if SCALE:
         acc *= tl.load(scale + slot, mask=ok, other=0.0).to(tl.float32)[:, None]
     to = slot if UNSORT else p
@@ -171,18 +171,18 @@ def rows_kernel(
 
 @triton.jit
 def unit_gradients(
-    dh, weight, z, other, dropout_mask, scale_at, dz, dother, weighted, g, ok, G,
+    dh, weight, up, glu_gate, dropout_mask, scale_at, dup, dglu_gate, weighted, g, ok, G,
     ACTIVATION: tl.constexpr, GLU: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient at columns g of a tile to those of z and other; returns the rows' sums of dh · h."""
+    """From the gradient at columns g of a tile to those of up and glu_gate; returns the rows' sums of dh · h."""
     at = tl.arange(0, dh.shape[0])[:, None] * G + g[None, :]
     mask = ok[:, None] & (g < G)[None, :]
-    pre = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
+    pre = tl.load((glu_gate if GLU else up) + at, mask=mask, other=0.0).to(tl.float32)
     active = activate(pre, ACTIVATION)
     hidden = active
     if GLU:
-        up = tl.load(other + at, mask=mask, other=0.0).to(tl.float32)
-        hidden *= up
+        gated = tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
+        hidden *= gated
     if SCALE:
         scale = tl.load(dropout_mask + scale_at[:, None] + g[None, :], mask=mask, other=0.0).to(tl.float32)
         hidden *= scale
@@ -192,15 +192,16 @@ def unit_gradients(
     if SCALE:
         dh *= scale
     if GLU:
-        tl.store(dother + at, (dh * active).to(dother.dtype.element_ty), mask=mask)
-        dh *= up
-    tl.store(dz + at, gradient(dh, pre, ACTIVATION).to(dz.dtype.element_ty), mask=mask)
+        tl.store(dup + at, (dh * active).to(dup.dtype.element_ty), mask=mask)
+        dh *= gated
+    before = dglu_gate if GLU else dup  # the activation
+    tl.store(before + at, gradient(dh, pre, ACTIVATION).to(before.dtype.element_ty), mask=mask)
     return dot
 
 
 @triton.jit
 def hidden_gradient_kernel(
-    grad, rows, values, z, other, dropout_mask, gate, dz, dother, weighted, dgate,
+    grad, rows, values, up, glu_gate, dropout_mask, gate, dup, dglu_gate, weighted, dgate,
     order, offsets, tile_expert, tile_row, G, O, S, stride_grad, stride_ve, stride_vg, stride_vo,
     ACTIVATION: tl.constexpr, GLU: tl.constexpr, SCALE: tl.constexpr, HALVES: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -219,24 +220,27 @@ def hidden_gradient_kernel(
     )  # fmt: skip
     slot = tl.load(order + p, mask=ok, other=0).to(tl.int64)
     weight = tl.load(gate + slot, mask=ok, other=0.0).to(tl.float32)[:, None]
-    z, dz, weighted = z + first * G, dz + first * G, weighted + first * G
+    up, dup, weighted = up + first * G, dup + first * G, weighted + first * G
     if GLU:
-        other, dother = other + first * G, dother + first * G
+        glu_gate, dglu_gate = glu_gate + first * G, dglu_gate + first * G
     scale_at = slot * G
     if HALVES:  # one half of the columns after the other: all that meets here would not fit into registers at once
         low, high = tl.split(tl.permute(tl.reshape(dh, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
         half = (tl.program_id(0) % tl.cdiv(G, BLOCK_N)) * BLOCK_N + tl.arange(0, BLOCK_N // 2)
         dot = unit_gradients(
-            low, weight, z, other, dropout_mask, scale_at, dz, dother, weighted, half, ok, G, ACTIVATION, GLU, SCALE
-        )
+            low, weight, up, glu_gate, dropout_mask, scale_at, dup, dglu_gate, weighted, half, ok, G,
+            ACTIVATION, GLU, SCALE,
+        )  # fmt: skip
         half += BLOCK_N // 2
         dot += unit_gradients(
-            high, weight, z, other, dropout_mask, scale_at, dz, dother, weighted, half, ok, G, ACTIVATION, GLU, SCALE
-        )
+            high, weight, up, glu_gate, dropout_mask, scale_at, dup, dglu_gate, weighted, half, ok, G,
+            ACTIVATION, GLU, SCALE,
+        )  # fmt: skip
     else:
         dot = unit_gradients(
-            dh, weight, z, other, dropout_mask, scale_at, dz, dother, weighted, g, ok, G, ACTIVATION, GLU, SCALE
-        )
+            dh, weight, up, glu_gate, dropout_mask, scale_at, dup, dglu_gate, weighted, g, ok, G,
+            ACTIVATION, GLU, SCALE,
+        )  # fmt: skip
     part = (tl.program_id(0) % tl.cdiv(G, BLOCK_N)).to(tl.int64) * S
     tl.store(dgate + part + slot, dot, mask=ok)
 
@@ -248,28 +252,28 @@ def up(
     gate_keys: Tensor | None,
     key_bias: Tensor | None,
     dropout_mask: Tensor | None,
-    z: Tensor | None,
-    other: Tensor | None,
+    saved_up: Tensor | None,
+    saved_glu_gate: Tensor | None,
     h: Tensor,
     activation: str,
     tile: Tile,
     precision: str,
 ) -> None:
-    """Hidden units of every position into h, what the backward pass needs of them into z and other.
+    """Hidden units of every position into h, what the backward pass needs of them into saved_up and saved_glu_gate.
 
     Shapes: x [T, D] with unit stride in its rows, keys and gate_keys [E, G, D], key_bias [E, G], dropout_mask [S, G]
-    in slot order, contiguous; z, other and h [S, G] contiguous. z keeps the argument of the activation (of ReLU the
-    result), other the ungated half of a GLU; None: kept nowhere. h may be z where both would hold the same.
+    in slot order, contiguous; saved_up, saved_glu_gate and h [S, G] contiguous. saved_up gets x key + bias (without a
+    GLU of ReLU the result), saved_glu_gate x gate_key; None: kept nowhere. h may be saved_up where both hold the same.
     """
     G, D = keys.shape[1:]
     if G >= 1 << 24:
         raise ValueError(f"an expert has fewer than 2**24 hidden units here, got {G}")
     launch(
         up_kernel, plan.n_tiles * cdiv(G, tile.n), x, plan.rows, keys, gate_keys, key_bias, dropout_mask,
-        z, other, h, plan.order, plan.offsets, plan.tile_expert, plan.tile_row, G, D, x.stride(0),
+        saved_up, saved_glu_gate, h, plan.order, plan.offsets, plan.tile_expert, plan.tile_row, G, D, x.stride(0),
         *keys.stride(), *_strides(gate_keys, 3), *_strides(key_bias, 2),
         ACTIVATION=activation, GLU=gate_keys is not None, BIAS=key_bias is not None, SCALE=dropout_mask is not None,
-        SAVE_Z=z is not None, STORE_H=h is not z, EVEN_K=D % tile.k == 0, PRECISION=precision, **tile.meta,
+        SAVE=saved_up is not None, STORE_H=h is not saved_up, EVEN_K=D % tile.k == 0, PRECISION=precision, **tile.meta,
     )  # fmt: skip
 
 
@@ -322,30 +326,30 @@ def hidden_gradient(
     plan: Plan,
     grad: Tensor,
     values: Tensor,
-    z: Tensor,
-    other: Tensor | None,
+    up: Tensor,
+    glu_gate: Tensor | None,
     dropout_mask: Tensor | None,
     gate: Tensor,
-    dz: Tensor,
-    dother: Tensor | None,
+    dup: Tensor,
+    dglu_gate: Tensor | None,
     weighted: Tensor,
     dgate: Tensor,
     activation: str,
     tile: Tile,
     precision: str,
 ) -> None:
-    """Gradients of z and other, the gate's gradient, and the hidden units times their gate, all in one pass.
+    """Gradients of up and glu_gate, the gate's gradient, and the hidden units times their gate, all in one pass.
 
     Shapes: grad [T, O] with unit stride in its rows, values [E, G, O], gate [S] and dropout_mask [S, G] in slot order;
-    z, other, dz, dother and weighted [S, G]; dgate fp32 [blocks of G, S] in slot order, to be summed over the first
-    dimension.
+    up, glu_gate, dup, dglu_gate and weighted [S, G]; dgate fp32 [blocks of G, S] in slot order, to be summed over the
+    first dimension.
     """
     G, O = values.shape[1:]
     launch(
-        hidden_gradient_kernel, plan.n_tiles * cdiv(G, tile.n), grad, plan.rows, values, z, other, dropout_mask, gate,
-        dz, dother, weighted, dgate, plan.order, plan.offsets, plan.tile_expert, plan.tile_row,
+        hidden_gradient_kernel, plan.n_tiles * cdiv(G, tile.n), grad, plan.rows, values, up, glu_gate, dropout_mask,
+        gate, dup, dglu_gate, weighted, dgate, plan.order, plan.offsets, plan.tile_expert, plan.tile_row,
         G, O, plan.order.shape[0], grad.stride(0), *values.stride(),
-        ACTIVATION=activation, GLU=other is not None, SCALE=dropout_mask is not None, HALVES=tile.n > 32,
+        ACTIVATION=activation, GLU=glu_gate is not None, SCALE=dropout_mask is not None, HALVES=tile.n > 32,
         EVEN_K=O % tile.k == 0, PRECISION=precision, **tile.meta,
     )  # fmt: skip
 

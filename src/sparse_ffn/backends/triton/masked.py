@@ -54,46 +54,47 @@ def choice(
 
 @triton.jit
 def masked_hidden_kernel(
-    z, other, index, gate, dropout_mask, saved_z, saved_other, T, E, G, K,
+    up, glu_gate, index, gate, dropout_mask, saved_up, saved_glu_gate, T, E, G, K,
     ACTIVATION: tl.constexpr, GLU: tl.constexpr, SCALE: tl.constexpr, SAVE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """Z becomes the hidden units times their weights; see ``hidden``."""
+    """What is in ``up`` becomes the hidden units times their weights; see ``hidden``."""
     t, expert, g, at, inside = block_of(T, E, G, BLOCK_T, BLOCK_G)
     chosen, weight = choice(index, gate, dropout_mask, t, T, expert, g, G, K, SCALE, BLOCK_T, BLOCK_G)
     mask = inside & (chosen >= 0)[:, None]
-    pre = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
+    pre = tl.load((glu_gate if GLU else up) + at, mask=mask, other=0.0).to(tl.float32)
     units = activate(pre, ACTIVATION)
     if GLU:
-        up = tl.load(other + at, mask=mask, other=0.0).to(tl.float32)
-        units *= up
-    tl.store(z + at, (units * weight).to(z.dtype.element_ty), mask=inside)
+        gated = tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
+        units *= gated
+    tl.store(up + at, (units * weight).to(up.dtype.element_ty), mask=inside)
     if SAVE:
         for j in range(0, K):
             slot = t * K + j
             mine = tl.load(index + slot, mask=t < T, other=-1) == expert
             to = slot.to(tl.int64)[:, None] * G + g[None, :]
-            tl.store(saved_z + to, pre.to(z.dtype.element_ty), mask=inside & mine[:, None])
+            saved = saved_glu_gate if GLU else saved_up
+            tl.store(saved + to, pre.to(up.dtype.element_ty), mask=inside & mine[:, None])
             if GLU:
-                tl.store(saved_other + to, up.to(z.dtype.element_ty), mask=inside & mine[:, None])
+                tl.store(saved_up + to, gated.to(up.dtype.element_ty), mask=inside & mine[:, None])
 
 
 @triton.jit
 def masked_gradient_kernel(
-    dh, z, other, index, gate, dropout_mask, weighted, dother, dots, T, E, G, K, S,
+    dh, up, glu_gate, index, gate, dropout_mask, weighted, dglu_gate, dots, T, E, G, K, S,
     ACTIVATION: tl.constexpr, GLU: tl.constexpr, SCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """Dh becomes the gradient before the activation; see ``hidden_gradient``."""
+    """What is in ``dh`` becomes the gradient of up; see ``hidden_gradient``."""
     t, expert, g, at, inside = block_of(T, E, G, BLOCK_T, BLOCK_G)
     chosen, weight = choice(index, gate, dropout_mask, t, T, expert, g, G, K, SCALE, BLOCK_T, BLOCK_G)
     mask = inside & (chosen >= 0)[:, None]
     saved = chosen.to(tl.int64)[:, None] * G + g[None, :]
-    pre = tl.load(z + saved, mask=mask, other=0.0).to(tl.float32)
+    pre = tl.load((glu_gate if GLU else up) + saved, mask=mask, other=0.0).to(tl.float32)
     active = activate(pre, ACTIVATION)
     units = active
     if GLU:
-        up = tl.load(other + saved, mask=mask, other=0.0).to(tl.float32)
-        units *= up
+        gated = tl.load(up + saved, mask=mask, other=0.0).to(tl.float32)
+        units *= gated
     slope = tl.load(dh + at, mask=mask, other=0.0).to(tl.float32)
     part = (tl.program_id(0) % tl.cdiv(G, BLOCK_G)).to(tl.int64) * S
     for j in range(0, K):
@@ -106,57 +107,58 @@ def masked_gradient_kernel(
     tl.store(weighted + at, (units * weight).to(weighted.dtype.element_ty), mask=inside)
     slope *= weight
     if GLU:
-        tl.store(dother + at, (slope * active).to(dother.dtype.element_ty), mask=inside)
-        slope *= up
-    tl.store(dh + at, gradient(slope, pre, ACTIVATION).to(dh.dtype.element_ty), mask=inside)
+        tl.store(dh + at, (slope * active).to(dh.dtype.element_ty), mask=inside)
+        slope *= gated
+    before = dglu_gate if GLU else dh  # the activation
+    tl.store(before + at, gradient(slope, pre, ACTIVATION).to(before.dtype.element_ty), mask=inside)
 
 
 def hidden(
-    z: Tensor,
-    other: Tensor | None,
+    up: Tensor,
+    glu_gate: Tensor | None,
     index: Tensor,
     gate: Tensor,
     dropout_mask: Tensor | None,
-    saved_z: Tensor | None,
-    saved_other: Tensor | None,
+    saved_up: Tensor | None,
+    saved_glu_gate: Tensor | None,
     activation: str,
 ) -> None:
-    """Turn z into the hidden units times their gates (and dropout's multipliers), zero for experts not chosen.
+    """Turn up into the hidden units times their gates (and dropout's multipliers), zero for experts not chosen.
 
-    Shapes, all contiguous: z and other [T, E, G], index int [T, K], gate [T, K], dropout_mask [T, K, G]; saved_z and
-    saved_other [T, K, G] get z and other of the chosen experts (None: kept nowhere).
+    Shapes, all contiguous: up and glu_gate [T, E, G], index int [T, K], gate [T, K], dropout_mask [T, K, G]; saved_up
+    and saved_glu_gate [T, K, G] get those of the chosen experts (None: kept nowhere).
     """
-    (T, E, G), K, block = z.shape, index.shape[1], _block(z.shape[2])
+    (T, E, G), K, block = up.shape, index.shape[1], _block(up.shape[2])
     launch(
-        masked_hidden_kernel, cdiv(T, BLOCK_T) * E * cdiv(G, block), z, other, index, gate, dropout_mask, saved_z,
-        saved_other, T, E, G, K,
-        ACTIVATION=activation, GLU=other is not None, SCALE=dropout_mask is not None, SAVE=saved_z is not None,
+        masked_hidden_kernel, cdiv(T, BLOCK_T) * E * cdiv(G, block), up, glu_gate, index, gate, dropout_mask,
+        saved_up, saved_glu_gate, T, E, G, K,
+        ACTIVATION=activation, GLU=glu_gate is not None, SCALE=dropout_mask is not None, SAVE=saved_up is not None,
         BLOCK_T=BLOCK_T, BLOCK_G=block,
     )  # fmt: skip
 
 
 def hidden_gradient(
     dh: Tensor,
-    z: Tensor,
-    other: Tensor | None,
+    up: Tensor,
+    glu_gate: Tensor | None,
     index: Tensor,
     gate: Tensor,
     dropout_mask: Tensor | None,
     weighted: Tensor,
-    dother: Tensor | None,
+    dglu_gate: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """Turn the gradient of the weighted units dh [T, E, G] into that of z; return the gate's, fp32 [T, K].
+    """Turn the gradient of the weighted units dh [T, E, G] into that of up; return the gate's, fp32 [T, K].
 
-    Shapes, all contiguous: z and other [T, K, G] as ``hidden`` saved them, weighted [T, E, G] gets the weighted units
-    once more, dother [T, E, G] the gradient of other; the rest as for ``hidden``.
+    Shapes, all contiguous: up and glu_gate [T, K, G] as ``hidden`` saved them, weighted [T, E, G] gets the weighted
+    units once more, dglu_gate [T, E, G] the gradient of glu_gate; the rest as for ``hidden``.
     """
     (T, E, G), K, block = dh.shape, index.shape[1], _block(dh.shape[2])
     dots = dh.new_empty((cdiv(G, block), T, K), dtype=torch.float32)
     launch(
-        masked_gradient_kernel, cdiv(T, BLOCK_T) * E * cdiv(G, block), dh, z, other, index, gate, dropout_mask,
-        weighted, dother, dots, T, E, G, K, T * K,
-        ACTIVATION=activation, GLU=other is not None, SCALE=dropout_mask is not None, BLOCK_T=BLOCK_T, BLOCK_G=block,
+        masked_gradient_kernel, cdiv(T, BLOCK_T) * E * cdiv(G, block), dh, up, glu_gate, index, gate, dropout_mask,
+        weighted, dglu_gate, dots, T, E, G, K, T * K,
+        ACTIVATION=activation, GLU=glu_gate is not None, SCALE=dropout_mask is not None, BLOCK_T=BLOCK_T, BLOCK_G=block,
     )  # fmt: skip
     return dots.sum(0)
 

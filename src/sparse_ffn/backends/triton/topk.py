@@ -23,10 +23,11 @@ LOWEST_BIT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
 
 @triton.jit
-def hidden_units(pre, up, scale, f, mask, ACTIVATION: tl.constexpr, GLU: tl.constexpr, SCALE: tl.constexpr):
+def hidden_units(up, glu_gate, scale, f, mask, ACTIVATION: tl.constexpr, GLU: tl.constexpr, SCALE: tl.constexpr):
     """H at units f, rounded after each step as torch does (equal scores must be equal here too), as fp32."""
-    dtype: tl.constexpr = pre.dtype.element_ty
-    h = activate(tl.load(pre + f, mask=mask, other=0.0).to(tl.float32), ACTIVATION).to(dtype).to(tl.float32)
+    dtype: tl.constexpr = up.dtype.element_ty
+    pre = tl.load((glu_gate if GLU else up) + f, mask=mask, other=0.0)
+    h = activate(pre.to(tl.float32), ACTIVATION).to(dtype).to(tl.float32)
     if GLU:
         h = (h * tl.load(up + f, mask=mask, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
     if SCALE:
@@ -36,7 +37,7 @@ def hidden_units(pre, up, scale, f, mask, ACTIVATION: tl.constexpr, GLU: tl.cons
 
 @triton.jit
 def select_kernel(
-    pre, up, scale, norm, index, F, k, lowest_bit, stride_pre, stride_up, stride_scale,
+    up, glu_gate, scale, norm, index, F, k, lowest_bit, stride_up, stride_glu_gate, stride_scale,
     ACTIVATION: tl.constexpr, GLU: tl.constexpr, SCALE: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The numbers of one token's k units of the largest |h|, ascending."""
@@ -45,8 +46,8 @@ def select_kernel(
     ok = f < F
     score = tl.abs(
         hidden_units(
-            pre + token * stride_pre,
             up + token * stride_up,
+            glu_gate + token * stride_glu_gate,
             scale + token * stride_scale,
             f,
             ok,
@@ -77,21 +78,21 @@ def select_kernel(
 
 @triton.jit
 def chosen_kernel(
-    pre, up, scale, index, z, other, h, k, stride_pre, stride_up, stride_scale,
+    up, glu_gate, scale, index, saved_up, saved_glu_gate, h, k, stride_up, stride_glu_gate, stride_scale,
     ACTIVATION: tl.constexpr, GLU: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of one token's chosen units: pre, up and h there."""
+    """A block of one token's chosen units: up, glu_gate and h there."""
     n_blocks = tl.cdiv(k, BLOCK)
     token = (tl.program_id(0) // n_blocks).to(tl.int64)
     j = (tl.program_id(0) % n_blocks) * BLOCK + tl.arange(0, BLOCK)
     ok = j < k
     f = tl.load(index + token * k + j, mask=ok, other=0)
-    pre += token * stride_pre
     up += token * stride_up
-    tl.store(z + token * k + j, tl.load(pre + f, mask=ok, other=0.0), mask=ok)
+    glu_gate += token * stride_glu_gate
+    tl.store(saved_up + token * k + j, tl.load(up + f, mask=ok, other=0.0), mask=ok)
     if GLU:
-        tl.store(other + token * k + j, tl.load(up + f, mask=ok, other=0.0), mask=ok)
-    units = hidden_units(pre, up, scale + token * stride_scale, f, ok, ACTIVATION, GLU, SCALE)
+        tl.store(saved_glu_gate + token * k + j, tl.load(glu_gate + f, mask=ok, other=0.0), mask=ok)
+    units = hidden_units(up, glu_gate, scale + token * stride_scale, f, ok, ACTIVATION, GLU, SCALE)
     tl.store(h + token * k + j, units.to(h.dtype.element_ty), mask=ok)
 
 
@@ -101,32 +102,33 @@ def fits(n_units: int) -> bool:
 
 
 def select(
-    pre: Tensor,
-    up: Tensor | None,
+    up: Tensor,
+    glu_gate: Tensor | None,
     scale: Tensor | None,
     norm: Tensor | None,
     index: Tensor,
-    z: Tensor,
-    other: Tensor | None,
+    saved_up: Tensor,
+    saved_glu_gate: Tensor | None,
     h: Tensor,
     activation: str,
 ) -> None:
-    """The k units of the largest |act(pre) · up · scale| · norm of each token, ties to the lower unit.
+    """The k units of the largest |h| · norm of each token, ties to the lower unit.
 
-    Shapes: pre, up and scale [T, F] with unit stride in their rows, norm fp32 [F]; into index int32 [T, k] ascending,
-    and z, other and h [T, k] pre, up and the hidden units there.
+    h is act(up), of a GLU act(glu_gate) · up, times scale. Shapes: up, glu_gate and scale [T, F] with unit stride in
+    their rows, norm fp32 [F]; into index int32 [T, k] ascending, and into saved_up, saved_glu_gate and h [T, k] those
+    numbers there.
     """
-    (T, F), k = pre.shape, index.shape[1]
+    (T, F), k = up.shape, index.shape[1]
     block = max(power_of_two(F), 16)
-    first = (pre, pre if up is None else up, pre if scale is None else scale)
-    strides = tuple(0 if x is None else x.stride(0) for x in (pre, up, scale))
-    units = {"ACTIVATION": activation, "GLU": up is not None, "SCALE": scale is not None}
+    first = (up, up if glu_gate is None else glu_gate, up if scale is None else scale)
+    strides = tuple(0 if x is None else x.stride(0) for x in (up, glu_gate, scale))
+    units = {"ACTIVATION": activation, "GLU": glu_gate is not None, "SCALE": scale is not None}
     launch(
-        select_kernel, T, *first, norm, index, F, k, 0 if norm is not None else LOWEST_BIT[pre.dtype], *strides,
+        select_kernel, T, *first, norm, index, F, k, 0 if norm is not None else LOWEST_BIT[up.dtype], *strides,
         **units, NORM=norm is not None, BLOCK=block, num_warps=min(max(block // 512, 1), 16),
     )  # fmt: skip
     block = max(min(power_of_two(k), CHOSEN), 16)
     launch(
-        chosen_kernel, T * cdiv(k, block), *first, index, z, other, h, k, *strides,
+        chosen_kernel, T * cdiv(k, block), *first, index, saved_up, saved_glu_gate, h, k, *strides,
         **units, BLOCK=block, num_warps=max(block // 128, 1),
     )  # fmt: skip

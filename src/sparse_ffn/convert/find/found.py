@@ -37,8 +37,9 @@ class Formula:
     def hidden(self, ups: list[Tensor]) -> Tensor:
         """Hidden units from the linear maps' outputs."""
         up, gate = self.part(ups)
-        z = self.scale * (up if gate is None else gate)
-        return hidden(self.activation, z, None if gate is None else up, None) / self.scale
+        if gate is None:
+            return hidden(self.activation, self.scale * up, None, None) / self.scale
+        return hidden(self.activation, up, self.scale * gate, None) / self.scale
 
     def part(self, ups: list[MaybeTensor], dim: int = -1) -> tuple[MaybeTensor, Tensor | None]:
         """The plain part and the gate, of outputs, weights or biases whose units lie along ``dim``."""

@@ -85,7 +85,7 @@ class FFNWeights:
         up = F.linear(x, self.keys, self.key_bias)
         if self.gate_keys is None:
             return hidden(self.activation, up, None, None)
-        return hidden(self.activation, F.linear(x, self.gate_keys, self.gate_bias), up, None)
+        return hidden(self.activation, up, F.linear(x, self.gate_keys, self.gate_bias), None)
 
     def output(self, x: Tensor) -> Tensor:
         """[T, D] -> [T, O]."""

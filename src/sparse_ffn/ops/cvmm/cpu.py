@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparse_ffn.backends import cpu
 from sparse_ffn.backends.cpu import dense, rows
-from sparse_ffn.ops.library import absent
+from sparse_ffn.ops.cvmm.backend import Gradients
 from sparse_ffn.ops.segments import is_transposed
 
 
@@ -20,7 +20,7 @@ def forward(
     reduction: Tensor | None,
     n_out: int,
 ) -> Tensor:
-    """Output [n_out, L]."""
+    """The output."""
     out = cpu.empty(n_out, weight.shape[-1], dtype=x.dtype)
     cpu.call("cvmm_forward", (*_arguments(x, weight, expert, gather, scatter, reduction), out))
     return out
@@ -34,8 +34,8 @@ def backward(
     gather: Tensor | None,
     scatter: Tensor | None,
     reduction: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and reduction (empty if absent)."""
+) -> Gradients:
+    """The gradients."""
     dx = cpu.empty(*x.shape, dtype=x.dtype)
     transposed = is_transposed(weight)
     dweight = cpu.empty(*(weight.mT if transposed else weight).shape, dtype=x.dtype)
@@ -43,9 +43,7 @@ def backward(
     dreduction = None if reduction is None else cpu.empty(*reduction.shape, dtype=torch.float32)
     arguments = _arguments(x, weight, expert, gather, scatter, reduction)
     cpu.call("cvmm_backward", (*arguments, rows(grad), dx, dweight, dreduction))
-    if reduction is None or dreduction is None:
-        return dx, dweight, absent(x)
-    return dx, dweight, dreduction.to(reduction.dtype)
+    return Gradients(dx, dweight, None if reduction is None or dreduction is None else dreduction.to(reduction.dtype))
 
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:

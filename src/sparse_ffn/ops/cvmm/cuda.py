@@ -11,7 +11,7 @@ from sparse_ffn.backends import cuda
 from sparse_ffn.backends.cpu import rows
 from sparse_ffn.backends.cuda import DTYPES, Cvmm, on_device, pointer
 from sparse_ffn.backends.sort import sort_by_expert
-from sparse_ffn.ops.library import absent
+from sparse_ffn.ops.cvmm.backend import Gradients
 from sparse_ffn.ops.segments import is_transposed, unsort
 
 # S slots, N rows of x, M and L the matrices' sides, E experts
@@ -27,7 +27,7 @@ def forward(
     reduction: Tensor | None,
     n_out: int,
 ) -> Tensor:
-    """Output [n_out, L]."""
+    """The output."""
     weight = weight.to(x.dtype)
     order, offsets = sort_by_expert(expert, weight.shape[0])
     targets = _rows(scatter, order)
@@ -50,8 +50,8 @@ def backward(
     gather: Tensor | None,
     scatter: Tensor | None,
     reduction: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and reduction (empty if absent)."""
+) -> Gradients:
+    """The gradients."""
     dtype, weight = weight.dtype, weight.to(x.dtype)
     order, offsets = sort_by_expert(expert, weight.shape[0])
     sources, scale = _rows(gather, order), _scale(reduction, order)
@@ -72,8 +72,8 @@ def backward(
     if is_transposed(weight):
         dweight = dweight.transpose(1, 2).contiguous().transpose(1, 2)
     if reduction is None or dscale is None:
-        return dx, dweight, absent(x)
-    return dx, dweight, unsort(dscale.unsqueeze(1), order).squeeze(1).to(reduction.dtype)
+        return Gradients(dx, dweight, None)
+    return Gradients(dx, dweight, unsort(dscale.unsqueeze(1), order).squeeze(1).to(reduction.dtype))
 
 
 def _rows(index: Tensor | None, order: Tensor) -> Tensor:

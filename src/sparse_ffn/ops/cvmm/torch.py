@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparse_ffn.backends.sort import sort_by_expert
-from sparse_ffn.ops.library import absent
-from sparse_ffn.ops.segments import add_rows, is_transposed, segment_mm, segment_outer, unsort
+from sparse_ffn.ops.cvmm.backend import Gradients
+from sparse_ffn.ops.segments import Segments, add_rows, is_transposed, segment_mm, segment_outer, unsort
 
 # S slots (rows), N rows of x, M and L the matrices' sides, E experts; rows are sorted by expert unless named otherwise
 
@@ -20,9 +20,9 @@ def forward(
     reduction: Tensor | None,
     n_out: int,
 ) -> Tensor:
-    """Output [n_out, L]."""
+    """The output."""
     order, offsets = sort_by_expert(expert, weight.shape[0])
-    y_SL = segment_mm(x.index_select(0, _rows(gather, order)), weight, offsets.tolist())
+    y_SL = segment_mm(x.index_select(0, _rows(gather, order)), weight, Segments(offsets))
     if reduction is not None:
         y_SL = y_SL * reduction.index_select(0, order).to(y_SL.dtype).unsqueeze(1)
     return unsort(y_SL, order) if scatter is None else add_rows(n_out, scatter.index_select(0, order), y_SL)
@@ -36,14 +36,14 @@ def backward(
     gather: Tensor | None,
     scatter: Tensor | None,
     reduction: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and reduction (empty if absent)."""
+) -> Gradients:
+    """The gradients."""
     order, offsets = sort_by_expert(expert, weight.shape[0])
-    bounds = offsets.tolist()
+    segments = Segments(offsets)
     rows = _rows(gather, order)
     x_SM, grad_SL = x.index_select(0, rows), grad.index_select(0, _rows(scatter, order))
-    dx_SM = segment_mm(grad_SL, weight.transpose(1, 2), bounds)
-    dreduction = absent(x)
+    dx_SM = segment_mm(grad_SL, weight.transpose(1, 2), segments)
+    dreduction = None
     if reduction is not None:
         per_slot = (dx_SM.to(reduction.dtype) * x_SM).sum(1, keepdim=True)
         dreduction = unsort(per_slot, order).squeeze(1)
@@ -51,8 +51,8 @@ def backward(
         x_SM, dx_SM = x_SM * factor, dx_SM * factor
     dx = unsort(dx_SM, order) if gather is None else add_rows(x.shape[0], rows, dx_SM)
     if is_transposed(weight):
-        return dx, segment_outer(grad_SL, x_SM, bounds).transpose(1, 2), dreduction
-    return dx, segment_outer(x_SM, grad_SL, bounds), dreduction
+        return Gradients(dx, segment_outer(grad_SL, x_SM, segments).transpose(1, 2), dreduction)
+    return Gradients(dx, segment_outer(x_SM, grad_SL, segments), dreduction)
 
 
 def _rows(index: Tensor | None, order: Tensor) -> Tensor:

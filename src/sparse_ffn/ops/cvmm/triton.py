@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_ffn.backends.sort import sort_by_expert
 from sparse_ffn.backends.triton import columns, combine, config, grouped, outer, routing
 from sparse_ffn.backends.triton.launch import cdiv, matrices, on_device, precision, rows
-from sparse_ffn.ops.library import absent
+from sparse_ffn.ops.cvmm.backend import Gradients
 from sparse_ffn.ops.segments import is_transposed
 
 # S slots, N rows of x, M and L the matrices' sides, E experts
@@ -26,7 +26,7 @@ def forward(
     reduction: Tensor | None,
     n_out: int,
 ) -> Tensor:
-    """Output [n_out, L]."""
+    """The output."""
     (E, _, L), S, how, x = weight.shape, expert.shape[0], precision(x), rows(x)
     kind = config.arithmetic(x.dtype, how, x, weight)
     order, offsets = routing.sort_slots(expert, E)
@@ -50,8 +50,8 @@ def backward(
     gather: Tensor | None,
     scatter: Tensor | None,
     reduction: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and reduction (empty if absent)."""
+) -> Gradients:
+    """The gradients."""
     (E, M, L), S, how, x, grad = weight.shape, expert.shape[0], precision(x), rows(x), rows(grad)
     kind = config.arithmetic(x.dtype, how, x, grad, weight)
     order, offsets = routing.sort_slots(expert, E)
@@ -71,7 +71,7 @@ def backward(
         )  # fmt: skip
 
     dx = _sums(x, product, gather, S, x.shape[0], M, tile.n)
-    dreduction = absent(x) if reduction is None or dots is None else dots.sum(0).to(reduction.dtype)
+    dreduction = None if reduction is None or dots is None else dots.sum(0).to(reduction.dtype)
     if is_transposed(weight):
         dweight = weight.new_empty(E, L, M)
         outer.outer(
@@ -85,7 +85,7 @@ def backward(
             x, grad, offsets, order, dweight, config.tile(x.device, "outer", kind, L, side=M), how,
             left_rows=x_rows, right_rows=grad_rows, scale=scale,
         )  # fmt: skip
-    return dx, dweight, dreduction
+    return Gradients(dx, dweight, dreduction)
 
 
 def _rows(index: Tensor | None, order: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Expert FFN where a token chooses so many of the experts that computing them all is predicted to be faster.
 
 Two dense products of torch, and between them the units of experts that were not chosen are zero. Part of the backend
-"triton"; kept for the backward pass is no more than there: the pre-activations of the chosen experts.
+"triton"; kept for the backward pass is no more than there: the pre-activations of the chosen experts, in the slots' own
+order.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from torch.nn import functional as F
 
 from sparse_ffn.backends.triton import masked
 from sparse_ffn.ops.autocast import cast
-from sparse_ffn.ops.library import absent
+from sparse_ffn.ops.expert_ffn.backend import Gradients, Saved
+from sparse_ffn.ops.units import Units
 
 # T tokens, K slots a token, S = T·K, E experts, G units of an expert, F = E·G, D d_model, O d_out
 
@@ -27,69 +29,76 @@ def use_dense(n_experts: int, k: int) -> bool:
 
 
 def forward(
+    x: Tensor, experts: Units, index: Tensor, gate: Tensor, dropout_mask: Tensor | None, activation: str
+) -> tuple[Tensor, Saved]:
+    """The output, and what the backward pass needs: as order each slot's expert, and no offsets."""
+    E, G, _ = experts.keys.shape
+    expert = index.reshape(-1).to(torch.int32)
+    up_SG = x.new_empty(index.numel(), G)
+    glu_gate_SG = None if experts.gate_keys is None else torch.empty_like(up_SG)
+    saved = Saved(expert, expert.new_zeros(E + 1), up_SG, glu_gate_SG)
+    return _forward(x, experts, index, gate, dropout_mask, activation, up_SG, glu_gate_SG), saved
+
+
+def inference(
+    x: Tensor, experts: Units, index: Tensor, gate: Tensor, dropout_mask: Tensor | None, activation: str
+) -> Tensor:
+    """The output, nothing kept."""
+    return _forward(x, experts, index, gate, dropout_mask, activation, None, None)
+
+
+def _forward(
     x: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    experts: Units,
     index: Tensor,
     gate: Tensor,
-    gate_keys: Tensor | None,
-    key_bias: Tensor | None,
     dropout_mask: Tensor | None,
     activation: str,
-    *,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [T, O], and with ``save`` z and a GLU's other half [S, G] of the chosen experts, in the slots' order."""
-    (E, G, _), (T, K) = keys.shape, index.shape
-    if T * K >= 1 << 30:
-        raise ValueError(f"one call takes fewer than 2**30 slots (tokens times k), got {T * K}")
-    z, other = _units(x, keys, key_bias), None
-    if gate_keys is not None:
-        z, other = _units(x, gate_keys, None), z
-    saved_z = z.new_empty(T * K if save else 0, G)
-    saved_other = absent(x) if other is None else torch.empty_like(saved_z)
+    up_SG: Tensor | None,
+    glu_gate_SG: Tensor | None,
+) -> Tensor:
+    """The output; into up and glu_gate, if given, those of the chosen experts."""
+    if index.numel() >= 1 << 30:
+        raise ValueError(f"one call takes fewer than 2**30 slots (tokens times k), got {index.numel()}")
+    up_TEG = _units(x, experts.keys, experts.key_bias)
+    glu_gate_TEG = None if experts.gate_keys is None else _units(x, experts.gate_keys, None)
     masked.hidden(
-        z, other, index.contiguous(), gate.contiguous(), None if dropout_mask is None else dropout_mask.contiguous(),
-        saved_z if save else None, saved_other if save and other is not None else None, activation,
+        up_TEG, glu_gate_TEG, index.contiguous(), gate.contiguous(),
+        None if dropout_mask is None else dropout_mask.contiguous(), up_SG, glu_gate_SG, activation,
     )  # fmt: skip
-    return z.view(T, E * G) @ _matrix(values, x), saved_z, saved_other
+    return up_TEG.flatten(1) @ _matrix(experts.values, x)
 
 
 def backward(
     grad: Tensor,
     x: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    experts: Units,
     gate: Tensor,
-    gate_keys: Tensor | None,
-    key_bias: Tensor | None,
     dropout_mask: Tensor | None,
-    z: Tensor,
-    other: Tensor,
-    index: Tensor,
+    saved: Saved,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, keys, values, gate, gate_keys and key_bias; empty tensors for the arguments that are absent."""
+) -> Gradients:
+    """The gradients."""
+    keys, values, gate_keys, key_bias = experts
     (E, G, _), T = keys.shape, x.shape[0]
-    dz = (grad @ _matrix(values, x).t()).view(T, E, G)
-    weighted, dother = torch.empty_like(dz), None if gate_keys is None else torch.empty_like(dz)
+    dup_TEG = (grad @ _matrix(values, x).t()).view(T, E, G)
+    weighted_TEG, dglu_gate_TEG = torch.empty_like(dup_TEG), None if gate_keys is None else torch.empty_like(dup_TEG)
     dgate = masked.hidden_gradient(
-        dz, z, None if gate_keys is None else other, index, gate.contiguous(),
-        None if dropout_mask is None else dropout_mask.contiguous(), weighted, dother, activation,
+        dup_TEG, saved.up, saved.glu_gate, saved.order.view(gate.shape), gate.contiguous(),
+        None if dropout_mask is None else dropout_mask.contiguous(), weighted_TEG, dglu_gate_TEG, activation,
     )  # fmt: skip
 
     def to_matrix(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
         return (left.view(T, E * G).t() @ right).to(weight.dtype).view(weight.shape)
 
-    dup = dz if dother is None else dother
-    dx = dup.view(T, E * G) @ _matrix(keys, x)
-    if gate_keys is not None:
-        dx = torch.addmm(dx, dz.view(T, E * G), _matrix(gate_keys, x))
-    return (
-        *(dx, to_matrix(dup, x, keys), to_matrix(weighted, grad, values), dgate.to(gate.dtype)),
-        absent(x) if gate_keys is None else to_matrix(dz, x, gate_keys),
-        absent(x) if key_bias is None else dup.sum(0, dtype=torch.float32).to(key_bias.dtype),
-    )
+    dx = dup_TEG.view(T, E * G) @ _matrix(keys, x)
+    dgate_keys = None
+    if gate_keys is not None and dglu_gate_TEG is not None:
+        dx = torch.addmm(dx, dglu_gate_TEG.view(T, E * G), _matrix(gate_keys, x))
+        dgate_keys = to_matrix(dglu_gate_TEG, x, gate_keys)
+    dkey_bias = None if key_bias is None else dup_TEG.sum(0, dtype=torch.float32).to(key_bias.dtype)
+    dexperts = Units(to_matrix(dup_TEG, x, keys), to_matrix(weighted_TEG, grad, values), dgate_keys, dkey_bias)
+    return Gradients(dx, dexperts, dgate.to(gate.dtype))
 
 
 def _units(x: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:

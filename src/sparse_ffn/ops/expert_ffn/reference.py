@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_ffn.ops.activations import activate, scaled
+from sparse_ffn.ops.activations import hidden_anywhere
 from sparse_ffn.ops.units import Units
 
 
@@ -28,14 +28,11 @@ def expert_ffn(
     else:
         weight_TEG = torch.einsum("tk,tkg,tke->teg", gate.to(x.dtype), dropout_mask, chosen_TKE)
 
-    def units(matrix: Tensor, bias: Tensor | None) -> Tensor:
-        z_TEG = F.linear(x, matrix.flatten(0, 1)).view(x.shape[0], *matrix.shape[:2])
+    def product(matrices: Tensor, bias: Tensor | None) -> Tensor:
+        z_TEG = F.linear(x, matrices.flatten(0, 1)).view(x.shape[0], *matrices.shape[:2])
         z_TEG = z_TEG if bias is None else z_TEG + bias
         return torch.where(chosen_TKE.any(1).unsqueeze(-1), z_TEG, 0)  # an overflow times zero would be NaN
 
-    up_TEG = units(keys, key_bias)
-    if gate_keys is None:
-        h_TEG = scaled(activate(activation, up_TEG), None, weight_TEG)
-    else:
-        h_TEG = scaled(activate(activation, units(gate_keys, None)), up_TEG, weight_TEG)
+    glu_gate_TEG = None if gate_keys is None else product(gate_keys, None)
+    h_TEG = hidden_anywhere(activation, product(keys, key_bias), glu_gate_TEG, weight_TEG)
     return h_TEG.flatten(1) @ values.flatten(0, 1)

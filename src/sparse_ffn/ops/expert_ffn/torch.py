@@ -2,98 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from sparse_ffn.backends.sort import sort_by_expert
-from sparse_ffn.ops.activations import hidden, hidden_backward
-from sparse_ffn.ops.library import absent
-from sparse_ffn.ops.segments import segment_mm, segment_outer, segment_sum, unsort
-
-# T tokens, K slots a token, S = T·K, E experts, G units of an expert, D d_model, O d_out; _S rows are sorted by expert
+from sparse_ffn.ops.expert_ffn.by_products import ByProducts
+from sparse_ffn.ops.segments import Segments, segment_mm, segment_outer, segment_sum, unsort
 
 
-def forward(
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    index: Tensor,
-    gate: Tensor,
-    gate_keys: Tensor | None,
-    key_bias: Tensor | None,
-    dropout_mask: Tensor | None,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output [T, O] and what the backward pass needs: z [S, G], GLU's other half [S, G], order [S], offsets [E + 1]."""
-    T, K = index.shape
-    order, offsets = sort_by_expert(index.reshape(-1), keys.shape[0])
-    bounds = offsets.tolist()
-    x_SD = x.index_select(0, order // K)
-    up_SG = segment_mm(x_SD, keys.transpose(1, 2), bounds)
-    if key_bias is not None:
-        up_SG += key_bias.index_select(0, index.reshape(-1).index_select(0, order))
-    if gate_keys is None:
-        z_SG, other_SG = up_SG, None
-    else:
-        z_SG, other_SG = segment_mm(x_SD, gate_keys.transpose(1, 2), bounds), up_SG
-    h_SG = hidden(activation, z_SG, other_SG, _sorted_rows(dropout_mask, order))
-    h_SG = h_SG * _sorted_gates(gate, order).to(h_SG.dtype)
-    out_SO = segment_mm(h_SG, values, bounds)
-    out = unsort(out_SO, order).view(T, K, values.shape[2]).sum(1)
-    return out, z_SG, absent(x) if other_SG is None else other_SG, order, offsets
+class _Sorted:
+    """Rows are sorted by expert."""
+
+    def __init__(self, order: Tensor, offsets: Tensor, shape: tuple[int, int]) -> None:
+        self.order, self.token, self.shape = order, order // shape[1], shape
+        self.segments = Segments(offsets)
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x.index_select(0, self.token)
+
+    def own(self, per_slot: Tensor) -> Tensor:
+        return per_slot.flatten(0, 1).index_select(0, self.order)
+
+    def of_experts(self, bias: Tensor) -> Tensor:
+        return bias.repeat_interleave(self.segments.offsets.diff(), 0, output_size=self.order.shape[0])
+
+    def up(self, rows: Tensor, matrices: Tensor) -> Tensor:
+        return segment_mm(rows, matrices.transpose(1, 2), self.segments)
+
+    def down(self, h: Tensor, values: Tensor, gate: Tensor) -> Tensor:
+        return self._summed(segment_mm(h * self._gates(gate).to(h.dtype), values, self.segments))
+
+    def up_backward(self, grads: list[Tensor], rows: Tensor, matrices: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        dx = segment_mm(grads[0], matrices[0], self.segments)
+        for grad, matrix in zip(grads[1:], matrices[1:], strict=True):
+            dx += segment_mm(grad, matrix, self.segments)
+        return self._summed(dx), [segment_outer(grad, rows, self.segments) for grad in grads]
+
+    def down_backward(self, grad: Tensor, h: Tensor, values: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        grad, weight = self.rows(grad), self._gates(gate).to(h.dtype)
+        dh = segment_mm(grad, values.transpose(1, 2), self.segments)
+        dgate = unsort((dh.to(gate.dtype) * h).sum(1, keepdim=True), self.order).view(gate.shape)
+        return dh * weight, segment_outer(h * weight, grad, self.segments), dgate
+
+    def sums(self, rows: Tensor) -> Tensor:
+        return segment_sum(rows, self.segments)
+
+    def _gates(self, gate: Tensor) -> Tensor:
+        return gate.reshape(-1, 1).index_select(0, self.order)
+
+    def _summed(self, rows: Tensor) -> Tensor:
+        """Sums over a token's slots."""
+        return unsort(rows, self.order).view(*self.shape, rows.shape[1]).sum(1)
 
 
-def inference(*arguments: Any) -> Tensor:
-    """Output [T, O] for the arguments of :func:`forward`."""
-    return forward(*arguments)[0]
-
-
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gate: Tensor,
-    gate_keys: Tensor | None,
-    key_bias: Tensor | None,
-    dropout_mask: Tensor | None,
-    z: Tensor,
-    other: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, keys, values, gate, gate_keys and key_bias; empty tensors for the arguments that are absent."""
-    T, K = gate.shape
-    bounds = offsets.tolist()
-    token = order // K
-    x_SD, grad_SO = x.index_select(0, token), grad.index_select(0, token)
-    scale_SG, gate_S1 = _sorted_rows(dropout_mask, order), _sorted_gates(gate, order)
-    other_SG = None if gate_keys is None else other
-
-    h_SG = hidden(activation, z, other_SG, scale_SG)
-    dh_SG = segment_mm(grad_SO, values.transpose(1, 2), bounds)
-    dgate = unsort((dh_SG.to(gate.dtype) * h_SG).sum(1, keepdim=True), order).view(T, K)
-    gate_S1 = gate_S1.to(h_SG.dtype)
-    dvalues = segment_outer(h_SG * gate_S1, grad_SO, bounds)
-    dz_SG, dother_SG = hidden_backward(activation, dh_SG * gate_S1, z, other_SG, scale_SG)
-
-    dup_SG = dz_SG if dother_SG is None else dother_SG
-    dx_SD = segment_mm(dup_SG, keys, bounds)
-    if gate_keys is not None:
-        dx_SD += segment_mm(dz_SG, gate_keys, bounds)
-    dx = unsort(dx_SD, order).view(T, K, x.shape[1]).sum(1)
-    dkeys = segment_outer(dup_SG, x_SD, bounds)
-    dgate_keys = absent(x) if gate_keys is None else segment_outer(dz_SG, x_SD, bounds)
-    dkey_bias = absent(x) if key_bias is None else segment_sum(dup_SG, bounds)
-    return dx, dkeys, dvalues, dgate, dgate_keys, dkey_bias
-
-
-def _sorted_gates(gate: Tensor, order: Tensor) -> Tensor:
-    return gate.reshape(-1, 1).index_select(0, order)
-
-
-def _sorted_rows(dropout_mask: Tensor | None, order: Tensor) -> Tensor | None:
-    return None if dropout_mask is None else torch.flatten(dropout_mask, 0, 1).index_select(0, order)
+_backend = ByProducts(_Sorted)
+forward, inference, backward = _backend.forward, _backend.inference, _backend.backward

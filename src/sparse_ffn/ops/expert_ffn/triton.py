@@ -11,59 +11,37 @@ from torch import Tensor
 from sparse_ffn.backends.triton import columns, combine, config, decode, grouped, outer, routing
 from sparse_ffn.backends.triton.launch import cdiv, matrices, on_device, precision, rows
 from sparse_ffn.ops.expert_ffn import dense
-from sparse_ffn.ops.library import absent
+from sparse_ffn.ops.expert_ffn.backend import Gradients, Saved
+from sparse_ffn.ops.units import Units
 
 # T tokens, K slots a token, S = T·K, E experts, G units of an expert, D d_model, O d_out; _S rows are sorted by expert
 
 
 @on_device
 def forward(
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    index: Tensor,
-    gate: Tensor,
-    gate_keys: Tensor | None,
-    key_bias: Tensor | None,
-    dropout_mask: Tensor | None,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output [T, O] and what the backward pass needs: z [S, G], GLU's other half [S, G], order [S], offsets [E + 1]."""
-    if dense.use_dense(keys.shape[0], index.shape[1]):
-        out, z, other = dense.forward(
-            x, keys, values, index, gate, gate_keys, key_bias, dropout_mask, activation, save=True
-        )
-        expert = index.reshape(-1).to(torch.int32)  # no order: each slot's expert, and no offsets
-        return out, z, other, expert, expert.new_zeros(keys.shape[0] + 1)
-    order, offsets = routing.sort_slots(index, keys.shape[0])
-    z_SG = x.new_empty(order.shape[0], keys.shape[1])
-    other_SG = None if gate_keys is None else torch.empty_like(z_SG)
-    out = _forward(x, keys, values, gate, gate_keys, key_bias, dropout_mask, activation, order, offsets, z_SG, other_SG)
-    return out, z_SG, absent(x) if other_SG is None else other_SG, order, offsets
+    x: Tensor, experts: Units, index: Tensor, gate: Tensor, dropout_mask: Tensor | None, activation: str
+) -> tuple[Tensor, Saved]:
+    """The output, and what the backward pass needs."""
+    E, G, _ = experts.keys.shape
+    if dense.use_dense(E, index.shape[1]):
+        return dense.forward(x, experts, index, gate, dropout_mask, activation)
+    order, offsets = routing.sort_slots(index, E)
+    up_SG = x.new_empty(order.shape[0], G)
+    saved = Saved(order, offsets, up_SG, None if experts.gate_keys is None else torch.empty_like(up_SG))
+    return _forward(x, experts, gate, dropout_mask, activation, *saved), saved
 
 
 @on_device
 def inference(
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    index: Tensor,
-    gate: Tensor,
-    gate_keys: Tensor | None,
-    key_bias: Tensor | None,
-    dropout_mask: Tensor | None,
-    activation: str,
+    x: Tensor, experts: Units, index: Tensor, gate: Tensor, dropout_mask: Tensor | None, activation: str
 ) -> Tensor:
-    """Output [T, O], nothing saved."""
+    """The output, nothing kept."""
+    keys, values, gate_keys, key_bias = experts
     if not use_decode(index.numel(), keys.shape[0]):
         if dense.use_dense(keys.shape[0], index.shape[1]):
-            return dense.forward(
-                x, keys, values, index, gate, gate_keys, key_bias, dropout_mask, activation, save=False
-            )[0]
+            return dense.inference(x, experts, index, gate, dropout_mask, activation)
         order, offsets = routing.sort_slots(index, keys.shape[0])
-        return _forward(
-            x, keys, values, gate, gate_keys, key_bias, dropout_mask, activation, order, offsets, None, None
-        )
+        return _forward(x, experts, gate, dropout_mask, activation, order, offsets, None, None)
     index = index.contiguous()
     h_SG = x.new_empty(index.numel(), keys.shape[1], dtype=torch.float32)
     y_SO = x.new_empty(index.numel(), values.shape[2], dtype=torch.float32)
@@ -85,18 +63,17 @@ def use_decode(n_slots: int, n_experts: int) -> bool:
 
 def _forward(
     x: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    experts: Units,
     gate: Tensor,
-    gate_keys: Tensor | None,
-    key_bias: Tensor | None,
     dropout_mask: Tensor | None,
     activation: str,
     order: Tensor,
     offsets: Tensor,
-    z_SG: Tensor | None,
-    other_SG: Tensor | None,
+    up_SG: Tensor | None,
+    glu_gate_SG: Tensor | None,
 ) -> Tensor:
+    """The output; into up and glu_gate, if given, what the backward pass needs of the units."""
+    keys, values, gate_keys, key_bias = experts
     (E, G, _), (T, K), O = keys.shape, gate.shape, values.shape[2]
     how, x, gate = precision(x), rows(x), gate.contiguous()
     kind = config.arithmetic(x.dtype, how, x, keys, values, gate_keys)
@@ -104,13 +81,13 @@ def _forward(
     plan = routing.plan(order, offsets, K, block_m, inverse=True)
 
     # ReLU's saved activations are the hidden units themselves
-    is_z = z_SG is not None and activation == "relu" and gate_keys is None and dropout_mask is None
-    h_SG = z_SG if is_z and z_SG is not None else x.new_empty(order.shape[0], G)
+    is_up = up_SG is not None and activation == "relu" and gate_keys is None and dropout_mask is None
+    h_SG = up_SG if is_up and up_SG is not None else x.new_empty(order.shape[0], G)
     tile = config.tile(x.device, "one" if gate_keys is None else "two", kind, G, block_m)
     scale = None if dropout_mask is None else dropout_mask.contiguous()
-    up = (matrices(keys, x.dtype), None if gate_keys is None else matrices(gate_keys, x.dtype), key_bias)
-    grouped.up(plan, x, *up, scale, z_SG, other_SG, h_SG, activation, tile, how)
-    del up  # casts of fp32 weights
+    cast = (matrices(keys, x.dtype), None if gate_keys is None else matrices(gate_keys, x.dtype), key_bias)
+    grouped.up(plan, x, *cast, scale, up_SG, glu_gate_SG, h_SG, activation, tile, how)
+    del cast  # copies of fp32 weights
     values, tile = matrices(values, x.dtype), config.tile(x.device, "one", kind, O, block_m)
     out = x.new_empty(T, O)
     for part, y in columns.blocks(x, order.shape[0], O, tile.n):
@@ -123,38 +100,32 @@ def _forward(
 def backward(
     grad: Tensor,
     x: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    experts: Units,
     gate: Tensor,
-    gate_keys: Tensor | None,
-    key_bias: Tensor | None,
     dropout_mask: Tensor | None,
-    z: Tensor,
-    other: Tensor,
-    order: Tensor,
-    offsets: Tensor,
+    saved: Saved,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, keys, values, gate, gate_keys and key_bias; empty tensors for the arguments that are absent."""
+) -> Gradients:
+    """The gradients."""
+    keys, values, gate_keys, key_bias = experts
     if dense.use_dense(keys.shape[0], gate.shape[1]):
-        return dense.backward(
-            grad, x, keys, values, gate, gate_keys, key_bias, dropout_mask, z, other, order.view(gate.shape), activation
-        )
+        return dense.backward(grad, x, experts, gate, dropout_mask, saved, activation)
+    order, offsets, up_SG, glu_gate_SG = saved
     (E, G, D), (T, K), S = keys.shape, gate.shape, order.shape[0]
     how, x, grad = precision(x), rows(x), rows(grad)
     kind = config.arithmetic(x.dtype, how, x, grad, keys, values, gate_keys)
     block_m = config.block_m(x.device, kind, S / E)
     plan = routing.plan(order, offsets, K, block_m, inverse=True)
-    other_SG = None if gate_keys is None else other
 
-    dz_SG, weighted_SG = torch.empty_like(z), torch.empty_like(z)
-    dother_SG = None if gate_keys is None else torch.empty_like(z)
+    dup_SG, weighted_SG = torch.empty_like(up_SG), torch.empty_like(up_SG)
+    dglu_gate_SG = None if glu_gate_SG is None else torch.empty_like(up_SG)
     simple = gate_keys is None and dropout_mask is None
     tile = config.tile(x.device, "one" if simple else "two", kind, G, block_m)
     dgates = x.new_empty(cdiv(G, tile.n), S, dtype=torch.float32)
     grouped.hidden_gradient(
-        plan, grad, matrices(values, x.dtype), z, other_SG, None if dropout_mask is None else dropout_mask.contiguous(),
-        gate.contiguous(), dz_SG, dother_SG, weighted_SG, dgates, activation, tile, how,
+        plan, grad, matrices(values, x.dtype), up_SG, glu_gate_SG,
+        None if dropout_mask is None else dropout_mask.contiguous(), gate.contiguous(),
+        dup_SG, dglu_gate_SG, weighted_SG, dgates, activation, tile, how,
     )  # fmt: skip
     dgate = dgates.sum(0).to(gate.dtype).view(T, K)
 
@@ -164,18 +135,18 @@ def backward(
         outer.outer(left, right, offsets, order, out, tile, how, right_rows=plan.rows)
         return out
 
-    dvalues = to_matrix(weighted_SG, grad, values)
-    dup_SG = dz_SG if dother_SG is None else dother_SG
-    dkeys = to_matrix(dup_SG, x, keys)
-    dgate_keys = absent(x) if gate_keys is None else to_matrix(dz_SG, x, gate_keys)
-    dkey_bias = absent(x) if key_bias is None else key_bias.new_empty(E, G)
-    if key_bias is not None:
+    dvalues, dkeys = to_matrix(weighted_SG, grad, values), to_matrix(dup_SG, x, keys)
+    dgate_keys, gated = None, None
+    if gate_keys is not None and dglu_gate_SG is not None:
+        dgate_keys, gated = to_matrix(dglu_gate_SG, x, gate_keys), (dglu_gate_SG, matrices(gate_keys, x.dtype))
+    dkey_bias = None if key_bias is None else key_bias.new_empty(E, G)
+    if dkey_bias is not None:
         outer.sum_rows(dup_SG, offsets, dkey_bias)
 
-    keys, gate_keys = matrices(keys, x.dtype), None if gate_keys is None else matrices(gate_keys, x.dtype)
+    keys = matrices(keys, x.dtype)
     dx, tile = x.new_empty(T, D), config.tile(x.device, "one", kind, D, block_m)
     for part, y in columns.blocks(x, S, D, tile.n):
-        second = None if gate_keys is None else (dz_SG, gate_keys[:, :, part])
+        second = None if gated is None else (gated[0], gated[1][:, :, part])
         grouped.multiply(plan, dup_SG, keys[:, :, part], y, tile, how, second=second)
         combine.combine(y, plan.inverse, None, dx[:, part], K)
-    return dx, dkeys, dvalues, dgate, dgate_keys, dkey_bias
+    return Gradients(dx, Units(dkeys, dvalues, dgate_keys, dkey_bias), dgate)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.backends import cpu
+from sparse_ffn.ops.product_key_topk.backend import Best
 
 
-def forward(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def forward(scores: Tensor, k: int) -> Best:
     """The k largest sums [T, H, k] and their value indices, for scores [T, H, 2, n] of at most fp32."""
     table = scores.float()
     if table.stride(-1) != 1:
@@ -19,12 +20,11 @@ def forward(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     best = cpu.empty(*scores.shape[:2], k, dtype=torch.float32)
     index = cpu.empty(*scores.shape[:2], k, dtype=torch.int64)
     cpu.call("product_key_topk", (table, index, best))
-    return best.to(scores.dtype), index
+    return Best(best.to(scores.dtype), index)
 
 
-def backward(grad: Tensor, index: Tensor, n: int, stride: Sequence[int]) -> Tensor:
+def backward(grad: Tensor, selected: Tensor, scores_size: Sequence[int], scores_stride: Sequence[int]) -> Tensor:
     """Gradient of the scores [T, H, 2, n], in their strides."""
-    shape = (*grad.shape[:2], 2, n)
-    dscores = cpu.empty(math.prod(shape), dtype=torch.float32).as_strided(shape, stride)
-    cpu.call("product_key_topk_backward", (grad.float().contiguous(), index, dscores))
+    dscores = cpu.empty(math.prod(scores_size), dtype=torch.float32).as_strided(scores_size, scores_stride)
+    cpu.call("product_key_topk_backward", (grad.float().contiguous(), selected, dscores))
     return dscores.to(grad.dtype)

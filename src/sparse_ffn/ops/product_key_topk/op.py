@@ -1,16 +1,18 @@
-"""Product-key top-k: the torch.library op, its fake, its autograd, and the choice of the backend."""
+"""Product-key top-k: the operator, and the choice of the backend."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sparse_ffn.backends.choice import choose
-from sparse_ffn.ops.indices import check_indices
-from sparse_ffn.ops.library import define, implementation, refuse_double_backward, set_autograd
+from sparse_ffn.ops.indices import Indices
+from sparse_ffn.ops.operator import Operator
 from sparse_ffn.ops.product_key_topk import reference
+from sparse_ffn.ops.product_key_topk.backend import Backend, Best
 
 
 def product_key_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -24,48 +26,30 @@ def product_key_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         first, second = scores.unbind(2)
         index = reference.product_key_topk(first.detach(), second.detach(), k)
         return reference.sums(first, second, index), index
-    best, index = _forward(scores, k, chosen)
+    best, index = _op.forward(scores, k, chosen)
     return best, index
 
 
-def _forward_kernel(scores: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
-    out: tuple[Tensor, Tensor] = implementation("product_key_topk", backend).forward(scores, k)
-    return out
+@functools.cache
+def implementation(backend: str) -> Backend:
+    """A backend's module, imported when it is first asked for: triton takes a second, and is not everywhere."""
+    from sparse_ffn.ops.product_key_topk import cpu, torch
+
+    if backend == "triton":
+        from sparse_ffn.ops.product_key_topk import triton
+
+        return triton
+    others: dict[str, Backend] = {"cpu": cpu, "cuda": torch, "torch": torch}  # csrc/cuda has no kernel for it
+    return others[backend]
 
 
-def _forward_fake(scores: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
+def _shapes(scores: Tensor, k: int) -> Best:
     best = scores.new_empty(*scores.shape[:2], k)
-    return best, torch.empty_like(best, dtype=torch.int64)
+    return Best(best, torch.empty_like(best, dtype=torch.int64))
 
 
-def _backward_kernel(grad: Tensor, index: Tensor, n: int, stride: list[int], backend: str) -> Tensor:
-    check_indices(backend, ("index", index, n * n))
-    out: Tensor = implementation("product_key_topk", backend).backward(grad, index, n, stride)
-    return out
+def _backward_indices(grad: Tensor, selected: Tensor, size: Sequence[int], stride: Sequence[int]) -> tuple[Indices]:
+    return (("index", selected, size[-1] ** 2),)
 
 
-def _backward_fake(grad: Tensor, index: Tensor, n: int, stride: list[int], backend: str) -> Tensor:
-    return torch.empty_strided((*grad.shape[:2], 2, n), stride, dtype=grad.dtype, device=grad.device)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    scores, _, chosen = inputs
-    ctx.save_for_backward(output[1])  # not the scores: they are large, and their shape is enough
-    ctx.options = scores.shape[-1], scores.stride(), chosen
-    ctx.mark_non_differentiable(output[1])
-
-
-def _autograd(ctx: Any, grad: Tensor, unused: Any) -> tuple[Tensor | None, ...]:
-    return _backward(grad, *ctx.saved_tensors, *ctx.options), None, None
-
-
-_forward = define(
-    "product_key_topk(Tensor scores, int k, str backend) -> (Tensor best, Tensor index)", _forward_kernel, _forward_fake
-)
-_backward = define(
-    "product_key_topk_backward(Tensor grad, Tensor index, SymInt n, SymInt[] stride, str backend) -> Tensor",
-    _backward_kernel,
-    _backward_fake,
-)
-_forward = set_autograd(_forward, _autograd, _setup_context)
-_backward = refuse_double_backward(_backward)
+_op = Operator("product_key_topk", Backend, _shapes, implementation=implementation, indices=(None, _backward_indices))

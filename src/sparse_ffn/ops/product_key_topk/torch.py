@@ -8,28 +8,29 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.ops.product_key_topk import reference
+from sparse_ffn.ops.product_key_topk.backend import Best
 from sparse_ffn.ops.select import eager_stable_topk
 
 # T tokens, H heads, S the two halves, N sub-keys, K selected
 
 
-def forward(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def forward(scores: Tensor, k: int) -> Best:
     """The k largest sums [T, H, K] of scores [T, H, S, N], and their value indices."""
     first, second = scores.unbind(2)
     index = reference.product_key_topk(first, second, k, eager_stable_topk)
-    return reference.sums(first, second, index), index
+    return Best(reference.sums(first, second, index), index)
 
 
-def backward(grad: Tensor, index: Tensor, n: int, stride: Sequence[int]) -> Tensor:
+def backward(grad: Tensor, selected: Tensor, scores_size: Sequence[int], scores_stride: Sequence[int]) -> Tensor:
     """Gradient of the scores [T, H, S, N], in their strides."""
-    shape = (*grad.shape[:2], 2, n)
-    dscores = torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device).zero_()
+    dscores = torch.empty_strided(scores_size, scores_stride, dtype=grad.dtype, device=grad.device).zero_()
+    n = scores_size[-1]
     if grad.device.type == "cpu":
         first, second = dscores.unbind(2)
-        first.scatter_add_(-1, index // n, grad)
-        second.scatter_add_(-1, index % n, grad)
+        first.scatter_add_(-1, selected // n, grad)
+        second.scatter_add_(-1, selected % n, grad)
         return dscores
     # scatter_add_ would use float atomics; this sorts
-    T, H, S = (torch.arange(size, device=grad.device) for size in shape[:3])
-    place = (T.view(-1, 1, 1, 1), H.view(-1, 1, 1), S.view(-1, 1), torch.stack((index // n, index % n), 2))
+    T, H, S = (torch.arange(size, device=grad.device) for size in scores_size[:3])
+    place = (T.view(-1, 1, 1, 1), H.view(-1, 1, 1), S.view(-1, 1), torch.stack((selected // n, selected % n), 2))
     return dscores.index_put_(place, grad.unsqueeze(2).expand(-1, -1, 2, -1), accumulate=True)

@@ -10,13 +10,14 @@ from torch import Tensor
 from sparse_ffn.backends.triton import product_keys
 from sparse_ffn.backends.triton.launch import on_device, rows
 from sparse_ffn.ops.product_key_topk import reference
+from sparse_ffn.ops.product_key_topk.backend import Best
 
 
-def forward(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def forward(scores: Tensor, k: int) -> Best:
     """The k largest sums [T, H, k] of scores [T, H, 2, n], and their value indices."""
     first, second = scores.unbind(2)
     index = product_key_topk(first, second, k)
-    return reference.sums(first, second, index), index
+    return Best(reference.sums(first, second, index), index)
 
 
 @on_device
@@ -31,9 +32,8 @@ def product_key_topk(first: Tensor, second: Tensor, k: int) -> Tensor:
 
 
 @on_device
-def backward(grad: Tensor, index: Tensor, n: int, stride: Sequence[int]) -> Tensor:
+def backward(grad: Tensor, selected: Tensor, scores_size: Sequence[int], scores_stride: Sequence[int]) -> Tensor:
     """Gradient of the scores [T, H, 2, n], in their strides; no atomics, so runs are bit-equal."""
-    shape = (*grad.shape[:2], 2, n)
-    dscores = torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device).zero_()
-    product_keys.product_keys_gradient(grad.contiguous(), index.contiguous(), dscores)
+    dscores = torch.empty_strided(scores_size, scores_stride, dtype=grad.dtype, device=grad.device).zero_()
+    product_keys.product_keys_gradient(grad.contiguous(), selected.contiguous(), dscores)
     return dscores

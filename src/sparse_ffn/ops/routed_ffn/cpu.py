@@ -2,40 +2,64 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from sparse_ffn.backends import cpu
 from sparse_ffn.backends.cpu import ACTIVATIONS, GATES, dense, rows
-from sparse_ffn.ops.expert_ffn.cpu import NOTHING_SAVED, units
-from sparse_ffn.ops.library import absent
+from sparse_ffn.ops.expert_ffn.backend import Saved
+from sparse_ffn.ops.expert_ffn.cpu import NOTHING_SAVED, empty_like, empty_saved, units
+from sparse_ffn.ops.units import Units
+
+
+class Selected(NamedTuple):
+    """Output [T, O] and the selected experts, int64 [T, K]."""
+
+    out: Tensor
+    selected: Tensor
+
+
+class Routed(NamedTuple):
+    """What ``reference.routed_ffn`` returns, and what the backward pass needs."""
+
+    out: Tensor
+    selected: Tensor
+    gate: Tensor
+    sums: Tensor
+    saved: Saved
+
+
+class Gradients(NamedTuple):
+    """The gradients of the trained operands."""
+
+    x: Tensor
+    router_weight: Tensor
+    experts: Units
 
 
 def inference(
     x: Tensor,
     router_weight: Tensor,
     router_bias: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
-    gate_keys: Tensor | None,
-    key_bias: Tensor | None,
+    mask: Tensor | None,
+    experts: Units,
+    dropout_mask: Tensor | None,
     k: int,
     gate_function: str,
+    groups: int,
     activation: str,
-) -> tuple[Tensor, Tensor]:
-    """Output [T, O] and the selected experts int64 [T, K]."""
+) -> Selected:
+    """The first two results, nothing kept."""
     tokens = x.shape[0]
-    out, index = cpu.empty(tokens, values.shape[-1], dtype=x.dtype), cpu.empty(tokens, k, dtype=torch.int64)
-    cpu.call(
-        "moe_forward",
-        (
-            *units(x, keys, values, gate_keys, key_bias),
-            *(router_weight.contiguous(), dense(router_bias), None, None),
-            *(out, index, None, None, *NOTHING_SAVED),
-        ),
-        *(GATES[gate_function], ACTIVATIONS[activation]),
+    found = Selected(
+        cpu.empty(tokens, experts.values.shape[-1], dtype=x.dtype), cpu.empty(tokens, k, dtype=torch.int64)
     )
-    return out, index
+    operands = (*units(x, experts), router_weight.contiguous(), dense(router_bias), dense(mask), dense(dropout_mask))
+    options = (GATES[gate_function], ACTIVATIONS[activation])
+    cpu.call("moe_forward", (*operands, *found, None, None, *NOTHING_SAVED), *options)
+    return found
 
 
 def forward(
@@ -43,68 +67,52 @@ def forward(
     router_weight: Tensor,
     router_bias: Tensor | None,
     mask: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
-    gate_keys: Tensor | None,
-    key_bias: Tensor | None,
+    experts: Units,
     dropout_mask: Tensor | None,
     k: int,
     gate_function: str,
     groups: int,
     activation: str,
-) -> tuple[Tensor, ...]:
-    """out, index, gate, softmax sums, hidden units [S, G], a GLU's gates [S, G], order, offsets."""
-    (tokens, _), (n_experts, size, d_out) = x.shape, values.shape
-    out, index = cpu.empty(tokens, d_out, dtype=x.dtype), cpu.empty(tokens, k, dtype=torch.int64)
-    gate = cpu.empty(tokens, k, dtype=torch.float32)
-    sums = cpu.empty(groups, n_experts, dtype=torch.float32)
-    z = cpu.empty(tokens * k, size, dtype=x.dtype)
-    other = None if gate_keys is None else cpu.empty(*z.shape, dtype=z.dtype)
-    order, offsets = cpu.empty(tokens * k, dtype=torch.int32), cpu.empty(n_experts + 1, dtype=torch.int32)
-    cpu.call(
-        "moe_forward",
-        (
-            *units(x, keys, values, gate_keys, key_bias),
-            *(router_weight.contiguous(), dense(router_bias), dense(mask), dense(dropout_mask)),
-            *(out, index, gate, sums, order, offsets, z, other),
-        ),
-        *(GATES[gate_function], ACTIVATIONS[activation]),
+) -> Routed:
+    """The results."""
+    tokens, (n_experts, _, d_out) = x.shape[0], experts.values.shape
+    found = Routed(
+        cpu.empty(tokens, d_out, dtype=x.dtype),
+        cpu.empty(tokens, k, dtype=torch.int64),
+        cpu.empty(tokens, k, dtype=torch.float32),
+        cpu.empty(groups, n_experts, dtype=torch.float32),
+        empty_saved(x, experts, tokens * k),
     )
-    return out, index, gate, sums, z, absent(x) if other is None else other, order, offsets
+    operands = (*units(x, experts), router_weight.contiguous(), dense(router_bias), dense(mask), dense(dropout_mask))
+    options = (GATES[gate_function], ACTIVATIONS[activation])
+    cpu.call("moe_forward", (*operands, *found[:4], *found.saved), *options)
+    return found
 
 
 def backward(
-    grad: Tensor,
+    grad: Tensor | None,
     grad_gate: Tensor | None,
     grad_sums: Tensor | None,
     x: Tensor,
     router_weight: Tensor,
     mask: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
-    gate_keys: Tensor | None,
-    key_bias: Tensor | None,
+    experts: Units,
     dropout_mask: Tensor | None,
-    index: Tensor,
+    selected: Tensor,
     gate: Tensor,
-    z: Tensor,
-    other: Tensor,
-    order: Tensor,
-    offsets: Tensor,
+    saved: Saved,
     gate_function: str,
     activation: str,
-) -> tuple[Tensor, ...]:
-    """Gradients of x, router_weight, keys, values, gate_keys, key_bias; empty tensors for what is absent."""
-    present = (x, router_weight, keys, values, gate_keys, key_bias)
-    found = [None if t is None else cpu.empty(*t.shape, dtype=t.dtype) for t in present]
+) -> Gradients:
+    """The gradients, for those of out, gate and sums, each of which may be absent."""
+    grad = x.new_zeros(x.shape[0], experts.values.shape[2]) if grad is None else rows(grad)
+    dx, drouter_weight = cpu.empty(*x.shape, dtype=x.dtype), cpu.empty(*router_weight.shape, dtype=x.dtype)
+    gradients = Gradients(dx, drouter_weight, empty_like(experts))
+    operands = (*units(x, experts), router_weight.contiguous(), dense(mask), dense(dropout_mask))
+    grads = (grad, dense(grad_gate), dense(grad_sums))
     cpu.call(
         "moe_backward",
-        (
-            *units(x, keys, values, gate_keys, key_bias),
-            *(router_weight.contiguous(), dense(mask), dense(dropout_mask), index, gate),
-            *(order, offsets, z, None if gate_keys is None else other),
-            *(rows(grad), dense(grad_gate), dense(grad_sums), *found),
-        ),
+        (*operands, selected, gate, *saved, *grads, dx, drouter_weight, *gradients.experts),
         *(GATES[gate_function], ACTIVATIONS[activation]),
     )
-    return tuple(absent(x) if t is None else t for t in found)
+    return gradients

@@ -9,29 +9,22 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_ffn.ops.autocast import cast
 from sparse_ffn.ops.topk_ffn import torch as by_torch
+from sparse_ffn.ops.topk_ffn.backend import Gradients, Saved
+from sparse_ffn.ops.units import Units
 
 
 def forward(
-    x: Tensor, keys: Tensor, values: Tensor, k: int, gate_keys: Tensor | None, key_bias: Tensor | None, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, units: Units, k: int, dropout_mask: Tensor | None, activation: str, norm_aware: bool
+) -> tuple[Tensor, Saved]:
     """As ``topk_ffn.torch`` has it."""
-    keys, values = keys.to(x.dtype), values.to(x.dtype)
-    return by_torch.forward(x, keys, values, k, cast(gate_keys, x.dtype), cast(key_bias, x.dtype), *options)
+    return by_torch.forward(x, units.to(x.dtype), k, dropout_mask, activation, norm_aware)
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gate_keys: Tensor | None,
-    key_bias: Tensor | None,
-    *saved: Any,
-) -> tuple[Tensor, ...]:
+    grad: Tensor, x: Tensor, units: Units, dropout_mask: Tensor | None, saved: Saved, activation: str
+) -> Gradients:
     """As ``topk_ffn.torch`` has it, gradients in the weights' own dtype."""
-    weights = (keys, values, gate_keys, key_bias)
-    narrow: list[Any] = [cast(w, x.dtype) for w in weights]
-    dx, *gradients = by_torch.backward(grad, x, *narrow, *saved)
-    return dx, *(g if w is None else g.to(w.dtype) for g, w in zip(gradients, weights, strict=True))
+    dx, dunits = by_torch.backward(grad, x, units.to(x.dtype), dropout_mask, saved, activation)
+    own: Any = (None if w is None or g is None else g.to(w.dtype) for g, w in zip(dunits, units, strict=True))
+    return Gradients(dx, Units(*own))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_ffn.ops.activations import activate, scaled
+from sparse_ffn.ops.activations import hidden_anywhere
 from sparse_ffn.ops.select import stable_topk
 from sparse_ffn.ops.units import Units
 
@@ -30,9 +30,8 @@ def topk_ffn(
 ) -> Tensor:
     """y = sum of h[i]·values[i] over the k units of the largest |h[i]|; shapes as in ``ops.topk_ffn``."""
     keys, values, gate_keys, key_bias = units
-    up_TF = F.linear(x, keys, key_bias)
-    z_TF, other_TF = (up_TF, None) if gate_keys is None else (F.linear(x, gate_keys), up_TF)
-    h_TF = scaled(activate(activation, z_TF), other_TF, dropout_mask)
+    glu_gate_TF = None if gate_keys is None else F.linear(x, gate_keys)
+    h_TF = hidden_anywhere(activation, F.linear(x, keys, key_bias), glu_gate_TF, dropout_mask)
     index = stable_topk(rank(h_TF, values, norm_aware), k)
     selected = torch.zeros_like(h_TF, dtype=torch.bool).scatter(1, index, True)
     return torch.where(selected, h_TF, 0) @ values

@@ -1,8 +1,8 @@
 """Top-k FFN out of the Triton kernels: select fused after torch's product, then only the selected units' rows.
 
 Where so many units are selected that reading their rows one by one takes longer than a dense product, the products
-are dense ones of matrices with zeros: see ``use_gather``. Saved are index and pre-activations of the selected units. What
-has a number for every token and hidden unit exists for a block of tokens only, see ``blocks``.
+are dense ones of matrices with zeros: see ``use_gather``. Saved are index and pre-activations of the selected units.
+What has a number for every token and hidden unit exists for a block of tokens only, see ``blocks``.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from torch.nn import functional as F
 
 from sparse_ffn.backends.triton import bag, config, segments, topk
 from sparse_ffn.backends.triton.launch import on_device, precision, rows
-from sparse_ffn.ops.activations import hidden, hidden_backward
+from sparse_ffn.ops.activations import hidden
 from sparse_ffn.ops.autocast import cast
-from sparse_ffn.ops.library import absent
 from sparse_ffn.ops.select import stable_topk
+from sparse_ffn.ops.topk_ffn import by_products
+from sparse_ffn.ops.topk_ffn.backend import Gradients, Saved
+from sparse_ffn.ops.units import Units
 
 # T tokens, K selected units, F hidden units, D d_model, O d_out
 
@@ -50,134 +52,89 @@ def blocks(x: Tensor, n_units: int) -> Iterator[slice]:
 
 @on_device
 def forward(
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    k: int,
-    gate_keys: Tensor | None,
-    key_bias: Tensor | None,
-    dropout_mask: Tensor | None,
-    activation: str,
-    norm_aware: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output [T, O]; the selected units int32 [T, K], their z and, for a GLU, their other half [T, K]."""
-    sparse = use_gather(x, keys.shape[0], k)
-    weights = (keys.to(x.dtype), values if sparse else values.to(x.dtype))
-    units = (cast(gate_keys, x.dtype), cast(key_bias, x.dtype))
+    x: Tensor, units: Units, k: int, dropout_mask: Tensor | None, activation: str, norm_aware: bool
+) -> tuple[Tensor, Saved]:
+    """The output, and what the backward pass needs."""
+    keys, values, gate_keys, key_bias = units
+    n_units, sparse = keys.shape[0], use_gather(x, keys.shape[0], k)
     norm_F = torch.linalg.vector_norm(values, dim=1, dtype=torch.float32) if norm_aware else None
-    select = _select if topk.fits(keys.shape[0]) else _sorted
-    found = []
-    for part in blocks(x, keys.shape[0]):
+    keys, gate_keys, key_bias = keys.to(x.dtype), cast(gate_keys, x.dtype), cast(key_bias, x.dtype)
+    values = values if sparse else values.to(x.dtype)
+    select = _select if topk.fits(n_units) else _sorted
+    outputs, saved = [], []
+    for part in blocks(x, n_units):
         scale = None if dropout_mask is None else dropout_mask[part]
-        h_TK, *saved = select(x[part], weights[0], k, *units, scale, activation, norm_F)
-        found.append((_product(weights[1], saved[0], h_TK, sparse), *saved))
-    out, index, z_TK, other_TK = map(_joined, zip(*found, strict=True))
-    return out, index, z_TK, other_TK
-
-
-def _units(x: Tensor, keys: Tensor, gate_keys: Tensor | None, key_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What goes into the activation, and the other half of a GLU: [T, F]."""
-    up_TF = F.linear(x, keys, key_bias)
-    return (up_TF, None) if gate_keys is None else (F.linear(x, gate_keys), up_TF)
+        up_TF = F.linear(x[part], keys, key_bias)
+        glu_gate_TF = None if gate_keys is None else F.linear(x[part], gate_keys)
+        h_TK, of_part = select(up_TF, glu_gate_TF, scale, norm_F, k, activation)
+        del up_TF, glu_gate_TF  # before the next block's
+        outputs.append(_product(values, of_part.selected, h_TK, sparse))
+        saved.append(of_part)
+    selected, up_TK, glu_gate_TK = zip(*saved, strict=True)
+    gated = None if gate_keys is None else _joined(glu_gate_TK)
+    return _joined(outputs), Saved(_joined(selected), _joined(up_TK), gated)
 
 
 def _select(
-    x: Tensor,
-    keys: Tensor,
-    k: int,
-    gate_keys: Tensor | None,
-    key_bias: Tensor | None,
-    dropout_mask: Tensor | None,
-    activation: str,
-    norm: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The selected units of some tokens: h, index, z and the other half."""
-    z_TF, other_TF = _units(x, keys, gate_keys, key_bias)
-    index, z_TK = x.new_empty(x.shape[0], k, dtype=torch.int32), x.new_empty(x.shape[0], k)
-    other_TK = None if other_TF is None else torch.empty_like(z_TK)
-    h_TK = torch.empty_like(z_TK)
-    scale = None if dropout_mask is None else rows(dropout_mask)
-    topk.select(rows(z_TF), other_TF, scale, norm, index, z_TK, other_TK, h_TK, activation)
-    return h_TK, index, z_TK, absent(x) if other_TK is None else other_TK
+    up_TF: Tensor, glu_gate_TF: Tensor | None, scale: Tensor | None, norm: Tensor | None, k: int, activation: str
+) -> tuple[Tensor, Saved]:
+    """The selected units of some tokens."""
+    up_TK = up_TF.new_empty(up_TF.shape[0], k)
+    index, h_TK = up_TK.new_empty(up_TK.shape, dtype=torch.int32), torch.empty_like(up_TK)
+    glu_gate_TK = None if glu_gate_TF is None else torch.empty_like(up_TK)
+    scale = None if scale is None else rows(scale)
+    topk.select(rows(up_TF), glu_gate_TF, scale, norm, index, up_TK, glu_gate_TK, h_TK, activation)
+    return h_TK, Saved(index, up_TK, glu_gate_TK)
 
 
 def _sorted(
-    x: Tensor,
-    keys: Tensor,
-    k: int,
-    gate_keys: Tensor | None,
-    key_bias: Tensor | None,
-    dropout_mask: Tensor | None,
-    activation: str,
-    norm: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    up_TF: Tensor, glu_gate_TF: Tensor | None, scale: Tensor | None, norm: Tensor | None, k: int, activation: str
+) -> tuple[Tensor, Saved]:
     """The same beyond ``topk.MAX_F`` units: torch sorts them."""
-    z_TF, other_TF = _units(x, keys, gate_keys, key_bias)
-    h_TF = hidden(activation, z_TF, other_TF, dropout_mask)
+    h_TF = hidden(activation, up_TF, glu_gate_TF, scale)
     index = stable_topk(h_TF.abs() if norm is None else h_TF.abs() * norm, k)
-    other_TK = absent(x) if other_TF is None else other_TF.gather(1, index)
-    return h_TF.gather(1, index), index.to(torch.int32), z_TF.gather(1, index), other_TK
+    glu_gate_TK = None if glu_gate_TF is None else glu_gate_TF.gather(1, index)
+    return h_TF.gather(1, index), Saved(index.to(torch.int32), up_TF.gather(1, index), glu_gate_TK)
 
 
 @on_device
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gate_keys: Tensor | None,
-    key_bias: Tensor | None,
-    dropout_mask: Tensor | None,
-    index: Tensor,
-    z: Tensor,
-    other: Tensor,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, keys, values, gate_keys and key_bias; empty tensors for the arguments that are absent."""
-    products = _Gathered if use_gather(x, keys.shape[0], index.shape[1]) else _Dense
-    of = products(index, keys.shape[0])
-    scale_TK = None if dropout_mask is None else dropout_mask.gather(1, index.long()).float()
-    z_TK, other_TK = z.float(), None if gate_keys is None else other.float()
-    dvalues, dh_TK = of.both_gradients(grad, values, hidden(activation, z_TK, other_TK, scale_TK))
-    dz_TK, dother_TK = hidden_backward(activation, dh_TK, z_TK, other_TK, scale_TK)
-    dup_TK = dz_TK if dother_TK is None else dother_TK
-    dx, dkeys = of.gradients(dup_TK, keys, x)
-    dkey_bias = absent(x) if key_bias is None else of.sums(dup_TK, key_bias)
-    if gate_keys is None:
-        return dx, dkeys, dvalues, absent(x), dkey_bias
-    dx_too, dgate_keys = of.gradients(dz_TK, gate_keys, x)
-    return dx + dx_too, dkeys, dvalues, dgate_keys, dkey_bias
+    grad: Tensor, x: Tensor, units: Units, dropout_mask: Tensor | None, saved: Saved, activation: str
+) -> Gradients:
+    """The gradients."""
+    index, up_TK, glu_gate_TK = saved
+    n_units = units.keys.shape[0]
+    of = (_Gathered if use_gather(x, n_units, index.shape[1]) else _Dense)(index, n_units)
+    wide = Saved(index, up_TK.float(), None if glu_gate_TK is None else glu_gate_TK.float())
+    return by_products.backward(of, grad, x, units, dropout_mask, wide, activation)
 
 
 class _Gathered:
-    """Products with the [T, F] matrix of the selected units' numbers, row by row."""
+    """Products row by row."""
 
     def __init__(self, index: Tensor, n_units: int) -> None:
         self.index = index
         self.segments = segments.every_row(index, n_units, config.BAG.cap)
 
     def both_gradients(self, grad: Tensor, values: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of values and h where the output is h @ values."""
         dvalues = values.new_empty(values.shape)
         dh = bag.bag_gradient(self.segments, rows(grad), h.contiguous(), dvalues, rows(values))
         assert dh is not None
         return dvalues, dh
 
-    def gradients(self, dz: Tensor, keys: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of x and keys where z = x @ keys.T."""
+    def gradients(self, dup: Tensor, keys: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         dkeys = keys.new_empty(keys.shape)
-        bag.bag_gradient(self.segments, rows(x), dz.contiguous(), dkeys)
-        return _bag(keys, self.index, dz, x.dtype), dkeys
+        bag.bag_gradient(self.segments, rows(x), dup.contiguous(), dkeys)
+        return _bag(keys, self.index, dup, x.dtype), dkeys
 
-    def sums(self, dz: Tensor, bias: Tensor) -> Tensor:
-        """Gradient of a bias that is part of z."""
+    def sums(self, dup: Tensor, bias: Tensor) -> Tensor:
         dbias = bias.new_empty(bias.shape[0], 1)
-        bag.bag_gradient(self.segments, dz.new_ones(1, 1).expand(dz.shape[0], 1), dz.contiguous(), dbias)
+        bag.bag_gradient(self.segments, dup.new_ones(1, 1).expand(dup.shape[0], 1), dup.contiguous(), dbias)
         return dbias.squeeze(1)
 
 
 class _Dense:
-    """The same out of torch's dense products, a block of tokens at a time; several blocks are summed in fp32."""
+    """Dense products of torch, a block of tokens at a time; several blocks are summed in fp32."""
 
     def __init__(self, index: Tensor, n_units: int) -> None:
         self.index, self.n_units = index.long(), n_units
@@ -191,20 +148,20 @@ class _Dense:
             dh.append((grad[part] @ across).gather(1, self.index[part]).float())
         return dvalues.to(values.dtype), _joined(dh)
 
-    def gradients(self, dz: Tensor, keys: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        dz, narrow = dz.to(x.dtype), keys.to(x.dtype)
+    def gradients(self, dup: Tensor, keys: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        dup, narrow = dup.to(x.dtype), keys.to(x.dtype)
         dkeys: Any = None
         dx = []
         for part in blocks(x, self.n_units):
-            dz_TF = self._matrix(dz, part)
-            dkeys = _plus(dkeys, dz_TF.t() @ x[part])
-            dx.append(dz_TF @ narrow)
+            dup_TF = self._matrix(dup, part)
+            dkeys = _plus(dkeys, dup_TF.t() @ x[part])
+            dx.append(dup_TF @ narrow)
         return _joined(dx), dkeys.to(keys.dtype)
 
-    def sums(self, dz: Tensor, bias: Tensor) -> Tensor:
-        total = dz.new_zeros(self.n_units)
-        for part in blocks(dz, self.n_units):
-            total += self._matrix(dz, part).sum(0)
+    def sums(self, dup: Tensor, bias: Tensor) -> Tensor:
+        total = dup.new_zeros(self.n_units)
+        for part in blocks(dup, self.n_units):
+            total += self._matrix(dup, part).sum(0)
         return total.to(bias.dtype)
 
     def _matrix(self, selected: Tensor, part: slice) -> Tensor:
@@ -222,7 +179,7 @@ def _joined(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
 def _product(values: Tensor, index: Tensor, h: Tensor, sparse: bool) -> Tensor:
     if sparse:
         return _bag(values, index, h, h.dtype)
-    return _densify(h, index.long(), values.shape[0]) @ values.to(h.dtype)
+    return _densify(h, index.long(), values.shape[0]) @ values
 
 
 def _densify(selected: Tensor, index: Tensor, width: int) -> Tensor:

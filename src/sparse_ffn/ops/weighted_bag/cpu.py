@@ -6,21 +6,22 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.backends import cpu
+from sparse_ffn.ops.weighted_bag.backend import Gradients
 
 
-def forward(values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """The bags [N, O]."""
+def forward(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The bags [N, O], in the dtype of values."""
     out = cpu.empty(index.shape[0], values.shape[-1], dtype=values.dtype)
     cpu.call("bag_forward", (*_table(values, index, weight), out))
     return out
 
 
-def backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> Gradients:
     """Gradients of values and weight."""
     dvalues = cpu.empty(*values.shape, dtype=values.dtype)
     dweight = cpu.empty(*weight.shape, dtype=values.dtype)
     cpu.call("bag_backward", (*_table(values, index, weight), grad.contiguous(), dweight, dvalues))
-    return dvalues, dweight.to(weight.dtype)
+    return Gradients(dvalues, dweight.to(weight.dtype))
 
 
 def values_backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> Tensor:

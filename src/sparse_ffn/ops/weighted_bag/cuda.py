@@ -10,6 +10,7 @@ from torch import Tensor
 from sparse_ffn.backends import cuda
 from sparse_ffn.backends.cuda import DTYPES, Bag, on_device
 from sparse_ffn.backends.sort import sort_by_expert
+from sparse_ffn.ops.weighted_bag.backend import Gradients
 
 
 @on_device
@@ -23,7 +24,7 @@ def forward(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype | 
 
 
 @on_device
-def backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> Gradients:
     """Gradients of values and weight."""
     members, offsets = sort_by_expert(index.reshape(-1), values.shape[0])
     return _backward(grad, values, index, weight, members, offsets)
@@ -52,7 +53,7 @@ def segment_sums(rows: Tensor, members: Tensor, offsets: Tensor) -> Tensor:
 
 def _backward(
     grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, members: Tensor, offsets: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> Gradients:
     dtype, values = values.dtype, values.to(grad.dtype)
     arguments, _keep = _arguments(values, index, weight, offsets.shape[0] - 1)
     arguments.members, arguments.offsets = members.data_ptr(), offsets.data_ptr()
@@ -61,7 +62,7 @@ def _backward(
     dweight = values.new_empty(weight.shape, dtype=torch.float32)
     _workspace = cuda.give_workspace(arguments, "bag_backward", values)
     cuda.call("bag_backward", ctypes.byref(arguments), grad.data_ptr(), dweight.data_ptr(), dvalues.data_ptr())
-    return dvalues.to(dtype), dweight.to(weight.dtype)
+    return Gradients(dvalues.to(dtype), dweight.to(weight.dtype))
 
 
 def _arguments(values: Tensor, index: Tensor, weight: Tensor, rows: int) -> tuple[Bag, tuple[Tensor, ...]]:

@@ -1,17 +1,20 @@
-"""Weighted bag: the torch.library op, its fake, its autograd (dense or row-sparse), and the choice of the backend."""
+"""Weighted bag: the operator, its row-sparse gradient, and the choice of the backend."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_ffn.backends.choice import choose
-from sparse_ffn.ops.autocast import autocast_dtype, weights_for
-from sparse_ffn.ops.indices import check_indices, checked
-from sparse_ffn.ops.library import define, implementation, refuse_double_backward, set_autograd, under_transforms
+from sparse_ffn.ops.autocast import autocast_dtype, casts_inside
+from sparse_ffn.ops.indices import Indices, check_indices, checked
+from sparse_ffn.ops.library import under_transforms
+from sparse_ffn.ops.operator import Operator
 from sparse_ffn.ops.weighted_bag import reference
+from sparse_ffn.ops.weighted_bag.backend import Backend
 
 
 def weighted_bag(values: Tensor, index: Tensor, weight: Tensor, *, sparse_grad: bool = False) -> Tensor:
@@ -28,46 +31,11 @@ def weighted_bag(values: Tensor, index: Tensor, weight: Tensor, *, sparse_grad: 
         return out
     dtype = autocast_dtype(values)
     chosen = choose(values, dtype)
-    (values,) = weights_for(chosen, dtype, values)
+    values = values if casts_inside(chosen) else values.to(dtype)
     if chosen == "reference":
         return reference.weighted_bag(values, checked("index", index, values.shape[0]), weight)
-    out = _forward(values, index, weight, dtype, chosen)
+    out = _op.forward(values, index, weight, dtype, chosen)
     return out
-
-
-def _forward_kernel(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    check_indices(backend, ("index", index, values.shape[0]))
-    forward = implementation("weighted_bag", backend).forward
-    out: Tensor = forward(values, index, weight, *(() if values.dtype == dtype else (dtype,)))
-    return out
-
-
-def _forward_fake(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    return values.new_empty(index.shape[0], values.shape[1], dtype=dtype)
-
-
-def _backward_kernel(
-    grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
-    check_indices(backend, ("index", index, values.shape[0]))
-    out: tuple[Tensor, Tensor] = implementation("weighted_bag", backend).backward(
-        grad.contiguous(), values, index, weight
-    )
-    return out
-
-
-def _backward_fake(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return values.new_empty(values.shape), weight.new_empty(weight.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.chosen = inputs[4]
-
-
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    dvalues, dweight = _backward(grad, *ctx.saved_tensors, ctx.chosen)
-    return dvalues, None, dweight, None, None
 
 
 class _SparseGradient(torch.autograd.Function):
@@ -79,31 +47,46 @@ class _SparseGradient(torch.autograd.Function):
         dtype = autocast_dtype(values)
         chosen = choose(values, dtype)
         ctx.chosen = "torch" if chosen == "reference" else chosen  # the reference has no sparse gradient
-        (values,) = weights_for(ctx.chosen, dtype, values)
+        values = values if casts_inside(ctx.chosen) else values.to(dtype)
         ctx.save_for_backward(values, index, weight)
-        return _forward_kernel(values, index, weight, dtype, ctx.chosen)
+        if ctx.chosen != "cpu":
+            check_indices(*_indices(values, index))
+        return implementation(ctx.chosen).forward(values, index, weight, dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, index, weight = ctx.saved_tensors
-        rows, drows, dweight = implementation("weighted_bag", ctx.chosen).backward_rows(grad, values, index, weight)
+        rows, drows, dweight = implementation(ctx.chosen).backward_rows(grad, values, index, weight)
         dvalues = torch.sparse_coo_tensor(
             rows.unsqueeze(0), drows.to(ctx.dtype), values.shape, is_coalesced=True, check_invariants=False
         )
         return dvalues, None, dweight
 
 
-_forward = define(
-    "weighted_bag(Tensor values, Tensor index, Tensor weight, ScalarType dtype, str backend) -> Tensor",
-    _forward_kernel,
-    _forward_fake,
-)
-_backward = define(
-    "weighted_bag_backward(Tensor grad, Tensor values, Tensor index, Tensor weight, str backend) "
-    "-> (Tensor dvalues, Tensor dweight)",
-    _backward_kernel,
-    _backward_fake,
-)
-_forward = set_autograd(_forward, _autograd, _setup_context)
-_backward = refuse_double_backward(_backward)
+@functools.cache
+def implementation(backend: str) -> Backend:
+    """A backend's module, imported when it is first asked for: triton takes a second, and is not everywhere."""
+    from sparse_ffn.ops.weighted_bag import cpu, cuda, torch
+
+    if backend == "triton":
+        from sparse_ffn.ops.weighted_bag import triton
+
+        return triton
+    others: dict[str, Backend] = {"cpu": cpu, "cuda": cuda, "torch": torch}
+    return others[backend]
+
+
+def _shapes(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.new_empty(index.shape[0], values.shape[1], dtype=dtype)
+
+
+def _indices(values: Tensor, index: Tensor, *rest: Any) -> tuple[Indices]:
+    return (("index", index, values.shape[0]),)
+
+
+def _backward_indices(grad: Tensor, *operands: Any) -> tuple[Indices]:
+    return _indices(*operands)
+
+
+_op = Operator("weighted_bag", Backend, _shapes, implementation=implementation, indices=(_indices, _backward_indices))

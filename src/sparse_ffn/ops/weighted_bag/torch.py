@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.ops.weighted_bag import reference
+from sparse_ffn.ops.weighted_bag.backend import Gradients
 
 # A gathered row is read at memory speed, a matrix product runs at arithmetic speed: the product over the whole table
 # wins on a CPU while the table has at most about this many times the rows of a bag.
@@ -14,8 +15,8 @@ _SUM = 0  # embedding bag's mode
 _aten = torch.ops.aten
 
 
-def forward(values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """The bags [N, O]."""
+def forward(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The bags [N, O], in the dtype of values."""
     if _dense(values, index):
         return reference.weighted_bag(values, index, weight)
     flat, offsets, flat_weight = _flat(values, index, weight)
@@ -23,13 +24,14 @@ def forward(values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> Gradients:
     """Gradients of values and weight."""
     n, k = index.shape
     if _dense(values, index):
         small = weight.to(values.dtype)
         table = small.new_zeros(n, values.shape[0]).scatter_add(1, index, small)
-        return table.t() @ grad, (grad @ values.t()).gather(1, index).to(weight.dtype)
+        return Gradients(table.t() @ grad, (grad @ values.t()).gather(1, index).to(weight.dtype))
+    grad = grad.contiguous()  # embedding bag reads past the strides of a view
     flat, offsets, flat_weight = _flat(values, index, weight)
     bag = torch.arange(n, device=index.device).repeat_interleave(k)
     size = torch.full_like(offsets, k)
@@ -37,13 +39,13 @@ def backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> tup
         grad, flat, bag, size, offsets.new_empty(0), values.shape[0], False, _SUM, flat_weight
     )
     dweight: Tensor = _aten._embedding_bag_per_sample_weights_backward(grad, values, flat, offsets, bag, _SUM)
-    return dvalues, dweight.view(n, k).to(weight.dtype)
+    return Gradients(dvalues, dweight.view(n, k).to(weight.dtype))
 
 
 def backward_rows(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of values that were read [R], ascending, their gradients [R, O], and the gradient of weight."""
     rows, compact = torch.unique(index, return_inverse=True)
-    drows, dweight = backward(grad.contiguous(), values[rows], compact, weight)
+    drows, dweight = backward(grad, values[rows], compact, weight)
     return rows, drows, dweight
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparse_ffn.backends.triton import bag, config, segments
 from sparse_ffn.backends.triton.launch import on_device, rows
+from sparse_ffn.ops.weighted_bag.backend import Gradients
 
 
 @on_device
@@ -18,13 +19,13 @@ def forward(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype | 
 
 
 @on_device
-def backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> Gradients:
     """Gradients of values (zero where no bag reads) and weight."""
     dvalues = values.new_empty(values.shape)
     groups = segments.every_row(index, values.shape[0], config.BAG.cap)
     dots = bag.bag_gradient(groups, rows(grad), weight.contiguous(), dvalues, rows(values))
     assert dots is not None
-    return dvalues, dots.to(weight.dtype)
+    return Gradients(dvalues, dots.to(weight.dtype))
 
 
 @on_device

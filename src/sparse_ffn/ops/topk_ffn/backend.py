@@ -1,0 +1,41 @@
+"""What a backend of top-k FFN implements, in the module of its name."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from sparse_ffn.ops.units import Units
+
+
+class Saved(NamedTuple):
+    """What a forward pass keeps for the backward pass: of the selected units, in one order."""
+
+    selected: Tensor
+    """int32 [T, K]."""
+    up: Tensor
+    """[T, K], keys x + key_bias."""
+    glu_gate: Tensor | None
+    """[T, K], gate_keys x."""
+
+
+class Gradients(NamedTuple):
+    """The gradients of the trained operands."""
+
+    x: Tensor
+    units: Units
+
+
+class Backend(Protocol):
+    """Shapes are those of ``sparse_ffn.ops.topk_ffn``."""
+
+    def forward(
+        self, x: Tensor, units: Units, k: int, dropout_mask: Tensor | None, activation: str, norm_aware: bool
+    ) -> tuple[Tensor, Saved]:
+        """The output [T, O], and what the backward pass needs."""
+
+    def backward(
+        self, grad: Tensor, x: Tensor, units: Units, dropout_mask: Tensor | None, saved: Saved, activation: str
+    ) -> Gradients:
+        """The gradients, for that of the output, of any strides."""

@@ -1,0 +1,43 @@
+"""The backward pass of top-k FFN out of products with the [T, F] matrix of the selected units' numbers."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from sparse_ffn.ops.activations import hidden_anywhere, hidden_backward
+from sparse_ffn.ops.topk_ffn.backend import Gradients, Saved
+from sparse_ffn.ops.units import Units
+
+# T tokens, K selected units, F hidden units, D d_model, O d_out
+
+
+class Products(Protocol):
+    """The matrix is one for each argument [T, K], and zero where a unit is not selected."""
+
+    def both_gradients(self, grad: Tensor, values: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of values [F, O] and h [T, K] where the output is h @ values."""
+
+    def gradients(self, dup: Tensor, keys: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of x and keys [F, D] where up = x @ keys.T."""
+
+    def sums(self, dup: Tensor, bias: Tensor) -> Tensor:
+        """Gradient of a bias [F] that is part of up."""
+
+
+def backward(
+    of: Products, grad: Tensor, x: Tensor, units: Units, dropout_mask: Tensor | None, saved: Saved, activation: str
+) -> Gradients:
+    """The gradients."""
+    index, up_TK, glu_gate_TK = saved
+    scale_TK = None if dropout_mask is None else dropout_mask.gather(1, index.long()).to(up_TK.dtype)
+    h_TK = hidden_anywhere(activation, up_TK, glu_gate_TK, scale_TK)
+    dvalues, dh_TK = of.both_gradients(grad, units.values, h_TK)
+    dup_TK, dglu_gate_TK = hidden_backward(activation, dh_TK, up_TK, glu_gate_TK, scale_TK)
+    dx, dkeys = of.gradients(dup_TK, units.keys, x)
+    dkey_bias = None if units.key_bias is None else of.sums(dup_TK, units.key_bias)
+    if units.gate_keys is None or dglu_gate_TK is None:
+        return Gradients(dx, Units(dkeys, dvalues, None, dkey_bias))
+    dx_too, dgate_keys = of.gradients(dglu_gate_TK, units.gate_keys, x)
+    return Gradients(dx + dx_too, Units(dkeys, dvalues, dgate_keys, dkey_bias))

@@ -1,0 +1,30 @@
+"""What a backend of weighted bag implements, in the module of its name."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Gradients(NamedTuple):
+    """The gradients of the trained operands."""
+
+    values: Tensor
+    weight: Tensor
+
+
+class Backend(Protocol):
+    """Shapes are those of ``sparse_ffn.ops.weighted_bag``."""
+
+    def forward(self, values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The bags [N, O] in ``dtype``; only backends that cast weights themselves get values in another one."""
+
+    def backward(self, grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> Gradients:
+        """The gradients, for that of the bags, of any strides."""
+
+    def backward_rows(
+        self, grad: Tensor, values: Tensor, index: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of values that were read [R], ascending, their gradients [R, O], and the gradient of weight."""
