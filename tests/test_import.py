@@ -60,10 +60,12 @@ print([name for name in set(sys.modules) - before if name.startswith(heavy)], to
 
 def test_import_takes_under_three_tenths_of_a_second_beyond_torch() -> None:
     code = """
-import time, torch
-start = time.perf_counter()
+import os, torch
+def busy():  # of all threads and children, in user and system mode: a busy machine does not lengthen it
+    return sum(os.times()[:4])
+start = busy()
 import sparse_ffn
-print(time.perf_counter() - start)
+print(busy() - start)
 """
     assert min(float(run(code)) for _ in range(3)) < 0.3
 
@@ -124,7 +126,9 @@ print([name for name in sys.modules if name.startswith("sparse_ffn.backends.trit
 
 def test_the_kernels_import_nothing_from_above() -> None:
     below = ("sparse_ffn.backends.triton", "sparse_ffn.backends.sort", "sparse_ffn.backends.warning")
-    for path in (Path(sparse_ffn.__file__).parent / "kernels").glob("*.py"):
+    kernels = list((Path(sparse_ffn.__file__).parent / "backends" / "triton").glob("*.py"))
+    assert kernels
+    for path in kernels:
         for module in re.findall(r"^\s*(?:from|import) (sparse_ffn[\w.]*)", path.read_text(), re.MULTILINE):
             assert module.startswith(below), f"{path.name} imports {module}"
 

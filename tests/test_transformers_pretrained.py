@@ -166,7 +166,7 @@ class TiedModel(transformers.PreTrainedModel):
 
     config_class = TiedConfig
     base_model_prefix = "model"
-    _tied_weights_keys: ClassVar = {
+    _tied_weights_keys: ClassVar[dict[str, str]] = {
         f"blocks.{i}.{n}": f"blocks.0.{n}" for i in (1, 2) for n in TiedBlock().state_dict()
     }
 

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import typing
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeVar, Union
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, Union
 
 from torch import nn
 from torch.nn.modules import module as globally
@@ -21,10 +21,15 @@ T = TypeVar("T", bound="CheckedOptions")
 
 
 class CheckedOptions:
-    """A base that refuses options before ``__init__`` hands them to a class that does not know where they came from.
+    """A base that refuses options before ``__init__`` hands them to a class that does not know where they came from."""
 
-    ``__new__`` has a class of its own so that ``inspect.signature`` finds the ``__init__`` of all that inherit.
-    """
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let ``inspect.signature`` show ``__init__``: before Python 3.11.4 it shows an inherited ``__new__``."""
+        super().__init_subclass__(**options)
+        signature = inspect.signature(cls.__init__)
+        cls.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
 
     def __new__(cls: type[T], *args: Any, **options: Any) -> T:
         """Check the names of the options."""

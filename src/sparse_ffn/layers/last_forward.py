@@ -19,8 +19,8 @@ class LastForward:
     """Selected experts and mask of a forward, and its weighted balance loss until a backward pass frees the graph.
 
     The loss could not be differentiated again then, and a layer that does not run in the next step (LayerDrop) would
-    add it to that step's. Nodes of Python functions know whether they were freed: those of the ops and of compiled
-    graphs do. Of the others a hook tells.
+    add it to that step's. Hooks on the graph tell of the pass. A compiled forward has none, but the node of a compiled
+    graph knows whether it was freed.
 
     Args:
         loss: the loss, if there is one.
@@ -33,7 +33,7 @@ class LastForward:
         self, loss: Tensor | None, index_TK: Tensor, mask_T: Tensor | None, results: tuple[Tensor | None, ...]
     ) -> None:
         self._loss, self._index_TK, self._mask_T = loss, index_TK, mask_T
-        self._functions: list[Node] | None = None
+        self._watched = False
         if loss is not None and loss.requires_grad and not torch.compiler.is_compiling() and not under_transforms():
             self._watch(results)
 
@@ -44,10 +44,11 @@ class LastForward:
         loss = self._loss
         if loss is None or not loss.requires_grad or torch.compiler.is_compiling():
             return loss
-        if self._functions is None and not under_transforms():
-            self._watch((loss,))  # the forward was compiled: loss and output have one node
-        if any(map(_freed, self._functions or ())):
-            self.forget_loss()
+        if not self._watched and not under_transforms():  # the forward was compiled: loss and output have one node
+            if not isinstance(loss.grad_fn, BackwardCFunction):
+                self._watch((loss,))
+            elif _freed(loss.grad_fn):
+                self.forget_loss()
         return self._loss
 
     @property
@@ -57,16 +58,15 @@ class LastForward:
         return self._index_TK, self._mask_T
 
     def _watch(self, results: tuple[Tensor | None, ...]) -> None:
-        self._functions = []
-        for node in [result.grad_fn for result in results if result is not None]:
-            if isinstance(node, BackwardCFunction):
-                self._functions.append(node)
-            elif node is not None:
-                node.register_prehook(partial(_passed, weakref.ref(self)))  # a cycle would keep graphs alive
+        self._watched = True
+        for result in results:
+            if result is not None and result.grad_fn is not None:
+                # weak: a cycle would keep graphs alive
+                result.grad_fn.register_prehook(partial(_passed, weakref.ref(self)))
 
     def forget_loss(self) -> None:
         """Count 0 from now on."""
-        self._loss, self._functions = None, None
+        self._loss = None
 
     def _check_alive(self) -> None:
         """Raise if the forward ran in a transform of torch.func that is over, with which its tensors ended."""
