@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import flat
 import pytest
 import torch
 from torch import Tensor
@@ -167,7 +168,7 @@ def masters_cases() -> Iterator[tuple[Case, str]]:
         yield case, "weight" if case.op is ops.cvmm else "values"
     tensors = {"x": random(6, 10), "keys": random(37, 10), "values": random(37, 19)}
     tensors |= {"gate_keys": random(37, 10), "key_bias": random(37)}
-    yield Case(ops.topk_ffn, tensors, options={"k": 37, "activation": "silu"}, trained=tuple(tensors)), "values"
+    yield Case(flat.topk_ffn, tensors, options={"k": 37, "activation": "silu"}, trained=tuple(tensors)), "values"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import flat
 import pages
 import pytest
 import torch
@@ -225,7 +226,7 @@ def expert_case(
         tensors |= {"gate_keys": random(E, G, D), "key_bias": random(E, G)}
         tensors["dropout_mask"] = (torch.rand(T, K, G) > 0.3).double() * 1.5
     trained = tuple(n for n in tensors if n not in ("index", "dropout_mask")) if train else ()
-    return Case(ops.expert_ffn, tensors, dtype, {"activation": activation}, trained)
+    return Case(flat.expert_ffn, tensors, dtype, {"activation": activation}, trained)
 
 
 def cvmm_case(
