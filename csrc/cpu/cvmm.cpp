@@ -43,6 +43,8 @@ template <class T> static bool forward_rows(const sparse_ffn_cvmm& p, T* out) {
   g.offsets = p.offsets;
   g.E = p.E;
   g.n_threads = p.n_threads;
+  for (int64_t s = p.offsets[p.E]; s < p.S; s++)
+    memset(out + (p.scatter ? p.scatter[s] : s) * p.L, 0, static_cast<size_t>(p.L) * sizeof(T));
   return run_row_gemm(g, [&](int64_t, int64_t s, const float* row) {
     T* to = out + (p.scatter ? p.scatter[s] : s) * p.L;
     const V scale = splat(p.scale ? p.scale[s] : 1.0f);

@@ -16,7 +16,7 @@ int moe_backward(const sparse_ffn_experts&, const sparse_ffn_router&, const void
                  const float* dsums, void* dx, void* drouter, void* dkeys, void* dgate_keys, void* dvalues,
                  void* dkey_bias);
 
-// Token and gate of each sorted position, in the calling thread's scratch.
+// Token and gate of each sorted position but those of void slots, in the calling thread's scratch.
 struct SlotTables {
   int32_t* token;
   float* gate;
@@ -27,7 +27,7 @@ static inline bool fill_slot_tables(const sparse_ffn_experts& p, SlotTables* tab
   tables->gate = scratch_of<float>(kSlotGate, S + 1);
   if (!tables->token || !tables->gate) return false;
   const uint32_t K = static_cast<uint32_t>(p.K);
-  for (int64_t s = 0; s < S; s++) {
+  for (int64_t s = 0; s < p.offsets[p.E]; s++) {
     tables->token[s] = static_cast<int32_t>(static_cast<uint32_t>(p.order[s]) / K);
     tables->gate[s] = p.gate[p.order[s]];
   }

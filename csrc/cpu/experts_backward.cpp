@@ -52,6 +52,7 @@ static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_str
   T* dz = want_dz ? scratch_of<T>(kSlotDz, S * dz_stride) : nullptr;
   if ((recompute && !hidden) || (want_dz && !dz)) return SPARSE_FFN_NO_MEMORY;
 
+  if (grad.dgate && p.offsets[p.E] < S) memset(grad.dgate, 0, static_cast<size_t>(S) * 4);  // void slots have none
   if (want_dz || grad.dgate || recompute) {
     RowGemm<T> dh{};
     dh.a = dout;
@@ -109,7 +110,7 @@ static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_str
     if (router) {
       dx.extra_a = dscore;
       dx.extra_w = static_cast<const T*>(router->router->weight);
-      dx.extra_K = p.E;
+      dx.extra_K = router->router->rows;
     }
     dx.n_threads = p.n_threads;
     if (!PHASE("dx", run_scatter_gemm(dx))) return SPARSE_FFN_NO_MEMORY;
@@ -145,7 +146,7 @@ static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_str
     const int32_t all[2] = {0, static_cast<int32_t>(p.T)};
     OuterGemm<T> dr{};
     dr.a = dscore;
-    dr.a_stride = dr.M = p.E;
+    dr.a_stride = dr.M = router->router->rows;
     dr.b = static_cast<const T*>(p.x);
     dr.b_stride = p.x_stride;
     dr.N = p.D;

@@ -1,5 +1,5 @@
 // router.h - routing fused with the expert FFN: scores, selection, gates and the sums that balance losses need, and the
-// gradient of all of these. The scores [T, E] live in scratch only: the backward pass computes them again.
+// gradient of all of these. The scores [T, R], R rows of the router, live in scratch only: the backward pass computes them again.
 #pragma once
 #include "experts.h"
 
@@ -12,11 +12,11 @@ struct RouterGradient {
   const sparse_ffn_router* router;
   const int64_t* index;       // [T, K]
   const float* dgate;         // [T, K], what reached the gates from outside the experts; may be null
-  const float* dsums;         // [groups, E], gradient of softmax_sums; may be null
-  void* dweight;              // [E, D]; may be null
+  const float* dsums;         // [groups, R], gradient of softmax_sums; may be null
+  void* dweight;              // [R, D]; may be null
 };
 
-// Gradient of the scores, [T, E] in the storage type, from the experts' gate gradient [T, K]; null when out of memory.
+// Gradient of the scores, [T, R] in the storage type, from the experts' gate gradient [T, K]; null when out of memory.
 template <class T> const T* score_gradient(const sparse_ffn_experts&, const RouterGradient&, const float* dgate);
 
 SPARSE_FFN_END

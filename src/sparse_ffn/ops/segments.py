@@ -45,8 +45,10 @@ def is_transposed(weight: Tensor) -> bool:
     return weight.stride(1) == 1 and weight.stride(2) != 1
 
 
-def unsort(rows: Tensor, order: Tensor) -> Tensor:
-    """Bring rows in sorted order back to slot order: result[order[s]] = rows[s]."""
+def unsort(rows: Tensor, order: Tensor, n: int) -> Tensor:
+    """Bring rows in sorted order back to the order of n slots: result[order[s]] = rows[s], and 0 for void slots."""
+    if len(order) < n:
+        return rows.new_zeros(n, rows.shape[1]).index_copy_(0, order.long(), rows)
     position = torch.empty_like(order)
     position[order.long()] = torch.arange(order.shape[0], device=order.device, dtype=order.dtype)
     return rows.index_select(0, position)  # reading rows in a new order is faster than writing them

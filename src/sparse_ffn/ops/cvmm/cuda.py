@@ -73,7 +73,7 @@ def backward(
         dweight = dweight.transpose(1, 2).contiguous().transpose(1, 2)
     if reduction is None or dscale is None:
         return dx, dweight, absent(x)
-    return dx, dweight, unsort(dscale.unsqueeze(1), order).squeeze(1).to(reduction.dtype)
+    return dx, dweight, unsort(dscale.unsqueeze(1), order, len(order)).squeeze(1).to(reduction.dtype)
 
 
 def _rows(index: Tensor | None, order: Tensor) -> Tensor:

@@ -21,11 +21,11 @@ def forward(
     n_out: int,
 ) -> Tensor:
     """Output [n_out, L]."""
-    order, offsets = sort_by_expert(expert, weight.shape[0])
-    y_SL = segment_mm(x.index_select(0, _rows(gather, order)), weight, offsets.tolist())
+    order, bounds = _sort(expert, weight.shape[0])
+    y_SL = segment_mm(x.index_select(0, _rows(gather, order)), weight, bounds)
     if reduction is not None:
         y_SL = y_SL * reduction.index_select(0, order).to(y_SL.dtype).unsqueeze(1)
-    return unsort(y_SL, order) if scatter is None else add_rows(n_out, scatter.index_select(0, order), y_SL)
+    return unsort(y_SL, order, n_out) if scatter is None else add_rows(n_out, scatter.index_select(0, order), y_SL)
 
 
 def backward(
@@ -38,21 +38,27 @@ def backward(
     reduction: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and reduction (empty if absent)."""
-    order, offsets = sort_by_expert(expert, weight.shape[0])
-    bounds = offsets.tolist()
+    order, bounds = _sort(expert, weight.shape[0])
     rows = _rows(gather, order)
     x_SM, grad_SL = x.index_select(0, rows), grad.index_select(0, _rows(scatter, order))
     dx_SM = segment_mm(grad_SL, weight.transpose(1, 2), bounds)
     dreduction = absent(x)
     if reduction is not None:
         per_slot = (dx_SM.to(reduction.dtype) * x_SM).sum(1, keepdim=True)
-        dreduction = unsort(per_slot, order).squeeze(1)
+        dreduction = unsort(per_slot, order, len(expert)).squeeze(1)
         factor = reduction.index_select(0, order).to(x.dtype).unsqueeze(1)
         x_SM, dx_SM = x_SM * factor, dx_SM * factor
-    dx = unsort(dx_SM, order) if gather is None else add_rows(x.shape[0], rows, dx_SM)
+    dx = unsort(dx_SM, order, len(expert)) if gather is None else add_rows(x.shape[0], rows, dx_SM)
     if is_transposed(weight):
         return dx, segment_outer(grad_SL, x_SM, bounds).transpose(1, 2), dreduction
     return dx, segment_outer(x_SM, grad_SL, bounds), dreduction
+
+
+def _sort(expert: Tensor, n_experts: int) -> tuple[Tensor, list[int]]:
+    """The slots in order, without the void ones, and where each expert's begin."""
+    order, offsets = sort_by_expert(expert, n_experts)
+    bounds = offsets.tolist()
+    return order[: bounds[-1]], bounds
 
 
 def _rows(index: Tensor | None, order: Tensor) -> Tensor:

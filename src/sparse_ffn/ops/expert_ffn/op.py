@@ -34,7 +34,8 @@ def expert_ffn(
     """y[t] = sum_j gate[t, j] * values[e].T h(x[t]; e) with e = index[t, j]; arguments are trusted to fit.
 
     Shapes: x [T, D], experts of keys [E, G, D] and values [E, G, O], index int64 [T, K], gate [T, K] (its own dtype),
-    dropout_mask [T, K, G] (dropout's multiplier, no gradient); result [T, O] in x's dtype or autocast's.
+    dropout_mask [T, K, G] (dropout's multiplier, no gradient); result [T, O] in x's dtype or autocast's. A slot whose
+    index is E is void: it adds 0, reads no weights, and its gate's gradient is 0.
     """
     dtype = autocast_dtype(x)
     x, dropout_mask = cast(x, dtype), cast(dropout_mask, dtype)
@@ -42,7 +43,7 @@ def expert_ffn(
     experts = Units(*weights_for(chosen, dtype, *experts))
     keys, values, gate_keys, key_bias = experts
     if chosen == "reference":
-        index = checked("index", index, keys.shape[0])
+        index = checked("index", index, keys.shape[0], True)
         return reference.expert_ffn(x, experts, index, gate, dropout_mask, activation)
     arguments = (x, keys, values, index, gate, gate_keys, key_bias, dropout_mask, activation, chosen)
     trained = (x, keys, values, gate, gate_keys, key_bias)
@@ -55,7 +56,7 @@ def expert_ffn(
 
 
 def _check_index(x: Tensor, keys: Tensor, values: Tensor, index: Tensor, *rest: Any) -> None:
-    check_indices(rest[-1], ("index", index, keys.shape[0]))
+    check_indices(rest[-1], ("index", index, keys.shape[0], True))
 
 
 def _inference_kernel(*args: Any) -> Tensor:

@@ -39,7 +39,7 @@ def _forward_fake(scores: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]
 
 
 def _backward_kernel(grad: Tensor, index: Tensor, n: int, stride: list[int], backend: str) -> Tensor:
-    check_indices(backend, ("index", index, n * n))
+    check_indices(backend, ("index", index, n * n, False))
     out: Tensor = implementation("product_key_topk", backend).backward(grad, index, n, stride)
     return out
 

@@ -57,7 +57,7 @@ def forward(
     (tokens, _), (n_experts, size, d_out) = x.shape, values.shape
     out, index = cpu.empty(tokens, d_out, dtype=x.dtype), cpu.empty(tokens, k, dtype=torch.int64)
     gate = cpu.empty(tokens, k, dtype=torch.float32)
-    sums = cpu.empty(groups, n_experts, dtype=torch.float32)
+    sums = cpu.empty(groups, router_weight.shape[0], dtype=torch.float32)
     z = cpu.empty(tokens * k, size, dtype=x.dtype)
     other = None if gate_keys is None else cpu.empty(*z.shape, dtype=z.dtype)
     order, offsets = cpu.empty(tokens * k, dtype=torch.int32), cpu.empty(n_experts + 1, dtype=torch.int32)

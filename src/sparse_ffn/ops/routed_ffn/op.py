@@ -52,8 +52,9 @@ def routed_ffn(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What ``reference.routed_ffn`` computes: out, index, gate, softmax sums; arguments are trusted to fit.
 
-    Shapes: x [T, D], router_weight [E, D], experts of keys [E, G, D] and values [E, G, O], router_bias fp32 [E]
-    (ranking only), mask bool [T], dropout_mask [T, K, G]; results [T, O], int64 [T, K], fp32 [T, K], fp32 [groups, E].
+    Shapes: x [T, D], router_weight [R, D], experts of keys [E, G, D] and values [E, G, O], router_bias fp32 [R]
+    (ranking only), mask bool [T], dropout_mask [T, K, G]; results [T, O], int64 [T, K], fp32 [T, K], fp32 [groups, R].
+    A router may have more rows than there are experts: a slot that selects one of those from E on is void.
     """
     found: tuple[Tensor, ...] = _forward(
         x, router_weight, router_bias, mask, *experts, dropout_mask, k, gate_function, groups, activation
@@ -71,9 +72,7 @@ def routed_ffn_inference(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """Output and index of ``routed_ffn``, without a gradient."""
-    found: tuple[Tensor, Tensor] = _inference(
-        x, router_weight, router_bias, *experts, k, gate_function, activation
-    )
+    found: tuple[Tensor, Tensor] = _inference(x, router_weight, router_bias, *experts, k, gate_function, activation)
     return found
 
 
@@ -98,7 +97,7 @@ def _forward_fake(
         x.new_empty(tokens, d_out),
         x.new_empty(tokens, k, dtype=torch.int64),
         x.new_empty(tokens, k, dtype=torch.float32),
-        x.new_empty(groups, n_experts, dtype=torch.float32),
+        x.new_empty(groups, router_weight.shape[0], dtype=torch.float32),
         z,
         absent(x) if gate_keys is None else torch.empty_like(z),
         x.new_empty(tokens * k, dtype=torch.int32),

@@ -30,13 +30,13 @@ def weighted_bag(values: Tensor, index: Tensor, weight: Tensor, *, sparse_grad: 
     chosen = choose(values, dtype)
     (values,) = weights_for(chosen, dtype, values)
     if chosen == "reference":
-        return reference.weighted_bag(values, checked("index", index, values.shape[0]), weight)
+        return reference.weighted_bag(values, checked("index", index, values.shape[0], False), weight)
     out = _forward(values, index, weight, dtype, chosen)
     return out
 
 
 def _forward_kernel(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    check_indices(backend, ("index", index, values.shape[0]))
+    check_indices(backend, ("index", index, values.shape[0], False))
     forward = implementation("weighted_bag", backend).forward
     out: Tensor = forward(values, index, weight, *(() if values.dtype == dtype else (dtype,)))
     return out
@@ -49,7 +49,7 @@ def _forward_fake(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dt
 def _backward_kernel(
     grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    check_indices(backend, ("index", index, values.shape[0]))
+    check_indices(backend, ("index", index, values.shape[0], False))
     out: tuple[Tensor, Tensor] = implementation("weighted_bag", backend).backward(
         grad.contiguous(), values, index, weight
     )
