@@ -29,6 +29,7 @@ ROUTINGS: dict[str, Callable[[], Tensor]] = {
     "an expert named twice": lambda: torch.tensor([[1, 1], [1, 2], [0, 0]]),
     "empty experts first": lambda: torch.full((6, 2), 4) - torch.tensor([[0, 1]]),
     "k = E": lambda: torch.arange(E).repeat(4, 1),
+    "void slots": lambda: torch.tensor([[E, 1], [2, E], [E, E], [3, 0]]),
 }
 routings = pytest.mark.parametrize("routing", ROUTINGS)
 

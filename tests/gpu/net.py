@@ -204,6 +204,9 @@ ROUTINGS: dict[str, Callable[[], tuple[int, Tensor]]] = {  # experts, index
     "empty experts first": lambda: (5, torch.full((20, 2), 4) - torch.tensor([[0, 1]])),
     "ragged": lambda: (4, torch.repeat_interleave(torch.arange(4), torch.tensor([1, 17, 0, 46])).flip(0).unsqueeze(1)),
     "k = E": lambda: (5, torch.arange(5).repeat(7, 1)),
+    "half of the slots void": lambda: (5, torch.where(torch.rand(23, 3) < 0.5, 5, torch.rand(23, 5).topk(3).indices)),
+    "all slots void": lambda: (5, torch.full((19, 2), 5)),
+    "one token, void slots": lambda: (5, torch.tensor([[5, 2, 5]])),
     "one expert": lambda: (1, torch.zeros(19, 1, dtype=torch.int64)),
 }
 
