@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparse_ffn.backends.sort import sort_by_expert
 from sparse_ffn.ops.activations import hidden, hidden_backward
@@ -32,7 +33,7 @@ def forward(
     expert, token = index.reshape(-1), _tokens(T, K, index)
     up_SG = cvmm.forward(x, keys.transpose(1, 2), expert, token, None, None, T * K)
     if key_bias is not None:
-        up_SG += key_bias.to(x.dtype).index_select(0, expert)
+        up_SG += F.pad(key_bias.to(x.dtype), (0, 0, 0, 1)).index_select(0, expert)  # of void slots: zero
     if gate_keys is None:
         z_SG, other_SG = up_SG, None
     else:
