@@ -11,23 +11,21 @@ import torch
 from net import (
     ROUTINGS,
     TOLERANCE,
+    VOID,
     Case,
     check,
+    check_void,
     cvmm_case,
     expert_case,
     fp32_first,
-    gradient,
     random,
-    results,
     tf32,
-    traps,
 )
 from strange import assert_near, exact, numbers
 from test_on_a_gpu import TOKENS
 from torch import Tensor
 
 import sparse_ffn as sf
-from sparse_ffn import ops
 from sparse_ffn.backends.triton import columns, config, grouped, outer
 from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.expert_ffn import dense
@@ -267,26 +265,7 @@ def test_every_layer_trains(layer: Callable[..., torch.nn.Module], device: str) 
 
 
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("routing", ["half of the slots void", "all slots void", "one token, void slots"])
-def test_what_belongs_to_void_slots_is_not_read(
-    routing: str, train: bool, device: str, small_blocks: None, triton_backend: None
-) -> None:
-    """Their gates and multipliers of dropout are NaN, and so are the weights that only they could ask for."""
-    cases = (expert_case(routing, form="everything", train=train), cvmm_case(routing, form="reduction", train=train))
-    for case in cases:
-        names = {"weight": "gate", "weights": ("keys", "values", "gate_keys", "key_bias"), "index": "index"}
-        if case.op is ops.cvmm:
-            names = {"weight": "reduction", "weights": ("weight",), "index": "expert"}
-        tensors = {n: t.float().to(device) if t.is_floating_point() else t.to(device) for n, t in case.tensors.items()}
-        index = tensors[names["index"]]
-        grad = gradient(case, results(case, tensors)["output"].shape, device)
-        expected = results(case, tensors, grad)
-        tensors[names["weight"]][index == 5] = torch.nan
-        for name in names["weights"]:
-            tensors[name][[e for e in range(5) if not (index == e).any()]] = torch.nan
-        if "dropout_mask" in tensors:
-            tensors["dropout_mask"][index == 5] = torch.nan
-        with traps():
-            actual = results(case, tensors, grad)
-        for name, want in expected.items():
-            assert torch.equal(actual[name], want), name
+@pytest.mark.parametrize("routing", VOID)
+def test_what_belongs_to_void_slots_is_not_read(routing: str, train: bool, device: str, small_blocks: None) -> None:
+    check_void(expert_case(routing, form="everything", train=train), device)
+    check_void(cvmm_case(routing, form="reduction", train=train), device)
