@@ -169,7 +169,7 @@ def units() -> tuple[Operand, ...]:
 
 
 def saved() -> tuple[Operand, ...]:
-    return Operand("order", "S", i32), Operand("offsets", "F", i32), Operand("z", "SG"), Operand("zg", "SG")
+    return Operand("order", "S", i32), Operand("offsets", "F", i32), Operand("up", "SG"), Operand("glu_gate", "SG")
 
 
 def slots() -> tuple[Operand, ...]:
@@ -282,7 +282,7 @@ def core_cases() -> Iterator[tuple[str, Callable[[], str | None]]]:
         yield f"{function}, all right", partial(accepted, function, tensors, options)
         for i, operand in enumerate(operands):
             where = f"{function}, {operand.name}"
-            optional = operand.optional or operand.name in ("z", "zg", "scale")
+            optional = operand.optional or operand.name in ("up", "glu_gate", "scale")
             others = "".join(o.letters for o in operands if o is not operand)
             for dim, by in itertools.product(range(len(operand.letters)), (1, -1)):
                 shape = [SIZES[c] for c in operand.letters]

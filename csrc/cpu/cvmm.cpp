@@ -21,7 +21,7 @@ template <class T> static ScatterGemm<T> product(const sparse_ffn_cvmm& p) {
 static bool one_slot_each(const sparse_ffn_cvmm& p) {
   if (p.rows_out != p.S) return false;
   if (!p.scatter) return true;
-  char* seen = scratch_of<char>(kSlotC, p.S);
+  char* seen = scratch_of<char>(kBufferC, p.S);
   if (!seen) return false;
   memset(seen, 0, static_cast<size_t>(p.S));
   for (int64_t s = 0; s < p.S; s++) seen[p.scatter[s]] = 1;

@@ -26,7 +26,7 @@ struct sparse_ffn_router {
   const float* bias;         // [R] or null
   const uint8_t* mask;       // [T] or null
   int64_t groups;            // runs of T / groups tokens with sums of their own
-  int32_t gate;
+  int32_t gate_function;
 };
 
 // Slots are sorted by expert: expert e owns offsets[e] .. offsets[e+1]-1, and void slots lie behind. One of w_stride_m,

@@ -1,11 +1,9 @@
-// router.h - routing fused with the expert FFN: scores, selection, gates and the sums that balance losses need, and the
-// gradient of all of these. The scores [T, R], R rows of the router, live in scratch only: the backward pass computes them again.
+// router.h - routing fused with the expert FFN: the gradient of scores, gates and the sums that balance losses need. The
+// scores [T, R], R rows of the router, live in scratch only: the backward pass computes them again.
 #pragma once
 #include "experts.h"
 
 SPARSE_FFN_BEGIN
-
-int route_tokens(const sparse_ffn_experts&, const sparse_ffn_router&, int64_t* index, float* gate, float* softmax_sums);
 
 // What the backward pass of the experts adds for a router that reads the same x.
 struct RouterGradient {

@@ -2,7 +2,7 @@
  *
  * Conventions
  *  - No torch, no C++ in the interface. A tensor crosses it as memory, dtype, sizes and strides in elements (not bytes);
- *    every function checks that those of its tensors fit each other before it touches any memory, and refuses else.
+ *    every function checks that its tensors fit each other before it touches any memory, and otherwise refuses the call.
  *  - A function takes one block of tensors, inputs first, then options. What a comment calls "or absent" may be all zero.
  *    T tokens, D d_model, O d_out, E experts, G hidden units per expert, K experts per token, S = T*K slots. Slot t*K+j is
  *    the j-th choice of token t. Equal letters are equal sizes.
@@ -75,14 +75,14 @@ SPARSE_FFN_API void sparse_ffn_release_memory(void);
  * with the number of bytes that was asked for, is kept for outputs of the same size. */
 SPARSE_FFN_API void* sparse_ffn_allocate(int64_t bytes);
 SPARSE_FFN_API void sparse_ffn_free(void* memory, int64_t bytes);
-/* Finds the memory behind a fresh buffer that others will write, with huge pages where there are. All functions here do
- * so for their own large outputs. */
+/* Maps the memory behind a fresh buffer that others will write, with huge pages where the system has them. All functions
+ * here do so for their own large outputs. */
 SPARSE_FFN_API int sparse_ffn_advise_huge_pages(void* p, int64_t bytes);
 
 /* ---- Expert FFN -------------------------------------------------------------------------------------------------
  * y_t = sum_j gate[t,j] * h(t,j) @ values[e],  e = index[t,j]
- * h   = act(z) * dropout_mask,             z  = keys[e] x_t + key_bias[e]
- * h   = act(zg) * z * dropout_mask  (GLU), zg = gate_keys[e] x_t */
+ * h   = act(up) * dropout_mask,                   up       = keys[e] x_t + key_bias[e]
+ * h   = act(glu_gate) * up * dropout_mask  (GLU), glu_gate = gate_keys[e] x_t */
 typedef struct sparse_ffn_units {
   sparse_ffn_tensor x;             /* [T, D], rows */
   sparse_ffn_tensor keys;          /* [E, G, D] */
@@ -94,9 +94,9 @@ typedef struct sparse_ffn_units {
 /* What a forward pass keeps for the backward pass. The slots are sorted by expert, in their order: order [S] int32 holds
  * the slot at each sorted position, and expert e owns positions offsets[e] .. offsets[e+1]-1, offsets [E+1] int32. Void
  * slots lie behind offsets[E]; nothing of what is kept there is read.
- * z [S, G], and zg [S, G] with a GLU, hold in that order the activation for ReLU, else the pre-activation. */
+ * up [S, G], and with a GLU glu_gate [S, G], hold in that order the pre-activations, but for ReLU the activations. */
 typedef struct sparse_ffn_saved {
-  sparse_ffn_tensor order, offsets, z, zg;
+  sparse_ffn_tensor order, offsets, up, glu_gate;
 } sparse_ffn_saved;
 
 typedef struct sparse_ffn_experts_forward_args {
@@ -127,7 +127,7 @@ SPARSE_FFN_API int sparse_ffn_experts_backward(const sparse_ffn_experts_backward
  * and R >= E rows of the router take part: slots that select one of those from E on are void. The selected slots
  * weigh sigmoid(score), the softmax over all scores, the softmax over the selected ones, or 1. fp32 and bf16 only. */
 enum sparse_ffn_gate {
-  SPARSE_FFN_GATE_SIGMOID = 0, SPARSE_FFN_GATE_SOFTMAX = 1, SPARSE_FFN_GATE_SOFTMAX_SELECTED = 2, SPARSE_FFN_GATE_ONE = 3
+  SPARSE_FFN_GATE_SIGMOID = 0, SPARSE_FFN_GATE_SOFTMAX = 1, SPARSE_FFN_GATE_SOFTMAX_TOPK = 2, SPARSE_FFN_GATE_UNWEIGHTED = 3
 };
 typedef struct sparse_ffn_moe_forward_args {
   sparse_ffn_units units;

@@ -10,8 +10,8 @@
 
 namespace sparse_ffn {
 
-template <class T> T* scratch_of(Slot slot, int64_t count) {
-  return static_cast<T*>(scratch(slot, static_cast<size_t>(count) * sizeof(T)));
+template <class T> T* scratch_of(Buffer purpose, int64_t count) {
+  return static_cast<T*>(scratch(purpose, static_cast<size_t>(count) * sizeof(T)));
 }
 
 inline int done(int status) {

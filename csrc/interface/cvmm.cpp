@@ -40,11 +40,11 @@ void check_slots(Operands& o, sparse_ffn_cvmm& p, const Slots& slots) {
 
 // Sorts the slots into scratch and returns the slot at each sorted position; null when out of memory.
 const int32_t* sort_slots(sparse_ffn_cvmm& p, const Slots& s) {
-  int32_t* offsets = scratch_of<int32_t>(kSlotOffsets, p.E + 1);
-  int32_t* order = scratch_of<int32_t>(kSlotOrder, p.S + 1);
-  int32_t* gather = s.gather ? scratch_of<int32_t>(kSlotToken, p.S + 1) : order;
-  int32_t* scatter = s.scatter ? scratch_of<int32_t>(kSlotAux, p.S + 1) : order;
-  float* scale = s.scale ? scratch_of<float>(kSlotGate, p.S + 1) : nullptr;
+  int32_t* offsets = scratch_of<int32_t>(kBufferOffsets, p.E + 1);
+  int32_t* order = scratch_of<int32_t>(kBufferOrder, p.S + 1);
+  int32_t* gather = s.gather ? scratch_of<int32_t>(kBufferToken, p.S + 1) : order;
+  int32_t* scatter = s.scatter ? scratch_of<int32_t>(kBufferAux, p.S + 1) : order;
+  float* scale = s.scale ? scratch_of<float>(kBufferGate, p.S + 1) : nullptr;
   if (!offsets || !order || !gather || !scatter || (s.scale && !scale)) return nullptr;
   sort_by_expert(s.expert, p.S, p.E, order, offsets);
   for (int64_t i = 0; i < p.S; i++) {  // void slots too: some of it is scattered to
@@ -105,7 +105,7 @@ int sparse_ffn_cvmm_backward(const sparse_ffn_cvmm_backward_args* a, int32_t n_t
     return SPARSE_FFN_OK;
   }
   const int32_t* order = sort_slots(p, slots);
-  float* sorted_dscale = dscale ? scratch_of<float>(kSlotDgate, p.S + 1) : nullptr;
+  float* sorted_dscale = dscale ? scratch_of<float>(kBufferDgate, p.S + 1) : nullptr;
   if (!order || (dscale && !sorted_dscale)) return done(SPARSE_FFN_NO_MEMORY);
   const int64_t dout_stride = a->dout.stride[0];
   const bool transposed = dweight && p.M > 1 && p.L > 1 && dw.stride[1] == 1;

@@ -45,19 +45,19 @@ void take_slots(Operands& o, sparse_ffn_experts& p, const sparse_ffn_tensor& dro
 
 struct Saved {
   int32_t *order, *offsets;
-  void *z, *zg;
+  void *up, *glu_gate;
 };
 Saved take_saved(Operands& o, const sparse_ffn_saved& s, bool glu) {
   return {o.take<int32_t>("order", s.order, "S"), o.take<int32_t>("offsets", s.offsets, "F"),
-          o.take<void>("z", s.z, "SG"), glu ? o.take<void>("zg", s.zg, "SG") : nullptr};
+          o.take<void>("up", s.up, "SG"), glu ? o.take<void>("glu_gate", s.glu_gate, "SG") : nullptr};
 }
 // All or nothing; without them the order is in scratch.
 Saved take_saved_output(Operands& o, const sparse_ffn_saved& s, bool glu) {
-  return s.z.dtype == SPARSE_FFN_ABSENT ? Saved{} : take_saved(o, s, glu);
+  return s.up.dtype == SPARSE_FFN_ABSENT ? Saved{} : take_saved(o, s, glu);
 }
 bool find_room(const sparse_ffn_experts& p, Saved& s) {
-  if (!s.order) s.order = scratch_of<int32_t>(kSlotOrder, p.T * p.K + 1);
-  if (!s.offsets) s.offsets = scratch_of<int32_t>(kSlotOffsets, p.E + 1);
+  if (!s.order) s.order = scratch_of<int32_t>(kBufferOrder, p.T * p.K + 1);
+  if (!s.offsets) s.offsets = scratch_of<int32_t>(kBufferOffsets, p.E + 1);
   return s.order && s.offsets;
 }
 
@@ -69,8 +69,8 @@ int forward(sparse_ffn_experts& p, const int64_t* index, const Saved& saved, voi
     zero(out, p.T * p.O, p.dtype);
     return SPARSE_FFN_OK;
   }
-  if (p.T <= kDecodeTokens && !saved.z) return done(PHASE("decode", kernels().experts_decode(p, out)));
-  return done(kernels().experts_forward(p, out, saved.z, saved.zg));
+  if (p.T <= kDecodeTokens && !saved.up) return done(PHASE("decode", kernels().experts_decode(p, out)));
+  return done(kernels().experts_forward(p, out, saved.up, saved.glu_gate));
 }
 
 sparse_ffn_router take_router(Operands& o, const sparse_ffn_tensor& weight, const sparse_ffn_tensor& bias,
@@ -80,8 +80,8 @@ sparse_ffn_router take_router(Operands& o, const sparse_ffn_tensor& weight, cons
   r.bias = o.maybe<float>("router.bias", bias, "R");
   r.mask = o.maybe<uint8_t>("mask", mask, "T");
   r.rows = o['R'];
-  r.gate = gate_function;
-  o.require(gate_function >= SPARSE_FFN_GATE_SIGMOID && gate_function <= SPARSE_FFN_GATE_ONE,
+  r.gate_function = gate_function;
+  o.require(gate_function >= SPARSE_FFN_GATE_SIGMOID && gate_function <= SPARSE_FFN_GATE_UNWEIGHTED,
             "gate function %d is unknown", gate_function);
   o.require(o.dtype() != SPARSE_FFN_FP16, "the router takes float32 and bfloat16, got float16");
   return r;
@@ -139,8 +139,8 @@ int sparse_ffn_experts_backward(const sparse_ffn_experts_backward_args* a, int32
     if (dgate) zero(dgate, p.T * p.K, SPARSE_FFN_FP32);
     return SPARSE_FFN_OK;
   }
-  return done(kernels().experts_backward(p, dout, a->dout.stride[0], saved.z, saved.zg, dx, dkeys, dgate_keys, dvalues,
-                                         dkey_bias, dgate));
+  return done(kernels().experts_backward(p, dout, a->dout.stride[0], saved.up, saved.glu_gate, dx, dkeys, dgate_keys,
+                                         dvalues, dkey_bias, dgate));
 }
 
 int sparse_ffn_moe_forward(const sparse_ffn_moe_forward_args* a, int32_t gate_function, int32_t activation,
@@ -155,7 +155,7 @@ int sparse_ffn_moe_forward(const sparse_ffn_moe_forward_args* a, int32_t gate_fu
   void* out = o.take<void>("out", a->out, "TO");
   Saved saved = take_saved_output(o, a->saved, p.gate_keys);
   if (o.status()) return o.status();
-  if (!gate) gate = scratch_of<float>(kSlotDgate, p.T * p.K + 1);
+  if (!gate) gate = scratch_of<float>(kBufferDgate, p.T * p.K + 1);
   if (!gate || !find_room(p, saved)) return done(SPARSE_FFN_NO_MEMORY);
   p.gate = gate;
   if (const int bad = done(PHASE("route", kernels().route_tokens(p, router, index, gate, sums)))) return bad;
@@ -184,8 +184,8 @@ int sparse_ffn_moe_backward(const sparse_ffn_moe_backward_args* a, int32_t gate_
   check_sorted(o, saved.order, saved.offsets, o['S'], p.E);
   if (o.status()) return o.status();
   p.order = saved.order, p.offsets = saved.offsets;
-  return done(kernels().moe_backward(p, router, dout, a->dout.stride[0], saved.z, saved.zg, index, dgate, dsums, dx,
-                                     drouter, dkeys, dgate_keys, dvalues, dkey_bias));
+  return done(kernels().moe_backward(p, router, dout, a->dout.stride[0], saved.up, saved.glu_gate, index, dgate, dsums,
+                                     dx, drouter, dkeys, dgate_keys, dvalues, dkey_bias));
 }
 
 }  // extern "C"
