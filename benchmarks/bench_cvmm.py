@@ -20,13 +20,14 @@ def main(argv: Sequence[str] | None = None) -> Report:
     """Run from the command line."""
     arguments = parser(__doc__ or "", seconds=3)
     add_shapes(arguments)
+    arguments.add_argument("--void", type=float, default=0.0, help="share of void slots in a row of its own")
     options = arguments.parse_args(argv)
 
     def cases() -> Iterator[Case]:
         for dtype in options.dtype:
             for shape in options.shapes or moe_shapes(options.device):
-                yield cvmm_case(shape, dtype, options.device, down=False)
-                yield cvmm_case(shape, dtype, options.device, down=True)
+                yield cvmm_case(shape, dtype, options.device, down=False, void=options.void)
+                yield cvmm_case(shape, dtype, options.device, down=True, void=options.void)
 
     return collect(options, cases, plot.ratios, argv)
 

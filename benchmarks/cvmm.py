@@ -124,10 +124,13 @@ class Dense(nn.Module):
         return (x.reshape(self.rows_in, -1) @ self.weight).reshape(self.rows_out, -1)
 
 
-def cvmm_case(shape: MoEShape, dtype: str, device: torch.device, *, down: bool, libraries: bool | None = None) -> Case:
+def cvmm_case(
+    shape: MoEShape, dtype: str, device: torch.device, *, down: bool, libraries: bool | None = None, void: float = 0.0
+) -> Case:
     """The first product of an expert FFN (gather), or the second (weigh and scatter).
 
-    ``libraries``: with those that need a GPU; None: where there is one.
+    ``libraries``: with those that need a GPU; None: where there is one. ``void``: a row more, where this share of the
+    slots has no expert.
     """
     factory: dict[str, Any] = {"device": device, "dtype": DTYPES[dtype]}
     S = shape.T * shape.k
@@ -154,6 +157,11 @@ def cvmm_case(shape: MoEShape, dtype: str, device: torch.device, *, down: bool, 
         Entry("per-expert loop", "peer", "one product for each expert", lambda: of(Loop)),
         Entry("torch grouped_mm", "peer", "sort, torch's grouped_mm, unsort", lambda: of(Grouped)),
     )
+    if void:
+        fewer_TK = torch.where(torch.rand(index_TK.shape, device=device) < void, shape.E, index_TK)
+        fewer = Ours(weight, fewer_TK, scale)
+        about = f"the same with {void:.0%} of the slots void"
+        entries += (Entry("sparse-ffn, void slots", "peer", about, lambda: Contender(fewer, Oracle(fewer))),)
     if libraries or (libraries is None and device.type == "cuda"):
         entries += (
             Entry("ScatterMoE", "peer", "scattermoe's parallel_linear", lambda: of(ScatterMoE)),

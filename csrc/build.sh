@@ -1,18 +1,23 @@
 #!/usr/bin/env bash
-# Builds the native libraries without pip and without a network: csrc/build.sh [--dry-run] FOLDER
+# Builds the libraries without pip and without a network.
 #
 # Into FOLDER go libsparse_ffn_cpu.so and, where nvcc is, libsparse_ffn_cuda.so. They are found through
 #   export SPARSE_FFN_LIBRARY=FOLDER/libsparse_ffn_cpu.so SPARSE_FFN_CUDA_LIBRARY=FOLDER/libsparse_ffn_cuda.so
 # With cmake it does as an installation does; without it (or with SPARSE_FFN_NO_CMAKE=1) calls the compilers itself, with
 # CXXFLAGS after its own. SPARSE_FFN_CUDA=0 leaves out the CUDA kernels.
 set -euo pipefail
+usage="usage: csrc/build.sh [--dry-run] FOLDER"
 dry=""
 if [ "${1:-}" = --dry-run ]; then
   dry=1
   shift
 fi
+case ${1:-} in
+  -h | --help) echo "$usage" && sed -n '/^# Builds/,/^[^#]/s/^# \{0,1\}//p' "$0" && exit ;;
+  "" | -*) echo "$usage" >&2 && exit 2 ;;
+esac
 run() { if [ -n "$dry" ]; then echo "$*"; else "$@"; fi; }
-out=${1:?usage: csrc/build.sh [--dry-run] FOLDER}
+out=$1
 here=$(cd "$(dirname "$0")" && pwd)
 jobs=$(nproc 2>/dev/null || echo 2)
 cxx=${CXX:-$(command -v g++ || command -v clang++ || true)}

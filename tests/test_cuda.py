@@ -21,7 +21,7 @@ from sparse_ffn.backends import cuda
 from sparse_ffn.backends.choice import explain, unavailable
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
-from net import ROUTINGS, TOLERANCE, Case, check, cvmm_case, expert_case, random
+from net import ROUTINGS, TOLERANCE, VOID, Case, check, check_void, cvmm_case, expert_case, random
 
 CSRC = Path(__file__).parent.parent / "csrc"
 COMPILER = shutil.which(os.environ.get("CXX") or "c++")
@@ -113,6 +113,12 @@ def test_tf32_where_torch_allows_it(device: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("routing", ["random", "no token", "an expert named twice", "ragged"])
 def test_expert_ffn(routing: str, form: str, dtype: torch.dtype, device: str) -> None:
     check(expert_case(routing, dtype, form=form, activation="silu"), device, "cuda")
+
+
+@pytest.mark.parametrize("routing", VOID)
+def test_what_belongs_to_void_slots_is_not_read(routing: str, device: str) -> None:
+    check_void(expert_case(routing, form="everything"), device, "cuda")
+    check_void(cvmm_case(routing, form="reduction"), device, "cuda")
 
 
 def test_inference(device: str) -> None:

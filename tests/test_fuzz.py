@@ -144,7 +144,7 @@ def expert_ffn_cases(draw: Callable[..., Any]) -> Case:
         "x": n.whole(tokens, depth),
         "keys": n.whole(experts, width, depth),
         "values": n.real(experts, width, out),
-        "index": n.index(experts, tokens, k),
+        "index": n.experts(experts, tokens, k),
         "gate": n.weight(tokens, k),
         **units(n, (experts, width), depth),
     }
@@ -269,7 +269,7 @@ def cvmm_cases(draw: Callable[..., Any]) -> Case:
     rows, (depth, out), experts = draw(TOKENS), draw(SIDES), draw(EXPERTS)
     gathered, scattered = rows > 0 and draw(st.booleans()), draw(st.booleans())
     slots = draw(TOKENS) if gathered else rows
-    tensors = {"x": n.real(rows, depth), "weight": n.real(experts, depth, out), "expert": n.index(experts, slots)}
+    tensors = {"x": n.real(rows, depth), "weight": n.real(experts, depth, out), "expert": n.experts(experts, slots)}
     options: dict[str, Any] = {}
     if gathered:
         tensors["gather"] = n.index(rows, slots)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ ROUTINGS: dict[str, Callable[[], Tensor]] = {
     "an expert named twice": lambda: torch.tensor([[1, 1], [1, 2], [0, 0]]),
     "empty experts first": lambda: torch.full((6, 2), 4) - torch.tensor([[0, 1]]),
     "k = E": lambda: torch.arange(E).repeat(4, 1),
+    "void slots": lambda: torch.tensor([[E, 1], [2, E], [E, E], [3, 0]]),
 }
 routings = pytest.mark.parametrize("routing", ROUTINGS)
 
@@ -372,7 +374,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("cvmm", {"weight": torch.zeros(E, D + 1, O)}, ValueError, "weight must have shape"),
     ("cvmm", {"weight": torch.zeros(E, D, O).double()}, TypeError, "weight has dtype torch.float64"),
     ("cvmm", {"expert_index": three.int()}, TypeError, "expert_index must be int64, got int32"),
-    ("cvmm", {"expert_index": three + E}, IndexError, r"expert_index must be in \[0, 5\)"),
+    ("cvmm", {"expert_index": three + E + 1}, IndexError, r"expert_index must be in \[0, 5\]"),
     ("cvmm", {"expert_index": three - 1}, IndexError, "got values from -1 to -1"),
     ("cvmm", {"expert_index": three[:2]}, ValueError, "without gather_index"),
     ("cvmm", {"gather_index": three + 3}, IndexError, r"gather_index must be in \[0, 3\)"),
@@ -387,7 +389,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("expert_ffn", {"values": torch.zeros(E, G + 1, O)}, ValueError, "values must have shape"),
     ("expert_ffn", {"gate_keys": torch.zeros(E, G, D + 1)}, ValueError, "gate_keys must have shape"),
     ("expert_ffn", {"key_bias": torch.zeros(E, G + 1)}, ValueError, "key_bias must have shape"),
-    ("expert_ffn", {"index": torch.full((3, 2), E)}, IndexError, r"index must be in \[0, 5\)"),
+    ("expert_ffn", {"index": torch.full((3, 2), E + 1)}, IndexError, r"index must be in \[0, 5\]"),
     ("expert_ffn", {"index": torch.zeros(4, 2, dtype=torch.int64)}, ValueError, "index must have shape"),
     ("expert_ffn", {"gate": torch.zeros(3, 1)}, ValueError, "gate must have shape"),
     ("expert_ffn", {"activation": "tanh"}, ValueError, "activation must be one of 'relu'"),
@@ -411,12 +413,12 @@ def test_functional_refuses_bad_arguments(
         getattr(functional, name)(**(arguments(name) | change))
 
 
-INDICES = {  # every index argument: what else a call with it takes, and the first index out of its range
-    ("cvmm", "expert_index"): ({}, E),
-    ("cvmm", "gather_index"): ({}, 3),
-    ("cvmm", "scatter_index"): ({"n_out": 4}, 4),
-    ("expert_ffn", "index"): ({}, E),
-    ("weighted_bag", "index"): ({}, 9),
+INDICES = {  # every index argument: what else a call with it takes, its range, and the first index out of it
+    ("cvmm", "expert_index"): ({}, f"[0, {E}]", E + 1),
+    ("cvmm", "gather_index"): ({}, "[0, 3)", 3),
+    ("cvmm", "scatter_index"): ({"n_out": 4}, "[0, 4)", 4),
+    ("expert_ffn", "index"): ({}, f"[0, {E}]", E + 1),
+    ("weighted_bag", "index"): ({}, "[0, 9)", 9),
 }
 
 
@@ -426,12 +428,12 @@ def test_indices_out_of_range_are_refused_by_name_on_every_backend(
     name: str, argument: str, bad: int | str, on_backend: str
 ) -> None:
     """2**32 would be index 0 in 32 bits."""
-    options, limit = INDICES[name, argument]
+    options, allowed, limit = INDICES[name, argument]
     good = arguments(name) | options
     index = good.get(argument, torch.zeros(3, dtype=torch.int64)).clone()
     getattr(functional, name)(**good | {argument: index})
     index[-1] = limit if bad == "limit" else bad
-    with pytest.raises(IndexError, match=rf"^{argument} must be in \[0, {limit}\), got values from"):
+    with pytest.raises(IndexError, match=f"^{argument} must be in {re.escape(allowed)}, got values from"):
         getattr(functional, name)(**good | {argument: index})
 
 

@@ -145,7 +145,7 @@ class Operand:
 
 SIZES = {
     **{"T": 6, "K": 2, "D": 8, "E": 3, "G": 4, "O": 7, "S": 12, "F": 4, "B": 2},
-    **{"N": 9, "M": 5, "L": 6, "R": 8, "J": 3, "C": 1, "U": 9, "P": 3, "W": 3, "H": 2, "Q": 81, "2": 2, "k": 4},
+    **{"N": 9, "M": 5, "L": 6, "R": 8, "V": 5, "J": 3, "C": 1, "U": 9, "P": 3, "W": 3, "H": 2, "Q": 81, "2": 2, "k": 4},
 }
 FIXED = "SFUC2"  # sizes that follow from others
 i64, i32, flag = torch.int64, torch.int32, torch.bool
@@ -169,16 +169,17 @@ def units() -> tuple[Operand, ...]:
 
 
 def saved() -> tuple[Operand, ...]:
-    return Operand("order", "S", i32), Operand("offsets", "F", i32), Operand("z", "SG"), Operand("zg", "SG")
+    return Operand("order", "S", i32), Operand("offsets", "F", i32), Operand("up", "SG"), Operand("glu_gate", "SG")
 
 
 def slots() -> tuple[Operand, ...]:
-    expert, gather, scatter = (Operand(f"{n}_index", "S", i64, below) for n, below in zip(NAMES, "ENR", strict=True))
+    expert, gather, scatter = (Operand(f"{n}_index", "S", i64, below) for n, below in zip(NAMES, "FNR", strict=True))
     return expert, *maybe(gather, scatter, Operand("reduction_weight", "S"))
 
 
 NAMES = ("expert", "gather", "scatter")
-INDEX, GATE = Operand("index", "TK", i64, "E"), Operand("gate", "TK")
+INDEX, GATE = Operand("index", "TK", i64, "F"), Operand("gate", "TK")  # E is no expert
+SELECTED = Operand("index", "TK", i64, "V")
 SCALE = maybe(Operand("dropout_mask", "TKG"))
 GRADIENTS = (
     *(Operand("dkeys", "EGD"), Operand("dvalues", "EGO"), Operand("dgate_keys", "EGD"), Operand("dkey_bias", "EG")),
@@ -195,19 +196,19 @@ CALLS: dict[str, tuple[tuple[Operand, ...], tuple[int, ...]]] = {
     ),
     "moe_forward": (
         (
-            *(*units(), Operand("router.weight", "ED")),
-            *maybe(Operand("router.bias", "E"), Operand("mask", "T", flag), *SCALE),
+            *(*units(), Operand("router.weight", "VD")),
+            *maybe(Operand("router.bias", "V"), Operand("mask", "T", flag), *SCALE),
             *outputs(Operand("out", "TO"), Operand("index", "TK", i64)),
-            *maybe(*outputs(Operand("gate", "TK"), Operand("softmax_sums", "BE"))),
+            *maybe(*outputs(Operand("gate", "TK"), Operand("softmax_sums", "BV"))),
             *outputs(*saved()),
         ),
         (0, 3),
     ),
     "moe_backward": (
         (
-            *(*units(), Operand("router.weight", "ED"), *maybe(Operand("mask", "T", flag)), *SCALE, INDEX, GATE),
-            *(*saved(), Operand("dout", "TO"), *maybe(Operand("dgate", "TK"), Operand("dsoftmax_sums", "BE"))),
-            *maybe(*outputs(Operand("dx", "TD"), Operand("drouter_weight", "ED"), *GRADIENTS)),
+            *(*units(), Operand("router.weight", "VD"), *maybe(Operand("mask", "T", flag)), *SCALE, SELECTED, GATE),
+            *(*saved(), Operand("dout", "TO"), *maybe(Operand("dgate", "TK"), Operand("dsoftmax_sums", "BV"))),
+            *maybe(*outputs(Operand("dx", "TD"), Operand("drouter_weight", "VD"), *GRADIENTS)),
         ),
         (0, 3),
     ),
@@ -281,7 +282,7 @@ def core_cases() -> Iterator[tuple[str, Callable[[], str | None]]]:
         yield f"{function}, all right", partial(accepted, function, tensors, options)
         for i, operand in enumerate(operands):
             where = f"{function}, {operand.name}"
-            optional = operand.optional or operand.name in ("z", "zg", "scale")
+            optional = operand.optional or operand.name in ("up", "glu_gate", "scale")
             others = "".join(o.letters for o in operands if o is not operand)
             for dim, by in itertools.product(range(len(operand.letters)), (1, -1)):
                 shape = [SIZES[c] for c in operand.letters]

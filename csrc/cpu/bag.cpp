@@ -114,7 +114,7 @@ template <class T> static int forward(const sparse_ffn_bag& p, T* out) {
     sort_slots<T>(c, s);
 #pragma omp parallel num_threads(larger(1, p.n_threads))
     {
-      float* sums = scratch_of<float>(kSlotAcc, c.T * kBlock);
+      float* sums = scratch_of<float>(kBufferAcc, c.T * kBlock);
       if (!sums) {
 #pragma omp atomic write
         failed = 1;
@@ -187,8 +187,8 @@ template <class T>
 static int backward(const sparse_ffn_bag& p, const T* dout, T* dweight, T* dvalues, int64_t* rows, int64_t* n_rows) {
   const int64_t S = p.T * p.J;
   // value row -> its row in the sparse gradient
-  int32_t* place = rows ? scratch_of<int32_t>(kSlotAux, p.N + 1) : nullptr;
-  float* dots = dweight ? scratch_of<float>(kSlotDgate, S + 1) : nullptr;
+  int32_t* place = rows ? scratch_of<int32_t>(kBufferAux, p.N + 1) : nullptr;
+  float* dots = dweight ? scratch_of<float>(kBufferDgate, S + 1) : nullptr;
   const SortedSlots s = SortedSlots::reserve(p);
   if ((rows && !place) || (dweight && !dots) || !s.ready()) return SPARSE_FFN_NO_MEMORY;
   if (dvalues && !rows) advise_huge_pages(dvalues, static_cast<size_t>(p.N * p.O) * sizeof(T));
@@ -207,7 +207,7 @@ static int backward(const sparse_ffn_bag& p, const T* dout, T* dweight, T* dvalu
   {
     const int64_t i = omp_get_thread_num(), n = omp_get_num_threads();
     const int64_t n0 = s.part(p.N, i, n), n1 = s.part(p.N, i + 1, n);
-    float* packed = scratch_of<float>(kSlotAcc, p.T * kBlock + 1);
+    float* packed = scratch_of<float>(kBufferAcc, p.T * kBlock + 1);
     if (packed && p.O) {
       backward_rows(p, s, n0, n1, dout, dvalues, place, packed, dots);
       if (dweight)

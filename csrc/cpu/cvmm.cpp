@@ -21,7 +21,7 @@ template <class T> static ScatterGemm<T> product(const sparse_ffn_cvmm& p) {
 static bool one_slot_each(const sparse_ffn_cvmm& p) {
   if (p.rows_out != p.S) return false;
   if (!p.scatter) return true;
-  char* seen = scratch_of<char>(kSlotC, p.S);
+  char* seen = scratch_of<char>(kBufferC, p.S);
   if (!seen) return false;
   memset(seen, 0, static_cast<size_t>(p.S));
   for (int64_t s = 0; s < p.S; s++) seen[p.scatter[s]] = 1;
@@ -43,6 +43,8 @@ template <class T> static bool forward_rows(const sparse_ffn_cvmm& p, T* out) {
   g.offsets = p.offsets;
   g.E = p.E;
   g.n_threads = p.n_threads;
+  for (int64_t s = p.offsets[p.E]; s < p.S; s++)
+    memset(out + (p.scatter ? p.scatter[s] : s) * p.L, 0, static_cast<size_t>(p.L) * sizeof(T));
   return run_row_gemm(g, [&](int64_t, int64_t s, const float* row) {
     T* to = out + (p.scatter ? p.scatter[s] : s) * p.L;
     const V scale = splat(p.scale ? p.scale[s] : 1.0f);

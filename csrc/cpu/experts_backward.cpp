@@ -1,5 +1,5 @@
 // experts_backward.cpp - all gradients of the expert FFN in four passes over the arithmetic of the forward:
-//   dh = dout @ values^T by rows (gate's gradient and activation's derivative in the epilogue), dx = dz @ keys by output
+//   dh = dout @ values^T by rows (gate's gradient and activation's derivative in the epilogue), dx = d_up @ keys by output
 //   columns, and the two weight gradients straight into their places.
 #include "experts.h"
 #include "gemm_outer.h"
@@ -15,13 +15,13 @@ template <class T> struct Gradients {
   float* dgate;
 };
 
-// Sum of dz over each expert's rows.
+// Sum of d_up over each expert's rows.
 template <class T>
-static bool bias_gradient(const sparse_ffn_experts& p, const T* dz, int64_t dz_stride, T* dkey_bias) {
+static bool bias_gradient(const sparse_ffn_experts& p, const T* d_up, int64_t d_up_stride, T* dkey_bias) {
   int failed = 0;
 #pragma omp parallel num_threads(larger(1, p.n_threads))
   {
-    float* total = scratch_of<float>(kSlotC, round_up(p.G, VL));
+    float* total = scratch_of<float>(kBufferC, round_up(p.G, VL));
     if (!total) {
 #pragma omp atomic write
       failed = 1;
@@ -32,7 +32,7 @@ static bool bias_gradient(const sparse_ffn_experts& p, const T* dz, int64_t dz_s
       memset(total, 0, static_cast<size_t>(round_up(p.G, VL)) * 4);
       for (int64_t s = p.offsets[e]; s < p.offsets[e + 1]; s++)
         for (int64_t i = 0; i < p.G; i += VL)
-          store(total + i, load(total + i) + load_upto(dz + s * dz_stride + i, p.G - i));
+          store(total + i, load(total + i) + load_upto(d_up + s * d_up_stride + i, p.G - i));
       for (int64_t i = 0; i < p.G; i += VL) store_upto(dkey_bias + e * p.G + i, load(total + i), p.G - i);
     }
   }
@@ -40,19 +40,20 @@ static bool bias_gradient(const sparse_ffn_experts& p, const T* dz, int64_t dz_s
 }
 
 template <class T>
-static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_stride, const T* saved_z,
-                    const T* saved_zg, const Gradients<T>& grad, const RouterGradient* router) {
+static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_stride, const T* saved_up,
+                    const T* saved_glu_gate, const Gradients<T>& grad, const RouterGradient* router) {
   const int64_t S = p.T * p.K;
   const bool glu = p.gate_keys != nullptr, recompute = !saved_is_hidden(p) && grad.dvalues;
-  const bool want_dz = grad.dx || grad.dkeys || grad.dgate_keys || grad.dkey_bias;
-  const int64_t dz_stride = glu ? 2 * p.G : p.G;
+  const bool want_d_up = grad.dx || grad.dkeys || grad.dgate_keys || grad.dkey_bias;
+  const int64_t d_up_stride = glu ? 2 * p.G : p.G;
   SlotTables slots;
   if (!fill_slot_tables(p, &slots)) return SPARSE_FFN_NO_MEMORY;
-  T* hidden = recompute ? scratch_of<T>(kSlotHidden, S * p.G) : nullptr;
-  T* dz = want_dz ? scratch_of<T>(kSlotDz, S * dz_stride) : nullptr;
-  if ((recompute && !hidden) || (want_dz && !dz)) return SPARSE_FFN_NO_MEMORY;
+  T* hidden = recompute ? scratch_of<T>(kBufferHidden, S * p.G) : nullptr;
+  T* d_up = want_d_up ? scratch_of<T>(kBufferDUp, S * d_up_stride) : nullptr;
+  if ((recompute && !hidden) || (want_d_up && !d_up)) return SPARSE_FFN_NO_MEMORY;
 
-  if (want_dz || grad.dgate || recompute) {
+  if (grad.dgate && p.offsets[p.E] < S) memset(grad.dgate, 0, static_cast<size_t>(S) * 4);  // void slots have none
+  if (want_d_up || grad.dgate || recompute) {
     RowGemm<T> dh{};
     dh.a = dout;
     dh.a_stride = dout_stride;
@@ -70,12 +71,12 @@ static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_str
     const bool done = PHASE("dh", run_row_gemm(dh, [&](int64_t, int64_t s, const float* c) {
       HiddenBackward<T> b{};
       b.c_dh = c;
-      b.z = saved_z + s * p.G;
-      b.zg = glu ? saved_zg + s * p.G : nullptr;
+      b.up = saved_up + s * p.G;
+      b.glu_gate = glu ? saved_glu_gate + s * p.G : nullptr;
       b.scale = scale ? scale + p.order[s] * p.G : nullptr;
       b.gate = slots.gate[s];
-      b.dz = dz ? dz + s * dz_stride : nullptr;
-      b.dzg = dz ? dz + s * dz_stride + p.G : nullptr;
+      b.d_up = d_up ? d_up + s * d_up_stride : nullptr;
+      b.d_glu_gate = d_up ? d_up + s * d_up_stride + p.G : nullptr;
       b.h = hidden ? hidden + s * p.G : nullptr;
       b.n = p.G;
       const float dgate = differentiate(b);
@@ -90,8 +91,8 @@ static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_str
   }
   if (grad.dx) {
     ScatterGemm<T> dx{};
-    dx.a = dz;
-    dx.a_stride = dz_stride;
+    dx.a = d_up;
+    dx.a_stride = d_up_stride;
     dx.K = p.G;
     dx.w[0] = static_cast<const T*>(p.keys);
     dx.w[1] = static_cast<const T*>(p.gate_keys);
@@ -109,7 +110,7 @@ static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_str
     if (router) {
       dx.extra_a = dscore;
       dx.extra_w = static_cast<const T*>(router->router->weight);
-      dx.extra_K = p.E;
+      dx.extra_K = router->router->rows;
     }
     dx.n_threads = p.n_threads;
     if (!PHASE("dx", run_scatter_gemm(dx))) return SPARSE_FFN_NO_MEMORY;
@@ -121,8 +122,8 @@ static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_str
   dw.E = p.E;
   dw.n_threads = p.n_threads;
   if (grad.dkeys || grad.dgate_keys) {
-    dw.a = dz;
-    dw.a_stride = dz_stride;
+    dw.a = d_up;
+    dw.a_stride = d_up_stride;
     dw.b = static_cast<const T*>(p.x);
     dw.b_stride = p.x_stride;
     dw.N = p.D;
@@ -131,7 +132,7 @@ static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_str
     if (!PHASE("dkeys", run_outer_gemm(dw))) return SPARSE_FFN_NO_MEMORY;
   }
   if (grad.dvalues) {
-    dw.a = recompute ? hidden : saved_z;
+    dw.a = recompute ? hidden : saved_up;
     dw.a_stride = p.G;
     dw.b = dout;
     dw.b_stride = dout_stride;
@@ -145,7 +146,7 @@ static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_str
     const int32_t all[2] = {0, static_cast<int32_t>(p.T)};
     OuterGemm<T> dr{};
     dr.a = dscore;
-    dr.a_stride = dr.M = p.E;
+    dr.a_stride = dr.M = router->router->rows;
     dr.b = static_cast<const T*>(p.x);
     dr.b_stride = p.x_stride;
     dr.N = p.D;
@@ -155,19 +156,19 @@ static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_str
     dr.n_threads = p.n_threads;
     if (!PHASE("drouter", run_outer_gemm(dr))) return SPARSE_FFN_NO_MEMORY;
   }
-  if (grad.dkey_bias && !bias_gradient(p, dz, dz_stride, grad.dkey_bias)) return SPARSE_FFN_NO_MEMORY;
+  if (grad.dkey_bias && !bias_gradient(p, d_up, d_up_stride, grad.dkey_bias)) return SPARSE_FFN_NO_MEMORY;
   return SPARSE_FFN_OK;
 }
 
-int experts_backward(const sparse_ffn_experts& p, const void* dout, int64_t dout_stride, const void* saved_z,
-                     const void* saved_zg, void* dx, void* dkeys, void* dgate_keys, void* dvalues, void* dkey_bias,
+int experts_backward(const sparse_ffn_experts& p, const void* dout, int64_t dout_stride, const void* saved_up,
+                     const void* saved_glu_gate, void* dx, void* dkeys, void* dgate_keys, void* dvalues, void* dkey_bias,
                      float* dgate) {
   const auto run = [&](auto example) {
     using T = decltype(example);
     const Gradients<T> grad{static_cast<T*>(dx),      static_cast<T*>(dkeys),     static_cast<T*>(dgate_keys),
                             static_cast<T*>(dvalues), static_cast<T*>(dkey_bias), dgate};
-    return backward<T>(p, static_cast<const T*>(dout), dout_stride, static_cast<const T*>(saved_z),
-                       static_cast<const T*>(saved_zg), grad, nullptr);
+    return backward<T>(p, static_cast<const T*>(dout), dout_stride, static_cast<const T*>(saved_up),
+                       static_cast<const T*>(saved_glu_gate), grad, nullptr);
   };
   switch (p.dtype) {
     case SPARSE_FFN_FP32: return run(float{});
@@ -177,18 +178,18 @@ int experts_backward(const sparse_ffn_experts& p, const void* dout, int64_t dout
 }
 
 int moe_backward(const sparse_ffn_experts& p, const sparse_ffn_router& r, const void* dout, int64_t dout_stride,
-                 const void* saved_z, const void* saved_zg, const int64_t* index, const float* dgate,
+                 const void* saved_up, const void* saved_glu_gate, const int64_t* index, const float* dgate,
                  const float* dsums, void* dx, void* drouter, void* dkeys, void* dgate_keys, void* dvalues,
                  void* dkey_bias) {
-  float* experts_dgate = scratch_of<float>(kSlotDgate, p.T * p.K + 1);
+  float* experts_dgate = scratch_of<float>(kBufferDgate, p.T * p.K + 1);
   if (!experts_dgate) return SPARSE_FFN_NO_MEMORY;
   const RouterGradient router{&r, index, dgate, dsums, drouter};
   const auto run = [&](auto example) {
     using T = decltype(example);
     const Gradients<T> grad{static_cast<T*>(dx),      static_cast<T*>(dkeys),     static_cast<T*>(dgate_keys),
                             static_cast<T*>(dvalues), static_cast<T*>(dkey_bias), experts_dgate};
-    return backward<T>(p, static_cast<const T*>(dout), dout_stride, static_cast<const T*>(saved_z),
-                       static_cast<const T*>(saved_zg), grad, &router);
+    return backward<T>(p, static_cast<const T*>(dout), dout_stride, static_cast<const T*>(saved_up),
+                       static_cast<const T*>(saved_glu_gate), grad, &router);
   };
   return p.dtype == SPARSE_FFN_FP32 ? run(float{}) : run(bf16{});
 }

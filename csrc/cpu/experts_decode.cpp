@@ -27,8 +27,8 @@ static void decode_up(const sparse_ffn_experts& p, const SlotTables& slots, Hidd
       if (p.gate_keys) dot_panel(a, mr, static_cast<const T*>(p.gate_keys) + w0, p.D, p.D, int64_t{0}, n, c + n, 2 * n);
       for (int r = 0; r < mr; r++) {
         HiddenForward<T> f{};
-        f.c_z = c + r * 2 * n;
-        f.c_zg = f.c_z + n;
+        f.c_up = c + r * 2 * n;
+        f.c_glu_gate = f.c_up + n;
         f.bias = bias ? bias + e * p.G + g0 : nullptr;
         f.scale = scale ? scale + p.order[s0 + r] * p.G + g0 : nullptr;
         f.h = h + (s0 + r) * p.G + g0;
@@ -63,7 +63,7 @@ static void decode_down(const sparse_ffn_experts& p, const SlotTables& slots, in
 template <class T> static int decode(const sparse_ffn_experts& p, T* out) {
   SlotTables slots;
   if (!fill_slot_tables(p, &slots)) return SPARSE_FFN_NO_MEMORY;
-  T* h = scratch_of<T>(kSlotHidden, p.T * p.K * p.G + 1);
+  T* h = scratch_of<T>(kBufferHidden, p.T * p.K * p.G + 1);
   if (!h) return SPARSE_FFN_NO_MEMORY;
   const HiddenForwardFn<T> activate = hidden_forward_for<T>(p.activation, p.gate_keys != nullptr);
   int failed = 0;
@@ -73,10 +73,10 @@ template <class T> static int decode(const sparse_ffn_experts& p, T* out) {
     const int64_t g_step = 4, g_groups = ceil_div(p.G, g_step), vectors = ceil_div(p.O, VL);
     const int64_t g0 = lesser(p.G, g_groups * t / n * g_step), g1 = lesser(p.G, g_groups * (t + 1) / n * g_step);
     const int64_t n0 = lesser(p.O, vectors * t / n * VL), n1 = lesser(p.O, vectors * (t + 1) / n * VL);
-    float* pa = scratch_of<float>(kSlotA, row_panel_size<T>(p.G));
-    float* tail = scratch_of<float>(kSlotB, kKBlock * VL);
-    float* c = scratch_of<float>(kSlotC, 2 * kMr * p.G + VL);
-    float* acc = scratch_of<float>(kSlotAcc, p.T * round_up(n1 - n0, VL) + 1);
+    float* pa = scratch_of<float>(kBufferA, row_panel_size<T>(p.G));
+    float* tail = scratch_of<float>(kBufferB, kKBlock * VL);
+    float* c = scratch_of<float>(kBufferC, 2 * kMr * p.G + VL);
+    float* acc = scratch_of<float>(kBufferAcc, p.T * round_up(n1 - n0, VL) + 1);
     const bool ready = pa && tail && c && acc;
     if (!ready) {
 #pragma omp atomic write

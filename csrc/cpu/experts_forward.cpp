@@ -6,14 +6,14 @@
 
 SPARSE_FFN_BEGIN
 
-template <class T> static int forward(const sparse_ffn_experts& p, T* out, T* saved_z, T* saved_zg) {
+template <class T> static int forward(const sparse_ffn_experts& p, T* out, T* saved_up, T* saved_glu_gate) {
   const int64_t S = p.T * p.K;
-  const bool glu = p.gate_keys != nullptr, shared = saved_is_hidden(p) && saved_z;
+  const bool glu = p.gate_keys != nullptr, shared = saved_is_hidden(p) && saved_up;
   SlotTables slots;
   if (!fill_slot_tables(p, &slots)) return SPARSE_FFN_NO_MEMORY;
-  T* hidden = shared ? saved_z : scratch_of<T>(kSlotHidden, S * p.G);
+  T* hidden = shared ? saved_up : scratch_of<T>(kBufferHidden, S * p.G);
   if (!hidden) return SPARSE_FFN_NO_MEMORY;
-  if (saved_z) advise_huge_pages(saved_z, static_cast<size_t>(S * p.G) * sizeof(T));
+  if (saved_up) advise_huge_pages(saved_up, static_cast<size_t>(S * p.G) * sizeof(T));
 
   RowGemm<T> up{};
   up.a = static_cast<const T*>(p.x);
@@ -34,12 +34,12 @@ template <class T> static int forward(const sparse_ffn_experts& p, T* out, T* sa
   const int64_t padded = up.padded();
   const bool done = PHASE("up", run_row_gemm(up, [&](int64_t e, int64_t s, const float* c) {
     HiddenForward<T> f{};
-    f.c_z = c;
-    f.c_zg = c + padded;
+    f.c_up = c;
+    f.c_glu_gate = c + padded;
     f.bias = bias ? bias + e * p.G : nullptr;
     f.scale = scale ? scale + p.order[s] * p.G : nullptr;
-    f.saved_z = saved_z ? saved_z + s * p.G : nullptr;
-    f.saved_zg = saved_zg ? saved_zg + s * p.G : nullptr;
+    f.saved_up = saved_up ? saved_up + s * p.G : nullptr;
+    f.saved_glu_gate = saved_glu_gate ? saved_glu_gate + s * p.G : nullptr;
     f.h = hidden + s * p.G;
     f.n = p.G;
     activate(f);
@@ -67,14 +67,14 @@ template <class T> static int forward(const sparse_ffn_experts& p, T* out, T* sa
   return PHASE("down", run_scatter_gemm(down)) ? SPARSE_FFN_OK : SPARSE_FFN_NO_MEMORY;
 }
 
-int experts_forward(const sparse_ffn_experts& p, void* out, void* saved_z, void* saved_zg) {
+int experts_forward(const sparse_ffn_experts& p, void* out, void* saved_up, void* saved_glu_gate) {
   switch (p.dtype) {
     case SPARSE_FFN_FP32:
-      return forward(p, static_cast<float*>(out), static_cast<float*>(saved_z), static_cast<float*>(saved_zg));
+      return forward(p, static_cast<float*>(out), static_cast<float*>(saved_up), static_cast<float*>(saved_glu_gate));
     case SPARSE_FFN_BF16:
-      return forward(p, static_cast<bf16*>(out), static_cast<bf16*>(saved_z), static_cast<bf16*>(saved_zg));
+      return forward(p, static_cast<bf16*>(out), static_cast<bf16*>(saved_up), static_cast<bf16*>(saved_glu_gate));
     default:
-      return forward(p, static_cast<fp16*>(out), static_cast<fp16*>(saved_z), static_cast<fp16*>(saved_zg));
+      return forward(p, static_cast<fp16*>(out), static_cast<fp16*>(saved_up), static_cast<fp16*>(saved_glu_gate));
   }
 }
 

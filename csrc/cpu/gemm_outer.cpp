@@ -103,9 +103,9 @@ template <class T> bool run_outer_gemm(const OuterGemm<T>& g) {
   int failed = 0;
 #pragma omp parallel num_threads(static_cast<int>(threads))
   {
-    float* pa = scratch_of<float>(kSlotA, round_up(g.M, kMr) * kOuterRows);
-    float* pb = scratch_of<float>(kSlotB, kGroup * kOuterRows);
-    float* c = scratch_of<float>(kSlotC, larger<int64_t>(g.M * most_columns, kMr * kNr));
+    float* pa = scratch_of<float>(kBufferA, round_up(g.M, kMr) * kOuterRows);
+    float* pb = scratch_of<float>(kBufferB, kGroup * kOuterRows);
+    float* c = scratch_of<float>(kBufferC, larger<int64_t>(g.M * most_columns, kMr * kNr));
     LineQueue next;
     const bool ready = next.reserve(kOuterRows * (kGroup * static_cast<int64_t>(sizeof(T)) / 64 + 1)) && pa && pb && c;
     if (!ready) {

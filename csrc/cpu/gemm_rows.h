@@ -140,9 +140,9 @@ template <class T, class Finisher> static bool run_row_gemm(const RowGemm<T>& g,
   {
     const int64_t t = omp_get_thread_num(), n = omp_get_num_threads();
     const int64_t first_panel = panels * t / n, last_panel = panels * (t + 1) / n;
-    float* pa = scratch_of<float>(kSlotA, row_panel_size<T>(g.K));
-    float* pb = scratch_of<float>(kSlotB, c_stride * k_units);
-    float* c = scratch_of<float>(kSlotC, kMr * c_stride);
+    float* pa = scratch_of<float>(kBufferA, row_panel_size<T>(g.K));
+    float* pb = scratch_of<float>(kBufferB, c_stride * k_units);
+    float* c = scratch_of<float>(kBufferC, kMr * c_stride);
     LineQueue next;
     const bool queue = next.reserve((kMr + g.matrices() * g.N) * ceil_div(g.K * static_cast<int64_t>(sizeof(T)), 64));
     if (!pa || !pb || !c || !queue) {

@@ -221,9 +221,9 @@ template <class T> bool run_scatter_gemm(const ScatterGemm<T>& g) {
 #pragma omp parallel num_threads(static_cast<int>(lesser(threads, chunks * blocks)))
   {
     const int64_t row_units = larger(g.matrices() * units<T>(g.K), units<T>(g.extra_K));
-    float* pa = scratch_of<float>(kSlotA, larger(kRowBlock * row_units, ceil_div(g.K, kKBlock) * kMr * kRowStride));
-    float* pb = scratch_of<float>(kSlotB, larger(most_columns * row_units, kKBlock * VL));
-    float* acc = scratch_of<float>(kSlotAcc, most_rows * most_columns);
+    float* pa = scratch_of<float>(kBufferA, larger(kRowBlock * row_units, ceil_div(g.K, kKBlock) * kMr * kRowStride));
+    float* pb = scratch_of<float>(kBufferB, larger(most_columns * row_units, kKBlock * VL));
+    float* acc = scratch_of<float>(kBufferAcc, most_rows * most_columns);
     LineQueue next;
     const int64_t size = sizeof(T), weight_lines = g.K * (most_columns * size / 64 + 1);
     const int64_t row_lines = kRowBlock * (g.K * size / 64 + 1);

@@ -2,7 +2,7 @@
 // Threads own output columns (and, for many tokens, token ranges): no atomics, and every element is summed in expert
 // order by one owner, so the result does not depend on the number of threads. A block of output columns is summed in a
 // compact fp32 buffer that stays in L2: at the natural stride (often a power of two) the rows would fight for the same
-// cache sets, and blocks wider than L2 halve the speed when the shared L3 is busy (measured, kernels-cpu.md).
+// cache sets, and blocks wider than L2 halve the speed when the shared L3 is busy (measured).
 #pragma once
 #include "gemm_rows.h"
 

@@ -1,5 +1,5 @@
 // hidden.h - what happens to one row of hidden units between the two matrix products, forward and backward.
-// c_z (and c_zg with GLU) are fp32 products of the row with keys (and gate_keys).
+// c_up (and with a GLU c_glu_gate) are the row's fp32 products with keys (and gate_keys).
 #pragma once
 #include "problem.h"
 #include "vec_math.h"
@@ -7,10 +7,10 @@
 SPARSE_FFN_BEGIN
 
 template <class T> struct HiddenForward {
-  const float *c_z, *c_zg;
+  const float *c_up, *c_glu_gate;
   const T *bias, *scale;  // null: none
-  T *saved_z, *saved_zg;  // null: not kept
-  T* h;                   // may be saved_z itself where the activation is what the backward needs
+  T *saved_up, *saved_glu_gate;  // null: not kept
+  T* h;                          // saved_up itself where the backward pass needs the activation and nothing else
   int64_t n;
 };
 template <class T> using HiddenForwardFn = void (*)(const HiddenForward<T>&);
@@ -18,29 +18,29 @@ template <class T> using HiddenForwardFn = void (*)(const HiddenForward<T>&);
 template <class T, class Act, bool kGlu> static void hidden_forward(const HiddenForward<T>& f) {
   for (int64_t i = 0; i < f.n; i += VL) {
     const int64_t left = f.n - i;
-    V z = load_upto(f.c_z + i, left);
-    if (f.bias) z = z + load_upto(f.bias + i, left);
+    V up = load_upto(f.c_up + i, left);
+    if (f.bias) up = up + load_upto(f.bias + i, left);
     V h;
     if constexpr (kGlu) {
-      const V zg = load_upto(f.c_zg + i, left);
-      h = Act::value(zg) * z;
-      if (f.saved_z) store_upto(f.saved_z + i, z, left);
-      if (f.saved_zg) store_upto(f.saved_zg + i, zg, left);
+      const V glu_gate = load_upto(f.c_glu_gate + i, left);
+      h = Act::value(glu_gate) * up;
+      if (f.saved_up) store_upto(f.saved_up + i, up, left);
+      if (f.saved_glu_gate) store_upto(f.saved_glu_gate + i, glu_gate, left);
     } else {
-      h = Act::value(z);
-      if (f.saved_z) store_upto(f.saved_z + i, Act::saves_value ? h : z, left);
+      h = Act::value(up);
+      if (f.saved_up) store_upto(f.saved_up + i, Act::saves_value ? h : up, left);
     }
     if (f.scale) h = h * load_upto(f.scale + i, left);
-    if (f.h != f.saved_z) store_upto(f.h + i, h, left);
+    if (f.h != f.saved_up) store_upto(f.h + i, h, left);
   }
 }
 
 template <class T> struct HiddenBackward {
   const float* c_dh;      // dout of the token times the values: the gradient of gate * h, by gate
-  const T *z, *zg, *scale;
+  const T *up, *glu_gate, *scale;
   float gate;
-  T *dz, *dzg;            // dz may be null when neither dx nor dkeys is wanted
-  T* h;                   // null: the saved z is already h
+  T *d_up, *d_glu_gate;   // null when neither dx nor dkeys is wanted
+  T* h;                   // null: the saved up is h already
   int64_t n;
 };
 // Returns the gate's gradient: c_dh . h.
@@ -50,22 +50,22 @@ template <class T, class Act, bool kGlu> static float hidden_backward(const Hidd
   V dgate = zero();
   for (int64_t i = 0; i < b.n; i += VL) {
     const int64_t left = b.n - i;
-    const V dh = load_upto(b.c_dh + i, left), z = load_upto(b.z + i, left);
+    const V dh = load_upto(b.c_dh + i, left), up = load_upto(b.up + i, left);
     const V scale = b.scale ? load_upto(b.scale + i, left) : splat(1.f);
     const V upstream = dh * scale * b.gate;
-    V a, dzg, h, dz;
+    V a, d_glu_gate, h, d_up;
     if constexpr (kGlu) {
-      Act::both(load_upto(b.zg + i, left), upstream * z, a, dzg);
-      h = a * z * scale;
-      dz = upstream * a;
-      if (b.dz) store_upto(b.dzg + i, dzg, left);
+      Act::both(load_upto(b.glu_gate + i, left), upstream * up, a, d_glu_gate);
+      h = a * up * scale;
+      d_up = upstream * a;
+      if (b.d_up) store_upto(b.d_glu_gate + i, d_glu_gate, left);
     } else {
-      Act::both(z, upstream, a, dz);
+      Act::both(up, upstream, a, d_up);
       h = a * scale;
     }
     // Lanes past the row are zero in dh, so they add nothing; h there is finite for every activation.
     dgate = fma(dh, h, dgate);
-    if (b.dz) store_upto(b.dz + i, dz, left);
+    if (b.d_up) store_upto(b.d_up + i, d_up, left);
     if (b.h) store_upto(b.h + i, h, left);
   }
   return sum(dgate);
@@ -87,7 +87,7 @@ template <class T> static HiddenBackwardFn<T> hidden_backward_for(int activation
   SPARSE_FFN_BY_ACTIVATION(hidden_backward)
 }
 
-// True where the saved z is the hidden row itself, so that no second buffer is needed.
+// True where the saved up is the hidden row itself, so that no second buffer is needed.
 static inline bool saved_is_hidden(const sparse_ffn_experts& p) {
   return (p.activation == SPARSE_FFN_RELU || p.activation == SPARSE_FFN_IDENTITY) && !p.gate_keys && !p.dropout_mask;
 }

@@ -1,9 +1,5 @@
-// isa_table.cpp - collects the entry points of one instruction set.
-#include "kernel_table.h"
-
-#include "experts.h"
+// isa_table.cpp - collects the kernels of one instruction set.
 #include "ops.h"
-#include "router.h"
 
 #define STRINGIFY_(x) #x
 #define STRINGIFY(x) STRINGIFY_(x)
@@ -11,21 +7,8 @@
 SPARSE_FFN_BEGIN
 
 extern const KernelTable table;
-const KernelTable table = {STRINGIFY(SPARSE_FFN_ISA_NAME),
-                           experts_forward,
-                           experts_decode,
-                           experts_backward,
-                           route_tokens,
-                           moe_backward,
-                           cvmm_forward,
-                           cvmm_backward,
-                           bag_forward,
-                           bag_backward,
-                           wide_product,
-                           normalised_backward,
-                           product_key_topk,
-                           product_key_topk_backward,
-                           topk,
-                           topk_activation};
+#define SPARSE_FFN_NAME(kernel, parameters) , kernel
+const KernelTable table = {STRINGIFY(SPARSE_FFN_ISA_NAME) SPARSE_FFN_KERNELS(SPARSE_FFN_NAME)};
+#undef SPARSE_FFN_NAME
 
 SPARSE_FFN_END

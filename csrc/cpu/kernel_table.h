@@ -1,40 +1,45 @@
-// kernel_table.h - what one instruction set offers; csrc/interface checks the arguments and calls.
+// kernel_table.h - the kernels that each instruction set offers; csrc/interface checks the arguments and calls them.
 #pragma once
 #include <cstdint>
 
 #include "problem.h"
 
+#define SPARSE_FFN_KERNELS(KERNEL)                                                                                       \
+  KERNEL(experts_forward, (const sparse_ffn_experts&, void* out, void* saved_up, void* saved_glu_gate))                  \
+  KERNEL(experts_decode, (const sparse_ffn_experts&, void* out))                                                         \
+  KERNEL(experts_backward, (const sparse_ffn_experts&, const void* dout, int64_t dout_stride, const void* saved_up,      \
+                            const void* saved_glu_gate, void* dx, void* dkeys, void* dgate_keys, void* dvalues,          \
+                            void* dkey_bias, float* dgate))                                                              \
+  KERNEL(route_tokens, (const sparse_ffn_experts&, const sparse_ffn_router&, int64_t* index, float* gate,                \
+                        float* softmax_sums))                                                                            \
+  KERNEL(moe_backward, (const sparse_ffn_experts&, const sparse_ffn_router&, const void* dout, int64_t dout_stride,      \
+                        const void* saved_up, const void* saved_glu_gate, const int64_t* index, const float* dgate,      \
+                        const float* dsums, void* dx, void* drouter, void* dkeys, void* dgate_keys, void* dvalues,       \
+                        void* dkey_bias))                                                                                \
+  KERNEL(cvmm_forward, (const sparse_ffn_cvmm&, void* out))                                                              \
+  KERNEL(cvmm_backward, (const sparse_ffn_cvmm&, const void* dout, int64_t dout_stride, void* dx, void* dw,              \
+                         float* dscale))                                                                                 \
+  KERNEL(bag_forward, (const sparse_ffn_bag&, void* out))                                                                \
+  KERNEL(bag_backward, (const sparse_ffn_bag&, const void* dout, void* dweight, void* dvalues, int64_t* rows,            \
+                        int64_t* n_rows))                                                                                \
+  KERNEL(wide_product, (const sparse_ffn_wide_product&, float* out, float* scale))                                       \
+  KERNEL(normalised_backward, (const sparse_ffn_normalised&, const float* dout, const float* out, const float* scale,    \
+                               void* dproduct))                                                                          \
+  KERNEL(product_key_topk, (const sparse_ffn_product_keys&, const float* scores, int64_t* index, float* sums))           \
+  KERNEL(product_key_topk_backward, (const sparse_ffn_product_keys&, const float* dsums, const int64_t* index,           \
+                                     float* dscores))                                                                    \
+  KERNEL(topk, (const float* scores, int64_t R, int64_t n, int64_t stride, int64_t k, int32_t n_threads, int64_t* index, \
+                float* values))                                                                                          \
+  KERNEL(topk_activation, (const void* u, int64_t T, int64_t F, int64_t stride, int32_t dtype, int32_t activation,       \
+                           const float* norm, int64_t k, int32_t n_threads, int64_t* index, void* kept))
+
 namespace sparse_ffn {
 
 struct KernelTable {
   const char* name;
-  int (*experts_forward)(const sparse_ffn_experts&, void* out, void* saved_z, void* saved_zg);
-  int (*experts_decode)(const sparse_ffn_experts&, void* out);
-  int (*experts_backward)(const sparse_ffn_experts&, const void* dout, int64_t dout_stride, const void* saved_z,
-                          const void* saved_zg, void* dx, void* dkeys, void* dgate_keys, void* dvalues,
-                          void* dkey_bias, float* dgate);
-  int (*route_tokens)(const sparse_ffn_experts&, const sparse_ffn_router&, int64_t* index, float* gate,
-                      float* softmax_sums);
-  int (*moe_backward)(const sparse_ffn_experts&, const sparse_ffn_router&, const void* dout, int64_t dout_stride,
-                      const void* saved_z, const void* saved_zg, const int64_t* index, const float* dgate,
-                      const float* dsums, void* dx, void* drouter, void* dkeys, void* dgate_keys, void* dvalues,
-                      void* dkey_bias);
-  int (*cvmm_forward)(const sparse_ffn_cvmm&, void* out);
-  int (*cvmm_backward)(const sparse_ffn_cvmm&, const void* dout, int64_t dout_stride, void* dx, void* dw,
-                       float* dscale);
-  int (*bag_forward)(const sparse_ffn_bag&, void* out);
-  int (*bag_backward)(const sparse_ffn_bag&, const void* dout, void* dweight, void* dvalues, int64_t* rows,
-                      int64_t* n_rows);
-  int (*wide_product)(const sparse_ffn_wide_product&, float* out, float* scale);
-  int (*normalised_backward)(const sparse_ffn_normalised&, const float* dout, const float* out, const float* scale,
-                             void* dproduct);
-  int (*product_key_topk)(const sparse_ffn_product_keys&, const float* scores, int64_t* index, float* sums);
-  int (*product_key_topk_backward)(const sparse_ffn_product_keys&, const float* dsums, const int64_t* index,
-                                  float* dscores);
-  int (*topk)(const float* scores, int64_t R, int64_t n, int64_t stride, int64_t k, int32_t n_threads, int64_t* index,
-              float* values);
-  int (*topk_activation)(const void* u, int64_t T, int64_t F, int64_t stride, int32_t dtype, int32_t activation,
-                         const float* norm, int64_t k, int32_t n_threads, int64_t* index, void* kept);
+#define SPARSE_FFN_MEMBER(kernel, parameters) int(*kernel) parameters;
+  SPARSE_FFN_KERNELS(SPARSE_FFN_MEMBER)
+#undef SPARSE_FFN_MEMBER
 };
 
 // Those of the best instruction set that the processor has.

@@ -9,7 +9,7 @@ class LineQueue {
  public:
   // False when out of memory.
   bool reserve(int64_t most) {
-    lines_ = scratch_of<const void*>(kSlotLines, most + 2 * kKBlock);
+    lines_ = scratch_of<const void*>(kBufferLines, most + 2 * kKBlock);
     return lines_ != nullptr;
   }
   void clear() { n_ = next_ = 0; }

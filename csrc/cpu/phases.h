@@ -1,4 +1,4 @@
-// phases.h - times the passes of an op, in builds with -DSPARSE_FFN_PHASES=ON only (benchmarks.profile makes one).
+// phases.h - times the passes of an op, in builds with -DSPARSE_FFN_PHASES=ON only (`python -m benchmarks.passes` makes one).
 // When the process ends, lines "name seconds" go to the file that SPARSE_FFN_PHASES names in the environment.
 #pragma once
 #if defined(SPARSE_FFN_PHASES)

@@ -16,19 +16,21 @@ struct sparse_ffn_experts {
   const void* key_bias;      // [E, G] or null
   const float* gate;         // [T, K]
   const void* dropout_mask;  // [T, K, G] or null
-  const int32_t* order;      // [S] and
+  const int32_t* order;      // [S]: void slots lie behind all others and are never read
   const int32_t* offsets;    // [E+1]
 };
 
 struct sparse_ffn_router {
-  const void* weight;        // [E, D] in x's dtype
-  const float* bias;         // [E] or null
+  int64_t rows;              // R, at least E: those from E on select no expert
+  const void* weight;        // [R, D] in x's dtype
+  const float* bias;         // [R] or null
   const uint8_t* mask;       // [T] or null
   int64_t groups;            // runs of T / groups tokens with sums of their own
-  int32_t gate;
+  int32_t gate_function;
 };
 
-// Slots are sorted by expert: expert e owns offsets[e] .. offsets[e+1]-1. One of w_stride_m, w_stride_l is 1.
+// Slots are sorted by expert: expert e owns offsets[e] .. offsets[e+1]-1, and void slots lie behind. One of w_stride_m,
+// w_stride_l is 1.
 struct sparse_ffn_cvmm {
   int64_t rows_x, rows_out, S, E, M, L;
   int32_t dtype, n_threads;

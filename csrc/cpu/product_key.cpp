@@ -70,8 +70,8 @@ int product_key_topk(const sparse_ffn_product_keys& p, const float* scores, int6
   int failed = 0;
 #pragma omp parallel num_threads(larger(1, p.n_threads))
   {
-    const ProductScratch s = {Candidates::reserve(most), scratch_of<int32_t>(kSlotC, 2 * p.n),
-                              scratch_of<float>(kSlotA, 2 * round_up(m, VL)), scratch_of<int32_t>(kSlotB, most)};
+    const ProductScratch s = {Candidates::reserve(most), scratch_of<int32_t>(kBufferC, 2 * p.n),
+                              scratch_of<float>(kBufferA, 2 * round_up(m, VL)), scratch_of<int32_t>(kBufferB, most)};
     const bool ready = s.ready();
     if (!ready) {
 #pragma omp atomic write

@@ -1,4 +1,4 @@
-// router.cpp - see router.h.
+// router.cpp - scores, selection, gates, and the sums that balance losses need; the gradient: see router.h.
 #include "router.h"
 
 #include "gemm_rows.h"
@@ -9,7 +9,7 @@ SPARSE_FFN_BEGIN
 
 constexpr int64_t kChunk = 64;  // tokens whose softmax is summed in one go: a fixed number, whatever the threads
 
-// logits [T, E] = x W^T in fp32.
+// logits [T, R] = x W^T in fp32.
 template <class T> static bool score(const sparse_ffn_experts& p, const sparse_ffn_router& r, float* logits) {
   const int32_t offsets[2] = {0, static_cast<int32_t>(p.T)};
   RowGemm<T> g{};
@@ -18,11 +18,11 @@ template <class T> static bool score(const sparse_ffn_experts& p, const sparse_f
   g.K = p.D;
   g.w[0] = static_cast<const T*>(r.weight);
   g.w_stride_row = p.D;
-  g.N = p.E;
+  g.N = r.rows;
   g.offsets = offsets;
   g.E = 1;
   g.n_threads = p.n_threads;
-  return run_row_gemm(g, [&](int64_t, int64_t t, const float* row) { widen(logits + t * p.E, row, p.E); });
+  return run_row_gemm(g, [&](int64_t, int64_t t, const float* row) { widen(logits + t * r.rows, row, r.rows); });
 }
 
 static float largest(const float* row, int64_t n) {
@@ -47,7 +47,7 @@ static void softmax(const float* row, int64_t n, float* out) {
 static bool select_short(float* score, int64_t n, int64_t k, int64_t* index) {
   const float lowest = -__builtin_inff();
   for (int64_t i = 0; i < n; i += VL)
-    if (lanes_of(load_upto(score + i, n - i) > splat(lowest)) != (n - i >= VL ? (uint64_t{1} << VL) - 1 : (uint64_t{1} << (n - i)) - 1))
+    if (lanes_of(load_upto(score + i, n - i) > splat(lowest)) != (uint64_t{1} << lesser<int64_t>(n - i, VL)) - 1)
       return false;
   for (int64_t j = 0; j < k; j++) {
     V best = load(score);
@@ -71,18 +71,18 @@ static bool select_short(float* score, int64_t n, int64_t k, int64_t* index) {
 
 static float sigmoid(float x) { return 1.f / (1.f + vexp(splat(-x))[0]); }
 
-// Gates of one token. p: scratch of E.
+// Gates of one token. p: scratch of R.
 static void gates(const sparse_ffn_experts& e, const sparse_ffn_router& r, const float* logits, const int64_t* index,
                   float* p, float* gate) {
-  switch (r.gate) {
+  switch (r.gate_function) {
     case SPARSE_FFN_GATE_SIGMOID:
       for (int64_t j = 0; j < e.K; j++) gate[j] = sigmoid(logits[index[j]]);
       return;
     case SPARSE_FFN_GATE_SOFTMAX:
-      softmax(logits, e.E, p);
+      softmax(logits, r.rows, p);
       for (int64_t j = 0; j < e.K; j++) gate[j] = p[index[j]];
       return;
-    case SPARSE_FFN_GATE_SOFTMAX_SELECTED:
+    case SPARSE_FFN_GATE_SOFTMAX_TOPK:
       for (int64_t j = 0; j < e.K; j++) p[j] = logits[index[j]];
       softmax(p, e.K, gate);
       return;
@@ -93,19 +93,20 @@ static void gates(const sparse_ffn_experts& e, const sparse_ffn_router& r, const
 
 int route_tokens(const sparse_ffn_experts& p, const sparse_ffn_router& r, int64_t* index, float* gate,
                  float* softmax_sums) {
-  float* logits = scratch_of<float>(kSlotLogits, p.T * p.E + 1);
+  const int64_t R = r.rows;
+  float* logits = scratch_of<float>(kBufferLogits, p.T * R + 1);
   const int64_t groups = r.groups, length = p.T / groups;
   const int64_t per_group = ceil_div(length, kChunk), chunks = per_group * groups;
-  float* partial = softmax_sums ? scratch_of<float>(kSlotPartial, chunks * p.E + 1) : nullptr;
+  float* partial = softmax_sums ? scratch_of<float>(kBufferPartial, chunks * R + 1) : nullptr;
   if (!logits || (softmax_sums && !partial)) return SPARSE_FFN_NO_MEMORY;
   const bool scored = p.dtype == SPARSE_FFN_FP32 ? score<float>(p, r, logits) : score<bf16>(p, r, logits);
   if (!scored) return SPARSE_FFN_NO_MEMORY;
-  const int64_t padded = round_up(p.E, VL);
+  const int64_t padded = round_up(R, VL);
   int failed = 0;
 #pragma omp parallel num_threads(static_cast<int>(larger<int64_t>(1, lesser<int64_t>(p.n_threads, chunks))))
   {
-    const Candidates candidates = Candidates::reserve(p.E);
-    float* row = scratch_of<float>(kSlotC, 2 * padded + p.E);
+    const Candidates candidates = Candidates::reserve(R);
+    float* row = scratch_of<float>(kBufferC, 2 * padded + R);
     float* probability = row + padded;
     int32_t* best = reinterpret_cast<int32_t*>(row + 2 * padded);
     const bool ready = candidates.ready() && row;
@@ -118,79 +119,82 @@ int route_tokens(const sparse_ffn_experts& p, const sparse_ffn_router& r, int64_
       if (!ready) continue;
       const int64_t first = c / per_group * length + c % per_group * kChunk;
       const int64_t last = lesser(first + kChunk, (c / per_group + 1) * length);
-      float* sums = partial ? partial + c * p.E : nullptr;
-      if (sums) memset(sums, 0, static_cast<size_t>(p.E) * 4);
+      float* sums = partial ? partial + c * R : nullptr;
+      if (sums) memset(sums, 0, static_cast<size_t>(R) * 4);
       for (int64_t t = first; t < last; t++) {
-        const float* z = logits + t * p.E;
-        for (int64_t i = p.E; i < padded; i++) row[i] = -__builtin_inff();
-        for (int64_t i = 0; i < p.E; i += VL)
-          store_upto(row + i, r.bias ? load_upto(z + i, p.E - i) + load_upto(r.bias + i, p.E - i) : load_upto(z + i, p.E - i),
-                     p.E - i);
-        if (p.K > 16 || !select_short(row, p.E, p.K, index + t * p.K)) {
-          select_row(row, p.E, p.K, candidates, best);
+        const float* scores = logits + t * R;
+        for (int64_t i = R; i < padded; i++) row[i] = -__builtin_inff();
+        for (int64_t i = 0; i < R; i += VL) {
+          const V score = load_upto(scores + i, R - i);
+          store_upto(row + i, r.bias ? score + load_upto(r.bias + i, R - i) : score, R - i);
+        }
+        if (p.K > 16 || !select_short(row, R, p.K, index + t * p.K)) {
+          select_row(row, R, p.K, candidates, best);
           for (int64_t j = 0; j < p.K; j++) index[t * p.K + j] = best[j];
         }
-        gates(p, r, z, index + t * p.K, probability, gate + t * p.K);
+        gates(p, r, scores, index + t * p.K, probability, gate + t * p.K);
         if (!sums || (r.mask && !r.mask[t])) continue;
-        if (r.gate != SPARSE_FFN_GATE_SOFTMAX) softmax(z, p.E, probability);
-        for (int64_t i = 0; i < p.E; i += VL)
-          store_upto(sums + i, load_upto(sums + i, p.E - i) + load_upto(probability + i, p.E - i), p.E - i);
+        if (r.gate_function != SPARSE_FFN_GATE_SOFTMAX) softmax(scores, R, probability);
+        for (int64_t i = 0; i < R; i += VL)
+          store_upto(sums + i, load_upto(sums + i, R - i) + load_upto(probability + i, R - i), R - i);
       }
     }
   }
   if (failed) return SPARSE_FFN_NO_MEMORY;
   if (softmax_sums) {
-    memset(softmax_sums, 0, static_cast<size_t>(groups * p.E) * 4);
+    memset(softmax_sums, 0, static_cast<size_t>(groups * R) * 4);
     for (int64_t c = 0; c < chunks; c++)
-      for (int64_t i = 0; i < p.E; i++) softmax_sums[c / per_group * p.E + i] += partial[c * p.E + i];
+      for (int64_t i = 0; i < R; i++) softmax_sums[c / per_group * R + i] += partial[c * R + i];
   }
   return SPARSE_FFN_OK;
 }
 
-// Gradient of one token's scores. u: what reaches the softmax over all experts, [E]; p: scratch of E.
+// Gradient of one token's scores. u: what reaches the softmax over all rows, [R]; p: scratch of R.
 static void score_gradient_row(const sparse_ffn_experts& e, const RouterGradient& g, const float* logits, int64_t t,
                                const float* dgate, const float* dsums, float* p, float* u, float* out) {
+  const int64_t R = g.router->rows;
   const int64_t* index = g.index + t * e.K;
   const float* gate = e.gate + t * e.K;
   const bool counts = dsums && !(g.router->mask && !g.router->mask[t]);
-  const bool over_all = g.router->gate == SPARSE_FFN_GATE_SOFTMAX;
+  const bool over_all = g.router->gate_function == SPARSE_FFN_GATE_SOFTMAX;
   if (counts || over_all) {
-    softmax(logits, e.E, p);
-    for (int64_t i = 0; i < e.E; i++) u[i] = counts ? dsums[i] : 0.f;
+    softmax(logits, R, p);
+    for (int64_t i = 0; i < R; i++) u[i] = counts ? dsums[i] : 0.f;
     if (over_all)
       for (int64_t j = 0; j < e.K; j++) u[index[j]] += dgate[j];
     V dot = zero();
-    for (int64_t i = 0; i < e.E; i += VL) dot = fma(load_upto(p + i, e.E - i), load_upto(u + i, e.E - i), dot);
+    for (int64_t i = 0; i < R; i += VL) dot = fma(load_upto(p + i, R - i), load_upto(u + i, R - i), dot);
     const V mean = splat(sum(dot));
-    for (int64_t i = 0; i < e.E; i += VL)
-      store_upto(out + i, load_upto(p + i, e.E - i) * (load_upto(u + i, e.E - i) - mean), e.E - i);
+    for (int64_t i = 0; i < R; i += VL)
+      store_upto(out + i, load_upto(p + i, R - i) * (load_upto(u + i, R - i) - mean), R - i);
   } else {
-    memset(out, 0, static_cast<size_t>(e.E) * 4);
+    memset(out, 0, static_cast<size_t>(R) * 4);
   }
-  if (g.router->gate == SPARSE_FFN_GATE_SIGMOID)
+  if (g.router->gate_function == SPARSE_FFN_GATE_SIGMOID)
     for (int64_t j = 0; j < e.K; j++) out[index[j]] += dgate[j] * gate[j] * (1.f - gate[j]);
-  if (g.router->gate == SPARSE_FFN_GATE_SOFTMAX_SELECTED) {
+  if (g.router->gate_function == SPARSE_FFN_GATE_SOFTMAX_TOPK) {
     float mean = 0;
     for (int64_t j = 0; j < e.K; j++) mean += gate[j] * dgate[j];
     for (int64_t j = 0; j < e.K; j++) out[index[j]] += gate[j] * (dgate[j] - mean);
   }
-  if (g.router->gate == SPARSE_FFN_GATE_ONE)
+  if (g.router->gate_function == SPARSE_FFN_GATE_UNWEIGHTED)
     for (int64_t j = 0; j < e.K; j++) out[index[j]] += 0.f * dgate[j];
 }
 
 template <class T>
 const T* score_gradient(const sparse_ffn_experts& p, const RouterGradient& g, const float* dgate) {
-  const bool rescore = g.dsums || g.router->gate == SPARSE_FFN_GATE_SOFTMAX;
-  float* logits = rescore ? scratch_of<float>(kSlotLogits, p.T * p.E + 1) : nullptr;
-  T* out = scratch_of<T>(kSlotDlogits, p.T * p.E + 1);
+  const int64_t R = g.router->rows;
+  const bool rescore = g.dsums || g.router->gate_function == SPARSE_FFN_GATE_SOFTMAX;
+  float* logits = rescore ? scratch_of<float>(kBufferLogits, p.T * R + 1) : nullptr;
+  T* out = scratch_of<T>(kBufferDlogits, p.T * R + 1);
   if ((rescore && !logits) || !out) return nullptr;
   if (rescore && !score<T>(p, *g.router, logits)) return nullptr;
   const int64_t length = p.T / g.router->groups;
-  const int64_t padded = round_up(p.E, VL);
+  const int64_t padded = round_up(R, VL);
   int failed = 0;
 #pragma omp parallel num_threads(static_cast<int>(larger<int64_t>(1, lesser<int64_t>(p.n_threads, ceil_div(p.T, kChunk)))))
   {
-    float* row = scratch_of<float>(kSlotC, 3 * padded + p.K);
+    float* row = scratch_of<float>(kBufferC, 3 * padded + p.K);
     if (!row) {
 #pragma omp atomic write
       failed = 1;
@@ -200,9 +204,9 @@ const T* score_gradient(const sparse_ffn_experts& p, const RouterGradient& g, co
       if (!row) continue;
       float* total = row + 3 * padded;  // what reaches this token's gates
       for (int64_t j = 0; j < p.K; j++) total[j] = dgate[t * p.K + j] + (g.dgate ? g.dgate[t * p.K + j] : 0.f);
-      score_gradient_row(p, g, rescore ? logits + t * p.E : nullptr, t, total,
-                         g.dsums ? g.dsums + t / length * p.E : nullptr, row, row + padded, row + 2 * padded);
-      for (int64_t i = 0; i < p.E; i += VL) store_upto(out + t * p.E + i, load(row + 2 * padded + i), p.E - i);
+      score_gradient_row(p, g, rescore ? logits + t * R : nullptr, t, total,
+                         g.dsums ? g.dsums + t / length * R : nullptr, row, row + padded, row + 2 * padded);
+      for (int64_t i = 0; i < R; i += VL) store_upto(out + t * R + i, load(row + 2 * padded + i), R - i);
     }
   }
   return failed ? nullptr : out;

@@ -15,10 +15,10 @@ constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kPage = 4096;
 
 struct Buffers {
-  void* data[kSlotCount] = {};
-  size_t size[kSlotCount] = {};
+  void* data[kBufferCount] = {};
+  size_t size[kBufferCount] = {};
   void release() {
-    for (int i = 0; i < kSlotCount; i++) {
+    for (int i = 0; i < kBufferCount; i++) {
       free(data[i]);
       data[i] = nullptr;
       size[i] = 0;
@@ -49,27 +49,27 @@ void advise_huge_pages(void* p, size_t bytes) {
 
 #if defined(__SANITIZE_ADDRESS__)
 // A fresh buffer of exactly this size, full of NaN: overruns, stale pointers and reads of old contents show.
-void* scratch(Slot slot, size_t bytes) {
-  free(buffers.data[slot]);
-  if (posix_memalign(&buffers.data[slot], kPage, bytes)) buffers.data[slot] = nullptr;
-  else memset(buffers.data[slot], 0xff, bytes);
-  return buffers.data[slot];
+void* scratch(Buffer purpose, size_t bytes) {
+  free(buffers.data[purpose]);
+  if (posix_memalign(&buffers.data[purpose], kPage, bytes)) buffers.data[purpose] = nullptr;
+  else memset(buffers.data[purpose], 0xff, bytes);
+  return buffers.data[purpose];
 }
 #else
-void* scratch(Slot slot, size_t bytes) {
-  if (buffers.size[slot] < bytes || !buffers.data[slot]) {
-    free(buffers.data[slot]);
+void* scratch(Buffer purpose, size_t bytes) {
+  if (buffers.size[purpose] < bytes || !buffers.data[purpose]) {
+    free(buffers.data[purpose]);
     const size_t alignment = bytes >= kHugePage / 2 ? kHugePage : kPage;
     const size_t size = (bytes + bytes / 8 + alignment) / alignment * alignment;
-    buffers.data[slot] = aligned_alloc(alignment, size);
-    buffers.size[slot] = buffers.data[slot] ? size : 0;
-    if (buffers.data[slot]) {
+    buffers.data[purpose] = aligned_alloc(alignment, size);
+    buffers.size[purpose] = buffers.data[purpose] ? size : 0;
+    if (buffers.data[purpose]) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-      if (alignment == kHugePage) madvise(buffers.data[slot], size, MADV_HUGEPAGE);
+      if (alignment == kHugePage) madvise(buffers.data[purpose], size, MADV_HUGEPAGE);
 #endif
     }
   }
-  return buffers.data[slot];
+  return buffers.data[purpose];
 }
 #endif
 

@@ -4,16 +4,16 @@
 
 namespace sparse_ffn {
 
-// What a buffer is for; one buffer per purpose and thread.
-enum Slot {
-  kSlotA, kSlotB, kSlotC, kSlotAcc, kSlotLines, kSlotRank, kSlotIndex,  // owned by each worker
-  kSlotToken, kSlotGate, kSlotHidden, kSlotDz, kSlotRow,  // owned by the calling thread, shared with its workers
-  kSlotOrder, kSlotOffsets, kSlotAux, kSlotLogits, kSlotDlogits, kSlotPartial, kSlotDgate, kSlotCount
+// What a buffer is for. Each thread has one of each.
+enum Buffer {
+  kBufferA, kBufferB, kBufferC, kBufferAcc, kBufferLines, kBufferRank, kBufferIndex,  // owned by each worker
+  kBufferToken, kBufferGate, kBufferHidden, kBufferDUp, kBufferRow,  // owned by the calling thread, shared with its workers
+  kBufferOrder, kBufferOffsets, kBufferAux, kBufferLogits, kBufferDlogits, kBufferPartial, kBufferDgate, kBufferCount
 };
 
-// At least `bytes` bytes, 4096-aligned, contents undefined, valid until the next call with the same slot on this
-// thread. Null when out of memory.
-void* scratch(Slot slot, size_t bytes);
+// At least `bytes` bytes, 4096-aligned, contents undefined, valid until the next call with the same purpose on
+// this thread. Null when out of memory.
+void* scratch(Buffer purpose, size_t bytes);
 void release_scratch();
 
 // Ask for huge pages behind a large output that is about to be written for the first time: page faults otherwise cost

@@ -19,9 +19,9 @@ struct SortedSlots {
   static SortedSlots reserve(const sparse_ffn_bag& p) {
     const int64_t S = p.T * p.J;
     const int64_t threads = larger<int64_t>(1, lesser<int64_t>(p.n_threads, S / (p.N + 1)));
-    return {scratch_of<int32_t>(kSlotOffsets, p.N + 1), scratch_of<int32_t>(kSlotOrder, S + 1),
-            scratch_of<int32_t>(kSlotToken, S + 1),     scratch_of<float>(kSlotGate, S + 1),
-            scratch_of<int32_t>(kSlotPartial, threads * p.N + 1), threads};
+    return {scratch_of<int32_t>(kBufferOffsets, p.N + 1), scratch_of<int32_t>(kBufferOrder, S + 1),
+            scratch_of<int32_t>(kBufferToken, S + 1),     scratch_of<float>(kBufferGate, S + 1),
+            scratch_of<int32_t>(kBufferPartial, threads * p.N + 1), threads};
   }
   bool ready() const { return begin && order && token && weight && next; }
 

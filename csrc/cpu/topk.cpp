@@ -11,7 +11,7 @@ int topk(const float* scores, int64_t R, int64_t n, int64_t stride, int64_t k, i
 #pragma omp parallel num_threads(larger(1, n_threads))
   {
     const Candidates candidates = Candidates::reserve(n);
-    int32_t* best = scratch_of<int32_t>(kSlotC, n);
+    int32_t* best = scratch_of<int32_t>(kBufferC, n);
     const bool ready = candidates.ready() && best;
     if (!ready) {
 #pragma omp atomic write
@@ -64,9 +64,9 @@ static int select_units(const T* u, int64_t rows, int64_t F, int64_t stride, int
 #pragma omp parallel num_threads(larger(1, n_threads))
   {
     const Candidates candidates = Candidates::reserve(F);
-    int32_t* best = scratch_of<int32_t>(kSlotC, F);
-    T* value = scratch_of<T>(kSlotA, F + VL);
-    float* magnitude = scratch_of<float>(kSlotB, F + VL);
+    int32_t* best = scratch_of<int32_t>(kBufferC, F);
+    T* value = scratch_of<T>(kBufferA, F + VL);
+    float* magnitude = scratch_of<float>(kBufferB, F + VL);
     const bool ready = candidates.ready() && best && value && magnitude;
     if (!ready) {
 #pragma omp atomic write

@@ -74,8 +74,8 @@ static bool product(const sparse_ffn_wide_product& p, int32_t* offsets, int32_t*
 
 int wide_product(const sparse_ffn_wide_product& p, float* out, float* scale) {
   advise_huge_pages(out, static_cast<size_t>(p.B * p.M * p.N) * 4);
-  int32_t* offsets = scratch_of<int32_t>(kSlotOffsets, p.B + 1);
-  int32_t* place = scratch_of<int32_t>(kSlotOrder, p.B * p.M + 1);
+  int32_t* offsets = scratch_of<int32_t>(kBufferOffsets, p.B + 1);
+  int32_t* place = scratch_of<int32_t>(kBufferOrder, p.B * p.M + 1);
   if (!offsets || !place) return SPARSE_FFN_NO_MEMORY;
   const bool done = p.dtype == SPARSE_FFN_FP32   ? product<float>(p, offsets, place, out, scale)
                     : p.dtype == SPARSE_FFN_BF16 ? product<bf16>(p, offsets, place, out, scale)

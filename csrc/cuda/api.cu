@@ -29,7 +29,7 @@ int check(const sparse_ffn_cuda_cvmm* p) {
   if (p->E < 0 || p->M < 0 || p->L < 0) return SPARSE_FFN_CUDA_BAD_ARGUMENT;
   if (p->S > kMaxSlots) return SPARSE_FFN_CUDA_TOO_LARGE;
   if (p->w_stride_m != 1 && p->w_stride_l != 1) return SPARSE_FFN_CUDA_BAD_ARGUMENT;
-  if (p->S > 0 && (p->E == 0 || (p->M > 0 && (!p->x || (p->L > 0 && !p->w))))) return SPARSE_FFN_CUDA_BAD_ARGUMENT;
+  if (p->S > 0 && p->E > 0 && p->M > 0 && (!p->x || (p->L > 0 && !p->w))) return SPARSE_FFN_CUDA_BAD_ARGUMENT;
   if (!p->out_offsets != !p->out_members && p->S > 0) return SPARSE_FFN_CUDA_BAD_ARGUMENT;
   if (!p->x_offsets != !p->x_members && p->S > 0) return SPARSE_FFN_CUDA_BAD_ARGUMENT;
   return SPARSE_FFN_CUDA_OK;
@@ -135,7 +135,7 @@ cudaError_t cvmm_backward(const sparse_ffn_cuda_cvmm& p, const void* dout, int64
   }
   if (dscale) {  // the slots' rows of dx before scaling are still in the workspace
     const T *unscaled = static_cast<const T*>(p.workspace), *x = static_cast<const T*>(p.x);
-    error = run_dots(Dots<T>{p.S, p.M, 1, unscaled, x, p.M, p.x_stride, p.gather, dscale}, p.stream);
+    error = run_dots(Dots<T>{p.S, p.M, 1, p.offsets + p.E, unscaled, x, p.M, p.x_stride, p.gather, dscale}, p.stream);
     if (error != cudaSuccess) return error;
   }
   if (dw) {
@@ -177,7 +177,7 @@ cudaError_t bag_backward(const sparse_ffn_cuda_bag& p, const void* dout, float* 
   const T* grad = static_cast<const T*>(dout);
   if (dweight) {
     const T* values = static_cast<const T*>(p.values);
-    const Dots<T> dots{p.T * p.J, p.O, larger<int64_t>(p.J, 1), grad, values, p.O, p.O, p.index, dweight};
+    const Dots<T> dots{p.T * p.J, p.O, larger<int64_t>(p.J, 1), nullptr, grad, values, p.O, p.O, p.index, dweight};
     const cudaError_t error = run_dots(dots, p.stream);
     if (error != cudaSuccess) return error;
   }

@@ -35,7 +35,7 @@ template <class M, bool W_ACROSS, class T> __global__ void __launch_bounds__(kTh
 
 template <class T> cudaError_t run_grouped(const Grouped<T>& p, void* stream) {
   const int64_t blocks = row_tiles(p.S, p.E) * ceil_div(p.N, kColumns);
-  if (p.S == 0) return cudaSuccess;
+  if (p.S == 0 || p.E == 0) return cudaSuccess;
   const bool across = p.w_stride_n != 1;
   if constexpr (sizeof(T) == 4) {
     if (!p.tf32)

@@ -54,9 +54,10 @@ template <class T> struct SegmentSum {
 };
 template <class T> cudaError_t run_segment_sum(const SegmentSum<T>& p, void* stream);
 
-// out[s] = a[s / divisor] . b[index[s]]
+// out[s] = a[s / divisor] . b[index[s]], zero from *n_live on
 template <class T> struct Dots {
   int64_t n, columns, divisor;
+  const int32_t* n_live;  // null: n
   const T *a, *b;
   int64_t a_stride, b_stride;
   const int64_t* index;  // null: the identity

@@ -70,7 +70,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) dots(Dots<T> p) {
   for (int64_t turn = blockIdx.x; turn < ceil_div(p.n, kWarps); turn += gridDim.x) {
     const int64_t s = turn * kWarps + threadIdx.x / 32;
     float sum = 0.0f;
-    if (s < p.n) {
+    if (s < p.n && !(p.n_live && s >= *p.n_live)) {
       const T* a = p.a + s / p.divisor * p.a_stride;
       const T* b = p.b + (p.index ? p.index[s] : s) * p.b_stride;
       for (int64_t c = lane; c < p.columns; c += 32) sum += to_float(a[c]) * to_float(b[c]);

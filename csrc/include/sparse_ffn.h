@@ -2,10 +2,12 @@
  *
  * Conventions
  *  - No torch, no C++ in the interface. A tensor crosses it as memory, dtype, sizes and strides in elements (not bytes);
- *    every function checks that those of its tensors fit each other before it touches any memory, and refuses else.
+ *    every function checks that its tensors fit each other before it touches any memory, and otherwise refuses the call.
  *  - A function takes one block of tensors, inputs first, then options. What a comment calls "or absent" may be all zero.
  *    T tokens, D d_model, O d_out, E experts, G hidden units per expert, K experts per token, S = T*K slots. Slot t*K+j is
  *    the j-th choice of token t. Equal letters are equal sizes.
+ *  - A slot whose expert is E names none: it is void. It adds exactly 0, reads no weights, and its gate or reduction weight
+ *    gets a gradient of exactly 0.
  *  - Tensors are dense and row-major unless it says "rows" (unit stride in the last dimension, any others) or otherwise.
  *  - Storage is fp32, bf16 or fp16 (one dtype per call, that of tensors without one in the comments); every sum is
  *    accumulated in fp32.
@@ -73,14 +75,14 @@ SPARSE_FFN_API void sparse_ffn_release_memory(void);
  * with the number of bytes that was asked for, is kept for outputs of the same size. */
 SPARSE_FFN_API void* sparse_ffn_allocate(int64_t bytes);
 SPARSE_FFN_API void sparse_ffn_free(void* memory, int64_t bytes);
-/* Finds the memory behind a fresh buffer that others will write, with huge pages where there are. All functions here do
- * so for their own large outputs. */
+/* Maps the memory behind a fresh buffer that others will write, with huge pages where the system has them. All functions
+ * here do so for their own large outputs. */
 SPARSE_FFN_API int sparse_ffn_advise_huge_pages(void* p, int64_t bytes);
 
 /* ---- Expert FFN -------------------------------------------------------------------------------------------------
  * y_t = sum_j gate[t,j] * h(t,j) @ values[e],  e = index[t,j]
- * h   = act(z) * dropout_mask,             z  = keys[e] x_t + key_bias[e]
- * h   = act(zg) * z * dropout_mask  (GLU), zg = gate_keys[e] x_t */
+ * h   = act(up) * dropout_mask,                   up       = keys[e] x_t + key_bias[e]
+ * h   = act(glu_gate) * up * dropout_mask  (GLU), glu_gate = gate_keys[e] x_t */
 typedef struct sparse_ffn_units {
   sparse_ffn_tensor x;             /* [T, D], rows */
   sparse_ffn_tensor keys;          /* [E, G, D] */
@@ -90,15 +92,16 @@ typedef struct sparse_ffn_units {
 } sparse_ffn_units;
 
 /* What a forward pass keeps for the backward pass. The slots are sorted by expert, in their order: order [S] int32 holds
- * the slot at each sorted position, and expert e owns positions offsets[e] .. offsets[e+1]-1, offsets [E+1] int32.
- * z [S, G], and zg [S, G] with a GLU, hold in that order the activation for ReLU, else the pre-activation. */
+ * the slot at each sorted position, and expert e owns positions offsets[e] .. offsets[e+1]-1, offsets [E+1] int32. Void
+ * slots lie behind offsets[E]; nothing of what is kept there is read.
+ * up [S, G], and with a GLU glu_gate [S, G], hold in that order the pre-activations, but for ReLU the activations. */
 typedef struct sparse_ffn_saved {
-  sparse_ffn_tensor order, offsets, z, zg;
+  sparse_ffn_tensor order, offsets, up, glu_gate;
 } sparse_ffn_saved;
 
 typedef struct sparse_ffn_experts_forward_args {
   sparse_ffn_units units;
-  sparse_ffn_tensor index;         /* [T, K] int64 in [0, E) */
+  sparse_ffn_tensor index;         /* [T, K] int64 in [0, E] */
   sparse_ffn_tensor gate;          /* [T, K] fp32 */
   sparse_ffn_tensor dropout_mask;  /* [T, K, G], or absent: dropout's multiplier */
   sparse_ffn_tensor out;           /* [T, O] */
@@ -121,20 +124,21 @@ SPARSE_FFN_API int sparse_ffn_experts_backward(const sparse_ffn_experts_backward
 
 /* ---- MoE layer: a linear router and the expert FFN behind it, in one call ---------------------------------------
  * scores = router_weight x_t in fp32; the K best of scores + router_bias are selected (as all selections here)
- * and weigh sigmoid(score), the softmax over all scores, the softmax over the selected ones, or 1. fp32 and bf16 only. */
+ * and R >= E rows of the router take part: slots that select one of those from E on are void. The selected slots
+ * weigh sigmoid(score), the softmax over all scores, the softmax over the selected ones, or 1. fp32 and bf16 only. */
 enum sparse_ffn_gate {
-  SPARSE_FFN_GATE_SIGMOID = 0, SPARSE_FFN_GATE_SOFTMAX = 1, SPARSE_FFN_GATE_SOFTMAX_SELECTED = 2, SPARSE_FFN_GATE_ONE = 3
+  SPARSE_FFN_GATE_SIGMOID = 0, SPARSE_FFN_GATE_SOFTMAX = 1, SPARSE_FFN_GATE_SOFTMAX_TOPK = 2, SPARSE_FFN_GATE_UNWEIGHTED = 3
 };
 typedef struct sparse_ffn_moe_forward_args {
   sparse_ffn_units units;
-  sparse_ffn_tensor router_weight; /* [E, D] */
-  sparse_ffn_tensor router_bias;   /* [E] fp32, for the ranking only, or absent */
+  sparse_ffn_tensor router_weight; /* [R, D] */
+  sparse_ffn_tensor router_bias;   /* [R] fp32, for the ranking only, or absent */
   sparse_ffn_tensor mask;          /* [T] bool, false for padding, which the sums leave out; or absent */
   sparse_ffn_tensor dropout_mask;  /* [T, K, G], or absent */
   sparse_ffn_tensor out;           /* [T, O] */
   sparse_ffn_tensor index;         /* [T, K] int64, an output too */
   sparse_ffn_tensor gate;          /* [T, K] fp32, or absent */
-  sparse_ffn_tensor softmax_sums;  /* [B, E] fp32, or absent: for each run of T/B tokens the sum of their softmaxes */
+  sparse_ffn_tensor softmax_sums;  /* [B, R] fp32, or absent: for each run of T/B tokens the sum of their softmaxes */
   sparse_ffn_saved saved;          /* all absent: inference */
 } sparse_ffn_moe_forward_args;
 SPARSE_FFN_API int sparse_ffn_moe_forward(const sparse_ffn_moe_forward_args* args, int32_t gate_function,
@@ -155,7 +159,7 @@ SPARSE_FFN_API int sparse_ffn_moe_backward(const sparse_ffn_moe_backward_args* a
  * out[scatter_index[s]] += reduction_weight[s] * x[gather_index[s]] @ weight[expert_index[s]], out zero before.
  * Absent indices are the identity, absent reduction weights 1. weight may be a transposed view. */
 typedef struct sparse_ffn_slots {
-  sparse_ffn_tensor expert_index;      /* [S] int64 in [0, E) */
+  sparse_ffn_tensor expert_index;      /* [S] int64 in [0, E] */
   sparse_ffn_tensor gather_index;      /* [S] int64 in [0, N), or absent: then S = N */
   sparse_ffn_tensor scatter_index;     /* [S] int64 in [0, R), or absent: then S = R */
   sparse_ffn_tensor reduction_weight;  /* [S] fp32, or absent */

@@ -6,7 +6,8 @@
  *  - Storage is fp32, bf16 or fp16 (one dtype per call), numbered as in sparse_ffn.h; every sum is accumulated in fp32.
  *    With tf32 set, products of fp32 operands may round them to tf32; without it they are plain fp32.
  *  - Outputs are fully written: nothing needs to be zeroed. Results are deterministic: no float atomics anywhere.
- *  - Slots are sorted by expert by the caller: gather, scatter and scale are given in sorted order.
+ *  - Slots are sorted by expert by the caller: gather, scatter and scale are given in sorted order. Void slots, which have
+ *    no expert, lie behind offsets[E] and add 0.
  *  - Indices are trusted: checking them would mean waiting for the device.
  *  - The caller gives the workspace, of at least as many bytes as the function *_workspace says, 256-byte aligned.
  *  - Every function returns SPARSE_FFN_CUDA_OK, a code below, or SPARSE_FFN_CUDA_RUNTIME + the cudaError_t.
@@ -46,8 +47,8 @@ SPARSE_FFN_CUDA_API const char* sparse_ffn_cuda_status_text(int status);
  * W [E, M, L] is read through three strides, one of w_stride_m and w_stride_l must be 1.
  *
  * Several slots may write one row of out: then the caller gives the slots sorted by row, stably, as members [S] (sorted
- * slots) and offsets [rows+1]; a row's slots are summed in that order. Null instead of the two says that the rows in
- * question are each written exactly once. */
+ * slots) and offsets [rows+1]; a row's slots are summed in that order, and void slots lie behind offsets[rows]. Null
+ * instead of the two says that the rows in question have one slot each: those of void slots are left as they are. */
 typedef struct sparse_ffn_cuda_cvmm {
   int64_t rows_x, rows_out, S, E, M, L;
   int32_t dtype, tf32, device, reserved;

@@ -10,8 +10,8 @@
 
 namespace sparse_ffn {
 
-template <class T> T* scratch_of(Slot slot, int64_t count) {
-  return static_cast<T*>(scratch(slot, static_cast<size_t>(count) * sizeof(T)));
+template <class T> T* scratch_of(Buffer purpose, int64_t count) {
+  return static_cast<T*>(scratch(purpose, static_cast<size_t>(count) * sizeof(T)));
 }
 
 inline int done(int status) {
@@ -22,18 +22,18 @@ inline void zero(void* out, int64_t count, int32_t dtype) {
   memset(out, 0, static_cast<size_t>(count) * (dtype == SPARSE_FFN_FP32 ? 4 : 2));
 }
 
-// Stable counting sort of the slots by expert, all of them below E; returns the order. Counts go one place up, so that
-// after the prefix sum next[e] is the first position of expert e and, when all are placed, of expert e + 1: no second array.
+// Stable counting sort of the slots by expert; returns the order. Void slots, E or more, come last: offsets[E] is the number
+// of all others. The counts themselves become the next free positions, and end as where the experts after them begin.
 inline const int32_t* sort_by_expert(const int64_t* index, int64_t S, int64_t E, int32_t* order, int32_t* offsets) {
   memset(offsets, 0, static_cast<size_t>(E + 1) * sizeof(int32_t));
-  for (int64_t s = 0; s < S; s++) offsets[index[s]]++;
+  for (int64_t s = 0; s < S; s++) offsets[index[s] < E ? index[s] : E]++;
   int32_t total = 0;
   for (int64_t e = 0; e <= E; e++) {
     const int32_t count = offsets[e];
     offsets[e] = total;
     total += count;
   }
-  for (int64_t s = 0; s < S; s++) order[offsets[index[s]]++] = static_cast<int32_t>(s);
+  for (int64_t s = 0; s < S; s++) order[offsets[index[s] < E ? index[s] : E]++] = static_cast<int32_t>(s);
   for (int64_t e = E; e > 0; e--) offsets[e] = offsets[e - 1];
   offsets[0] = 0;
   return order;

@@ -32,7 +32,7 @@ void check_slots(Operands& o, sparse_ffn_cvmm& p, const Slots& slots) {
   o.count_slots(o['S']);
   o.count_slots(o['N']);
   o.count_slots(o['R']);
-  o.below("expert_index", slots.expert, o['S'], o['E']);
+  o.experts("expert_index", slots.expert, o['S'], o['E']);
   if (slots.gather) o.below("gather_index", slots.gather, o['S'], o['N']);
   if (slots.scatter) o.below("scatter_index", slots.scatter, o['S'], o['R']);
   p.rows_x = o['N'], p.rows_out = o['R'], p.S = o['S'], p.E = o['E'], p.M = o['M'], p.L = o['L'];
@@ -40,14 +40,14 @@ void check_slots(Operands& o, sparse_ffn_cvmm& p, const Slots& slots) {
 
 // Sorts the slots into scratch and returns the slot at each sorted position; null when out of memory.
 const int32_t* sort_slots(sparse_ffn_cvmm& p, const Slots& s) {
-  int32_t* offsets = scratch_of<int32_t>(kSlotOffsets, p.E + 1);
-  int32_t* order = scratch_of<int32_t>(kSlotOrder, p.S + 1);
-  int32_t* gather = s.gather ? scratch_of<int32_t>(kSlotToken, p.S + 1) : order;
-  int32_t* scatter = s.scatter ? scratch_of<int32_t>(kSlotAux, p.S + 1) : order;
-  float* scale = s.scale ? scratch_of<float>(kSlotGate, p.S + 1) : nullptr;
+  int32_t* offsets = scratch_of<int32_t>(kBufferOffsets, p.E + 1);
+  int32_t* order = scratch_of<int32_t>(kBufferOrder, p.S + 1);
+  int32_t* gather = s.gather ? scratch_of<int32_t>(kBufferToken, p.S + 1) : order;
+  int32_t* scatter = s.scatter ? scratch_of<int32_t>(kBufferAux, p.S + 1) : order;
+  float* scale = s.scale ? scratch_of<float>(kBufferGate, p.S + 1) : nullptr;
   if (!offsets || !order || !gather || !scatter || (s.scale && !scale)) return nullptr;
   sort_by_expert(s.expert, p.S, p.E, order, offsets);
-  for (int64_t i = 0; i < p.S; i++) {
+  for (int64_t i = 0; i < p.S; i++) {  // void slots too: some of it is scattered to
     if (s.gather) gather[i] = static_cast<int32_t>(s.gather[order[i]]);
     if (s.scatter) scatter[i] = static_cast<int32_t>(s.scatter[order[i]]);
     if (s.scale) scale[i] = s.scale[order[i]];
@@ -101,17 +101,18 @@ int sparse_ffn_cvmm_backward(const sparse_ffn_cvmm_backward_args* a, int32_t n_t
   if (o.status()) return o.status();
   if (!p.E) {
     if (dx) zero(dx, p.rows_x * p.M, p.dtype);
+    if (dscale) zero(dscale, p.S, SPARSE_FFN_FP32);
     return SPARSE_FFN_OK;
   }
   const int32_t* order = sort_slots(p, slots);
-  float* sorted_dscale = dscale ? scratch_of<float>(kSlotDgate, p.S + 1) : nullptr;
+  float* sorted_dscale = dscale ? scratch_of<float>(kBufferDgate, p.S + 1) : nullptr;
   if (!order || (dscale && !sorted_dscale)) return done(SPARSE_FFN_NO_MEMORY);
   const int64_t dout_stride = a->dout.stride[0];
   const bool transposed = dweight && p.M > 1 && p.L > 1 && dw.stride[1] == 1;
   int status = kernels().cvmm_backward(p, dout, dout_stride, dx, transposed ? nullptr : dweight, sorted_dscale);
   if (!status && transposed)
     status = kernels().cvmm_backward(mirrored(p, dout, dout_stride), p.x, p.x_stride, nullptr, dweight, nullptr);
-  for (int64_t s = 0; dscale && s < p.S; s++) dscale[order[s]] = sorted_dscale[s];
+  for (int64_t s = 0; dscale && s < p.S; s++) dscale[order[s]] = s < p.offsets[p.E] ? sorted_dscale[s] : 0.f;
   return done(status);
 }
 

@@ -7,10 +7,10 @@ namespace {
 // Up to here reading the touched weights dominates, and the decode path reads each of them once, unpacked.
 constexpr int64_t kDecodeTokens = 32;
 
-// That order and offsets are what a sort of S slots by E experts gives.
+// That order and offsets are what a sort of S slots by E experts gives, as far as it is read: up to the void slots.
 void check_sorted(Operands& o, const int32_t* order, const int32_t* offsets, int64_t S, int64_t E) {
   if (o.status()) return;
-  bool sorted = offsets[0] == 0 && offsets[E] == S;
+  bool sorted = offsets[0] == 0 && offsets[E] <= S;
   for (int64_t e = 0; e < E && sorted; e++) sorted = offsets[e] <= offsets[e + 1];
   for (int64_t e = 0; e < E && sorted; e++) {
     int32_t before = -1;
@@ -45,19 +45,19 @@ void take_slots(Operands& o, sparse_ffn_experts& p, const sparse_ffn_tensor& dro
 
 struct Saved {
   int32_t *order, *offsets;
-  void *z, *zg;
+  void *up, *glu_gate;
 };
 Saved take_saved(Operands& o, const sparse_ffn_saved& s, bool glu) {
   return {o.take<int32_t>("order", s.order, "S"), o.take<int32_t>("offsets", s.offsets, "F"),
-          o.take<void>("z", s.z, "SG"), glu ? o.take<void>("zg", s.zg, "SG") : nullptr};
+          o.take<void>("up", s.up, "SG"), glu ? o.take<void>("glu_gate", s.glu_gate, "SG") : nullptr};
 }
 // All or nothing; without them the order is in scratch.
 Saved take_saved_output(Operands& o, const sparse_ffn_saved& s, bool glu) {
-  return s.z.dtype == SPARSE_FFN_ABSENT ? Saved{} : take_saved(o, s, glu);
+  return s.up.dtype == SPARSE_FFN_ABSENT ? Saved{} : take_saved(o, s, glu);
 }
 bool find_room(const sparse_ffn_experts& p, Saved& s) {
-  if (!s.order) s.order = scratch_of<int32_t>(kSlotOrder, p.T * p.K + 1);
-  if (!s.offsets) s.offsets = scratch_of<int32_t>(kSlotOffsets, p.E + 1);
+  if (!s.order) s.order = scratch_of<int32_t>(kBufferOrder, p.T * p.K + 1);
+  if (!s.offsets) s.offsets = scratch_of<int32_t>(kBufferOffsets, p.E + 1);
   return s.order && s.offsets;
 }
 
@@ -69,27 +69,30 @@ int forward(sparse_ffn_experts& p, const int64_t* index, const Saved& saved, voi
     zero(out, p.T * p.O, p.dtype);
     return SPARSE_FFN_OK;
   }
-  if (p.T <= kDecodeTokens && !saved.z) return done(PHASE("decode", kernels().experts_decode(p, out)));
-  return done(kernels().experts_forward(p, out, saved.z, saved.zg));
+  if (p.T <= kDecodeTokens && !saved.up) return done(PHASE("decode", kernels().experts_decode(p, out)));
+  return done(kernels().experts_forward(p, out, saved.up, saved.glu_gate));
 }
 
 sparse_ffn_router take_router(Operands& o, const sparse_ffn_tensor& weight, const sparse_ffn_tensor& bias,
                               const sparse_ffn_tensor& mask, int32_t gate_function) {
   sparse_ffn_router r{};
-  r.weight = o.take<void>("router.weight", weight, "ED");
-  r.bias = o.maybe<float>("router.bias", bias, "E");
+  r.weight = o.take<void>("router.weight", weight, "RD");
+  r.bias = o.maybe<float>("router.bias", bias, "R");
   r.mask = o.maybe<uint8_t>("mask", mask, "T");
-  r.gate = gate_function;
-  o.require(gate_function >= SPARSE_FFN_GATE_SIGMOID && gate_function <= SPARSE_FFN_GATE_ONE,
+  r.rows = o['R'];
+  r.gate_function = gate_function;
+  o.require(gate_function >= SPARSE_FFN_GATE_SIGMOID && gate_function <= SPARSE_FFN_GATE_UNWEIGHTED,
             "gate function %d is unknown", gate_function);
   o.require(o.dtype() != SPARSE_FFN_FP16, "the router takes float32 and bfloat16, got float16");
   return r;
 }
 // The sums of runs of tokens, or their gradients.
 float* take_sums(Operands& o, sparse_ffn_router& r, const char* name, const sparse_ffn_tensor& sums) {
-  o.require(o['K'] >= 1 && o['K'] <= o['E'], "k must be at least 1 and at most the number of experts, %d, got %d",
-            static_cast<int>(o['E']), static_cast<int>(o['K']));
-  float* found = o.maybe<float>(name, sums, "BE");
+  o.require(o['E'] >= 1 && r.rows >= o['E'], "router.weight must have a row for each of %d experts, got %d rows",
+            static_cast<int>(o['E']), static_cast<int>(r.rows));
+  o.require(o['K'] >= 1 && o['K'] <= r.rows, "k must be at least 1 and at most the number of the router's rows, %d, got %d",
+            static_cast<int>(r.rows), static_cast<int>(o['K']));
+  float* found = o.maybe<float>(name, sums, "BR");
   r.groups = found ? o['B'] : 1;
   o.require(r.groups >= 1 && o['T'] % r.groups == 0, "%s must have a row for each of equally long runs of tokens", name);
   return found;
@@ -110,7 +113,7 @@ int sparse_ffn_experts_forward(const sparse_ffn_experts_forward_args* a, int32_t
   take_slots(o, p, a->dropout_mask);
   void* out = o.take<void>("out", a->out, "TO");
   Saved saved = take_saved_output(o, a->saved, p.gate_keys);
-  o.below("index", index, o['S'], p.E);
+  o.experts("index", index, o['S'], p.E);
   if (o.status()) return o.status();
   return find_room(p, saved) ? forward(p, index, saved, out) : done(SPARSE_FFN_NO_MEMORY);
 }
@@ -133,10 +136,11 @@ int sparse_ffn_experts_backward(const sparse_ffn_experts_backward_args* a, int32
   p.order = saved.order, p.offsets = saved.offsets;
   if (!p.E) {
     if (dx) zero(dx, p.T * p.D, p.dtype);
+    if (dgate) zero(dgate, p.T * p.K, SPARSE_FFN_FP32);
     return SPARSE_FFN_OK;
   }
-  return done(kernels().experts_backward(p, dout, a->dout.stride[0], saved.z, saved.zg, dx, dkeys, dgate_keys, dvalues,
-                                         dkey_bias, dgate));
+  return done(kernels().experts_backward(p, dout, a->dout.stride[0], saved.up, saved.glu_gate, dx, dkeys, dgate_keys,
+                                         dvalues, dkey_bias, dgate));
 }
 
 int sparse_ffn_moe_forward(const sparse_ffn_moe_forward_args* a, int32_t gate_function, int32_t activation,
@@ -151,7 +155,7 @@ int sparse_ffn_moe_forward(const sparse_ffn_moe_forward_args* a, int32_t gate_fu
   void* out = o.take<void>("out", a->out, "TO");
   Saved saved = take_saved_output(o, a->saved, p.gate_keys);
   if (o.status()) return o.status();
-  if (!gate) gate = scratch_of<float>(kSlotDgate, p.T * p.K + 1);
+  if (!gate) gate = scratch_of<float>(kBufferDgate, p.T * p.K + 1);
   if (!gate || !find_room(p, saved)) return done(SPARSE_FFN_NO_MEMORY);
   p.gate = gate;
   if (const int bad = done(PHASE("route", kernels().route_tokens(p, router, index, gate, sums)))) return bad;
@@ -171,17 +175,17 @@ int sparse_ffn_moe_backward(const sparse_ffn_moe_backward_args* a, int32_t gate_
   const float* dgate = o.maybe<float>("dgate", a->dgate, "TK");
   const float* dsums = take_sums(o, router, "dsoftmax_sums", a->dsoftmax_sums);
   void* dx = o.maybe<void>("dx", a->dx, "TD");
-  void* drouter = o.maybe<void>("drouter_weight", a->drouter_weight, "ED");
+  void* drouter = o.maybe<void>("drouter_weight", a->drouter_weight, "RD");
   void* dkeys = o.maybe<void>("dkeys", a->dkeys, "EGD");
   void* dvalues = o.maybe<void>("dvalues", a->dvalues, "EGO");
   void* dgate_keys = o.maybe<void>("dgate_keys", a->dgate_keys, "EGD");
   void* dkey_bias = o.maybe<void>("dkey_bias", a->dkey_bias, "EG");
-  o.below("index", index, o['S'], p.E);
+  o.below("index", index, o['S'], router.rows);
   check_sorted(o, saved.order, saved.offsets, o['S'], p.E);
   if (o.status()) return o.status();
   p.order = saved.order, p.offsets = saved.offsets;
-  return done(kernels().moe_backward(p, router, dout, a->dout.stride[0], saved.z, saved.zg, index, dgate, dsums, dx,
-                                     drouter, dkeys, dgate_keys, dvalues, dkey_bias));
+  return done(kernels().moe_backward(p, router, dout, a->dout.stride[0], saved.up, saved.glu_gate, index, dgate, dsums,
+                                     dx, drouter, dkeys, dgate_keys, dvalues, dkey_bias));
 }
 
 }  // extern "C"

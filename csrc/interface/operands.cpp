@@ -136,18 +136,19 @@ void Operands::require(bool condition, const char* sentence, ...) {
   status_ = SPARSE_FFN_BAD_ARGUMENT;
 }
 
-void Operands::below(const char* name, const int64_t* index, int64_t n, int64_t limit) {
+void Operands::within(const char* name, const int64_t* index, int64_t n, int64_t limit, char bracket) {
   if (status_) return;
+  const uint64_t end = static_cast<uint64_t>(limit) + (bracket == ']');
   bool inside = true;
-  for (int64_t i = 0; i < n && inside; i++) inside = static_cast<uint64_t>(index[i]) < static_cast<uint64_t>(limit);
+  for (int64_t i = 0; i < n && inside; i++) inside = static_cast<uint64_t>(index[i]) < end;
   if (inside) return;
   int64_t low = index[0], high = index[0];
   for (int64_t i = 1; i < n; i++) {
     low = index[i] < low ? index[i] : low;
     high = index[i] > high ? index[i] : high;
   }
-  status_ = refuse(SPARSE_FFN_BAD_INDEX, "%s must be in [0, %" PRId64 "), got values from %" PRId64 " to %" PRId64,
-                   name, limit, low, high);
+  status_ = refuse(SPARSE_FFN_BAD_INDEX, "%s must be in [0, %" PRId64 "%c, got values from %" PRId64 " to %" PRId64,
+                   name, limit, bracket, low, high);
 }
 
 void Operands::count_slots(int64_t a, int64_t b) {

@@ -40,7 +40,9 @@ class Operands {
   // What letters do not say.
   void require(bool condition, const char* sentence, ...) __attribute__((format(printf, 3, 4)));
   // All n indices must lie in [0, limit).
-  void below(const char* name, const int64_t* index, int64_t n, int64_t limit);
+  void below(const char* name, const int64_t* index, int64_t n, int64_t limit) { within(name, index, n, limit, ')'); }
+  // All n indices must name one of E experts, or none with E.
+  void experts(const char* name, const int64_t* index, int64_t n, int64_t E) { within(name, index, n, E, ']'); }
   // There may be 2^31-1 slots, a * b.
   void count_slots(int64_t a, int64_t b = 1);
 
@@ -52,6 +54,7 @@ class Operands {
   static int32_t dtype_of(const uint8_t*) { return SPARSE_FFN_BOOL; }
 
   void* check(const char* name, const sparse_ffn_tensor& t, const char* letters, int32_t dtype, Strides strides);
+  void within(const char* name, const int64_t* index, int64_t n, int64_t limit, char bracket);
   void refuse_sizes(const char* name, const sparse_ffn_tensor& t, const char* letters);
 
   int status_ = SPARSE_FFN_OK;

@@ -32,11 +32,11 @@ def cvmm(
     Args:
         x: [N, M] floating.
         weight: [E, M, L], any strides: a transposed view costs no copy.
-        expert_index: int64 [S] in [0, E).
+        expert_index: int64 [S] in [0, E]; E names no expert: the slot is void, it adds 0 and reads no matrix.
         gather_index: int64 [S] in [0, N), the row of x that slot s reads; None: row s (then S = N).
         scatter_index: int64 [S] in [0, n_out), the row that slot s is added to; None: row s (then n_out = S). Rows
             that no slot names are zero.
-        reduction_weight: [S] factors, floating; None: 1.
+        reduction_weight: [S] factors, floating; None: 1. A void slot's gets a gradient of 0.
         n_out: rows of the output; needed with ``scatter_index``.
 
     Returns:
@@ -89,8 +89,9 @@ def expert_ffn(
         x: [T, D] floating.
         keys: [E, G, D].
         values: [E, G, O].
-        index: int64 [T, K] in [0, E), the experts of each token; an expert named twice counts twice.
-        gate: [T, K] floating, their weights.
+        index: int64 [T, K] in [0, E], the experts of each token; an expert named twice counts twice, and E names none:
+            such a slot is void, it adds 0 and reads no weights.
+        gate: [T, K] floating, their weights; a void slot's gets a gradient of 0.
         gate_keys: [E, G, D]; with them the hidden units are act(gate_keys x) * (keys x + key_bias).
         key_bias: [E, G].
         activation: ``relu gelu gelu_tanh silu identity squared_relu``.

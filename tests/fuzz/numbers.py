@@ -100,6 +100,12 @@ class Numbers:
             index = index // 2 * 2 if kind == "even" else index
         return index.view(shape)
 
+    def experts(self, n_experts: int, *shape: int) -> Tensor:
+        """Experts of slots, of which none, some, or all are void."""
+        index = self.index(n_experts, *shape)
+        share = self.draw(st.sampled_from([0.0, 0.0, 0.1, 0.5, 1.0]))
+        return index.masked_fill(torch.rand(shape, generator=self.generator) < share, n_experts)
+
     def spoil(self, x: Tensor, kind: str) -> Tensor:
         """x with numbers of a kind in it."""
         info = torch.finfo(x.dtype)

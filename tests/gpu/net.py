@@ -183,6 +183,25 @@ def check(case: Case, device: str = "cpu", backend: str = "triton") -> dict[str,
     return actual
 
 
+def check_void(case: Case, device: str = "cpu", backend: str = "triton") -> None:
+    """Assert that nothing reads a void slot's gate and dropout's multipliers, or weights that no slot asks for."""
+    tensors = {n: t.float().to(device) if t.is_floating_point() else t.to(device) for n, t in case.tensors.items()}
+    index, gate = (tensors[n] for n in (("expert", "reduction") if case.op is ops.cvmm else ("index", "gate")))
+    weights = [tensors[n] for n in ("weight", "keys", "values", "gate_keys", "key_bias") if n in tensors]
+    with sf.backend(backend):
+        grad = gradient(case, results(case, tensors)["output"].shape, device)
+        expected = results(case, tensors, grad)
+        void = index == len(weights[0])
+        for slots in (gate, *(tensors[n] for n in ("dropout_mask",) if n in tensors)):
+            slots[void] = torch.nan
+        for matrices in weights:
+            matrices[[e for e in range(len(matrices)) if e not in index]] = torch.nan
+        with traps():
+            actual = results(case, tensors, grad)
+    for name, want in expected.items():
+        assert torch.equal(actual[name], want), name
+
+
 def _cast(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if not x.is_floating_point():
         return x
@@ -195,6 +214,7 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
+VOID = ("half of the slots void", "all slots void", "one token, void slots")
 ROUTINGS: dict[str, Callable[[], tuple[int, Tensor]]] = {  # experts, index
     "random": lambda: (5, torch.rand(23, 5).topk(3).indices),
     "one token": lambda: (5, torch.tensor([[4, 0]])),
@@ -204,6 +224,9 @@ ROUTINGS: dict[str, Callable[[], tuple[int, Tensor]]] = {  # experts, index
     "empty experts first": lambda: (5, torch.full((20, 2), 4) - torch.tensor([[0, 1]])),
     "ragged": lambda: (4, torch.repeat_interleave(torch.arange(4), torch.tensor([1, 17, 0, 46])).flip(0).unsqueeze(1)),
     "k = E": lambda: (5, torch.arange(5).repeat(7, 1)),
+    "half of the slots void": lambda: (5, torch.where(torch.rand(23, 3) < 0.5, 5, torch.rand(23, 5).topk(3).indices)),
+    "all slots void": lambda: (5, torch.full((19, 2), 5)),
+    "one token, void slots": lambda: (5, torch.tensor([[5, 2, 5]])),
     "one expert": lambda: (1, torch.zeros(19, 1, dtype=torch.int64)),
 }
 

@@ -8,7 +8,19 @@ from typing import Any
 import flat
 import pytest
 import torch
-from net import ROUTINGS, TOLERANCE, Case, check, cvmm_case, expert_case, fp32_first, random, tf32
+from net import (
+    ROUTINGS,
+    TOLERANCE,
+    VOID,
+    Case,
+    check,
+    check_void,
+    cvmm_case,
+    expert_case,
+    fp32_first,
+    random,
+    tf32,
+)
 from strange import assert_near, exact, numbers
 from test_on_a_gpu import TOKENS
 from torch import Tensor
@@ -250,3 +262,10 @@ def test_every_layer_trains(layer: Callable[..., torch.nn.Module], device: str) 
         for parameter in module.parameters():
             assert parameter.grad is not None
             assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("routing", VOID)
+def test_what_belongs_to_void_slots_is_not_read(routing: str, train: bool, device: str, small_blocks: None) -> None:
+    check_void(expert_case(routing, form="everything", train=train), device)
+    check_void(cvmm_case(routing, form="reduction", train=train), device)

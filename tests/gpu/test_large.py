@@ -88,7 +88,7 @@ def test_decoding_of_experts_far_apart() -> None:
     far = spread(keys)
     decode.up_rows(spread(x), index, far, None, None, None, h, "identity")
     close(h[2], keys[2].double() @ x[2].double())
-    decode.down_rows(h, index, far, y)
+    decode.down_rows(h, index, torch.ones(3), far, y)
     close(y[2], h[2].double() @ keys[2].double())
 
 

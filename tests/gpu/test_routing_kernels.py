@@ -46,7 +46,7 @@ def test_every_thread_of_a_scan_has_its_own_number(small_blocks: None) -> None:
 
 def check_sorted(order: torch.Tensor, offsets: torch.Tensor, flat: torch.Tensor, E: int) -> None:
     assert torch.equal(order.long().cpu(), flat.sort(stable=True).indices)
-    counts = torch.bincount(flat, minlength=E)
+    counts = torch.bincount(flat, minlength=E)[:E]
     assert torch.equal(offsets.long().cpu(), torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
 
 
@@ -70,18 +70,18 @@ def test_tiles_cover_every_position_once(name: str, block_m: int, device: str) -
     with traps():
         plan = routing.plan(order, offsets, k, block_m, inverse=True)
     assert torch.equal(plan.rows.cpu(), order.cpu() // k)
-    assert torch.equal(plan.inverse.long().cpu(), order.long().cpu().argsort())
-    bounds = offsets.tolist()
+    bounds, position = offsets.tolist(), order.long().cpu().argsort()
+    assert torch.equal(plan.inverse.long().cpu(), position.masked_fill(position >= bounds[-1], -1))
     seen = torch.zeros(order.shape[0], dtype=torch.int64)
     for e, row in zip(plan.tile_expert.tolist(), plan.tile_row.tolist(), strict=True):
         if e >= 0:
             assert bounds[e] <= row < bounds[e + 1]
             seen[row : min(row + block_m, bounds[e + 1])] += 1
-    assert (seen == 1).all()
+    assert torch.equal(seen, (torch.arange(len(seen)) < bounds[-1]).long())  # void slots are in no tile
 
 
 @pytest.mark.parametrize("most", [4, 5], ids=["torch", "kernel"])
-def test_slots_of_unknown_experts_are_left_out(
+def test_slots_of_unknown_experts_come_last(
     most: int, device: str, small_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU nothing checks the indices; one out of range must not write outside of its tensors."""
@@ -90,7 +90,7 @@ def test_slots_of_unknown_experts_are_left_out(
     with traps():
         order, offsets = routing.sort_slots(index, 5)
     known = [i for e in range(5) for i, x in enumerate(index.tolist()) if x == e]
-    assert order[: len(known)].tolist() == known
+    assert order.tolist() == known + [i for i in range(35) if i not in known]
     assert offsets[-1] == len(known)
 
 

@@ -57,6 +57,18 @@ def sort() -> None:
     assert torch.equal(order.long(), index.sort(stable=True).indices)
 
 
+def void() -> None:
+    check(expert_case("half of the slots void"))
+
+
+def void_rows() -> None:
+    check(cvmm_case("half of the slots void"))
+
+
+def void_decoded() -> None:
+    check(expert_case("one token, void slots", form="everything", train=False))
+
+
 def decoded() -> None:
     check(expert_case("one token", form="everything", train=False))
 
@@ -161,6 +173,19 @@ FAULTS: dict[str, tuple[ModuleType, str, str, Callable[[], Any]]] = {
     "tail of an expert's rows not masked": (outer, "ok = p < end", "ok = p >= 0", plain),
     "reduction left out of the weights' gradient": (outer, "        if SCALE:", "        if False:", plain),
     "decode reads the wrong token": (decode, "(slot // K).to(tl.int64)", "slot.to(tl.int64)", decoded),
+    # void slots
+    "void slots sorted first": (routing, "tl.where(known, expert, E)", "tl.where(known, expert, 0)", void),
+    "void slots of blocks before not counted": (
+        routing, "mask=known, other=0), n_void)", "mask=known, other=0), 0)", void,
+    ),
+    "void slots forgotten in a token's sum": (combine, "live = (position >= 0) & (t < T)", "live = t < T", void),
+    "void slots have a position": (
+        routing, "tl.where(position < tl.load(offsets + E), position, -1)", "position", void,
+    ),
+    "rows of void slots not cleared": (
+        combine, "void = (p >= tl.load(offsets + E)) & (p < S)", "void = p < 0", void_rows,
+    ),
+    "void slots decoded": (decode, "G if known else 0", "G", void_decoded),
     # bags, product keys, top-k
     "a segment's slots not masked": (bag, "ok = p < end", "ok = p >= 0", bags),
     "segments that overlap": (bag, "begin = row_begin + nth * CAP", "begin = row_begin", bags),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from sparse_ffn import ops
@@ -44,7 +45,7 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
         experts: the module, in transformers' convention: ``gate_up_proj`` (``up_proj`` where ``has_gate`` is False) and
             ``down_proj``, stacks of [out, in] matrices ([in, out] where ``is_transposed``), perhaps with ``*_bias``.
         hidden_states: [T, D].
-        top_k_index: int64 [T, K]; n_experts stands for an expert of another process (expert parallelism).
+        top_k_index: int64 [T, K]; n_experts stands for none, as for an expert of another process: such a slot adds 0.
         top_k_weights: [T, K].
 
     Returns:
@@ -57,9 +58,6 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
         raise ValueError(f"top_k_weights must have the shape of top_k_index, {list(top_k_index.shape)}, "
                          f"got {list(top_k_weights.shape)}")  # fmt: skip
     (tokens, k), expert, weight = top_k_index.shape, top_k_index.reshape(-1), top_k_weights.reshape(-1, 1)
-    if _flag(experts, "_is_expert_parallel", True):
-        elsewhere = expert >= experts.down_proj.shape[0]
-        expert, weight = expert.masked_fill(elsewhere, 0), weight.masked_fill(elsewhere.unsqueeze(1), 0)
     token = torch.arange(tokens * k, device=expert.device) // k
     if _flag(experts, "has_gate", True):
         h = experts._apply_gate(_product(experts, "gate_up_proj", hidden_states, expert, token))
@@ -75,7 +73,10 @@ def _product(experts: Any, name: str, x: Tensor, expert: Tensor, rows: Tensor | 
     """Each slot's row of x times its expert's matrix, plus its bias: [slots, out]."""
     matrices: Tensor = getattr(experts, name)
     y = ops.cvmm(x.to(matrices.dtype), matrices if experts.is_transposed else matrices.mT, expert, gather=rows)
-    return y + getattr(experts, f"{name}_bias")[expert] if experts.has_bias else y
+    if not experts.has_bias:
+        return y
+    bias = F.pad(getattr(experts, f"{name}_bias"), (0, 0, 0, 1))  # of no expert: zero
+    return y + bias[expert]
 
 
 def _flag(experts: Any, name: str, default: bool) -> bool:

@@ -11,7 +11,10 @@ from torch.nn import functional as F
 
 
 class Segments:
-    """Where each expert's rows begin: ``offsets``, int32 [E + 1]; the host learns it when it first asks, and waits."""
+    """Where each expert's rows begin: ``offsets``, int32 [E + 1]; the host learns it when it first asks, and waits.
+
+    Rows behind all segments are those of void slots: products of theirs are zero.
+    """
 
     def __init__(self, offsets: Tensor) -> None:
         self.offsets = offsets
@@ -20,16 +23,24 @@ class Segments:
     def bounds(self) -> list[int]:
         return self.offsets.tolist()
 
+    def clear(self, rows: Tensor) -> Tensor:
+        """The rows, those of void slots zero, in place."""
+        if "bounds" in self.__dict__:
+            rows[self.bounds[-1] :].zero_()
+            return rows
+        position = torch.arange(rows.shape[0], device=rows.device)
+        return rows.masked_fill_((position >= self.offsets[-1]).unsqueeze(1), 0)
+
 
 def segment_mm(rows: Tensor, weight: Tensor, segments: Segments) -> Tensor:
     """rows[a:b] @ weight[e] for each expert's segment: [S, M] x [E, M, N] -> [S, N]."""
     if use_grouped_mm(rows, weight):
-        return F.grouped_mm(rows, weight, offs=segments.offsets[1:])
+        return segments.clear(F.grouped_mm(rows, weight, offs=segments.offsets[1:]))
     out = rows.new_empty(rows.shape[0], weight.shape[2])
     for e, (a, b) in enumerate(pairwise(segments.bounds)):
         if b > a:
             torch.mm(rows[a:b], weight[e], out=out[a:b])
-    return out
+    return segments.clear(out)
 
 
 def segment_outer(left: Tensor, right: Tensor, segments: Segments) -> Tensor:

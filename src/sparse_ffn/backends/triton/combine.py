@@ -1,4 +1,7 @@
-"""Sums of rows in a fixed order, in fp32: a token's k slots; any row's list of slots; the parts of a split product."""
+"""Sums of rows in a fixed order, in fp32: a token's k slots; any row's list of slots; the parts of a split product.
+
+Void slots add 0.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from torch import Tensor
 
 from sparse_ffn.backends.triton.launch import cdiv, launch
 
-BLOCK_T, BLOCK_N, SPLIT_BLOCK = 4, 256, 1024
+BLOCK_T, BLOCK_S, BLOCK_N, SPLIT_BLOCK = 4, 32, 256, 1024
 
 
 @triton.jit
@@ -16,7 +19,7 @@ def combine_kernel(
     y, inverse, gate, out, T, N, K, stride_y, stride_out,
     GATED: tl.constexpr, SORTED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out[t] = sum over j of gate[t, j] · y[position of slot t·K + j]."""
+    """out[t] = sum over j of gate[t, j] · y[position of slot t·K + j], where it has one."""
     n_blocks = tl.cdiv(N, BLOCK_N)
     t = (tl.program_id(0) // n_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
     n = (tl.program_id(0) % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -24,13 +27,27 @@ def combine_kernel(
     total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     for j in range(0, K):
         slot = t * K + j
-        position = tl.load(inverse + slot, mask=t < T, other=0) if SORTED else slot
-        row = tl.load(y + position.to(tl.int64)[:, None] * stride_y + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        position = tl.load(inverse + slot, mask=t < T, other=-1) if SORTED else slot
+        live = (position >= 0) & (t < T)
+        at = y + position.to(tl.int64)[:, None] * stride_y + n[None, :]
+        row = tl.load(at, mask=mask & live[:, None], other=0.0).to(tl.float32)
         if GATED:
-            row *= tl.load(gate + slot, mask=t < T, other=0.0).to(tl.float32)[:, None]
+            row *= tl.load(gate + slot, mask=live, other=0.0).to(tl.float32)[:, None]
         total += row
     at = out + t.to(tl.int64)[:, None] * stride_out + n[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def clear_void_kernel(y, order, offsets, E, S, N, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):
+    """y[order[p]] = 0 for the positions p from offsets[E] on."""
+    n_blocks = tl.cdiv(N, BLOCK_N)
+    p = (tl.program_id(0) // n_blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
+    n = (tl.program_id(0) % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    void = (p >= tl.load(offsets + E)) & (p < S)
+    slot = tl.load(order + p, mask=void, other=0).to(tl.int64)
+    zeros = tl.zeros([BLOCK_S, BLOCK_N], y.dtype.element_ty)
+    tl.store(y + slot[:, None] * N + n[None, :], zeros, mask=void[:, None] & (n < N)[None, :])
 
 
 @triton.jit
@@ -60,6 +77,7 @@ def add_parts_kernel(parts, out, size, n_parts, BLOCK: tl.constexpr):
 def combine(y: Tensor, inverse: Tensor | None, gate: Tensor | None, out: Tensor, k: int) -> None:
     """out[t] = sum over j of gate[t, j] · y[inverse[t·k + j]]; without inverse y is in slot order, without gate 1.
 
+    Slots whose inverse is -1 are void: they add 0.
     Shapes: y [S, N], inverse int32 [S], gate [T, k] contiguous, out [T, N]; y and out have
     unit stride in their rows.
     """
@@ -68,6 +86,15 @@ def combine(y: Tensor, inverse: Tensor | None, gate: Tensor | None, out: Tensor,
         combine_kernel, cdiv(T, BLOCK_T) * cdiv(N, BLOCK_N), y, inverse, gate, out, T, N, k, y.stride(0),
         out.stride(0), GATED=gate is not None, SORTED=inverse is not None, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N,
         num_warps=2 * y.element_size(),  # a thread loads 16 bytes at once; with more, ptxas spilled
+    )  # fmt: skip
+
+
+def clear_void(y: Tensor, order: Tensor, offsets: Tensor) -> None:
+    """Zero the rows of void slots in y [S, N], contiguous and in slot order."""
+    S, N = y.shape
+    launch(
+        clear_void_kernel, cdiv(S, BLOCK_S) * cdiv(N, BLOCK_N), y, order, offsets, offsets.shape[0] - 1, S, N,
+        BLOCK_S=BLOCK_S, BLOCK_N=BLOCK_N,
     )  # fmt: skip
 
 

@@ -56,21 +56,23 @@ def up_rows_kernel(
 
 @triton.jit
 def down_rows_kernel(
-    h, index, values, y, G, O, E, stride_ve, stride_vg, stride_vo, BLOCK_G: tl.constexpr, BLOCK_O: tl.constexpr
+    h, index, gate, values, y, G, O, E, stride_ve, stride_vg, stride_vo, BLOCK_G: tl.constexpr, BLOCK_O: tl.constexpr
 ):
-    """A block of one slot's output, fp32, still without its gate."""
+    """A block of one slot's output times its gate, fp32; zero if it is void."""
     n_blocks = tl.cdiv(O, BLOCK_O)
     slot = tl.program_id(0) // n_blocks
     o = (tl.program_id(0) % n_blocks) * BLOCK_O + tl.arange(0, BLOCK_O)
     o_ok = o < O
     expert = tl.load(index + slot)
     total = tl.zeros([BLOCK_G, BLOCK_O], tl.float32)
-    known = (expert >= 0) & (expert < E)  # else zero: nothing wrote this slot's hidden units
+    known = (expert >= 0) & (expert < E)  # else nothing wrote this slot's hidden units
     for start in range(0, G if known else 0, BLOCK_G):
         g = start + tl.arange(0, BLOCK_G)
         hidden = tl.load(h + slot.to(tl.int64) * G + g, mask=g < G, other=0.0)[:, None]
         at = values + expert * stride_ve + g.to(tl.int64)[:, None] * stride_vg + o.to(tl.int64)[None, :] * stride_vo
         total += hidden * tl.load(at, mask=(g < G)[:, None] & o_ok[None, :], other=0.0).to(tl.float32)
+    if known:
+        total *= tl.load(gate + slot).to(tl.float32)
     tl.store(y + slot.to(tl.int64) * O + o, tl.sum(total, 0), mask=o_ok)
 
 
@@ -95,10 +97,10 @@ def up_rows(
     )  # fmt: skip
 
 
-def down_rows(h: Tensor, index: Tensor, values: Tensor, y: Tensor) -> None:
-    """Each slot's hidden units times its expert's values into y, fp32 [S, O]."""
+def down_rows(h: Tensor, index: Tensor, gate: Tensor, values: Tensor, y: Tensor) -> None:
+    """Each slot's hidden units times its gate and its expert's values into y, fp32 [S, O]."""
     E, G, O = values.shape
     launch(
-        down_rows_kernel, y.shape[0] * cdiv(O, BLOCK_O), h, index, values, y, G, O, E, *values.stride(),
+        down_rows_kernel, y.shape[0] * cdiv(O, BLOCK_O), h, index, gate, values, y, G, O, E, *values.stride(),
         BLOCK_G=BLOCK_G, BLOCK_O=BLOCK_O,
     )  # fmt: skip

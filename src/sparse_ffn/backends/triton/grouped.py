@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_ffn.backends.triton import combine
 from sparse_ffn.backends.triton.activations import activate, gradient
 from sparse_ffn.backends.triton.config import Tile
 from sparse_ffn.backends.triton.launch import cdiv, launch
@@ -308,7 +309,7 @@ def multiply(
         scale: [S] in slot order, a factor on each product.
         partner: rows [*, N] and int32 [S] that says which: their dot product with the unscaled product goes to dots.
         dots: fp32 [blocks of N, S] in slot order, to be summed over the first dimension.
-        unsort: write the product of slot s to out[s].
+        unsort: write the product of slot s to out[s], zeros if it is void.
     """
     _, K, N = b.shape
     a2, b2 = (None, None) if second is None else second
@@ -320,6 +321,8 @@ def multiply(
         GATHER=rows is not None, SECOND=second is not None, SCALE=scale is not None, DOT=partner is not None,
         UNSORT=unsort, EVEN_K=K % tile.k == 0, PRECISION=precision, **tile.meta,
     )  # fmt: skip
+    if unsort:
+        combine.clear_void(out, plan.order, plan.offsets)
 
 
 def hidden_gradient(

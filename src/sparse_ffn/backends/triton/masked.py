@@ -154,7 +154,7 @@ def hidden_gradient(
     units once more, dglu_gate [T, E, G] the gradient of glu_gate; the rest as for ``hidden``.
     """
     (T, E, G), K, block = dh.shape, index.shape[1], _block(dh.shape[2])
-    dots = dh.new_empty((cdiv(G, block), T, K), dtype=torch.float32)
+    dots = dh.new_zeros((cdiv(G, block), T, K), dtype=torch.float32)  # void slots keep 0
     launch(
         masked_gradient_kernel, cdiv(T, BLOCK_T) * E * cdiv(G, block), dh, up, glu_gate, index, gate, dropout_mask,
         weighted, dglu_gate, dots, T, E, G, K, T * K,

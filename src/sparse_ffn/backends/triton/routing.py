@@ -1,6 +1,7 @@
 """Routing on the device: slots sorted by expert (stable, no atomics) and the table of row tiles; no host wait.
 
-S slots (token t's j-th choice is slot t·K + j), E experts. A position is a place in the sorted order.
+S slots (token t's j-th choice is slot t·K + j), E experts. A position is a place in the sorted order. Void slots, whose
+expert is outside [0, E), lie behind all others: there are offsets[E] of these.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from sparse_ffn.backends.triton.launch import cdiv, launch, power_of_two
 class Plan:
     """What a grouped product needs to know of the routing, all int32 on the device.
 
-    ``rows[p]`` is the token at position p, ``inverse[slot]`` the position of a slot (empty if not asked for). Tile i
-    is the expert ``tile_expert[i]`` (-1: idle) and its ``block_m`` rows from position ``tile_row[i]``, cut off where
-    the expert ends.
+    ``rows[p]`` is the token at position p, ``inverse[slot]`` the position of a slot, -1 if it is void (empty if not
+    asked for). Tile i is the expert ``tile_expert[i]`` (-1: idle) and its ``block_m`` rows from position
+    ``tile_row[i]``, cut off where the expert ends.
     """
 
     order: Tensor
@@ -70,27 +71,35 @@ def scan_kernel(counts, totals, n_blocks, E, BLOCK: tl.constexpr, COLUMNS: tl.co
 def place_kernel(
     index, counts, totals, order, offsets, S, E, BLOCK: tl.constexpr, PART: tl.constexpr, BINS: tl.constexpr
 ):
-    """order[position] = slot: the expert's begin + its slots in blocks before + its slots before in this block."""
+    """order[position] = slot: the expert's begin + its slots in blocks before + its slots before in this block.
+
+    Void slots are counted as what the experts' slots leave over: no column of counts is theirs.
+    """
     block = tl.program_id(0)
     bins = tl.arange(0, BINS)
     total = tl.load(totals + bins, mask=bins < E, other=0)
     end = tl.cumsum(total, 0)
+    n_live = tl.sum(total, 0)
     if block == 0:
         tl.store(offsets + bins, end - total, mask=bins < E)
-        tl.store(offsets + E, tl.sum(total, 0))
+        tl.store(offsets + E, n_live)
 
     slot = block * BLOCK + tl.arange(0, BLOCK)
     expert = tl.load(index + slot, mask=slot < S, other=-1).to(tl.int32)
     known = (expert >= 0) & (expert < E)
+    expert = tl.where(known, expert, E)
     rank = tl.zeros([BLOCK], tl.int32)
     for start in range(0, BLOCK, PART):  # in parts: all pairs of a block at once would not fit into registers
         before = block * BLOCK + start + tl.arange(0, PART)
         rival = tl.load(index + before, mask=before < S, other=-1).to(tl.int32)
+        rival = tl.where((rival >= 0) & (rival < E), rival, E)
         same = (expert[:, None] == rival[None, :]) & (before[None, :] < slot[:, None])
         rank += tl.sum(same.to(tl.int32), 1)
-    earlier = tl.load(counts + block.to(tl.int64) * E + expert, mask=known, other=0)
-    begin = tl.gather(end - total, tl.where(known, expert, 0), 0)
-    tl.store(order + begin + earlier + rank, slot, mask=known)
+    row = counts + block.to(tl.int64) * E
+    n_void = block * BLOCK - tl.sum(tl.load(row + bins, mask=bins < E, other=0), 0)  # in blocks before
+    earlier = tl.where(known, tl.load(row + expert, mask=known, other=0), n_void)
+    begin = tl.where(known, tl.gather(end - total, tl.where(known, expert, 0), 0), n_live)
+    tl.store(order + begin + earlier + rank, slot, mask=slot < S)
 
 
 @triton.jit
@@ -101,11 +110,10 @@ def plan_kernel(
     """The tokens and the inverse of a block of positions, and the experts and rows of a block of tiles."""
     program = tl.program_id(0)
     position = program * BLOCK + tl.arange(0, BLOCK)
-    sorted_ = position < tl.load(offsets + E)  # all of them, unless an expert was out of range
-    slot = tl.load(order + position, mask=sorted_, other=0)
+    slot = tl.load(order + position, mask=position < S, other=0)
     tl.store(rows + position, slot // K, mask=position < S)
     if INVERSE:
-        tl.store(inverse + slot, position, mask=sorted_)
+        tl.store(inverse + slot, tl.where(position < tl.load(offsets + E), position, -1), mask=position < S)
 
     if program * TILES < n_tiles:
         tile = program * TILES + tl.arange(0, TILES)
@@ -130,7 +138,7 @@ def plan_kernel(
 def sort_slots(index: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     """Stable counting sort of int64 [S] by expert: order int32 [S], offsets int32 [E + 1].
 
-    Beyond ``SORT.experts`` torch sorts. A slot whose expert is outside [0, E) is in no expert's part.
+    Beyond ``SORT.experts`` torch sorts. Slots whose expert is outside [0, E) come last.
     """
     S = index.numel()
     if S >= 1 << 30:

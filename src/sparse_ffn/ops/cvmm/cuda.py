@@ -33,9 +33,9 @@ def forward(
     targets = _rows(scatter, order)
     arguments, _keep = _arguments(x, weight, offsets, _rows(gather, order), targets, _scale(reduction, order), n_out)
     if scatter is not None:
-        members, bounds = sort_by_expert(targets, n_out)
+        members, bounds = sort_by_expert(_void_last(targets, offsets, n_out), n_out)
         arguments.out_members, arguments.out_offsets = members.data_ptr(), bounds.data_ptr()
-    out = x.new_empty(n_out, weight.shape[2])
+    out = x.new_zeros(n_out, weight.shape[2])  # nothing writes the rows of void slots
     _workspace = cuda.give_workspace(arguments, "cvmm_forward", x)
     cuda.call("cvmm_forward", ctypes.byref(arguments), out.data_ptr())
     return out
@@ -57,10 +57,10 @@ def backward(
     sources, scale = _rows(gather, order), _scale(reduction, order)
     arguments, _keep = _arguments(x, weight, offsets, sources, _rows(scatter, order), scale, grad.shape[0])
     if gather is not None or reduction is not None:  # else every row of x has one slot
-        members, bounds = sort_by_expert(sources, x.shape[0])
+        members, bounds = sort_by_expert(_void_last(sources, offsets, x.shape[0]), x.shape[0])
         arguments.x_members, arguments.x_offsets = members.data_ptr(), bounds.data_ptr()
     grad = rows(grad)
-    dx, dweight = x.new_empty(x.shape), x.new_empty(weight.shape)
+    dx, dweight = x.new_zeros(x.shape), x.new_empty(weight.shape)
     dscale = None if scale is None else torch.empty_like(scale)
     _workspace = cuda.give_workspace(arguments, "cvmm_backward", x)
     cuda.call(
@@ -79,6 +79,11 @@ def backward(
 def _rows(index: Tensor | None, order: Tensor) -> Tensor:
     """The row that each sorted slot reads or writes: int64 [S]."""
     return order.long() if index is None else index.index_select(0, order)
+
+
+def _void_last(rows: Tensor, offsets: Tensor, n: int) -> Tensor:
+    """The rows of sorted slots, n of void ones."""
+    return rows.where(torch.arange(rows.shape[0], device=rows.device) < offsets[-1], n)
 
 
 def _scale(reduction: Tensor | None, order: Tensor) -> Tensor | None:

@@ -29,7 +29,8 @@ def cvmm(
     """out[scatter[s]] += reduction[s] · x[gather[s]] @ weight[expert[s]]; arguments are trusted to fit.
 
     Shapes: x [N, M], weight [E, M, L], expert, gather, scatter int64 [S], reduction [S] (its own dtype); result
-    [n_out, L] in x's dtype or autocast's. Without gather slot s reads row s, without scatter it writes row s.
+    [n_out, L] in x's dtype or autocast's. Without gather slot s reads row s, without scatter it writes row s. A slot
+    whose expert is E is void: it adds 0 and reads no matrix.
     """
     dtype = autocast_dtype(x)
     x = cast(x, dtype)
@@ -71,9 +72,9 @@ def _indices(
     x: Tensor, weight: Tensor, expert: Tensor, gather: Tensor | None, scatter: Tensor | None, *rest: Any
 ) -> tuple[Indices, ...]:
     return (
-        ("expert_index", expert, weight.shape[0]),
-        ("gather_index", gather, x.shape[0]),
-        ("scatter_index", scatter, rest[-1]),
+        ("expert_index", expert, weight.shape[0], True),
+        ("gather_index", gather, x.shape[0], False),
+        ("scatter_index", scatter, rest[-1], False),
     )
 
 

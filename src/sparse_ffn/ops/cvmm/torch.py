@@ -22,9 +22,10 @@ def forward(
 ) -> Tensor:
     """The output."""
     order, offsets = sort_by_expert(expert, weight.shape[0])
-    y_SL = segment_mm(x.index_select(0, _rows(gather, order)), weight, Segments(offsets))
+    segments = Segments(offsets)
+    y_SL = segment_mm(x.index_select(0, _rows(gather, order)), weight, segments)
     if reduction is not None:
-        y_SL = y_SL * reduction.index_select(0, order).to(y_SL.dtype).unsqueeze(1)
+        y_SL = segments.clear(y_SL * reduction.index_select(0, order).to(y_SL.dtype).unsqueeze(1))
     return unsort(y_SL, order) if scatter is None else add_rows(n_out, scatter.index_select(0, order), y_SL)
 
 
@@ -46,9 +47,9 @@ def backward(
     dreduction = None
     if reduction is not None:
         per_slot = (dx_SM.to(reduction.dtype) * x_SM).sum(1, keepdim=True)
-        dreduction = unsort(per_slot, order).squeeze(1)
+        dreduction = unsort(segments.clear(per_slot), order).squeeze(1)
         factor = reduction.index_select(0, order).to(x.dtype).unsqueeze(1)
-        x_SM, dx_SM = x_SM * factor, dx_SM * factor
+        x_SM, dx_SM = x_SM * factor, segments.clear(dx_SM * factor)
     dx = unsort(dx_SM, order) if gather is None else add_rows(x.shape[0], rows, dx_SM)
     if is_transposed(weight):
         return Gradients(dx, segment_outer(grad_SL, x_SM, segments).transpose(1, 2), dreduction)

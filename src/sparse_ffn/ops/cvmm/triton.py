@@ -30,7 +30,7 @@ def forward(
     (E, _, L), S, how, x = weight.shape, expert.shape[0], precision(x), rows(x)
     kind = config.arithmetic(x.dtype, how, x, weight)
     order, offsets = routing.sort_slots(expert, E)
-    plan = routing.plan(order, offsets, 1, config.block_m(x.device, kind, S / E), inverse=False)
+    plan = routing.plan(order, offsets, 1, config.block_m(x.device, kind, S / max(E, 1)), inverse=False)
     tile = config.tile(x.device, "one", kind, L, plan.block_m)
     b, sources = matrices(weight, x.dtype), _rows(gather, order)
     scale = None if reduction is None else reduction.contiguous()
@@ -55,12 +55,12 @@ def backward(
     (E, M, L), S, how, x, grad = weight.shape, expert.shape[0], precision(x), rows(x), rows(grad)
     kind = config.arithmetic(x.dtype, how, x, grad, weight)
     order, offsets = routing.sort_slots(expert, E)
-    plan = routing.plan(order, offsets, 1, config.block_m(x.device, kind, S / E), inverse=False)
+    plan = routing.plan(order, offsets, 1, config.block_m(x.device, kind, S / max(E, 1)), inverse=False)
     x_rows, grad_rows = _rows(gather, order), _rows(scatter, order)
     scale = None if reduction is None else reduction.contiguous()
 
     tile = config.tile(x.device, "one", kind, M, plan.block_m)
-    dots = None if scale is None else x.new_empty(cdiv(M, tile.n), S, dtype=torch.float32)
+    dots = None if scale is None else x.new_zeros(cdiv(M, tile.n), S, dtype=torch.float32)
     b = matrices(weight, x.dtype).transpose(1, 2)
 
     def product(part: slice, y: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparse_ffn.ops.cvmm import cuda as cvmm
 from sparse_ffn.ops.expert_ffn.by_products import ByProducts
@@ -27,7 +28,7 @@ class _Cvmm:
         return per_slot.flatten(0, 1)
 
     def of_experts(self, bias: Tensor) -> Tensor:
-        return bias.index_select(0, self.expert)
+        return F.pad(bias, (0, 0, 0, 1)).index_select(0, self.expert)  # of void slots: zero
 
     def up(self, rows: Tensor, matrices: Tensor) -> Tensor:
         return cvmm.forward(rows, matrices.transpose(1, 2), self.expert, self.token, None, None, self.expert.shape[0])

@@ -28,14 +28,15 @@ def expert_ffn(
     """y[t] = sum_j gate[t, j] * values[e].T h(x[t]; e) with e = index[t, j]; arguments are trusted to fit.
 
     Shapes: x [T, D], experts of keys [E, G, D] and values [E, G, O], index int64 [T, K], gate [T, K] (its own dtype),
-    dropout_mask [T, K, G] (dropout's multiplier, no gradient); result [T, O] in x's dtype or autocast's.
+    dropout_mask [T, K, G] (dropout's multiplier, no gradient); result [T, O] in x's dtype or autocast's. A slot whose
+    index is E is void: it adds 0, reads no weights, and its gate's gradient is 0.
     """
     dtype = autocast_dtype(x)
     x, dropout_mask = cast(x, dtype), cast(dropout_mask, dtype)
     chosen = choose(x)
     experts = experts if casts_inside(chosen) else experts.to(dtype)
     if chosen == "reference":
-        index = checked("index", index, experts.keys.shape[0])
+        index = checked("index", index, experts.keys.shape[0], True)
         return reference.expert_ffn(x, experts, index, gate, dropout_mask, activation)
     arguments = (x, *experts, index, gate, dropout_mask, activation, chosen)
     out: Tensor = _op.forward(*arguments)[0] if wanted(x, *experts, gate) else _op.inference(*arguments)
@@ -66,7 +67,7 @@ def _shapes(
 
 
 def _indices(x: Tensor, experts: Units, index: Tensor, *rest: object) -> tuple[Indices]:
-    return (("index", index, experts.keys.shape[0]),)
+    return (("index", index, experts.keys.shape[0], True),)
 
 
 _op = Operator("expert_ffn", Backend, _shapes, implementation=implementation, indices=(_indices, None))

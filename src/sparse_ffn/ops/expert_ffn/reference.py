@@ -20,6 +20,7 @@ def expert_ffn(
 ) -> Tensor:
     """y[t] = sum_j gate[t, j] * FFN of expert index[t, j] (x[t]); shapes as in ``sparse_ffn.ops.expert_ffn``."""
     keys, values, gate_keys, key_bias = experts
+    gate = gate.masked_fill(index >= keys.shape[0], 0)  # void slots
     # T tokens, K slots, E experts, G units of an expert, D d_model, O d_out
     # one-hot products instead of a scatter: deterministic on every device
     chosen_TKE = (index.unsqueeze(-1) == torch.arange(keys.shape[0], device=index.device)).to(x.dtype)

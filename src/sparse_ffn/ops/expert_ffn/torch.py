@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparse_ffn.ops.expert_ffn.by_products import ByProducts
 from sparse_ffn.ops.segments import Segments, segment_mm, segment_outer, segment_sum, unsort
@@ -22,7 +24,9 @@ class _Sorted:
         return per_slot.flatten(0, 1).index_select(0, self.order)
 
     def of_experts(self, bias: Tensor) -> Tensor:
-        return bias.repeat_interleave(self.segments.offsets.diff(), 0, output_size=self.order.shape[0])
+        n_void = self.order.shape[0] - self.segments.offsets[-1:]
+        counts = torch.cat((self.segments.offsets.diff(), n_void))
+        return F.pad(bias, (0, 0, 0, 1)).repeat_interleave(counts, 0, output_size=self.order.shape[0])
 
     def up(self, rows: Tensor, matrices: Tensor) -> Tensor:
         return segment_mm(rows, matrices.transpose(1, 2), self.segments)
@@ -39,8 +43,9 @@ class _Sorted:
     def down_backward(self, grad: Tensor, h: Tensor, values: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         grad, weight = self.rows(grad), self._gates(gate).to(h.dtype)
         dh = segment_mm(grad, values.transpose(1, 2), self.segments)
-        dgate = unsort((dh.to(gate.dtype) * h).sum(1, keepdim=True), self.order).view(gate.shape)
-        return dh * weight, segment_outer(h * weight, grad, self.segments), dgate
+        dgate = self.segments.clear((dh.to(gate.dtype) * h).sum(1, keepdim=True))
+        dvalues = segment_outer(h * weight, grad, self.segments)
+        return dh * weight, dvalues, unsort(dgate, self.order).view(gate.shape)
 
     def sums(self, rows: Tensor) -> Tensor:
         return segment_sum(rows, self.segments)

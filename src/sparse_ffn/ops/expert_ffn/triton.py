@@ -48,8 +48,8 @@ def inference(
     out = x.new_empty(x.shape[0], values.shape[2])
     scale = None if dropout_mask is None else dropout_mask.contiguous()
     decode.up_rows(rows(x), index, keys, gate_keys, key_bias, scale, h_SG, activation)
-    decode.down_rows(h_SG, index, values, y_SO)
-    combine.combine(y_SO, None, gate.contiguous(), out, index.shape[1])
+    decode.down_rows(h_SG, index, gate.contiguous(), values, y_SO)
+    combine.combine(y_SO, None, None, out, index.shape[1])
     return out
 
 
@@ -121,7 +121,7 @@ def backward(
     dglu_gate_SG = None if glu_gate_SG is None else torch.empty_like(up_SG)
     simple = gate_keys is None and dropout_mask is None
     tile = config.tile(x.device, "one" if simple else "two", kind, G, block_m)
-    dgates = x.new_empty(cdiv(G, tile.n), S, dtype=torch.float32)
+    dgates = x.new_zeros(cdiv(G, tile.n), S, dtype=torch.float32)  # void slots keep 0
     grouped.hidden_gradient(
         plan, grad, matrices(values, x.dtype), up_SG, glu_gate_SG,
         None if dropout_mask is None else dropout_mask.contiguous(), gate.contiguous(),

@@ -49,7 +49,7 @@ def _shapes(scores: Tensor, k: int) -> Best:
 
 
 def _backward_indices(grad: Tensor, selected: Tensor, size: Sequence[int], stride: Sequence[int]) -> tuple[Indices]:
-    return (("index", selected, size[-1] ** 2),)
+    return (("index", selected, size[-1] ** 2, False),)
 
 
 _op = Operator("product_key_topk", Backend, _shapes, implementation=implementation, indices=(None, _backward_indices))

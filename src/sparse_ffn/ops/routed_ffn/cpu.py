@@ -75,12 +75,12 @@ def forward(
     activation: str,
 ) -> Routed:
     """The results."""
-    tokens, (n_experts, _, d_out) = x.shape[0], experts.values.shape
+    tokens = x.shape[0]
     found = Routed(
-        cpu.empty(tokens, d_out, dtype=x.dtype),
+        cpu.empty(tokens, experts.values.shape[2], dtype=x.dtype),
         cpu.empty(tokens, k, dtype=torch.int64),
         cpu.empty(tokens, k, dtype=torch.float32),
-        cpu.empty(groups, n_experts, dtype=torch.float32),
+        cpu.empty(groups, router_weight.shape[0], dtype=torch.float32),
         empty_saved(x, experts, tokens * k),
     )
     operands = (*units(x, experts), router_weight.contiguous(), dense(router_bias), dense(mask), dense(dropout_mask))

@@ -51,8 +51,9 @@ def routed_ffn(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What ``reference.routed_ffn`` computes: out, index, gate, softmax sums; arguments are trusted to fit.
 
-    Shapes: x [T, D], router_weight [E, D], experts of keys [E, G, D] and values [E, G, O], router_bias fp32 [E]
-    (ranking only), mask bool [T], dropout_mask [T, K, G]; results [T, O], int64 [T, K], fp32 [T, K], fp32 [groups, E].
+    Shapes: x [T, D], router_weight [R, D], experts of keys [E, G, D] and values [E, G, O], router_bias fp32 [R]
+    (ranking only), mask bool [T], dropout_mask [T, K, G]; results [T, O], int64 [T, K], fp32 [T, K], fp32 [groups, R].
+    A router may have more rows than there are experts: a slot that selects one of those from E on is void.
     """
     operands = (x, router_weight, router_bias, mask, *experts, dropout_mask)
     found: tuple[Tensor, ...] = _op.forward(*operands, k, gate_function, groups, activation)
@@ -93,7 +94,7 @@ def _shapes(
         x.new_empty(tokens, d_out),
         x.new_empty(tokens, k, dtype=torch.int64),
         x.new_empty(tokens, k, dtype=torch.float32),
-        x.new_empty(groups, n_experts, dtype=torch.float32),
+        x.new_empty(groups, router_weight.shape[0], dtype=torch.float32),
         Saved(order, offsets, up, None if experts.gate_keys is None else torch.empty_like(up)),
     )
 

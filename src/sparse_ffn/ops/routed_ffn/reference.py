@@ -25,10 +25,10 @@ def routed_ffn(
     groups: int,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output [T, O], index [T, K], gate [T, K], and per group of T / groups tokens the sum [groups, E] of softmaxes.
+    """Output [T, O], index [T, K], gate [T, K], and per group of T / groups tokens the sum [groups, R] of softmaxes.
 
     score = router_weight x; index ranks score + router_bias; gate is the named function of the scores; tokens whose
-    mask is False take no part in the sums.
+    mask is False take no part in the sums. A router's rows beyond the E experts stand for none: their slots are void.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     score = F.linear(x.to(wide), router_weight.to(wide))

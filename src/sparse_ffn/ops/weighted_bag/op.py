@@ -33,7 +33,7 @@ def weighted_bag(values: Tensor, index: Tensor, weight: Tensor, *, sparse_grad: 
     chosen = choose(values, dtype)
     values = values if casts_inside(chosen) else values.to(dtype)
     if chosen == "reference":
-        return reference.weighted_bag(values, checked("index", index, values.shape[0]), weight)
+        return reference.weighted_bag(values, checked("index", index, values.shape[0], False), weight)
     out = _op.forward(values, index, weight, dtype, chosen)
     return out
 
@@ -82,7 +82,7 @@ def _shapes(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -
 
 
 def _indices(values: Tensor, index: Tensor, *rest: Any) -> tuple[Indices]:
-    return (("index", index, values.shape[0]),)
+    return (("index", index, values.shape[0], False),)
 
 
 def _backward_indices(grad: Tensor, *operands: Any) -> tuple[Indices]:
