@@ -108,13 +108,13 @@ class Case:
         return lost
 
     def follow(self, kept: Exact, change: Callable[[Tensor], Tensor], at_least: float = -torch.inf) -> Results:
-        bag = self.op is ops.weighted_bag  # of which the reference adds up the weights of one row first
-        weights = ("weight", "values") if bag else ("gate", "reduction", "hidden_scale")
+        linear = self.op in (ops.weighted_bag, ops.cvmm)  # any factor may come last
+        weights = ("weight",) if self.op is ops.weighted_bag else ("gate", "reduction", "hidden_scale")
         wide = {}
         for name, t in self.tensors.items():
             if t.is_floating_point():
                 t = change(t.detach().double())
-                t = t.clamp_min(at_least) if name in weights else t
+                t = t.clamp_min(at_least) if linear or name in weights else t
                 t.requires_grad_(name in self.trained)
             wide[name] = t
         taken = {n: kept(t) if n in weights else t for n, t in wide.items()}
@@ -122,7 +122,7 @@ class Case:
         found = outcomes(y)
         if self.trained:
             upstream = [change(u.double()) for u in self.upstream]
-            found |= self.gradients(found, wide, [u.clamp_min(at_least) for u in upstream] if bag else upstream)
+            found |= self.gradients(found, wide, [u.clamp_min(at_least) for u in upstream] if linear else upstream)
         return {n: t.detach() for n, t in found.items()}
 
     # -------------------------------------------------------------------------------------------------- the judgement
