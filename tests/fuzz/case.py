@@ -61,7 +61,8 @@ class Case:
                 assert found.shape == expected[name].shape, name
                 allowed = self.tolerance(backend) * bounds[name]
                 leaks = self.leaks(backend, name in self.trained)
-                wrong = self.wrong(found.double(), expected[name].double(), allowed, lost[name], leaks)
+                any_sign = name in self.trained
+                wrong = self.wrong(found.double(), expected[name].double(), allowed, lost[name], leaks, any_sign)
                 assert not wrong.any(), self.report(backend, name, found, expected[name], allowed, wrong)
 
     def run(self) -> Results:
@@ -97,7 +98,7 @@ class Case:
         return expected, bounds, self.lost(limit)
 
     def lost(self, limit: float) -> Results:
-        """Where something on the way may be too large; weights below 1 may come later than it."""
+        """Where something on the way may be too large; factors below 1 may come later than it."""
         bound = Bound(0.0, limit, sparse=self.gathered <= MANY, at_least=1.0)
         largest = self.follow(bound, lambda t: t.abs().nan_to_num(nan=0, posinf=0, neginf=0), at_least=1.0)
         lost = {n: t > limit for n, t in largest.items()}
@@ -109,19 +110,21 @@ class Case:
         return lost
 
     def follow(self, kept: Exact, change: Callable[[Tensor], Tensor], at_least: float = -torch.inf) -> Results:
+        linear = self.op in (ops.weighted_bag, ops.cvmm)  # any factor may come last
         weights = ("weight",) if self.op is ops.weighted_bag else ("gate", "reduction", "dropout_mask")
         wide = {}
         for name, t in self.tensors.items():
             if t.is_floating_point():
                 t = change(t.detach().double())
-                t = t.clamp_min(at_least) if name in weights else t
+                t = t.clamp_min(at_least) if linear or name in weights else t
                 t.requires_grad_(name in self.trained)
             wide[name] = t
         taken = {n: kept(t) if n in weights else t for n, t in wide.items()}
         y = self.sums(kept, **taken, **self.known)
         found = outcomes(y)
         if self.trained:
-            found |= self.gradients(found, wide, [change(u.double()) for u in self.upstream])
+            upstream = [change(u.double()) for u in self.upstream]
+            found |= self.gradients(found, wide, [u.clamp_min(at_least) for u in upstream] if linear else upstream)
         return {n: t.detach() for n, t in found.items()}
 
     # -------------------------------------------------------------------------------------------------- the judgement
@@ -149,15 +152,18 @@ class Case:
             return smooth and (gradient or of_torch)
         return backend == "reference" or dense or smooth
 
-    def wrong(self, actual: Tensor, expected: Tensor, allowed: Tensor, lost: Tensor, leaks: bool) -> Tensor:
+    def wrong(
+        self, actual: Tensor, expected: Tensor, allowed: Tensor, lost: Tensor, leaks: bool, any_sign: bool
+    ) -> Tensor:
         """Where a result is neither right to rounding nor what an overflow makes of it.
 
-        A NaN stays one. Of infinities an order of sums may make infinity or NaN: inf·a + inf·b, or inf·(a + b). What an
-        overflow leaves is not finite either, unless an activation made 0 of it.
+        A NaN stays one. Of infinities an order of sums may make infinity or NaN: inf·a + inf·b, or inf·(a + b). With
+        ``any_sign`` the sign of infinity is that of a sum which may be no more than its rounding. What an overflow
+        leaves is not finite either, unless an activation made 0 of it.
         """
         right = (actual - expected).abs() <= allowed
         right |= expected.isnan() & (actual.isnan() | ((self.kind == "infinity") & actual.isinf()))
-        right |= expected.isinf() & ((actual == expected) | actual.isnan())
+        right |= expected.isinf() & ((actual == expected) | actual.isnan() | (any_sign & actual.isinf()))
         right |= lost & ~actual.isfinite() if "activation" not in self.options else lost
         if leaks and (self.kind in ("nan", "infinity") or lost.any()):
             right |= actual.isnan()
