@@ -87,6 +87,9 @@ class Overflow(Exact):
             t.register_hook(lambda grad: grad + nan_where(large))
         return t
 
+    def act(self, name: str, z: Tensor) -> Tensor:
+        return torch.where(z.isnan(), z * z, super().act(name, z))  # its slope is unknown, too
+
 
 UNDERFLOW = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
 """By this bound an exponential may be zero that is below the normal numbers."""
