@@ -221,11 +221,7 @@ static int backward(const sparse_ffn_bag& p, const T* dout, T* dweight, T* dvalu
 }
 
 int bag_forward(const sparse_ffn_bag& p, void* out) {
-  switch (p.dtype) {
-    case SPARSE_FFN_FP32: return forward(p, static_cast<float*>(out));
-    case SPARSE_FFN_BF16: return forward(p, static_cast<bf16*>(out));
-    default: return forward(p, static_cast<fp16*>(out));
-  }
+  return with_dtype(p.dtype, [&](auto example) { return forward(p, static_cast<decltype(example)*>(out)); });
 }
 
 int bag_backward(const sparse_ffn_bag& p, const void* dout, void* dweight, void* dvalues, int64_t* rows,
@@ -235,11 +231,7 @@ int bag_backward(const sparse_ffn_bag& p, const void* dout, void* dweight, void*
     return backward<T>(p, static_cast<const T*>(dout), static_cast<T*>(dweight), static_cast<T*>(dvalues), rows,
                        n_rows);
   };
-  switch (p.dtype) {
-    case SPARSE_FFN_FP32: return run(float{});
-    case SPARSE_FFN_BF16: return run(bf16{});
-    default: return run(fp16{});
-  }
+  return with_dtype(p.dtype, run);
 }
 
 SPARSE_FFN_END

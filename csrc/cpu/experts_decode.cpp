@@ -91,11 +91,7 @@ template <class T> static int decode(const sparse_ffn_experts& p, T* out) {
 }
 
 int experts_decode(const sparse_ffn_experts& p, void* out) {
-  switch (p.dtype) {
-    case SPARSE_FFN_FP32: return decode(p, static_cast<float*>(out));
-    case SPARSE_FFN_BF16: return decode(p, static_cast<bf16*>(out));
-    default: return decode(p, static_cast<fp16*>(out));
-  }
+  return with_dtype(p.dtype, [&](auto example) { return decode(p, static_cast<decltype(example)*>(out)); });
 }
 
 SPARSE_FFN_END

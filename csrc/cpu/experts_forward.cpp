@@ -68,14 +68,10 @@ template <class T> static int forward(const sparse_ffn_experts& p, T* out, T* sa
 }
 
 int experts_forward(const sparse_ffn_experts& p, void* out, void* saved_up, void* saved_glu_gate) {
-  switch (p.dtype) {
-    case SPARSE_FFN_FP32:
-      return forward(p, static_cast<float*>(out), static_cast<float*>(saved_up), static_cast<float*>(saved_glu_gate));
-    case SPARSE_FFN_BF16:
-      return forward(p, static_cast<bf16*>(out), static_cast<bf16*>(saved_up), static_cast<bf16*>(saved_glu_gate));
-    default:
-      return forward(p, static_cast<fp16*>(out), static_cast<fp16*>(saved_up), static_cast<fp16*>(saved_glu_gate));
-  }
+  return with_dtype(p.dtype, [&](auto example) {
+    using T = decltype(example);
+    return forward(p, static_cast<T*>(out), static_cast<T*>(saved_up), static_cast<T*>(saved_glu_gate));
+  });
 }
 
 SPARSE_FFN_END

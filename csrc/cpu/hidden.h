@@ -71,25 +71,20 @@ template <class T, class Act, bool kGlu> static float hidden_backward(const Hidd
   return sum(dgate);
 }
 
-#define SPARSE_FFN_BY_ACTIVATION(function)                                                    \
-  switch (activation) {                                                                       \
-    case SPARSE_FFN_RELU: return glu ? function<T, Relu, true> : function<T, Relu, false>;    \
-    case SPARSE_FFN_GELU: return glu ? function<T, Gelu, true> : function<T, Gelu, false>;    \
-    case SPARSE_FFN_GELU_TANH: return glu ? function<T, GeluTanh, true> : function<T, GeluTanh, false>; \
-    case SPARSE_FFN_SILU: return glu ? function<T, Silu, true> : function<T, Silu, false>;    \
-    case SPARSE_FFN_IDENTITY: return glu ? function<T, Identity, true> : function<T, Identity, false>; \
-    default: return glu ? function<T, SquaredRelu, true> : function<T, SquaredRelu, false>;   \
-  }
-template <class T> static HiddenForwardFn<T> hidden_forward_for(int activation, bool glu) {
-  SPARSE_FFN_BY_ACTIVATION(hidden_forward)
+template <class T> static HiddenForwardFn<T> hidden_forward_for(sparse_ffn_activation activation, bool glu) {
+  return with_activation(activation, [&](auto act) -> HiddenForwardFn<T> {
+    return glu ? hidden_forward<T, decltype(act), true> : hidden_forward<T, decltype(act), false>;
+  });
 }
-template <class T> static HiddenBackwardFn<T> hidden_backward_for(int activation, bool glu) {
-  SPARSE_FFN_BY_ACTIVATION(hidden_backward)
+template <class T> static HiddenBackwardFn<T> hidden_backward_for(sparse_ffn_activation activation, bool glu) {
+  return with_activation(activation, [&](auto act) -> HiddenBackwardFn<T> {
+    return glu ? hidden_backward<T, decltype(act), true> : hidden_backward<T, decltype(act), false>;
+  });
 }
 
 // True where the saved up is the hidden row itself, so that no second buffer is needed.
 static inline bool saved_is_hidden(const sparse_ffn_experts& p) {
-  return (p.activation == SPARSE_FFN_RELU || p.activation == SPARSE_FFN_IDENTITY) && !p.gate_keys && !p.dropout_mask;
+  return with_activation(p.activation, [](auto act) { return act.saves_value; }) && !p.gate_keys && !p.dropout_mask;
 }
 
 SPARSE_FFN_END

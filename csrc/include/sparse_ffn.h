@@ -49,7 +49,8 @@ enum sparse_ffn_dtype {
 };
 enum sparse_ffn_activation {
   SPARSE_FFN_RELU = 0, SPARSE_FFN_GELU = 1, SPARSE_FFN_GELU_TANH = 2,
-  SPARSE_FFN_SILU = 3, SPARSE_FFN_IDENTITY = 4, SPARSE_FFN_SQUARED_RELU = 5
+  SPARSE_FFN_SILU = 3, SPARSE_FFN_IDENTITY = 4, SPARSE_FFN_SQUARED_RELU = 5,
+  SPARSE_FFN_LAST_ACTIVATION = SPARSE_FFN_SQUARED_RELU
 };
 
 /* ---- Tensors ---------------------------------------------------------------------------------------------------- */
@@ -127,7 +128,8 @@ SPARSE_FFN_API int sparse_ffn_experts_backward(const sparse_ffn_experts_backward
  * and R >= E rows of the router take part: slots that select one of those from E on are void. The selected slots
  * weigh sigmoid(score), the softmax over all scores, the softmax over the selected ones, or 1. fp32 and bf16 only. */
 enum sparse_ffn_gate {
-  SPARSE_FFN_GATE_SIGMOID = 0, SPARSE_FFN_GATE_SOFTMAX = 1, SPARSE_FFN_GATE_SOFTMAX_TOPK = 2, SPARSE_FFN_GATE_UNWEIGHTED = 3
+  SPARSE_FFN_GATE_SIGMOID = 0, SPARSE_FFN_GATE_SOFTMAX = 1, SPARSE_FFN_GATE_SOFTMAX_TOPK = 2, SPARSE_FFN_GATE_UNWEIGHTED = 3,
+  SPARSE_FFN_LAST_GATE = SPARSE_FFN_GATE_UNWEIGHTED
 };
 typedef struct sparse_ffn_moe_forward_args {
   sparse_ffn_units units;

@@ -70,8 +70,9 @@ bool has(const sparse_ffn_tensor& t, Strides strides) {
     case Strides::kDense: return is_dense(t);
     case Strides::kRows: return t.size[t.dims - 1] == 1 || t.stride[t.dims - 1] == 1;
     case Strides::kPacked: return is_packed(t);
-    default: return true;
+    case Strides::kAny: return true;
   }
+  return false;
 }
 
 }  // namespace

@@ -60,11 +60,11 @@ int sparse_ffn_topk_activation(const sparse_ffn_topk_activation_args* a, int32_t
   const float* norm = o.maybe<float>("norm", a->norm, "F");
   int64_t* index = o.take<int64_t>("index", a->index, "TK");
   void* kept = o.take<void>("kept", a->kept, "TK");
-  require_activation(o, activation);
+  const sparse_ffn_activation known = take_activation(o, activation);
   o.require(o['K'] <= o['F'], "k must be at most the number of units");
   o.count_slots(o['F']);
   if (o.status() || !o['K']) return o.status();
-  return done(kernels().topk_activation(u, o['T'], o['F'], a->u.stride[0], o.dtype(), activation, norm, o['K'], n_threads,
+  return done(kernels().topk_activation(u, o['T'], o['F'], a->u.stride[0], o.dtype(), known, norm, o['K'], n_threads,
                                         index, kept));
 }
 
