@@ -5,7 +5,7 @@
 // Threads own output columns (forward) or value rows (backward), so nothing is atomic and the result does not depend on
 // the number of threads.
 #include "ops.h"
-#include "slots.h"
+#include "bag_slots.h"
 #include "vec.h"
 
 SPARSE_FFN_BEGIN
@@ -111,7 +111,7 @@ template <class T> static int forward(const sparse_ffn_bag& p, T* out) {
     }
     const SortedSlots s = SortedSlots::reserve(c);
     if (!s.ready()) return SPARSE_FFN_NO_MEMORY;
-    sort_slots<T>(c, s);
+    sort_bag_slots<T>(c, s);
 #pragma omp parallel num_threads(larger(1, p.n_threads))
     {
       float* sums = scratch_of<float>(kBufferAcc, c.T * kBlock);
@@ -192,7 +192,7 @@ static int backward(const sparse_ffn_bag& p, const T* dout, T* dweight, T* dvalu
   const SortedSlots s = SortedSlots::reserve(p);
   if ((rows && !place) || (dweight && !dots) || !s.ready()) return SPARSE_FFN_NO_MEMORY;
   if (dvalues && !rows) advise_huge_pages(dvalues, static_cast<size_t>(p.N * p.O) * sizeof(T));
-  sort_slots<T>(p, s);
+  sort_bag_slots<T>(p, s);
   if (rows) {
     int64_t used = 0;
     for (int64_t n = 0; n < p.N; n++) {

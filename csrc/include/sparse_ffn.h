@@ -39,7 +39,7 @@ enum sparse_ffn_status {
   SPARSE_FFN_BAD_ARGUMENT = 1,   /* a tensor that is missing or does not fit the others, an unknown option */
   SPARSE_FFN_BAD_INDEX = 2,      /* an index lies outside its table; nothing was read through it */
   SPARSE_FFN_NO_MEMORY = 3,
-  SPARSE_FFN_TOO_LARGE = 4,      /* more than 2^31-1 slots in one call */
+  SPARSE_FFN_TOO_LARGE = 4,      /* more than 2^31-1 slots or rows in one call */
   SPARSE_FFN_BAD_DTYPE = 5
 };
 enum sparse_ffn_dtype {

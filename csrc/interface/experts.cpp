@@ -37,7 +37,7 @@ sparse_ffn_experts take_units(Operands& o, const sparse_ffn_units& u, int32_t ac
 void take_slots(Operands& o, sparse_ffn_experts& p, const sparse_ffn_tensor& dropout_mask) {
   p.dropout_mask = o.maybe<void>("dropout_mask", dropout_mask, "TKG");
   p.K = o['K'];
-  o.count_slots(p.T, p.K);
+  o.count("slots", p.T, p.K);
   o.let('S', p.T * p.K);
   o.let('F', p.E + 1);
 }
