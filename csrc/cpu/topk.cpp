@@ -46,9 +46,10 @@ static void activate_row(const T* u, int64_t F, const float* norm, T* value, flo
 }
 template <class T> using ActivateRowFn = void (*)(const T*, int64_t, const float*, T*, float*);
 template <class T>
-static int select_units(const T* u, int64_t rows, int64_t F, int64_t stride, sparse_ffn_activation activation, const float* norm,
-                        int64_t k, int n_threads, int64_t* index, T* kept) {
-  const auto activate = with_activation(activation, [](auto act) -> ActivateRowFn<T> { return activate_row<T, decltype(act)>; });
+static int select_units(const T* u, int64_t rows, int64_t F, int64_t stride, sparse_ffn_activation activation,
+                        const float* norm, int64_t k, int n_threads, int64_t* index, T* kept) {
+  const ActivateRowFn<T> activate = with_activation(
+      activation, [](auto act) -> ActivateRowFn<T> { return activate_row<T, decltype(act)>; });
   int failed = 0;
 #pragma omp parallel num_threads(larger(1, n_threads))
   {
