@@ -5,7 +5,7 @@
 // Threads own output columns (forward) or value rows (backward), so nothing is atomic and the result does not depend on
 // the number of threads.
 #include "ops.h"
-#include "slots.h"
+#include "bag_slots.h"
 #include "vec.h"
 
 SPARSE_FFN_BEGIN
@@ -111,7 +111,7 @@ template <class T> static int forward(const sparse_ffn_bag& p, T* out) {
     }
     const SortedSlots s = SortedSlots::reserve(c);
     if (!s.ready()) return SPARSE_FFN_NO_MEMORY;
-    sort_slots<T>(c, s);
+    sort_bag_slots<T>(c, s);
 #pragma omp parallel num_threads(larger(1, p.n_threads))
     {
       float* sums = scratch_of<float>(kBufferAcc, c.T * kBlock);
@@ -192,7 +192,7 @@ static int backward(const sparse_ffn_bag& p, const T* dout, T* dweight, T* dvalu
   const SortedSlots s = SortedSlots::reserve(p);
   if ((rows && !place) || (dweight && !dots) || !s.ready()) return SPARSE_FFN_NO_MEMORY;
   if (dvalues && !rows) advise_huge_pages(dvalues, static_cast<size_t>(p.N * p.O) * sizeof(T));
-  sort_slots<T>(p, s);
+  sort_bag_slots<T>(p, s);
   if (rows) {
     int64_t used = 0;
     for (int64_t n = 0; n < p.N; n++) {
@@ -221,11 +221,7 @@ static int backward(const sparse_ffn_bag& p, const T* dout, T* dweight, T* dvalu
 }
 
 int bag_forward(const sparse_ffn_bag& p, void* out) {
-  switch (p.dtype) {
-    case SPARSE_FFN_FP32: return forward(p, static_cast<float*>(out));
-    case SPARSE_FFN_BF16: return forward(p, static_cast<bf16*>(out));
-    default: return forward(p, static_cast<fp16*>(out));
-  }
+  return with_dtype(p.dtype, [&](auto example) { return forward(p, static_cast<decltype(example)*>(out)); });
 }
 
 int bag_backward(const sparse_ffn_bag& p, const void* dout, void* dweight, void* dvalues, int64_t* rows,
@@ -235,11 +231,7 @@ int bag_backward(const sparse_ffn_bag& p, const void* dout, void* dweight, void*
     return backward<T>(p, static_cast<const T*>(dout), static_cast<T*>(dweight), static_cast<T*>(dvalues), rows,
                        n_rows);
   };
-  switch (p.dtype) {
-    case SPARSE_FFN_FP32: return run(float{});
-    case SPARSE_FFN_BF16: return run(bf16{});
-    default: return run(fp16{});
-  }
+  return with_dtype(p.dtype, run);
 }
 
 SPARSE_FFN_END

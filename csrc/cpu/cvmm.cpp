@@ -139,22 +139,14 @@ static int backward(const sparse_ffn_cvmm& p, const T* dout, int64_t dout_stride
 }
 
 int cvmm_forward(const sparse_ffn_cvmm& p, void* out) {
-  switch (p.dtype) {
-    case SPARSE_FFN_FP32: return forward(p, static_cast<float*>(out));
-    case SPARSE_FFN_BF16: return forward(p, static_cast<bf16*>(out));
-    default: return forward(p, static_cast<fp16*>(out));
-  }
+  return with_dtype(p.dtype, [&](auto example) { return forward(p, static_cast<decltype(example)*>(out)); });
 }
 int cvmm_backward(const sparse_ffn_cvmm& p, const void* dout, int64_t dout_stride, void* dx, void* dw, float* dscale) {
   const auto run = [&](auto example) {
     using T = decltype(example);
     return backward<T>(p, static_cast<const T*>(dout), dout_stride, static_cast<T*>(dx), static_cast<T*>(dw), dscale);
   };
-  switch (p.dtype) {
-    case SPARSE_FFN_FP32: return run(float{});
-    case SPARSE_FFN_BF16: return run(bf16{});
-    default: return run(fp16{});
-  }
+  return with_dtype(p.dtype, run);
 }
 
 SPARSE_FFN_END

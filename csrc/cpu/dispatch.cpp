@@ -3,7 +3,7 @@
 #include <cstring>
 
 #include "../interface/operands.h"
-#include "blocks.h"
+#include "large_memory.h"
 #include "kernel_table.h"
 #include "scratch.h"
 
@@ -86,10 +86,10 @@ const char* sparse_ffn_isa(void) { return choice().refused ? nullptr : kernels()
 const char* sparse_ffn_isas(void) { return choice().names; }
 void sparse_ffn_release_memory(void) {
   release_scratch();
-  release_blocks();
+  release_memory();
 }
-void* sparse_ffn_allocate(int64_t bytes) { return bytes > 0 ? take_block(static_cast<size_t>(bytes)) : nullptr; }
-void sparse_ffn_free(void* memory, int64_t bytes) { free_block(memory, static_cast<size_t>(bytes)); }
+void* sparse_ffn_allocate(int64_t bytes) { return bytes > 0 ? take_memory(static_cast<size_t>(bytes)) : nullptr; }
+void sparse_ffn_free(void* memory, int64_t bytes) { free_memory(memory, static_cast<size_t>(bytes)); }
 int sparse_ffn_advise_huge_pages(void* p, int64_t bytes) {
   if (bytes < 0 || (bytes > 0 && !p)) return refuse(SPARSE_FFN_BAD_ARGUMENT, "there is no memory to find pages for");
   advise_huge_pages(p, static_cast<size_t>(bytes));

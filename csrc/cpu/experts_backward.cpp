@@ -67,13 +67,13 @@ static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_str
     dh.E = p.E;
     dh.n_threads = p.n_threads;
     const HiddenBackwardFn<T> differentiate = hidden_backward_for<T>(p.activation, glu);
-    const T* scale = static_cast<const T*>(p.dropout_mask);
+    const T* dropout_mask = static_cast<const T*>(p.dropout_mask);
     const bool done = PHASE("dh", run_row_gemm(dh, [&](int64_t, int64_t s, const float* c) {
       HiddenBackward<T> b{};
       b.c_dh = c;
       b.up = saved_up + s * p.G;
       b.glu_gate = glu ? saved_glu_gate + s * p.G : nullptr;
-      b.scale = scale ? scale + p.order[s] * p.G : nullptr;
+      b.dropout_mask = dropout_mask ? dropout_mask + p.order[s] * p.G : nullptr;
       b.gate = slots.gate[s];
       b.d_up = d_up ? d_up + s * d_up_stride : nullptr;
       b.d_glu_gate = d_up ? d_up + s * d_up_stride + p.G : nullptr;
@@ -170,11 +170,7 @@ int experts_backward(const sparse_ffn_experts& p, const void* dout, int64_t dout
     return backward<T>(p, static_cast<const T*>(dout), dout_stride, static_cast<const T*>(saved_up),
                        static_cast<const T*>(saved_glu_gate), grad, nullptr);
   };
-  switch (p.dtype) {
-    case SPARSE_FFN_FP32: return run(float{});
-    case SPARSE_FFN_BF16: return run(bf16{});
-    default: return run(fp16{});
-  }
+  return with_dtype(p.dtype, run);
 }
 
 int moe_backward(const sparse_ffn_experts& p, const sparse_ffn_router& r, const void* dout, int64_t dout_stride,

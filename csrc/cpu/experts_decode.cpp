@@ -14,7 +14,7 @@ static void decode_up(const sparse_ffn_experts& p, const SlotTables& slots, Hidd
                       int64_t g1, float* c, T* h) {
   const T* x = static_cast<const T*>(p.x);
   const T* bias = static_cast<const T*>(p.key_bias);
-  const T* scale = static_cast<const T*>(p.dropout_mask);
+  const T* dropout_mask = static_cast<const T*>(p.dropout_mask);
   const int64_t n = g1 - g0;
   for (int64_t e = 0; e < p.E; e++) {
     const int64_t last = p.offsets[e + 1];
@@ -30,7 +30,7 @@ static void decode_up(const sparse_ffn_experts& p, const SlotTables& slots, Hidd
         f.c_up = c + r * 2 * n;
         f.c_glu_gate = f.c_up + n;
         f.bias = bias ? bias + e * p.G + g0 : nullptr;
-        f.scale = scale ? scale + p.order[s0 + r] * p.G + g0 : nullptr;
+        f.dropout_mask = dropout_mask ? dropout_mask + p.order[s0 + r] * p.G + g0 : nullptr;
         f.h = h + (s0 + r) * p.G + g0;
         f.n = n;
         activate(f);
@@ -91,11 +91,7 @@ template <class T> static int decode(const sparse_ffn_experts& p, T* out) {
 }
 
 int experts_decode(const sparse_ffn_experts& p, void* out) {
-  switch (p.dtype) {
-    case SPARSE_FFN_FP32: return decode(p, static_cast<float*>(out));
-    case SPARSE_FFN_BF16: return decode(p, static_cast<bf16*>(out));
-    default: return decode(p, static_cast<fp16*>(out));
-  }
+  return with_dtype(p.dtype, [&](auto example) { return decode(p, static_cast<decltype(example)*>(out)); });
 }
 
 SPARSE_FFN_END

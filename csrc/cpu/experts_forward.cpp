@@ -30,14 +30,14 @@ template <class T> static int forward(const sparse_ffn_experts& p, T* out, T* sa
   up.n_threads = p.n_threads;
   const HiddenForwardFn<T> activate = hidden_forward_for<T>(p.activation, glu);
   const T* bias = static_cast<const T*>(p.key_bias);
-  const T* scale = static_cast<const T*>(p.dropout_mask);
+  const T* dropout_mask = static_cast<const T*>(p.dropout_mask);
   const int64_t padded = up.padded();
   const bool done = PHASE("up", run_row_gemm(up, [&](int64_t e, int64_t s, const float* c) {
     HiddenForward<T> f{};
     f.c_up = c;
     f.c_glu_gate = c + padded;
     f.bias = bias ? bias + e * p.G : nullptr;
-    f.scale = scale ? scale + p.order[s] * p.G : nullptr;
+    f.dropout_mask = dropout_mask ? dropout_mask + p.order[s] * p.G : nullptr;
     f.saved_up = saved_up ? saved_up + s * p.G : nullptr;
     f.saved_glu_gate = saved_glu_gate ? saved_glu_gate + s * p.G : nullptr;
     f.h = hidden + s * p.G;
@@ -68,14 +68,10 @@ template <class T> static int forward(const sparse_ffn_experts& p, T* out, T* sa
 }
 
 int experts_forward(const sparse_ffn_experts& p, void* out, void* saved_up, void* saved_glu_gate) {
-  switch (p.dtype) {
-    case SPARSE_FFN_FP32:
-      return forward(p, static_cast<float*>(out), static_cast<float*>(saved_up), static_cast<float*>(saved_glu_gate));
-    case SPARSE_FFN_BF16:
-      return forward(p, static_cast<bf16*>(out), static_cast<bf16*>(saved_up), static_cast<bf16*>(saved_glu_gate));
-    default:
-      return forward(p, static_cast<fp16*>(out), static_cast<fp16*>(saved_up), static_cast<fp16*>(saved_glu_gate));
-  }
+  return with_dtype(p.dtype, [&](auto example) {
+    using T = decltype(example);
+    return forward(p, static_cast<T*>(out), static_cast<T*>(saved_up), static_cast<T*>(saved_glu_gate));
+  });
 }
 
 SPARSE_FFN_END

@@ -5,7 +5,7 @@
 
 SPARSE_FFN_BEGIN
 
-constexpr int64_t kOuterColumns = 256;  // columns of out per unit of work
+constexpr int64_t kOuterColumns = 256;  // columns of out per piece of work
 constexpr int64_t kGroup = 4 * kNr;      // columns of B packed at once: gathered rows are read in pieces of 512 bytes
 
 // Rows per pass: a panel of B (32 KB) then stays in L1 while all of A passes by.
@@ -28,27 +28,27 @@ static void store_rows(const float* c, int64_t c_stride, int64_t rows, int64_t n
 
 // Columns n0 .. n1-1 of one out of one expert. a: first column of A for this out.
 template <class T>
-static void outer_unit(const OuterGemm<T>& g, int64_t e, const T* a, T* out, int64_t n0, int64_t n1, float* pa,
+static void outer_piece(const OuterGemm<T>& g, int64_t e, const T* a, T* out, int64_t n0, int64_t n1, float* pa,
                        float* pb, float* c, LineQueue* next) {
   constexpr bool kPair = Paired<T>::value;
   const int64_t first = g.offsets[e], rows = g.offsets[e + 1] - first, columns = n1 - n0;
   const int64_t padded = round_up(columns, VL);
   out += e * g.M * g.N;
-  if (!rows) {  // in one piece, by the unit of the first columns
+  if (!rows) {  // all at once, by the piece of the first columns
     if (!n0) memset(out, 0, static_cast<size_t>(g.M * g.N) * sizeof(T));
     return;
   }
   const bool one_pass = rows <= kOuterRows;  // else the passes are summed in c [M, padded]
   const bool streams = sizeof(T) == 4 && (reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(g.N * 4)) % (4 * VL) == 0;
-  // fp32 in expert order needs no packing: unit k of row m is a[k * stride + m]. Whichever operand is packed is scaled
+  // fp32 in expert order needs no packing: word k of row m is a[k * stride + m]. Whichever operand is packed is scaled
   // then, A if both are: it is the narrower one.
   const bool a_in_place = sizeof(T) == 4 && !g.gather_a;
   for (int64_t k0 = 0; k0 < rows; k0 += kOuterRows) {
-    const int64_t k = lesser(kOuterRows, rows - k0), k_units = units<T>(k), s0 = first + k0;
+    const int64_t k = lesser(kOuterRows, rows - k0), k_words = words<T>(k), s0 = first + k0;
     if (!a_in_place)
       for (int64_t m = 0; m < g.M; m += kMr) {
         const int64_t mr = lesser<int64_t>(kMr, g.M - m);
-        pack_columns<T>(pa + m * k_units,
+        pack_columns<T>(pa + m * k_words,
                         [&](int64_t i) { return a + (g.gather_a ? g.gather_a[s0 + i] : s0 + i) * g.a_stride + m; }, k, mr,
                         mr, g.scale ? g.scale + s0 : nullptr);
       }
@@ -67,7 +67,7 @@ static void outer_unit(const OuterGemm<T>& g, int64_t e, const T* a, T* out, int
         const int64_t width = lesser<int64_t>(kNr, padded - j), valid = lesser(width, columns - j);
         for (int64_t m = 0; m < g.M; m += kMr) {
           const int mr = static_cast<int>(lesser<int64_t>(kMr, g.M - m));
-          const float* pm = a_in_place ? reinterpret_cast<const float*>(a + s0 * g.a_stride + m) : pa + m * k_units;
+          const float* pm = a_in_place ? reinterpret_cast<const float*>(a + s0 * g.a_stride + m) : pa + m * k_words;
           T* target = out + m * g.N + n0 + j;
           TileOut tile{c + m * padded + j, padded, nullptr, nullptr, 0};
           Finish finish = k0 ? Finish::kAdd : Finish::kStore;
@@ -81,8 +81,8 @@ static void outer_unit(const OuterGemm<T>& g, int64_t e, const T* a, T* out, int
             for (int r = 0; r < mr; r++)  // where the tile goes is in no cache: fetch it while multiplying
               for (int64_t i = 0; i <= valid; i += VL) prefetch(target + r * g.N + lesser(i, valid - 1));
           }
-          find_tile(finish, Layout::kColumns, kPair, mr, width)(k_units, pm, a_in_place ? g.a_stride : mr,
-                                                                 pb + (j - group) * k_units, tile, next->take(k_units));
+          find_tile(finish, Layout::kColumns, kPair, mr, width)(k_words, pm, a_in_place ? g.a_stride : mr,
+                                                                 pb + (j - group) * k_words, tile, next->take(k_words));
           if (one_pass && finish != Finish::kStream) store_rows(c, width, mr, valid, target, g.N);
         }
       }
@@ -117,8 +117,8 @@ template <class T> bool run_outer_gemm(const OuterGemm<T>& g) {
       if (!ready) continue;
       const int64_t e = u / blocks, block = u % blocks;
       const int64_t n0 = vectors * block / blocks * VL, n1 = lesser(g.N, vectors * (block + 1) / blocks * VL);
-      if (g.out[0]) outer_unit(g, e, g.a, g.out[0], n0, n1, pa, pb, c, &next);
-      if (g.out[1]) outer_unit(g, e, g.a + g.M, g.out[1], n0, n1, pa, pb, c, &next);
+      if (g.out[0]) outer_piece(g, e, g.a, g.out[0], n0, n1, pa, pb, c, &next);
+      if (g.out[1]) outer_piece(g, e, g.a + g.M, g.out[1], n0, n1, pa, pb, c, &next);
       drain_streams();
     }
   }

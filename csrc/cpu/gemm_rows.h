@@ -28,7 +28,8 @@ template <class T> struct RowGemm {
   int64_t padded() const { return round_up(N, VL); }  // a finished row is matrices() * padded() floats
 };
 
-// R rows of A dot `keys` (1..4) consecutive rows of W; c[r * c_stride + key].
+// R rows of A dot `keys` (1..4) consecutive rows of W, both where they lie: for experts with fewer than kPackMinRows rows,
+// and for a few tokens (experts_decode.cpp). c[r * c_stride + key].
 template <class T, int R>
 static void dot_rows(const T* const* a, const T* w, int64_t w_stride, int64_t k, int keys, float* c, int64_t c_stride) {
   const T* row[4];
@@ -100,14 +101,14 @@ template <class T>
 static void multiply_panel(const RowGemm<T>& g, int mr, const float* pa, const float* pb, float* c, int64_t c_stride,
                            LineQueue* next) {
   constexpr bool kPair = Paired<T>::value;
-  const int64_t k_units = units<T>(g.K);
-  if (!k_units) memset(c, 0, static_cast<size_t>(mr * c_stride) * 4);
-  for (int64_t k0 = 0; k0 < k_units; k0 += kKBlock)  // outermost: this block of A stays in L1 for all columns
+  const int64_t k_words = words<T>(g.K);
+  if (!k_words) memset(c, 0, static_cast<size_t>(mr * c_stride) * 4);
+  for (int64_t k0 = 0; k0 < k_words; k0 += kKBlock)  // outermost: this block of A stays in L1 for all columns
     for (int64_t m = 0; m < g.matrices(); m++)
       for (int64_t n = 0; n < g.padded(); n += kNr) {
-        const int64_t width = lesser<int64_t>(kNr, g.padded() - n), k = lesser(kKBlock, k_units - k0);
+        const int64_t width = lesser<int64_t>(kNr, g.padded() - n), k = lesser(kKBlock, k_words - k0);
         const TileFn f = find_tile(k0 ? Finish::kAdd : Finish::kStore, Layout::kPacked, kPair, mr, width);
-        f(k, pa + k0 / kKBlock * kMr * kRowStride, 0, pb + (m * g.padded() + n) * k_units + k0 * width,
+        f(k, pa + k0 / kKBlock * kMr * kRowStride, 0, pb + (m * g.padded() + n) * k_words + k0 * width,
           TileOut{c + m * g.padded() + n, c_stride, nullptr, nullptr, 0}, next->take(k));
       }
 }
@@ -131,7 +132,7 @@ static void queue_next(const RowGemm<T>& g, int64_t e, int64_t s, int64_t i, int
 
 // finish(expert, s, row): row holds the products of sorted position s. False when out of memory.
 template <class T, class Finisher> static bool run_row_gemm(const RowGemm<T>& g, const Finisher& finish) {
-  const int64_t k_units = units<T>(g.K), c_stride = g.matrices() * g.padded();
+  const int64_t k_words = words<T>(g.K), c_stride = g.matrices() * g.padded();
   int64_t panels = 0;
   for (int64_t e = 0; e < g.E; e++) panels += ceil_div(g.offsets[e + 1] - g.offsets[e], kMr);
   int failed = 0;
@@ -141,7 +142,7 @@ template <class T, class Finisher> static bool run_row_gemm(const RowGemm<T>& g,
     const int64_t t = omp_get_thread_num(), n = omp_get_num_threads();
     const int64_t first_panel = panels * t / n, last_panel = panels * (t + 1) / n;
     float* pa = scratch_of<float>(kBufferA, row_panel_size<T>(g.K));
-    float* pb = scratch_of<float>(kBufferB, c_stride * k_units);
+    float* pb = scratch_of<float>(kBufferB, c_stride * k_words);
     float* c = scratch_of<float>(kBufferC, kMr * c_stride);
     LineQueue next;
     const bool queue = next.reserve((kMr + g.matrices() * g.N) * ceil_div(g.K * static_cast<int64_t>(sizeof(T)), 64));
@@ -159,7 +160,7 @@ template <class T, class Finisher> static bool run_row_gemm(const RowGemm<T>& g,
         if (packed)
           for (int64_t m = 0; m < g.matrices(); m++)
             for (int64_t j = 0; j < g.padded(); j += kNr)
-              pack_transposed(pb + (m * g.padded() + j) * k_units, g.w[m] + e * g.w_stride_expert + j * g.w_stride_row,
+              pack_transposed(pb + (m * g.padded() + j) * k_words, g.w[m] + e * g.w_stride_expert + j * g.w_stride_row,
                               g.w_stride_row, g.K, g.N - j, lesser<int64_t>(kNr, g.padded() - j));
         for (int64_t i = lo; i < hi; i++) {
           const int64_t s0 = g.offsets[e] + rows * i / count, s1 = g.offsets[e] + rows * (i + 1) / count;

@@ -20,33 +20,33 @@ static inline int64_t first_at_least(const int32_t* scatter, int64_t lo, int64_t
 // `columns` columns from n0 of expert e, all K of all weight tensors, into panels of B.
 template <class T>
 static void pack_block(const ScatterGemm<T>& g, int64_t e, int64_t n0, int64_t columns, int64_t padded, float* pb) {
-  const int64_t k_units = units<T>(g.K);
-  for (int64_t m = 0; m < g.matrices(); m++, pb += padded * k_units) {
+  const int64_t k_words = words<T>(g.K);
+  for (int64_t m = 0; m < g.matrices(); m++, pb += padded * k_words) {
     const T* w = g.w[m] + e * g.w_stride_expert + n0 * g.w_stride_n;
     if (g.w_stride_n == 1) {
       pack_group<T>(pb, [=](int64_t k) { return w + k * g.w_stride_k; }, g.K, columns, padded, nullptr);
       continue;
     }
     for (int64_t j = 0; j < padded; j += kNr)
-      pack_transposed(pb + j * k_units, w + j * g.w_stride_n, g.w_stride_n, g.K, columns - j,
+      pack_transposed(pb + j * k_words, w + j * g.w_stride_n, g.w_stride_n, g.K, columns - j,
                       lesser<int64_t>(kNr, padded - j));
   }
 }
 
-// Sorted rows s0 .. s1-1 as rows of units for Layout::kRows: in place for fp32 in expert order, else a compact copy.
+// Sorted rows s0 .. s1-1 as rows of words for Layout::kRows: in place for fp32 in expert order, else a compact copy.
 template <class T>
 static const float* unit_rows(const ScatterGemm<T>& g, int64_t s0, int64_t s1, float* copy, int64_t* stride) {
   if (sizeof(T) == 4 && !g.gather) {
     *stride = g.a_stride;
     return reinterpret_cast<const float*>(g.row(s0));
   }
-  const int64_t k_units = units<T>(g.K);
-  *stride = g.matrices() * k_units;
+  const int64_t k_words = words<T>(g.K);
+  *stride = g.matrices() * k_words;
   for (int64_t s = s0; s < s1; s++)
     for (int64_t m = 0; m < g.matrices(); m++) {
-      float* dst = copy + (s - s0) * *stride + m * k_units;
+      float* dst = copy + (s - s0) * *stride + m * k_words;
       if constexpr (Paired<T>::value) {
-        if (g.K & 1) dst[k_units - 1] = 0;
+        if (g.K & 1) dst[k_words - 1] = 0;
         if (g.K) memcpy(dst, g.row(s) + m * g.K, static_cast<size_t>(g.K) * sizeof(T));
       } else {
         widen(dst, g.row(s) + m * g.K, g.K);
@@ -61,7 +61,7 @@ template <class T>
 static void scatter_packed(const ScatterGemm<T>& g, int64_t first, int64_t last, int64_t padded, float* copy,
                            const float* pb, TileOut out, LineQueue* next) {
   constexpr bool kPair = Paired<T>::value;
-  const int64_t k_units = units<T>(g.K);
+  const int64_t k_words = words<T>(g.K);
   float* c = out.c;
   for (int64_t s0 = first; s0 < last; s0 += kRowBlock) {
     const int64_t rows = lesser(kRowBlock, last - s0), count = ceil_div(rows, kMr);
@@ -78,9 +78,9 @@ static void scatter_packed(const ScatterGemm<T>& g, int64_t first, int64_t last,
         out.rows = g.scatter ? g.scatter + s0 + r0 : identity;
         out.scale = g.scale ? g.scale + s0 + r0 : nullptr;
         for (int64_t m = 0; m < g.matrices(); m++)
-          for (int64_t k0 = 0; k0 < k_units; k0 += kKBlock) {
-            const int64_t k = lesser(kKBlock, k_units - k0);
-            f(k, a + r0 * stride + m * k_units + k0, stride, pb + (m * padded + j) * k_units + k0 * width,
+          for (int64_t k0 = 0; k0 < k_words; k0 += kKBlock) {
+            const int64_t k = lesser(kKBlock, k_words - k0);
+            f(k, a + r0 * stride + m * k_words + k0, stride, pb + (m * padded + j) * k_words + k0 * width,
               out, next->take(k));
           }
       }
@@ -117,7 +117,7 @@ void scatter_direct(int mr, int64_t k, int64_t columns, const float* pa, const T
       pack_columns<T>(tail, [&](int64_t i) { return w + i * w_stride + j; }, n, columns - j, VL, nullptr);
       TileOut last = out;
       last.c = out.c + j;
-      find_tile(Finish::kScatter, Layout::kPacked, Paired<T>::value, mr, VL)(units<T>(n), pa, 0, tail, last, kNoLines);
+      find_tile(Finish::kScatter, Layout::kPacked, Paired<T>::value, mr, VL)(words<T>(n), pa, 0, tail, last, kNoLines);
     }
   }
 }
@@ -220,9 +220,9 @@ template <class T> bool run_scatter_gemm(const ScatterGemm<T>& g) {
   int failed = 0;
 #pragma omp parallel num_threads(static_cast<int>(lesser(threads, chunks * blocks)))
   {
-    const int64_t row_units = larger(g.matrices() * units<T>(g.K), units<T>(g.extra_K));
-    float* pa = scratch_of<float>(kBufferA, larger(kRowBlock * row_units, ceil_div(g.K, kKBlock) * kMr * kRowStride));
-    float* pb = scratch_of<float>(kBufferB, larger(most_columns * row_units, kKBlock * VL));
+    const int64_t row_words = larger(g.matrices() * words<T>(g.K), words<T>(g.extra_K));
+    float* pa = scratch_of<float>(kBufferA, larger(kRowBlock * row_words, ceil_div(g.K, kKBlock) * kMr * kRowStride));
+    float* pb = scratch_of<float>(kBufferB, larger(most_columns * row_words, kKBlock * VL));
     float* acc = scratch_of<float>(kBufferAcc, most_rows * most_columns);
     LineQueue next;
     const int64_t size = sizeof(T), weight_lines = g.K * (most_columns * size / 64 + 1);

@@ -35,7 +35,7 @@ template <class T> struct ScatterGemm {
 // False when out of memory.
 template <class T> bool run_scatter_gemm(const ScatterGemm<T>&);
 
-// mr rows (packed by rows in pa) times B read where it lies, scattered into out; tail: kKBlock * VL units of scratch.
+// mr rows (packed by rows in pa) times B read where it lies, scattered into out; tail: kKBlock * VL words of scratch.
 template <class T>
 void scatter_direct(int mr, int64_t k, int64_t columns, const float* pa, const T* w, int64_t w_stride, float* tail,
                     const TileOut& out);

@@ -8,7 +8,7 @@ SPARSE_FFN_BEGIN
 
 template <class T> struct HiddenForward {
   const float *c_up, *c_glu_gate;
-  const T *bias, *scale;  // null: none
+  const T *bias, *dropout_mask;  // null: none
   T *saved_up, *saved_glu_gate;  // null: not kept
   T* h;                          // saved_up itself where the backward pass needs the activation and nothing else
   int64_t n;
@@ -30,14 +30,14 @@ template <class T, class Act, bool kGlu> static void hidden_forward(const Hidden
       h = Act::value(up);
       if (f.saved_up) store_upto(f.saved_up + i, Act::saves_value ? h : up, left);
     }
-    if (f.scale) h = h * load_upto(f.scale + i, left);
+    if (f.dropout_mask) h = h * load_upto(f.dropout_mask + i, left);
     if (f.h != f.saved_up) store_upto(f.h + i, h, left);
   }
 }
 
 template <class T> struct HiddenBackward {
   const float* c_dh;      // dout of the token times the values: the gradient of gate * h, by gate
-  const T *up, *glu_gate, *scale;
+  const T *up, *glu_gate, *dropout_mask;
   float gate;
   T *d_up, *d_glu_gate;   // null when neither dx nor dkeys is wanted
   T* h;                   // null: the saved up is h already
@@ -51,17 +51,17 @@ template <class T, class Act, bool kGlu> static float hidden_backward(const Hidd
   for (int64_t i = 0; i < b.n; i += VL) {
     const int64_t left = b.n - i;
     const V dh = load_upto(b.c_dh + i, left), up = load_upto(b.up + i, left);
-    const V scale = b.scale ? load_upto(b.scale + i, left) : splat(1.f);
-    const V upstream = dh * scale * b.gate;
+    const V dropout = b.dropout_mask ? load_upto(b.dropout_mask + i, left) : splat(1.f);
+    const V upstream = dh * dropout * b.gate;
     V a, d_glu_gate, h, d_up;
     if constexpr (kGlu) {
       Act::both(load_upto(b.glu_gate + i, left), upstream * up, a, d_glu_gate);
-      h = a * up * scale;
+      h = a * up * dropout;
       d_up = upstream * a;
       if (b.d_up) store_upto(b.d_glu_gate + i, d_glu_gate, left);
     } else {
       Act::both(up, upstream, a, d_up);
-      h = a * scale;
+      h = a * dropout;
     }
     // Lanes past the row are zero in dh, so they add nothing; h there is finite for every activation.
     dgate = fma(dh, h, dgate);
@@ -71,25 +71,20 @@ template <class T, class Act, bool kGlu> static float hidden_backward(const Hidd
   return sum(dgate);
 }
 
-#define SPARSE_FFN_BY_ACTIVATION(function)                                                    \
-  switch (activation) {                                                                       \
-    case SPARSE_FFN_RELU: return glu ? function<T, Relu, true> : function<T, Relu, false>;    \
-    case SPARSE_FFN_GELU: return glu ? function<T, Gelu, true> : function<T, Gelu, false>;    \
-    case SPARSE_FFN_GELU_TANH: return glu ? function<T, GeluTanh, true> : function<T, GeluTanh, false>; \
-    case SPARSE_FFN_SILU: return glu ? function<T, Silu, true> : function<T, Silu, false>;    \
-    case SPARSE_FFN_IDENTITY: return glu ? function<T, Identity, true> : function<T, Identity, false>; \
-    default: return glu ? function<T, SquaredRelu, true> : function<T, SquaredRelu, false>;   \
-  }
-template <class T> static HiddenForwardFn<T> hidden_forward_for(int activation, bool glu) {
-  SPARSE_FFN_BY_ACTIVATION(hidden_forward)
+template <class T> static HiddenForwardFn<T> hidden_forward_for(sparse_ffn_activation activation, bool glu) {
+  return with_activation(activation, [&](auto act) -> HiddenForwardFn<T> {
+    return glu ? hidden_forward<T, decltype(act), true> : hidden_forward<T, decltype(act), false>;
+  });
 }
-template <class T> static HiddenBackwardFn<T> hidden_backward_for(int activation, bool glu) {
-  SPARSE_FFN_BY_ACTIVATION(hidden_backward)
+template <class T> static HiddenBackwardFn<T> hidden_backward_for(sparse_ffn_activation activation, bool glu) {
+  return with_activation(activation, [&](auto act) -> HiddenBackwardFn<T> {
+    return glu ? hidden_backward<T, decltype(act), true> : hidden_backward<T, decltype(act), false>;
+  });
 }
 
 // True where the saved up is the hidden row itself, so that no second buffer is needed.
 static inline bool saved_is_hidden(const sparse_ffn_experts& p) {
-  return (p.activation == SPARSE_FFN_RELU || p.activation == SPARSE_FFN_IDENTITY) && !p.gate_keys && !p.dropout_mask;
+  return with_activation(p.activation, [](auto act) { return act.saves_value; }) && !p.gate_keys && !p.dropout_mask;
 }
 
 SPARSE_FFN_END

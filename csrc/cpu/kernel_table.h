@@ -30,7 +30,7 @@
                                      float* dscores))                                                                    \
   KERNEL(topk, (const float* scores, int64_t R, int64_t n, int64_t stride, int64_t k, int32_t n_threads, int64_t* index, \
                 float* values))                                                                                          \
-  KERNEL(topk_activation, (const void* u, int64_t T, int64_t F, int64_t stride, int32_t dtype, int32_t activation,       \
+  KERNEL(topk_activation, (const void* u, int64_t T, int64_t F, int64_t stride, int32_t dtype, sparse_ffn_activation,     \
                            const float* norm, int64_t k, int32_t n_threads, int64_t* index, void* kept))
 
 namespace sparse_ffn {

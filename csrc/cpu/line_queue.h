@@ -1,4 +1,4 @@
-// line_queue.h - the cache lines that will be needed next. The micro-kernels fetch one of them per unit of k, so that
+// line_queue.h - the cache lines that will be needed next. The micro-kernels fetch one of them per word of k, so that
 // weights and gathered rows arrive from L3 or memory behind the arithmetic instead of being waited for while packing.
 #pragma once
 #include "tile.h"

@@ -5,7 +5,7 @@
 SPARSE_FFN_BEGIN
 
 // Units of 32 bits that hold k elements of T.
-template <class T> static ALWAYS_INLINE int64_t units(int64_t k) { return Paired<T>::value ? (k + 1) / 2 : k; }
+template <class T> static ALWAYS_INLINE int64_t words(int64_t k) { return Paired<T>::value ? (k + 1) / 2 : k; }
 
 // Also for fp32: GCC turns a memcpy of unknown length into `rep movs`, which cost 6% of the whole forward (measured).
 template <class T> static ALWAYS_INLINE void widen(float* dst, const T* src, int64_t n) {
@@ -14,7 +14,7 @@ template <class T> static ALWAYS_INLINE void widen(float* dst, const T* src, int
   if (i < n) store_n(dst + i, load_n(src + i, static_cast<int>(n - i)), static_cast<int>(n - i));
 }
 
-// One row of A (k elements) into row r of a row-packed panel. Blocks of kKBlock units lie kMr * kRowStride apart.
+// One row of A (k elements) into row r of a row-packed panel. Blocks of kKBlock words lie kMr * kRowStride apart.
 template <class T, bool kPair = Paired<T>::value>
 static ALWAYS_INLINE void pack_row(float* panel, int r, const T* src, int64_t k) {
   constexpr int64_t kStep = kPair ? 2 * kKBlock : kKBlock;
@@ -30,7 +30,7 @@ static ALWAYS_INLINE void pack_row(float* panel, int r, const T* src, int64_t k)
   }
 }
 template <class T> static ALWAYS_INLINE int64_t row_panel_size(int64_t k) {
-  return ceil_div(units<T>(k), kKBlock) * kMr * kRowStride;
+  return ceil_div(words<T>(k), kKBlock) * kMr * kRowStride;
 }
 
 #if defined(__AVX512BF16__)
@@ -41,7 +41,7 @@ static ALWAYS_INLINE __m512i pair_rows(__m256i a, __m256i b) {
 static ALWAYS_INLINE __m256i scaled(__m256i a, float s) { return narrow_bf16(widen_bf16(a) * s); }
 #endif
 
-// k rows of n <= width valid columns each, row(i) -> pointer, into dst[unit][width]; the rest is zero. scale (may be
+// k rows of n <= width valid columns each, row(i) -> pointer, into dst[word][width]; the rest is zero. scale (may be
 // null) multiplies row i by scale[i]. width is VL or kNr for a panel of B, or the row count of a column panel of A.
 template <class T, class Row>
 static void pack_columns(float* dst, Row row, int64_t k, int64_t n, int64_t width, const float* scale) {
@@ -82,7 +82,7 @@ static void pack_columns(float* dst, Row row, int64_t k, int64_t n, int64_t widt
 // pack_columns for each panel, but each row is visited once and full panels take a loop without tails.
 template <class T, class Row>
 static void pack_group(float* dst, Row row, int64_t k, int64_t n, int64_t padded, const float* scale) {
-  const int64_t k_units = units<T>(k);
+  const int64_t k_words = words<T>(k);
   int64_t full = lesser(n, padded) / kNr * kNr;
   if constexpr (Paired<T>::value) {
     if (scale) full = 0;
@@ -91,7 +91,7 @@ static void pack_group(float* dst, Row row, int64_t k, int64_t n, int64_t padded
       const T* a = row(i);
       const T* b = i + 1 < k ? row(i + 1) : nullptr;
       float* to = dst + i / 2 * kNr;
-      for (int64_t j = 0; j < full; j += kNr, to += k_units * kNr) {
+      for (int64_t j = 0; j < full; j += kNr, to += k_words * kNr) {
         const __m512i first_row = _mm512_loadu_si512(a + j);
         const __m512i second_row = b ? _mm512_loadu_si512(b + j) : _mm512_setzero_si512();
         _mm512_storeu_si512(to, pair_columns<0>(first_row, second_row));
@@ -104,14 +104,14 @@ static void pack_group(float* dst, Row row, int64_t k, int64_t n, int64_t padded
       const T* src = row(i);
       float* to = dst + i * kNr;
       const V s = scale ? splat(scale[i]) : splat(1.f);
-      for (int64_t j = 0; j < full; j += kNr, to += k_units * kNr) {
+      for (int64_t j = 0; j < full; j += kNr, to += k_words * kNr) {
         store(to, load(src + j) * s);
         store(to + VL, load(src + j + VL) * s);
       }
     }
   }
   for (int64_t j = full; j < padded; j += kNr)
-    pack_columns<T>(dst + j * k_units, [&](int64_t i) { return row(i) + j; }, k, n - j, lesser<int64_t>(kNr, padded - j),
+    pack_columns<T>(dst + j * k_words, [&](int64_t i) { return row(i) + j; }, k, n - j, lesser<int64_t>(kNr, padded - j),
                     scale);
 }
 
@@ -173,12 +173,12 @@ static ALWAYS_INLINE void transpose(V (&r)[VL]) {
 #endif
 }
 
-// dst[unit k][width] = w[n * stride + k]: a panel of B out of rows along k; columns n >= valid are zero.
+// dst[word k][width] = w[n * stride + k]: a panel of B out of rows along k; columns n >= valid are zero.
 template <class T>
 static void pack_transposed(float* dst, const T* w, int64_t stride, int64_t k, int64_t valid, int64_t width) {
   if constexpr (Paired<T>::value) {
-    if (k & 1) {  // rows are not whole units: rare, slow and simple
-      for (int64_t u = 0; u < units<T>(k); u++)
+    if (k & 1) {  // rows are not whole words: rare, slow and simple
+      for (int64_t u = 0; u < words<T>(k); u++)
         for (int64_t n = 0; n < width; n++) {
           uint16_t pair[2] = {0, 0};
           if (n < valid) memcpy(pair, w + n * stride + 2 * u, 2 * u + 1 < k ? 4 : 2);
@@ -187,11 +187,11 @@ static void pack_transposed(float* dst, const T* w, int64_t stride, int64_t k, i
       return;
     }
   }
-  const int64_t k_units = units<T>(k);
+  const int64_t k_words = words<T>(k);
   V block[VL];
   for (int64_t n = 0; n < width; n += VL)
-    for (int64_t u = 0; u < k_units; u += VL) {
-      const int64_t left = k_units - u;
+    for (int64_t u = 0; u < k_words; u += VL) {
+      const int64_t left = k_words - u;
 #pragma GCC unroll 16
       for (int i = 0; i < VL; i++) {
         if (n + i >= valid) block[i] = zero();

@@ -7,7 +7,8 @@ namespace sparse_ffn {
 
 struct sparse_ffn_experts {
   int64_t T, D, O, E, G, K;
-  int32_t dtype, activation, n_threads;
+  int32_t dtype, n_threads;
+  sparse_ffn_activation activation;
   const void* x;             // [T, D], row stride x_stride
   int64_t x_stride;
   const void* keys;          // [E, G, D]
@@ -26,7 +27,7 @@ struct sparse_ffn_router {
   const float* bias;         // [R] or null
   const uint8_t* mask;       // [T] or null
   int64_t groups;            // runs of T / groups tokens with sums of their own
-  int32_t gate_function;
+  sparse_ffn_gate gate_function;
 };
 
 // Slots are sorted by expert: expert e owns offsets[e] .. offsets[e+1]-1, and void slots lie behind. One of w_stride_m,

@@ -86,7 +86,7 @@ static void gates(const sparse_ffn_experts& e, const sparse_ffn_router& r, const
       for (int64_t j = 0; j < e.K; j++) p[j] = logits[index[j]];
       softmax(p, e.K, gate);
       return;
-    default:
+    case SPARSE_FFN_GATE_UNWEIGHTED:
       for (int64_t j = 0; j < e.K; j++) gate[j] = 1.f + 0.f * logits[index[j]];  // NaN where the score is no number
   }
 }
@@ -170,15 +170,19 @@ static void score_gradient_row(const sparse_ffn_experts& e, const RouterGradient
   } else {
     memset(out, 0, static_cast<size_t>(R) * 4);
   }
-  if (g.router->gate_function == SPARSE_FFN_GATE_SIGMOID)
-    for (int64_t j = 0; j < e.K; j++) out[index[j]] += dgate[j] * gate[j] * (1.f - gate[j]);
-  if (g.router->gate_function == SPARSE_FFN_GATE_SOFTMAX_TOPK) {
-    float mean = 0;
-    for (int64_t j = 0; j < e.K; j++) mean += gate[j] * dgate[j];
-    for (int64_t j = 0; j < e.K; j++) out[index[j]] += gate[j] * (dgate[j] - mean);
+  float mean = 0;
+  switch (g.router->gate_function) {
+    case SPARSE_FFN_GATE_SIGMOID:
+      for (int64_t j = 0; j < e.K; j++) out[index[j]] += dgate[j] * gate[j] * (1.f - gate[j]);
+      return;
+    case SPARSE_FFN_GATE_SOFTMAX: return;  // over_all
+    case SPARSE_FFN_GATE_SOFTMAX_TOPK:
+      for (int64_t j = 0; j < e.K; j++) mean += gate[j] * dgate[j];
+      for (int64_t j = 0; j < e.K; j++) out[index[j]] += gate[j] * (dgate[j] - mean);
+      return;
+    case SPARSE_FFN_GATE_UNWEIGHTED:
+      for (int64_t j = 0; j < e.K; j++) out[index[j]] += 0.f * dgate[j];
   }
-  if (g.router->gate_function == SPARSE_FFN_GATE_UNWEIGHTED)
-    for (int64_t j = 0; j < e.K; j++) out[index[j]] += 0.f * dgate[j];
 }
 
 template <class T>

@@ -6,8 +6,8 @@ namespace sparse_ffn {
 
 // What a buffer is for. Each thread has one of each.
 enum Buffer {
-  kBufferA, kBufferB, kBufferC, kBufferAcc, kBufferLines, kBufferRank, kBufferIndex,  // owned by each worker
-  kBufferToken, kBufferGate, kBufferHidden, kBufferDUp, kBufferRow,  // owned by the calling thread, shared with its workers
+  kBufferA, kBufferB, kBufferC, kBufferAcc, kBufferLines, kBufferRank, kBufferIndex, kBufferKey,  // owned by each worker
+  kBufferToken, kBufferGate, kBufferHidden, kBufferDUp,  // owned by the calling thread, shared with its workers
   kBufferOrder, kBufferOffsets, kBufferAux, kBufferLogits, kBufferDlogits, kBufferPartial, kBufferDgate, kBufferCount
 };
 

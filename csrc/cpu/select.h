@@ -32,7 +32,7 @@ struct Candidates {
   static Candidates reserve(int64_t n) {
     const int64_t room = round_up(n, VL) + 2 * VL;
     return {scratch_of<int32_t>(kBufferRank, room), scratch_of<int32_t>(kBufferIndex, room),
-            scratch_of<uint64_t>(kBufferRow, room)};
+            scratch_of<uint64_t>(kBufferKey, room)};
   }
   bool ready() const { return value && index && key; }
   // Appends the marked lanes at `count`; returns the new count. Up to VL elements beyond it are overwritten.

@@ -40,7 +40,7 @@ static ALWAYS_INLINE void finish_tile(V (&acc)[MR][NV], const TileOut& out) {
 }
 
 template <Finish kFinish, Layout kLayout, bool kPaired, int MR, int NV>
-static void tile(int64_t k_units, const float* a, int64_t a_stride, const float* b, const TileOut& out, Lines lines) {
+static void tile(int64_t k_words, const float* a, int64_t a_stride, const float* b, const TileOut& out, Lines lines) {
   if constexpr (kFinish == Finish::kScatter) {  // the rows of out are far apart: fetch them while multiplying
     for (int r = 0; r < MR; r++) {
       const float* c = out.c + (out.rows[r] - out.first_row) * out.stride;
@@ -54,7 +54,7 @@ static void tile(int64_t k_units, const float* a, int64_t a_stride, const float*
     for (int v = 0; v < NV; v++) acc[r][v] = zero();
   // kRows: every third row has a pointer, the two after it are reached by a scaled index; 12 pointers would not fit.
   const float* row[4] = {a, a + 3 * a_stride, a + 6 * a_stride, a + 9 * a_stride};
-  for (int64_t k = 0; k < k_units; k++) {
+  for (int64_t k = 0; k < k_words; k++) {
     V bv[NV];
 #pragma GCC unroll 8
     for (int v = 0; v < NV; v++) bv[v] = load(b + v * VL);
@@ -78,9 +78,9 @@ static void tile(int64_t k_units, const float* a, int64_t a_stride, const float*
   finish_tile<kFinish, MR, NV>(acc, out);
 }
 
-// One unit of k of NV vectors of B: a row, or two rows paired (the second is zero past the end).
+// One word of k of NV vectors of B: a row, or two rows paired (the second is zero past the end).
 template <class T, int NV>
-static ALWAYS_INLINE void load_units(const T* b, int64_t b_stride, bool second, V (&bv)[NV]) {
+static ALWAYS_INLINE void load_words(const T* b, int64_t b_stride, bool second, V (&bv)[NV]) {
 #if defined(__AVX512BF16__)
   if constexpr (Paired<T>::value) {
     const T* next = b + b_stride;
@@ -109,7 +109,7 @@ static ALWAYS_INLINE void load_units(const T* b, int64_t b_stride, bool second, 
 
 template <class T, int MR, int NV>
 static void tile_direct(int64_t k, const float* a, const T* b, int64_t b_stride, const TileOut& out) {
-  constexpr int kRows = Paired<T>::value ? 2 : 1;  // of B in a unit
+  constexpr int kRows = Paired<T>::value ? 2 : 1;  // of B in a word
   constexpr int kAhead = 12;                       // rows of B fetched ahead: weights come from memory here
   V acc[MR][NV];
 #pragma GCC unroll 16
@@ -118,7 +118,7 @@ static void tile_direct(int64_t k, const float* a, const T* b, int64_t b_stride,
     for (int v = 0; v < NV; v++) acc[r][v] = zero();
   for (int64_t i = 0; i < k; i += kRows) {
     V bv[NV];
-    load_units<T, NV>(b, b_stride, i + 1 < k, bv);
+    load_words<T, NV>(b, b_stride, i + 1 < k, bv);
     for (int row = 0; row < kRows; row++)
       for (int64_t line = 0; line < NV * VL * static_cast<int64_t>(sizeof(T)); line += 64)
         prefetch(reinterpret_cast<const char*>(b + (kAhead + row) * b_stride) + line);
@@ -155,7 +155,7 @@ template <Finish kFinish, Layout kLayout> static TileFn tile_for(bool paired, in
 }
 
 TileFn find_tile(Finish finish, Layout layout, bool paired, int mr, int64_t columns) {
-  // Of the nine combinations, those in use.
+  // Those of the twelve combinations that are in use.
   if (finish == Finish::kScatter)
     return layout == Layout::kRows ? tile_for<Finish::kScatter, Layout::kRows>(paired, mr, columns)
                                    : tile_for<Finish::kScatter, Layout::kPacked>(paired, mr, columns);

@@ -1,7 +1,7 @@
 // tile.h - the micro-kernels: a tile of MR rows x NV vectors of the product A B, kept in registers over all of k.
 //
-// Packed operands are made of 32-bit units. Plain: one unit is one fp32 k (bf16 and fp16 are widened while packing).
-// Paired: one unit is two neighbouring bf16 k, multiplied by vdpbf16ps. Which one bf16 uses is a matter of the CPU:
+// Packed operands are made of 32-bit words. Plain: one word is one fp32 k (bf16 and fp16 are widened while packing).
+// Paired: one word is two neighbouring bf16 k, multiplied by vdpbf16ps. Which one bf16 uses is a matter of the CPU:
 // on AMD Zen4 vdpbf16ps does twice the work of an fp32 FMA, on Intel Sapphire Rapids half of it (measured), so there
 // are two AVX-512 builds and dispatch.cpp chooses.
 #pragma once
@@ -24,8 +24,8 @@ constexpr int kMr = 6;   // 6 x 2 + 2 + 1 = 15 of 16
 constexpr int kMr = 4;
 #endif
 constexpr int kNr = 2 * VL;                // columns of a full packed panel of B
-constexpr int64_t kKBlock = 512;           // units of k per pass, so that a packed panel of A stays near L1
-constexpr int64_t kRowStride = kKBlock + 16;  // units between rows of packed A; not a power of two: cache sets
+constexpr int64_t kKBlock = 512;           // words of k per pass, so that a packed panel of A stays near L1
+constexpr int64_t kRowStride = kKBlock + 16;  // words between rows of packed A; not a power of two: cache sets
 
 // Where a finished tile goes.
 struct TileOut {
@@ -37,24 +37,24 @@ struct TileOut {
 };
 // kStream: kStore past the caches, for c and stride aligned to vectors.
 enum class Finish { kStore, kAdd, kScatter, kStream };
-// Unit k of row r of A lies at
+// Word k of row r of A lies at
 enum class Layout {
   kPacked,   // a[r * kRowStride + k]: packed by rows
   kRows,     // a[r * stride + k]: fp32 rows where they are
   kColumns,  // a[k * stride + r]: packed by columns, or fp32 columns where they are
 };
 
-// One cache line is fetched into L2 per unit of k, for whatever is needed next: gathered rows come from L3 or memory
+// One cache line is fetched into L2 per word of k, for whatever is needed next: gathered rows come from L3 or memory
 // at addresses no hardware prefetcher can guess, and cost 10% of the time when they are waited for.
 using Lines = const void* const*;
 extern const void* const kNoLines[kKBlock * 2];
 
-using TileFn = void (*)(int64_t k_units, const float* a, int64_t a_stride, const float* b, const TileOut&, Lines);
+using TileFn = void (*)(int64_t k_words, const float* a, int64_t a_stride, const float* b, const TileOut&, Lines);
 // The kernel for mr rows and a packed panel of B that is kNr columns wide, or one vector where that covers `columns`.
 TileFn find_tile(Finish, Layout, bool paired, int mr, int64_t columns);
 
-// B read where it lies (row-major, k rows of T), for experts with too few rows to pay for packing; A packed by rows,
-// result scattered. Null where mr * nv accumulators do not fit.
+// B read where it lies (row-major, k rows of T), for experts with fewer than kPackMinRows rows, and for a few tokens
+// (experts_decode.cpp): packing would not pay. A packed by rows, result scattered. Null where mr * nv accumulators do not fit.
 template <class T> using DirectFn = void (*)(int64_t k, const float* a, const T* b, int64_t b_stride, const TileOut&);
 template <class T> DirectFn<T> find_direct(int mr, int nv);
 extern template DirectFn<float> find_direct<float>(int, int);

@@ -45,21 +45,11 @@ static void activate_row(const T* u, int64_t F, const float* norm, T* value, flo
   }
 }
 template <class T> using ActivateRowFn = void (*)(const T*, int64_t, const float*, T*, float*);
-template <class T> static ActivateRowFn<T> activate_row_for(int activation) {
-  switch (activation) {
-    case SPARSE_FFN_RELU: return activate_row<T, Relu>;
-    case SPARSE_FFN_GELU: return activate_row<T, Gelu>;
-    case SPARSE_FFN_GELU_TANH: return activate_row<T, GeluTanh>;
-    case SPARSE_FFN_SILU: return activate_row<T, Silu>;
-    case SPARSE_FFN_IDENTITY: return activate_row<T, Identity>;
-    default: return activate_row<T, SquaredRelu>;
-  }
-}
-
 template <class T>
-static int select_units(const T* u, int64_t rows, int64_t F, int64_t stride, int activation, const float* norm, int64_t k,
-                        int n_threads, int64_t* index, T* kept) {
-  const ActivateRowFn<T> activate = activate_row_for<T>(activation);
+static int select_units(const T* u, int64_t rows, int64_t F, int64_t stride, sparse_ffn_activation activation,
+                        const float* norm, int64_t k, int n_threads, int64_t* index, T* kept) {
+  const ActivateRowFn<T> activate = with_activation(
+      activation, [](auto act) -> ActivateRowFn<T> { return activate_row<T, decltype(act)>; });
   int failed = 0;
 #pragma omp parallel num_threads(larger(1, n_threads))
   {
@@ -86,18 +76,13 @@ static int select_units(const T* u, int64_t rows, int64_t F, int64_t stride, int
   return failed ? SPARSE_FFN_NO_MEMORY : SPARSE_FFN_OK;
 }
 
-int topk_activation(const void* u, int64_t T, int64_t F, int64_t stride, int32_t dtype, int32_t activation,
+int topk_activation(const void* u, int64_t T, int64_t F, int64_t stride, int32_t dtype, sparse_ffn_activation activation,
                     const float* norm, int64_t k, int32_t n_threads, int64_t* index, void* kept) {
-  const auto run = [&](auto example) {
+  return with_dtype(dtype, [&](auto example) {
     using S = decltype(example);
     return select_units(static_cast<const S*>(u), T, F, stride, activation, norm, k, n_threads, index,
                         static_cast<S*>(kept));
-  };
-  switch (dtype) {
-    case SPARSE_FFN_FP32: return run(float{});
-    case SPARSE_FFN_BF16: return run(bf16{});
-    default: return run(fp16{});
-  }
+  });
 }
 
 SPARSE_FFN_END

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../include/sparse_ffn.h"
 #include "scratch.h"
 
 #ifndef SPARSE_FFN_ISA_NAME
@@ -18,6 +19,16 @@ SPARSE_FFN_BEGIN
 
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
+
+// f of an example of the storage type that a dtype stands for.
+template <class F> static ALWAYS_INLINE int with_dtype(int32_t dtype, const F& f) {
+  switch (dtype) {
+    case SPARSE_FFN_FP32: return f(float{});
+    case SPARSE_FFN_BF16: return f(bf16{});
+    case SPARSE_FFN_FP16: return f(fp16{});
+  }
+  __builtin_trap();  // csrc/interface has refused all others
+}
 
 template <class A> static ALWAYS_INLINE A lesser(A a, A b) { return b < a ? b : a; }
 template <class A> static ALWAYS_INLINE A larger(A a, A b) { return a < b ? b : a; }

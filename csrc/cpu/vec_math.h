@@ -87,17 +87,30 @@ struct Gelu {  // z Phi(z), Phi from erfc by Abramowitz and Stegun 7.1.26 (absol
 };
 struct GeluTanh {  // 0.5 z (1 + tanh(w)) = z sigmoid(2w)
   static constexpr bool saves_value = false;
-  static ALWAYS_INLINE V gate(V z) {
+  static ALWAYS_INLINE V factor(V z) {  // sigmoid(2w)
     const V w = z * 0.79788456f * fma(z * z, splat(0.044715f), splat(1.f));
     return 1.f / (1.f + vexp(-2.f * w));
   }
-  static ALWAYS_INLINE V value(V z) { return above(z) * gate(z); }
+  static ALWAYS_INLINE V value(V z) { return above(z) * factor(z); }
   static ALWAYS_INLINE void both(V z, V g, V& a, V& dz) {
-    const V x = near(z), s = gate(x);
+    const V x = near(z), s = factor(x);
     a = above(z) * s;
     const V dw = 2.f * 0.79788456f * fma(x * x, splat(3.f * 0.044715f), splat(1.f));
     dz = g * fma(x * s * (1.f - s), dw, s);
   }
 };
+
+// f of an example of the struct above that an activation stands for. No default: a case that is missing does not compile.
+template <class F> static ALWAYS_INLINE auto with_activation(sparse_ffn_activation activation, const F& f) {
+  switch (activation) {
+    case SPARSE_FFN_RELU: return f(Relu{});
+    case SPARSE_FFN_GELU: return f(Gelu{});
+    case SPARSE_FFN_GELU_TANH: return f(GeluTanh{});
+    case SPARSE_FFN_SILU: return f(Silu{});
+    case SPARSE_FFN_IDENTITY: return f(Identity{});
+    case SPARSE_FFN_SQUARED_RELU: return f(SquaredRelu{});
+  }
+  __builtin_trap();  // csrc/interface has refused all others
+}
 
 SPARSE_FFN_END

@@ -77,27 +77,22 @@ int wide_product(const sparse_ffn_wide_product& p, float* out, float* scale) {
   int32_t* offsets = scratch_of<int32_t>(kBufferOffsets, p.B + 1);
   int32_t* place = scratch_of<int32_t>(kBufferOrder, p.B * p.M + 1);
   if (!offsets || !place) return SPARSE_FFN_NO_MEMORY;
-  const bool done = p.dtype == SPARSE_FFN_FP32   ? product<float>(p, offsets, place, out, scale)
-                    : p.dtype == SPARSE_FFN_BF16 ? product<bf16>(p, offsets, place, out, scale)
-                                                 : product<fp16>(p, offsets, place, out, scale);
-  return done ? SPARSE_FFN_OK : SPARSE_FFN_NO_MEMORY;
+  return with_dtype(p.dtype, [&](auto example) {
+    return product<decltype(example)>(p, offsets, place, out, scale) ? SPARSE_FFN_OK : SPARSE_FFN_NO_MEMORY;
+  });
 }
 
 int normalised_backward(const sparse_ffn_normalised& p, const float* dout, const float* out, const float* scale,
                         void* dproduct) {
-  const auto run = [&](auto* dz) {
+  return with_dtype(p.dtype, [&](auto example) {
+    auto* dz = static_cast<decltype(example)*>(dproduct);
     advise_huge_pages(dz, static_cast<size_t>(p.M * p.pieces * p.width) * sizeof(*dz));
 #pragma omp parallel for num_threads(larger(1, p.n_threads)) schedule(static)
     for (int64_t r = 0; r < p.M * p.pieces; r++)
       normalise_backward(dout + r / p.pieces * p.stride_m + r % p.pieces * p.stride_piece, out + r * p.width, scale[r],
                          p.width, p.norm, dz + r * p.width);
     return SPARSE_FFN_OK;
-  };
-  switch (p.dtype) {
-    case SPARSE_FFN_FP32: return run(static_cast<float*>(dproduct));
-    case SPARSE_FFN_BF16: return run(static_cast<bf16*>(dproduct));
-    default: return run(static_cast<fp16*>(dproduct));
-  }
+  });
 }
 
 SPARSE_FFN_END

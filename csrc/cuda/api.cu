@@ -204,8 +204,9 @@ template <class Run> int run_for(int32_t dtype, int32_t device, Run run) {
   switch (dtype) {
     case 0: return status_of(run(float{}));
     case 1: return status_of(run(bf16{}));
-    default: return status_of(run(fp16{}));
+    case 2: return status_of(run(fp16{}));
   }
+  return SPARSE_FFN_CUDA_BAD_ARGUMENT;
 }
 
 }  // namespace

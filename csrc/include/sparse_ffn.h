@@ -39,7 +39,7 @@ enum sparse_ffn_status {
   SPARSE_FFN_BAD_ARGUMENT = 1,   /* a tensor that is missing or does not fit the others, an unknown option */
   SPARSE_FFN_BAD_INDEX = 2,      /* an index lies outside its table; nothing was read through it */
   SPARSE_FFN_NO_MEMORY = 3,
-  SPARSE_FFN_TOO_LARGE = 4,      /* more than 2^31-1 slots in one call */
+  SPARSE_FFN_TOO_LARGE = 4,      /* more than 2^31-1 slots or rows in one call */
   SPARSE_FFN_BAD_DTYPE = 5
 };
 enum sparse_ffn_dtype {
@@ -49,7 +49,8 @@ enum sparse_ffn_dtype {
 };
 enum sparse_ffn_activation {
   SPARSE_FFN_RELU = 0, SPARSE_FFN_GELU = 1, SPARSE_FFN_GELU_TANH = 2,
-  SPARSE_FFN_SILU = 3, SPARSE_FFN_IDENTITY = 4, SPARSE_FFN_SQUARED_RELU = 5
+  SPARSE_FFN_SILU = 3, SPARSE_FFN_IDENTITY = 4, SPARSE_FFN_SQUARED_RELU = 5,
+  SPARSE_FFN_LAST_ACTIVATION = SPARSE_FFN_SQUARED_RELU
 };
 
 /* ---- Tensors ---------------------------------------------------------------------------------------------------- */
@@ -127,7 +128,8 @@ SPARSE_FFN_API int sparse_ffn_experts_backward(const sparse_ffn_experts_backward
  * and R >= E rows of the router take part: slots that select one of those from E on are void. The selected slots
  * weigh sigmoid(score), the softmax over all scores, the softmax over the selected ones, or 1. fp32 and bf16 only. */
 enum sparse_ffn_gate {
-  SPARSE_FFN_GATE_SIGMOID = 0, SPARSE_FFN_GATE_SOFTMAX = 1, SPARSE_FFN_GATE_SOFTMAX_TOPK = 2, SPARSE_FFN_GATE_UNWEIGHTED = 3
+  SPARSE_FFN_GATE_SIGMOID = 0, SPARSE_FFN_GATE_SOFTMAX = 1, SPARSE_FFN_GATE_SOFTMAX_TOPK = 2, SPARSE_FFN_GATE_UNWEIGHTED = 3,
+  SPARSE_FFN_LAST_GATE = SPARSE_FFN_GATE_UNWEIGHTED
 };
 typedef struct sparse_ffn_moe_forward_args {
   sparse_ffn_units units;

@@ -3,7 +3,7 @@
  * Conventions
  *  - No torch, no C++ in the interface: raw device pointers, int64 sizes, strides in elements, a stream. Argument
  *    blocks themselves are host memory. Nothing waits for the device, so every call can be captured in a CUDA graph.
- *  - Storage is fp32, bf16 or fp16 (one dtype per call), numbered as in sparse_ffn.h; every sum is accumulated in fp32.
+ *  - Storage is fp32, bf16 or fp16 (one dtype per call), numbered 0, 1 and 2; every sum is accumulated in fp32.
  *    With tf32 set, products of fp32 operands may round them to tf32; without it they are plain fp32.
  *  - Outputs are fully written: nothing needs to be zeroed. Results are deterministic: no float atomics anywhere.
  *  - Slots are sorted by expert by the caller: gather, scatter and scale are given in sorted order. Void slots, which have

@@ -39,8 +39,10 @@ inline const int32_t* sort_by_expert(const int64_t* index, int64_t S, int64_t E,
   return order;
 }
 
-inline void require_activation(Operands& o, int32_t activation) {
-  o.require(activation >= SPARSE_FFN_RELU && activation <= SPARSE_FFN_SQUARED_RELU, "activation %d is unknown", activation);
+inline sparse_ffn_activation take_activation(Operands& o, int32_t number) {
+  const bool known = number >= 0 && number <= SPARSE_FFN_LAST_ACTIVATION;
+  o.require(known, "activation %d is unknown", number);
+  return known ? static_cast<sparse_ffn_activation>(number) : SPARSE_FFN_RELU;
 }
 
 }  // namespace sparse_ffn

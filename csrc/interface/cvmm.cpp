@@ -29,9 +29,9 @@ Slots take_cvmm(Operands& o, sparse_ffn_cvmm& p, const sparse_ffn_tensor& x, con
 
 // What is known once a tensor [R, L] is.
 void check_slots(Operands& o, sparse_ffn_cvmm& p, const Slots& slots) {
-  o.count_slots(o['S']);
-  o.count_slots(o['N']);
-  o.count_slots(o['R']);
+  o.count("slots", o['S']);
+  o.count("rows of x", o['N']);
+  o.count("rows of out", o['R']);
   o.experts("expert_index", slots.expert, o['S'], o['E']);
   if (slots.gather) o.below("gather_index", slots.gather, o['S'], o['N']);
   if (slots.scatter) o.below("scatter_index", slots.scatter, o['S'], o['R']);
@@ -95,7 +95,7 @@ int sparse_ffn_cvmm_backward(const sparse_ffn_cvmm_backward_args* a, int32_t n_t
   void* dx = o.maybe<void>("dx", a->dx, "NM");
   float* dscale = o.maybe<float>("dreduction_weight", a->dreduction_weight, "S");
   const sparse_ffn_tensor& dw = a->dweight;
-  void* dweight = dw.dtype ? o.take<void>("dweight", dw, "EML", Strides::kPacked) : nullptr;
+  void* dweight = dw.dtype ? o.take<void>("dweight", dw, "EML", Strides::kPermuted) : nullptr;
   o.require(!dweight || p.E < 2 || !(p.M && p.L) || dw.stride[0] == p.M * p.L,
             "dweight must hold one matrix after the other");
   if (o.status()) return o.status();

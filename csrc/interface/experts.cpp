@@ -28,9 +28,8 @@ sparse_ffn_experts take_units(Operands& o, const sparse_ffn_units& u, int32_t ac
   p.values = o.take<void>("values", u.values, "EGO");
   p.gate_keys = o.maybe<void>("gate_keys", u.gate_keys, "EGD");
   p.key_bias = o.maybe<void>("key_bias", u.key_bias, "EG");
-  require_activation(o, activation);
   p.T = o['T'], p.D = o['D'], p.E = o['E'], p.G = o['G'], p.O = o['O'];
-  p.dtype = o.dtype(), p.activation = activation, p.n_threads = n_threads;
+  p.dtype = o.dtype(), p.activation = take_activation(o, activation), p.n_threads = n_threads;
   return p;
 }
 
@@ -38,7 +37,7 @@ sparse_ffn_experts take_units(Operands& o, const sparse_ffn_units& u, int32_t ac
 void take_slots(Operands& o, sparse_ffn_experts& p, const sparse_ffn_tensor& dropout_mask) {
   p.dropout_mask = o.maybe<void>("dropout_mask", dropout_mask, "TKG");
   p.K = o['K'];
-  o.count_slots(p.T, p.K);
+  o.count("slots", p.T, p.K);
   o.let('S', p.T * p.K);
   o.let('F', p.E + 1);
 }
@@ -80,9 +79,9 @@ sparse_ffn_router take_router(Operands& o, const sparse_ffn_tensor& weight, cons
   r.bias = o.maybe<float>("router.bias", bias, "R");
   r.mask = o.maybe<uint8_t>("mask", mask, "T");
   r.rows = o['R'];
-  r.gate_function = gate_function;
-  o.require(gate_function >= SPARSE_FFN_GATE_SIGMOID && gate_function <= SPARSE_FFN_GATE_UNWEIGHTED,
-            "gate function %d is unknown", gate_function);
+  const bool known = gate_function >= 0 && gate_function <= SPARSE_FFN_LAST_GATE;
+  o.require(known, "gate function %d is unknown", gate_function);
+  if (known) r.gate_function = static_cast<sparse_ffn_gate>(gate_function);
   o.require(o.dtype() != SPARSE_FFN_FP16, "the router takes float32 and bfloat16, got float16");
   return r;
 }

@@ -43,7 +43,7 @@ bool is_dense(const sparse_ffn_tensor& t) {
   return true;
 }
 
-bool is_packed(const sparse_ffn_tensor& t) {
+bool is_permuted(const sparse_ffn_tensor& t) {
   int64_t step = 1, count = 1;
   for (int64_t d = 0; d < t.dims; d++) count *= t.size[d];
   while (step < count) {
@@ -69,9 +69,10 @@ bool has(const sparse_ffn_tensor& t, Strides strides) {
   switch (strides) {
     case Strides::kDense: return is_dense(t);
     case Strides::kRows: return t.size[t.dims - 1] == 1 || t.stride[t.dims - 1] == 1;
-    case Strides::kPacked: return is_packed(t);
-    default: return true;
+    case Strides::kPermuted: return is_permuted(t);
+    case Strides::kAny: return true;
   }
+  return false;
 }
 
 }  // namespace
@@ -151,9 +152,9 @@ void Operands::within(const char* name, const int64_t* index, int64_t n, int64_t
                    name, limit, bracket, low, high);
 }
 
-void Operands::count_slots(int64_t a, int64_t b) {
-  if (status_ || b <= 0 || a <= kMostSlots / b) return;
-  status_ = refuse(SPARSE_FFN_TOO_LARGE, "one call takes at most 2**31 - 1 slots, got %" PRId64 " times %" PRId64, a, b);
+void Operands::count(const char* what, int64_t a, int64_t b) {
+  if (status_ || b <= 0 || a <= kMost / b) return;
+  status_ = refuse(SPARSE_FFN_TOO_LARGE, "one call takes at most 2**31 - 1 %s, got %" PRId64 " times %" PRId64, what, a, b);
 }
 
 }  // namespace sparse_ffn

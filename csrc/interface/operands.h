@@ -7,18 +7,18 @@
 
 namespace sparse_ffn {
 
-constexpr int64_t kMostSlots = 0x7fffffff;
+constexpr int64_t kMost = 0x7fffffff;
 
 enum class Strides {
   kDense,   // row-major
   kRows,    // 1 in the last dimension, any in the others
-  kPacked,  // row-major but for the order of the dimensions
+  kPermuted,  // row-major but for the order of the dimensions, without gaps
   kAny
 };
 
-// Takes the tensors of a call one after the other. Each dimension of a tensor is named by a letter; the first that bears
-// a letter says what size it stands for, all others must have the same. After the first misfit all results are null, and
-// status() is what to return. Null is only what was absent: tensors without elements have an address too.
+// Takes the tensors of a call one after the other. Each dimension of a tensor is named by a letter. The first dimension of
+// a letter says what size it stands for; all others must have that size. After the first tensor that does not fit all
+// results are null, and status() is what to return. Before it only absent tensors are null: empty ones have an address.
 class Operands {
  public:
   Operands();
@@ -43,8 +43,8 @@ class Operands {
   void below(const char* name, const int64_t* index, int64_t n, int64_t limit) { within(name, index, n, limit, ')'); }
   // All n indices must name one of E experts, or none with E.
   void experts(const char* name, const int64_t* index, int64_t n, int64_t E) { within(name, index, n, E, ']'); }
-  // There may be 2^31-1 slots, a * b.
-  void count_slots(int64_t a, int64_t b = 1);
+  // There may be 2^31-1 of what is named, a * b.
+  void count(const char* what, int64_t a, int64_t b = 1);
 
  private:
   static int32_t dtype_of(const void*) { return SPARSE_FFN_ABSENT; }

@@ -35,7 +35,7 @@ int sparse_ffn_product_key_topk_backward(const sparse_ffn_product_key_topk_backw
   o.let('S', 2);
   const float* dsums = o.take<float>("dsums", a->dsums, "THK");
   const int64_t* index = o.take<int64_t>("index", a->index, "THK");
-  float* dscores = o.take<float>("dscores", a->dscores, "THSN", Strides::kPacked);
+  float* dscores = o.take<float>("dscores", a->dscores, "THSN", Strides::kPermuted);
   o.require(o['N'] < 2 || a->dscores.stride[3] == 1, "dscores must be contiguous in its last dimension");
   const sparse_ffn_product_keys p = take_product_keys(o, a->dscores, n_threads);
   o.below("index", index, p.T * p.H * p.k, p.n * p.n);
@@ -49,7 +49,7 @@ int sparse_ffn_topk(const sparse_ffn_topk_args* a, int32_t n_threads) {
   int64_t* index = o.take<int64_t>("index", a->index, "RK");
   float* values = o.maybe<float>("values", a->values, "RK");
   o.require(o['K'] <= o['N'], "k must be at most the length of a row");
-  o.count_slots(o['N']);
+  o.count("scores in a row", o['N']);
   if (o.status() || !o['K']) return o.status();
   return done(kernels().topk(scores, o['R'], o['N'], a->scores.stride[0], o['K'], n_threads, index, values));
 }
@@ -60,11 +60,11 @@ int sparse_ffn_topk_activation(const sparse_ffn_topk_activation_args* a, int32_t
   const float* norm = o.maybe<float>("norm", a->norm, "F");
   int64_t* index = o.take<int64_t>("index", a->index, "TK");
   void* kept = o.take<void>("kept", a->kept, "TK");
-  require_activation(o, activation);
+  const sparse_ffn_activation known = take_activation(o, activation);
   o.require(o['K'] <= o['F'], "k must be at most the number of units");
-  o.count_slots(o['F']);
+  o.count("units", o['F']);
   if (o.status() || !o['K']) return o.status();
-  return done(kernels().topk_activation(u, o['T'], o['F'], a->u.stride[0], o.dtype(), activation, norm, o['K'], n_threads,
+  return done(kernels().topk_activation(u, o['T'], o['F'], a->u.stride[0], o.dtype(), known, norm, o['K'], n_threads,
                                         index, kept));
 }
 

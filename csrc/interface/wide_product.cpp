@@ -26,11 +26,11 @@ int sparse_ffn_wide_product_forward(const sparse_ffn_wide_product_args* a, int32
   o.require((norm != SPARSE_FFN_NORM_NONE) == (scale != nullptr), "scale must be there with a norm, and only then");
   o.require(!scale || (o['P'] > 0 && o['N'] % o['P'] == 0), "w must have the same number of rows for each piece");
   p.B = o['B'], p.M = o['M'], p.N = o['N'], p.K = o['K'];
-  o.count_slots(p.B, p.M);
+  o.count("rows of x", p.B, p.M);
   if (o.status() || p.B * p.M * p.N == 0) return o.status();
   p.x_stride_b = p.B > 1 ? a->x.stride[0] : 0;
   p.x_stride_m = p.M > 1 ? a->x.stride[1] : 0;
-  o.count_slots((p.B - 1) * p.x_stride_b + (p.M - 1) * p.x_stride_m);
+  o.count("elements between the first and the last row of x", (p.B - 1) * p.x_stride_b + (p.M - 1) * p.x_stride_m);
   if (o.status()) return o.status();
   p.norm_width = scale ? p.N / o['P'] : 0;
   p.dtype = o.dtype(), p.norm = norm, p.n_threads = n_threads;

@@ -21,7 +21,7 @@ T = TypeVar("T", bound="CheckedOptions")
 
 
 class CheckedOptions:
-    """A base that refuses options before ``__init__`` hands them to a class that does not know where they came from."""
+    """A base that checks the names of options before ``__init__``, where it is still known which class was called."""
 
     __signature__: ClassVar[inspect.Signature]
 

@@ -87,7 +87,7 @@ def call(name: str, tensors: tuple[Tensor | None, ...], *options: int) -> None:
         raise _ERRORS[status](_library.sparse_ffn_error().decode())
 
 
-def dense(x: Tensor | None) -> Tensor | None:
+def contiguous(x: Tensor | None) -> Tensor | None:
     """The tensor in row-major order, copied only if it is not."""
     return None if x is None else x.contiguous()
 

@@ -1,4 +1,4 @@
-"""What the compiled libraries share: where they are found, and the numbers of the dtypes in their C interfaces."""
+"""What the compiled libraries share: where they are found, and the dtypes that they compute in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""What the fast backends compute in."""
+"""What the fast backends compute in, each with its number in the C interface of the CUDA kernels."""
 
 
 def find(name: str, variable: str) -> Path | None:

@@ -47,7 +47,7 @@ def to_dense(layer: SparseFFN) -> DenseFFN:
         weights = _memory(layer)
     elif isinstance(layer, DenseFFN):
         if layer.k < layer.d_ff:
-            raise _no_dense(layer, f"k = {layer.k} of d_ff = {layer.d_ff} units are used, others for each token")
+            raise _no_dense(layer, f"each token uses its own k = {layer.k} of d_ff = {layer.d_ff} units")
         weights = _weights(layer)
     else:
         raise _no_dense(layer, "its function is unknown here")
@@ -79,7 +79,7 @@ def _no_dense(layer: SparseFFN, why: str) -> ValueError:
 
 def _experts(layer: MoE) -> FFNWeights:
     if layer.k < layer.n_experts:
-        raise _no_dense(layer, f"k = {layer.k} of n_experts = {layer.n_experts} are used, others for each token")
+        raise _no_dense(layer, f"each token uses its own k = {layer.k} of n_experts = {layer.n_experts}")
     if type(layer.router) not in KNOWN:
         raise _no_dense(layer, f"the gates of its {type(layer.router).__name__} are unknown here")
     if not isinstance(layer.router, UnweightedRouter) and bool(layer.router.weight.any()):
@@ -90,7 +90,7 @@ def _experts(layer: MoE) -> FFNWeights:
 
 def _memory(layer: ProductKeyMemory) -> FFNWeights:
     if layer.k < layer.d_ff:
-        raise _no_dense(layer, f"k = {layer.k} of {layer.d_ff} values are used, others for each token")
+        raise _no_dense(layer, f"each token uses its own k = {layer.k} of {layer.d_ff} values")
     if layer.activation == "softmax" or layer.query_norm is not None:
         raise _no_dense(layer, "its weights are normalised over the token's scores or query")
     keys = product_keys(layer.sub_keys)

@@ -1,4 +1,4 @@
-"""Bridges to other libraries: foreign checkpoints here; what imports its library is a file to import by name."""
+"""Bridges to other libraries: checkpoints here; import by name a file that itself imports the library."""
 
 from sparse_ffn.integrations.checkpoints import from_transformers as from_transformers
 from sparse_ffn.integrations.checkpoints import to_transformers as to_transformers

@@ -73,7 +73,7 @@ def to_moe_layer(layer: MoE, *, prefix: str = "") -> dict[str, Tensor]:
     }
     state = layer.state_dict()
     if layer.d_router != layer.d_model:
-        raise ValueError(f"the paper's router sees x, not d_router = {layer.d_router} other features")
+        raise ValueError(f"the paper's router sees x, this one an input of its own (d_router = {layer.d_router})")
     if foreign := sorted(state.keys() - names.keys()):
         raise ValueError(f"the paper's MoE layer has no place for {', '.join(foreign)}")
     state["keys"] = state["keys"].mT

@@ -91,8 +91,8 @@ class SparseFFN(CheckedOptions, nn.Module):
 
         Args:
             x: [..., d_model], of the parameters' dtype (any float dtype under autocast).
-            mask: bool [...], True for real tokens. Padding takes no part in balance and statistics; its outputs are
-                computed as usual. Layers without a router only check it.
+            mask: bool [...], True for real tokens, the opposite of torch's ``key_padding_mask``. Padding takes no part
+                in balance and statistics; its outputs are computed as usual. Layers without a router only check it.
             router_input: what the router sees instead of x, [..., d_router], of the parameters' dtype or fp32; MoE
                 layers only.
 

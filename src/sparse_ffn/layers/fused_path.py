@@ -63,7 +63,7 @@ class FusedPath(Balanced, UnitsFFN):
         if bias is not None and self.training:
             router.count(index_TK, mask_T)
         loss = self._balance_loss(FusedRouting(softmax_BE, index_TK, gate_TK), mask_T, n_sequences)
-        self._keep(loss, index_TK, mask_T, (y_TO,))  # a backward pass through the loss meets the output's node
+        self._keep(loss, index_TK, mask_T, (y_TO,))  # the loss's backward pass reaches its node
         return y_TO
 
     def _check_router(self, units: ops.Units, weight: Tensor, bias: Tensor | None = None) -> None:

@@ -26,7 +26,7 @@ class LastForward:
         loss: the loss, if there is one.
         index_TK: the selected experts.
         mask_T: the mask, if there is one.
-        results: tensors of which a backward pass through the loss or the layer's output meets one.
+        results: every backward pass through the loss or the layer's output reaches one of these tensors.
     """
 
     def __init__(

@@ -127,7 +127,7 @@ class Router(CheckedOptions, nn.Module):
         self._k = check_positive("k", k, at_most=self.n_experts, limit="n_experts")
 
     def add_parameters(self) -> None:
-        """Make what a router has beyond ``weight`` and ``bias``, for ``reset_parameters`` to initialise."""
+        """Make what a router has beyond ``weight`` and ``bias``. ``_tensors`` lists it, ``reset_parameters`` sets."""
 
     def _tensors(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
         """The router's tensors by name, each with the shape that it was made with: a row for each expert."""

@@ -19,7 +19,7 @@ class DeepSeekRouter(SigmoidRouter):
 
     Its scores are sigmoids, and the selection bias is added to these, not to the logits. A group of experts is worth
     the sum of its two best biased scores; only experts of the best groups can be selected. Where a model scales its
-    gates by a factor, the layer's values take that up.
+    gates by a factor, the factor is in the layer's values.
 
     Args:
         d_model: width of the tokens.

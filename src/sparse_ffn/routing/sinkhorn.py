@@ -13,8 +13,8 @@ def sinkhorn_potential(logits_TE: Tensor, n_iters: int, mask_T: Tensor | None = 
     """The experts' log-potentials [E] after n_iters iterations: exp(logits + row + column) tends to balance.
 
     Each iteration makes every token's row sum to 1, then every expert's column to N/E (N real tokens), so that it ends
-    with exactly equal columns. With fewer than two real tokens there is nothing to balance, and the
-    potentials are zero; and where a logit is no number, which leaves nothing balanced, so that it shows where it ranks.
+    with exactly equal columns. The potentials are zero where nothing can be balanced: with fewer than two real tokens,
+    and with a NaN among the logits, which then shows in the ranking.
     """
     n_experts = logits_TE.shape[1]
     column_E = logits_TE.new_zeros(n_experts)

@@ -66,9 +66,9 @@ def problems(kinds: Iterable[str]) -> Iterator[Problem]:
 
 
 def heights(entries: Iterable[Entry], problem: Problem) -> list[int]:
-    """Rows of a tile to try, that of the tables first: the smallest that an expert's rows fill not twice, and one less.
+    """Rows of a tile to try: the fewest that hold an expert's rows, as in the tables, then the next fewer.
 
-    Both kernels of an arithmetic must have it.
+    Both kernels of an arithmetic must have them.
     """
     entries = list(entries)
     both = [{t.m for kernel, kind, t in entries if (kernel, kind) == (k, problem.kind)} for k in ("one", "two")]

@@ -1,6 +1,6 @@
 """Tiles that ``python -m sparse_ffn.tune`` tries beside those of the tables: deeper, wider, other warps and stages.
 
-The compile gate compiles them like the tables (without ``--quick``), so that whatever tuning may choose neither spills
+``make gate`` compiles them like the tables (without ``--quick``), so that whatever tuning may choose neither spills
 nor takes more shared memory than there is. Their heights are heights of the tables. Triton compiles other tiles for
 AMD's cards so rarely well that nothing is tried there beyond the tables' own.
 """

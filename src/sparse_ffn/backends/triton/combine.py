@@ -17,7 +17,7 @@ BLOCK_T, BLOCK_S, BLOCK_N, SPLIT_BLOCK = 4, 32, 256, 1024
 @triton.jit
 def combine_kernel(
     y, inverse, gate, out, T, N, K, stride_y, stride_out,
-    GATED: tl.constexpr, SORTED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    WEIGHTED: tl.constexpr, SORTED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out[t] = sum over j of gate[t, j] · y[position of slot t·K + j], where it has one."""
     n_blocks = tl.cdiv(N, BLOCK_N)
@@ -31,7 +31,7 @@ def combine_kernel(
         live = (position >= 0) & (t < T)
         at = y + position.to(tl.int64)[:, None] * stride_y + n[None, :]
         row = tl.load(at, mask=mask & live[:, None], other=0.0).to(tl.float32)
-        if GATED:
+        if WEIGHTED:
             row *= tl.load(gate + slot, mask=live, other=0.0).to(tl.float32)[:, None]
         total += row
     at = out + t.to(tl.int64)[:, None] * stride_out + n[None, :]
@@ -84,7 +84,7 @@ def combine(y: Tensor, inverse: Tensor | None, gate: Tensor | None, out: Tensor,
     T, N = out.shape
     launch(
         combine_kernel, cdiv(T, BLOCK_T) * cdiv(N, BLOCK_N), y, inverse, gate, out, T, N, k, y.stride(0),
-        out.stride(0), GATED=gate is not None, SORTED=inverse is not None, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N,
+        out.stride(0), WEIGHTED=gate is not None, SORTED=inverse is not None, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N,
         num_warps=2 * y.element_size(),  # a thread loads 16 bytes at once; with more, ptxas spilled
     )  # fmt: skip
 

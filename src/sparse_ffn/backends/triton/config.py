@@ -1,7 +1,7 @@
 """Block sizes: tables per architecture, kernel, arithmetic and size of the problem, looked up in Python.
 
-Nothing is measured at run time. The numbers in the tables come from the compile gate (``make gate``): the largest tiles
-that keep their accumulators in registers and their operands in shared memory on that architecture. What
+Nothing is measured at run time. The numbers in the tables come from ``make gate``, which compiles every kernel: the
+largest tiles that keep accumulators in registers and operands in shared memory on that architecture. What
 ``python -m sparse_ffn.tune`` measured on this card goes before them.
 """
 
@@ -26,8 +26,8 @@ class Sort:
 
     A scan works in place, so its block needs a number for each thread: where several threads hold the same number, one
     may read what another has already written.
-    And the most experts that the counting sort takes: a program holds a number of each in registers, and 16384 spilled;
-    between the kernels lie 4·E/block bytes a slot.
+    ``experts`` is the most that the counting sort takes: a program holds a number of each in registers, and 16384
+    spilled; between the kernels lie 4·E/block bytes a slot.
     """
 
     block: int = 256
@@ -93,7 +93,7 @@ _measured: tuned.Tuned | None = None
 
 @contextmanager
 def fixed(tile: Tile | None = None, architecture: str | None = None) -> Iterator[None]:
-    """Launch everything with one tile, or by one architecture's table (tests, the compile gate, tuning)."""
+    """Launch everything with one tile, or by one architecture's table (tests, ``make gate``, tuning)."""
     global _fixed, _architecture
     previous, (_fixed, _architecture) = (_fixed, _architecture), (tile, architecture)
     try:
@@ -104,7 +104,7 @@ def fixed(tile: Tile | None = None, architecture: str | None = None) -> Iterator
 
 @contextmanager
 def using(measured: tuned.Tuned) -> Iterator[None]:
-    """Launch by a table of measurements instead of the one in the user's cache directory (tuning, its gate, tests)."""
+    """Launch by a table of measurements instead of the one in the user's cache directory (tuning, its check, tests)."""
     global _measured
     previous, _measured = _measured, measured
     try:

@@ -161,9 +161,9 @@ def rows_kernel(
     slot = tl.load(order + p, mask=ok, other=0)
     if DOT:
         partner_row = tl.load(partner_rows + p, mask=ok, other=0).to(tl.int64)
-        with_ = tl.load(partner + partner_row[:, None] * stride_partner + n[None, :], mask=mask, other=0.0)
+        partners = tl.load(partner + partner_row[:, None] * stride_partner + n[None, :], mask=mask, other=0.0)
         part = (tl.program_id(0) % tl.cdiv(N, BLOCK_N)).to(tl.int64) * S
-        tl.store(dots + part + slot, tl.sum(acc * with_.to(tl.float32), 1), mask=ok)
+        tl.store(dots + part + slot, tl.sum(acc * partners.to(tl.float32), 1), mask=ok)
     if SCALE:
         acc *= tl.load(scale + slot, mask=ok, other=0.0).to(tl.float32)[:, None]
     to = slot if UNSORT else p
@@ -182,8 +182,8 @@ def unit_gradients(
     active = activate(pre, ACTIVATION)
     hidden = active
     if GLU:
-        gated = tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
-        hidden *= gated
+        factor = tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
+        hidden *= factor
     if SCALE:
         scale = tl.load(dropout_mask + scale_at[:, None] + g[None, :], mask=mask, other=0.0).to(tl.float32)
         hidden *= scale
@@ -194,7 +194,7 @@ def unit_gradients(
         dh *= scale
     if GLU:
         tl.store(dup + at, (dh * active).to(dup.dtype.element_ty), mask=mask)
-        dh *= gated
+        dh *= factor
     before = dglu_gate if GLU else dup  # the activation
     tl.store(before + at, gradient(dh, pre, ACTIVATION).to(before.dtype.element_ty), mask=mask)
     return dot
@@ -313,11 +313,11 @@ def multiply(
     """
     _, K, N = b.shape
     a2, b2 = (None, None) if second is None else second
-    with_, with_rows = (None, None) if partner is None else partner
+    partners, partner_rows = (None, None) if partner is None else partner
     launch(
-        rows_kernel, plan.n_tiles * cdiv(N, tile.n), a, rows, b, a2, b2, scale, with_, with_rows, out, dots,
+        rows_kernel, plan.n_tiles * cdiv(N, tile.n), a, rows, b, a2, b2, scale, partners, partner_rows, out, dots,
         plan.order, plan.offsets, plan.tile_expert, plan.tile_row, N, K, out.shape[0], a.stride(0), *b.stride(),
-        *_strides(b2, 3), 0 if with_ is None else with_.stride(0),
+        *_strides(b2, 3), 0 if partners is None else partners.stride(0),
         GATHER=rows is not None, SECOND=second is not None, SCALE=scale is not None, DOT=partner is not None,
         UNSORT=unsort, EVEN_K=K % tile.k == 0, PRECISION=precision, **tile.meta,
     )  # fmt: skip

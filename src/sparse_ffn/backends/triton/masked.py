@@ -65,8 +65,8 @@ def masked_hidden_kernel(
     pre = tl.load((glu_gate if GLU else up) + at, mask=mask, other=0.0).to(tl.float32)
     units = activate(pre, ACTIVATION)
     if GLU:
-        gated = tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
-        units *= gated
+        factor = tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
+        units *= factor
     tl.store(up + at, (units * weight).to(up.dtype.element_ty), mask=inside)
     if SAVE:
         for j in range(0, K):
@@ -76,7 +76,7 @@ def masked_hidden_kernel(
             saved = saved_glu_gate if GLU else saved_up
             tl.store(saved + to, pre.to(up.dtype.element_ty), mask=inside & mine[:, None])
             if GLU:
-                tl.store(saved_up + to, gated.to(up.dtype.element_ty), mask=inside & mine[:, None])
+                tl.store(saved_up + to, factor.to(up.dtype.element_ty), mask=inside & mine[:, None])
 
 
 @triton.jit
@@ -93,8 +93,8 @@ def masked_gradient_kernel(
     active = activate(pre, ACTIVATION)
     units = active
     if GLU:
-        gated = tl.load(up + saved, mask=mask, other=0.0).to(tl.float32)
-        units *= gated
+        factor = tl.load(up + saved, mask=mask, other=0.0).to(tl.float32)
+        units *= factor
     slope = tl.load(dh + at, mask=mask, other=0.0).to(tl.float32)
     part = (tl.program_id(0) % tl.cdiv(G, BLOCK_G)).to(tl.int64) * S
     for j in range(0, K):
@@ -108,7 +108,7 @@ def masked_gradient_kernel(
     slope *= weight
     if GLU:
         tl.store(dh + at, (slope * active).to(dh.dtype.element_ty), mask=inside)
-        slope *= gated
+        slope *= factor
     before = dglu_gate if GLU else dh  # the activation
     tl.store(before + at, gradient(slope, pre, ACTIVATION).to(before.dtype.element_ty), mask=inside)
 

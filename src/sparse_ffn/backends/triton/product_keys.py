@@ -1,4 +1,4 @@
-"""Product-key top-k: the largest of both halves, then of the pairs that can win, in one program a row; its gradient.
+"""Product-key top-k: the k best of both halves, then of those pairs that can be, in one program a row; its gradient.
 
 A score and its position make one 64-bit integer: the score's bits above, in an order that integers have too, the
 position below, complemented. No two are equal and the larger one is the better one, ties to the lower position; a NaN
@@ -87,9 +87,9 @@ def product_keys_kernel(
     key_first, key_second = tl.gather(best, i, 0), tl.gather(best, TOP + j, 0)
     total = score_of(key_first) + score_of(key_second)
     value = position_of(key_first) * n + position_of(key_second)
-    winners = tl.topk(tl.where(exists, pack(total, p), NONE), TOP)
+    best_pairs = tl.topk(tl.where(exists, pack(total, p), NONE), TOP)
     c = tl.arange(0, TOP)
-    chosen = tl.where(c < k, position_of(winners), 0)
+    chosen = tl.where(c < k, position_of(best_pairs), 0)
     tl.store(out + row * k + c, tl.gather(value, chosen, 0).to(tl.int64), mask=c < k)
 
 

@@ -1,7 +1,7 @@
-"""Routing on the device: slots sorted by expert (stable, no atomics) and the table of row tiles; no host wait.
+"""The slots sorted by expert on the device (stable, no atomics), and the table of row tiles; no host wait.
 
 S slots (token t's j-th choice is slot t·K + j), E experts. A position is a place in the sorted order. Void slots, whose
-expert is outside [0, E), lie behind all others: there are offsets[E] of these.
+expert is outside [0, E), lie behind all others, from position offsets[E] on.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class Formula:
 
     activation: str
     """A name in ``ACTIVATIONS``."""
-    gate: str
+    glu_gate: str
     """Where a GLU's gate is: ``""`` none, ``"first"`` or ``"second"`` of two linear maps, or in one of doubled width
     ``"first half"``, ``"second half"``, ``"even"`` or ``"odd"`` rows."""
     scale: float = 1.0
@@ -43,15 +43,15 @@ class Formula:
 
     def part(self, ups: list[MaybeTensor], dim: int = -1) -> tuple[MaybeTensor, Tensor | None]:
         """The plain part and the gate, of outputs, weights or biases whose units lie along ``dim``."""
-        if self.gate in ("first", "second"):
+        if self.glu_gate in ("first", "second"):
             a, b = ups
-        elif not self.gate or (both := ups[0]) is None:
+        elif not self.glu_gate or (both := ups[0]) is None:
             return ups[0], None
-        elif "half" in self.gate:
+        elif "half" in self.glu_gate:
             a, b = both.chunk(2, dim)
         else:
             a, b = (both.movedim(dim, 0)[first::2].movedim(0, dim) for first in (0, 1))
-        return (b, a) if self.gate in ("first", "first half", "even") else (a, b)
+        return (b, a) if self.glu_gate in ("first", "first half", "even") else (a, b)
 
 
 def find_formula(ups: list[Tensor], h: Tensor) -> Formula:
@@ -101,14 +101,14 @@ class Found:
     def pattern(self) -> str:
         """In words: the linear maps' names and the formula."""
         names = ", ".join(linear.attribute for linear in self.linears)
-        return f"{names}: {self.formula.name}{' GLU' if self.formula.gate else ''}"
+        return f"{names}: {self.formula.name}{' GLU' if self.formula.glu_gate else ''}"
 
     def weights(self) -> FFNWeights:
         """The parameters in this library's layout: views, unless the activation has a scale."""
         keys, gate_keys = self.formula.part([up.weight for up in self.ups], 0)
         key_bias, gate_bias = self.formula.part([up.bias for up in self.ups], 0)
         key, gate = self.ups[0], self.ups[-1]
-        if self.formula.gate == "first":
+        if self.formula.glu_gate == "first":
             key, gate = gate, key
         trainable = {
             "keys": key.trainable[0], "gate_keys": gate.trainable[0], "key_bias": key.trainable[1],

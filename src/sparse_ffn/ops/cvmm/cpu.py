@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.backends import cpu
-from sparse_ffn.backends.cpu import dense, rows
+from sparse_ffn.backends.cpu import contiguous, rows
 from sparse_ffn.ops.cvmm.backend import Gradients
 from sparse_ffn.ops.segments import is_transposed
 
@@ -66,4 +66,4 @@ def _arguments(
     if weight.stride(1) != 1 and weight.stride(2) != 1:
         weight = weight.contiguous()
     scale = None if reduction is None else reduction.float().contiguous()
-    return rows(x), weight, expert.contiguous(), dense(gather), dense(scatter), scale
+    return rows(x), weight, expert.contiguous(), contiguous(gather), contiguous(scatter), scale

@@ -20,14 +20,14 @@ class Products(Protocol):
     def __init__(self, order: Tensor, offsets: Tensor, shape: tuple[int, int]) -> None:
         """Of T tokens with K slots each."""
 
-    def rows(self, x: Tensor) -> Tensor:
+    def of_tokens(self, x: Tensor) -> Tensor:
         """X [T, D] as ``up`` reads it."""
 
-    def own(self, per_slot: Tensor) -> Tensor:
-        """Rows of what has a row for each token and slot, [T, K, *]."""
+    def of_slots(self, per_slot: Tensor) -> Tensor:
+        """Rows of a tensor that has one for each slot, [T, K, *]."""
 
     def of_experts(self, bias: Tensor) -> Tensor:
-        """Rows of what has a row for each expert, [E, *]."""
+        """Rows of a tensor that has one for each expert, [E, *], each as often as it is needed."""
 
     def up(self, rows: Tensor, matrices: Tensor) -> Tensor:
         """Rows [S, G] of x times matrices [E, G, D]."""
@@ -56,14 +56,14 @@ class ByProducts:
     ) -> tuple[Tensor, Saved]:
         """The output, and what the backward pass needs."""
         order, offsets = sort_by_expert(index.reshape(-1), experts.keys.shape[0])
-        of = self._products(order, offsets, (index.shape[0], index.shape[1]))
-        rows = of.rows(x)
-        up = of.up(rows, experts.keys)
+        products = self._products(order, offsets, (index.shape[0], index.shape[1]))
+        rows = products.of_tokens(x)
+        up = products.up(rows, experts.keys)
         if experts.key_bias is not None:
-            up += of.of_experts(experts.key_bias.to(x.dtype))
-        glu_gate = None if experts.gate_keys is None else of.up(rows, experts.gate_keys)
-        h = hidden(activation, up, glu_gate, None if dropout_mask is None else of.own(dropout_mask))
-        return of.down(h, experts.values, gate), Saved(order, offsets, up, glu_gate)
+            up += products.of_experts(experts.key_bias.to(x.dtype))
+        glu_gate = None if experts.gate_keys is None else products.up(rows, experts.gate_keys)
+        h = hidden(activation, up, glu_gate, None if dropout_mask is None else products.of_slots(dropout_mask))
+        return products.down(h, experts.values, gate), Saved(order, offsets, up, glu_gate)
 
     def inference(
         self, x: Tensor, experts: Units, index: Tensor, gate: Tensor, dropout_mask: Tensor | None, activation: str
@@ -84,11 +84,11 @@ class ByProducts:
         """The gradients."""
         order, offsets, up, glu_gate = saved
         keys, values, gate_keys, key_bias = experts
-        of = self._products(order, offsets, (gate.shape[0], gate.shape[1]))
-        scale = None if dropout_mask is None else of.own(dropout_mask)
-        dh, dvalues, dgate = of.down_backward(grad, hidden(activation, up, glu_gate, scale), values, gate)
+        products = self._products(order, offsets, (gate.shape[0], gate.shape[1]))
+        scale = None if dropout_mask is None else products.of_slots(dropout_mask)
+        dh, dvalues, dgate = products.down_backward(grad, hidden(activation, up, glu_gate, scale), values, gate)
         dup, dglu_gate = hidden_backward(activation, dh, up, glu_gate, scale)
         grads, matrices = ([t for t in pair if t is not None] for pair in ((dup, dglu_gate), (keys, gate_keys)))
-        dx, (dkeys, *dgate_keys) = of.up_backward(grads, of.rows(x), matrices)
-        dkey_bias = None if key_bias is None else of.sums(dup).to(key_bias.dtype)
+        dx, (dkeys, *dgate_keys) = products.up_backward(grads, products.of_tokens(x), matrices)
+        dkey_bias = None if key_bias is None else products.sums(dup).to(key_bias.dtype)
         return Gradients(dx, Units(dkeys, dvalues, dgate_keys[0] if dgate_keys else None, dkey_bias), dgate)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.backends import cpu
-from sparse_ffn.backends.cpu import ACTIVATIONS, dense, rows
+from sparse_ffn.backends.cpu import ACTIVATIONS, contiguous, rows
 from sparse_ffn.ops.expert_ffn.backend import Gradients, Saved
 from sparse_ffn.ops.units import Units
 
@@ -38,7 +38,7 @@ def _forward(
     saved: tuple[Tensor | None, ...],
 ) -> Tensor:
     out = cpu.empty(x.shape[0], experts.values.shape[-1], dtype=x.dtype)
-    operands = (*units(x, experts), index.contiguous(), gate.float().contiguous(), dense(dropout_mask))
+    operands = (*units(x, experts), index.contiguous(), gate.float().contiguous(), contiguous(dropout_mask))
     cpu.call("experts_forward", (*operands, out, *saved), ACTIVATIONS[activation])
     return out
 
@@ -55,14 +55,14 @@ def backward(
     """The gradients."""
     dx, dexperts = cpu.empty(*x.shape, dtype=x.dtype), empty_like(experts)
     dgate = cpu.empty(*gate.shape, dtype=torch.float32)
-    operands = (*units(x, experts), gate.float().contiguous(), dense(dropout_mask))
+    operands = (*units(x, experts), gate.float().contiguous(), contiguous(dropout_mask))
     cpu.call("experts_backward", (*operands, *saved, rows(grad), dx, *dexperts, dgate), ACTIVATIONS[activation])
     return Gradients(dx, dexperts, dgate.to(gate.dtype))
 
 
 def units(x: Tensor, experts: Units) -> tuple[Tensor | None, ...]:
     """The core's ``sparse_ffn_units``."""
-    return rows(x), *map(dense, experts)
+    return rows(x), *map(contiguous, experts)
 
 
 def empty_saved(x: Tensor, experts: Units, slots: int) -> Saved:

@@ -21,10 +21,10 @@ class _Cvmm:
         of_sorted = torch.searchsorted(offsets[1:].contiguous(), position, right=True)  # does not wait for the device
         self.expert = torch.empty_like(of_sorted).index_copy_(0, order.long(), of_sorted)
 
-    def rows(self, x: Tensor) -> Tensor:
+    def of_tokens(self, x: Tensor) -> Tensor:
         return x
 
-    def own(self, per_slot: Tensor) -> Tensor:
+    def of_slots(self, per_slot: Tensor) -> Tensor:
         return per_slot.flatten(0, 1)
 
     def of_experts(self, bias: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def use_dense(n_experts: int, k: int) -> bool:
 def forward(
     x: Tensor, experts: Units, index: Tensor, gate: Tensor, dropout_mask: Tensor | None, activation: str
 ) -> tuple[Tensor, Saved]:
-    """The output, and what the backward pass needs: as order each slot's expert, and no offsets."""
+    """The output, and what the backward pass needs. Unsorted: order holds each slot's expert, offsets are zeros."""
     E, G, _ = experts.keys.shape
     expert = index.reshape(-1).to(torch.int32)
     up_SG = x.new_empty(index.numel(), G)

@@ -17,10 +17,10 @@ class _Sorted:
         self.order, self.token, self.shape = order, order // shape[1], shape
         self.segments = Segments(offsets)
 
-    def rows(self, x: Tensor) -> Tensor:
+    def of_tokens(self, x: Tensor) -> Tensor:
         return x.index_select(0, self.token)
 
-    def own(self, per_slot: Tensor) -> Tensor:
+    def of_slots(self, per_slot: Tensor) -> Tensor:
         return per_slot.flatten(0, 1).index_select(0, self.order)
 
     def of_experts(self, bias: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class _Sorted:
         return self._summed(dx), [segment_outer(grad, rows, self.segments) for grad in grads]
 
     def down_backward(self, grad: Tensor, h: Tensor, values: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        grad, weight = self.rows(grad), self._gates(gate).to(h.dtype)
+        grad, weight = self.of_tokens(grad), self._gates(gate).to(h.dtype)
         dh = segment_mm(grad, values.transpose(1, 2), self.segments)
         dgate = self.segments.clear((dh.to(gate.dtype) * h).sum(1, keepdim=True))
         dvalues = segment_outer(h * weight, grad, self.segments)

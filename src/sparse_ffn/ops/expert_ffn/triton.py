@@ -136,9 +136,9 @@ def backward(
         return out
 
     dvalues, dkeys = to_matrix(weighted_SG, grad, values), to_matrix(dup_SG, x, keys)
-    dgate_keys, gated = None, None
+    dgate_keys, glu = None, None
     if gate_keys is not None and dglu_gate_SG is not None:
-        dgate_keys, gated = to_matrix(dglu_gate_SG, x, gate_keys), (dglu_gate_SG, matrices(gate_keys, x.dtype))
+        dgate_keys, glu = to_matrix(dglu_gate_SG, x, gate_keys), (dglu_gate_SG, matrices(gate_keys, x.dtype))
     dkey_bias = None if key_bias is None else key_bias.new_empty(E, G)
     if dkey_bias is not None:
         outer.sum_rows(dup_SG, offsets, dkey_bias)
@@ -146,7 +146,7 @@ def backward(
     keys = matrices(keys, x.dtype)
     dx, tile = x.new_empty(T, D), config.tile(x.device, "one", kind, D, block_m)
     for part, y in columns.blocks(x, S, D, tile.n):
-        second = None if gated is None else (gated[0], gated[1][:, :, part])
+        second = None if glu is None else (glu[0], glu[1][:, :, part])
         grouped.multiply(plan, dup_SG, keys[:, :, part], y, tile, how, second=second)
         combine.combine(y, plan.inverse, None, dx[:, part], K)
     return Gradients(dx, Units(dkeys, dvalues, dgate_keys, dkey_bias), dgate)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Best(NamedTuple):
-    """The k largest sums [T, H, k] and their value indices, int64."""
+    """The k largest sums [T, H, k] and the indices of their values, int64."""
 
     best: Tensor
     selected: Tensor

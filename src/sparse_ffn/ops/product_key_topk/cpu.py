@@ -1,4 +1,4 @@
-"""Product-key top-k in the CPU core: both halves and the pairs that can win, in one pass over the rows."""
+"""Product-key top-k in the CPU core: both halves, then the pairs that can be among the k best, in one pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparse_ffn.ops.product_key_topk.backend import Best
 
 
 def forward(scores: Tensor, k: int) -> Best:
-    """The k largest sums [T, H, k] and their value indices, for scores [T, H, 2, n] of at most fp32."""
+    """The k largest sums [T, H, k] and the indices of their values, for scores [T, H, 2, n] of at most fp32."""
     table = scores.float()
     if table.stride(-1) != 1:
         table = table.contiguous()

@@ -1,4 +1,4 @@
-"""Product-key top-k, the contract: top-k of each half, then of the pairs that can win."""
+"""Product-key top-k, the contract: top-k of each half, then of the pairs that can be among the k best."""
 
 from __future__ import annotations
 
@@ -45,6 +45,6 @@ def product_key_topk(
 
 
 def sums(first: Tensor, second: Tensor, index: Tensor) -> Tensor:
-    """The sums that value indices stand for."""
+    """The sums whose indices are given."""
     n = first.shape[-1]
     return first.gather(-1, index // n) + second.gather(-1, index % n)

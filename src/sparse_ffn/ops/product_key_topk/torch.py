@@ -15,7 +15,7 @@ from sparse_ffn.ops.select import eager_stable_topk
 
 
 def forward(scores: Tensor, k: int) -> Best:
-    """The k largest sums [T, H, K] of scores [T, H, S, N], and their value indices."""
+    """The k largest sums [T, H, K] of scores [T, H, S, N], and the indices of their values."""
     first, second = scores.unbind(2)
     index = reference.product_key_topk(first, second, k, eager_stable_topk)
     return Best(reference.sums(first, second, index), index)

@@ -14,7 +14,7 @@ from sparse_ffn.ops.product_key_topk.backend import Best
 
 
 def forward(scores: Tensor, k: int) -> Best:
-    """The k largest sums [T, H, k] of scores [T, H, 2, n], and their value indices."""
+    """The k largest sums [T, H, k] of scores [T, H, 2, n], and the indices of their values."""
     first, second = scores.unbind(2)
     index = product_key_topk(first, second, k)
     return Best(reference.sums(first, second, index), index)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.backends import cpu
-from sparse_ffn.backends.cpu import ACTIVATIONS, GATES, dense, rows
+from sparse_ffn.backends.cpu import ACTIVATIONS, GATES, contiguous, rows
 from sparse_ffn.ops.expert_ffn.backend import Saved
 from sparse_ffn.ops.expert_ffn.cpu import NOTHING_SAVED, empty_like, empty_saved, units
 from sparse_ffn.ops.units import Units
@@ -56,7 +56,7 @@ def inference(
     found = Selected(
         cpu.empty(tokens, experts.values.shape[-1], dtype=x.dtype), cpu.empty(tokens, k, dtype=torch.int64)
     )
-    operands = (*units(x, experts), router_weight.contiguous(), dense(router_bias), dense(mask), dense(dropout_mask))
+    operands = (*units(x, experts), *map(contiguous, (router_weight, router_bias, mask, dropout_mask)))
     options = (GATES[gate_function], ACTIVATIONS[activation])
     cpu.call("moe_forward", (*operands, *found, None, None, *NOTHING_SAVED), *options)
     return found
@@ -83,7 +83,7 @@ def forward(
         cpu.empty(groups, router_weight.shape[0], dtype=torch.float32),
         empty_saved(x, experts, tokens * k),
     )
-    operands = (*units(x, experts), router_weight.contiguous(), dense(router_bias), dense(mask), dense(dropout_mask))
+    operands = (*units(x, experts), *map(contiguous, (router_weight, router_bias, mask, dropout_mask)))
     options = (GATES[gate_function], ACTIVATIONS[activation])
     cpu.call("moe_forward", (*operands, *found[:4], *found.saved), *options)
     return found
@@ -108,8 +108,8 @@ def backward(
     grad = x.new_zeros(x.shape[0], experts.values.shape[2]) if grad is None else rows(grad)
     dx, drouter_weight = cpu.empty(*x.shape, dtype=x.dtype), cpu.empty(*router_weight.shape, dtype=x.dtype)
     gradients = Gradients(dx, drouter_weight, empty_like(experts))
-    operands = (*units(x, experts), router_weight.contiguous(), dense(mask), dense(dropout_mask))
-    grads = (grad, dense(grad_gate), dense(grad_sums))
+    operands = (*units(x, experts), *map(contiguous, (router_weight, mask, dropout_mask)))
+    grads = (grad, contiguous(grad_gate), contiguous(grad_sums))
     cpu.call(
         "moe_backward",
         (*operands, selected, gate, *saved, *grads, dx, drouter_weight, *gradients.experts),

@@ -52,8 +52,8 @@ def routed_ffn(
     """What ``reference.routed_ffn`` computes: out, index, gate, softmax sums; arguments are trusted to fit.
 
     Shapes: x [T, D], router_weight [R, D], experts of keys [E, G, D] and values [E, G, O], router_bias fp32 [R]
-    (ranking only), mask bool [T], dropout_mask [T, K, G]; results [T, O], int64 [T, K], fp32 [T, K], fp32 [groups, R].
-    A router may have more rows than there are experts: a slot that selects one of those from E on is void.
+    (ranking only), mask bool [T], True for real tokens, dropout_mask [T, K, G], a factor on the hidden units; results
+    [T, O], int64 [T, K], fp32 [T, K], fp32 [groups, R]. A slot that selects a row of the router from E on is void.
     """
     operands = (x, router_weight, router_bias, mask, *experts, dropout_mask)
     found: tuple[Tensor, ...] = _op.forward(*operands, k, gate_function, groups, activation)

@@ -9,7 +9,7 @@ from sparse_ffn.ops.weighted_bag import reference
 from sparse_ffn.ops.weighted_bag.backend import Gradients
 
 # A gathered row is read at memory speed, a matrix product runs at arithmetic speed: the product over the whole table
-# wins on a CPU while the table has at most about this many times the rows of a bag.
+# is faster on a CPU while the table has at most about this many times the rows of a bag.
 DENSE_UP_TO = 12
 _SUM = 0  # embedding bag's mode
 _aten = torch.ops.aten

@@ -1,14 +1,14 @@
-// blocks.h - memory for large outputs, kept for the next ones when they are freed. Not compiled per instruction set.
+// large_memory.h - memory for large outputs, kept for the next ones when they are freed. Not compiled per instruction set.
 #pragma once
 #include <cstddef>
 
 namespace sparse_ffn {
 
 // At least `bytes` bytes that start at a huge page. Null when there are none. Any thread may free what another took.
-void* take_block(size_t bytes);
+void* take_memory(size_t bytes);
 // `bytes` as they were asked for.
-void free_block(void* block, size_t bytes);
+void free_memory(void* memory, size_t bytes);
 // Gives everything that is kept back to the system.
-void release_blocks();
+void release_memory();
 
 }  // namespace sparse_ffn

@@ -1,8 +1,8 @@
-// blocks.cpp - see blocks.h.
+// large_memory.cpp - see large_memory.h.
 //
 // A gradient lives for a step and is as large in the next. Returned to the system in between, its pages are cleared and
 // mapped again each time, which took a fifth of a training step on one core while the others waited (measured).
-#include "blocks.h"
+#include "large_memory.h"
 
 #include <cstdlib>
 #include <mutex>
@@ -12,36 +12,36 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kMostKept = size_t{256} << 20;  // bytes
-constexpr int kMostBlocks = 64;
+constexpr int kMostPieces = 64;
 
-// Freed blocks, the oldest first.
+// Freed memory, the oldest first.
 struct Kept {
   std::mutex mutex;
-  void* block[kMostBlocks];
-  size_t size[kMostBlocks];
+  void* memory[kMostPieces];
+  size_t size[kMostPieces];
   int count = 0;
   size_t total = 0;
 
   void* remove(int i) {
-    void* taken = block[i];
+    void* taken = memory[i];
     total -= size[i];
     for (count--; i < count; i++) {
-      block[i] = block[i + 1];
+      memory[i] = memory[i + 1];
       size[i] = size[i + 1];
     }
     return taken;
   }
 };
 Kept& kept() {
-  static Kept* blocks = new Kept;  // never destroyed: tensors may outlive the statics of a library
-  return *blocks;
+  static Kept* all = new Kept;  // never destroyed: tensors may outlive the statics of a library
+  return *all;
 }
 
 size_t whole_pages(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
 
 }  // namespace
 
-void* take_block(size_t bytes) {
+void* take_memory(size_t bytes) {
   const size_t size = whole_pages(bytes);
   {
     Kept& k = kept();
@@ -49,30 +49,30 @@ void* take_block(size_t bytes) {
     for (int i = k.count - 1; i >= 0; i--)  // the one freed last is the likeliest to be in a cache
       if (k.size[i] == size) return k.remove(i);
   }
-  void* block = nullptr;
-  return posix_memalign(&block, kHugePage, size) ? nullptr : block;
+  void* memory = nullptr;
+  return posix_memalign(&memory, kHugePage, size) ? nullptr : memory;
 }
 
-void free_block(void* block, size_t bytes) {
+void free_memory(void* memory, size_t bytes) {
   const size_t size = whole_pages(bytes);
 #if defined(__SANITIZE_ADDRESS__)
   const bool keep = false;  // so that a use after this is seen
 #else
-  const bool keep = block && size <= kMostKept;
+  const bool keep = memory && size <= kMostKept;
 #endif
   if (!keep) {
-    free(block);
+    free(memory);
     return;
   }
   Kept& k = kept();
   const std::lock_guard<std::mutex> lock(k.mutex);
-  while (k.count == kMostBlocks || k.total + size > kMostKept) free(k.remove(0));
-  k.block[k.count] = block;
+  while (k.count == kMostPieces || k.total + size > kMostKept) free(k.remove(0));
+  k.memory[k.count] = memory;
   k.size[k.count++] = size;
   k.total += size;
 }
 
-void release_blocks() {
+void release_memory() {
   Kept& k = kept();
   const std::lock_guard<std::mutex> lock(k.mutex);
   while (k.count) free(k.remove(0));

@@ -1,4 +1,4 @@
-// slots.h - the slots of a weighted bag sorted by value row: what lets one pass over the table serve all of its reads.
+// bag_slots.h - the slots of a weighted bag sorted by value row: what lets one pass over the table serve all of its reads.
 #pragma once
 #include <omp.h>
 
@@ -39,7 +39,7 @@ struct SortedSlots {
 };
 
 // Stable counting sort of all slots; threads count and place ranges of tokens.
-template <class T> static void sort_slots(const sparse_ffn_bag& p, const SortedSlots& s) {
+template <class T> static void sort_bag_slots(const sparse_ffn_bag& p, const SortedSlots& s) {
   const T* weight = static_cast<const T*>(p.weight);
   int32_t* next = s.next;
 #pragma omp parallel num_threads(static_cast<int>(s.threads))
