@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sparse_ffn.backends import cuda
 from sparse_ffn.backends.cpu import rows
-from sparse_ffn.backends.cuda import DTYPES, Cvmm, on_device, pointer
+from sparse_ffn.backends.cuda import DTYPES, Cvmm, pointer
+from sparse_ffn.backends.device import on_device
 from sparse_ffn.backends.sort import sort_by_expert
 from sparse_ffn.ops.cvmm.backend import Gradients, Slots
 from sparse_ffn.ops.segments import is_transposed, unsort

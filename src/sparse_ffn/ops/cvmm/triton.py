@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sparse_ffn.backends.device import on_device
 from sparse_ffn.backends.sort import sort_by_expert
 from sparse_ffn.backends.triton import columns, combine, config, grouped, outer, routing
-from sparse_ffn.backends.triton.launch import cdiv, matrices, on_device, precision, rows
+from sparse_ffn.backends.triton.launch import cdiv, matrices, precision, rows
 from sparse_ffn.ops.cvmm.backend import Gradients, Slots
 from sparse_ffn.ops.segments import is_transposed
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_ffn.backends.device import on_device
 from sparse_ffn.backends.triton import bag, config, segments, topk
-from sparse_ffn.backends.triton.launch import on_device, precision, rows
+from sparse_ffn.backends.triton.launch import precision, rows
 from sparse_ffn.ops.activations import hidden
 from sparse_ffn.ops.autocast import cast
 from sparse_ffn.ops.select import stable_topk
