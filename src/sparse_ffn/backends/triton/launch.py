@@ -1,4 +1,4 @@
-"""What every launch of a kernel needs: a one-dimensional grid, dtypes that tl.dot accepts."""
+"""What every launch of a kernel needs: a one-dimensional grid, sizes, and dtypes that tl.dot accepts."""
 
 from __future__ import annotations
 
