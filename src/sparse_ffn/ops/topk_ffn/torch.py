@@ -53,11 +53,8 @@ class _Products:
         return dvalues.to(values.dtype), dh
 
     def gradients(self, dup: Tensor, keys: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        dup_TF = self._matrix(dup)
+        dup_TF = by_products.matrix(dup, self.index, self.n_units)
         return dup_TF @ keys.to(x.dtype), (dup_TF.t() @ x).to(keys.dtype)
 
     def sums(self, dup: Tensor, bias: Tensor) -> Tensor:
-        return self._matrix(dup).sum(0).to(bias.dtype)
-
-    def _matrix(self, selected: Tensor) -> Tensor:
-        return selected.new_zeros(len(selected), self.n_units).scatter_(1, self.index, selected)
+        return by_products.matrix(dup, self.index, self.n_units).sum(0).to(bias.dtype)
