@@ -38,6 +38,7 @@ from triton.runtime.jit import JITFunction
 from sparse_ffn.backends.triton import candidates, config, routing, tuned
 from sparse_ffn.ops import Units
 from sparse_ffn.ops.cvmm import triton as cvmm
+from sparse_ffn.ops.cvmm.backend import Slots
 from sparse_ffn.ops.expert_ffn import triton as expert_ffn
 from sparse_ffn.ops.product_key_topk import triton as product_key_topk
 from sparse_ffn.ops.topk_ffn import triton as topk_ffn
@@ -274,9 +275,9 @@ def cvmms(
     shapes = ((S, M), (E, M, L), (S, L))
     x, weight, grad = (torch.empty((*s[:-1], s[-1] + gap), dtype=dtype)[..., : s[-1]] for s in shapes)
     slot, weight = torch.zeros(S, dtype=torch.int64), weight.to(dtype=weights)
-    for options in ((None, None, None), (slot, slot, torch.empty(S))):
-        cvmm.forward(x, weight, slot, *options, S)
-        cvmm.backward(grad, x, weight, slot, *options)
+    for every in (Slots(slot), Slots(slot, slot, slot, torch.empty(S))):
+        cvmm.forward(x, weight, every, S)
+        cvmm.backward(grad, x, weight, every)
 
 
 def bags(dtype: torch.dtype, width: int, table: torch.dtype, *, rows: int = 512, bags: int = 64, k: int = 32) -> None:

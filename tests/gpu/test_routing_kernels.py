@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sparse_ffn.backends.triton import combine, config, decode, grouped, outer, routing
 from sparse_ffn.ops import Units
 from sparse_ffn.ops.cvmm import triton as cvmm
+from sparse_ffn.ops.cvmm.backend import Slots
 from sparse_ffn.ops.expert_ffn import dense
 from sparse_ffn.ops.expert_ffn import triton as expert_ffn
 
@@ -131,10 +132,10 @@ def test_cvmm_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
     t = {n: x.float() if x.is_floating_point() else x for n, x in case.tensors.items()}
     with FakeTensorMode() as mode:
         t = {n: mode.from_tensor(x) for n, x in t.items()}
-        options = (t["gather"], t["scatter"], t["reduction"])
-        out = cvmm.forward(t["x"], t["weight"], t["expert"], *options, 7)
+        slots = Slots(t["expert"], t["gather"], t["scatter"], t["reduction"])
+        out = cvmm.forward(t["x"], t["weight"], slots, 7)
         assert out.shape == (7, 33)
-        cvmm.backward(out, t["x"], t["weight"], t["expert"], *options)
+        cvmm.backward(out, t["x"], t["weight"], slots)
     assert {"rows_kernel", "outer_kernel", "segments_kernel"} <= launched
 
 

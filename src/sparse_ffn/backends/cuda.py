@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +66,6 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "bag_backward_workspace": (_POINTER(Bag),),
     "bag_backward": (_POINTER(Bag), _p, _p, _p),
 }
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -141,19 +139,6 @@ def device_number(x: Tensor) -> int:
 def stream(x: Tensor) -> int | None:
     """The stream that is current on a tensor's device."""
     return torch.cuda.current_stream(x.device).cuda_stream if x.device.type == "cuda" else None
-
-
-def on_device(function: F) -> F:
-    """Make the device of the first argument current inside."""
-
-    @functools.wraps(function)
-    def wrapped(first: Tensor, *rest: Any) -> Any:
-        if first.device.type != "cuda":  # emulated
-            return function(first, *rest)
-        with torch.cuda.device(first.device):
-            return function(first, *rest)
-
-    return wrapped  # type: ignore[return-value]
 
 
 def _text(status: int) -> str:

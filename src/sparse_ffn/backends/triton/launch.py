@@ -1,15 +1,11 @@
-"""What every launch of a kernel needs: a one-dimensional grid, the tensors' device, dtypes that tl.dot accepts."""
+"""What every launch of a kernel needs: a one-dimensional grid, sizes, and dtypes that tl.dot accepts."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def launch(kernel: Any, grid: int, *arguments: Any, **meta: Any) -> None:
@@ -19,17 +15,6 @@ def launch(kernel: Any, grid: int, *arguments: Any, **meta: Any) -> None:
     """
     if grid:
         kernel[(grid,)](*arguments, **meta, enable_fp_fusion=True)
-
-
-def on_device(function: F) -> F:
-    """Make the device of the first argument current inside: Triton launches on the current one."""
-
-    @functools.wraps(function)
-    def wrapped(first: Tensor, *rest: Any) -> Any:
-        with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
-            return function(first, *rest)
-
-    return wrapped  # type: ignore[return-value]
 
 
 def cdiv(a: int, b: int) -> int:

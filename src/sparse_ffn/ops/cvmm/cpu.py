@@ -7,63 +7,40 @@ from torch import Tensor
 
 from sparse_ffn.backends import cpu
 from sparse_ffn.backends.cpu import contiguous, rows
-from sparse_ffn.ops.cvmm.backend import Gradients
+from sparse_ffn.ops.cvmm.backend import Gradients, Slots
 from sparse_ffn.ops.segments import is_transposed
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    expert: Tensor,
-    gather: Tensor | None,
-    scatter: Tensor | None,
-    reduction: Tensor | None,
-    n_out: int,
-) -> Tensor:
+def forward(x: Tensor, weight: Tensor, slots: Slots, n_out: int) -> Tensor:
     """The output."""
     out = cpu.empty(n_out, weight.shape[-1], dtype=x.dtype)
-    cpu.call("cvmm_forward", (*_arguments(x, weight, expert, gather, scatter, reduction), out))
+    cpu.call("cvmm_forward", (*_arguments(x, weight, slots), out))
     return out
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    expert: Tensor,
-    gather: Tensor | None,
-    scatter: Tensor | None,
-    reduction: Tensor | None,
-) -> Gradients:
+def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> Gradients:
     """The gradients."""
     dx = cpu.empty(*x.shape, dtype=x.dtype)
     transposed = is_transposed(weight)
     dweight = cpu.empty(*(weight.mT if transposed else weight).shape, dtype=x.dtype)
     dweight = dweight.mT if transposed else dweight
+    reduction = slots.reduction
     dreduction = None if reduction is None else cpu.empty(*reduction.shape, dtype=torch.float32)
-    arguments = _arguments(x, weight, expert, gather, scatter, reduction)
-    cpu.call("cvmm_backward", (*arguments, rows(grad), dx, dweight, dreduction))
+    cpu.call("cvmm_backward", (*_arguments(x, weight, slots), rows(grad), dx, dweight, dreduction))
     return Gradients(dx, dweight, None if reduction is None or dreduction is None else dreduction.to(reduction.dtype))
 
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
     """Gradient of weight alone, of which only the shape matters."""
     dweight = cpu.empty(*weight.shape, dtype=x.dtype)
-    arguments = _arguments(x, weight, expert, None, None, None)
-    cpu.call("cvmm_backward", (*arguments, rows(grad), None, dweight, None))
+    cpu.call("cvmm_backward", (*_arguments(x, weight, Slots(expert)), rows(grad), None, dweight, None))
     return dweight
 
 
-def _arguments(
-    x: Tensor,
-    weight: Tensor,
-    expert: Tensor,
-    gather: Tensor | None,
-    scatter: Tensor | None,
-    reduction: Tensor | None,
-) -> tuple[Tensor | None, ...]:
+def _arguments(x: Tensor, weight: Tensor, slots: Slots) -> tuple[Tensor | None, ...]:
     """What forward and backward pass begin with."""
     if weight.stride(1) != 1 and weight.stride(2) != 1:
         weight = weight.contiguous()
+    expert, gather, scatter, reduction = slots
     scale = None if reduction is None else reduction.float().contiguous()
     return rows(x), weight, expert.contiguous(), contiguous(gather), contiguous(scatter), scale

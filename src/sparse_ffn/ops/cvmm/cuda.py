@@ -9,26 +9,19 @@ from torch import Tensor
 
 from sparse_ffn.backends import cuda
 from sparse_ffn.backends.cpu import rows
-from sparse_ffn.backends.cuda import DTYPES, Cvmm, on_device, pointer
+from sparse_ffn.backends.cuda import DTYPES, Cvmm, pointer
+from sparse_ffn.backends.device import on_device
 from sparse_ffn.backends.sort import sort_by_expert
-from sparse_ffn.ops.cvmm.backend import Gradients
+from sparse_ffn.ops.cvmm.backend import Gradients, Slots
 from sparse_ffn.ops.segments import is_transposed, unsort
 
 # S slots, N rows of x, M and L the matrices' sides, E experts
 
 
 @on_device
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    expert: Tensor,
-    gather: Tensor | None,
-    scatter: Tensor | None,
-    reduction: Tensor | None,
-    n_out: int,
-) -> Tensor:
+def forward(x: Tensor, weight: Tensor, slots: Slots, n_out: int) -> Tensor:
     """The output."""
-    weight = weight.to(x.dtype)
+    weight, (expert, gather, scatter, reduction) = weight.to(x.dtype), slots
     order, offsets = sort_by_expert(expert, weight.shape[0])
     targets = _rows(scatter, order)
     arguments, _keep = _arguments(x, weight, offsets, _rows(gather, order), targets, _scale(reduction, order), n_out)
@@ -42,17 +35,9 @@ def forward(
 
 
 @on_device
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    expert: Tensor,
-    gather: Tensor | None,
-    scatter: Tensor | None,
-    reduction: Tensor | None,
-) -> Gradients:
+def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> Gradients:
     """The gradients."""
-    dtype, weight = weight.dtype, weight.to(x.dtype)
+    dtype, weight, (expert, gather, scatter, reduction) = weight.dtype, weight.to(x.dtype), slots
     order, offsets = sort_by_expert(expert, weight.shape[0])
     sources, scale = _rows(gather, order), _scale(reduction, order)
     arguments, _keep = _arguments(x, weight, offsets, sources, _rows(scatter, order), scale, grad.shape[0])

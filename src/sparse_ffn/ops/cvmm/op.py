@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 from torch import Tensor
 
 from sparse_ffn.backends.choice import choose
 from sparse_ffn.ops.autocast import autocast_dtype, cast, casts_inside
 from sparse_ffn.ops.cvmm import reference
-from sparse_ffn.ops.cvmm.backend import Backend
+from sparse_ffn.ops.cvmm.backend import Backend, Slots
 from sparse_ffn.ops.indices import Indices, checked
 from sparse_ffn.ops.operator import Operator
 from sparse_ffn.ops.segments import is_transposed
@@ -37,11 +36,11 @@ def cvmm(
     rows = expert.shape[0] if n_out is None else n_out
     chosen = choose(x)
     weight = weight if casts_inside(chosen) else weight.to(dtype)
-    operands = (x, weight, expert, gather, scatter, reduction, rows)
     if chosen == "reference":
-        expert, gather, scatter = (checked(*indices) for indices in _indices(*operands))
-        return reference.cvmm(x, weight, expert, gather, scatter, reduction, rows)
-    out: Tensor = _op.forward(*operands, chosen)
+        slots = Slots(expert, gather, scatter, reduction)
+        expert, gather, scatter = (checked(*indices) for indices in _indices(x, weight, slots, rows))
+        return reference.cvmm(x, weight, Slots(expert, gather, scatter, reduction), rows)
+    out: Tensor = _op.forward(x, weight, expert, gather, scatter, reduction, rows, chosen)
     return out
 
 
@@ -58,8 +57,8 @@ def implementation(backend: str) -> Backend:
     return others[backend]
 
 
-def _shapes(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(rest[-1], weight.shape[2])
+def _shapes(x: Tensor, weight: Tensor, slots: Slots, n_out: int) -> Tensor:
+    return x.new_empty(n_out, weight.shape[2])
 
 
 def _gradient(like: Tensor) -> Tensor:
@@ -68,18 +67,16 @@ def _gradient(like: Tensor) -> Tensor:
     return like.new_empty(like.shape)
 
 
-def _indices(
-    x: Tensor, weight: Tensor, expert: Tensor, gather: Tensor | None, scatter: Tensor | None, *rest: Any
-) -> tuple[Indices, ...]:
+def _indices(x: Tensor, weight: Tensor, slots: Slots, n_out: int) -> tuple[Indices, ...]:
     return (
-        ("expert_index", expert, weight.shape[0], True),
-        ("gather_index", gather, x.shape[0], False),
-        ("scatter_index", scatter, rest[-1], False),
+        ("expert_index", slots.expert, weight.shape[0], True),
+        ("gather_index", slots.gather, x.shape[0], False),
+        ("scatter_index", slots.scatter, n_out, False),
     )
 
 
-def _backward_indices(grad: Tensor, *operands: Any) -> tuple[Indices, ...]:
-    return _indices(*operands, grad.shape[0])
+def _backward_indices(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> tuple[Indices, ...]:
+    return _indices(x, weight, slots, grad.shape[0])
 
 
 _op = Operator(

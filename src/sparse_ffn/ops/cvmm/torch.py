@@ -5,22 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparse_ffn.backends.sort import sort_by_expert
-from sparse_ffn.ops.cvmm.backend import Gradients
+from sparse_ffn.ops.cvmm.backend import Gradients, Slots
 from sparse_ffn.ops.segments import Segments, add_rows, is_transposed, segment_mm, segment_outer, unsort
 
 # S slots (rows), N rows of x, M and L the matrices' sides, E experts; rows are sorted by expert unless named otherwise
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    expert: Tensor,
-    gather: Tensor | None,
-    scatter: Tensor | None,
-    reduction: Tensor | None,
-    n_out: int,
-) -> Tensor:
+def forward(x: Tensor, weight: Tensor, slots: Slots, n_out: int) -> Tensor:
     """The output."""
+    expert, gather, scatter, reduction = slots
     order, offsets = sort_by_expert(expert, weight.shape[0])
     segments = Segments(offsets)
     y_SL = segment_mm(x.index_select(0, _rows(gather, order)), weight, segments)
@@ -29,16 +22,9 @@ def forward(
     return unsort(y_SL, order) if scatter is None else add_rows(n_out, scatter.index_select(0, order), y_SL)
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    expert: Tensor,
-    gather: Tensor | None,
-    scatter: Tensor | None,
-    reduction: Tensor | None,
-) -> Gradients:
+def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> Gradients:
     """The gradients."""
+    expert, gather, scatter, reduction = slots
     order, offsets = sort_by_expert(expert, weight.shape[0])
     segments = Segments(offsets)
     rows = _rows(gather, order)

@@ -7,26 +7,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sparse_ffn.backends.device import on_device
 from sparse_ffn.backends.sort import sort_by_expert
 from sparse_ffn.backends.triton import columns, combine, config, grouped, outer, routing
-from sparse_ffn.backends.triton.launch import cdiv, matrices, on_device, precision, rows
-from sparse_ffn.ops.cvmm.backend import Gradients
+from sparse_ffn.backends.triton.launch import cdiv, matrices, precision, rows
+from sparse_ffn.ops.cvmm.backend import Gradients, Slots
 from sparse_ffn.ops.segments import is_transposed
 
 # S slots, N rows of x, M and L the matrices' sides, E experts
 
 
 @on_device
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    expert: Tensor,
-    gather: Tensor | None,
-    scatter: Tensor | None,
-    reduction: Tensor | None,
-    n_out: int,
-) -> Tensor:
+def forward(x: Tensor, weight: Tensor, slots: Slots, n_out: int) -> Tensor:
     """The output."""
+    expert, gather, scatter, reduction = slots
     (E, _, L), S, how, x = weight.shape, expert.shape[0], precision(x), rows(x)
     kind = config.arithmetic(x.dtype, how, x, weight)
     order, offsets = routing.sort_slots(expert, E)
@@ -42,16 +36,9 @@ def forward(
 
 
 @on_device
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    expert: Tensor,
-    gather: Tensor | None,
-    scatter: Tensor | None,
-    reduction: Tensor | None,
-) -> Gradients:
+def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> Gradients:
     """The gradients."""
+    expert, gather, scatter, reduction = slots
     (E, M, L), S, how, x, grad = weight.shape, expert.shape[0], precision(x), rows(x), rows(grad)
     kind = config.arithmetic(x.dtype, how, x, grad, weight)
     order, offsets = routing.sort_slots(expert, E)

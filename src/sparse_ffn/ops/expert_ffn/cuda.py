@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_ffn.ops.cvmm import cuda as cvmm
+from sparse_ffn.ops.cvmm.backend import Slots
 from sparse_ffn.ops.expert_ffn.by_products import ByProducts
 from sparse_ffn.ops.weighted_bag.cuda import segment_sums
 
@@ -31,21 +32,25 @@ class _Cvmm:
         return F.pad(bias, (0, 0, 0, 1)).index_select(0, self.expert)  # of void slots: zero
 
     def up(self, rows: Tensor, matrices: Tensor) -> Tensor:
-        return cvmm.forward(rows, matrices.transpose(1, 2), self.expert, self.token, None, None, self.expert.shape[0])
+        slots = Slots(self.expert, gather=self.token)
+        return cvmm.forward(rows, matrices.transpose(1, 2), slots, self.expert.shape[0])
 
     def down(self, h: Tensor, values: Tensor, gate: Tensor) -> Tensor:
-        return cvmm.forward(h, values, self.expert, None, self.token, gate.reshape(-1), gate.shape[0])
+        slots = Slots(self.expert, scatter=self.token, reduction=gate.reshape(-1))
+        return cvmm.forward(h, values, slots, gate.shape[0])
 
     def up_backward(self, grads: list[Tensor], rows: Tensor, matrices: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        slots = Slots(self.expert, gather=self.token)
         found = [
-            cvmm.backward(grad, rows, matrix.transpose(1, 2), self.expert, self.token, None, None)
+            cvmm.backward(grad, rows, matrix.transpose(1, 2), slots)
             for grad, matrix in zip(grads, matrices, strict=True)
         ]
         dx = found[0].x if len(found) == 1 else found[0].x + found[1].x
         return dx, [gradients.weight.transpose(1, 2).contiguous() for gradients in found]
 
     def down_backward(self, grad: Tensor, h: Tensor, values: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dh, dvalues, dgate = cvmm.backward(grad, h, values, self.expert, None, self.token, gate.reshape(-1))
+        slots = Slots(self.expert, scatter=self.token, reduction=gate.reshape(-1))
+        dh, dvalues, dgate = cvmm.backward(grad, h, values, slots)
         assert dgate is not None
         return dh, dvalues, dgate.view(gate.shape)
 

@@ -56,13 +56,12 @@ def implementation(backend: str) -> Backend:
     return others[backend]
 
 
-def _shapes(
-    x: Tensor, experts: Units, index: Tensor, gate: Tensor, dropout_mask: Tensor | None, activation: str
-) -> tuple[Tensor, Saved]:
+def shapes(x: Tensor, experts: Units, index: Tensor, *rest: object) -> tuple[Tensor, Saved]:
+    """The output and what is kept, uninitialised."""
     (n_experts, size, d_out), slots = experts.values.shape, index.shape[0] * index.shape[1]
     order, offsets = (index.new_empty(n, dtype=torch.int32) for n in (slots, n_experts + 1))
-    up, glu_gate = (None if keys is None else x.new_empty(slots, size) for keys in (experts.keys, experts.gate_keys))
-    assert up is not None
+    up = x.new_empty(slots, size)
+    glu_gate = None if experts.gate_keys is None else torch.empty_like(up)
     return x.new_empty(x.shape[0], d_out), Saved(order, offsets, up, glu_gate)
 
 
@@ -70,4 +69,4 @@ def _indices(x: Tensor, experts: Units, index: Tensor, *rest: object) -> tuple[I
     return (("index", index, experts.keys.shape[0], True),)
 
 
-_op = Operator("expert_ffn", Backend, _shapes, implementation=implementation, indices=(_indices, None))
+_op = Operator("expert_ffn", Backend, shapes, implementation=implementation, indices=(_indices, None))

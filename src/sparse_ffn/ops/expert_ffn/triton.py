@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_ffn.backends.device import on_device
 from sparse_ffn.backends.triton import columns, combine, config, decode, grouped, outer, routing
-from sparse_ffn.backends.triton.launch import cdiv, matrices, on_device, precision, rows
+from sparse_ffn.backends.triton.launch import cdiv, matrices, precision, rows
 from sparse_ffn.ops.expert_ffn import dense
 from sparse_ffn.ops.expert_ffn.backend import Gradients, Saved
 from sparse_ffn.ops.units import Units

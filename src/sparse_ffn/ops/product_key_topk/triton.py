@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparse_ffn.backends.device import on_device
 from sparse_ffn.backends.triton import product_keys
-from sparse_ffn.backends.triton.launch import on_device, rows
+from sparse_ffn.backends.triton.launch import rows
 from sparse_ffn.ops.product_key_topk import reference
 from sparse_ffn.ops.product_key_topk.backend import Best
 

@@ -6,12 +6,14 @@ and ``expert_ffn`` one after the other, which is the same function.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from sparse_ffn.backends.choice import choose
 from sparse_ffn.ops.autocast import autocast_enabled
-from sparse_ffn.ops.expert_ffn.backend import Saved
+from sparse_ffn.ops.expert_ffn import op as expert_ffn
 from sparse_ffn.ops.operator import Operator
 from sparse_ffn.ops.routed_ffn import cpu
 from sparse_ffn.ops.units import Units
@@ -75,28 +77,12 @@ def routed_ffn_inference(
     return found
 
 
-def _shapes(
-    x: Tensor,
-    router_weight: Tensor,
-    router_bias: Tensor | None,
-    mask: Tensor | None,
-    experts: Units,
-    dropout_mask: Tensor | None,
-    k: int,
-    gate_function: str,
-    groups: int,
-    activation: str,
-) -> cpu.Routed:
-    tokens, (n_experts, size, d_out) = x.shape[0], experts.values.shape
-    order, offsets = (x.new_empty(n, dtype=torch.int32) for n in (tokens * k, n_experts + 1))
-    up = x.new_empty(tokens * k, size)
-    return cpu.Routed(
-        x.new_empty(tokens, d_out),
-        x.new_empty(tokens, k, dtype=torch.int64),
-        x.new_empty(tokens, k, dtype=torch.float32),
-        x.new_empty(groups, router_weight.shape[0], dtype=torch.float32),
-        Saved(order, offsets, up, None if experts.gate_keys is None else torch.empty_like(up)),
-    )
+def _shapes(x: Tensor, router_weight: Tensor, *rest: Any) -> cpu.Routed:
+    _, _, experts, _, k, _, groups, _ = rest
+    selected, gate = (x.new_empty(x.shape[0], k, dtype=dtype) for dtype in (torch.int64, torch.float32))
+    out, saved = expert_ffn.shapes(x, experts, selected)
+    sums = x.new_empty(groups, router_weight.shape[0], dtype=torch.float32)
+    return cpu.Routed(out, selected, gate, sums, saved)
 
 
 _op = Operator("routed_ffn", cpu, _shapes)

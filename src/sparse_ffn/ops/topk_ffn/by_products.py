@@ -26,6 +26,11 @@ class Products(Protocol):
         """Gradient of a bias [F] that is part of up."""
 
 
+def matrix(selected: Tensor, index: Tensor, n_units: int) -> Tensor:
+    """The matrix [T, F] of the selected units' numbers [T, K], index int64 [T, K]."""
+    return selected.new_zeros(selected.shape[0], n_units).scatter_(1, index, selected)
+
+
 def backward(
     of: Products, grad: Tensor, x: Tensor, units: Units, dropout_mask: Tensor | None, saved: Saved, activation: str
 ) -> Gradients:

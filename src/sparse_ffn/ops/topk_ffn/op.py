@@ -43,13 +43,13 @@ def topk_ffn(
 @functools.cache
 def implementation(backend: str) -> Backend:
     """A backend's module, imported when it is first asked for: triton takes a second, and is not everywhere."""
-    from sparse_ffn.ops.topk_ffn import cpu, cuda, torch
+    from sparse_ffn.ops.topk_ffn import cpu, torch
 
     if backend == "triton":
         from sparse_ffn.ops.topk_ffn import triton
 
         return triton
-    others: dict[str, Backend] = {"cpu": cpu, "cuda": cuda, "torch": torch}
+    others: dict[str, Backend] = {"cpu": cpu, "cuda": torch, "torch": torch}  # csrc/cuda has no kernel for it
     return others[backend]
 
 

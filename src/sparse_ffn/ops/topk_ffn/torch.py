@@ -1,4 +1,7 @@
-"""Top-k FFN that keeps only (index, activation) for the backward pass and gathers values where that is cheaper."""
+"""Top-k FFN that keeps only (index, activation) for the backward pass and gathers values where that is cheaper.
+
+Weights in another dtype than x are cast in each pass, and no copy is kept.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def forward(
     x: Tensor, units: Units, k: int, dropout_mask: Tensor | None, activation: str, norm_aware: bool
 ) -> tuple[Tensor, Saved]:
     """The output, and what the backward pass needs."""
-    keys, values, gate_keys, key_bias = units
+    keys, values, gate_keys, key_bias = units.to(x.dtype)
     up_TF = F.linear(x, keys, key_bias)
     glu_gate_TF = None if gate_keys is None else F.linear(x, gate_keys)
     h_TF = hidden(activation, up_TF, glu_gate_TF, dropout_mask)
@@ -46,14 +49,12 @@ class _Products:
         self.index, self.n_units = index.long(), n_units
 
     def both_gradients(self, grad: Tensor, values: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        return bag.backward(grad, values, self.index, h)
+        dvalues, dh = bag.backward(grad, values.to(grad.dtype), self.index, h)
+        return dvalues.to(values.dtype), dh
 
     def gradients(self, dup: Tensor, keys: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        dup_TF = self._matrix(dup)
-        return dup_TF @ keys, dup_TF.t() @ x
+        dup_TF = by_products.matrix(dup, self.index, self.n_units)
+        return dup_TF @ keys.to(x.dtype), (dup_TF.t() @ x).to(keys.dtype)
 
     def sums(self, dup: Tensor, bias: Tensor) -> Tensor:
-        return self._matrix(dup).sum(0)
-
-    def _matrix(self, selected: Tensor) -> Tensor:
-        return selected.new_zeros(len(selected), self.n_units).scatter_(1, self.index, selected)
+        return by_products.matrix(dup, self.index, self.n_units).sum(0).to(bias.dtype)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_ffn.backends.device import on_device
 from sparse_ffn.backends.triton import bag, config, segments, topk
-from sparse_ffn.backends.triton.launch import on_device, precision, rows
+from sparse_ffn.backends.triton.launch import precision, rows
 from sparse_ffn.ops.activations import hidden
 from sparse_ffn.ops.autocast import cast
 from sparse_ffn.ops.select import stable_topk
@@ -165,7 +166,7 @@ class _Dense:
         return total.to(bias.dtype)
 
     def _matrix(self, selected: Tensor, part: slice) -> Tensor:
-        return _densify(selected[part], self.index[part], self.n_units)
+        return by_products.matrix(selected[part], self.index[part], self.n_units)
 
 
 def _plus(total: Tensor | None, more: Tensor) -> Tensor:
@@ -179,11 +180,7 @@ def _joined(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
 def _product(values: Tensor, index: Tensor, h: Tensor, sparse: bool) -> Tensor:
     if sparse:
         return _bag(values, index, h, h.dtype)
-    return _densify(h, index.long(), values.shape[0]) @ values
-
-
-def _densify(selected: Tensor, index: Tensor, width: int) -> Tensor:
-    return selected.new_zeros(selected.shape[0], width).scatter_(1, index, selected)
+    return by_products.matrix(h, index.long(), values.shape[0]) @ values
 
 
 def _bag(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

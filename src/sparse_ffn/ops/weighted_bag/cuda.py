@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.backends import cuda
-from sparse_ffn.backends.cuda import DTYPES, Bag, on_device
+from sparse_ffn.backends.cuda import DTYPES, Bag
+from sparse_ffn.backends.device import on_device
 from sparse_ffn.backends.sort import sort_by_expert
 from sparse_ffn.ops.weighted_bag.backend import Gradients
 

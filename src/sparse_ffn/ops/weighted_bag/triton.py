@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_ffn.backends.device import on_device
 from sparse_ffn.backends.triton import bag, config, segments
-from sparse_ffn.backends.triton.launch import on_device, rows
+from sparse_ffn.backends.triton.launch import rows
 from sparse_ffn.ops.weighted_bag.backend import Gradients
 
 
