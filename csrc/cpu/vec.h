@@ -17,7 +17,8 @@ constexpr int VL = 4;
 #endif
 typedef float V __attribute__((vector_size(VL * 4), may_alias));
 typedef int32_t VI __attribute__((vector_size(VL * 4), may_alias));
-typedef float VUnaligned __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+// pairs of bf16 are loaded as the words of a vector: a row may begin at any of them
+typedef float VUnaligned __attribute__((vector_size(VL * 4), aligned(2), may_alias));
 
 static ALWAYS_INLINE V zero() { return V{}; }
 static ALWAYS_INLINE V splat(float f) { return V{} + f; }
