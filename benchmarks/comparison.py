@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from benchmarks.machine import OTHERS
 from benchmarks.machines import Machine
 from benchmarks.records import Result, Row
 from benchmarks.report import Table, digits
@@ -13,14 +14,14 @@ from benchmarks.shapes import MoEShape
 COMPUTE, PARAMETERS = "dense, equal compute", "dense, equal parameters"
 KEPT = ("sparse-ffn", COMPUTE, PARAMETERS, "per-expert loop", "torch grouped_mm")
 LEAST = 256  # tokens from which a shape is a training step, not a few tokens that are decoded
-FACTS = ("processor", "cores", "16-bit instructions", "CPU core", "torch", "load average before the run")
+FACTS = ("processor", "cores", "16-bit instructions", "CPU core", "torch", OTHERS)
 MEMORIES = {"pkm": "ProductKeyMemory: ", "pkm-query": "ProductKeyMemory with a query: "}
 
 
 def facts(machines: Sequence[Machine]) -> Table:
     """What the machines are, one a column."""
     names = [*FACTS, "provenance"] if any("provenance" in m.facts for m in machines) else FACTS
-    return ("", *titles(machines)), [[name, *(m.facts.get(name, "") for m in machines)] for name in names]
+    return ("", *titles(machines)), [[name, *(m.facts.get(name, "not recorded") for m in machines)] for name in names]
 
 
 def titles(machines: Sequence[Machine]) -> list[str]:

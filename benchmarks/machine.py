@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import time
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ def describe(device: torch.device) -> dict[str, str]:
         "16-bit instructions": ", ".join(filter(supported, ("avx512_bf16", "amx_tile"))) or "none",
         "CPU core": cpu.PROBLEM or cpu.instruction_set(),
         "backend": info.chosen(device),
-        LOAD: load_average(),
+        OTHERS: used_by_others(),
     }
     if device.type == "cuda":
         facts["GPU"] = torch.cuda.get_device_name(device)
@@ -34,20 +35,32 @@ def describe(device: torch.device) -> dict[str, str]:
     return facts
 
 
-LOAD = "load average before the run"
+OTHERS = "processors that others used"
 
 
-def load_average() -> str:
-    """Of the last 1, 5 and 15 minutes."""
+def used_by_others(seconds: float = 1.0) -> str:
+    """How many processors are busy while this process sleeps.
+
+    The load average would not do: an installation or a benchmark that has just ended keeps it up for minutes.
+    """
     try:
-        return ", ".join(f"{load:.2f}" for load in os.getloadavg())
+        (idle, total), _, (idle_after, total_after) = _ticks(), time.sleep(seconds), _ticks()
     except OSError:
         return "unknown"
+    share = 1 - (idle_after - idle) / max(total_after - total, 1)
+    return f"{share * (os.cpu_count() or 1):.2f} before the run"
 
 
 def was_busy(facts: dict[str, str]) -> bool:
-    """Whether other programs used more than half a core in the minute before the run."""
-    return facts[LOAD] != "unknown" and float(facts[LOAD].split(",")[0]) > 0.5
+    """Whether other programs used more than half a processor just before the run."""
+    used = facts.get(OTHERS, "unknown").partition(" ")[0]
+    return used != "unknown" and float(used) > 0.5
+
+
+def _ticks() -> tuple[int, int]:
+    """Clock ticks of all processors since the machine started: those without work, and all."""
+    ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)
 
 
 def _processor() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -365,7 +366,7 @@ def test_without_a_card_the_page_says_that_nothing_was_measured() -> None:
 
 # the pages, from a folder of JSON for each machine
 
-FACTS = {"16-bit instructions": "avx512_bf16", machine.LOAD: "0.1, 0.1, 0.1"}
+FACTS = {"16-bit instructions": "avx512_bf16", machine.OTHERS: "0.02 before the run"}
 
 
 def machines_of(folder: Path) -> None:
@@ -413,11 +414,18 @@ def test_machines_stand_side_by_side_and_cards_after_them(tmp_path: Path) -> Non
 
 
 def test_a_busy_machine_is_said_to_be_one(tmp_path: Path) -> None:
-    facts = {"processor": "AMD EPYC", **FACTS, machine.LOAD: "2.0, 0.1, 0.1"}
+    facts = {"processor": "AMD EPYC", **FACTS, machine.OTHERS: "1.97 before the run"}
     Report(facts, "", (moe_row(1.0, 2.0),)).save(tmp_path / "amd" / "layers.json")
     assert "**AMD EPYC was busy before this run. Do not trust its numbers.**" in document.page(
         machines.load([tmp_path])
     )
+
+
+def test_whether_a_machine_is_busy_is_seen_while_the_benchmark_sleeps() -> None:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        used = machine.used_by_others()
+        other.kill()
+    assert used == "unknown" or machine.was_busy({machine.OTHERS: used})
 
 
 def test_the_committed_pages_are_what_the_published_numbers_give() -> None:
@@ -478,7 +486,7 @@ def test_layers_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str], n
     assert [(row.shape, row.mode) for row in result.rows] == [(shape, "fwd"), (shape, "fwdbwd")]
     printed = capsys.readouterr().out
     for words in (
-        "load average before the run",
+        machine.OTHERS,
         "st-moe-pytorch",
         "not importable: import of",
         "Targets: ",

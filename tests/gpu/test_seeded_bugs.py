@@ -147,8 +147,8 @@ FAULTS: dict[str, tuple[ModuleType, str, str, Callable[[], Any]]] = {
     ),
     "expert 0 skipped": (routing, "busy = tile < carry", "busy = (tile < carry) & (expert > 0)", plain),
     "another program's output read": (
-        routing, "tl.gather(end - total, tl.where(known, expert, 0), 0)", "tl.load(offsets + expert, mask=known, other=0)",
-        sort,
+        routing, "tl.gather(end - total, tl.where(known, expert, 0), 0)",
+        "tl.load(offsets + expert, mask=known, other=0)", sort,
     ),
     # and some of our own
     "experts addressed in 32 bits": (
