@@ -108,8 +108,17 @@ def test_or_but_for_rounding_where_torch_computes(name: str, shape: tuple[int, i
 
 
 @built
-@pytest.mark.parametrize("threads", [1, 2, 4])
-@pytest.mark.parametrize("where", ["main", "another"])
+@pytest.mark.parametrize(
+    ("where", "threads"),
+    [
+        ("main", 1),
+        ("another", 4),
+        *(
+            pytest.param(*p, marks=pytest.mark.exhaustive)
+            for p in (("main", 2), ("main", 4), ("another", 1), ("another", 2))
+        ),
+    ],
+)
 def test_the_core_takes_as_many_threads_as_torch_says(threads: int, where: str) -> None:
     """Also in another Python thread, where OpenMP's own default is another number."""
     code = f"""

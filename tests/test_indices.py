@@ -104,7 +104,7 @@ def test_eager(name: str, backend: str, grad: bool) -> None:
 
 @every_backend
 @every_call
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)])
 def test_compiled(name: str, backend: str, compiler: str) -> None:
     torch._dynamo.reset()
     call = made()[name]

@@ -110,8 +110,13 @@ print(*[w.message for w in caught if w.category is sf.SparseFFNWarning], sep="\\
 """
 
 
+SYMBOLS = ("sparse_ffn_isa", "sparse_ffn_allocate")
+
+
 @compiled
-@pytest.mark.parametrize("missing", ["sparse_ffn_moe_forward", "sparse_ffn_isa", "sparse_ffn_allocate"])
+@pytest.mark.parametrize(
+    "missing", ["sparse_ffn_moe_forward", *(pytest.param(s, marks=pytest.mark.exhaustive) for s in SYMBOLS)]
+)
 def test_a_library_without_all_symbols_is_not_used_and_the_reason_is_told(missing: str, tmp_path: Path) -> None:
     names = {
         f"sparse_ffn_{name}" for name in (*cpu.OPTIONS, "isa", "isas", "error", "allocate", "free", "advise_huge_pages")
@@ -154,7 +159,10 @@ def test_empty_variables_are_as_good_as_none() -> None:
 
 
 @built
-@pytest.mark.parametrize("name", ["garbage", "AVX2", "avx2 ", "avx512_bf1", "sve"])
+@pytest.mark.parametrize(
+    "name",
+    ["avx2 ", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("garbage", "AVX2", "avx512_bf1", "sve"))],
+)
 def test_an_instruction_set_that_is_not_there_is_an_error(name: str) -> None:
     result = run("import sparse_ffn", SPARSE_FFN_ISA=name)
     assert result.returncode

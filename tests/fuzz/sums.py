@@ -33,6 +33,10 @@ class Exact:
         """Gates that are computed on the way."""
         return t
 
+    def other_order(self, t: Tensor) -> Tensor:
+        """Nothing of what another order of the same products computes on the way."""
+        return torch.zeros_like(t)
+
 
 class Bound(Exact):
     """What everything would be if nothing cancelled, its inputs being magnitudes: rounding errors are relative to it.
@@ -61,6 +65,13 @@ class Bound(Exact):
 
     def gate(self, t: Tensor) -> Tensor:
         return t + (self.at_least - t.detach()).clamp_min(0)
+
+    def other_order(self, t: Tensor) -> Tensor:
+        """Nothing but what rounding adds to the gradient of t."""
+        t = 0 * t
+        if t.requires_grad:
+            t.register_hook(lambda grad: grad + self.slack)
+        return t
 
     def _gradient(self, i: int, grad: Tensor) -> Tensor:
         grad = grad + self.slack
@@ -141,7 +152,8 @@ def expert_ffn(
             tokens.append(slots // K)
             rows = x.index_select(0, tokens[-1])
             h = hidden(kept, rows, *weights, None if scale is None else scale[slots], activation)
-            parts.append(kept(kept(h * gate.index_select(0, slots)) @ value))
+            part = kept(kept(h * gate.index_select(0, slots)) @ value)
+            parts.append(part + kept.other_order(h @ value))  # backward may scale the gradient by the gate first
     out = x.new_zeros(T, values.shape[2])
     return out.index_add(0, torch.cat(tokens), torch.cat(parts)) if parts else out
 
