@@ -39,6 +39,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import given as _given
 from hypothesis import strategies as st
 from strange import ACTIVATIONS, SMOOTH
+from strange import activation as exact_activation
 from torch import Tensor
 
 import sparse_ffn as sf
@@ -326,7 +327,7 @@ def topk_ffn_cases(draw: Callable[..., Any]) -> Case:
         with torch.no_grad():
             up = t["x"].double() @ t["keys"].double().t() + t.get("key_bias", torch.zeros(())).double()
             h = up if "gate_keys" not in t else t["x"].double() @ t["gate_keys"].double().t()
-            h = {"relu": torch.relu, "squared_relu": lambda z: z.relu().square()}.get(activation, abs)(h.to(n.dtype))
+            h = exact_activation(activation, h.to(n.dtype))
             h = h if "gate_keys" not in t else h * up.to(n.dtype)
             score = (h if "dropout_mask" not in t else h * t["dropout_mask"]).abs()
             if options["norm_aware"]:

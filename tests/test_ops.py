@@ -14,7 +14,7 @@ from torch import Tensor
 import sparse_ffn as sf
 from sparse_ffn import functional, ops
 from sparse_ffn.backends import cpu
-from sparse_ffn.ops.activations import ACTIVATIONS
+from sparse_ffn.ops.activations import ACTIVATIONS, SMOOTH
 from sparse_ffn.ops.product_key_topk.reference import candidate_pairs
 from sparse_ffn.ops.select import stable_topk
 
@@ -249,7 +249,7 @@ def test_topk_ffn_meets_its_reference(
             "key_bias": whole(units),
             "dropout_mask": torch.randint(0, 2, (tokens, units)).to(dtype) * 2,
         }
-    if activation in ("gelu", "gelu_tanh", "silu") and dtype in (torch.float16, torch.bfloat16) and k < units:
+    if activation in SMOOTH and dtype in (torch.float16, torch.bfloat16) and k < units:
         tensors = {n: t.detach().float().requires_grad_(t.requires_grad) for n, t in tensors.items()}
         dtype = torch.float32  # rounded activations make ties that float64 does not have: compare where it can be
     assert_meets_reference(lambda **t: flat.topk_ffn(**t, **options), tensors, dtype)

@@ -23,6 +23,7 @@ constexpr int kMr = 6;   // 6 x 2 + 2 + 1 = 15 of 16
 #else
 constexpr int kMr = 4;
 #endif
+static_assert(kMr <= 12, "tile() has pointers to 12 rows, and tile_for() cases up to 12");
 constexpr int kNr = 2 * VL;                // columns of a full packed panel of B
 constexpr int64_t kKBlock = 512;           // words of k per pass, so that a packed panel of A stays near L1
 constexpr int64_t kRowStride = kKBlock + 16;  // words between rows of packed A; not a power of two: cache sets
