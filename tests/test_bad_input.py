@@ -313,6 +313,11 @@ def entries() -> dict[str, Entry]:
     add("aux_loss", sf.aux_loss, lambda: {"model": sf.SigmaMoE(**MOE)})
     add("routing_stats", sf.routing_stats, lambda: {"model": sf.SigmaMoE(**MOE)})
     add("update_router_bias", sf.update_router_bias, lambda: {"model": routed(sf.SigmaMoE(**MOE, balance="bias"))})
+    add("RoutingMeter", sf.RoutingMeter, lambda: {"model": sf.SigmaMoE(**MOE)})
+    add("router_parameters", sf.router_parameters, lambda: {"model": sf.SigmaMoE(**MOE)})
+    add("routing_agreement", sf.routing_agreement,
+        lambda: {"first": sf.SigmaMoE(**MOE), "second": sf.SigmaMoE(**MOE), "batch": TOKENS},
+        wrong={"first": MODULE, "second": MODULE, "batch": ()})  # fmt: skip
     add("parameter_equal", sf.parameter_equal, {"layer_cls": sf.TopKFFN, "d_model": 4, "d_ff": 6, "k": 2})
     add("backend", forced, {"name": "torch"}, signature=sf.backend)
     add("chosen", info.chosen, {"device": "cpu"})
@@ -409,6 +414,10 @@ EXEMPT = {
     "from_product_key_memory(options)": "as from_xlm",
     "LatentMoE(options)": "MoE's own arguments, handed on",
     "from_transformers(options)": "MoE's own arguments, handed on",
+    "routing_agreement(batch)": "the model's own argument, handed on",
+    "RoutingMeter.start": "takes nothing",
+    "RoutingMeter.stop": "takes nothing",
+    "RoutingMeter.stats": "takes nothing",
     "parameter_equal(choices)": "the layer's own arguments, handed on",
     "ProductKeyMemory.param_groups": "the optimizer's options, which it checks",
 }

@@ -24,21 +24,24 @@ def summary(index_TK: Tensor, mask_T: Tensor | None, n_experts: int, null_expert
         the experts without a slot), ``load``: CPU fp32 [E] of shares summing to 1. Without a slot all are 0. Null
         experts have no part in these; where there are any, ``null`` in [0, 1] is their share of all slots.
     """
-    every = slot_counts(index_TK, mask_T, n_experts + null_experts).to("cpu", torch.float64)
-    counts, null = every[:n_experts], every[n_experts:].sum() / every.sum().clamp_min(1)
-    return {**_of_counts(counts), **({"null": null.item()} if null_experts else {})}
+    return of_counts(slot_counts(index_TK, mask_T, n_experts + null_experts).cpu(), null_experts)
 
 
-def _of_counts(counts: Tensor) -> dict[str, Any]:
+def of_counts(every: Tensor, null_experts: int) -> dict[str, Any]:
+    """The ``summary`` of slots that were counted: int64 [E + null experts], on the CPU."""
+    every = every.double()
+    counts = every[: len(every) - null_experts]
+    null = {"null": (1 - counts.sum() / every.sum()).item() if every.sum() else 0.0} if null_experts else {}
     load = counts / counts.sum().clamp_min(1)
     if not counts.sum():
-        return {"entropy": 0.0, "busiest": 0.0, "dead": 0.0, "load": load.float()}
+        return {"entropy": 0.0, "busiest": 0.0, "dead": 0.0, "load": load.float(), **null}
     entropy, n_experts = -torch.special.xlogy(load, load).sum().item(), len(counts)
     return {
         "entropy": entropy / math.log(n_experts) if n_experts > 1 else 1.0,
         "busiest": load.max().item(),
         "dead": (counts == 0).double().mean().item(),
         "load": load.float(),
+        **null,
     }
 
 
