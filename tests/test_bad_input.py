@@ -237,6 +237,11 @@ def forced(name: str) -> None:
         pass
 
 
+def with_pooled(model: nn.Module) -> None:
+    with sf.pooled_balance(model):
+        pass
+
+
 def with_inner_first(model: nn.Module) -> None:
     with peft.inner_first(model):
         pass
@@ -314,6 +319,7 @@ def entries() -> dict[str, Entry]:
     add("routing_stats", sf.routing_stats, lambda: {"model": sf.SigmaMoE(**MOE)})
     add("update_router_bias", sf.update_router_bias, lambda: {"model": routed(sf.SigmaMoE(**MOE, balance="bias"))})
     add("RoutingMeter", sf.RoutingMeter, lambda: {"model": sf.SigmaMoE(**MOE)})
+    add("pooled_balance", with_pooled, lambda: {"model": sf.SigmaMoE(**MOE)}, signature=sf.pooled_balance)
     add("router_parameters", sf.router_parameters, lambda: {"model": sf.SigmaMoE(**MOE)})
     add("routing_agreement", sf.routing_agreement,
         lambda: {"first": sf.SigmaMoE(**MOE), "second": sf.SigmaMoE(**MOE), "batch": TOKENS},

@@ -26,6 +26,7 @@ from sparse_ffn.layers import SoftmaxMoE as SoftmaxMoE
 from sparse_ffn.layers import SparseFFN as SparseFFN
 from sparse_ffn.layers import SwitchMoE as SwitchMoE
 from sparse_ffn.layers import TopKFFN as TopKFFN
+from sparse_ffn.layers.pooled import pooled_balance as pooled_balance
 from sparse_ffn.metering import RoutingMeter as RoutingMeter
 from sparse_ffn.metering import router_parameters as router_parameters
 from sparse_ffn.metering import routing_agreement as routing_agreement

@@ -27,7 +27,9 @@ class FusedPath(Routed):
 
     def _fused(self, x_TD: Tensor, mask_T: Tensor | None, units: ops.Units, n_sequences: int | None) -> Tensor | None:
         """The output, with all that a forward leaves behind, if ``ops.routed_ffn`` computes this call; else None."""
-        if self.training and (self.aux == "inject" or any(name in NEED_LOGITS for name in self.balance)):
+        if self.training and (
+            self.aux == "inject" or self._pooled() or any(name in NEED_LOGITS for name in self.balance)
+        ):
             return None
         router = self.router
         gate_function = _gate_function(router)
