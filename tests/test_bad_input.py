@@ -113,6 +113,7 @@ WRONG: dict[str, Sequence[Any] | Callable[[Any], list[Any]]] = {
     **dict.fromkeys(("title", "prefix", "package"), TEXT),
     "dropout": RATE,
     "expert_dropout": (*RATE, 1.0),
+    "reinit": RATE,
     "init_scale": SCALE,
     "rate": (*SCALE, 0.0),
     "balance": LOSSES,
