@@ -26,7 +26,7 @@ import sparse_ffn as sf
 from sparse_ffn import convert, functional, info, integrations, layers, plot, routing
 from sparse_ffn.integrations import peft
 from sparse_ffn.integrations.product_keys import QUERY
-from sparse_ffn.layers import SharedExpertMoE
+from sparse_ffn.layers import LatentMoE, SharedExpertMoE
 from sparse_ffn.routing import Routing
 from sparse_ffn.tune.__main__ import main as tune
 
@@ -101,14 +101,19 @@ FOREIGN = routing.SigmoidRouter(4, 6, 1)  # of other sizes than the layer's
 WRONG: dict[str, Sequence[Any] | Callable[[Any], list[Any]]] = {
     **dict.fromkeys(("d_model", "d_ff", "n_experts", "expert_size", "k", "n_sub_keys", "n_heads", "n_iters"), SIZE),
     **dict.fromkeys(("d_out", "query_dim", "n_layers", "n_groups", "topk_groups", "max_tokens", "pad"), SIZE),
-    "d_router": SIZE,
-    **dict.fromkeys(("activation", "value_init", "query_norm", "balance_over", "aux", "init"), WORD),
+    **dict.fromkeys(("d_router", "d_latent", "d_state"), SIZE),
+    "scale": (*SCALE, 0.0),
+    "null_experts": (-1, 1.5, math.nan, "2", True, [2], torch.tensor(2), None),
+    "null_share": (*RATE, 0.0, 1.0),
+    **dict.fromkeys(("activation", "value_init", "query_norm", "balance_over", "aux", "init", "null_kind"), WORD),
     **dict.fromkeys(("cluster_by", "router_init"), WORD),
     **dict.fromkeys(("glu", "bias", "norm_aware", "sparse_grad", "sync_balance", "selection_bias", "gated"), FLAG),
+    "projection_bias": FLAG,
     **dict.fromkeys(("normalize", "fused", "sync", "mode", "query_bias", "norm_affine"), FLAG),
     **dict.fromkeys(("title", "prefix", "package"), TEXT),
     "dropout": RATE,
     "expert_dropout": (*RATE, 1.0),
+    "reinit": RATE,
     "init_scale": SCALE,
     "rate": (*SCALE, 0.0),
     "balance": LOSSES,
@@ -202,11 +207,12 @@ SIZES: dict[type, dict[str, Any]] = {
     sf.ProductKeyMemory: {"d_model": 4, "n_sub_keys": 3, "k": 2, "query_dim": 2},
     sf.MoE: {**MOE, "router": routing.SinkhornRouter},
     **dict.fromkeys((sf.SigmaMoE, sf.SoftmaxMoE, sf.SwitchMoE, sf.SBaseMoE, sf.NoisyTopKMoE), MOE),
+    LatentMoE: {**MOE, "d_latent": 3},
 }  # fmt: skip
 SMALL = {"d_model": 4, "n_experts": 6, "k": 2}
 ROUTERS = (
     routing.Router, routing.SigmoidRouter, routing.SoftmaxRouter, routing.SoftmaxTopKRouter, routing.SinkhornRouter,
-    routing.NoisyTopKRouter, routing.UnweightedRouter, routing.DeepSeekRouter,
+    routing.NoisyTopKRouter, routing.UnweightedRouter, routing.DeepSeekRouter, routing.LongCatRouter,
 )  # fmt: skip
 CONFIGS: dict[type, dict[str, Any]] = {
     sf.DenseFFNConfig: {}, sf.TopKFFNConfig: {"k": 2}, sf.ProductKeyMemoryConfig: {"k": 2},
@@ -229,6 +235,11 @@ def routed(layer: sf.MoE) -> sf.MoE:
 
 def forced(name: str) -> None:
     with sf.backend(name):
+        pass
+
+
+def with_pooled(model: nn.Module) -> None:
+    with sf.pooled_balance(model):
         pass
 
 
@@ -255,12 +266,13 @@ def entries() -> dict[str, Entry]:
         if cls is sf.SparseFFN:
             continue
         tensors = {"x": TOKENS, "mask": REAL}
-        if issubclass(cls, sf.MoE):
+        mixture = issubclass(cls, (sf.MoE, LatentMoE))
+        if mixture:
             tensors["router_input"] = TOKENS + 1
         layer = cls(**{**sizes, "dropout": 0.5})
         layer(TOKENS)  # what it left behind must stay, too
         add(f"{cls.__name__}.forward", layer.forward, tensors,
-            wrong={} if issubclass(cls, sf.MoE) else {"router_input": ()})  # fmt: skip
+            wrong={} if mixture else {"router_input": ()})  # fmt: skip
         if cls is not sf.DenseFFN:
             add(f"{cls.__name__}.k", functools.partial(set_k, layer), {"k": 2}, wrong={"k": (*SIZE, 99)})
     for cls in ROUTERS:
@@ -276,6 +288,12 @@ def entries() -> dict[str, Entry]:
     both = SharedExpertMoE(**shared, gated=True)
     add("SharedExpertMoE.forward", both.forward, {"x": TOKENS, "mask": REAL, "router_input": TOKENS + 1})
     add("SharedExpertMoE.k", functools.partial(set_k, both), {"k": 2}, wrong={"k": (*SIZE, 99)})
+
+    chain = routing.RouterChain(4, 3, 2)
+    add("RouterChain", routing.RouterChain, {"d_model": 4, "d_state": 3, "n_layers": 2}, wrong={"n_layers": SIZE})
+    add("RouterChain.forward", chain.forward, {"x": TOKENS, "state": torch.randn(3, 3), "layer": 1},
+        wrong={"x": numbers(TOKENS), "state": numbers(torch.randn(3, 3)),
+               "layer": (-1, 2, 1.5, "1", True, [1], None)})  # fmt: skip
 
     rows = torch.tensor([0, 2, 1])
     add("cvmm", functional.cvmm, {
@@ -301,6 +319,12 @@ def entries() -> dict[str, Entry]:
     add("aux_loss", sf.aux_loss, lambda: {"model": sf.SigmaMoE(**MOE)})
     add("routing_stats", sf.routing_stats, lambda: {"model": sf.SigmaMoE(**MOE)})
     add("update_router_bias", sf.update_router_bias, lambda: {"model": routed(sf.SigmaMoE(**MOE, balance="bias"))})
+    add("RoutingMeter", sf.RoutingMeter, lambda: {"model": sf.SigmaMoE(**MOE)})
+    add("pooled_balance", with_pooled, lambda: {"model": sf.SigmaMoE(**MOE)}, signature=sf.pooled_balance)
+    add("router_parameters", sf.router_parameters, lambda: {"model": sf.SigmaMoE(**MOE)})
+    add("routing_agreement", sf.routing_agreement,
+        lambda: {"first": sf.SigmaMoE(**MOE), "second": sf.SigmaMoE(**MOE), "batch": TOKENS},
+        wrong={"first": MODULE, "second": MODULE, "batch": ()})  # fmt: skip
     add("parameter_equal", sf.parameter_equal, {"layer_cls": sf.TopKFFN, "d_model": 4, "d_ff": 6, "k": 2})
     add("backend", forced, {"name": "torch"}, signature=sf.backend)
     add("chosen", info.chosen, {"device": "cpu"})
@@ -395,7 +419,12 @@ EXEMPT = {
     "from_moe_layer(options)": "MoE's own arguments, handed on",
     "from_xlm(options)": "ProductKeyMemory's own arguments, handed on",
     "from_product_key_memory(options)": "as from_xlm",
+    "LatentMoE(options)": "MoE's own arguments, handed on",
     "from_transformers(options)": "MoE's own arguments, handed on",
+    "routing_agreement(batch)": "the model's own argument, handed on",
+    "RoutingMeter.start": "takes nothing",
+    "RoutingMeter.stop": "takes nothing",
+    "RoutingMeter.stats": "takes nothing",
     "parameter_equal(choices)": "the layer's own arguments, handed on",
     "ProductKeyMemory.param_groups": "the optimizer's options, which it checks",
 }

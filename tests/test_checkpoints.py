@@ -32,6 +32,9 @@ SIZES = {
 }
 DEEPSEEK = {"n_routed_experts": E, "n_shared_experts": 2, "routed_scaling_factor": 2.5}
 V3 = {**DEEPSEEK, "norm_topk_prob": True, "n_group": 3, "topk_group": 2}
+NEMOTRON = {**V3, "moe_shared_expert_intermediate_size": 20, "mamba_num_heads": 2, "layers_block_type": ["moe"]}
+LONGCAT = {"n_routed_experts": E, "zero_expert_num": 3, "routed_scaling_factor": 2.5, "moe_topk": 4}
+LONGCAT |= {"expert_ffn_hidden_size": G}
 # model_type, the block's class, the config's own facts
 BLOCKS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mixtral": ("mixtral", "MixtralSparseMoeBlock", {"num_local_experts": E}),
@@ -47,6 +50,10 @@ BLOCKS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "deepseek_v3": ("deepseek_v3", "DeepseekV3MoE", V3),
     "deepseek_v3, one group": ("deepseek_v3", "DeepseekV3MoE", {**V3, "n_group": 1, "topk_group": 1}),
     "deepseek_v3, raw gates": ("deepseek_v3", "DeepseekV3MoE", {**V3, "norm_topk_prob": False}),
+    "nemotron_h": ("nemotron_h", "NemotronHMoE", NEMOTRON),
+    "nemotron_h, latent": ("nemotron_h", "NemotronHMoE", {**NEMOTRON, "moe_latent_size": 8}),
+    "longcat_flash": ("longcat_flash", "LongcatFlashMoE", LONGCAT),
+    "longcat_flash, no zero experts": ("longcat_flash", "LongcatFlashMoE", {**LONGCAT, "zero_expert_num": 0}),
 }
 
 
@@ -61,6 +68,8 @@ def block(name: str) -> tuple[Any, nn.Module]:
     made: nn.Module = getattr(module, cls)(config)
     for tensor in made.state_dict().values():
         nn.init.normal_(tensor, 0.0, 0.5)
+    if kind == "longcat_flash":
+        made.experts.gate_up_proj.data[E:] = 0  # nothing reads them
     return config, made.eval()
 
 
@@ -68,6 +77,9 @@ def one_by_one(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     """The names of transformers 4: each expert by itself."""
     gate, up, down = ("w1", "w3", "w2") if kind == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     split = {n: t for n, t in state.items() if not n.startswith("experts.")}
+    if kind == "nemotron_h":
+        parts = ("up_proj", "down_proj")
+        return split | {f"experts.{e}.{n}.weight": state[f"experts.{n}"][e] for n in parts for e in range(E)}
     for e in range(E):
         fused = state["experts.gate_up_proj"][e]
         split[f"experts.{e}.{gate}.weight"], split[f"experts.{e}.{up}.weight"] = fused[:G], fused[G:]
@@ -91,6 +103,50 @@ def test_the_layer_computes_what_the_block_does_and_goes_back(name: str, fused: 
     assert back.keys() == state.keys()
     for key, tensor in back.items():
         torch.testing.assert_close(tensor, state[key], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCKS if "nemotron" in name or "longcat" in name])
+def test_its_gradients_are_the_blocks(name: str) -> None:
+    config, theirs = block(name)
+    theirs = theirs.double()
+    layer = from_transformers(theirs.state_dict(), config, balance_weight=0.0).double().eval()
+    x, factor = torch.randn(2, 25, D, dtype=torch.float64), torch.randn(2, 25, D, dtype=torch.float64)
+    ours, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+    (layer(ours) * factor).sum().backward()
+    (theirs(expected) * factor).sum().backward()
+    torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-5, atol=1e-5)
+    found = {n.removeprefix("routed.").removeprefix("moe."): p.grad for n, p in layer.named_parameters()}
+    wanted = {n: p.grad for n, p in theirs.named_parameters()}
+    if "longcat" in name:
+        gate, up = wanted["experts.gate_up_proj"][:E].chunk(2, 1)
+        pairs = [("gate_keys", gate), ("keys", up), ("router.weight", wanted["router.classifier.weight"])]
+        pairs += [("values", wanted["experts.down_proj"].mT)]
+    else:
+        scale = config.routed_scaling_factor  # values are theirs times it
+        pairs = [("keys", wanted["experts.up_proj"]), ("values", wanted["experts.down_proj"].mT / scale)]
+        pairs += [("router.weight", wanted["gate.weight"]), ("shared.keys", wanted["shared_experts.up_proj.weight"])]
+        pairs += [("shared.values", wanted["shared_experts.down_proj.weight"].mT)]
+        projections = {"down.weight": "fc1_latent_proj.weight", "up.weight": "fc2_latent_proj.weight"}
+        pairs += [(n, wanted[their]) for n, their in projections.items() if n in found]
+    assert found.keys() == dict(pairs).keys()
+    for parameter, gradient in pairs:
+        torch.testing.assert_close(found[parameter], gradient, rtol=1e-5, atol=1e-5, msg=lambda m, n=parameter: n + m)
+
+
+def test_longcats_slices_for_identity_experts_are_read_by_nobody() -> None:
+    config, theirs = block("longcat_flash")
+    x = torch.randn(40, D)
+    before = theirs(x)
+    theirs.experts.gate_up_proj.data[E:] = torch.nan
+    layer = from_transformers(theirs.state_dict(), config).eval()
+    torch.testing.assert_close(theirs(x), before, rtol=0, atol=0)
+    torch.testing.assert_close(layer(x), before, rtol=1e-4, atol=1e-5)
+    assert 0 < sf.routing_stats(layer)[""]["null"] < 1
+    bias = layer.router.bias.clone()
+    layer.train()(x)
+    sf.update_router_bias(layer)
+    assert (layer.router.bias[E:] == bias[E:]).all()
+    assert (layer.router.bias[:E] != bias[:E]).any()
 
 
 def test_shared_experts_become_a_layer_of_their_own() -> None:
@@ -159,6 +215,14 @@ def test_the_state_is_copied_not_shared() -> None:
         ("mixtral", lambda s, c: c.update(num_local_experts=8), "its n_experts is 6, not 8"),
         ("olmoe", lambda s, c: c.update(hidden_size=5), "its d_model is 16, not 5"),
         ("deepseek_v3", lambda s, c: c.update(n_group=4), "n_groups = 4 must divide n_experts = 6 into groups"),
+        ("nemotron_h", lambda s, c: c.update(mlp_bias=True), "config has mlp_bias = True"),
+        ("nemotron_h", lambda s, c: c.pop("mlp_hidden_act"), "config must say mlp_hidden_act"),
+        ("nemotron_h", lambda s, c: c.update(moe_latent_size=8), "has no 'fc1_latent_proj.weight'"),
+        ("nemotron_h, latent", lambda s, c: c.update(moe_latent_size=4), "its d_latent is 8, not 4"),
+        ("longcat_flash", lambda s, c: c.update(zero_expert_type="drop"), "zero_expert_type = 'drop'"),
+        ("longcat_flash", lambda s, c: c.update(zero_expert_num=2), "size mismatch for router.weight"),
+        ("longcat_flash", lambda s, c: c.update(expert_ffn_hidden_size=9), "its expert_size is 12, not 9"),
+        ("longcat_flash", lambda s, c: s.update({"router.classifier.bias": torch.ones(9)}), "no place for: 'router.cl"),
         ("deepseek_v3", lambda s, c: c.update(topk_group=4), "topk_groups must be at least 1 and at most n_groups = 3"),
     ],
 )

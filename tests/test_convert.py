@@ -82,7 +82,7 @@ def same(a: nn.Module, b: nn.Module, width: int = 6, rtol: float = 1e-5) -> None
 
 @pytest.mark.parametrize("kind", config.CONFIGS)
 def test_configs_have_the_layers_arguments_and_defaults(kind: type[config.FFNConfig]) -> None:
-    of_the_ffn = {"d_model", "d_out", "d_router", "device", "dtype"}
+    of_the_ffn = {"d_model", "d_out", "d_router", "null_experts", "null_kind", "null_share", "device", "dtype"}
     arguments: dict[str, Any] = {}
     for cls in kind.layer.__mro__:  # variants pass **options on to MoE
         if issubclass(cls, sf.SparseFFN) and cls is not sf.SparseFFN:
@@ -390,6 +390,35 @@ def test_dense_and_fresh_and_upcycled() -> None:
     # copies with gates that sum to 1 give the dense output whatever the router says
     same(sf.from_dense(dense, sf.SoftmaxMoEConfig(init="upcycle", n_experts=3, k=2)), dense)
     same(sf.from_dense(dense, sf.MoEConfig(router="unweighted", init="upcycle", n_experts=3, k=2)), dense)
+
+
+def test_upcycling_may_draw_a_share_of_each_experts_units_anew() -> None:
+    dense = sf.DenseFFN(40, 100, glu=True)
+    for parameter, scale in ((dense.keys, 0.5), (dense.gate_keys, 2.0), (dense.values, 1.0)):
+        nn.init.normal_(parameter, scale / 4, scale)
+    config = sf.SoftmaxMoEConfig(init="upcycle", n_experts=5, k=2, reinit=0.3)
+    layer, again = made_twice(dense, config)
+    kept = (layer.keys == dense.keys).all(2)
+    assert (~kept).sum(1).tolist() == [30] * 5
+    assert len({tuple(row.tolist()) for row in kept}) == 5  # a draw of its own for each expert
+    for ours, theirs in ((layer.keys, dense.keys), (layer.gate_keys, dense.gate_keys), (layer.values, dense.values)):
+        assert torch.equal((ours == theirs).all(2), kept)
+        drawn = ours[~kept]
+        assert drawn.mean().item() == pytest.approx(theirs.mean().item(), abs=0.05 * theirs.std().item())
+        assert drawn.std().item() == pytest.approx(theirs.std().item(), rel=0.05)
+    assert torch.equal(again.keys, layer.keys)  # as torch is seeded
+    report = sf.sparsify_(nn.Sequential(Mlp("relu", d_ff=20)), sf.SigmaMoEConfig(init="upcycle", k=2, reinit=0.5))
+    assert "8 copies, 10 of 20 units of each drawn anew" in str(report)
+    with pytest.raises(ValueError, match=r'reinit = 0\.5 is for init = "upcycle"'):
+        sf.SigmaMoEConfig(reinit=0.5)
+
+
+def made_twice(dense: nn.Module, config: Any) -> list[nn.Module]:
+    made = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        made.append(sf.from_dense(dense, config))
+    return made
 
 
 def test_product_keys_are_recovered_where_the_keys_are_products() -> None:

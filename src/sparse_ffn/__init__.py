@@ -26,6 +26,10 @@ from sparse_ffn.layers import SoftmaxMoE as SoftmaxMoE
 from sparse_ffn.layers import SparseFFN as SparseFFN
 from sparse_ffn.layers import SwitchMoE as SwitchMoE
 from sparse_ffn.layers import TopKFFN as TopKFFN
+from sparse_ffn.layers.pooled import pooled_balance as pooled_balance
+from sparse_ffn.metering import RoutingMeter as RoutingMeter
+from sparse_ffn.metering import router_parameters as router_parameters
+from sparse_ffn.metering import routing_agreement as routing_agreement
 from sparse_ffn.sizing import parameter_equal as parameter_equal
 from sparse_ffn.training import aux_loss as aux_loss
 from sparse_ffn.training import routing_stats as routing_stats

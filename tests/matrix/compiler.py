@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import sparse_ffn as sf
+from sparse_ffn.layers import LatentMoE
 
 from .feature import AND_TRITON, feature
 from .layers import ALL, D, assert_near, build, step, tokens
@@ -95,7 +96,7 @@ def jit_trace(name: str) -> None:
 
 class _Tracer(torch.fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, sf.SparseFFN) or super().is_leaf_module(module, name)
+        return isinstance(module, (sf.SparseFFN, LatentMoE)) or super().is_leaf_module(module, name)
 
 
 @feature("torch.fx")

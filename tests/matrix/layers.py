@@ -10,18 +10,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparse_ffn as sf
+from sparse_ffn.layers import LatentMoE
 from sparse_ffn.routing import NoisyTopKRouter
 
 D = 8
-LAYERS: dict[str, Callable[..., sf.SparseFFN]] = {
+LAYERS: dict[str, Callable[..., sf.SparseFFN | LatentMoE]] = {
     "DenseFFN": lambda **o: sf.DenseFFN(D, 20, **o),
     "TopKFFN": lambda **o: sf.TopKFFN(D, 20, 5, glu=True, activation="silu", norm_aware=True, **o),
     "ProductKeyMemory": lambda **o: sf.ProductKeyMemory(D, 5, 7, n_heads=2, query_dim=6, query_norm="layer", **o),
     "SigmaMoE": lambda **o: sf.SigmaMoE(D, 9, 4, 3, bias=True, **o),
-    "SoftmaxMoE": lambda **o: sf.SoftmaxMoE(D, 9, 4, 3, glu=True, activation="gelu", balance="cv2", **o),
+    "SoftmaxMoE": lambda **o: sf.SoftmaxMoE(
+        D, 9, 4, 3, glu=True, activation="gelu", balance="cv2", null_experts=2, null_kind="constant", **o
+    ),
     "SwitchMoE": lambda **o: sf.SwitchMoE(D, 9, 4, d_out=6, **o),
     "SBaseMoE": lambda **o: sf.SBaseMoE(D, 9, 4, 3, balance="z", **o),
     "NoisyTopKMoE": lambda **o: sf.NoisyTopKMoE(D, 9, 4, 3, **o),
+    "LatentMoE": lambda **o: LatentMoE(D, 5, 9, 4, 3, **o),
     "MoE": lambda **o: sf.MoE(D, 9, 4, 3, router="unweighted", balance="bias", **o),  # the loads of bias balancing
 }
 ALL = tuple(LAYERS)
@@ -36,7 +40,7 @@ class _Quiet(NoisyTopKRouter):
         return logits_TE + 0 * F.linear(x_TD, self.noise_weight.to(x_TD.dtype))
 
 
-def build(name: str, *, noise: bool = False, **options: Any) -> sf.SparseFFN:
+def build(name: str, *, noise: bool = False, **options: Any) -> sf.SparseFFN | LatentMoE:
     """A layer of the same weights every time; without noise, so that two forwards agree."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -44,6 +48,11 @@ def build(name: str, *, noise: bool = False, **options: Any) -> sf.SparseFFN:
     if isinstance(layer, sf.NoisyTopKMoE) and not noise:
         layer.router.__class__ = _Quiet
     return layer
+
+
+def mixture(layer: nn.Module) -> sf.MoE | None:
+    """The mixture of experts that a layer is or holds."""
+    return next((module for module in layer.modules() if isinstance(module, sf.MoE)), None)
 
 
 def tokens(*shape: int, seed: int = 2) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils import checkpoint as checkpointing
 import sparse_ffn as sf
 
 from .feature import AND_TRITON, feature
-from .layers import MIXTURES, assert_near, build, loss, step, tokens
+from .layers import MIXTURES, assert_near, build, loss, mixture, step, tokens
 
 
 @feature("autocast, bf16")
@@ -89,7 +89,7 @@ def checkpoint_reentrant(name: str) -> None:
     """As above with `aux="inject"`; with `aux="attach"`, whose loss then has no gradient, `aux_loss` warns."""
     _checkpointed(name, reentrant=True, **({"aux": "inject"} if name in MIXTURES else {}))
     layer = build(name)
-    if name in MIXTURES and layer.balance != ("bias",):
+    if (moe := mixture(layer)) is not None and moe.balance != ("bias",):
         checkpointing.checkpoint(layer, tokens(6).requires_grad_(), use_reentrant=True)
         with pytest.warns(sf.SparseFFNWarning, match=r"use_reentrant=False.*inject"):
             sf.aux_loss(layer)
@@ -109,9 +109,10 @@ def _checkpointed(name: str, reentrant: bool, **options: Any) -> None:
 
 def _loads(layer: sf.SparseFFN) -> Tensor:
     """What the router counted since this was last asked."""
-    if not isinstance(layer, sf.MoE) or layer.router.load is None:
+    moe = mixture(layer)
+    if moe is None or moe.router.load is None:
         return torch.zeros(1)
-    load, layer.router.load = layer.router.load, None
+    load, moe.router.load = moe.router.load, None
     return load
 
 

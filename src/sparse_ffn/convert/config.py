@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from sparse_ffn import layers
-from sparse_ffn.checks import check_choice, check_positive, check_type, plain
+from sparse_ffn.checks import check_choice, check_positive, check_rate, check_type, plain
 from sparse_ffn.convert.init.weights import FFNWeights
 from sparse_ffn.routing import ROUTERS
 
 Self = TypeVar("Self", bound="FFNConfig")
 SIZES = ("d_ff", "n_sub_keys", "n_experts", "expert_size", "k")
-OF_CONVERSION = {"init", "cluster_by", "router_init"}
+OF_CONVERSION = {"init", "cluster_by", "router_init", "reinit"}
 """Fields that say what becomes of the weights, and that no layer has."""
 EXPERT_SIZES = (16, 128)
 """The least and the largest size of an expert that is chosen when the config gives none. The paper's best is 128."""
@@ -190,12 +190,15 @@ class ExpertsConfig(FFNConfig):
         cluster_by: ``"keys"`` or ``"coactivation"`` (needs calibration); None for the latter with calibration.
         router_init: ``"mean_keys"`` (Avg-K) or ``"fitted"`` to the experts' true contributions (needs calibration);
             None for the latter with calibration.
+        reinit: with ``"upcycle"`` the share of each expert's units, its own draw, whose rows are drawn anew, normal
+            with the mean and deviation of the FFN's own: copies that differ learn different things (Drop-Upcycling,
+            arXiv 2502.19261, section 3).
 
-    ``"fresh"`` takes no notice of the last two: with it a config that was used makes layers of the same shapes.
+    ``"fresh"`` takes no notice of the last three: with it a config that was used makes layers of the same shapes.
 
     Raises:
-        ValueError: as all configs; ``cluster_by`` or ``router_init`` with an ``init`` that has no use for it; when an
-            FFN is replaced, no size is given and its d_ff has no such divisor.
+        ValueError: as all configs; ``cluster_by``, ``router_init`` or ``reinit`` with an ``init`` that has no use for
+            it; when an FFN is replaced, no size is given and its d_ff has no such divisor.
     """
 
     inits = ("split", "cluster", "upcycle", "fresh")
@@ -214,6 +217,7 @@ class ExpertsConfig(FFNConfig):
     sync_balance: bool = False
     cluster_by: str | None = None
     router_init: str | None = None
+    reinit: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -221,6 +225,8 @@ class ExpertsConfig(FFNConfig):
             check_choice("cluster_by", self.cluster_by, ("keys", "coactivation"))
         if self.router_init is not None:
             check_choice("router_init", self.router_init, ("mean_keys", "fitted"))
+        if check_rate("reinit", self.reinit, inclusive=True) and self.init in ("split", "cluster"):
+            raise ValueError(f'reinit = {self.reinit!r} is for init = "upcycle", not init = {self.init!r}')
         if self.init in ("split", "upcycle") and self.cluster_by is not None:
             raise ValueError(f'cluster_by = {self.cluster_by!r} is for init = "cluster", not init = {self.init!r}')
         if self.init == "upcycle" and self.router_init is not None:

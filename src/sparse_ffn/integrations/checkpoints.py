@@ -3,70 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.checks import check_choice, check_flag, check_tensor, check_type, shown
-from sparse_ffn.layers import DenseFFN, MoE
-from sparse_ffn.layers.shared_expert import SharedExpertMoE
-from sparse_ffn.routing import ROUTERS, Router
-from sparse_ffn.routing.deepseek import DeepSeekRouter
+from sparse_ffn.checks import check_flag, check_tensor, check_type
+from sparse_ffn.integrations.families import (
+    ACTIVATIONS,
+    FAMILIES,
+    Family,
+    facts_of,
+    is_latent,
+    names,
+    router_of,
+    scale_of_values,
+)
+from sparse_ffn.layers import DenseFFN, LatentMoE, MoE, SharedExpertMoE
+from sparse_ffn.routing import Router
 
 Layer = TypeVar("Layer", bound=nn.Module)
-
-PARTS = ("gate_proj", "up_proj", "down_proj")  # of a gated FFN: our gate_keys, keys, values (transposed)
-ACTIVATIONS = {
-    "silu": "silu", "swish": "silu", "relu": "relu", "relu2": "squared_relu", "gelu": "gelu", "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh", "linear": "identity",
-}  # fmt: skip
-"""transformers' names of activations and ours."""
-CORRECTION_BIAS = "gate.e_score_correction_bias"
-
-
-@dataclass(frozen=True)
-class Style:
-    """How a family of models names the tensors of a block, and what decides its function."""
-
-    expert: tuple[str, str, str] = PARTS
-    """The three matrices in checkpoints that hold each expert by itself."""
-    shared: str | None = None
-    """The shared expert; None where the family has none."""
-    facts: tuple[str, ...] = ("norm_topk_prob",)
-    """What its config must say, besides what all must."""
-
-
-STYLES = {
-    "mixtral": Style(expert=("w1", "w3", "w2"), facts=()),
-    "olmoe": Style(),
-    "qwen2_moe": Style(shared="shared_expert"),
-    "qwen3_moe": Style(),
-    "deepseek_v2": Style(shared="shared_experts", facts=("routed_scaling_factor", "topk_method", "norm_topk_prob")),
-    "deepseek_v3": Style(
-        shared="shared_experts", facts=("routed_scaling_factor", "n_group", "topk_group", "norm_topk_prob")
-    ),
-}
 
 
 def from_transformers(
     state_dict: Mapping[str, Tensor], config: Any, *, prefix: str = "", **options: Any
-) -> MoE | SharedExpertMoE:
+) -> MoE | LatentMoE | SharedExpertMoE:
     """Make a layer from one MoE block of a transformers checkpoint; it computes what the block computes.
 
-    Takes ``mixtral``, ``olmoe``, ``qwen2_moe``, ``qwen3_moe``, ``deepseek_v2`` and ``deepseek_v3``, with experts fused
-    (``experts.gate_up_proj`` [E, 2G, D]) or one by one (``experts.0.gate_proj.weight``). A scaling factor of the gates
-    is multiplied into the values. A shared expert makes the result a ``SharedExpertMoE``. What only training has, such
-    as Mixtral's jitter, is left out.
+    Takes ``mixtral``, ``olmoe``, ``qwen2_moe``, ``qwen3_moe``, ``deepseek_v2``, ``deepseek_v3``, ``longcat_flash`` and
+    ``nemotron_h``, with experts fused (``experts.gate_up_proj`` [E, 2G, D]) or one by one
+    (``experts.0.gate_proj.weight``). A scaling factor of the gates is multiplied into the values; LongCat-Flash's is in
+    its router, since it scales the identity experts too. A latent projection makes the result a ``LatentMoE``, a
+    shared expert a ``SharedExpertMoE``. What only training has, such as Mixtral's jitter, is left out.
 
     Args:
         state_dict: any that contains the block.
         config: the model's: a ``PretrainedConfig``, or what its config.json holds.
         prefix: of the block's keys, such as ``"model.layers.3.mlp."``; every key that starts with it must be used.
-        options: of ``MoE``, for training: ``balance``, ``aux``, ... DeepSeek-V3's correction bias means
-            ``balance="bias"``, which is the default there.
+        options: of ``MoE``, for training: ``balance``, ``aux``, ... A correction bias, as DeepSeek-V3, Nemotron-H and
+            LongCat-Flash have it, means ``balance="bias"``, which is the default there.
 
     Returns:
         The layer, in the dtype and on the device of the experts.
@@ -75,34 +51,56 @@ def from_transformers(
         ValueError: a model that no layer here computes exactly, a key that is missing, one that nothing uses, or a
             tensor of another size than the others or the config say.
     """
-    facts = _facts(config)
-    style, keys = STYLES[facts["model_type"]], Keys(state_dict, prefix)
-    gate_keys, up, down = _experts(keys, style)
-    shared = style.shared is not None and f"{style.shared}.up_proj.weight" in keys.left
-    routed = "routed." if shared else ""
-    ours = {"keys": up, "gate_keys": gate_keys, "values": down.mT * facts.get("routed_scaling_factor", 1.0)}
-    ours = {routed + name: tensor for name, tensor in ours.items()}
-    for name, theirs in _names(facts, shared).items():
-        tensor = keys.take(theirs, 1 if theirs == CORRECTION_BIAS else 2)
+    facts = facts_of(config)
+    family, keys = FAMILIES[facts["model_type"]], Keys(state_dict, prefix)
+    experts = _experts(keys, family)
+    shared = family.shared is not None and f"{family.shared}.up_proj.weight" in keys.left
+    core = ("routed." if shared else "") + ("moe." if is_latent(facts) else "")
+    ours = {core + name: tensor for name, tensor in experts.items()}
+    ours[f"{core}values"] = experts["values"].mT * scale_of_values(facts)
+    for name, theirs in names(facts, shared).items():
+        tensor = keys.take(theirs, 1 if theirs == family.correction else 2)
         ours[name] = tensor.mT if name == "shared.values" else tensor
     keys.finish()
-    if facts["model_type"] == "deepseek_v3":
-        options = {"balance": "bias", **options}
-    sizes = (up.shape[2], up.shape[0], up.shape[1], facts["num_experts_per_tok"])
-    router, act, dtype = _router(facts, *sizes[:2]), ACTIVATIONS[facts["hidden_act"]], up.dtype
-    moe = MoE(*sizes, router=router, activation=act, glu=True, device="meta", dtype=dtype, **options)
-    moe.router.to(ours[f"{routed}router.weight"].dtype)  # some models keep it wider than the experts
-    layer: MoE | SharedExpertMoE = moe
+    routed = _empty(facts, {name.removeprefix("routed."): tensor for name, tensor in ours.items()}, options)
+    layer: MoE | LatentMoE | SharedExpertMoE = routed
     if shared:
-        d_ff = ours["shared.keys"].shape[0]
-        dense = DenseFFN(sizes[0], d_ff, activation=act, glu=True, bias=False, device="meta", dtype=dtype)
-        layer = SharedExpertMoE(moe, dense, gated=facts["model_type"] == "qwen2_moe")
-    _check_fits(layer, moe, facts)
+        moe, d_ff = _moe(routed), ours["shared.keys"].shape[0]
+        dense = DenseFFN(
+            routed.d_model, d_ff, activation=moe.activation, glu=family.glu, bias=False, device="meta",
+            dtype=moe.values.dtype,
+        )  # fmt: skip
+        layer = SharedExpertMoE(routed, dense, gated=facts["model_type"] == "qwen2_moe")
+    _check_fits(layer, facts)
     return filled(layer, ours)
 
 
+def _empty(facts: Mapping[str, Any], ours: Mapping[str, Tensor], options: Mapping[str, Any]) -> MoE | LatentMoE:
+    """The routed part, on meta, of the sizes that the tensors have."""
+    family, latent = FAMILIES[facts["model_type"]], is_latent(facts)
+    core = "moe." if latent else ""
+    (n_experts, size, width), dtype = ours[f"{core}keys"].shape, ours[f"{core}keys"].dtype
+    d_model = ours["down.weight"].shape[1] if latent else width
+    null: dict[str, Any] = {"null_experts": facts.get("zero_expert_num", 0), "null_kind": "identity"}
+    made = {
+        **{"activation": ACTIVATIONS[facts[family.activation]], "glu": family.glu, "device": "meta", "dtype": dtype},
+        **(null if null["null_experts"] else {}),
+        **({"balance": "bias"} if family.correction else {}),
+        **options,
+    }
+    router = router_of(facts, d_model, n_experts + null["null_experts"])
+    sizes = (n_experts, size, facts["num_experts_per_tok"])
+    layer: MoE | LatentMoE
+    if latent:
+        layer = LatentMoE(d_model, width, *sizes, router=router, **made)
+    else:
+        layer = MoE(d_model, *sizes, router=router, **made)
+    _moe(layer).router.to(ours[f"{core}router.weight"].dtype)  # some models keep it wider than the experts
+    return layer
+
+
 def to_transformers(
-    layer: MoE | SharedExpertMoE, config: Any, *, prefix: str = "", fused: bool = True
+    layer: MoE | LatentMoE | SharedExpertMoE, config: Any, *, prefix: str = "", fused: bool = True
 ) -> dict[str, Tensor]:
     """The block of a transformers checkpoint that computes what a layer computes: ``from_transformers`` backwards.
 
@@ -117,42 +115,35 @@ def to_transformers(
 
     Raises:
         ValueError: the layer is not what the config says.
-        TypeError: no ``MoE`` and no ``SharedExpertMoE``.
+        TypeError: no ``MoE``, ``LatentMoE`` or ``SharedExpertMoE``.
     """
-    if not isinstance(layer, (MoE, SharedExpertMoE)):
-        raise TypeError(f"layer must be a MoE or a SharedExpertMoE, got {type(layer).__name__}")
+    if not isinstance(layer, (MoE, LatentMoE, SharedExpertMoE)):
+        raise TypeError(f"layer must be a MoE, a LatentMoE or a SharedExpertMoE, got {type(layer).__name__}")
     check_type("prefix", prefix, str, "a string")
     fused = check_flag("fused", fused)
-    facts = _facts(config)
-    style = STYLES[facts["model_type"]]
-    moe = layer.routed if isinstance(layer, SharedExpertMoE) else layer
-    _check_fits(layer, moe, facts)
-    gate, up = moe.gate_keys, moe.keys
-    down = moe.values.mT / facts.get("routed_scaling_factor", 1.0)
-    assert gate is not None  # _check_fits
-    if fused:
-        state = {"experts.gate_up_proj": torch.cat((gate, up), 1), "experts.down_proj": down}
+    facts = facts_of(config)
+    _check_fits(layer, facts)
+    family, moe = FAMILIES[facts["model_type"]], _moe(layer)
+    down = moe.values.mT / scale_of_values(facts)
+    matrices = [moe.keys, down] if moe.gate_keys is None else [moe.gate_keys, moe.keys, down]
+    if not fused:
+        parts = zip(family.experts, matrices, strict=True)
+        state = {f"experts.{e}.{part}.weight": m[e] for part, m in parts for e in range(moe.n_experts)}
+    elif moe.gate_keys is None:
+        state = {"experts.up_proj": moe.keys, "experts.down_proj": down}
     else:
-        matrices = zip(style.expert, (gate, up, down), strict=True)
-        state = {f"experts.{e}.{part}.weight": m[e] for part, m in matrices for e in range(moe.n_experts)}
-    for name, theirs in _names(facts, isinstance(layer, SharedExpertMoE)).items():
+        unread = moe.keys.new_zeros(moe.null_experts, 2 * moe.expert_size, moe.d_model)  # transformers stores them
+        state = {"experts.gate_up_proj": torch.cat((torch.cat((moe.gate_keys, moe.keys), 1), unread))}
+        state["experts.down_proj"] = down
+    for name, theirs in names(facts, isinstance(layer, SharedExpertMoE)).items():
         tensor: Tensor = attrgetter(name)(layer)
         state[theirs] = tensor.mT if name == "shared.values" else tensor
     return {prefix + name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
 
 
-def _names(facts: Mapping[str, Any], shared: bool) -> dict[str, str]:
-    """Our names and theirs of all tensors but the experts'; the shared expert's values are transposed."""
-    kind, routed = facts["model_type"], "routed." if shared else ""
-    names = {f"{routed}router.weight": "gate.weight"}
-    if kind == "deepseek_v3":
-        names[f"{routed}router.bias"] = CORRECTION_BIAS
-    if shared:
-        ours = ("shared.gate_keys", "shared.keys", "shared.values")
-        names |= {name: f"{STYLES[kind].shared}.{part}.weight" for name, part in zip(ours, PARTS, strict=True)}
-        if kind == "qwen2_moe":
-            names["gate.weight"] = "shared_expert_gate.weight"
-    return names
+def _moe(layer: MoE | LatentMoE | SharedExpertMoE) -> MoE:
+    routed = layer.routed if isinstance(layer, SharedExpertMoE) else layer
+    return routed.moe if isinstance(routed, LatentMoE) else routed
 
 
 class Keys:
@@ -199,40 +190,29 @@ def filled(layer: Layer, tensors: Mapping[str, Tensor]) -> Layer:
     return layer
 
 
-def _facts(config: Any) -> dict[str, Any]:
-    """The config as a dict, if it is of a model whose blocks a layer can compute."""
-    if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
-        raise TypeError(f"config must be a config of transformers or a dict of its values, got {shown(config)}")
-    facts = dict(config) if isinstance(config, Mapping) else config.to_dict()
-    check_choice("config.model_type", facts.get("model_type"), STYLES)
-    needed = ("num_experts_per_tok", "hidden_act", *STYLES[facts["model_type"]].facts)
-    missing = sorted(name for name in needed if facts.get(name) is None)
-    if missing:
-        raise ValueError(f"config must say {', '.join(missing)}, which decide what the block computes")
-    check_choice("config.hidden_act", facts["hidden_act"], ACTIVATIONS)
-    if facts["model_type"] == "deepseek_v2" and (facts["topk_method"] != "greedy" or facts["norm_topk_prob"]):
-        raise ValueError(
-            f"config has topk_method = {facts['topk_method']!r} and norm_topk_prob = {facts['norm_topk_prob']!r}: of "
-            "DeepSeek-V2's routers only 'greedy' without renormalisation has a counterpart here"
-        )
-    return facts
-
-
-def _check_fits(layer: MoE | SharedExpertMoE, moe: MoE, facts: Mapping[str, Any]) -> None:
-    kind, shared = facts["model_type"], isinstance(layer, SharedExpertMoE)
+def _check_fits(layer: MoE | LatentMoE | SharedExpertMoE, facts: Mapping[str, Any]) -> None:
+    kind, family, moe = facts["model_type"], FAMILIES[facts["model_type"]], _moe(layer)
+    shared = isinstance(layer, SharedExpertMoE)
+    routed = layer.routed if isinstance(layer, SharedExpertMoE) else layer
+    null_experts = facts.get("zero_expert_num") or 0
     n_experts = [facts[n] for n in ("num_local_experts", "num_experts", "n_routed_experts") if facts.get(n) is not None]
-    size = facts.get("moe_intermediate_size") or facts.get("intermediate_size", moe.expert_size)
+    sizes = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+    size = next((facts[name] for name in sizes if facts.get(name)), moe.expert_size)
     checks = {
-        "router": (_traits(moe.router), _traits(_router(facts, moe.d_model, moe.n_experts))),
-        "activation": (moe.activation, ACTIVATIONS[facts["hidden_act"]]),
-        "glu": (moe.gate_keys is not None, True),
+        "router": (_traits(moe.router), _traits(router_of(facts, moe.d_router, moe.n_experts + null_experts))),
+        "activation": (moe.activation, ACTIVATIONS[facts[family.activation]]),
+        "glu": (moe.gate_keys is not None, family.glu),
         "bias": (moe.out_bias is not None, False),
-        "d_out": (moe.d_out, moe.d_model),
-        "shared expert": (shared, kind == "qwen2_moe" or (shared and kind.startswith("deepseek"))),
+        "d_out": (layer.d_out, layer.d_model),
+        "shared expert": (shared, kind == "qwen2_moe" or (shared and family.shared is not None)),
         "gated shared expert": (isinstance(layer, SharedExpertMoE) and layer.gate is not None, kind == "qwen2_moe"),
-        "d_model": (moe.d_model, facts.get("hidden_size", moe.d_model)),
-        "d_router": (moe.d_router, moe.d_model),
+        "latent projection": (isinstance(routed, LatentMoE), is_latent(facts)),
+        "d_model": (layer.d_model, facts.get("hidden_size", layer.d_model)),
+        "d_latent": (moe.d_model, facts.get("moe_latent_size") or layer.d_model),
+        "d_router": (moe.d_router, layer.d_model),
         "n_experts": (moe.n_experts, next(iter(n_experts), moe.n_experts)),
+        "null_experts": (moe.null_experts, null_experts),
+        "null_kind": (moe.null_kind if null_experts else None, "identity" if null_experts else None),
         "expert_size": (moe.expert_size, size),
     }
     for what, (has, should) in checks.items():
@@ -242,33 +222,26 @@ def _check_fits(layer: MoE | SharedExpertMoE, moe: MoE, facts: Mapping[str, Any]
 
 def _traits(router: Router) -> tuple[Any, ...]:
     """What decides which function a router computes."""
-    options = ("normalize", "n_groups", "topk_groups")
+    options = ("normalize", "n_groups", "topk_groups", "scale")
     found = {name: getattr(router, name, None) for name in options}
     return type(router).__name__, router.k, *((name, value) for name, value in found.items() if value is not None)
 
 
-def _router(facts: Mapping[str, Any], d_model: int, n_experts: int) -> Router:
-    """A router on meta that ranks and weighs as the model's does."""
-    k: int = facts["num_experts_per_tok"]
-    if facts["model_type"] == "deepseek_v3":
-        return DeepSeekRouter(
-            d_model, n_experts, k, normalize=facts["norm_topk_prob"], n_groups=facts["n_group"],
-            topk_groups=facts["topk_group"], selection_bias=True, device="meta",
-        )  # fmt: skip
-    normalized = facts["model_type"] == "mixtral" or facts.get("norm_topk_prob", False)
-    return ROUTERS["softmax_topk" if normalized else "softmax"](d_model, n_experts, k, device="meta")
-
-
-def _experts(keys: Keys, style: Style) -> tuple[Tensor, Tensor, Tensor]:
-    """The experts' gate and up [E, G, D] and down [E, D, G]."""
+def _experts(keys: Keys, family: Family) -> dict[str, Tensor]:
+    """The experts' gate and up [E, G, D] and down [E, D, G], by our names."""
+    ours = [*(["gate_keys"] if family.glu else []), "keys", "values"]
     indices = {name.split(".")[1] for name in keys.left if name.startswith("experts.")}
-    if not all(index.isdecimal() for index in indices) or not indices:
-        gate, up = keys.take("experts.gate_up_proj", 3).chunk(2, dim=1)
-        return gate, up, keys.take("experts.down_proj", 3)
-    gate, up, down = (
-        _stack([keys.take(f"experts.{e}.{part}.weight", 2) for e in range(len(indices))], part) for part in style.expert
-    )
-    return gate, up, down
+    if indices and all(index.isdecimal() for index in indices):
+        matrices = [
+            _stack([keys.take(f"experts.{e}.{part}.weight", 2) for e in range(len(indices))], part)
+            for part in family.experts
+        ]
+    elif family.glu:
+        both, down = keys.take("experts.gate_up_proj", 3), keys.take("experts.down_proj", 3)
+        matrices = [*both[: down.shape[0]].chunk(2, dim=1), down]  # LongCat-Flash has slices for its null experts
+    else:
+        matrices = [keys.take("experts.up_proj", 3), keys.take("experts.down_proj", 3)]
+    return dict(zip(ours, matrices, strict=True))
 
 
 def _stack(matrices: list[Tensor], part: str) -> Tensor:

@@ -11,16 +11,40 @@ from torch import Tensor, nn
 from sparse_ffn.checks import check_choice, check_flag
 from sparse_ffn.layers.last_forward import LastForward
 from sparse_ffn.ops.library import in_backward
-from sparse_ffn.routing.balance import LOSSES, check_balance, weighted_losses
-from sparse_ffn.routing.base import AnyRouting
+from sparse_ffn.routing.balance import LOSSES, Null, check_balance, weighted_losses
+from sparse_ffn.routing.base import AnyRouting, Routing
 
 T = TypeVar("T", bound="Balanced")
+
+
+class Calls:
+    """The training forwards of a layer within ``pooled_balance``, one entry for each in all lists.
+
+    Args:
+        open: whether more may come. Closed and empty it says of a layer that its last training forwards were such
+            ones, for checkpointing may have to repeat them.
+    """
+
+    def __init__(self, open: bool) -> None:
+        self.open = open
+        self.routings: list[Routing] = []
+        self.masks: list[Tensor | None] = []
+        self.n_sequences: list[int | None] = []
+        self.results: tuple[Tensor | None, ...] = ()
+        """Of the last one, as ``LastForward`` takes them."""
 
 
 class Balanced(nn.Module):
     """A layer with balance losses, which keeps what ``aux_loss`` and ``routing_stats`` ask for."""
 
+    aux: str
     _last: LastForward | None = None
+    _calls: Calls | None = None
+
+    @property
+    def _null(self) -> Null | None:
+        """The layer's null experts, if it has any."""
+        raise NotImplementedError
 
     def _set_balance(
         self, names: str | Sequence[str], weights: float | Sequence[float], over: str, aux: str, sync: bool
@@ -36,11 +60,29 @@ class Balanced(nn.Module):
 
     def _balance_loss(self, routing: AnyRouting, mask_T: Tensor | None, n_sequences: int | None) -> Tensor | None:
         """The weighted loss, if the layer has one now."""
+        if not self._pooled():
+            return self._weighted_loss(routing, mask_T, n_sequences)
+        if self._calls is not None and not in_backward():
+            assert isinstance(routing, Routing), "no fused call within pooled_balance"
+            self._calls.routings.append(routing)
+            self._calls.masks.append(mask_T)
+            self._calls.n_sequences.append(n_sequences)
+        return None
+
+    def _pooled(self) -> bool:
+        """Whether this forward is one of ``pooled_balance``'s, or the repetition of one."""
+        if self._calls is None or not self.training:
+            return False
+        if not self._calls.open and not in_backward():
+            self._calls = None
+        return self._calls is not None
+
+    def _weighted_loss(self, routing: AnyRouting, mask_T: Tensor | None, n_sequences: int | None) -> Tensor | None:
         pairs = zip(self.balance, self.balance_weight, strict=True)
         terms = tuple((name, weight) for name, weight in pairs if name in LOSSES) if self.training else ()
         if not terms:
             return None
-        return weighted_losses(routing, terms, mask_T, n_sequences, self.sync_balance)
+        return weighted_losses(routing, terms, mask_T, n_sequences, self.sync_balance, self._null)
 
     def _keep(
         self, loss: Tensor | None, index_TK: Tensor, mask_T: Tensor | None, results: tuple[Tensor | None, ...]
@@ -50,9 +92,13 @@ class Balanced(nn.Module):
         if not torch.compiler._is_exporting_flag and not in_backward():
             last = LastForward(loss, index_TK, mask_T, results)
             object.__setattr__(self, "_last", last)  # Module's own costs as much as a small op
+            if self._calls is not None and self._calls.open:
+                self._calls.results = results
 
     @property
     def _aux(self) -> Tensor | None:
+        if self._calls is not None and self._calls.open:
+            raise RuntimeError("aux_loss within pooled_balance: leave the context first, the loss is that of all calls")
         return None if self._last is None else self._last.loss
 
     @property
@@ -67,7 +113,7 @@ class Balanced(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what the last forward left behind: copies and pickles start clean."""
-        return {**self.__dict__, "_last": None}
+        return {**self.__dict__, "_last": None, "_calls": None}
 
     def _balance_options(self) -> dict[str, tuple[Any, Any]]:
         """For the repr: each option with its default, the balance always."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sparse_ffn.checks import check_flag, check_type, shape_error
 from sparse_ffn.layers.dense import DenseFFN
+from sparse_ffn.layers.latent import LatentMoE
 from sparse_ffn.layers.moe import MoE
 
 
@@ -14,12 +15,12 @@ class SharedExpertMoE(nn.Module):
     """y = routed(x) + shared(x), or routed(x) + σ(gate x)·shared(x) (DeepSeekMoE, arXiv 2401.06066; Qwen2-MoE).
 
     Args:
-        routed: the mixture of experts.
+        routed: the mixture of experts, a ``MoE`` or a ``LatentMoE``.
         shared: the FFN of all tokens, of the same widths.
         gated: whether a learned scalar weighs it, ``gate.weight`` [1, d_model].
 
     Raises:
-        TypeError: ``routed`` is no ``MoE``, ``shared`` no ``DenseFFN`` or ``gated`` no bool.
+        TypeError: ``routed`` is no ``MoE`` or ``LatentMoE``, ``shared`` no ``DenseFFN`` or ``gated`` no bool.
         ValueError: the widths differ.
     """
 
@@ -29,9 +30,9 @@ class SharedExpertMoE(nn.Module):
     d_ff: int
     """Hidden units in all, the shared expert's among them."""
 
-    def __init__(self, routed: MoE, shared: DenseFFN, *, gated: bool = False) -> None:
+    def __init__(self, routed: MoE | LatentMoE, shared: DenseFFN, *, gated: bool = False) -> None:
         super().__init__()
-        check_type("routed", routed, MoE, "a sparse_ffn.MoE")
+        check_type("routed", routed, (MoE, LatentMoE), "a sparse_ffn.MoE or a sparse_ffn.layers.LatentMoE")
         check_type("shared", shared, DenseFFN, "a sparse_ffn.DenseFFN")
         widths = (routed.d_model, routed.d_out)
         if (shared.d_model, shared.d_out) != widths:
@@ -41,7 +42,7 @@ class SharedExpertMoE(nn.Module):
         self.routed, self.shared = routed, shared
         self.d_model, self.d_out = widths
         self.d_ff = routed.d_ff + shared.d_ff
-        own = {"device": routed.values.device, "dtype": routed.values.dtype}
+        own = {"device": shared.values.device, "dtype": shared.values.dtype}
         self.gate = nn.Linear(routed.d_model, 1, bias=False, **own) if check_flag("gated", gated) else None
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, router_input: Tensor | None = None) -> Tensor:
@@ -76,7 +77,8 @@ class SharedExpertMoE(nn.Module):
     @property
     def active_fraction(self) -> float:
         """Share of the hidden units that a token uses: those of k experts and of the shared one."""
-        return (self.routed.k * self.routed.expert_size + self.shared.d_ff) / self.d_ff
+        moe = self.routed.moe if isinstance(self.routed, LatentMoE) else self.routed
+        return (min(moe.k, moe.n_experts) * moe.expert_size + self.shared.d_ff) / self.d_ff
 
     def flops_per_token(self) -> int:
         """The routed experts', the shared one's, and the gate's score if there is one."""

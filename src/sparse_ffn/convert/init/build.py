@@ -87,7 +87,7 @@ def build(config: FFNConfig, ffn: FFNWeights, inputs: Tensor | None = None, out_
         note = "fresh weights"
     elif isinstance(config, ExpertsConfig):
         assert isinstance(layer, MoE)
-        note = _upcycle(layer, ffn) if config.init == "upcycle" else _experts(layer, config, ffn, inputs)
+        note = _upcycle(layer, config, ffn) if config.init == "upcycle" else _experts(layer, config, ffn, inputs)
     elif isinstance(layer, ProductKeyMemory):
         note = _memory(layer, ffn)
     else:
@@ -184,13 +184,28 @@ def _correct(layer: MoE, ffn: FFNWeights, inputs: Tensor) -> str:
     return done
 
 
-def _upcycle(layer: MoE, ffn: FFNWeights) -> str:
+def _upcycle(layer: MoE, config: ExpertsConfig, ffn: FFNWeights) -> str:
     """Make each expert a copy; the values are divided by what the k gates sum to where the router is undecided."""
-    n = layer.n_experts
+    n, n_drawn = layer.n_experts, round(config.reinit * ffn.d_ff)
     copy_weights(layer, ffn.map_units(lambda rows: rows.expand(n, *rows.shape)))
+    if n_drawn:
+        _draw_anew(layer, ffn, n_drawn)
     total = layer.k * gate_at_zero(layer)
     layer.values.div_(total)
-    return f"{n} copies, fresh router, values times {1 / total:g}"
+    drawn = f", {n_drawn} of {ffn.d_ff} units of each drawn anew" if n_drawn else ""
+    return f"{n} copies{drawn}, fresh router, values times {1 / total:g}"
+
+
+def _draw_anew(layer: MoE, ffn: FFNWeights, n_drawn: int) -> None:
+    """Give so many units of each expert, chosen by chance, rows from normals with the FFN's own mean and deviation."""
+    rank_EF = torch.rand(layer.n_experts, ffn.d_ff, device=layer.values.device).argsort(1).argsort(1)
+    chosen_EF1 = (rank_EF < n_drawn).unsqueeze(2)
+    rows = {"keys": ffn.keys, "gate_keys": ffn.gate_keys, "values": ffn.values}
+    for name, own in rows.items():
+        if own is not None:
+            parameter, own = getattr(layer, name), wide(own)
+            drawn = torch.randn_like(parameter) * own.std(correction=0) + own.mean()
+            parameter.copy_(torch.where(chosen_EF1, drawn.to(parameter.dtype), parameter))
 
 
 def _memory(layer: ProductKeyMemory, ffn: FFNWeights) -> str:

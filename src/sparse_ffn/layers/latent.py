@@ -1,0 +1,124 @@
+"""LatentMoE: a mixture of experts between two projections, so that the experts are narrower than the model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparse_ffn.checks import check_flag, check_mask, check_positive
+from sparse_ffn.layers.moe import MoE
+
+
+class LatentMoE(nn.Module):
+    """y = up · MoE(down · x), the router seeing x (LatentMoE, arXiv 2601.18089; Nemotron 3).
+
+    What an expert reads and writes is d_latent wide, so that it costs d_latent/d_model of what it would: for the same
+    cost there can be that many more experts, and more of them for a token. Parameters: ``down.weight`` [d_latent,
+    d_model], ``moe``, a ``MoE`` of width d_latent with ``d_router = d_model``, and ``up.weight`` [d_out, d_latent].
+
+    Args:
+        d_model: input width.
+        d_latent: width of the experts.
+        n_experts: as ``MoE``'s.
+        expert_size: as ``MoE``'s.
+        k: as ``MoE``'s.
+        d_out: output width; None for d_model.
+        projection_bias: add ``down.bias`` and ``up.bias``.
+        options: ``MoE``'s other arguments, but ``d_router``.
+
+    Raises:
+        ValueError: an argument outside its range.
+        TypeError: an argument of a wrong type, or that the layer does not have.
+    """
+
+    d_model: int
+    d_out: int
+
+    def __init__(
+        self,
+        d_model: int,
+        d_latent: int,
+        n_experts: int,
+        expert_size: int,
+        k: int,
+        *,
+        d_out: int | None = None,
+        projection_bias: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if "d_router" in options:
+            raise TypeError("LatentMoE has no argument 'd_router': its router sees x, which is d_model wide")
+        self.d_model, self.d_latent = check_positive("d_model", d_model), check_positive("d_latent", d_latent)
+        self.d_out = self.d_model if d_out is None else check_positive("d_out", d_out)
+        biased = check_flag("projection_bias", projection_bias)
+        self.moe = MoE(self.d_latent, n_experts, expert_size, k, d_router=self.d_model, **options)
+        own = {"device": self.moe.values.device, "dtype": self.moe.values.dtype}
+        self.down = nn.Linear(self.d_model, self.d_latent, bias=biased, **own)
+        self.up = nn.Linear(self.d_latent, self.d_out, bias=biased, **own)
+        self._reset_projections()
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, router_input: Tensor | None = None) -> Tensor:
+        """As ``SparseFFN``'s; ``router_input`` [..., d_model] is what the router sees instead of x."""
+        self._check_call(x, mask)
+        seen = self._selector_input(x, router_input)
+        y: Tensor = self.up(self.moe(self.down(x), mask=mask, router_input=seen))
+        return y
+
+    def _check_call(self, x: Tensor, mask: Tensor | None) -> None:
+        """Raise if this is no input of the layer: before the projections are computed."""
+        self.moe._check_input("x", x)
+        if not x.dim() or x.shape[-1] != self.d_model:
+            raise ValueError(f"x must have shape [..., d_model = {self.d_model}], got {list(x.shape)}")
+        if mask is not None:
+            check_mask(mask, x)
+
+    def _selector_input(self, x: Tensor, router_input: Tensor | None) -> Tensor:
+        return self.moe._selector_input(x, x if router_input is None else router_input)
+
+    @property
+    def k(self) -> int:
+        """Experts selected for a token; may be set at any time."""
+        return self.moe.k
+
+    @k.setter
+    def k(self, k: int) -> None:
+        self.moe.k = k
+
+    @property
+    def d_ff(self) -> int:
+        """Hidden units in all."""
+        return self.moe.d_ff
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters and buffers anew: projections are normal with std c/sqrt(their input width)."""
+        self.moe.reset_parameters()
+        self._reset_projections()
+
+    def _reset_projections(self) -> None:
+        for projection in (self.down, self.up):
+            nn.init.normal_(projection.weight, 0.0, self.moe.init_scale / math.sqrt(projection.in_features))
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+
+    @property
+    def active_fraction(self) -> float:
+        """Share of the hidden units that a token uses."""
+        return self.moe.active_fraction
+
+    def flops_per_token(self) -> int:
+        """The mixture's, whose router sees d_model numbers, and the projections'."""
+        return self.moe.flops_per_token() + 2 * self.d_latent * (self.d_model + self.d_out)
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of parameters."""
+        return sum(p.numel() for p in self.parameters())
+
+    def extra_repr(self) -> str:
+        """The widths."""
+        return f"{self.d_model}, d_latent={self.d_latent}" + (
+            "" if self.d_out == self.d_model else f", d_out={self.d_out}"
+        )

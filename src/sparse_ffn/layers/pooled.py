@@ -1,0 +1,85 @@
+"""pooled_balance: one balance loss for all the calls of a layer that a model uses several times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ffn.checks import check_module
+from sparse_ffn.layers.balanced import Balanced, Calls
+from sparse_ffn.routing.base import Routing
+
+
+@contextmanager
+def pooled_balance(model: nn.Module) -> Iterator[None]:
+    """Balance a layer over the tokens of all its training forwards within the context, not over the last one's.
+
+    MoEUT (arXiv 2405.16039, section 2.2) shares layers over depth and takes the entropy of the mean over time and over
+    the repeats of a layer. The mean of the repeats' entropies, which ``aux="inject"`` gives, pushes harder: it wants
+    balance in each repeat. The loss is that of one call on the calls' tokens together (with
+    ``balance_over="sequence"``, on those of each sequence); after the context ``aux_loss`` has it as any other:
+
+        with sparse_ffn.pooled_balance(model):
+            logits = model(tokens)
+        loss = task(logits) + sparse_ffn.aux_loss(model)
+
+    For eager models. Within the context the router and the experts are computed one after the other, as with the z
+    loss. A forward that checkpointing repeats counts once, and a context that an error leaves has no loss.
+
+    Args:
+        model: any module.
+
+    Raises:
+        TypeError: the model is no module.
+        ValueError: a layer has ``aux="inject"``, which adds its gradient at once; or, at the end, a layer with
+            ``balance_over="sequence"`` was called with different numbers of sequences.
+        RuntimeError: a layer is within such a context already.
+    """
+    check_module("model", model)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Balanced)}
+    for name, layer in layers.items():
+        if layer.aux == "inject":
+            raise ValueError(f"pooled_balance needs aux='attach', but {name or 'the layer'} has aux='inject'")
+        if layer._calls is not None and layer._calls.open:
+            raise RuntimeError(f"{name or 'the layer'} is within pooled_balance already")
+    for layer in layers.values():
+        layer._calls = Calls(open=True)
+    try:
+        yield
+    except BaseException:
+        for layer in layers.values():
+            layer._calls = None
+        raise
+    for layer in layers.values():
+        calls, layer._calls = layer._calls, Calls(open=False)
+        if calls is not None and calls.routings:
+            _finish(layer, calls)
+
+
+def _finish(layer: Balanced, calls: Calls) -> None:
+    """Give the layer the loss of its calls."""
+    n_sequences = set(calls.n_sequences)
+    if len(n_sequences) > 1:
+        raise ValueError(f"pooled_balance: a layer got different numbers of sequences, {sorted(map(str, n_sequences))}")
+    groups = calls.n_sequences[0]
+    masks = calls.masks
+    mask_T: Tensor | None = None
+    if any(mask is not None for mask in masks):
+        pairs = zip(calls.routings, masks, strict=True)
+        real = [torch.ones_like(r.index_TK[:, 0], dtype=torch.bool) if m is None else m for r, m in pairs]
+        mask_T = _joined(real, groups)
+    routing = Routing(*(_joined(list(parts), groups) for parts in zip(*calls.routings, strict=True)))
+    loss = layer._weighted_loss(routing, mask_T, groups)
+    layer._keep(loss, routing.index_TK, mask_T, (*calls.results, loss))
+
+
+def _joined(parts: list[Tensor], groups: int | None) -> Tensor:
+    """The calls' tokens together; with groups those of each group."""
+    if groups is None:
+        return torch.cat(parts)
+    lengths = [part.shape[0] // max(groups, 1) for part in parts]
+    pairs = zip(parts, lengths, strict=True)
+    return torch.cat([part.reshape(groups, length, *part.shape[1:]) for part, length in pairs], dim=1).flatten(0, 1)

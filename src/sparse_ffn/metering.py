@@ -1,0 +1,155 @@
+"""Routing over time: loads of all forwards, what two models' routers agree on, and the routers' parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ffn.checks import check_module
+from sparse_ffn.layers.moe import MoE
+from sparse_ffn.ops.library import in_backward, under_transforms
+from sparse_ffn.routing.statistics import of_counts
+
+
+class RoutingMeter:
+    """Counts where the tokens of a model's eager forwards go, as ``routing_stats`` does for the last one alone.
+
+    Either a context (``with RoutingMeter(model) as meter``) or ``start()`` and ``stop()``. Counting stays on the device
+    and does not wait for it; ``stats()`` does. A forward that checkpointing repeats counts once.
+
+    Args:
+        model: any module; MoE layers that it gets later are not counted.
+
+    Raises:
+        TypeError: the model is no module.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        check_module("model", model)
+        self._layers = _layers_of(model)
+        self._counts: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def start(self) -> RoutingMeter:
+        """Count from zero."""
+        self.stop()
+        self._counts = {}
+        self._handles = [
+            layer.register_forward_hook(partial(self._count, name)) for name, layer in self._layers.items()
+        ]
+        return self
+
+    def stop(self) -> None:
+        """Count no more; the counts stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def stats(self) -> dict[str, dict[str, Any]]:
+        """As ``routing_stats``, over all forwards since ``start()``, for each layer that has run."""
+        return {name: of_counts(counts.cpu(), self._layers[name].null_experts) for name, counts in self._counts.items()}
+
+    def _count(self, name: str, layer: MoE, args: Any, y: Any) -> None:
+        if in_backward() or layer._routed is None:
+            return
+        if under_transforms():
+            raise RuntimeError(
+                "RoutingMeter counts as a side effect, which is lost inside torch.func's transforms: stop it there"
+            )
+        index_TK, mask_T = layer._routed
+        slots_TK = torch.ones_like(index_TK)
+        if mask_T is not None:
+            slots_TK = slots_TK * mask_T.unsqueeze(1)
+        before = self._counts.get(name)
+        if before is None:
+            before = index_TK.new_zeros(layer.n_experts + layer.null_experts)
+        self._counts[name] = before.to(index_TK.device).scatter_add(0, index_TK.flatten(), slots_TK.flatten())
+
+    def __enter__(self) -> RoutingMeter:
+        return self.start()
+
+    def __exit__(self, *raised: object) -> None:
+        self.stop()
+
+
+@torch.no_grad()
+def routing_agreement(first: nn.Module, second: nn.Module, batch: Any) -> dict[str, float]:
+    """Which share of its experts a token has in common in two models, or in two checkpoints of one.
+
+    Of two routers that choose at random k of E experts it is k/E on average; in continual pre-training it says how far
+    the routing has moved (arXiv 2503.05029). Both models run in evaluation mode; their modes are as before afterwards,
+    and ``routing_stats`` is then of this batch.
+
+    Args:
+        first: a model.
+        second: one whose MoE layers have the same names, numbers of experts and k.
+        batch: a mapping (keyword arguments), a tuple or list (positional arguments), or one argument.
+
+    Returns:
+        For each MoE layer that ran, the mean over real tokens of the common experts' share of the k, in [0, 1].
+
+    Raises:
+        TypeError: a model is no module.
+        ValueError: the models' MoE layers do not correspond, there is none, or they saw other tokens.
+    """
+    chosen = []
+    for name, model in (("first", first), ("second", second)):
+        check_module(name, model)
+        chosen.append(_layers_of(model))
+    sizes = [{n: (m.n_experts, m.null_experts, m.k) for n, m in layers.items()} for layers in chosen]
+    if sizes[0] != sizes[1] or not sizes[0]:
+        raise ValueError(f"first and second must have the same MoE layers, got {sizes[0]} and {sizes[1]} (E, N, k)")
+    used = [_experts_used(model, layers, batch) for model, layers in zip((first, second), chosen, strict=True)]
+    found = {}
+    for name, (ours, real) in used[0].items():
+        theirs = used[1].get(name, (None, None))[0]
+        if theirs is None or theirs.shape != ours.shape:
+            raise ValueError(f"first and second must send the same tokens through {name!r}, which they did not")
+        common = (ours & theirs).sum(1).double() / sizes[0][name][2]
+        found[name] = (common if real is None else common[real]).mean().item()
+    return found
+
+
+def _layers_of(model: nn.Module) -> dict[str, MoE]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, MoE)}
+
+
+def _experts_used(model: nn.Module, layers: dict[str, MoE], batch: Any) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """For each layer the experts that each token uses, bool [T, E] on the CPU, and its mask."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    used: dict[str, tuple[Tensor, Tensor | None]] = {}
+
+    def note(name: str, layer: MoE, args: Any, y: Any) -> None:
+        assert layer._routed is not None
+        index_TK, mask_T = (None if t is None else t.cpu() for t in layer._routed)
+        assert index_TK is not None
+        every = torch.zeros(len(index_TK), layer.n_experts + layer.null_experts, dtype=torch.bool)
+        used[name] = every.scatter_(1, index_TK, True), mask_T
+
+    handles = [layer.register_forward_hook(partial(note, name)) for name, layer in layers.items()]
+    try:
+        if isinstance(batch, Mapping):
+            model(**batch)
+        else:
+            model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    return used
+
+
+def router_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of all routers, each once: for a group of their own in the optimizer, such as one that re-warms.
+
+    Raises:
+        TypeError: the model is no module.
+    """
+    check_module("model", model)
+    return list(dict.fromkeys(p for layer in _layers_of(model).values() for p in layer.router.parameters()))

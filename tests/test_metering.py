@@ -1,0 +1,120 @@
+"""Routing over time: a meter over many forwards, agreement of two models, and the routers' parameters."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import sparse_ffn as sf
+from sparse_ffn.layers import LatentMoE
+
+D = 8
+
+
+def network(**options) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(D, D), sf.SigmaMoE(D, 5, 3, 2, **options), LatentMoE(D, 4, 6, 3, 2))
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, D, generator=torch.Generator().manual_seed(seed))
+
+
+def same(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys()
+    for name, stats in expected.items():
+        torch.testing.assert_close(actual[name], stats)
+
+
+@pytest.mark.parametrize("null", [0, 2])
+def test_it_says_of_many_forwards_what_routing_stats_says_of_their_tokens_in_one(null: int) -> None:
+    model = network(null_experts=null)
+    parts = [tokens(n, seed=n) for n in (1, 7, 30)]
+    with sf.RoutingMeter(model) as meter:
+        assert meter.stats() == {}
+        for x in parts:
+            model(x)
+    model(tokens(99))  # after the end
+    found = meter.stats()
+    model(torch.cat(parts))
+    same(found, sf.routing_stats(model))
+    assert list(found) == ["1", "2.moe"]
+    assert not model[1]._forward_hooks
+    model(parts[0])
+    meter.start()
+    model(parts[0])
+    same(meter.stats(), sf.routing_stats(model))  # from zero
+    meter.stop()
+
+
+def test_padding_and_repeated_forwards_are_left_out() -> None:
+    layer, x = sf.SigmaMoE(D, 5, 3, 2), tokens(2, 9)
+    mask = torch.rand(2, 9) < 0.6
+    with sf.RoutingMeter(layer) as meter:
+        layer(x, mask=mask)
+        expected = sf.routing_stats(layer)
+        same(meter.stats(), expected)
+        for reentrant in (False, True):
+            meter.start()
+            leaf = x.clone().requires_grad_()
+            checkpoint(lambda leaf: layer(leaf, mask=mask), leaf, use_reentrant=reentrant).sum().backward()
+            same(meter.stats(), expected)
+            assert meter._counts[""].sum() == 2 * mask.sum()
+        with pytest.raises(RuntimeError, match=r"RoutingMeter counts as a side effect.*torch.func"):
+            torch.func.vmap(layer)(x)
+
+
+def test_agreement_is_the_common_share_of_the_experts() -> None:
+    first, second = network(), network()
+    x = tokens(40)
+    assert sf.routing_agreement(first, second, x) == {"1": 1.0, "2.moe": 1.0}
+    nn.init.normal_(second[1].router.weight)
+    found = sf.routing_agreement(first, second, (x,))
+    with torch.no_grad():
+        h = first[0](x)
+        pairs = zip(first[1].router(h).index_TK.tolist(), second[1].router(h).index_TK.tolist(), strict=True)
+    assert found["1"] == pytest.approx(sum(len(set(a) & set(b)) for a, b in pairs) / 80)
+    assert 0 < found["1"] < 1
+    assert first.training
+    assert not first[1]._forward_hooks
+
+
+def test_agreement_keeps_padding_out_and_wants_models_alike() -> None:
+    layer, x = sf.SigmaMoE(D, 5, 3, 2), tokens(10)
+    other = copy.deepcopy(layer)
+    mask = torch.arange(10) < 5
+    moved = x.clone()
+    with torch.no_grad():
+        other.router.weight.neg_()
+    same_half = {"x": moved, "mask": mask}
+    everything = [sf.routing_agreement(layer, other, {"x": moved[part]})[""] for part in (slice(5), slice(5, 10))]
+    assert sf.routing_agreement(layer, other, same_half)[""] == pytest.approx(everything[0])
+    assert sf.routing_agreement(layer, other, {"x": x})[""] == pytest.approx(sum(everything) / 2)
+    for wrong in (sf.SigmaMoE(D, 6, 3, 2), sf.SigmaMoE(D, 5, 3, 1), nn.Sequential(layer)):
+        with pytest.raises(ValueError, match="the same MoE layers"):
+            sf.routing_agreement(layer, wrong, x)
+    with pytest.raises(ValueError, match="the same MoE layers"):
+        sf.routing_agreement(nn.Linear(D, D), nn.Linear(D, D), x)
+
+
+def test_the_routers_parameters_make_a_group_that_re_warms() -> None:
+    model = nn.Sequential(network(), sf.NoisyTopKMoE(D, 4, 3, 2))
+    model.append(model[1])  # shared
+    routers = sf.router_parameters(model)
+    names = {name for name, p in model.named_parameters() if any(p is r for r in routers)}
+    assert names == {"0.1.router.weight", "0.2.moe.router.weight", "1.router.weight", "1.router.noise_weight"}
+    assert len(routers) == 4
+    rest = [p for p in model.parameters() if all(p is not r for r in routers)]
+    optimizer = torch.optim.SGD([{"params": rest}, {"params": routers}], lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 0.1, lambda step: min(1.0, step / 2)])
+    rates = []
+    for _ in range(3):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        model(tokens(3)).sum().backward()
+        optimizer.step()
+        schedule.step()
+    assert rates == [[0.1, 0.0], [0.1, 0.5], [0.1, 1.0]]
