@@ -54,12 +54,12 @@ class ExpertStats:
     @property
     def mean(self) -> Tensor:
         """[E, d_out], Σ g²·f_e(x) / Σ g²: the constant that replaces f_e best, by the squared error of g·f_e."""
-        return _ratio(self.moment, self.gate_square.unsqueeze(1))
+        return ratio(self.moment, self.gate_square.unsqueeze(1))
 
     @property
     def residual(self) -> Tensor:
         """[E], Σ g²·‖f_e(x) - mean_e‖²: the squared error that is left then."""
-        explained = _ratio(self.moment.square().sum(1), self.gate_square)
+        explained = ratio(self.moment.square().sum(1), self.gate_square)
         return (self.energy - explained).clamp_min(0)  # a difference: rounding may take it below
 
     @property
@@ -230,6 +230,6 @@ def _width(experts: _Experts, x_TD: Tensor) -> int:
     return experts.module.d_out if isinstance(experts.module, MoE) else x_TD.shape[1]
 
 
-def _ratio(a: Tensor, b: Tensor) -> Tensor:
+def ratio(a: Tensor, b: Tensor) -> Tensor:
     """a / b, zero where b is."""
     return torch.where(b > 0, a / b.clamp_min(torch.finfo(b.dtype).tiny), 0.0)
