@@ -82,7 +82,7 @@ def same(a: nn.Module, b: nn.Module, width: int = 6, rtol: float = 1e-5) -> None
 
 @pytest.mark.parametrize("kind", config.CONFIGS)
 def test_configs_have_the_layers_arguments_and_defaults(kind: type[config.FFNConfig]) -> None:
-    of_the_ffn = {"d_model", "d_out", "d_router", "device", "dtype"}
+    of_the_ffn = {"d_model", "d_out", "d_router", "null_experts", "null_kind", "null_share", "device", "dtype"}
     arguments: dict[str, Any] = {}
     for cls in kind.layer.__mro__:  # variants pass **options on to MoE
         if issubclass(cls, sf.SparseFFN) and cls is not sf.SparseFFN:

@@ -24,7 +24,7 @@ def plot_load(ax: Axes, layer: MoE, title: str = "load per expert") -> None:
         ValueError: the layer has not run.
     """
     _check(ax, layer, title)
-    load = summary(*_routed(layer), layer.n_experts)["load"]
+    load = summary(*_routed(layer), layer.n_experts, layer.null_experts)["load"]
     ax.bar(range(layer.n_experts), load.tolist(), color="#4477aa")
     ax.axhline(1 / layer.n_experts, color="#222222", linewidth=0.8, linestyle="--")
     ax.set(title=title, xlabel="expert", ylabel="share of slots")
@@ -39,7 +39,8 @@ def plot_coactivation(ax: Axes, layer: MoE, title: str = "co-activation") -> Non
         ValueError: the layer has not run.
     """
     _check(ax, layer, title)
-    together = coactivation(*_routed(layer), layer.n_experts)
+    n = layer.n_experts
+    together = coactivation(*_routed(layer), n + layer.null_experts)[:n, :n]
     together.fill_diagonal_(float("nan"))  # 1 by definition; it would take the whole colour range
     image = ax.imshow(together.tolist(), cmap="viridis", vmin=0, interpolation="nearest")
     ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.04)

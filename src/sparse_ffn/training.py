@@ -62,14 +62,15 @@ def routing_stats(model: nn.Module) -> dict[str, dict[str, Any]]:
     Returns:
         The statistics of each layer that has run, by module name. ``entropy`` is that of the load over log E (1 is
         balance), ``busiest`` the busiest expert's share of the slots, ``dead`` the share of experts without a slot,
-        ``load`` the experts' shares, on the CPU, [E], summing to 1.
+        ``load`` the experts' shares, on the CPU, [E], summing to 1. Null experts have no part in these; a layer that
+        has some says with ``null`` what share of all slots went to them.
 
     Raises:
         TypeError: the model is no module.
     """
     check_module("model", model)
     return {
-        name: summary(*layer._routed, layer.n_experts)
+        name: summary(*layer._routed, layer.n_experts, layer.null_experts)
         for name, layer in _moe_layers(model)
         if layer._routed is not None
     }
@@ -80,7 +81,8 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
     """Move each ``router.bias`` towards balance; call it once per optimizer step (``balance="bias"``, 2408.15664).
 
     Each expert's bias moves by ``rate · sign(mean load - load)``, where the load is counted over the training forwards
-    since the last call; equal loads do not move.
+    since the last call; equal loads do not move. Beside null experts the mean is what their wished share leaves to the
+    others, and their own biases stay (2509.01322).
 
     Args:
         model: any module.
@@ -101,7 +103,10 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
         router.load = None
         if layer.sync_balance:
             load = all_reduce_sum(load)
-        router.bias.add_(torch.sign(load.mean() - load).to(router.bias), alpha=rate)
+        null = layer._null
+        own = slice(None) if null is None else slice(-null.experts)
+        wished = load.mean() if null is None else (1 - null.share) * load.sum() / layer.n_experts
+        router.bias[own].add_(torch.sign(wished - load[own]).to(router.bias), alpha=rate)
 
 
 def _moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:

@@ -18,7 +18,9 @@ LAYERS: dict[str, Callable[..., sf.SparseFFN]] = {
     "TopKFFN": lambda **o: sf.TopKFFN(D, 20, 5, glu=True, activation="silu", norm_aware=True, **o),
     "ProductKeyMemory": lambda **o: sf.ProductKeyMemory(D, 5, 7, n_heads=2, query_dim=6, query_norm="layer", **o),
     "SigmaMoE": lambda **o: sf.SigmaMoE(D, 9, 4, 3, bias=True, **o),
-    "SoftmaxMoE": lambda **o: sf.SoftmaxMoE(D, 9, 4, 3, glu=True, activation="gelu", balance="cv2", **o),
+    "SoftmaxMoE": lambda **o: sf.SoftmaxMoE(
+        D, 9, 4, 3, glu=True, activation="gelu", balance="cv2", null_experts=2, null_kind="constant", **o
+    ),
     "SwitchMoE": lambda **o: sf.SwitchMoE(D, 9, 4, d_out=6, **o),
     "SBaseMoE": lambda **o: sf.SBaseMoE(D, 9, 4, 3, balance="z", **o),
     "NoisyTopKMoE": lambda **o: sf.NoisyTopKMoE(D, 9, 4, 3, **o),

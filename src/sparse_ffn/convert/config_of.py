@@ -19,13 +19,15 @@ def config_of(layer: SparseFFN) -> FFNConfig:
 
     Raises:
         TypeError: no layer of this library, or one of a class that no config is for.
-        ValueError: the layer has a router that its config does not make.
+        ValueError: the layer has a router that its config does not make, or null experts.
     """
     if not isinstance(layer, SparseFFN):
         raise TypeError(f"layer must be a layer of sparse_ffn, got {type(layer).__name__}")
     kind: Any = next((kind for kind in CONFIGS if kind.layer is _own_class(layer)), None)
     if kind is None:
         raise TypeError(f"no config is for {type(layer).__name__}: there are {', '.join(c.__name__ for c in CONFIGS)}")
+    if isinstance(layer, MoE) and layer.null_experts:
+        raise ValueError(f"no {kind.__name__} makes a layer with null experts, and null_experts = {layer.null_experts}")
     router = layer._own_router() if isinstance(layer, MoE) else None
     default: Any = kind(init="fresh")
     config: FFNConfig = kind(init="fresh", **{n: _option(layer, router, n, v) for n, v in default.arguments().items()})

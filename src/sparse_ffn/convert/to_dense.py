@@ -78,6 +78,8 @@ def _no_dense(layer: SparseFFN, why: str) -> ValueError:
 
 
 def _experts(layer: MoE) -> FFNWeights:
+    if layer.null_experts:
+        raise _no_dense(layer, f"it has null experts (null_experts = {layer.null_experts})")
     if layer.k < layer.n_experts:
         raise _no_dense(layer, f"each token uses its own k = {layer.k} of n_experts = {layer.n_experts}")
     if type(layer.router) not in KNOWN:

@@ -74,6 +74,8 @@ def to_moe_layer(layer: MoE, *, prefix: str = "") -> dict[str, Tensor]:
     state = layer.state_dict()
     if layer.d_router != layer.d_model:
         raise ValueError(f"the paper's router sees x, this one an input of its own (d_router = {layer.d_router})")
+    if layer.null_experts:
+        raise ValueError(f"the paper's layer has no null experts, this one has null_experts = {layer.null_experts}")
     if foreign := sorted(state.keys() - names.keys()):
         raise ValueError(f"the paper's MoE layer has no place for {', '.join(foreign)}")
     state["keys"] = state["keys"].mT

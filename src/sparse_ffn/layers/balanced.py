@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparse_ffn.checks import check_choice, check_flag
 from sparse_ffn.layers.last_forward import LastForward
 from sparse_ffn.ops.library import in_backward
-from sparse_ffn.routing.balance import LOSSES, check_balance, weighted_losses
+from sparse_ffn.routing.balance import LOSSES, Null, check_balance, weighted_losses
 from sparse_ffn.routing.base import AnyRouting
 
 T = TypeVar("T", bound="Balanced")
@@ -21,6 +21,11 @@ class Balanced(nn.Module):
     """A layer with balance losses, which keeps what ``aux_loss`` and ``routing_stats`` ask for."""
 
     _last: LastForward | None = None
+
+    @property
+    def _null(self) -> Null | None:
+        """The layer's null experts, if it has any."""
+        raise NotImplementedError
 
     def _set_balance(
         self, names: str | Sequence[str], weights: float | Sequence[float], over: str, aux: str, sync: bool
@@ -40,7 +45,7 @@ class Balanced(nn.Module):
         terms = tuple((name, weight) for name, weight in pairs if name in LOSSES) if self.training else ()
         if not terms:
             return None
-        return weighted_losses(routing, terms, mask_T, n_sequences, self.sync_balance)
+        return weighted_losses(routing, terms, mask_T, n_sequences, self.sync_balance, self._null)
 
     def _keep(
         self, loss: Tensor | None, index_TK: Tensor, mask_T: Tensor | None, results: tuple[Tensor | None, ...]

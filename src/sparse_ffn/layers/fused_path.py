@@ -7,8 +7,7 @@ from torch import Tensor
 
 from sparse_ffn import ops
 from sparse_ffn.checks import check_places
-from sparse_ffn.layers.balanced import Balanced
-from sparse_ffn.layers.units import UnitsFFN
+from sparse_ffn.layers.routed import Routed
 from sparse_ffn.module import is_plain, tensors_of
 from sparse_ffn.routing.balance import NEED_LOGITS
 from sparse_ffn.routing.base import FusedRouting, Router
@@ -21,13 +20,10 @@ from sparse_ffn.routing.routers import (
 )
 
 
-class FusedPath(Balanced, UnitsFFN):
+class FusedPath(Routed):
     """Experts with a router, and the call that computes both at once."""
 
-    router: Router
     expert_size: int
-    d_router: int
-    """Width of what the router sees."""
 
     def _fused(self, x_TD: Tensor, mask_T: Tensor | None, units: ops.Units, n_sequences: int | None) -> Tensor | None:
         """The output, with all that a forward leaves behind, if ``ops.routed_ffn`` computes this call; else None."""
@@ -42,7 +38,8 @@ class FusedPath(Balanced, UnitsFFN):
             return None
         check_places(x_TD, (weight, bias))
         self._check_router(units, weight, bias)
-        if not self.training and not torch.is_grad_enabled() and not ops.under_transforms():
+        gates_needed = self.null_experts and self.null_kind != "zero"
+        if not self.training and not torch.is_grad_enabled() and not ops.under_transforms() and not gates_needed:
             y_TO, index_TK = ops.routed_ffn_inference(
                 x_TD, weight, bias, units, router.k, gate_function, self.activation
             )
@@ -64,12 +61,7 @@ class FusedPath(Balanced, UnitsFFN):
             router.count(index_TK, mask_T)
         loss = self._balance_loss(FusedRouting(softmax_BE, index_TK, gate_TK), mask_T, n_sequences)
         self._keep(loss, index_TK, mask_T, (y_TO,))  # the loss's backward pass reaches its node
-        return y_TO
-
-    def _check_router(self, units: ops.Units, weight: Tensor, bias: Tensor | None = None) -> None:
-        experts = units.values.shape[:1]
-        if weight.shape != (*experts, self.d_router) or (bias is not None and bias.shape != experts):
-            raise self._shape_error()
+        return self._add_null(y_TO, x_TD, index_TK, gate_TK)
 
 
 def _gate_function(router: Router) -> str | None:

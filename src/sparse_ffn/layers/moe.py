@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from sparse_ffn import ops
-from sparse_ffn.checks import check_positive, check_rate, shown
+from sparse_ffn.checks import check_positive, check_rate
 from sparse_ffn.layers.fused_path import FusedPath
 from sparse_ffn.ops.autocast import autocast_dtype
-from sparse_ffn.routing.base import Router, Routing
+from sparse_ffn.routing.base import Router
 from sparse_ffn.routing.inject import inject
 from sparse_ffn.routing.routers import make_router
 
@@ -24,13 +24,14 @@ class MoE(FusedPath):
 
     No capacity limit, no dropped token. Parameters: ``keys`` [E, G, d_model], ``values`` [E, G, d_out],
     ``router.weight`` [E, d_router]; with ``glu`` ``gate_keys`` [E, G, d_model]; with ``bias`` ``key_bias`` [E, G] and
-    ``out_bias`` [d_out]; with ``balance="bias"`` the buffer ``router.bias`` [E].
+    ``out_bias`` [d_out]; with ``balance="bias"`` the buffer ``router.bias`` [E]. N null experts make the router's rows
+    E + N; those of the kind ``"constant"`` have ``constants`` [N, d_out].
 
     Args:
         d_model: input width.
         n_experts: E.
         expert_size: G, hidden units of an expert.
-        k: experts selected for a token, 1 <= k <= n_experts.
+        k: experts selected for a token, 1 <= k <= n_experts + null_experts.
         router: ``"sigmoid"``, ``"softmax"`` (over all experts), ``"softmax_topk"`` (over the selected), ``"sinkhorn"``,
             ``"noisy_topk"``, ``"unweighted"`` (selected experts weigh 1); a class of ``sparse_ffn.routing``, or another
             callable that makes a router from the arguments of ``Router``; or a ``Router`` of these sizes, which then
@@ -40,6 +41,11 @@ class MoE(FusedPath):
         bias: ``key_bias`` and ``out_bias``.
         d_out: output width.
         d_router: width of what the router sees; None for d_model. Another one makes ``router_input`` a must.
+        null_experts: N, experts without hidden units that the router scores behind the E others (2410.07348): k counts
+            them, so that tokens use a varying number of hidden units.
+        null_kind: what one adds: nothing (``"zero"``), gate · x (``"identity"``) or gate · ``constants[n]``
+            (``"constant"``; they start at zero).
+        null_share: the share of all slots that balancing wishes on null experts; None for N/(E + N).
         dropout: on the hidden units.
         expert_dropout: chance in training that a token cannot use an expert; no rescaling.
         balance: ``"entropy"``, ``"switch"``, ``"cv2"``, ``"z"`` (losses; see ``sparse_ffn.routing.balance`` for
@@ -57,7 +63,7 @@ class MoE(FusedPath):
         dtype: their dtype.
 
     Raises:
-        ValueError: k > n_experts, or an argument outside its range.
+        ValueError: k > n_experts + null_experts, or an argument outside its range.
     """
 
     _units_dims = 2
@@ -75,6 +81,9 @@ class MoE(FusedPath):
         bias: bool = False,
         d_out: int | None = None,
         d_router: int | None = None,
+        null_experts: int = 0,
+        null_kind: str = "zero",
+        null_share: float | None = None,
         dropout: float = 0.0,
         expert_dropout: float = 0.0,
         balance: str | Sequence[str] = "entropy",
@@ -96,8 +105,11 @@ class MoE(FusedPath):
         self.d_ff = self.n_experts * self.expert_size
         self._set_balance(balance, balance_weight, balance_over, aux, sync_balance)
         self._make_units(glu, bias)
+        self._set_null(null_experts, null_kind, null_share)
+        every = self.n_experts + self.null_experts
+        limit = "n_experts + null_experts" if self.null_experts else "n_experts"
         self.router = make_router(
-            router, self.d_model, d_router, self.n_experts, check_positive("k", k, self.n_experts, "n_experts"),
+            router, self.d_model, d_router, every, check_positive("k", k, every, limit),
             balance=self.balance, expert_dropout=check_rate("expert_dropout", expert_dropout),
             init_scale=self.init_scale, **self._factory,
         )  # fmt: skip
@@ -105,24 +117,11 @@ class MoE(FusedPath):
         super().reset_parameters()  # the router has initialised itself
 
     @property
-    def k(self) -> int:
-        """The router's ``k``: experts selected for a token, which may be set to any number up to n_experts."""
-        return self._own_router().k
-
-    @k.setter
-    def k(self, k: int) -> None:
-        self._own_router().k = k
-
-    def _own_router(self) -> Router:
-        # LoRA wraps it, and the wrapper has none of its attributes
-        return next(module for module in self.router.modules() if isinstance(module, Router))
-
-    @property
     def _units_shape(self) -> tuple[int, ...]:
         return (self.n_experts, self.expert_size)
 
     def reset_parameters(self) -> None:
-        """Normal keys and values, zero biases; the router's own initialisation."""
+        """Normal keys and values, zero biases and constants; the router's own initialisation."""
         super().reset_parameters()
         self.router.reset_parameters()
 
@@ -138,52 +137,24 @@ class MoE(FusedPath):
             gate_TK, loss = inject(gate_TK, loss), None
         x_TD = x_TD.to(autocast_dtype(x_TD))
         dropout_mask = self._dropout_mask(x_TD, x_TD.shape[0], self.k, self.expert_size)
-        y_TO = ops.expert_ffn(
-            x_TD, units, routing.index_TK, gate_TK, dropout_mask=dropout_mask, activation=self.activation
-        )
+        index_TK = routing.index_TK.clamp_max(self.n_experts) if self.null_experts else routing.index_TK
+        y_TO = ops.expert_ffn(x_TD, units, index_TK, gate_TK, dropout_mask=dropout_mask, activation=self.activation)
+        y_TO = self._add_null(y_TO, x_TD, routing.index_TK, gate_TK)
         self._keep(loss, routing.index_TK, mask_T, (y_TO, loss))
         return y_TO
 
-    def _route(self, x_TR: Tensor, mask_T: Tensor | None, units: ops.Units) -> Routing:
-        """What the router decides, or any module that stands in its place."""
-        router = self.router
-        if isinstance(router, Router) and type(router).forward is Router.forward:
-            self._check_router(units, router.weight)
-        routing: Routing = router(x_TR, mask_T)
-        if not isinstance(routing, Routing):
-            raise TypeError(f"router must return a sparse_ffn.routing.Routing, got {shown(routing)}")
-        n_scored, n_experts = routing.logits_TE.shape[1], units.values.shape[0]
-        if n_scored != n_experts:
-            raise ValueError(f"the router scored {n_scored} experts, values has {n_experts}")
-        return routing
-
-    def _selector_input(self, x: Tensor, router_input: Tensor | None) -> Tensor:
-        if router_input is None and self.d_router == self.d_model:
-            return x
-        if router_input is None:
-            raise ValueError(
-                f"router_input of width d_router = {self.d_router} must be given: this layer's router does not see x"
-            )
-        self._check_input("router_input", router_input, torch.float32)
-        shape = (*x.shape[:-1], self.d_router)
-        if router_input.shape != shape:
-            raise ValueError(
-                f"router_input must have shape {list(shape)}, d_router last, got {list(router_input.shape)}"
-            )
-        return router_input
-
     def _tensors(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
-        router = self._own_router()._tensors()
-        return {**{f"router.{name}": tensor for name, tensor in router.items()}, **super()._tensors()}
+        router = {f"router.{name}": tensor for name, tensor in self._own_router()._tensors().items()}
+        return {**router, **super()._tensors(), "constants": (self.constants, (self.null_experts, self.d_out))}
 
     @property
     def active_fraction(self) -> float:
-        """k/n_experts."""
-        return self.k / self.n_experts
+        """k/n_experts, and at most 1; null experts make it less."""
+        return min(1.0, self.k / self.n_experts)
 
     def flops_per_token(self) -> int:
-        """Router scores (twice for noisy top-k) and the k selected experts."""
-        n_units = self.k * self.expert_size
+        """Router scores (twice for noisy top-k) and k experts; null ones among them make it less."""
+        n_units = min(self.k, self.n_experts) * self.expert_size
         return sum(2 * p.numel() for p in self.router.parameters()) + self._flops(n_units, n_units)
 
     def extra_repr(self) -> str:
@@ -194,5 +165,8 @@ class MoE(FusedPath):
             glu=(self.gate_keys is not None, False),
             bias=(self.out_bias is not None, False),
             d_router=(self.d_router, self.d_model),
+            null_experts=(self.null_experts, 0),
+            null_kind=(self.null_kind, "zero"),
+            null_share=(self.null_share, None),
             **self._balance_options(),
         )

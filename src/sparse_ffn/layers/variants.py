@@ -22,6 +22,9 @@ class MoEOptions(TypedDict, total=False):
     bias: bool
     d_out: int | None
     d_router: int | None
+    null_experts: int
+    null_kind: str
+    null_share: float | None
     dropout: float
     expert_dropout: float
     balance_over: str

@@ -7,15 +7,17 @@
 | cv2     | variance / mean² of the summed gates      | 0                  | E - 1 (k = 1)     | 2310.10837, Eq. 14   |
 | z       | mean of logsumexp(logits)², in [0, inf)   | -                  | -                 | 2202.08906           |
 
-z keeps the logits small and balances nothing by itself.
+z keeps the logits small and balances nothing by itself. Null experts (MoE++, 2410.07348) may have another target. With
+t_e the share of the slots that is wished on expert e, entropy is then sum_e p_e log(p_e / (E t_e)), switch is
+sum_e f_e p_e / t_e, and cv2 is of the other experts' gates alone; with t_e = 1/E these are the formulas above.
 
-T tokens, E experts, K selected experts, B groups of tokens (1, or the number of sequences).
+T tokens, E experts (null experts among them), K selected experts, B groups of tokens (1, or the number of sequences).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,14 +31,30 @@ from sparse_ffn.routing.distributed import all_reduce_sum
 Terms = tuple[tuple[str, float], ...]
 
 
+class Null(NamedTuple):
+    """The last experts of a router, if they have no hidden units."""
+
+    experts: int
+    share: float
+    """Of all slots, as wished; the rest is the other experts'."""
+
+    def targets(self, like_BE: Tensor) -> Tensor:
+        """E times the share of the slots that is wished on each expert: [E]."""
+        every, own = like_BE.shape[1], like_BE.shape[1] - self.experts
+        others = like_BE.new_full((own,), every * (1 - self.share) / own)
+        return torch.cat([others, like_BE.new_full((self.experts,), every * self.share / self.experts)])
+
+
 class Pool:
     """Sums over the real tokens of each group, and over all processes if asked."""
 
     count_B1: Tensor | int
     """Real tokens of each group: a tensor only where it is not simply the group's length."""
 
-    def __init__(self, mask_T: Tensor | None, n_groups: int | None, sync: bool, routing: AnyRouting) -> None:
-        self.mask_T, self.sync = mask_T, sync
+    def __init__(
+        self, mask_T: Tensor | None, n_groups: int | None, sync: bool, routing: AnyRouting, null: Null | None
+    ) -> None:
+        self.mask_T, self.sync, self.null = mask_T, sync, null
         self.n_experts = routing[0].shape[1]
         self.per_sequence = n_groups is not None
         self.n_groups = 1 if n_groups is None else n_groups
@@ -80,13 +98,18 @@ class Pool:
 
 
 def entropy(routing: AnyRouting, pool: Pool) -> Tensor:
-    """Negative entropy of the mean softmax."""
-    if isinstance(routing, FusedRouting) and not isinstance(pool.count_B1, Tensor) and not under_transforms():
-        summed: Tensor = _MeanNegativeEntropy.apply(routing.softmax_BE, pool.count_B1)  # type: ignore[no-untyped-call]
+    """Negative entropy of the mean softmax, or with null experts its divergence from the targets, less log E."""
+    plain = pool.null is None and not isinstance(pool.count_B1, Tensor) and not under_transforms()
+    if isinstance(routing, FusedRouting) and plain:
+        count = pool.count_B1
+        summed: Tensor = _MeanNegativeEntropy.apply(routing.softmax_BE, count)  # type: ignore[no-untyped-call]
         return summed
     p_BE = pool.mean_softmax(routing)
     # clamped: at p = 0 the logarithm's infinite slope would meet the softmax's zero one
-    return pool.over_groups((p_BE * p_BE.clamp_min(torch.finfo(p_BE.dtype).tiny).log()).sum(1))
+    log_BE = p_BE.clamp_min(torch.finfo(p_BE.dtype).tiny).log()
+    if pool.null is not None:
+        log_BE = log_BE - pool.null.targets(p_BE).log()
+    return pool.over_groups((p_BE * log_BE).sum(1))
 
 
 class _MeanNegativeEntropy(torch.autograd.Function):
@@ -111,14 +134,21 @@ def switch(routing: AnyRouting, pool: Pool) -> Tensor:
     """Eq. 17, literally for any k: f sums to k. The gradient flows through p only."""
     p_BE = pool.mean_softmax(routing)
     f_BE = pool.mean(_by_expert(routing, torch.ones_like(routing.gate_TK), pool.n_experts))
+    if pool.null is not None:
+        f_BE = f_BE / pool.null.targets(f_BE)
     return pool.over_groups(pool.n_experts * (f_BE * p_BE).sum(1))
 
 
 def cv2(routing: AnyRouting, pool: Pool) -> Tensor:
-    """Squared coefficient of variation of the experts' importance, the gates being normalised per token."""
+    """Squared coefficient of variation of the experts' importance, the gates being normalised per token.
+
+    Null experts take their part of a token's gates, and no part in the variation.
+    """
     total_T1 = routing.gate_TK.sum(1, keepdim=True)
     share_TK = routing.gate_TK / torch.where(total_T1 > 0, total_T1, 1)  # all gates 0: no share, no infinite slope
     importance_BE = pool.sum(_by_expert(routing, share_TK, pool.n_experts))
+    if pool.null is not None:
+        importance_BE = importance_BE[:, : -pool.null.experts]
     mean_B1 = importance_BE.mean(1, keepdim=True)
     variance_B = (importance_BE - mean_B1).square().mean(1)
     mean_B = mean_B1.squeeze(1)
@@ -193,11 +223,16 @@ def balance_loss(
 
 
 def weighted_losses(
-    routing: AnyRouting, terms: Terms, mask_T: Tensor | None, n_sequences: int | None, sync: bool
+    routing: AnyRouting,
+    terms: Terms,
+    mask_T: Tensor | None,
+    n_sequences: int | None,
+    sync: bool,
+    null: Null | None = None,
 ) -> Tensor:
-    """``balance_loss`` of arguments that are right."""
+    """``balance_loss`` of arguments that are right, and with null experts if the router's last ones are."""
     with without_autocast(routing.gate_TK):
-        pool = Pool(mask_T, n_sequences, sync, routing)
+        pool = Pool(mask_T, n_sequences, sync, routing, null)
         losses = [weight * LOSSES[name](routing, pool) for name, weight in terms]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 

@@ -151,7 +151,7 @@ def make_router(
     if (made.d_model, made.n_experts, made.k) != sizes:
         raise ValueError(
             f"router has (d_model, n_experts, k) = {(made.d_model, made.n_experts, made.k)}, the layer (d_router, "
-            f"n_experts, k) = {sizes}"
+            f"n_experts + null_experts, k) = {sizes}"
         )
     if ("bias" in balance) != (made.bias is not None):
         raise ValueError(f"balance = {balance!r} and a router with selection_bias={made.bias is not None} do not fit")

@@ -16,18 +16,24 @@ def slot_counts(index_TK: Tensor, mask_T: Tensor | None, n_experts: int) -> Tens
     return torch.bincount(index_TK.flatten(), minlength=n_experts)
 
 
-def summary(index_TK: Tensor, mask_T: Tensor | None, n_experts: int) -> dict[str, Any]:
+def summary(index_TK: Tensor, mask_T: Tensor | None, n_experts: int, null_experts: int = 0) -> dict[str, Any]:
     """Entropy of the load over log E, busiest share and share of dead experts, and the load itself.
 
     Returns:
         ``entropy`` in [0, 1] (1 is balance), ``busiest`` in [1/E, 1] (share of the slots), ``dead`` in [0, 1) (share of
-        the experts without a slot), ``load``: CPU fp32 [E] of shares summing to 1. Without a real token all are 0.
+        the experts without a slot), ``load``: CPU fp32 [E] of shares summing to 1. Without a slot all are 0. Null
+        experts have no part in these; where there are any, ``null`` in [0, 1] is their share of all slots.
     """
-    counts = slot_counts(index_TK, mask_T, n_experts).to("cpu", torch.float64)
+    every = slot_counts(index_TK, mask_T, n_experts + null_experts).to("cpu", torch.float64)
+    counts, null = every[:n_experts], every[n_experts:].sum() / every.sum().clamp_min(1)
+    return {**_of_counts(counts), **({"null": null.item()} if null_experts else {})}
+
+
+def _of_counts(counts: Tensor) -> dict[str, Any]:
     load = counts / counts.sum().clamp_min(1)
     if not counts.sum():
         return {"entropy": 0.0, "busiest": 0.0, "dead": 0.0, "load": load.float()}
-    entropy = -torch.special.xlogy(load, load).sum().item()
+    entropy, n_experts = -torch.special.xlogy(load, load).sum().item(), len(counts)
     return {
         "entropy": entropy / math.log(n_experts) if n_experts > 1 else 1.0,
         "busiest": load.max().item(),

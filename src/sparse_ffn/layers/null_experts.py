@@ -1,0 +1,68 @@
+"""Null experts: a router's last rows, which stand for experts without hidden units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ffn import ops
+from sparse_ffn.checks import check_choice, check_count, check_rate, shape_error, shown
+from sparse_ffn.module import tensors_of
+from sparse_ffn.routing.balance import Null
+
+# T tokens, D d_model, O d_out, E experts with hidden units, N null experts, K selected experts
+
+KINDS = ("zero", "identity", "constant")
+
+
+class NullExperts(nn.Module):
+    """The part of a layer that adds its null experts' slots; for ``ops.expert_ffn`` those are void (MoE++, 2410.07348).
+
+    They come behind the E others: an index e >= E selects null expert e - E.
+    """
+
+    d_model: int
+    d_out: int
+    _parameter: Callable[..., nn.Parameter]
+    n_experts: int
+    null_experts: int
+    null_kind: str
+    null_share: float | None
+    constants: nn.Parameter | None
+    """One row [d_out] for each null expert of the kind ``"constant"``."""
+
+    def _set_null(self, count: int, kind: str, share: float | None) -> None:
+        self.null_experts = check_count("null_experts", count)
+        check_choice("null_kind", kind, KINDS)
+        if kind == "identity" and self.d_out != self.d_model:
+            raise ValueError(f"null_kind = 'identity' adds x, so d_out = {self.d_out} must be d_model = {self.d_model}")
+        if share is not None and not check_rate("null_share", share):
+            raise ValueError(f"null_share must be in (0, 1), got {shown(share)}")
+        if share is not None and not self.null_experts:
+            raise ValueError(f"null_share = {shown(share)} needs null experts, and null_experts = 0")
+        self.null_kind, self.null_share = kind, None if share is None else float(share)
+        has_constants = self.null_experts and kind == "constant"
+        self.constants = self._parameter(self.null_experts, self.d_out) if has_constants else None
+
+    @property
+    def _null(self) -> Null | None:
+        """What the balance losses need to know; None without null experts."""
+        if not self.null_experts:
+            return None
+        every = self.n_experts + self.null_experts
+        return Null(self.null_experts, self.null_experts / every if self.null_share is None else self.null_share)
+
+    def _add_null(self, y_TO: Tensor, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
+        """y + the sum over the token's null slots of gate · x, or of gate · ``constants[n]``; y itself for zeros."""
+        if not self.null_experts or self.null_kind == "zero":
+            return y_TO
+        index_TK = index_TK - self.n_experts
+        gate_TK = torch.where(index_TK >= 0, gate_TK, 0)
+        if self.null_kind == "identity":
+            return y_TO + (gate_TK.sum(1, keepdim=True) * x_TD).to(y_TO.dtype)
+        (constants,) = tensors_of(self, "constants")
+        if constants.shape != (self.null_experts, self.d_out):
+            raise shape_error({"constants": (constants, (self.null_experts, self.d_out))})
+        return y_TO + ops.weighted_bag(constants, index_TK.clamp_min(0), gate_TK)

@@ -1,0 +1,74 @@
+"""Routed: a layer whose router sends each token to some of its experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ffn import ops
+from sparse_ffn.checks import shown
+from sparse_ffn.layers.balanced import Balanced
+from sparse_ffn.layers.null_experts import NullExperts
+from sparse_ffn.layers.units import UnitsFFN
+from sparse_ffn.routing.base import Router, Routing
+
+
+class Routed(NullExperts, Balanced, UnitsFFN):
+    """What the router sees and decides, and whether its tensors fit the experts'."""
+
+    router: Router
+    d_router: int
+    """Width of what the router sees."""
+
+    @property
+    def k(self) -> int:
+        """The router's ``k``: experts selected for a token, which may be set to any number up to all that it scores."""
+        return self._own_router().k
+
+    @k.setter
+    def k(self, k: int) -> None:
+        self._own_router().k = k
+
+    def _own_router(self) -> Router:
+        # LoRA wraps it, and the wrapper has none of its attributes
+        return next(module for module in self.router.modules() if isinstance(module, Router))
+
+    def reset_parameters(self) -> None:
+        """As the units'; the constants of null experts start at zero."""
+        super().reset_parameters()
+        if self.constants is not None:
+            nn.init.zeros_(self.constants)
+
+    def _selector_input(self, x: Tensor, router_input: Tensor | None) -> Tensor:
+        if router_input is None and self.d_router == self.d_model:
+            return x
+        if router_input is None:
+            raise ValueError(
+                f"router_input of width d_router = {self.d_router} must be given: this layer's router does not see x"
+            )
+        self._check_input("router_input", router_input, torch.float32)
+        shape = (*x.shape[:-1], self.d_router)
+        if router_input.shape != shape:
+            raise ValueError(
+                f"router_input must have shape {list(shape)}, d_router last, got {list(router_input.shape)}"
+            )
+        return router_input
+
+    def _route(self, x_TR: Tensor, mask_T: Tensor | None, units: ops.Units) -> Routing:
+        """What the router decides, or any module that stands in its place."""
+        router = self.router
+        if isinstance(router, Router) and type(router).forward is Router.forward:
+            self._check_router(units, router.weight)
+        routing: Routing = router(x_TR, mask_T)
+        if not isinstance(routing, Routing):
+            raise TypeError(f"router must return a sparse_ffn.routing.Routing, got {shown(routing)}")
+        n_scored, n_experts = routing.logits_TE.shape[1], units.values.shape[0] + self.null_experts
+        if n_scored != n_experts:
+            null = f" and there are {self.null_experts} null experts" if self.null_experts else ""
+            raise ValueError(f"the router scored {n_scored} experts, values has {units.values.shape[0]}{null}")
+        return routing
+
+    def _check_router(self, units: ops.Units, weight: Tensor, bias: Tensor | None = None) -> None:
+        experts = units.values.shape[0] + self.null_experts
+        if weight.shape != (experts, self.d_router) or (bias is not None and bias.shape != (experts,)):
+            raise self._shape_error()
