@@ -148,6 +148,65 @@ def test_the_experts_of_the_largest_score_stay(by: str) -> None:
     assert set(report.layers[0].kept) == set(score.sort(descending=True, stable=True).indices[:3].tolist())
 
 
+@pytest.mark.parametrize("name", [name for name in LAYERS if "groups" not in name])
+def test_a_replaced_expert_is_its_constant_and_nothing_reroutes(name: str) -> None:
+    layer, x = drawn(LAYERS[name]()).eval(), torch.randn(T, D)
+    original = copy.deepcopy(layer)
+    stats = sf.expert_stats(layer, [x])
+    report = sf.prune_experts_(layer, stats, 5, replace="mean")
+    kept = list(report.layers[0].kept)
+    assert set(kept) == set(stats[""].residual.sort(descending=True).indices[:5].tolist())
+    removed = sorted({*range(8)} - {*kept})
+    r = original.router(x)
+    void = r.index_TK.masked_fill(torch.isin(r.index_TK, torch.tensor(removed)), 8)
+    weights = {"keys": original.keys, "values": original.values}
+    weights |= {"gate_keys": original.gate_keys, "key_bias": original.key_bias}  # type: ignore[dict-item]
+    expected = sf.functional.expert_ffn(x, **weights, index=void, gate=r.gate_TK, activation=layer.activation)
+    for e in removed:
+        expected = expected + (r.gate_TK * (r.index_TK == e)).sum(1, keepdim=True) * stats[""].mean[e].float()
+    expected = expected + (0 if layer.out_bias is None else layer.out_bias)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+    assert (layer.n_experts, layer.null_experts, layer.null_kind) == (5, 3, "constant")
+    assert report.layers[0].constants == 3
+    assert "8 -> 5 + 3 constants" in str(report)
+    again = sf.prune_experts_(layer, sf.expert_stats(layer, [x]), 4, replace="mean").layers[0]
+    assert (len(again.kept), again.constants, layer.null_experts) == (4, 1, 4)
+    constants = layer.constants
+    assert constants is not None
+    torch.testing.assert_close(constants[:3].double(), stats[""].mean[removed], atol=1e-6, rtol=1e-5)
+    options: dict[str, Any] = {"glu": layer.gate_keys is not None, "bias": layer.out_bias is not None}
+    options |= {"balance": layer.balance, "balance_weight": layer.balance_weight, "d_out": layer.d_out}
+    fresh = sf.MoE(D, 4, 4, layer.k, router=type(layer.router), null_experts=4, null_kind="constant", **options)
+    fresh.load_state_dict(layer.state_dict())
+    sf.prune_experts_(layer, sf.expert_stats(layer, [x]), 3)  # null experts stay when others go
+    assert (layer.n_experts, layer.null_experts, layer.router.n_experts) == (3, 4, 7)
+    (layer.train()(x).sum() + sf.aux_loss(layer)).backward()
+    assert constants.shape == (4, layer.d_out)
+
+
+def test_the_predicted_error_of_replacement_is_the_error_at_k_1() -> None:
+    layer, x = drawn(sf.SigmaMoE(D, 8, 4, 1)).double().eval(), torch.randn(T, D, dtype=torch.float64)
+    stats, y = sf.expert_stats(layer, [x]), layer(x)
+    of = sf.prune_experts_(layer, stats, 5, replace="mean").layers[0]
+    error = ((layer(x) - y).square().sum() / y.square().sum()).item()
+    assert math.isclose(of.error, math.sqrt(error), rel_tol=1e-9)
+    assert of.error < math.sqrt(float(stats[""].energy.sort().values[:3].sum() / stats[""].energy.sum()))
+
+
+def test_constants_have_no_place_beside_other_null_experts_nor_in_groups() -> None:
+    x = torch.randn(T, D)
+    zero = sf.SigmaMoE(D, 8, 4, 2, null_experts=2)
+    with pytest.raises(ValueError, match="null experts of the kind 'zero'"):
+        sf.prune_experts_(zero, sf.expert_stats(zero, [x]), 4, replace="mean")
+    sf.prune_experts_(zero, sf.expert_stats(zero, [x]), 4)
+    assert zero.router.n_experts == 6
+    zero(x)
+    groups = sf.MoE(D, 8, 4, 2, router=deepseek, balance="bias")
+    with pytest.raises(ValueError, match="a null expert would not fit"):
+        sf.prune_experts_(groups, sf.expert_stats(groups, [x]), 4, replace="mean")
+
+
 class Model(nn.Module):
     def __init__(self, scale: float = 3.0) -> None:
         super().__init__()

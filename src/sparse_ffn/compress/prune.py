@@ -1,7 +1,4 @@
-"""Pruning: experts that add little to their layer's output go, and the router no longer sees them.
-
-E experts, O d_out.
-"""
+"""Pruning: experts that add little to their layer's output go, or a constant stands in their place."""
 
 from __future__ import annotations
 
@@ -17,17 +14,17 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from sparse_ffn.checks import check_choice, check_module, check_positive, check_type, plain, shown
 from sparse_ffn.compress.statistics import ExpertStats, experts_of, ratio
 from sparse_ffn.layers.moe import MoE
+from sparse_ffn.ops import Units
 from sparse_ffn.routing.base import Router
 from sparse_ffn.routing.deepseek import DeepSeekRouter
 
 Score = Callable[[ExpertStats], Tensor]
 SCORES: dict[str, Score] = {
-    "error": lambda stats: stats.energy,
     "reap": lambda stats: ratio(stats.contribution, stats.count),
     "contribution": lambda stats: stats.contribution,
     "frequency": lambda stats: stats.count,
 }
-"""What an expert is worth, [E]; the least go."""
+"""What an expert is worth, [E], beside the error that it leaves; the least go."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +36,11 @@ class PrunedLayer:
     """Before."""
     kept: tuple[int, ...]
     """The old numbers of the experts that it has now, in their order."""
+    constants: int
+    """Experts that became constants."""
     error: float
-    """Predicted relative error of the output on the statistics' tokens, sqrt(Σ removed / Σ energy): what the removed
-    experts added to it, cross terms and what the other experts do instead aside."""
+    """Predicted relative error of the output on the statistics' tokens, sqrt(Σ lost / Σ energy), where an expert loses
+    its ``energy``, or its ``residual`` where a constant replaces it; cross terms and rerouted tokens aside."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,9 @@ class PruningReport:
     def __str__(self) -> str:
         before, after = self.parameters
         rows = [("name", "experts", "predicted error")]
-        rows += [(of.name, f"{of.n_experts} -> {len(of.kept)}", f"{of.error:.2%}") for of in self.layers]
+        for of in self.layers:
+            constants = f" + {of.constants} constants" if of.constants else ""
+            rows.append((of.name, f"{of.n_experts} -> {len(of.kept)}{constants}", f"{of.error:.2%}"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         head = f"{len(self.layers)} layers pruned: parameters {before} -> {after} ({after / max(before, 1):.0%})"
         return "\n".join([head, *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)])
@@ -68,10 +69,11 @@ def prune_experts_(
     keep: float,
     *,
     by: str | Score = "error",
+    replace: str | None = None,
     scope: str = "layer",
     protect: Iterable[str] | Mapping[str, Iterable[int]] | None = None,
 ) -> PruningReport:
-    """Remove the experts that matter least from a model's MoE layers, in place; tokens go to their next best expert.
+    """Remove the experts that matter least from a model's MoE layers, in place, or put constants in their place.
 
     The kept experts stay in their order, with their rows of the router. Optimizers hold the old parameters: prune
     first. Loads that bias balancing has counted are forgotten.
@@ -81,10 +83,13 @@ def prune_experts_(
         stats: what ``expert_stats`` said of them.
         keep: the share of experts to keep, a float in (0, 1], to the nearest number; or that number, an int. Each layer
             keeps k at least.
-        by: what an expert is worth. ``"error"``: its share of the output, Σ g²‖f‖², which is the squared error that its
-            removal adds, cross terms aside; ``"reap"``: the mean of g‖f‖ over its tokens (arXiv 2510.13999);
-            ``"contribution"``: the sum; ``"frequency"``: how many tokens it gets; or a function of ``ExpertStats`` that
-            gives [E] numbers.
+        by: what an expert is worth. ``"error"``: the squared error that its removal adds to the output, cross terms
+            aside: ``energy``, or ``residual`` where a constant replaces it; ``"reap"``: the mean of g‖f‖ over its
+            tokens (arXiv 2510.13999); ``"contribution"``: the sum; ``"frequency"``: how many tokens it gets; or a
+            function of ``ExpertStats`` that gives [E] numbers.
+        replace: None: its tokens go to their next best expert. ``"mean"``: it becomes a null expert of the kind
+            ``"constant"``, with the constant that replaces it best, ``stats.mean``, and keeps its row of the router, so
+            that no token goes elsewhere (MoNE, arXiv 2507.00390).
         scope: ``"layer"`` keeps the same share or number in each layer, ``"model"`` the best of all layers' experts
             together, by ``by`` as it is; a number is then that of the whole model.
         protect: names of layers that stay as they are; or for names of layers the experts that stay.
@@ -101,7 +106,9 @@ def prune_experts_(
     check_type("stats", stats, Mapping, "what expert_stats returned, a dict by the layers' names")
     keep = _check_keep(keep)
     if not callable(by):
-        check_choice("by", by, SCORES)
+        check_choice("by", by, ("error", *SCORES))
+    if replace is not None:
+        check_choice("replace", replace, ("mean",))
     check_choice("scope", scope, ("layer", "model"))
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
     if not layers:
@@ -111,22 +118,24 @@ def prune_experts_(
     _check_stats(model, stats, pruned)
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     for name, layer in pruned.items():
-        _check_prunable(name, layer, uses)
-    scores = {name: _score(by, name, stats[name]) for name in pruned}
+        _check_prunable(name, layer, uses, replace)
+    lost = {name: stats[name].energy if replace is None else stats[name].residual for name in pruned}
+    scores = {name: lost[name].clone() if by == "error" else _score(by, name, stats[name]) for name in pruned}
     for name, score in scores.items():
         score[sorted(protected[name])] = math.inf
     kept = _best_of_each(pruned, scores, keep) if scope == "layer" else _best_of_all(pruned, scores, keep)
     for name, experts in kept.items():
         _check_kept(name, pruned[name], experts, protected[name])
-    before = _size(model)
+    before, done = _size(model), []
     for name, experts in kept.items():
-        if len(experts) < pruned[name].n_experts:
-            _cut(pruned[name], experts)
-    report = [
-        PrunedLayer(name, len(scores[name]), tuple(experts), _error(stats[name].energy, experts))
-        for name, experts in kept.items()
-    ]
-    return PruningReport(tuple(report), (before, _size(model)))
+        layer, removed = pruned[name], sorted({*range(pruned[name].n_experts)} - {*experts})
+        constants = stats[name].mean[removed] if replace == "mean" else None
+        error = _relative(lost[name][removed], stats[name].energy)
+        n_constants = 0 if constants is None else len(removed)
+        done.append(PrunedLayer(name, layer.n_experts, tuple(experts), n_constants, error))
+        if removed:
+            _cut(layer, experts, removed, constants)
+    return PruningReport(tuple(done), (before, _size(model)))
 
 
 def _check_keep(keep: float) -> float:
@@ -178,13 +187,19 @@ def _check_stats(model: nn.Module, stats: Mapping[str, ExpertStats], pruned: Map
     if missing := [name for name in pruned if name not in stats]:
         places = ", ".join(name or "the layer" for name in missing)
         raise ValueError(
-            f"stats, a dict of {len(stats)} layers, lacks {places}: give expert_stats batches that reach all, or protect"
+            f"stats, a dict of {len(stats)} layers, lacks {places}: give expert_stats other batches, or protect"
         )
 
 
-def _check_prunable(name: str, layer: MoE, uses: Mapping[int, int]) -> None:
-    """Raise unless all that would be cut is the layer's own and plain."""
+def _check_prunable(name: str, layer: MoE, uses: Mapping[int, int], replace: str | None) -> None:
+    """Raise unless all that would be cut is the layer's own and plain, and can have what comes in its place."""
     place = name or "the layer"
+    if _n_groups(layer) > 1 and (replace or layer.null_experts):
+        raise ValueError(f"the router of {place} has n_groups > 1, where a null expert would not fit")
+    if replace and layer.null_experts and layer.null_kind != "constant":
+        raise ValueError(
+            f"replace = {replace!r} makes constants, but {place} has null experts of the kind {layer.null_kind!r}"
+        )
     if not isinstance(layer.router, Router):
         raise ValueError(f"the router of {place} is a {type(layer.router).__name__}: prune before it is wrapped")
     for stack, tensor in layer._tensors().items():
@@ -248,17 +263,24 @@ def _best_of_all(layers: Mapping[str, MoE], scores: Mapping[str, Tensor], keep: 
     if grouped := [name for name, layer in layers.items() if _n_groups(layer) > 1]:
         raise ValueError(f"scope = 'model' would leave groups of unlike sizes in {', '.join(grouped)}: take 'layer'")
     n_experts = sum(layer.n_experts for layer in layers.values())
-    number, least = _number(keep, n_experts), sum(layer.k for layer in layers.values())
+    number, least = _number(keep, n_experts), sum(map(_least, layers.values()))
     if not least <= number <= n_experts:
         raise ValueError(
             f"keep = {number} of the model's experts must be in [{least}, {n_experts}]: each layer keeps k at least"
         )
     ranked = {name: _ranked(score) for name, score in scores.items()}
-    kept = {name: ranked[name][: layer.k] for name, layer in layers.items()}
-    others = [(-float(scores[name][e]), name, e) for name, layer in layers.items() for e in ranked[name][layer.k :]]
+    kept = {name: ranked[name][: _least(layer)] for name, layer in layers.items()}
+    others = [
+        (-float(scores[name][e]), name, e) for name, layer in layers.items() for e in ranked[name][_least(layer) :]
+    ]
     for _, name, e in sorted(others, key=lambda other: other[0])[: number - least]:
         kept[name].append(e)
     return {name: sorted(experts) for name, experts in kept.items()}
+
+
+def _least(layer: MoE) -> int:
+    """Experts that a layer keeps at least: k, of which null experts may be a part."""
+    return min(layer.k, layer.n_experts)
 
 
 def _n_groups(layer: MoE) -> int:
@@ -267,7 +289,7 @@ def _n_groups(layer: MoE) -> int:
 
 def _check_kept(name: str, layer: MoE, experts: list[int], protected: set[int]) -> None:
     place, number, router = name or "the layer", len(experts), layer.router
-    if number < layer.k:
+    if number < _least(layer):
         raise ValueError(f"{place} would keep {number} of its experts, fewer than its k = {layer.k}")
     if lost := protected - set(experts):
         raise ValueError(f"{place} would keep {number} experts, but protect has more: {sorted(lost)} would go")
@@ -280,28 +302,37 @@ def _check_kept(name: str, layer: MoE, experts: list[int], protected: set[int]) 
             )
 
 
-def _error(energy: Tensor, kept: list[int]) -> float:
+def _relative(lost: Tensor, energy: Tensor) -> float:
     whole = float(energy.sum())
-    removed = whole - float(energy[kept].sum())
-    return math.sqrt(max(removed, 0.0) / whole) if whole else 0.0
+    return math.sqrt(float(lost.sum()) / whole) if whole else 0.0
 
 
-def _cut(layer: MoE, experts: list[int]) -> None:
-    """Leave these experts."""
-    for stack in layer._tensors():
-        owner, _, attribute = stack.rpartition(".")
-        module: nn.Module = layer.router if owner else layer
-        old = getattr(module, attribute)
-        if old is None:
-            continue
-        new = old.detach()[torch.tensor(experts, device=old.device)]
-        if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=old.requires_grad)
-        setattr(module, attribute, new)
-    layer.n_experts = layer.router.n_experts = len(experts)
+def _cut(layer: MoE, kept: list[int], removed: list[int], constants: Tensor | None) -> None:
+    """Leave the kept experts; with constants [removed, O] the others become the last null experts."""
+    scored = [*kept, *range(layer.n_experts, layer.n_experts + layer.null_experts)]
+    if constants is not None:
+        scored += removed
+    for name in Units._fields:
+        _select(layer, name, kept)
+    for name in layer.router._tensors():
+        _select(layer.router, name, scored)
+    layer.n_experts = len(kept)
     layer.d_ff = layer.n_experts * layer.expert_size
-    layer.router.load = None
+    layer.router.n_experts, layer.router.load = len(scored), None
+    if constants is not None:
+        new = constants.to(layer.values)
+        rows = new if layer.constants is None else torch.cat([layer.constants, new])
+        layer.constants = nn.Parameter(rows, requires_grad=layer.values.requires_grad)
+        layer.null_experts, layer.null_kind = len(rows), "constant"
     layer._last = None  # routing_stats of experts that are gone
+
+
+def _select(module: nn.Module, name: str, rows: list[int]) -> None:
+    old = getattr(module, name)
+    if old is not None:
+        new = old.detach()[torch.tensor(rows, device=old.device)]
+        is_parameter = isinstance(old, nn.Parameter)
+        setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
 
 
 def _size(model: nn.Module) -> int:
