@@ -108,7 +108,7 @@ WRONG: dict[str, Sequence[Any] | Callable[[Any], list[Any]]] = {
     **dict.fromkeys(("activation", "value_init", "query_norm", "balance_over", "aux", "init", "null_kind"), WORD),
     **dict.fromkeys(("cluster_by", "router_init"), WORD),
     **dict.fromkeys(("glu", "bias", "norm_aware", "sparse_grad", "sync_balance", "selection_bias", "gated"), FLAG),
-    **dict.fromkeys(("forced", "normalize", "fused", "sync", "mode", "query_bias", "norm_affine"), FLAG),
+    **dict.fromkeys(("forced", "prefetch", "normalize", "fused", "sync", "mode", "query_bias", "norm_affine"), FLAG),
     **dict.fromkeys(("title", "prefix", "package"), TEXT),
     "dropout": RATE,
     "expert_dropout": (*RATE, 1.0),
@@ -328,6 +328,7 @@ def entries() -> dict[str, Entry]:
     add("calibrate", sf.calibrate, lambda: {"model": nn.Sequential(Mlp()), "batches": [TOKENS]})
     add("expert_stats", sf.expert_stats, lambda: {"model": sf.SigmaMoE(**MOE), "batches": [TOKENS]})
     add("prune_experts_", sf.prune_experts_, lambda: {"model": sf.SigmaMoE(**MOE), "stats": {"": STATS}, "keep": 0.5})
+    add("map_experts_", sf.map_experts_, lambda: {"model": sf.SigmaMoE(**MOE), "path": stored()})
     add("config_from_dict", convert.config_from_dict, {"values": OPEN.to_dict()}, wrong={"values": (
         None, 3, "nonsense", [("config", "MoEConfig")], {"config": "nonsense"}, {"config": "MoEConfig", "gain": 1},
     )})  # fmt: skip
@@ -362,6 +363,17 @@ def entries() -> dict[str, Entry]:
         add(name, call, right)
     add("inner_first", with_inner_first, {"model": nn.Linear(2, 2)}, signature=peft.inner_first)
     return found
+
+
+FOLDER = tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def stored() -> str:
+    """A file with a layer's weights, in a folder that goes with the process."""
+    path = f"{FOLDER.name}/layer.pt"
+    torch.save(sf.SigmaMoE(**MOE).state_dict(), path)
+    return path
 
 
 def is_double(value: Any) -> bool:

@@ -96,6 +96,7 @@ def test_public_names_are_frozen() -> None:
             "calibrate",
             "expert_stats",
             "prune_experts_",
+            "map_experts_",
             "DenseFFNConfig",
             "TopKFFNConfig",
             "ProductKeyMemoryConfig",

@@ -1,5 +1,6 @@
 """Compression: a model's experts measured, pruned, and read from a file instead of from memory."""
 
+from sparse_ffn.compress.mapped import map_experts_ as map_experts_
 from sparse_ffn.compress.prune import PrunedLayer as PrunedLayer
 from sparse_ffn.compress.prune import PruningReport as PruningReport
 from sparse_ffn.compress.prune import prune_experts_ as prune_experts_

@@ -154,16 +154,17 @@ class _Experts:
 def experts_of(module: nn.Module) -> _Experts | None:
     """The module as one with experts, if it is one."""
     if isinstance(module, MoE):
-        return _Experts(module, partial(_route, module), partial(_apply, module))
+        return _Experts(module, partial(route, module), partial(_apply, module))
     names = ("hidden_states", "top_k_index", "top_k_weights")
     if hasattr(module, "num_experts") and tuple(inspect.signature(module.forward).parameters) == names:
         return _Experts(module, _given, partial(_ask, module))
     return None
 
 
-def _route(
+def route(
     layer: MoE, x: Tensor, *, mask: Tensor | None = None, router_input: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Of a call of a layer: x [T, D], the selected experts [T, K], their gates [T, K] and the mask [T]."""
     layer._check_call(x, mask)
     mask_T = None if mask is None else mask.reshape(-1)
     seen_TR = layer._selector_input(x, router_input).reshape(-1, layer.d_router)
