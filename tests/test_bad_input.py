@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import sparse_ffn as sf
-from sparse_ffn import convert, functional, info, integrations, layers, plot, routing
+from sparse_ffn import compress, convert, functional, info, integrations, layers, plot, routing
 from sparse_ffn.integrations import peft
 from sparse_ffn.integrations.product_keys import QUERY
 from sparse_ffn.layers import LatentMoE, SharedExpertMoE
@@ -97,6 +97,7 @@ class Maker:
         return self.made
 
 
+STATS, OTHER_STATS = (sf.expert_stats(sf.SigmaMoE(4, n, 5, 2), [torch.randn(9, 4)])[""] for n in (6, 5))
 FOREIGN = routing.SigmoidRouter(4, 6, 1)  # of other sizes than the layer's
 WRONG: dict[str, Sequence[Any] | Callable[[Any], list[Any]]] = {
     **dict.fromkeys(("d_model", "d_ff", "n_experts", "expert_size", "k", "n_sub_keys", "n_heads", "n_iters"), SIZE),
@@ -108,8 +109,8 @@ WRONG: dict[str, Sequence[Any] | Callable[[Any], list[Any]]] = {
     **dict.fromkeys(("activation", "value_init", "query_norm", "balance_over", "aux", "init", "null_kind"), WORD),
     **dict.fromkeys(("cluster_by", "router_init"), WORD),
     **dict.fromkeys(("glu", "bias", "norm_aware", "sparse_grad", "sync_balance", "selection_bias", "gated"), FLAG),
-    "projection_bias": FLAG,
-    **dict.fromkeys(("normalize", "fused", "sync", "mode", "query_bias", "norm_affine"), FLAG),
+    **dict.fromkeys(("projection_bias", "forced", "prefetch", "normalize", "fused", "sync", "mode"), FLAG),
+    **dict.fromkeys(("query_bias", "norm_affine"), FLAG),
     **dict.fromkeys(("title", "prefix", "package"), TEXT),
     "dropout": RATE,
     "expert_dropout": (*RATE, 1.0),
@@ -139,6 +140,11 @@ WRONG: dict[str, Sequence[Any] | Callable[[Any], list[Any]]] = {
     "ffn": (*MODULE, nn.Linear(4, 4)),
     "filter_fn": FUNCTION,
     "batches": (None, 3, nn.Linear(2, 2)),
+    "stats": (None, 3, "nonsense", [], {"": 3}, {}, {"nowhere": STATS}, {"": OTHER_STATS}),
+    "keep": (0, -1, 0.0, 1.5, math.nan, "0.5", True, [2], torch.tensor(0.5), None, 1, 7),
+    "by": ("nonsense", 3, ["error"], {}, None),
+    **dict.fromkeys(("scope", "replace"), WORD),
+    "protect": (3, "nonsense", ["nonsense"], {"": [6]}, {"": ["0"]}, {"": 0}, [3]),
     "layer_cls": (None, 3, "SigmaMoE", nn.Linear, nn.Linear(2, 2), sf.SparseFFN, SharedExpertMoE),
     "state_dict": (None, 3, "nonsense", [torch.ones(2)], nn.Linear(2, 2)),
     "shared": (None, 3, nn.Linear(4, 4), sf.DenseFFN(4, 6, d_out=3)),
@@ -342,6 +348,9 @@ def entries() -> dict[str, Entry]:
         wrong={"config": (None, 3, "SigmaMoEConfig", sf.SigmaMoEConfig, {})})  # fmt: skip
     add("to_dense", sf.to_dense, {"layer": sf.DenseFFN(4, 6)}, wrong={"layer": MODULE})
     add("calibrate", sf.calibrate, lambda: {"model": nn.Sequential(Mlp()), "batches": [TOKENS]})
+    add("expert_stats", sf.expert_stats, lambda: {"model": sf.SigmaMoE(**MOE), "batches": [TOKENS]})
+    add("prune_experts_", sf.prune_experts_, lambda: {"model": sf.SigmaMoE(**MOE), "stats": {"": STATS}, "keep": 0.5})
+    add("map_experts_", sf.map_experts_, lambda: {"model": sf.SigmaMoE(**MOE), "path": stored()})
     add("config_from_dict", convert.config_from_dict, {"values": OPEN.to_dict()}, wrong={"values": (
         None, 3, "nonsense", [("config", "MoEConfig")], {"config": "nonsense"}, {"config": "MoEConfig", "gain": 1},
     )})  # fmt: skip
@@ -378,6 +387,17 @@ def entries() -> dict[str, Entry]:
     return found
 
 
+FOLDER = tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def stored() -> str:
+    """A file with a layer's weights, in a folder that goes with the process."""
+    path = f"{FOLDER.name}/layer.pt"
+    torch.save(sf.SigmaMoE(**MOE).state_dict(), path)
+    return path
+
+
 def is_double(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.double
 
@@ -405,6 +425,9 @@ EXEMPT = {
     "SparseFFNWarning": "a warning's class",
     "Report": "a result of sparsify_",
     "Replacement": "a result of sparsify_",
+    "ExpertStats": "a result of expert_stats; prune_experts_ checks it",
+    "PruningReport": "a result of prune_experts_",
+    "PrunedLayer": "as PruningReport",
     "FFNConfig": "the configs' base: what it checks is tried on each of them",
     "ExpertsConfig": "as FFNConfig",
     "Routing": "a result of routers; the layer and balance_loss check it",
@@ -444,7 +467,19 @@ HOOKS = {
 
 def public() -> Iterator[tuple[str, Callable[..., Any]]]:
     """All public callables: functions, constructors, methods, and setters of properties."""
-    for module in (sf, functional, routing, convert, integrations, layers, plot, info, peft, *([hf] if hf else [])):
+    for module in (
+        sf,
+        functional,
+        routing,
+        compress,
+        convert,
+        integrations,
+        layers,
+        plot,
+        info,
+        peft,
+        *([hf] if hf else []),
+    ):
         for name, value in vars(module).items():
             home = getattr(value, "__module__", "")
             offers_others = hasattr(module, "__path__") or module is hf

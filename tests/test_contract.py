@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import sparse_ffn as sf
-from sparse_ffn import convert, layers, plot, routing
+from sparse_ffn import compress, convert, layers, plot, routing
 from sparse_ffn.layers import SharedExpertMoE
 from sparse_ffn.layers.variants import MoEOptions
 from sparse_ffn.routing.base import RouterOptions
@@ -94,6 +94,9 @@ def test_public_names_are_frozen() -> None:
             "from_dense",
             "to_dense",
             "calibrate",
+            "expert_stats",
+            "prune_experts_",
+            "map_experts_",
             "DenseFFNConfig",
             "TopKFFNConfig",
             "ProductKeyMemoryConfig",
@@ -123,7 +126,7 @@ def test_everything_public_has_its_place_in_the_documentation() -> None:
     documented = [
         getattr(importlib.import_module(module), name) for module, _, name in (n.rpartition(".") for n in names)
     ]
-    for package in (sf, sf.functional, routing, convert, layers, plot):
+    for package in (sf, sf.functional, routing, compress, convert, layers, plot):
         for name, value in vars(package).items():
             if not name.startswith("_") and callable(value) and _is_of(package, value):
                 assert any(value is one for one in documented), f"{package.__name__}.{name}"

@@ -28,12 +28,18 @@ template <class T> struct RowGemm {
   int64_t padded() const { return round_up(N, VL); }  // a finished row is matrices() * padded() floats
 };
 
-// R rows of A dot `keys` (1..4) consecutive rows of W, both where they lie: for experts with fewer than kPackMinRows rows,
-// and for a few tokens (experts_decode.cpp). c[r * c_stride + key].
-template <class T, int R>
-static void dot_rows(const T* const* a, const T* w, int64_t w_stride, int64_t k, int keys, float* c, int64_t c_stride) {
-  const T* row[4];
-  for (int j = 0; j < 4; j++) row[j] = w + lesser(j, keys - 1) * w_stride;
+// R rows of A dot `keys` (1..4) rows of W, both where they lie: for experts with fewer than kPackMinRows rows, and for a
+// few tokens (experts_decode.cpp). The rows of W are consecutive, or kListed: the next ones of a list, of which four more
+// are fetched. c[r * c_stride + row of W].
+template <class T, int R, bool kListed>
+static void dot_rows(const T* const* a, const T* w, int64_t w_stride, const int32_t* list, int64_t k, int keys, float* c,
+                     int64_t c_stride) {
+  const T *row[4], *ahead[4];
+  for (int j = 0; j < 4; j++) {
+    const int64_t last = lesser(j, keys - 1);
+    row[j] = w + (kListed ? list[last] : last) * w_stride;
+    ahead[j] = kListed ? w + list[j + 4] * w_stride : row[j] + 4 * w_stride;
+  }
   V acc[R][4] = {};
   int64_t i = 0;
 #if defined(__AVX512BF16__)
@@ -45,7 +51,7 @@ static void dot_rows(const T* const* a, const T* w, int64_t w_stride, int64_t k,
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) {
         wv[j] = pairs(row[j]);
-        prefetch(row[j] + i + 4 * w_stride);
+        prefetch(ahead[j] + i);
       }
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) {
@@ -61,7 +67,7 @@ static void dot_rows(const T* const* a, const T* w, int64_t w_stride, int64_t k,
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
       wv[j] = load(row[j] + i);
-      prefetch(row[j] + i + 4 * w_stride);
+      prefetch(ahead[j] + i);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
@@ -76,24 +82,36 @@ static void dot_rows(const T* const* a, const T* w, int64_t w_stride, int64_t k,
       for (int j = 0; j < 4; j++) acc[r][j] = fma(load_n(a[r] + i, n), load_n(row[j] + i, n), acc[r][j]);
   }
   for (int r = 0; r < R; r++)
-    for (int j = 0; j < keys; j++) c[r * c_stride + j] = sum(acc[r][j]);
+    for (int j = 0; j < keys; j++) c[r * c_stride + (kListed ? list[j] : j)] = sum(acc[r][j]);
+}
+
+// All `rows` (<= kMr) rows of A against the next four rows of W, of which `left` are left.
+template <class T, bool kListed>
+static void dot_four(const T* const* a, int rows, const T* w, int64_t w_stride, const int32_t* list, int64_t k,
+                     int64_t left, float* c, int64_t c_stride) {
+  const int keys = static_cast<int>(lesser<int64_t>(4, left));
+  int r = 0;
+  for (; r + 4 <= rows; r += 4) dot_rows<T, 4, kListed>(a + r, w, w_stride, list, k, keys, c + r * c_stride, c_stride);
+  switch (rows - r) {
+    case 3: dot_rows<T, 3, kListed>(a + r, w, w_stride, list, k, keys, c + r * c_stride, c_stride); break;
+    case 2: dot_rows<T, 2, kListed>(a + r, w, w_stride, list, k, keys, c + r * c_stride, c_stride); break;
+    case 1: dot_rows<T, 1, kListed>(a + r, w, w_stride, list, k, keys, c + r * c_stride, c_stride); break;
+  }
 }
 
 // All `rows` (<= kMr) rows of A against rows g0 .. g1-1 of W.
 template <class T>
 static void dot_panel(const T* const* a, int rows, const T* w, int64_t w_stride, int64_t k, int64_t g0, int64_t g1,
                       float* c, int64_t c_stride) {
-  for (int64_t g = g0; g < g1; g += 4) {
-    const int keys = static_cast<int>(lesser<int64_t>(4, g1 - g));
-    const T* wg = w + g * w_stride;
-    int r = 0;
-    for (; r + 4 <= rows; r += 4) dot_rows<T, 4>(a + r, wg, w_stride, k, keys, c + r * c_stride + g, c_stride);
-    switch (rows - r) {
-      case 3: dot_rows<T, 3>(a + r, wg, w_stride, k, keys, c + r * c_stride + g, c_stride); break;
-      case 2: dot_rows<T, 2>(a + r, wg, w_stride, k, keys, c + r * c_stride + g, c_stride); break;
-      case 1: dot_rows<T, 1>(a + r, wg, w_stride, k, keys, c + r * c_stride + g, c_stride); break;
-    }
-  }
+  for (int64_t g = g0; g < g1; g += 4)
+    dot_four<T, false>(a, rows, w + g * w_stride, w_stride, nullptr, k, g1 - g, c + g, c_stride);
+}
+
+// All `rows` (<= kMr) rows of A against `count` rows of W by a list, which kRowsAhead more entries follow.
+template <class T>
+static void dot_listed(const T* const* a, int rows, const T* w, int64_t w_stride, const int32_t* list, int64_t count,
+                       int64_t k, float* c, int64_t c_stride) {
+  for (int64_t i = 0; i < count; i += 4) dot_four<T, true>(a, rows, w, w_stride, list + i, k, count - i, c, c_stride);
 }
 
 // One packed panel of mr rows of A against all packed columns of an expert.

@@ -91,30 +91,40 @@ static void scatter_packed(const ScatterGemm<T>& g, int64_t first, int64_t last,
 // Columns from j on in tiles NV vectors wide; returns the first column not done.
 template <class T, int NV>
 static int64_t direct_tiles(int64_t j, int mr, int64_t k, int64_t columns, const float* pa, const T* w,
-                            int64_t w_stride, TileOut out) {
+                            int64_t w_stride, const int32_t* rows, TileOut out) {
   const DirectFn<T> f = find_direct<T>(mr, NV);
   if (!f) return j;
   float* c = out.c;
   for (; j + NV * VL <= columns; j += NV * VL) {
     out.c = c + j;
-    f(k, pa, w + j, w_stride, out);
+    f(k, pa, w + j, w_stride, rows, out);
   }
   return j;
 }
 
+// 0, 1, 2, ...
+template <int64_t kCount> struct FirstRows {
+  int32_t row[kCount];
+  constexpr FirstRows() : row{} {
+    for (int64_t i = 0; i < kCount; i++) row[i] = static_cast<int32_t>(i);
+  }
+};
+
 // The same with B read where it lies. Wide tiles for few rows: more of the weights in flight. A is packed by rows.
 template <class T>
-void scatter_direct(int mr, int64_t k, int64_t columns, const float* pa, const T* w, int64_t w_stride, float* tail,
-                    const TileOut& out) {
-  constexpr int64_t kBlock = kKBlock * (Paired<T>::value ? 2 : 1);
+void scatter_direct(int mr, int64_t k, int64_t columns, const float* pa, const T* w, int64_t w_stride,
+                    const int32_t* rows, float* tail, const TileOut& out) {
+  constexpr int64_t kBlock = kDirectBlock<T>;
+  static constexpr FirstRows<kBlock + kRowsAhead> first{};
+  if (!rows) rows = first.row;
   for (int64_t k0 = 0; k0 < k; k0 += kBlock, pa += kMr * kRowStride, w += kBlock * w_stride) {
     const int64_t n = lesser(kBlock, k - k0);
-    int64_t j = direct_tiles<T, 8>(0, mr, n, columns, pa, w, w_stride, out);
-    j = direct_tiles<T, 4>(j, mr, n, columns, pa, w, w_stride, out);
-    j = direct_tiles<T, 2>(j, mr, n, columns, pa, w, w_stride, out);
-    j = direct_tiles<T, 1>(j, mr, n, columns, pa, w, w_stride, out);
+    int64_t j = direct_tiles<T, 8>(0, mr, n, columns, pa, w, w_stride, rows, out);
+    j = direct_tiles<T, 4>(j, mr, n, columns, pa, w, w_stride, rows, out);
+    j = direct_tiles<T, 2>(j, mr, n, columns, pa, w, w_stride, rows, out);
+    j = direct_tiles<T, 1>(j, mr, n, columns, pa, w, w_stride, rows, out);
     if (j < columns) {  // fewer than VL columns left: a padded copy of them
-      pack_columns<T>(tail, [&](int64_t i) { return w + i * w_stride + j; }, n, columns - j, VL, nullptr);
+      pack_columns<T>(tail, [&](int64_t i) { return w + rows[i] * w_stride + j; }, n, columns - j, VL, nullptr);
       TileOut last = out;
       last.c = out.c + j;
       find_tile(Finish::kScatter, Layout::kPacked, Paired<T>::value, mr, VL)(words<T>(n), pa, 0, tail, last, kNoLines);
@@ -188,7 +198,7 @@ static void scatter_block(const ScatterGemm<T>& g, int64_t t0, int64_t t1, int64
       out.scale = g.scale ? g.scale + s0 : nullptr;
       for (int64_t m = 0; m < g.matrices(); m++) {
         for (int r = 0; r < mr; r++) pack_row(pa, r, g.row(s0 + r) + m * g.K, g.K);
-        scatter_direct(mr, g.K, columns, pa, g.w[m] + e * g.w_stride_expert + n0, g.w_stride_k, pb, out);
+        scatter_direct(mr, g.K, columns, pa, g.w[m] + e * g.w_stride_expert + n0, g.w_stride_k, nullptr, pb, out);
       }
     }
   }
@@ -246,7 +256,8 @@ template <class T> bool run_scatter_gemm(const ScatterGemm<T>& g) {
 
 #define SPARSE_FFN_DEFINE(T)                                                                                \
   template bool run_scatter_gemm(const ScatterGemm<T>&);                                                    \
-  template void scatter_direct(int, int64_t, int64_t, const float*, const T*, int64_t, float*, const TileOut&);
+  template void scatter_direct(int, int64_t, int64_t, const float*, const T*, int64_t, const int32_t*, float*,            \
+                               const TileOut&);
 SPARSE_FFN_DEFINE(float)
 SPARSE_FFN_DEFINE(bf16)
 SPARSE_FFN_DEFINE(fp16)

@@ -35,14 +35,17 @@ template <class T> struct ScatterGemm {
 // False when out of memory.
 template <class T> bool run_scatter_gemm(const ScatterGemm<T>&);
 
-// mr rows (packed by rows in pa) times B read where it lies, scattered into out; tail: kKBlock * VL words of scratch.
+// mr rows (packed by rows in pa) times k rows of B read where they lie, scattered into out; tail: kKBlock * VL words of
+// scratch. The rows of B are the first ones, or those of a list of at most a block's, which kRowsAhead more entries follow.
+template <class T> constexpr int64_t kDirectBlock = kKBlock * (Paired<T>::value ? 2 : 1);
 template <class T>
-void scatter_direct(int mr, int64_t k, int64_t columns, const float* pa, const T* w, int64_t w_stride, float* tail,
-                    const TileOut& out);
+void scatter_direct(int mr, int64_t k, int64_t columns, const float* pa, const T* w, int64_t w_stride,
+                    const int32_t* rows, float* tail, const TileOut& out);
 
 #define SPARSE_FFN_DECLARE(T)                                                                                     \
   extern template bool run_scatter_gemm(const ScatterGemm<T>&);                                                   \
-  extern template void scatter_direct(int, int64_t, int64_t, const float*, const T*, int64_t, float*, const TileOut&);
+  extern template void scatter_direct(int, int64_t, int64_t, const float*, const T*, int64_t, const int32_t*, float*, \
+                                      const TileOut&);
 SPARSE_FFN_DECLARE(float)
 SPARSE_FFN_DECLARE(bf16)
 SPARSE_FFN_DECLARE(fp16)

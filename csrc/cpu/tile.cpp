@@ -80,10 +80,9 @@ static void tile(int64_t k_words, const float* a, int64_t a_stride, const float*
 
 // One word of k of NV vectors of B: a row, or two rows paired (the second is zero past the end).
 template <class T, int NV>
-static ALWAYS_INLINE void load_words(const T* b, int64_t b_stride, bool second, V (&bv)[NV]) {
+static ALWAYS_INLINE void load_words(const T* b, const T* next, bool second, V (&bv)[NV]) {
 #if defined(__AVX512BF16__)
   if constexpr (Paired<T>::value) {
-    const T* next = b + b_stride;
     if constexpr (NV == 1) {
       const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
       const __m256i high = second ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(next)) : _mm256_setzero_si256();
@@ -101,16 +100,17 @@ static ALWAYS_INLINE void load_words(const T* b, int64_t b_stride, bool second, 
     return;
   }
 #endif
-  (void)b_stride;
+  (void)next;
   (void)second;
 #pragma GCC unroll 8
   for (int v = 0; v < NV; v++) bv[v] = load(b + v * VL);
 }
 
 template <class T, int MR, int NV>
-static void tile_direct(int64_t k, const float* a, const T* b, int64_t b_stride, const TileOut& out) {
+static void tile_direct(int64_t k, const float* a, const T* b, int64_t b_stride, const int32_t* rows,
+                        const TileOut& out) {
   constexpr int kRows = Paired<T>::value ? 2 : 1;  // of B in a word
-  constexpr int kAhead = 12;                       // rows of B fetched ahead: weights come from memory here
+  constexpr int kAhead = kRowsAhead - 2;           // rows of B fetched ahead: weights come from memory here
   V acc[MR][NV];
 #pragma GCC unroll 16
   for (int r = 0; r < MR; r++)
@@ -118,17 +118,16 @@ static void tile_direct(int64_t k, const float* a, const T* b, int64_t b_stride,
     for (int v = 0; v < NV; v++) acc[r][v] = zero();
   for (int64_t i = 0; i < k; i += kRows) {
     V bv[NV];
-    load_words<T, NV>(b, b_stride, i + 1 < k, bv);
+    load_words<T, NV>(b + rows[i] * b_stride, b + rows[i + 1] * b_stride, i + 1 < k, bv);
     for (int row = 0; row < kRows; row++)
       for (int64_t line = 0; line < NV * VL * static_cast<int64_t>(sizeof(T)); line += 64)
-        prefetch(reinterpret_cast<const char*>(b + (kAhead + row) * b_stride) + line);
+        prefetch(reinterpret_cast<const char*>(b + rows[i + kAhead + row] * b_stride) + line);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; r++) {
       const V av = broadcast(a + r * kRowStride);
 #pragma GCC unroll 8
       for (int v = 0; v < NV; v++) acc[r][v] = dot_step<Paired<T>::value>(av, bv[v], acc[r][v]);
     }
-    b += kRows * b_stride;
     a++;
   }
   finish_tile<Finish::kScatter, MR, NV>(acc, out);

@@ -54,9 +54,12 @@ using TileFn = void (*)(int64_t k_words, const float* a, int64_t a_stride, const
 // The kernel for mr rows and a packed panel of B that is kNr columns wide, or one vector where that covers `columns`.
 TileFn find_tile(Finish, Layout, bool paired, int mr, int64_t columns);
 
-// B read where it lies (row-major, k rows of T), for experts with fewer than kPackMinRows rows, and for a few tokens
-// (experts_decode.cpp): packing would not pay. A packed by rows, result scattered. Null where mr * nv accumulators do not fit.
-template <class T> using DirectFn = void (*)(int64_t k, const float* a, const T* b, int64_t b_stride, const TileOut&);
+// B read where it lies (row-major, of T), for experts with fewer than kPackMinRows rows, and for a few tokens
+// (experts_decode.cpp): packing would not pay. Its k rows are rows[0], rows[1], ...; kRowsAhead more are fetched. A packed
+// by rows, result scattered. Null where mr * nv accumulators do not fit.
+constexpr int kRowsAhead = 14;
+template <class T>
+using DirectFn = void (*)(int64_t k, const float* a, const T* b, int64_t b_stride, const int32_t* rows, const TileOut&);
 template <class T> DirectFn<T> find_direct(int mr, int nv);
 extern template DirectFn<float> find_direct<float>(int, int);
 extern template DirectFn<bf16> find_direct<bf16>(int, int);

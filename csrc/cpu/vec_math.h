@@ -26,7 +26,8 @@ static ALWAYS_INLINE V vexp(V x) {
 }
 
 // Each activation: value(z), and both(z, g, &a, &dz) with a = value and dz = g times the derivative. saves_value: the
-// backward needs only the activation itself, so that is what the forward stores.
+// backward needs only the activation itself, so that is what the forward stores. gives_zeros: of all z <= 0, so that a
+// few tokens need not read those units' rows (experts_decode.cpp).
 //
 // Of the smooth ones all factors of z are 0 or 1 to the last bit beyond +-kFar. Arguments from there are taken at it,
 // where a formula would meet an overflow or infinity times zero: at -infinity they are 0, at +infinity their slope is 1.
@@ -35,17 +36,17 @@ static ALWAYS_INLINE V above(V z) { return z < splat(-kFar) ? splat(-kFar) : z; 
 static ALWAYS_INLINE V near(V z) { return z > splat(kFar) ? splat(kFar) : above(z); }
 
 struct Relu {
-  static constexpr bool saves_value = true;
+  static constexpr bool saves_value = true, gives_zeros = true;
   static ALWAYS_INLINE V value(V z) { return z < zero() ? zero() : z; }
   static ALWAYS_INLINE void both(V z, V g, V& a, V& dz) { a = value(z); dz = z <= zero() ? zero() : g; }
 };
 struct Identity {
-  static constexpr bool saves_value = true;
+  static constexpr bool saves_value = true, gives_zeros = false;
   static ALWAYS_INLINE V value(V z) { return z; }
   static ALWAYS_INLINE void both(V z, V g, V& a, V& dz) { a = z; dz = g; }
 };
 struct SquaredRelu {
-  static constexpr bool saves_value = false;
+  static constexpr bool saves_value = false, gives_zeros = true;
   static ALWAYS_INLINE V value(V z) { const V r = Relu::value(z); return r * r; }
   static ALWAYS_INLINE void both(V z, V g, V& a, V& dz) {
     a = value(z);
@@ -54,7 +55,7 @@ struct SquaredRelu {
   }
 };
 struct Silu {
-  static constexpr bool saves_value = false;
+  static constexpr bool saves_value = false, gives_zeros = false;
   static ALWAYS_INLINE V value(V z) { z = above(z); return z / (1.f + vexp(-z)); }
   static ALWAYS_INLINE void both(V z, V g, V& a, V& dz) {
     const V x = near(z), s = 1.f / (1.f + vexp(-x));
@@ -63,7 +64,7 @@ struct Silu {
   }
 };
 struct Gelu {  // z Phi(z), Phi from erfc by Abramowitz and Stegun 7.1.26 (absolute error below 1.5e-7)
-  static constexpr bool saves_value = false;
+  static constexpr bool saves_value = false, gives_zeros = false;
   static ALWAYS_INLINE V phi_and_density(V z, V& density) {
     const V x = z * 0.70710678f, ax = x < zero() ? -x : x;
     const V t = 1.f / fma(ax, splat(0.3275911f), splat(1.f));
@@ -86,7 +87,7 @@ struct Gelu {  // z Phi(z), Phi from erfc by Abramowitz and Stegun 7.1.26 (absol
   }
 };
 struct GeluTanh {  // 0.5 z (1 + tanh(w)) = z sigmoid(2w)
-  static constexpr bool saves_value = false;
+  static constexpr bool saves_value = false, gives_zeros = false;
   static ALWAYS_INLINE V factor(V z) {  // sigmoid(2w)
     const V w = z * 0.79788456f * fma(z * z, splat(0.044715f), splat(1.f));
     return 1.f / (1.f + vexp(-2.f * w));

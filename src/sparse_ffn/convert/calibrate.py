@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.checks import check_function, check_positive, check_type
+from sparse_ffn.checks import check_function, check_positive
+from sparse_ffn.convert.batches import run
 from sparse_ffn.convert.find.find import find
 from sparse_ffn.convert.find.probe import first_of
 
@@ -63,50 +64,19 @@ def calibrate(
         ValueError: no FFN is found, or none saw a token; a lazy module has not run yet.
     """
     max_tokens = check_positive("max_tokens", max_tokens)
-    check_type("batches", batches, Iterable, "batches to iterate over")
     if filter_fn is not None:
         check_function("filter_fn", filter_fn, "module and name")
     found = [f for f in find(model)[0] if filter_fn is None or filter_fn(f.module, f.name)]
     if not found:
         raise ValueError("the model has no FFN that sparsify_ would find (and filter_fn admit)")
     samples = {f.name: Reservoir(max_tokens) for f in found}
-    batch: Any = None
 
-    def keep(sample: Reservoir, mask_name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+    def keep(sample: Reservoir, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor | None) -> None:
         x: Tensor = first_of(args, kwargs)
-        mask: Any = batch.get(mask_name) if isinstance(batch, Mapping) else None
-        fits = isinstance(mask, Tensor) and mask.shape == x.shape[:-1]
-        sample.add(x[mask.bool().to(x.device)] if fits else x.flatten(0, -2))
+        sample.add(x.flatten(0, -2) if mask is None or mask.shape != x.shape[:-1] else x[mask.to(x.device)])
 
-    decoder = _decoder(model)
-    handles = []
-    for f in found:
-        first = f.ups[0].module
-        hook = partial(keep, samples[f.name], "decoder_attention_mask" if first in decoder else "attention_mask")
-        handles.append(first.register_forward_pre_hook(hook, with_kwargs=True))
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        for batch in batches:
-            if isinstance(batch, Mapping):
-                model(**batch)
-            else:
-                model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes.items():
-            module.training = training
+    run(model, batches, [(f.ups[0].module, partial(keep, samples[f.name])) for f in found])
     seen = {name: sample.rows for name, sample in samples.items() if sample.seen}
     if not seen:
         raise ValueError(f"no FFN saw a token of the batches: {', '.join(samples)}")
     return seen
-
-
-def _decoder(model: nn.Module) -> set[nn.Module]:
-    """The modules of an encoder-decoder's decoder, whose tokens have a mask of their own."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return set()
-    get: Any = getattr(model, "get_decoder", lambda: None)
-    decoder = get()  # an encoder by itself has none, or gives itself
-    return set(decoder.modules()) if isinstance(decoder, nn.Module) and decoder is not model else set()

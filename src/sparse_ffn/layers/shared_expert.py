@@ -27,8 +27,6 @@ class SharedExpertMoE(nn.Module):
     gate: nn.Linear | None
     d_model: int
     d_out: int
-    d_ff: int
-    """Hidden units in all, the shared expert's among them."""
 
     def __init__(self, routed: MoE | LatentMoE, shared: DenseFFN, *, gated: bool = False) -> None:
         super().__init__()
@@ -41,7 +39,6 @@ class SharedExpertMoE(nn.Module):
             )
         self.routed, self.shared = routed, shared
         self.d_model, self.d_out = widths
-        self.d_ff = routed.d_ff + shared.d_ff
         own = {"device": shared.values.device, "dtype": shared.values.dtype}
         self.gate = nn.Linear(routed.d_model, 1, bias=False, **own) if check_flag("gated", gated) else None
 
@@ -67,6 +64,11 @@ class SharedExpertMoE(nn.Module):
     @k.setter
     def k(self, k: int) -> None:
         self.routed.k = k
+
+    @property
+    def d_ff(self) -> int:
+        """Hidden units in all, the shared expert's among them."""
+        return self.routed.d_ff + self.shared.d_ff
 
     def reset_parameters(self) -> None:
         """Initialise all parameters and buffers anew."""

@@ -1,0 +1,73 @@
+"""A byte language model with a σ-MoE in each block, trained once on the demo's text: what compression is tried on."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import sparse_ffn as sf
+from examples.language_model import data
+from examples.language_model.model import ByteTransformer
+
+CONTEXT, BATCH, LAYERS = 128, 16, 4
+FOLDER = Path("runs/compress")
+
+
+@dataclass(frozen=True)
+class ByteModel:
+    """The trained model and its text."""
+
+    model: ByteTransformer
+    corpus: data.Corpus
+
+    def calibration(self, n_windows: int = 64) -> list[Tensor]:
+        """Batches of the training text."""
+        starts = data.even_starts(self.corpus.train, n_windows, CONTEXT)
+        return [data.windows(self.corpus.train, part, CONTEXT)[0] for part in starts.split(BATCH)]
+
+    @torch.no_grad()
+    def bits_per_byte(self, model: torch.nn.Module | None = None, n_windows: int = 128) -> float:
+        """Of a changed copy of the model, or of the model, over windows spread evenly over the validation text."""
+        model = (self.model if model is None else model).eval()
+        total, count = 0.0, 0
+        for starts in data.even_starts(self.corpus.valid, n_windows, CONTEXT).split(BATCH):
+            x, y = data.windows(self.corpus.valid, starts, CONTEXT)
+            total += F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum").item()
+            count += y.numel()
+        return total / count / math.log(2)
+
+
+def trained(steps: int = 2500, seed: int = 0, folder: Path = FOLDER, source: str = "python") -> ByteModel:
+    """The model after so many steps, kept in the folder: width 128, 4 blocks, 32 experts of 32 units, k = 4."""
+    corpus, path = data.load(source, CONTEXT), folder / f"byte-model-{steps}-{seed}.pt"
+    torch.manual_seed(seed)
+    model = ByteTransformer(
+        d_model=128, n_layers=LAYERS, n_heads=4, d_head=32, context=CONTEXT, dropout=0.0,
+        make_ffn=lambda i: sf.SigmaMoE(128, 32, 32, 4, n_layers=LAYERS),
+    )  # fmt: skip
+    about = {"digest": corpus.digest, "steps": steps, "seed": seed}
+    kept = torch.load(path, weights_only=True) if path.is_file() else {}
+    if kept.get("about") == about:
+        model.load_state_dict(kept["model"])
+        return ByteModel(model, corpus)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        x, y = data.batch(corpus.train, seed=seed, step=step, batch_size=BATCH, context=CONTEXT)
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        (loss + sf.aux_loss(model)).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 250 == 0:
+            print(f"step {step}: {loss.item() / math.log(2):.3f} bits/byte", file=sys.stderr)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"about": about, "model": model.state_dict()}, path)
+    return ByteModel(model, corpus)

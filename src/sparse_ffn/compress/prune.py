@@ -1,0 +1,339 @@
+"""Pruning: experts that add little to their layer's output go, or a constant stands in their place."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from sparse_ffn.checks import check_choice, check_module, check_positive, check_type, plain, shown
+from sparse_ffn.compress.statistics import ExpertStats, experts_of, ratio
+from sparse_ffn.layers.moe import MoE
+from sparse_ffn.ops import Units
+from sparse_ffn.routing.base import Router
+from sparse_ffn.routing.deepseek import DeepSeekRouter
+
+Score = Callable[[ExpertStats], Tensor]
+SCORES: dict[str, Score] = {
+    "reap": lambda stats: ratio(stats.contribution, stats.count),
+    "contribution": lambda stats: stats.contribution,
+    "frequency": lambda stats: stats.count,
+}
+"""What an expert is worth, [E], beside the error that it leaves; the least go."""
+
+
+@dataclass(frozen=True)
+class PrunedLayer:
+    """What became of one layer."""
+
+    name: str
+    n_experts: int
+    """Before."""
+    kept: tuple[int, ...]
+    """The old numbers of the experts that it has now, in their order."""
+    constants: int
+    """Experts that became constants."""
+    error: float
+    """Predicted relative error of the output on the statistics' tokens, sqrt(Σ lost / Σ energy), where an expert loses
+    its ``energy``, or its ``residual`` where a constant replaces it; cross terms and rerouted tokens aside."""
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """All layers that were pruned. ``print`` it."""
+
+    layers: tuple[PrunedLayer, ...]
+    parameters: tuple[int, int]
+    """The model's, before and after."""
+
+    def __str__(self) -> str:
+        before, after = self.parameters
+        rows = [("name", "experts", "predicted error")]
+        for of in self.layers:
+            constants = f" + {of.constants} constants" if of.constants else ""
+            rows.append((of.name, f"{of.n_experts} -> {len(of.kept)}{constants}", f"{of.error:.2%}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        head = f"{len(self.layers)} layers pruned: parameters {before} -> {after} ({after / max(before, 1):.0%})"
+        return "\n".join([head, *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)])
+
+
+@torch.no_grad()
+def prune_experts_(
+    model: nn.Module,
+    stats: Mapping[str, ExpertStats],
+    keep: float,
+    *,
+    by: str | Score = "error",
+    replace: str | None = None,
+    scope: str = "layer",
+    protect: Iterable[str] | Mapping[str, Iterable[int]] | None = None,
+) -> PruningReport:
+    """Remove the experts that matter least from a model's MoE layers, in place, or put constants in their place.
+
+    The kept experts stay in their order, with their rows of the router. Optimizers hold the old parameters: prune
+    first. Loads that bias balancing has counted are forgotten.
+
+    Args:
+        model: its ``MoE`` layers are pruned.
+        stats: what ``expert_stats`` said of them.
+        keep: the share of experts to keep, a float in (0, 1], to the nearest number; or that number, an int. Each layer
+            keeps k at least.
+        by: what an expert is worth. ``"error"``: the squared error that its removal adds to the output, cross terms
+            aside: ``energy``, or ``residual`` where a constant replaces it; ``"reap"``: the mean of g‖f‖ over its
+            tokens (arXiv 2510.13999); ``"contribution"``: the sum; ``"frequency"``: how many tokens it gets; or a
+            function of ``ExpertStats`` that gives [E] numbers.
+        replace: None: its tokens go to their next best expert. ``"mean"``: it becomes a null expert of the kind
+            ``"constant"``, with the constant that replaces it best, ``stats.mean``, and keeps its row of the router, so
+            that no token goes elsewhere (MoNE, arXiv 2507.00390).
+        scope: ``"layer"`` keeps the same share or number in each layer, ``"model"`` the best of all layers' experts
+            together, by ``by`` as it is; a number is then that of the whole model.
+        protect: names of layers that stay as they are; or for names of layers the experts that stay.
+
+    Returns:
+        What was kept in each layer, with the predicted error; prints as a table.
+
+    Raises:
+        TypeError: an argument of a wrong type.
+        ValueError: a layer has no statistics or those of another one, would keep fewer experts than k, is parametrised,
+            quantised, wrapped or tied to something else; the names are listed. Nothing was changed then.
+    """
+    check_module("model", model)
+    check_type("stats", stats, Mapping, "what expert_stats returned, a dict by the layers' names")
+    keep = _check_keep(keep)
+    if not callable(by):
+        check_choice("by", by, ("error", *SCORES))
+    if replace is not None:
+        check_choice("replace", replace, ("mean",))
+    check_choice("scope", scope, ("layer", "model"))
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+    if not layers:
+        raise ValueError("the model has no MoE layer")
+    protected = _check_protect(protect, layers)
+    pruned = {name: layer for name, layer in layers.items() if len(protected[name]) < layer.n_experts}
+    _check_stats(model, stats, pruned)
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    for name, layer in pruned.items():
+        _check_prunable(name, layer, uses, replace)
+    lost = {name: stats[name].energy if replace is None else stats[name].residual for name in pruned}
+    scores = {name: lost[name].clone() if by == "error" else _score(by, name, stats[name]) for name in pruned}
+    for name, score in scores.items():
+        score[sorted(protected[name])] = math.inf
+    kept = _best_of_each(pruned, scores, keep) if scope == "layer" else _best_of_all(pruned, scores, keep)
+    for name, experts in kept.items():
+        _check_kept(name, pruned[name], experts, protected[name])
+    before, done = _size(model), []
+    for name, experts in kept.items():
+        layer, removed = pruned[name], sorted({*range(pruned[name].n_experts)} - {*experts})
+        constants = stats[name].mean[removed] if replace == "mean" else None
+        error = _relative(lost[name][removed], stats[name].energy)
+        n_constants = 0 if constants is None else len(removed)
+        done.append(PrunedLayer(name, layer.n_experts, tuple(experts), n_constants, error))
+        if removed:
+            _cut(layer, experts, removed, constants)
+    return PruningReport(tuple(done), (before, _size(model)))
+
+
+def _check_keep(keep: float) -> float:
+    keep = plain(keep)
+    if isinstance(keep, float):
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep must be a share in (0, 1] or a number of experts, an int, got {keep}")
+        return keep
+    return check_positive("keep", keep)
+
+
+def _check_protect(
+    protect: Iterable[str] | Mapping[str, Iterable[int]] | None, layers: Mapping[str, MoE]
+) -> dict[str, set[int]]:
+    """For each layer the experts that stay."""
+    found: dict[str, set[int]] = {name: set() for name in layers}
+    if protect is None:
+        return found
+    if isinstance(protect, str) or not isinstance(protect, Iterable):
+        raise TypeError(f"protect must be names of layers, or a dict of their experts, got {shown(protect)}")
+    experts = dict(protect) if isinstance(protect, Mapping) else {name: None for name in protect}
+    for name, of in experts.items():
+        if name not in layers:
+            raise ValueError(f"protect names {shown(name)}, which is none of the MoE layers {', '.join(layers)}")
+        all_of = range(layers[name].n_experts)
+        check_type(f"protect[{name!r}]", all_of if of is None else of, Iterable, "numbers of experts")
+        found[name] = set(all_of if of is None else map(plain, of))
+        if not all(type(e) is int and e in all_of for e in found[name]):
+            raise ValueError(f"protect[{name!r}] must be numbers of experts in [0, {len(all_of)}), got {shown(of)}")
+    return found
+
+
+def _check_stats(model: nn.Module, stats: Mapping[str, ExpertStats], pruned: Mapping[str, MoE]) -> None:
+    modules = dict(model.named_modules())
+    for name, of in stats.items():
+        check_type(f"stats[{name!r}]", of, ExpertStats, "an ExpertStats")
+        module = modules.get(name)
+        if isinstance(module, MoE):
+            shape = (module.n_experts, module.d_out)
+            if of.moment.shape != shape:
+                raise ValueError(
+                    f"stats[{name!r}] are of {list(of.moment.shape)} [experts, d_out], the layer has {list(shape)}"
+                )
+        elif module is not None and experts_of(module) is not None:
+            raise ValueError(f"{name} is a {type(module).__name__}: only MoE layers are pruned. For a block of "
+                             "transformers see sparse_ffn.integrations.from_transformers")  # fmt: skip
+        else:
+            raise ValueError(f"stats has {shown(name)}, which is no MoE layer of the model: these are another model's")
+    if missing := [name for name in pruned if name not in stats]:
+        places = ", ".join(name or "the layer" for name in missing)
+        raise ValueError(
+            f"stats, a dict of {len(stats)} layers, lacks {places}: give expert_stats other batches, or protect"
+        )
+
+
+def _check_prunable(name: str, layer: MoE, uses: Mapping[int, int], replace: str | None) -> None:
+    """Raise unless all that would be cut is the layer's own and plain, and can have what comes in its place."""
+    place = name or "the layer"
+    if _n_groups(layer) > 1 and (replace or layer.null_experts):
+        raise ValueError(f"the router of {place} has n_groups > 1, where a null expert would not fit")
+    if replace and layer.null_experts and layer.null_kind != "constant":
+        raise ValueError(
+            f"replace = {replace!r} makes constants, but {place} has null experts of the kind {layer.null_kind!r}"
+        )
+    if not isinstance(layer.router, Router):
+        raise ValueError(f"the router of {place} is a {type(layer.router).__name__}: prune before it is wrapped")
+    for stack, tensor in layer._tensors().items():
+        if tensor[0] is None:
+            continue
+        owner, _, attribute = stack.rpartition(".")
+        module = layer.router if owner else layer
+        given = {**module._parameters, **module._buffers}.get(attribute)
+        if type(given) not in (nn.Parameter, Tensor) or is_traceable_wrapper_subclass(given):
+            raise ValueError(
+                f"{stack} of {place} is no plain parameter: prune before it is parametrised, quantised or sharded"
+            )
+        if uses[id(given)] > 1:
+            raise ValueError(f"{stack} of {place} is tied to another module's parameter, which would not be pruned")
+
+
+def _score(by: str | Score, name: str, stats: ExpertStats) -> Tensor:
+    score = (SCORES[by] if isinstance(by, str) else by)(stats)
+    check_type("what by returns", score, Tensor, "a tensor")
+    if score.shape != stats.count.shape or not bool(score.isfinite().all()):
+        raise ValueError(
+            f"by must give a finite number for each of the {len(stats.count)} experts of {name or 'the layer'}, "
+            f"got {shown(score)}"
+        )
+    return score.double().clone()
+
+
+def _ranked(score: Tensor) -> list[int]:
+    """The best first, equal ones by the lower number."""
+    order: list[int] = score.sort(descending=True, stable=True).indices.tolist()
+    return order
+
+
+def _number(keep: float, n_experts: int) -> int:
+    return round(keep * n_experts) if isinstance(keep, float) else keep
+
+
+def _best_of_each(layers: Mapping[str, MoE], scores: Mapping[str, Tensor], keep: float) -> dict[str, list[int]]:
+    """The same share or number of experts in each layer; of groups of experts, in each group."""
+    kept = {}
+    for name, layer in layers.items():
+        groups, number = _n_groups(layer), _number(keep, layer.n_experts)
+        if number > layer.n_experts:
+            raise ValueError(f"keep = {number} is more than the n_experts = {layer.n_experts} of {name or 'the layer'}")
+        if number % groups:
+            raise ValueError(
+                f"keep = {number} of {name or 'the layer'} must be a multiple of its router's n_groups = {groups}: "
+                "groups stay of one size"
+            )
+        size = layer.n_experts // groups
+        kept[name] = sorted(
+            first + e
+            for first in range(0, layer.n_experts, size)
+            for e in _ranked(scores[name][first : first + size])[: number // groups]
+        )
+    return kept
+
+
+def _best_of_all(layers: Mapping[str, MoE], scores: Mapping[str, Tensor], keep: float) -> dict[str, list[int]]:
+    """The best experts of all layers together, and k of each layer at least."""
+    if grouped := [name for name, layer in layers.items() if _n_groups(layer) > 1]:
+        raise ValueError(f"scope = 'model' would leave groups of unlike sizes in {', '.join(grouped)}: take 'layer'")
+    n_experts = sum(layer.n_experts for layer in layers.values())
+    number, least = _number(keep, n_experts), sum(map(_least, layers.values()))
+    if not least <= number <= n_experts:
+        raise ValueError(
+            f"keep = {number} of the model's experts must be in [{least}, {n_experts}]: each layer keeps k at least"
+        )
+    ranked = {name: _ranked(score) for name, score in scores.items()}
+    kept = {name: ranked[name][: _least(layer)] for name, layer in layers.items()}
+    others = [
+        (-float(scores[name][e]), name, e) for name, layer in layers.items() for e in ranked[name][_least(layer) :]
+    ]
+    for _, name, e in sorted(others, key=lambda other: other[0])[: number - least]:
+        kept[name].append(e)
+    return {name: sorted(experts) for name, experts in kept.items()}
+
+
+def _least(layer: MoE) -> int:
+    """Experts that a layer keeps at least: k, of which null experts may be a part."""
+    return min(layer.k, layer.n_experts)
+
+
+def _n_groups(layer: MoE) -> int:
+    return layer.router.n_groups if isinstance(layer.router, DeepSeekRouter) else 1
+
+
+def _check_kept(name: str, layer: MoE, experts: list[int], protected: set[int]) -> None:
+    place, number, router = name or "the layer", len(experts), layer.router
+    if number < _least(layer):
+        raise ValueError(f"{place} would keep {number} of its experts, fewer than its k = {layer.k}")
+    if lost := protected - set(experts):
+        raise ValueError(f"{place} would keep {number} experts, but protect has more: {sorted(lost)} would go")
+    if isinstance(router, DeepSeekRouter) and router.n_groups > 1:
+        size = number // router.n_groups
+        if size < 2 or layer.k > router.topk_groups * size:
+            raise ValueError(
+                f"{place} would keep {size} experts of each of its router's {router.n_groups} groups: too few for "
+                f"k = {layer.k} in topk_groups = {router.topk_groups} of them, or for two"
+            )
+
+
+def _relative(lost: Tensor, energy: Tensor) -> float:
+    whole = float(energy.sum())
+    return math.sqrt(float(lost.sum()) / whole) if whole else 0.0
+
+
+def _cut(layer: MoE, kept: list[int], removed: list[int], constants: Tensor | None) -> None:
+    """Leave the kept experts; with constants [removed, O] the others become the last null experts."""
+    scored = [*kept, *range(layer.n_experts, layer.n_experts + layer.null_experts)]
+    if constants is not None:
+        scored += removed
+    for name in Units._fields:
+        _select(layer, name, kept)
+    for name in layer.router._tensors():
+        _select(layer.router, name, scored)
+    layer.n_experts = len(kept)
+    layer.d_ff = layer.n_experts * layer.expert_size
+    layer.router.n_experts, layer.router.load = len(scored), None
+    if constants is not None:
+        new = constants.to(layer.values)
+        rows = new if layer.constants is None else torch.cat([layer.constants, new])
+        layer.constants = nn.Parameter(rows, requires_grad=layer.values.requires_grad)
+        layer.null_experts, layer.null_kind = len(rows), "constant"
+    layer._last = None  # routing_stats of experts that are gone
+
+
+def _select(module: nn.Module, name: str, rows: list[int]) -> None:
+    old = getattr(module, name)
+    if old is not None:
+        new = old.detach()[torch.tensor(rows, device=old.device)]
+        is_parameter = isinstance(old, nn.Parameter)
+        setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
+
+
+def _size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,65 @@
+"""Batches: run a model on them in evaluation, watch what some of its modules get, and put everything back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ffn.checks import check_type
+
+Watch = Callable[[tuple[Any, ...], dict[str, Any], "Tensor | None"], None]
+"""Gets a call's arguments, those by keyword, and the batch's mask for the module, which need not fit them."""
+
+
+@torch.no_grad()
+def run(model: nn.Module, batches: Iterable[Any], watched: Iterable[tuple[nn.Module, Watch]]) -> None:
+    """Run a model on batches without gradients; before each call of a watched module its function is called.
+
+    Args:
+        model: it runs in evaluation mode, and its modes are as before afterwards.
+        batches: each a mapping (keyword arguments), a tuple or list (positional arguments), or one argument. A mask is
+            a mapping's ``attention_mask``, or its ``decoder_attention_mask`` for modules in the decoder of an
+            encoder-decoder of transformers.
+        watched: modules of the model, each with what watches it.
+
+    Raises:
+        TypeError: ``batches`` cannot be iterated over.
+    """
+    check_type("batches", batches, Iterable, "batches to iterate over")
+    batch: Any = None
+
+    def before(watch: Watch, mask_name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        mask: Any = batch.get(mask_name) if isinstance(batch, Mapping) else None
+        watch(args, kwargs, mask.bool() if isinstance(mask, Tensor) else None)
+
+    decoder = _decoder(model)
+    handles = []
+    for module, watch in watched:
+        mask_name = "decoder_attention_mask" if module in decoder else "attention_mask"
+        handles.append(module.register_forward_pre_hook(partial(before, watch, mask_name), with_kwargs=True))
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for batch in batches:
+            if isinstance(batch, Mapping):
+                model(**batch)
+            else:
+                model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+
+
+def _decoder(model: nn.Module) -> set[nn.Module]:
+    """The modules of an encoder-decoder's decoder, whose tokens have a mask of their own."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return set()
+    get: Any = getattr(model, "get_decoder", lambda: None)
+    decoder = get()  # an encoder by itself has none, or gives itself
+    return set(decoder.modules()) if isinstance(decoder, nn.Module) and decoder is not model else set()

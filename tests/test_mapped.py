@@ -1,0 +1,152 @@
+"""map_experts_: the same outputs bit for bit, from pages of a file that nothing writes and of which little is read."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparse_ffn as sf
+from sparse_ffn.compress import mapped
+
+
+class Model(nn.Module):
+    def __init__(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.a = sf.SigmaMoE(8, 6, 5, 2, bias=True, **place)
+        self.b = sf.layers.SharedExpertMoE(sf.SoftmaxMoE(8, 4, 3, 2, glu=True, **place), sf.DenseFFN(8, 3, **place))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(x + self.a(x))
+        return y
+
+
+@pytest.fixture(params=["torch", "safetensors"])
+def kind(request: pytest.FixtureRequest) -> str:
+    kind: str = request.param
+    return kind
+
+
+def save(state: dict[str, Tensor], path: Path, kind: str) -> Path:
+    if kind == "torch":
+        torch.save(state, path)
+    else:
+        pytest.importorskip("safetensors.torch").save_file(state, path)
+    return path
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_a_mapped_model_gives_the_loaded_ones_outputs(
+    prefetch: bool, dtype: torch.dtype, kind: str, tmp_path: Path
+) -> None:
+    loaded, x = Model(dtype=dtype).eval(), torch.randn(7, 8).to(dtype)
+    path = save(loaded.state_dict(), tmp_path / "model", kind)
+    model = Model("meta", dtype)
+    sf.map_experts_(model, path, prefetch=prefetch)
+    rest = {name: t for name, t in loaded.state_dict().items() if model.get_parameter(name).is_meta}
+    assert sorted(rest) == sorted(n for n in loaded.state_dict() if not n.endswith(("keys", "values")) or "shared" in n)
+    model.load_state_dict(rest, strict=False, assign=True)
+    model.eval()
+    with torch.no_grad():
+        for tokens in (1, 7):
+            assert torch.equal(model(x[:tokens]), loaded(x[:tokens]))
+        again = copy.deepcopy(model)
+        assert torch.equal(again(x), loaded(x))
+    sf.map_experts_(model, path, prefetch=prefetch)  # once more: no second hook
+    assert len(model.a._forward_pre_hooks) == prefetch
+    model.train()
+    (model(x).float().sum() + sf.aux_loss(model)).backward()
+    assert model.a.keys.grad is not None
+
+
+def test_the_file_is_never_written(kind: str, tmp_path: Path) -> None:
+    model = Model()
+    path = save(model.state_dict(), tmp_path / "model", kind)
+    before = digest(path)
+    sf.map_experts_(model, path)
+    with torch.no_grad():
+        model.a.keys.fill_(3)
+    assert (model.a.keys == 3).all()
+    assert digest(path) == before
+
+
+def test_only_the_selected_experts_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sf.SigmaMoE(8, 6, 5, 2, glu=True).eval()
+    path = save(model.state_dict(), tmp_path / "model", "torch")
+    sf.map_experts_(model, path)
+    asked: list[tuple[int, str]] = []
+    monkeypatch.setattr(mapped, "_advise", lambda tensor, advice: asked.append((tensor.data_ptr(), advice)))
+    model.train()
+    model(torch.randn(3, 8))  # a step reads all
+    assert not asked
+    x = torch.randn(1, 8)
+    with torch.no_grad():
+        model.eval()(x)
+    chosen = model.router(x).index_TK[0].tolist()
+    stacks = (model.keys, model.gate_keys, model.values)
+    assert len(asked) == 6
+    assert set(asked) == {(s[e].data_ptr(), "MADV_WILLNEED") for s in stacks if s is not None for e in chosen}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts what Linux reads")
+def test_a_cold_token_reads_its_experts_and_little_more(tmp_path: Path) -> None:
+    layer = sf.SigmaMoE(256, 64, 64, 2).eval()  # 128 KiB an expert
+    path = save(layer.state_dict(), tmp_path / "model", "torch")
+    touched = 2 * 2 * 64 * 256 * 4
+    sf.map_experts_(layer, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def read() -> int:
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
+
+    before = read()
+    with torch.no_grad():
+        layer(torch.randn(1, 256))
+    now = read() - before
+    if not now:
+        pytest.skip("this file system keeps its files in memory, or does not count")
+    assert now <= 1.3 * touched + 2 * 2**20
+
+
+def test_bad_files_are_named_and_change_nothing(tmp_path: Path) -> None:
+    model = sf.SigmaMoE(8, 6, 5, 2)
+    state, keys = model.state_dict(), model.keys
+    path = tmp_path / "model"
+    cases = [
+        ({n: t for n, t in state.items() if n != "values"}, "values is not in"),
+        ({**state, "values": state["values"][:3]}, r"values must have shape \[6, 5, 8\]"),
+        ({**state, "values": state["values"].double()}, "and torch.float32"),
+    ]
+    for wrong, message in cases:
+        torch.save(wrong, path)
+        with pytest.raises(ValueError, match=message):
+            sf.map_experts_(model, path)
+    torch.save([1], path)
+    with pytest.raises(ValueError, match="holds no state dict"):
+        sf.map_experts_(model, path)
+    for content in (b"", b"nonsense" * 9):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"neither of safetensors nor of torch\.save"):
+            sf.map_experts_(model, path)
+    with pytest.raises(FileNotFoundError):
+        sf.map_experts_(model, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no MoE layer"):
+        sf.map_experts_(nn.Linear(2, 2), path)
+    assert model.keys is keys
+    assert not model._forward_pre_hooks
