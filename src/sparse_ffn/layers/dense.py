@@ -34,7 +34,7 @@ class DenseFFN(UnitsFFN):
         dtype: their dtype.
     """
 
-    _any_kind = ("keys", "gate_keys")
+    _any_kind: tuple[str, ...] = ("keys", "gate_keys")
 
     def __init__(
         self,
