@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import sparse_ffn as sf
-from sparse_ffn import convert, functional, info, integrations, layers, plot, routing
+from sparse_ffn import compress, convert, functional, info, integrations, layers, plot, routing
 from sparse_ffn.integrations import peft
 from sparse_ffn.integrations.product_keys import QUERY
 from sparse_ffn.layers import SharedExpertMoE
@@ -318,6 +318,14 @@ def entries() -> dict[str, Entry]:
         wrong={"config": (None, 3, "SigmaMoEConfig", sf.SigmaMoEConfig, {})})  # fmt: skip
     add("to_dense", sf.to_dense, {"layer": sf.DenseFFN(4, 6)}, wrong={"layer": MODULE})
     add("calibrate", sf.calibrate, lambda: {"model": nn.Sequential(Mlp()), "batches": [TOKENS]})
+    add("quantize_experts_", sf.quantize_experts_, lambda: {
+        "model": sf.SigmaMoE(**MOE), "config": sf.ExpertQuantization(group_size=None),
+    }, wrong={"config": (3, "nonsense", sf.ExpertQuantization, {"bits": 4})})  # fmt: skip
+    add("dequantize_experts_", sf.dequantize_experts_, lambda: {"model": sf.SigmaMoE(**MOE)})
+    add("ExpertQuantization", sf.ExpertQuantization, {}, wrong={
+        "bits": (3, 16, "4", 4.0, True, None), "values_bits": (2, "8", 8.0), "symmetric": FLAG,
+        "group_size": (0, -8, 1.5, "wide", True, [8]), "scale": (*WORD, "Max"),
+    })  # fmt: skip
     add("config_from_dict", convert.config_from_dict, {"values": OPEN.to_dict()}, wrong={"values": (
         None, 3, "nonsense", [("config", "MoEConfig")], {"config": "nonsense"}, {"config": "MoEConfig", "gain": 1},
     )})  # fmt: skip
@@ -380,6 +388,11 @@ def axes() -> Any:
 EXEMPT = {
     "SparseFFNWarning": "a warning's class",
     "Report": "a result of sparsify_",
+    "QuantizationReport": "a result of quantize_experts_",
+    "QuantizedLayer": "as QuantizationReport",
+    "ExpertQuantization.bits_of": "called by quantize_experts_ with what it found",
+    "ExpertQuantization.group_of": "as bits_of",
+    "ExpertQuantization.symmetric_at": "as bits_of",
     "Replacement": "a result of sparsify_",
     "FFNConfig": "the configs' base: what it checks is tried on each of them",
     "ExpertsConfig": "as FFNConfig",
@@ -415,7 +428,19 @@ HOOKS = {
 
 def public() -> Iterator[tuple[str, Callable[..., Any]]]:
     """All public callables: functions, constructors, methods, and setters of properties."""
-    for module in (sf, functional, routing, convert, integrations, layers, plot, info, peft, *([hf] if hf else [])):
+    for module in (
+        sf,
+        functional,
+        routing,
+        convert,
+        compress,
+        integrations,
+        layers,
+        plot,
+        info,
+        peft,
+        *([hf] if hf else []),
+    ):
         for name, value in vars(module).items():
             home = getattr(value, "__module__", "")
             offers_others = hasattr(module, "__path__") or module is hf

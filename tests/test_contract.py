@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import sparse_ffn as sf
-from sparse_ffn import convert, layers, plot, routing
+from sparse_ffn import compress, convert, layers, plot, routing
 from sparse_ffn.layers import SharedExpertMoE
 from sparse_ffn.layers.variants import MoEOptions
 from sparse_ffn.routing.base import RouterOptions
@@ -99,6 +99,7 @@ def test_public_names_are_frozen() -> None:
             "ProductKeyMemoryConfig",
         ),
         *("MoEConfig", "SigmaMoEConfig", "SoftmaxMoEConfig", "SwitchMoEConfig", "SBaseMoEConfig", "NoisyTopKMoEConfig"),
+        *("quantize_experts_", "dequantize_experts_", "ExpertQuantization"),
         *("aux_loss", "routing_stats", "update_router_bias", "parameter_equal", "backend", "SparseFFNWarning"),
     }
     functions = {"cvmm", "expert_ffn", "weighted_bag", "product_key_topk", "topk_ffn"}
@@ -123,7 +124,7 @@ def test_everything_public_has_its_place_in_the_documentation() -> None:
     documented = [
         getattr(importlib.import_module(module), name) for module, _, name in (n.rpartition(".") for n in names)
     ]
-    for package in (sf, sf.functional, routing, convert, layers, plot):
+    for package in (sf, sf.functional, routing, convert, compress, layers, plot):
         for name, value in vars(package).items():
             if not name.startswith("_") and callable(value) and _is_of(package, value):
                 assert any(value is one for one in documented), f"{package.__name__}.{name}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparse_ffn.checks import check_choice, check_flag, check_tensor, check_type, shown
 from sparse_ffn.layers import DenseFFN, MoE
+from sparse_ffn.layers.rows.base import check_dense
 from sparse_ffn.layers.shared_expert import SharedExpertMoE
 from sparse_ffn.routing import ROUTERS, Router
 from sparse_ffn.routing.deepseek import DeepSeekRouter
@@ -126,6 +127,7 @@ def to_transformers(
     facts = _facts(config)
     style = STYLES[facts["model_type"]]
     moe = layer.routed if isinstance(layer, SharedExpertMoE) else layer
+    check_dense(moe)
     _check_fits(layer, moe, facts)
     gate, up = moe.gate_keys, moe.keys
     down = moe.values.mT / facts.get("routed_scaling_factor", 1.0)

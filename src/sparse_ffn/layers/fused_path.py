@@ -8,6 +8,7 @@ from torch import Tensor
 from sparse_ffn import ops
 from sparse_ffn.checks import check_places
 from sparse_ffn.layers.balanced import Balanced
+from sparse_ffn.layers.rows.base import ExpertRows
 from sparse_ffn.layers.units import UnitsFFN
 from sparse_ffn.module import is_plain, tensors_of
 from sparse_ffn.routing.balance import NEED_LOGITS
@@ -31,6 +32,8 @@ class FusedPath(Balanced, UnitsFFN):
 
     def _fused(self, x_TD: Tensor, mask_T: Tensor | None, units: ops.Units, n_sequences: int | None) -> Tensor | None:
         """The output, with all that a forward leaves behind, if ``ops.routed_ffn`` computes this call; else None."""
+        if isinstance(units.values, ExpertRows):
+            return None
         if self.training and (self.aux == "inject" or any(name in NEED_LOGITS for name in self.balance)):
             return None
         router = self.router
