@@ -13,7 +13,7 @@ from sparse_ffn.checks import check_function, check_module, check_type
 from sparse_ffn.compress.config import ExpertQuantization
 from sparse_ffn.compress.quantizer import empty, quantize
 from sparse_ffn.compress.report import QuantizationReport, QuantizedLayer
-from sparse_ffn.compress.stacks import Kind, Stack, experts_of
+from sparse_ffn.compress.stacks import CHANGED, Stack, experts_of
 from sparse_ffn.layers.rows import ExpertRows, QuantizedRows
 
 Filter = Callable[[nn.Module, str], bool]
@@ -52,13 +52,12 @@ def quantize_experts_(
     found = [place for place in experts_of(model) if filter_fn is None or filter_fn(place[1], place[0])]
     if not found:
         raise ValueError(_nothing(model))
-    layers = [(name, kind, kind.stacks(module)) for name, module, kind in found]
-    for name, _, stacks in layers:
+    for name, _, stacks in found:
         for stack in stacks:
             _check(name, stack, config)
     made: dict[int, tuple[QuantizedRows, float]] = {}
-    reports = [_quantize(name, stacks, config, made) for name, _, stacks in layers]
-    _prepare(model, [kind for _, kind, _ in layers])
+    reports = [_quantize(name, stacks, config, made) for name, _, stacks in found]
+    _tell(model)
     return QuantizationReport(tuple(reports))
 
 
@@ -76,11 +75,12 @@ def dequantize_experts_(model: nn.Module, filter_fn: Filter | None = None) -> No
     check_module("model", model)
     if filter_fn is not None:
         check_function("filter_fn", filter_fn, "module and name")
-    for name, module, kind in list(experts_of(model)):
+    for name, module, stacks in list(experts_of(model)):
         if filter_fn is None or filter_fn(module, name):
-            for stack in kind.stacks(module):
+            for stack in stacks:
                 if isinstance(stack.held, ExpertRows):
                     stack.restore()
+    _tell(model)
 
 
 def _quantize(
@@ -151,9 +151,9 @@ def _near(columns: int, group: int, bits: int) -> list[int]:
     return [*below[-2:], *above[:2]]
 
 
-def _prepare(model: nn.Module, kinds: list[Kind]) -> None:
-    for kind in {id(kind): kind for kind in kinds}.values():
-        kind.prepare(model)
+def _tell(model: nn.Module) -> None:
+    for told in CHANGED:
+        told(model)
 
 
 def _nothing(model: nn.Module) -> str:

@@ -1,6 +1,6 @@
 """Stacks: where the experts of a model are, and how each of their stacks is exchanged for stored rows and back.
 
-Other libraries' experts are taught in ``KINDS`` by the module of ``integrations`` that knows them.
+Other libraries' experts are taught in ``KINDS`` and ``CHANGED`` by the module of ``integrations`` that knows them.
 """
 
 from __future__ import annotations
@@ -53,8 +53,6 @@ class Kind:
 
     matches: Callable[[nn.Module], bool]
     stacks: Callable[[Any], list[Stack]]
-    prepare: Callable[[nn.Module], None] = lambda model: None
-    """Called with a model in which some such module was quantised."""
 
 
 def _stacks_of_moe(layer: MoE) -> list[Stack]:
@@ -65,10 +63,13 @@ def _stacks_of_moe(layer: MoE) -> list[Stack]:
 KINDS: list[Kind] = [Kind(lambda module: isinstance(module, MoE), _stacks_of_moe)]
 
 
-def experts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Kind]]:
-    """The modules with experts in a model, each once, by name."""
+CHANGED: list[Callable[[nn.Module], None]] = []
+"""Called with a model in which experts were quantised, or made dense again."""
+
+
+def experts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Stack]]]:
+    """The modules with experts in a model, each once, by name, with their stacks."""
     for name, module in model.named_modules():
-        for kind in KINDS:
-            if kind.matches(module):
-                yield name, module, kind
-                break
+        kind = next((kind for kind in KINDS if kind.matches(module)), None)
+        if kind is not None:
+            yield name, module, kind.stacks(module)
