@@ -10,7 +10,7 @@ from sparse_ffn.ops.codes import Codes
 from sparse_ffn.ops.cvmm.backend import Slots
 from sparse_ffn.ops.indices import Indices, checked
 from sparse_ffn.ops.operator import Operator
-from sparse_ffn.ops.quantized_cvmm import reference, torch
+from sparse_ffn.ops.quantized_cvmm import cpu, reference, torch
 from sparse_ffn.ops.quantized_cvmm.backend import Backend
 
 
@@ -39,13 +39,13 @@ def quantized_cvmm(
         slots = Slots(expert, gather, scatter, reduction)
         expert, gather, scatter = (checked(*indices) for indices in _indices(x, codes, slots, down, rows))
         return reference.quantized_cvmm(x, codes, Slots(expert, gather, scatter, reduction), down, rows)
-    out: Tensor = _op.forward(x, *codes, expert, gather, scatter, reduction, down, rows, "torch")
+    out: Tensor = _op.forward(x, *codes, expert, gather, scatter, reduction, down, rows, chosen)
     return out
 
 
 def implementation(backend: str) -> Backend:
     """The module that computes for a backend: torch's products where it has no kernels of its own."""
-    return torch
+    return cpu if backend == "cpu" else torch
 
 
 def _shapes(x: Tensor, codes: Codes, slots: Slots, down: bool, n_out: int) -> Tensor:
