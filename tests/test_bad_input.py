@@ -351,6 +351,14 @@ def entries() -> dict[str, Entry]:
     add("expert_stats", sf.expert_stats, lambda: {"model": sf.SigmaMoE(**MOE), "batches": [TOKENS]})
     add("prune_experts_", sf.prune_experts_, lambda: {"model": sf.SigmaMoE(**MOE), "stats": {"": STATS}, "keep": 0.5})
     add("map_experts_", sf.map_experts_, lambda: {"model": sf.SigmaMoE(**MOE), "path": stored()})
+    add("quantize_experts_", sf.quantize_experts_, lambda: {
+        "model": sf.SigmaMoE(**MOE), "config": sf.ExpertQuantization(group_size=None),
+    }, wrong={"config": (3, "nonsense", sf.ExpertQuantization, {"bits": 4})})  # fmt: skip
+    add("dequantize_experts_", sf.dequantize_experts_, lambda: {"model": sf.SigmaMoE(**MOE)})
+    add("ExpertQuantization", sf.ExpertQuantization, {}, wrong={
+        "bits": (3, 16, "4", 4.0, True, None), "values_bits": (2, "8", 8.0), "symmetric": FLAG,
+        "group_size": (0, -8, 1.5, "wide", True, [8]), "scale": (*WORD, "Max"),
+    })  # fmt: skip
     add("config_from_dict", convert.config_from_dict, {"values": OPEN.to_dict()}, wrong={"values": (
         None, 3, "nonsense", [("config", "MoEConfig")], {"config": "nonsense"}, {"config": "MoEConfig", "gain": 1},
     )})  # fmt: skip
@@ -424,6 +432,11 @@ def axes() -> Any:
 EXEMPT = {
     "SparseFFNWarning": "a warning's class",
     "Report": "a result of sparsify_",
+    "QuantizationReport": "a result of quantize_experts_",
+    "QuantizedLayer": "as QuantizationReport",
+    "ExpertQuantization.bits_of": "called by quantize_experts_ with what it found",
+    "ExpertQuantization.group_of": "as bits_of",
+    "ExpertQuantization.symmetric_at": "as bits_of",
     "Replacement": "a result of sparsify_",
     "ExpertStats": "a result of expert_stats; prune_experts_ checks it",
     "PruningReport": "a result of prune_experts_",

@@ -102,6 +102,7 @@ def test_public_names_are_frozen() -> None:
             "ProductKeyMemoryConfig",
         ),
         *("MoEConfig", "SigmaMoEConfig", "SoftmaxMoEConfig", "SwitchMoEConfig", "SBaseMoEConfig", "NoisyTopKMoEConfig"),
+        *("quantize_experts_", "dequantize_experts_", "ExpertQuantization"),
         *("aux_loss", "routing_stats", "update_router_bias", "parameter_equal", "backend", "SparseFFNWarning"),
     }
     functions = {"cvmm", "expert_ffn", "weighted_bag", "product_key_topk", "topk_ffn"}

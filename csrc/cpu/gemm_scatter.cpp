@@ -17,10 +17,22 @@ static inline int64_t first_at_least(const int32_t* scatter, int64_t lo, int64_t
   return lo;
 }
 
-// `columns` columns from n0 of expert e, all K of all weight tensors, into panels of B.
+// `columns` columns from n0 of expert e, all K of all weight tensors, into panels of B; made first, where they are not in
+// memory, in `made`.
 template <class T>
-static void pack_block(const ScatterGemm<T>& g, int64_t e, int64_t n0, int64_t columns, int64_t padded, float* pb) {
+static void pack_block(const ScatterGemm<T>& g, int64_t e, int64_t n0, int64_t columns, int64_t padded, float* pb,
+                       T* made) {
   const int64_t k_words = words<T>(g.K);
+  if (g.fill) {
+    g.fill(g.source, e, n0, columns, made);
+    ScatterGemm<T> block{};
+    block.K = g.K;
+    block.w[0] = made;
+    block.w_stride_k = g.w_stride_n == 1 ? columns : 1;
+    block.w_stride_n = g.w_stride_n == 1 ? 1 : g.K;
+    pack_block<T>(block, 0, 0, columns, padded, pb, nullptr);
+    return;
+  }
   for (int64_t m = 0; m < g.matrices(); m++, pb += padded * k_words) {
     const T* w = g.w[m] + e * g.w_stride_expert + n0 * g.w_stride_n;
     if (g.w_stride_n == 1) {
@@ -139,7 +151,7 @@ static void queue_next(const ScatterGemm<T>& g, int64_t e, int64_t n0, int64_t c
   e++;
   while (e < g.E && g.offsets[e + 1] == g.offsets[e]) e++;
   if (e < g.E) {
-    if (g.w_stride_n == 1)
+    if (g.w_stride_n == 1 && g.w[0])
       for (int64_t m = 0; m < g.matrices(); m++)
         for (int64_t k = 0; k < g.K; k++)
           next->add(g.w[m] + e * g.w_stride_expert + k * g.w_stride_k + n0, columns * static_cast<int64_t>(sizeof(T)));
@@ -152,7 +164,7 @@ static void queue_next(const ScatterGemm<T>& g, int64_t e, int64_t n0, int64_t c
 // One block: output rows t0 .. t1-1, columns n0 .. n1-1. acc is [t1 - t0, padded].
 template <class T>
 static void scatter_block(const ScatterGemm<T>& g, int64_t t0, int64_t t1, int64_t n0, int64_t n1, float* pa, float* pb,
-                          float* acc, LineQueue* next) {
+                          T* made, float* acc, LineQueue* next) {
   const int64_t columns = n1 - n0, padded = round_up(columns, VL);
   memset(acc, 0, static_cast<size_t>((t1 - t0) * padded) * 4);
   const bool whole = t0 == 0 && t1 == g.rows_out;
@@ -163,7 +175,7 @@ static void scatter_block(const ScatterGemm<T>& g, int64_t t0, int64_t t1, int64
     extra.w[0] = g.extra_w;
     extra.w_stride_k = g.N;
     extra.w_stride_n = 1;
-    pack_block(extra, 0, n0, columns, padded, pb);
+    pack_block<T>(extra, 0, n0, columns, padded, pb, nullptr);
     next->clear();
     next->seal();
     scatter_packed(extra, t0, t1, padded, pa, pb, TileOut{acc, padded, nullptr, nullptr, static_cast<int32_t>(t0)}, next);
@@ -179,9 +191,9 @@ static void scatter_block(const ScatterGemm<T>& g, int64_t t0, int64_t t1, int64
     const int64_t rows = last - first, count = ceil_div(rows, kMr);
     if (!rows) continue;
     // Decided by the expert's total, not by this block's share: the same sums whatever the blocking.
-    const bool packed = rows_all >= kPackMinRows || g.w_stride_n != 1;
+    const bool packed = rows_all >= kPackMinRows || g.w_stride_n != 1 || g.fill;
     if (packed) {
-      pack_block(g, e, n0, columns, padded, pb);
+      pack_block(g, e, n0, columns, padded, pb, made);
       queue_next(g, e, n0, columns, lesser(rows, kRowBlock), next);
     }
     TileOut out{acc, padded, nullptr, nullptr, static_cast<int32_t>(t0)};
@@ -234,10 +246,11 @@ template <class T> bool run_scatter_gemm(const ScatterGemm<T>& g) {
     float* pa = scratch_of<float>(kBufferA, larger(kRowBlock * row_words, ceil_div(g.K, kKBlock) * kMr * kRowStride));
     float* pb = scratch_of<float>(kBufferB, larger(most_columns * row_words, kKBlock * VL));
     float* acc = scratch_of<float>(kBufferAcc, most_rows * most_columns);
+    T* made = g.fill ? scratch_of<T>(kBufferC, most_columns * g.K + 1) : nullptr;
     LineQueue next;
     const int64_t size = sizeof(T), weight_lines = g.K * (most_columns * size / 64 + 1);
     const int64_t row_lines = kRowBlock * (g.K * size / 64 + 1);
-    const bool ready = next.reserve(g.matrices() * (weight_lines + row_lines)) && pa && pb && acc;
+    const bool ready = next.reserve(g.matrices() * (weight_lines + row_lines)) && pa && pb && acc && (made || !g.fill);
     if (!ready) {
 #pragma omp atomic write
       failed = 1;
@@ -247,8 +260,8 @@ template <class T> bool run_scatter_gemm(const ScatterGemm<T>& g) {
       if (!ready) continue;
       const int64_t chunk = u / blocks, block = u % blocks;
       scatter_block(g, g.rows_out * chunk / chunks, g.rows_out * (chunk + 1) / chunks,
-                    vectors * block / blocks * VL, lesser(g.N, vectors * (block + 1) / blocks * VL), pa, pb, acc,
-                    &next);
+                    vectors * block / blocks * VL, lesser(g.N, vectors * (block + 1) / blocks * VL), pa, pb, made,
+                    acc, &next);
     }
   }
   return !failed;

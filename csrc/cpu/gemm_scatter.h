@@ -15,6 +15,10 @@ template <class T> struct ScatterGemm {
   int64_t K;              // elements of a row per weight tensor: with two (GLU), a row of A is 2 K long
   const T* w[2];          // W[e][k][n] = w[e * expert + k * k_stride + n * n_stride]; one of the two strides is 1
   int64_t w_stride_expert, w_stride_k, w_stride_n;
+  // Or, with w null: writes columns n0 .. n0+columns-1 of expert e to `to`, as [K, columns] if w_stride_n is 1, else as
+  // [columns, K]. They are then always packed.
+  void (*fill)(const void* source, int64_t e, int64_t n0, int64_t columns, T* to);
+  const void* source;
   int64_t N;
   const int32_t* offsets;
   int64_t E;

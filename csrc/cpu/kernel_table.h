@@ -19,6 +19,7 @@
   KERNEL(cvmm_forward, (const sparse_ffn_cvmm&, void* out))                                                              \
   KERNEL(cvmm_backward, (const sparse_ffn_cvmm&, const void* dout, int64_t dout_stride, void* dx, void* dw,              \
                          float* dscale))                                                                                 \
+  KERNEL(quantized_cvmm, (const sparse_ffn_quantized&, void* out))                                                       \
   KERNEL(bag_forward, (const sparse_ffn_bag&, void* out))                                                                \
   KERNEL(bag_backward, (const sparse_ffn_bag&, const void* dout, void* dweight, void* dvalues, int64_t* rows,            \
                         int64_t* n_rows))                                                                                \

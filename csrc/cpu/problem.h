@@ -45,6 +45,24 @@ struct sparse_ffn_cvmm {
   const float* scale;        // [S]; null: one
 };
 
+struct sparse_ffn_row_strides {
+  int64_t expert, row;       // in elements
+};
+// number = scale * (code - zero): see sparse_ffn.h. Rows have unit stride.
+struct sparse_ffn_codes {
+  int64_t rows, columns, groups;
+  int bits;                  // 4: bytes of two codes; 8: int8
+  const void* qdata;
+  const void* scale;         // [.., groups] in x's dtype
+  const void* zero_point;    // [.., groups] bytes, or null
+  sparse_ffn_row_strides qdata_strides, scale_strides, zero_strides;
+};
+struct sparse_ffn_quantized {
+  sparse_ffn_cvmm cvmm;      // without w
+  sparse_ffn_codes codes;
+  bool down;                 // W[e] is the rows, [rows, columns]; else their transpose
+};
+
 struct sparse_ffn_bag {
   int64_t T, J, N, O;
   int32_t dtype, n_threads;

@@ -32,7 +32,7 @@ extern "C" {
 #define SPARSE_FFN_API __attribute__((visibility("default")))
 #endif
 
-#define SPARSE_FFN_ABI_VERSION 6
+#define SPARSE_FFN_ABI_VERSION 7
 
 enum sparse_ffn_status {
   SPARSE_FFN_OK = 0,
@@ -45,7 +45,8 @@ enum sparse_ffn_status {
 enum sparse_ffn_dtype {
   SPARSE_FFN_ABSENT = 0, SPARSE_FFN_FP32 = 1, SPARSE_FFN_BF16 = 2, SPARSE_FFN_FP16 = 3,
   SPARSE_FFN_INT64 = 4, SPARSE_FFN_INT32 = 5, SPARSE_FFN_BOOL = 6,
-  SPARSE_FFN_FOREIGN = 7         /* any other, or memory of another device: always refused */
+  SPARSE_FFN_INT8 = 7, SPARSE_FFN_UINT8 = 8,
+  SPARSE_FFN_FOREIGN = 9         /* any other, or memory of another device: always refused */
 };
 enum sparse_ffn_activation {
   SPARSE_FFN_RELU = 0, SPARSE_FFN_GELU = 1, SPARSE_FFN_GELU_TANH = 2,
@@ -183,6 +184,22 @@ typedef struct sparse_ffn_cvmm_backward_args {
   sparse_ffn_tensor dreduction_weight; /* [S] fp32, or absent */
 } sparse_ffn_cvmm_backward_args;
 SPARSE_FFN_API int sparse_ffn_cvmm_backward(const sparse_ffn_cvmm_backward_args* args, int32_t n_threads);
+
+/* ---- CVMM by quantised rows -------------------------------------------------------------------------------------
+ * The same, W[e] made of codes: expert e has G rows of C columns, in P groups of C/P columns with a scale each, and
+ * number = scale * (code - zero). qdata is int8 [E, G, C], or uint8 [E, G, C/2]: codes of 4 bits, that of column 2j in
+ * the low half of byte j. Without zero points int8 codes are signed, and those of 4 bits have 8 added; with them int8
+ * holds codes of 0 to 255 less 128. Up, a row is an output's: W[e] = rows^T [C, G]. Down, an input's: W[e] = rows [G, C].
+ * Groups of 4-bit codes are whole bytes. Numbers are multiplied in fp32 or in the dtype of x, and x is as it is. */
+typedef struct sparse_ffn_quantized_cvmm_args {
+  sparse_ffn_tensor x;                 /* [N, M], rows; M is C up and G down */
+  sparse_ffn_tensor qdata;             /* [E, G, C] or [E, G, C/2], rows */
+  sparse_ffn_tensor scale;             /* [E, G, P], rows */
+  sparse_ffn_tensor zero_point;        /* [E, G, P] uint8, rows; or absent */
+  sparse_ffn_slots slots;
+  sparse_ffn_tensor out;               /* [R, L]; L is G up and C down */
+} sparse_ffn_quantized_cvmm_args;
+SPARSE_FFN_API int sparse_ffn_quantized_cvmm(const sparse_ffn_quantized_cvmm_args* args, int32_t down, int32_t n_threads);
 
 /* ---- Weighted bag -----------------------------------------------------------------------------------------------
  * out[t] = sum_j weight[t,j] * values[index[t,j]] */

@@ -1,13 +1,9 @@
-// cvmm.cpp - the C interface of CVMM: sorts the slots.
-#include "call.h"
+// cvmm.cpp - the C interface of CVMM.
+#include "slots.h"
 
 namespace sparse_ffn {
 namespace {
 
-struct Slots {
-  const int64_t *expert, *gather, *scatter;
-  const float* scale;
-};
 Slots take_cvmm(Operands& o, sparse_ffn_cvmm& p, const sparse_ffn_tensor& x, const sparse_ffn_tensor& weight,
                 const sparse_ffn_slots& s, int32_t n_threads) {
   p.x = o.take<void>("x", x, "NM", Strides::kRows);
@@ -17,43 +13,9 @@ Slots take_cvmm(Operands& o, sparse_ffn_cvmm& p, const sparse_ffn_tensor& x, con
   p.w_stride_m = o['M'] > 1 ? weight.stride[1] : 1;
   p.w_stride_l = o['L'] > 1 ? weight.stride[2] : 1;
   o.require(p.w_stride_m == 1 || p.w_stride_l == 1, "weight must have unit stride in one of its last two dimensions");
-  const Slots slots = {o.take<int64_t>("expert_index", s.expert_index, "S"),
-                       o.maybe<int64_t>("gather_index", s.gather_index, "S"),
-                       o.maybe<int64_t>("scatter_index", s.scatter_index, "S"),
-                       o.maybe<float>("reduction_weight", s.reduction_weight, "S")};
-  if (!slots.scatter) o.let('R', o['S']);
-  if (!slots.gather) o.require(o['S'] == o['N'], "expert_index must name an expert for each row of x without gather_index");
+  const Slots slots = take_slots(o, s);
   p.dtype = o.dtype(), p.n_threads = n_threads;
   return slots;
-}
-
-// What is known once a tensor [R, L] is.
-void check_slots(Operands& o, sparse_ffn_cvmm& p, const Slots& slots) {
-  o.count("slots", o['S']);
-  o.count("rows of x", o['N']);
-  o.count("rows of out", o['R']);
-  o.experts("expert_index", slots.expert, o['S'], o['E']);
-  if (slots.gather) o.below("gather_index", slots.gather, o['S'], o['N']);
-  if (slots.scatter) o.below("scatter_index", slots.scatter, o['S'], o['R']);
-  p.rows_x = o['N'], p.rows_out = o['R'], p.S = o['S'], p.E = o['E'], p.M = o['M'], p.L = o['L'];
-}
-
-// Sorts the slots into scratch and returns the slot at each sorted position; null when out of memory.
-const int32_t* sort_slots(sparse_ffn_cvmm& p, const Slots& s) {
-  int32_t* offsets = scratch_of<int32_t>(kBufferOffsets, p.E + 1);
-  int32_t* order = scratch_of<int32_t>(kBufferOrder, p.S + 1);
-  int32_t* gather = s.gather ? scratch_of<int32_t>(kBufferToken, p.S + 1) : order;
-  int32_t* scatter = s.scatter ? scratch_of<int32_t>(kBufferAux, p.S + 1) : order;
-  float* scale = s.scale ? scratch_of<float>(kBufferGate, p.S + 1) : nullptr;
-  if (!offsets || !order || !gather || !scatter || (s.scale && !scale)) return nullptr;
-  sort_by_expert(s.expert, p.S, p.E, order, offsets);
-  for (int64_t i = 0; i < p.S; i++) {  // void slots too: some of it is scattered to
-    if (s.gather) gather[i] = static_cast<int32_t>(s.gather[order[i]]);
-    if (s.scatter) scatter[i] = static_cast<int32_t>(s.scatter[order[i]]);
-    if (s.scale) scale[i] = s.scale[order[i]];
-  }
-  p.offsets = offsets, p.gather = gather, p.scatter = scatter, p.scale = scale;
-  return order;
 }
 
 // The same product with the roles of x and dout exchanged: its gradient of the weights is transposed.

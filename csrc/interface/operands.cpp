@@ -12,7 +12,7 @@ namespace {
 thread_local char error[400];
 
 const char* const kDtypes[] = {"absent", "float32", "bfloat16", "float16", "int64", "int32", "bool",
-                               "another dtype or device"};
+                               "int8", "uint8", "another dtype or device"};
 const char* dtype_name(int64_t dtype) {
   const bool known = dtype >= SPARSE_FFN_ABSENT && dtype < SPARSE_FFN_FOREIGN;
   return kDtypes[known ? dtype : int64_t{SPARSE_FFN_FOREIGN}];

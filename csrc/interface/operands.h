@@ -9,6 +9,8 @@ namespace sparse_ffn {
 
 constexpr int64_t kMost = 0x7fffffff;
 
+enum class Byte : uint8_t {};  // of a tensor of uint8: plain uint8_t stands for bool
+
 enum class Strides {
   kDense,   // row-major
   kRows,    // 1 in the last dimension, any in the others
@@ -33,8 +35,9 @@ class Operands {
     return static_cast<T*>(check(name, t, letters, dtype_of(static_cast<const T*>(nullptr)), strides));
   }
   // One that may be absent.
-  template <class T> T* maybe(const char* name, const sparse_ffn_tensor& t, const char* letters) {
-    return t.dtype == SPARSE_FFN_ABSENT ? nullptr : take<T>(name, t, letters);
+  template <class T>
+  T* maybe(const char* name, const sparse_ffn_tensor& t, const char* letters, Strides strides = Strides::kDense) {
+    return t.dtype == SPARSE_FFN_ABSENT ? nullptr : take<T>(name, t, letters, strides);
   }
 
   // What letters do not say.
@@ -52,6 +55,8 @@ class Operands {
   static int32_t dtype_of(const int64_t*) { return SPARSE_FFN_INT64; }
   static int32_t dtype_of(const int32_t*) { return SPARSE_FFN_INT32; }
   static int32_t dtype_of(const uint8_t*) { return SPARSE_FFN_BOOL; }
+  static int32_t dtype_of(const int8_t*) { return SPARSE_FFN_INT8; }
+  static int32_t dtype_of(const Byte*) { return SPARSE_FFN_UINT8; }
 
   void* check(const char* name, const sparse_ffn_tensor& t, const char* letters, int32_t dtype, Strides strides);
   void within(const char* name, const int64_t* index, int64_t n, int64_t limit, char bracket);

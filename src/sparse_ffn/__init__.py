@@ -3,9 +3,12 @@
 from sparse_ffn import functional as functional
 from sparse_ffn.backends.choice import SparseFFNWarning as SparseFFNWarning
 from sparse_ffn.backends.choice import backend as backend
+from sparse_ffn.compress import ExpertQuantization as ExpertQuantization
+from sparse_ffn.compress import dequantize_experts_ as dequantize_experts_
 from sparse_ffn.compress import expert_stats as expert_stats
 from sparse_ffn.compress import map_experts_ as map_experts_
 from sparse_ffn.compress import prune_experts_ as prune_experts_
+from sparse_ffn.compress import quantize_experts_ as quantize_experts_
 from sparse_ffn.convert import DenseFFNConfig as DenseFFNConfig
 from sparse_ffn.convert import MoEConfig as MoEConfig
 from sparse_ffn.convert import NoisyTopKMoEConfig as NoisyTopKMoEConfig

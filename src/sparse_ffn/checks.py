@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparse_ffn.backends.libraries import DTYPES
 
@@ -131,6 +132,27 @@ def check_places(x: Tensor, parameters: Iterable[Tensor | None]) -> None:
     for parameter in parameters:
         if parameter is not None and parameter.device != x.device:
             raise ValueError(f"x is on {x.device}, but a parameter of the layer is on {parameter.device}")
+
+
+def check_parameters(x: Tensor, parameters: Mapping[str, Tensor | None], any_kind: tuple[str, ...] = ()) -> None:
+    """Raise unless a layer's parameters are where x is, and memory that kernels read, but for those of ``any_kind``.
+
+    A quantiser's tensor keeps its numbers in other tensors, and computes in torch's operators alone.
+    """
+    for name, parameter in parameters.items():
+        if parameter is None:
+            continue
+        if parameter.device != x.device:
+            raise ValueError(f"x is on {x.device}, but a parameter of the layer is on {parameter.device}: {name}")
+        kind = type(parameter)
+        if kind is nn.Parameter or kind is type(x) or not is_traceable_wrapper_subclass(parameter):
+            continue
+        if name not in any_kind:
+            raise TypeError(
+                f"{name} must be a parameter whose memory holds its numbers, got torchao's or another library's "
+                f"{kind.__name__}: leave {name} out of what is quantised, or set it back by "
+                f"layer.{name} = torch.nn.Parameter(layer.{name}.dequantize())"
+            )
 
 
 def shape_error(tensors: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]) -> ValueError:

@@ -21,7 +21,7 @@ HUGE_PAGE = 2 << 20
 LIBRARY_NAME = "libsparse_ffn_cpu.so"
 LIBRARY_VARIABLE = "SPARSE_FFN_LIBRARY"
 ISA_VARIABLE = "SPARSE_FFN_ISA"
-ABI_VERSION = 6
+ABI_VERSION = 7
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "identity": 4, "squared_relu": 5}
 NORMS = {"layer": 1, "rms": 2}
 GATES = {"sigmoid": 0, "softmax": 1, "softmax_topk": 2, "unweighted": 3}
@@ -32,6 +32,7 @@ OPTIONS = {
     "moe_backward": 2,
     "cvmm_forward": 0,
     "cvmm_backward": 0,
+    "quantized_cvmm": 1,
     "bag_forward": 0,
     "bag_backward": 0,
     "bag_backward_sparse": 0,
@@ -45,9 +46,10 @@ OPTIONS = {
 """The functions of the core, each with the number of its options between the tensors and the threads."""
 _ERRORS = {1: ValueError, 2: IndexError, 3: MemoryError, 4: ValueError, 5: TypeError}
 
-_FOREIGN = 7
+_FOREIGN = 9
 _CODES = {dtype: _FOREIGN for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 _CODES |= {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4, torch.int32: 5, torch.bool: 6}
+_CODES |= {torch.int8: 7, torch.uint8: 8}
 
 
 def _packer(dims: int) -> Callable[..., bytes]:

@@ -12,6 +12,7 @@ from sparse_ffn.convert.init.build import copy_weights, freeze, gate_at_zero
 from sparse_ffn.convert.init.partition import product_keys
 from sparse_ffn.convert.init.weights import FFNWeights
 from sparse_ffn.layers import DenseFFN, MoE, ProductKeyMemory, SparseFFN
+from sparse_ffn.layers.rows.base import check_dense
 from sparse_ffn.routing.deepseek import DeepSeekRouter
 from sparse_ffn.routing.routers import ROUTERS, UnweightedRouter
 
@@ -78,6 +79,7 @@ def _no_dense(layer: SparseFFN, why: str) -> ValueError:
 
 
 def _experts(layer: MoE) -> FFNWeights:
+    check_dense(layer)
     if layer.null_experts:
         raise _no_dense(layer, f"it has null experts (null_experts = {layer.null_experts})")
     if layer.k < layer.n_experts:

@@ -21,6 +21,7 @@ from sparse_ffn.integrations.families import (
     scale_of_values,
 )
 from sparse_ffn.layers import DenseFFN, LatentMoE, MoE, SharedExpertMoE
+from sparse_ffn.layers.rows.base import check_dense
 from sparse_ffn.routing import Router
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -121,9 +122,10 @@ def to_transformers(
         raise TypeError(f"layer must be a MoE, a LatentMoE or a SharedExpertMoE, got {type(layer).__name__}")
     check_type("prefix", prefix, str, "a string")
     fused = check_flag("fused", fused)
-    facts = facts_of(config)
+    facts, moe = facts_of(config), _moe(layer)
+    check_dense(moe)
     _check_fits(layer, facts)
-    family, moe = FAMILIES[facts["model_type"]], _moe(layer)
+    family = FAMILIES[facts["model_type"]]
     down = moe.values.mT / scale_of_values(facts)
     matrices = [moe.keys, down] if moe.gate_keys is None else [moe.gate_keys, moe.keys, down]
     if not fused:

@@ -16,6 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from sparse_ffn import ops
 from sparse_ffn.backends.warning import SparseFFNWarning
+from sparse_ffn.layers.rows.base import ExpertRows
 
 NAME = "sparse_ffn"
 MOE = re.compile(r"(Experts|Mo[eE](Block|Layer)?|SparseMLP)$")
@@ -71,8 +72,12 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
 
 def _product(experts: Any, name: str, x: Tensor, expert: Tensor, rows: Tensor | None) -> Tensor:
     """Each slot's row of x times its expert's matrix, plus its bias: [slots, out]."""
-    matrices: Tensor = getattr(experts, name)
-    y = ops.cvmm(x.to(matrices.dtype), matrices if experts.is_transposed else matrices.mT, expert, gather=rows)
+    matrices: Any = getattr(experts, name)
+    if isinstance(matrices, ExpertRows):
+        up = name != "down_proj"
+        y = matrices.up(x, expert, rows) if up else matrices.down(x, expert, None, None, expert.shape[0])
+    else:
+        y = ops.cvmm(x.to(matrices.dtype), matrices if experts.is_transposed else matrices.mT, expert, gather=rows)
     if not experts.has_bias:
         return y
     bias = F.pad(getattr(experts, f"{name}_bias"), (0, 0, 0, 1))  # of no expert: zero

@@ -10,6 +10,7 @@ from torch import Tensor
 from sparse_ffn.checks import check_type
 from sparse_ffn.integrations.checkpoints import Keys, filled
 from sparse_ffn.layers import MoE
+from sparse_ffn.layers.rows.base import check_dense
 
 COUNTS = "kv_sel_counts_100"  # a statistic that RobertCsordas/moe keeps in its state
 
@@ -63,6 +64,7 @@ def to_moe_layer(layer: MoE, *, prefix: str = "") -> dict[str, Tensor]:
     """
     if not isinstance(layer, MoE):
         raise TypeError(f"layer must be a MoE, got {type(layer).__name__}")
+    check_dense(layer)
     check_type("prefix", prefix, str, "a string")
     names = {
         "keys": "keys",

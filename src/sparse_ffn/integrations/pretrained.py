@@ -7,6 +7,7 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import transformers
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from sparse_ffn.checks import check_type, shown
 from sparse_ffn.convert import Report, config_from_dict, config_of, sparsify_
+from sparse_ffn.integrations import quantized
 from sparse_ffn.layers import SparseFFN
+from sparse_ffn.layers.rows.base import ExpertRows
 
 KEY = "sparse_ffn"  # of the record in config.json
 WHERE = (
@@ -97,7 +100,8 @@ def _present(model: Any, names: Iterable[str]) -> dict[str, Any]:
 
 
 def from_pretrained(path: str, model_class: type[Any] | None = None, **options: Any) -> Any:
-    """Load a converted model: its class is built from the config, converted as recorded, then given the weights.
+    """Load a model that was converted or whose experts were quantised: built from its config, changed as that records,
+    then given the weights. Codes are loaded as codes: no dense weights of theirs are ever in memory.
 
     Args:
         path: what transformers' ``from_pretrained`` takes: a folder or a name on the hub.
@@ -118,10 +122,11 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
     if config is None:
         config = transformers.AutoConfig.from_pretrained(path, **{n: options[n] for n in WHERE if n in options})
     record: dict[str, dict[str, Any]] = getattr(config, KEY, None) or {}
-    if not record:
+    stored = getattr(config, quantized.KEY, None)
+    if not record and not stored:
         raise ValueError(
             f"the config of {str(path)!r} records no conversion: call record_conversion(model, report) before "
-            "save_pretrained, or load an unconverted model with transformers itself"
+            "save_pretrained, or load a model that was neither converted nor quantised with transformers itself"
         )
     _check_record(path, record)
     architecture = (config.architectures or [""])[0]
@@ -137,8 +142,12 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
             super().__init__(*args, **kwargs)
             with _tied(self):
                 configs = {name: config_from_dict(values) for name, values in _places(self, record).items()}
-                sparsify_(self, {name: dataclasses.replace(config, init="fresh") for name, config in configs.items()})
+                if configs:
+                    fresh = {name: dataclasses.replace(config, init="fresh") for name, config in configs.items()}
+                    sparsify_(self, fresh)
             _tie(self)
+            if stored:
+                quantized.store(self, stored, partial(_places, self))
 
         def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
             super().mark_tied_weights_as_initialized(loading_info)
@@ -148,7 +157,10 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
     wants_info = options.pop("output_loading_info", False)
     model, info = Converted.from_pretrained(path, config=config, output_loading_info=True, **options)
     model.__class__ = base
-    setattr(model.config, KEY, Record(model, _present(model, _places(model, record))))
+    if record:
+        setattr(model.config, KEY, Record(model, _present(model, _places(model, record))))
+    if stored:
+        quantized.prepare(model)
     _check_loaded(model, info["missing_keys"])
     return (model, info) if wants_info else model
 
@@ -168,7 +180,7 @@ def _check_record(path: Any, record: Any) -> None:
 
 def _check_loaded(model: Any, missing: Iterable[str]) -> None:
     """Raise ValueError where a converted layer got no weights: transformers only reports it, and draws new ones."""
-    layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, SparseFFN))
+    layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, (SparseFFN, ExpertRows)))
     lost = sorted(key for key in missing if key.startswith(layers))
     if lost:
         raise ValueError(f"the checkpoint lacks weights of converted layers: {', '.join(lost)}")

@@ -17,7 +17,7 @@ from sparse_ffn.checks import (
     check_flag,
     check_floating,
     check_mask,
-    check_places,
+    check_parameters,
     check_positive,
     check_rate,
     shape_error,
@@ -55,6 +55,8 @@ class SparseFFN(CheckedOptions, nn.Module):
     """Hidden units in all."""
     values: nn.Parameter
     """One row per hidden unit."""
+    _any_kind: tuple[str, ...] = ()
+    """Parameters that only torch computes with: they may be a quantiser's tensors."""
 
     def __init__(
         self,
@@ -127,7 +129,7 @@ class SparseFFN(CheckedOptions, nn.Module):
         self._check_input("x", x)
         if not x.dim() or x.shape[-1] != self.d_model:
             raise ValueError(f"x must have shape [..., d_model = {self.d_model}], got {list(x.shape)}")
-        check_places(x, self._parameters.values())
+        check_parameters(x, self._parameters, self._any_kind)
         if self.out_bias is not None and self.out_bias.shape != (self.d_out,):
             raise self._shape_error()
         if mask is not None:

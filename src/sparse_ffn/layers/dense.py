@@ -34,6 +34,8 @@ class DenseFFN(UnitsFFN):
         dtype: their dtype.
     """
 
+    _any_kind: tuple[str, ...] = ("keys", "gate_keys")
+
     def __init__(
         self,
         d_model: int,

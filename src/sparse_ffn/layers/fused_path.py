@@ -8,6 +8,7 @@ from torch import Tensor
 from sparse_ffn import ops
 from sparse_ffn.checks import check_places
 from sparse_ffn.layers.routed import Routed
+from sparse_ffn.layers.rows.base import ExpertRows
 from sparse_ffn.module import is_plain, tensors_of
 from sparse_ffn.routing.balance import NEED_LOGITS
 from sparse_ffn.routing.base import FusedRouting, Router
@@ -27,6 +28,8 @@ class FusedPath(Routed):
 
     def _fused(self, x_TD: Tensor, mask_T: Tensor | None, units: ops.Units, n_sequences: int | None) -> Tensor | None:
         """The output, with all that a forward leaves behind, if ``ops.routed_ffn`` computes this call; else None."""
+        if isinstance(units.values, ExpertRows):
+            return None
         if self.training and (
             self.aux == "inject" or self._pooled() or any(name in NEED_LOGITS for name in self.balance)
         ):

@@ -11,6 +11,7 @@ from torch import Tensor
 from sparse_ffn import ops
 from sparse_ffn.checks import check_positive, check_rate
 from sparse_ffn.layers.fused_path import FusedPath
+from sparse_ffn.layers.rows.base import ExpertRows, stored_ffn
 from sparse_ffn.ops.autocast import autocast_dtype
 from sparse_ffn.routing.base import Router
 from sparse_ffn.routing.inject import inject
@@ -25,7 +26,8 @@ class MoE(FusedPath):
     No capacity limit, no dropped token. Parameters: ``keys`` [E, G, d_model], ``values`` [E, G, d_out],
     ``router.weight`` [E, d_router]; with ``glu`` ``gate_keys`` [E, G, d_model]; with ``bias`` ``key_bias`` [E, G] and
     ``out_bias`` [d_out]; with ``balance="bias"`` the buffer ``router.bias`` [E]. N null experts make the router's rows
-    E + N; those of the kind ``"constant"`` have ``constants`` [N, d_out].
+    E + N; those of the kind ``"constant"`` have ``constants`` [N, d_out]. ``quantize_experts_`` puts ``ExpertRows`` in
+    the place of keys, gate_keys and values.
 
     Args:
         d_model: input width.
@@ -138,7 +140,8 @@ class MoE(FusedPath):
         x_TD = x_TD.to(autocast_dtype(x_TD))
         dropout_mask = self._dropout_mask(x_TD, x_TD.shape[0], self.k, self.expert_size)
         index_TK = routing.index_TK.clamp_max(self.n_experts) if self.null_experts else routing.index_TK
-        y_TO = ops.expert_ffn(x_TD, units, index_TK, gate_TK, dropout_mask=dropout_mask, activation=self.activation)
+        ffn = stored_ffn if isinstance(units.values, ExpertRows) else ops.expert_ffn
+        y_TO = ffn(x_TD, units, index_TK, gate_TK, dropout_mask=dropout_mask, activation=self.activation)
         y_TO = self._add_null(y_TO, x_TD, routing.index_TK, gate_TK)
         self._keep(loss, routing.index_TK, mask_T, (y_TO, loss))
         return y_TO

@@ -38,6 +38,8 @@ class TopKFFN(DenseFFN):
         ValueError: k > d_ff, or an argument outside its range.
     """
 
+    _any_kind = ()
+
     def __init__(
         self,
         d_model: int,

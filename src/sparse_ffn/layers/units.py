@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from sparse_ffn import ops
 from sparse_ffn.checks import check_flag
 from sparse_ffn.layers.base import SparseFFN
+from sparse_ffn.layers.rows.base import check_dense
 from sparse_ffn.module import tensors_of
 
 
@@ -32,6 +33,7 @@ class UnitsFFN(SparseFFN):
 
     def reset_parameters(self) -> None:
         """Normal keys and values, zero biases."""
+        check_dense(self)
         self._normal(self.keys, self.d_model)
         self._normal(self.values, self.d_ff)  # of all units, not of an expert's (arXiv 2310.10837, section 5)
         if self.gate_keys is not None:

@@ -1,0 +1,56 @@
+"""The report of quantize_experts_, which prints as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """One layer whose experts were quantised."""
+
+    name: str
+    """Where it is; empty for the model itself."""
+    n_bytes: tuple[int, int]
+    """Of the stacks that were quantised, before and after."""
+    errors: dict[str, float]
+    """Of each stack ‖W - Ŵ‖ / ‖W‖; NaN on meta."""
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """The layers whose experts were quantised. ``print`` it."""
+
+    layers: tuple[QuantizedLayer, ...]
+
+    @property
+    def n_bytes(self) -> tuple[int, int]:
+        """Of all stacks that were quantised, before and after."""
+        return sum(r.n_bytes[0] for r in self.layers), sum(r.n_bytes[1] for r in self.layers)
+
+    def __str__(self) -> str:
+        count = len(self.layers)
+        lines = [f"experts of {count} layer{'' if count == 1 else 's'} quantised: {_change(*self.n_bytes)}"]
+        rows: list[tuple[str, ...]] = [("name", "bytes", "relative error")]
+        for r in self.layers:
+            errors = ", ".join(f"{stack} {error:.2%}" for stack, error in r.errors.items())
+            rows.append((r.name or "the model", _change(*r.n_bytes), errors))
+        return "\n".join([*lines, *_aligned(rows)])
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> Iterable[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _change(before: int, after: int) -> str:
+    return f"{_short(before)} -> {_short(after)} ({after / max(before, 1):.1%})"
+
+
+def _short(n: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.4g} {unit}"
+        n /= 1024
+    return f"{n:.4g} GiB"

@@ -1,0 +1,75 @@
+"""Stacks: where the experts of a model are, and how each of their stacks is exchanged for stored rows and back.
+
+Other libraries' experts are taught in ``KINDS`` and ``CHANGED`` by the module of ``integrations`` that knows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparse_ffn.layers.moe import MoE
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The attribute of a module that holds a stack of matrices."""
+
+    module: nn.Module
+    name: str
+    is_values: bool = False
+    """Whether its rows are added to the output; else they multiply the input."""
+    transposed: bool = False
+    """Whether the parameter [E, C, G] has the units' rows as its columns."""
+
+    @property
+    def held(self) -> Any:
+        """A parameter, stored rows, or None."""
+        return getattr(self.module, self.name)
+
+    def rows(self) -> Tensor:
+        """The parameter as rows [E, G, C]."""
+        held: Tensor = self.held.detach()
+        return held.mT if self.transposed else held
+
+    def store(self, rows: nn.Module) -> None:
+        """Put stored rows in the parameter's place."""
+        delattr(self.module, self.name)
+        setattr(self.module, self.name, rows)
+
+    def restore(self) -> None:
+        """Put a parameter in the place of stored rows."""
+        dense: Tensor = self.held.dense()
+        delattr(self.module, self.name)
+        setattr(self.module, self.name, nn.Parameter(dense.mT.contiguous() if self.transposed else dense))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of module with experts."""
+
+    matches: Callable[[nn.Module], bool]
+    stacks: Callable[[Any], list[Stack]]
+
+
+def _stacks_of_moe(layer: MoE) -> list[Stack]:
+    names = ("keys", "gate_keys", "values")
+    return [Stack(layer, name, name == "values") for name in names if getattr(layer, name) is not None]
+
+
+KINDS: list[Kind] = [Kind(lambda module: isinstance(module, MoE), _stacks_of_moe)]
+
+
+CHANGED: list[Callable[[nn.Module], None]] = []
+"""Called with a model in which experts were quantised, or made dense again."""
+
+
+def experts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Stack]]]:
+    """The modules with experts in a model, each once, by name, with their stacks."""
+    for name, module in model.named_modules():
+        kind = next((kind for kind in KINDS if kind.matches(module)), None)
+        if kind is not None:
+            yield name, module, kind.stacks(module)

@@ -1,0 +1,32 @@
+"""CVMM by quantised rows in the CPU core: few slots read codes alone, many make an expert's numbers once."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import Tensor
+
+from sparse_ffn.backends import cpu
+from sparse_ffn.backends.cpu import contiguous, rows
+from sparse_ffn.ops.codes import Codes
+from sparse_ffn.ops.cvmm.backend import Slots
+from sparse_ffn.ops.quantized_cvmm.backend import Gradients, backward_of
+
+
+def forward(x: Tensor, codes: Codes, slots: Slots, down: bool, n_out: int) -> Tensor:
+    """The output."""
+    out = cpu.empty(n_out, codes.shape[2 if down else 1], dtype=x.dtype)
+    scale = None if slots.reduction is None else slots.reduction.float().contiguous()
+    indices = (slots.expert.contiguous(), contiguous(slots.gather), contiguous(slots.scatter), scale)
+    cpu.call("quantized_cvmm", (rows(x), *map(_rows, codes), *indices, out), int(down))
+    return out
+
+
+def backward(grad: Tensor, x: Tensor, codes: Codes, slots: Slots, down: bool) -> Gradients:
+    """The gradients."""
+    return backward_of(sys.modules[__name__], grad, x, codes, slots, down)
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """Rows of unit stride, copied only if they are not: halves of a fused stack are read where they lie."""
+    return x if x is None or x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,449 @@
+"""Quantised experts: the codes, the layers that compute with them on every backend, their copies, and what is refused.
+
+The oracles are a quantiser in NumPy, torchao's, and ``expert_ffn`` in float64 of the numbers that the codes stand for.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flat
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import sparse_ffn as sf
+from sparse_ffn import ExpertQuantization, dequantize_experts_, integrations, quantize_experts_
+from sparse_ffn.compress.quantizer import quantize
+from sparse_ffn.layers.rows import QuantizedRows
+from sparse_ffn.ops import Codes, quantized_cvmm
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+KINDS = {
+    "4 bits": ExpertQuantization(group_size=8),
+    "4 bits, symmetric, a group a row": ExpertQuantization(group_size=None, symmetric=True, scale="max"),
+    "8 bits": ExpertQuantization(bits=8),
+    "8 bits, asymmetric, groups": ExpertQuantization(bits=8, group_size=4, symmetric=False),
+    "4 bits, values in 8": ExpertQuantization(group_size=16, values_bits=8),
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+# ------------------------------------------------------------------------------------------------------- the codes
+
+
+def by_numpy(w: np.ndarray, bits: int, symmetric: bool, scale: str) -> tuple[float, int, np.ndarray]:
+    """Scale, zero point and codes (the zero point's scheme, signed if symmetric) of one group of fp32 numbers."""
+    best = None
+    for c in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7) if scale == "mse" else (1.0,):
+        c = np.float32(c)
+        if symmetric:
+            low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+            s, z = c * np.abs(w).max() / np.float32(high), 0
+        else:
+            low, high = 0, 2**bits - 1
+            least, most = c * min(np.float32(0), w.min()), c * max(np.float32(0), w.max())
+            s = (most - least) / np.float32(high)
+            z = int(np.clip(np.round(-least / s), 0, high)) if s else 0
+        q = np.clip(np.round(w / s) + z, low, high) if s else np.zeros_like(w)
+        error = ((w - (q - np.float32(z)) * s) ** 2).sum()
+        if best is None or error < best[0] * (1 - 1e-6):
+            best = (error, s, z, q)
+    assert best is not None
+    return best[1], best[2], best[3]
+
+
+def unpacked(codes: Codes) -> Tensor:
+    """The codes as in the formulas."""
+    if codes.bits == 8:
+        return codes.qdata.int() + (0 if codes.zero_point is None else 128)
+    half = torch.stack((codes.qdata & 15, codes.qdata >> 4), -1).flatten(-2).int()
+    return half - 8 if codes.zero_point is None else half
+
+
+@pytest.mark.parametrize("scale", ["max", "mse"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_are_those_of_a_quantiser_in_numpy(bits: int, symmetric: bool, scale: str) -> None:
+    """An odd number of groups; constant groups, zeros, a huge weight, numbers of one sign."""
+    w = torch.randn(6, 24)
+    w[0, :8], w[1, 8:16], w[2, 16:] = 0, 0.7, -3.0
+    w[3, 3], w[4, :8] = 1e4, w[4, :8].abs()
+    codes = quantize(w, bits, 8, symmetric, scale)
+    assert codes.shape == w.shape
+    assert (codes.zero_point is None) == symmetric
+    for row in range(6):
+        for g in range(3):
+            s, z, q = by_numpy(w[row, 8 * g : 8 * g + 8].numpy(), bits, symmetric, scale)
+            assert codes.scale[row, g].item() == pytest.approx(s, rel=1e-6)
+            assert symmetric or codes.zero_point[row, g] == z
+            assert unpacked(codes)[row, 8 * g : 8 * g + 8].tolist() == q.tolist()
+            found = codes.dense()[row, 8 * g : 8 * g + 8]
+            np.testing.assert_allclose(found.numpy(), (q - z) * s, rtol=1e-6, atol=1e-30)
+
+
+def test_symmetric_8_bits_from_the_largest_weight_are_torchaos_but_for_its_half_step() -> None:
+    """torchao spreads the largest weight over 127.5 steps, one half more than int8 has above 0, and clamps it."""
+    quantization = pytest.importorskip("torchao.quantization")
+    linear = nn.Linear(24, 6, bias=False)
+    codes = quantize(linear.weight.detach(), 8, 24, True, "max")
+    quantization.quantize_(linear, quantization.Int8WeightOnlyConfig())
+    theirs: Any = linear.weight
+    torch.testing.assert_close(codes.scale * 127, theirs.scale.view(6, 1) * 127.5)
+    assert (codes.qdata.int() - theirs.qdata.int()).abs().max() <= 1
+
+
+def test_a_scale_that_its_dtype_cannot_hold_gives_zeros() -> None:
+    codes = quantize(torch.full((1, 8), 1e-8).half(), 8, 8, True, "max")
+    assert not codes.scale.any()
+    assert not codes.dense().any()
+
+
+def test_the_smaller_squared_error_wins() -> None:
+    w = torch.randn(64, 32)
+    for symmetric in (True, False):
+        cut, whole = (quantize(w, 4, 32, symmetric, scale).dense() for scale in ("mse", "max"))
+        errors, bound = (cut - w).square().sum(1), (whole - w).square().sum(1)
+        assert (errors <= bound * (1 + 1e-6)).all()
+        assert errors.sum() < 0.95 * bound.sum()
+
+
+# ------------------------------------------------------------------------------------------------------- the layers
+
+E, G, D, O = 5, 9, 48, 16
+SIZES = {"one": (1, 2), "32": (32, 3), "33": (33, 3), "300": (300, 2), "all experts": (7, E)}
+
+
+def stacks(config: ExpertQuantization, dtype: torch.dtype) -> dict[str, Codes]:
+    def of(columns: int, values: bool) -> Codes:
+        bits = config.bits_of(values)
+        rows = (torch.randn(E, G, columns) / 4).to(dtype)
+        return quantize(rows, bits, config.group_of(columns, bits), config.symmetric_at(bits), config.scale)
+
+    return {"keys": of(D, False), "gate_keys": of(D, False), "values": of(O, True)}
+
+
+def layer_of(dtype: torch.dtype = torch.float32, **options: Any) -> sf.MoE:
+    layer = sf.MoE(D, E, G, 2, glu=True, bias=True, activation="silu", d_out=O, dtype=dtype, **options)
+    with torch.no_grad():
+        layer.key_bias.normal_()
+    return layer
+
+
+@dtypes
+@pytest.mark.parametrize("size", SIZES)
+@kinds
+def test_a_layer_computes_what_the_numbers_of_its_codes_compute(
+    kind: str, size: str, dtype: torch.dtype, on_backend: str
+) -> None:
+    """Output and the gradients of x, the gates (by the router's weights) and the biases; two experts see no token."""
+    tokens, k = SIZES[size]
+    layer = layer_of(dtype, balance="none")
+    layer.k = k
+    quantize_experts_(layer, KINDS[kind])
+    with torch.no_grad():
+        layer.router.weight[3:] -= 4 * (k < E)
+    x = torch.cat([torch.randn(tokens, D - 1) / 4, torch.ones(tokens, 1)], 1).to(dtype).requires_grad_()
+    grad = torch.randn(tokens, O).to(dtype)
+    y = layer(x)
+    y.backward(grad)
+
+    exact = copy.deepcopy(layer)
+    dequantize_experts_(exact)
+    wide, exact_x = exact.double(), x.detach().double().requires_grad_()
+    with torch.no_grad():
+        index = layer.router(x).index_TK  # ties of 16 bits are decided once
+    gate = torch.sigmoid(exact_x @ wide.router.weight.T).gather(1, index)
+    with sf.backend("reference"):
+        expected = (
+            flat.expert_ffn(
+                exact_x, wide.keys, wide.values, index, gate, wide.gate_keys, wide.key_bias, activation="silu"
+            )
+            + wide.out_bias
+        )
+    expected.backward(grad.double())
+    scale = expected.abs().max()
+    assert ((y.double() - expected).abs().max() / scale) < TOLERANCE[dtype]
+    pairs = {"x": (x, exact_x)} | {
+        name: (p, wide.get_parameter(name)) for name, p in layer.named_parameters() if p.grad is not None
+    }
+    assert pairs.keys() == {"x", "key_bias", "out_bias", "router.weight"}
+    for name, (found, right) in pairs.items():
+        error = (found.grad.double() - right.grad).abs().max() / right.grad.abs().max()
+        assert error < 2 * TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("form", ["plain", "gathered", "scattered", "everything"])
+@pytest.mark.parametrize("down", [False, True], ids=["up", "down"])
+@kinds
+def test_the_product_is_cvmm_by_the_numbers(kind: str, down: bool, form: str, on_backend: str) -> None:
+    codes = stacks(KINDS[kind], torch.float32)["values" if down else "keys"]
+    width, slots = (G, 40) if down else (D, 40)
+    x = torch.randn(6 if form in ("gathered", "everything") else slots, width, requires_grad=True)
+    expert = torch.randint(0, E + 1, (slots,))  # void slots too
+    options: dict[str, Any] = {}
+    if form in ("gathered", "everything"):
+        options["gather"] = torch.randint(0, 6, (slots,))
+    if form in ("scattered", "everything"):
+        options |= {"scatter": torch.randint(0, 7, (slots,)), "n_out": 7}
+    if form == "everything":
+        options["reduction"] = torch.rand(slots, requires_grad=True)
+    y = quantized_cvmm(x, codes, expert, down=down, **options)
+    grad = torch.randn_like(y)
+    leaves = [x, *([options["reduction"]] if form == "everything" else [])]
+    found = torch.autograd.grad(y, leaves, grad)
+    rows = codes.to(torch.float64).dense()
+    with sf.backend("reference"):
+        wide = {n: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in options.items()}
+        expected = sf.ops.cvmm(x.double(), rows if down else rows.mT, expert, **wide)
+        right = torch.autograd.grad(expected, leaves, grad.double())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(found, right, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_experts_without_slots_are_not_read(on_backend: str) -> None:
+    if on_backend == "reference":
+        pytest.skip("which computes all")
+    codes = stacks(KINDS["4 bits"], torch.float32)["keys"]
+    codes.scale[1:] = torch.nan
+    expert = torch.tensor([0, E, 0, E])
+    for x in (torch.randn(4, D), torch.randn(400, D)):
+        y = quantized_cvmm(x, codes, expert.repeat(len(x) // 4), down=False)
+        assert y.isfinite().all()
+        assert not y[1::2].any()
+
+
+def test_an_expert_out_of_range_is_refused(on_backend: str) -> None:
+    codes = stacks(KINDS["8 bits"], torch.float32)["keys"]
+    for bad in (-1, E + 1):
+        with pytest.raises(IndexError, match=r"expert_index must be in \[0, 5\]"):
+            quantized_cvmm(torch.randn(1, D), codes, torch.tensor([bad]), down=False)
+
+
+def test_codes_of_a_strided_stack_are_read_as_they_are(on_backend: str) -> None:
+    """Halves of a fused stack are views."""
+    codes = stacks(KINDS["4 bits"], torch.float32)["keys"]
+    half = Codes(*(None if t is None else t[:, 4:] for t in codes))
+    x, expert = torch.randn(40, D), torch.randint(0, E, (40,))
+    whole = quantized_cvmm(x, codes, expert, down=False)
+    torch.testing.assert_close(quantized_cvmm(x, half, expert, down=False), whole[:, 4:])
+
+
+# ------------------------------------------------------------------------------------- as any other part of a model
+
+
+def outputs(layer: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return layer(torch.randn(11, D, generator=torch.Generator().manual_seed(3)))
+
+
+def quantized(**config: Any) -> sf.MoE:
+    layer = layer_of()
+    quantize_experts_(layer, ExpertQuantization(**{"group_size": 16, **config}))
+    return layer
+
+
+def through_safetensors(layer: nn.Module, folder: Path) -> nn.Module:
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(layer.state_dict(), folder / "layer.safetensors")
+    twin = quantized()
+    twin.load_state_dict(safetensors.load_file(folder / "layer.safetensors"))
+    return twin
+
+
+def onto_meta(layer: nn.Module, folder: Path) -> nn.Module:
+    with torch.device("meta"):
+        twin = quantized()
+    assert all(t.is_meta for t in twin.state_dict().values())
+    twin.load_state_dict(layer.state_dict(), assign=True)
+    return twin
+
+
+def through_torch_save(layer: nn.Module, folder: Path) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(layer, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+COPIES: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
+    "deepcopy": lambda layer, _: copy.deepcopy(layer),
+    "pickle": lambda layer, _: pickle.loads(pickle.dumps(layer)),
+    "torch.save": through_torch_save,
+    "safetensors": through_safetensors,
+    "meta": onto_meta,
+    "shared memory": lambda layer, _: copy.deepcopy(layer).share_memory(),
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_copies_compute_the_same(way: str, tmp_path: Path) -> None:
+    layer = quantized()
+    expected = outputs(layer)
+    twin = COPIES[way](layer, tmp_path)
+    assert isinstance(twin.keys, QuantizedRows)
+    assert torch.equal(outputs(twin), expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "bits_a_number"),
+    [({}, 4 + 32 / 16 + 8 / 16), ({"symmetric": True}, 4 + 32 / 16), ({"bits": 8, "group_size": None}, 8 + 32 / D)],
+)
+def test_the_state_dict_is_as_large_as_the_formula_says(config: dict[str, Any], bits_a_number: float) -> None:
+    layer = quantized(**config)
+    assert layer.keys.n_bytes() == E * G * D * bits_a_number / 8
+    stored = {name: t for name, t in layer.state_dict().items() if name.startswith("keys.")}
+    assert sum(t.nbytes for t in stored.values()) == layer.keys.n_bytes()
+    assert stored.keys() <= {"keys.qdata", "keys.scale", "keys.zero_point"}
+    assert not any(p.shape[-2:] == (G, D) for p in layer.parameters())
+
+
+def test_the_layer_stays_what_it_is() -> None:
+    layer = quantized()
+    layer.train()
+    x = torch.randn(30, D)
+    (layer(x).square().mean() + sf.aux_loss(layer)).backward()
+    assert type(layer) is sf.MoE
+    assert layer.router.weight.grad.any()
+    assert sf.routing_stats(layer)[""]["load"].sum() == pytest.approx(1)
+    assert "QuantizedRows([5, 9, 48], bits=4, group_size=16, asymmetric" in repr(layer)
+
+
+def test_another_dtype_changes_no_code() -> None:
+    layer = quantized()
+    codes = layer.keys.qdata.clone()
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        twin = copy.deepcopy(layer).to(dtype)
+        assert torch.equal(twin.keys.qdata, codes)
+        assert twin.keys.dtype == twin.keys.dense().dtype == dtype
+        assert twin(torch.randn(3, D, dtype=dtype)).dtype == dtype
+
+
+def test_autocast_computes_in_its_dtype() -> None:
+    layer = quantized()
+    x = torch.randn(30, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x), rtol=0.1, atol=0.1)
+
+
+def test_stored_rows_are_frozen_and_say_what_thaws_them() -> None:
+    layer = quantized()
+    assert not layer.keys.requires_grad
+    layer.keys.requires_grad = False
+    for ask in (lambda: layer.keys.requires_grad_(), lambda: setattr(layer.values, "requires_grad", True)):
+        with pytest.raises(TypeError, match="dequantize_experts_"):
+            ask()
+    for needs_parameters in (layer.reset_parameters, lambda: integrations.to_moe_layer(layer)):
+        with pytest.raises(ValueError, match=r"keys, gate_keys, values .* dequantize_experts_"):
+            needs_parameters()
+
+
+def test_dequantised_experts_are_parameters_of_the_same_function() -> None:
+    layer = quantized()
+    expected = outputs(layer)
+    dequantize_experts_(layer)
+    torch.testing.assert_close(outputs(layer), expected)
+    layer(torch.randn(9, D)).sum().backward()
+    assert layer.state_dict().keys() == layer_of().state_dict().keys()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_tied_stacks_stay_tied() -> None:
+    a, b = layer_of(), layer_of()
+    b.keys, b.values = a.keys, a.values
+    quantize_experts_(nn.Sequential(a, b), ExpertQuantization(bits=8))
+    assert a.keys is b.keys
+    assert a.gate_keys is not b.gate_keys
+
+
+def test_the_report_tells_bytes_and_errors() -> None:
+    model = nn.Sequential(nn.Linear(D, D), layer_of(), layer_of())
+    linear = model[0].weight.detach().clone()
+    dense = model[2].values.detach().clone()
+    report = quantize_experts_(model, ExpertQuantization(bits=8), lambda module, name: name == "2")
+    (only,) = report.layers
+    assert only.name == "2"
+    assert only.n_bytes == (4 * E * G * (2 * D + O), sum(model[2].get_submodule(n).n_bytes() for n in only.errors))
+    error = ((model[2].values.dense() - dense).norm() / dense.norm()).item()
+    assert only.errors["values"] == pytest.approx(error, rel=1e-3)
+    assert 0 < error < 0.01
+    assert f"values {error:.2%}" in str(report)
+    assert isinstance(model[1].keys, nn.Parameter)
+    assert torch.equal(model[0].weight, linear)
+
+
+def test_compiled_and_exported() -> None:
+    torch._dynamo.reset()
+    layer, x = quantized().eval(), torch.randn(6, D)
+    expected = layer(x)
+    found = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    assert layer.key_bias.grad.any()
+    program = torch.export.export(layer, (x,))
+    torch.testing.assert_close(program.module()(x), expected)
+
+
+def test_gradients_by_torch_func() -> None:
+    layer, x = quantized(), torch.randn(4, D)
+    per_token = torch.func.vmap(torch.func.grad(lambda t: layer(t.unsqueeze(0)).square().sum()))(x)
+    leaf = x.clone().requires_grad_()
+    layer(leaf).square().sum().backward()
+    torch.testing.assert_close(per_token, leaf.grad, rtol=1e-4, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------- what is refused
+
+
+def halved(layer: sf.MoE) -> sf.MoE:
+    class Half(nn.Module):
+        def forward(self, w: Tensor) -> Tensor:
+            return w / 2
+
+    parametrize.register_parametrization(layer, "values", Half())
+    return layer
+
+
+def with_infinity(layer: sf.MoE) -> sf.MoE:
+    with torch.no_grad():
+        layer.gate_keys[3, 1, 2] = torch.inf
+    return layer
+
+
+def stored(layer: sf.MoE) -> sf.MoE:
+    quantize_experts_(layer, ExpertQuantization(bits=8))
+    return layer
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
+    "no layer": (lambda: nn.Linear(2, 2), {}, "model has no MoE layer"),
+    "fp64": (lambda: layer_of(torch.float64), {}, "1.keys has dtype float64"),
+    "infinity": (lambda: with_infinity(layer_of()), {"bits": 8}, "1.gate_keys: the weights of expert 3 are not finite"),
+    "stored": (lambda: stored(layer_of()), {}, "1.keys are stored rows already: call dequantize_experts_ first"),
+    "parametrised": (lambda: halved(layer_of()), {"bits": 8}, "1.values must be a plain parameter, .* quantise first"),
+    "auto": (layer_of, {}, r"group_size = 32 must divide d_model = 48 of 1.keys, .* take one of 16, 24, 48"),
+    "given": (layer_of, {"bits": 8, "group_size": 12}, "must divide d_out = 16 of 1.values: take one of 4, 8, 16"),
+    "odd": (layer_of, {"group_size": 3}, "in even groups at 4 bits: take one of 2, 4, 6"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_quantised_is_refused_and_stays(what: str) -> None:
+    make, config, words = REFUSED[what]
+    first = layer_of()
+    model = nn.Sequential(nn.Identity() if what == "no layer" else first, make())
+    if what != "no layer":
+        model = nn.ModuleDict({"1": model[1], "2": first})  # the good one comes after
+    before = {name: id(t) for name, t in model.state_dict(keep_vars=True).items()}
+    with pytest.raises(ValueError, match=words):
+        quantize_experts_(model, ExpertQuantization(**config))
+    assert {name: id(t) for name, t in model.state_dict(keep_vars=True).items()} == before
