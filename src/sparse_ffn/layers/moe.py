@@ -13,6 +13,7 @@ from sparse_ffn.checks import check_positive, check_rate, shown
 from sparse_ffn.layers.fused_path import FusedPath
 from sparse_ffn.ops.autocast import autocast_dtype
 from sparse_ffn.routing.base import Router, Routing
+from sparse_ffn.routing.distributed import Sync
 from sparse_ffn.routing.inject import inject
 from sparse_ffn.routing.routers import make_router
 
@@ -50,7 +51,7 @@ class MoE(FusedPath):
         aux: ``"attach"`` keeps the weighted loss for ``sparse_ffn.aux_loss``; ``"inject"`` adds its gradient in the
             backward pass (not scaled by a GradScaler nor divided by gradient accumulation), without any change to the
             training loop. A layer that several blocks share wants ``"inject"``: attach keeps the last call's loss.
-        sync_balance: pool balance losses and loads over the default process group, which must be initialised.
+        sync_balance: pool balance losses and loads over a process group, True for the default one.
         init_scale: c; keys have standard deviation c/sqrt(d_model), values c/sqrt(E·G), router rows norm c.
         n_layers: sets c = sqrt(2/n_layers).
         device: where the parameters live.
@@ -81,7 +82,7 @@ class MoE(FusedPath):
         balance_weight: float | Sequence[float] = 1e-3,
         balance_over: str = "batch",
         aux: str = "attach",
-        sync_balance: bool = False,
+        sync_balance: Sync = False,
         init_scale: float = 1.0,
         n_layers: int | None = None,
         device: Any = None,

@@ -16,14 +16,14 @@ def slot_counts(index_TK: Tensor, mask_T: Tensor | None, n_experts: int) -> Tens
     return torch.bincount(index_TK.flatten(), minlength=n_experts)
 
 
-def summary(index_TK: Tensor, mask_T: Tensor | None, n_experts: int) -> dict[str, Any]:
-    """Entropy of the load over log E, busiest share and share of dead experts, and the load itself.
+def summary(counts_E: Tensor) -> dict[str, Any]:
+    """Of the slots of each expert: entropy of the load over log E, busiest share, share of dead experts, and the load.
 
     Returns:
         ``entropy`` in [0, 1] (1 is balance), ``busiest`` in [1/E, 1] (share of the slots), ``dead`` in [0, 1) (share of
         the experts without a slot), ``load``: CPU fp32 [E] of shares summing to 1. Without a real token all are 0.
     """
-    counts = slot_counts(index_TK, mask_T, n_experts).to("cpu", torch.float64)
+    counts, n_experts = counts_E.to("cpu", torch.float64), len(counts_E)
     load = counts / counts.sum().clamp_min(1)
     if not counts.sum():
         return {"entropy": 0.0, "busiest": 0.0, "dead": 0.0, "load": load.float()}

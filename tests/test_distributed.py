@@ -1,0 +1,113 @@
+"""Layers whose parameters every process holds, or FSDP2 shards: what several processes must agree on."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import processes
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import sparse_ffn as sf
+
+WORLD = 2
+
+
+def batch(rank: int) -> torch.Tensor:
+    """Tokens whose favourites differ between the processes."""
+    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(rank))
+    return x + 2 * rank
+
+
+def mixture(**options: Any) -> sf.MoE:
+    torch.manual_seed(1)
+    return sf.SigmaMoE(8, 6, 4, 2, **{"balance": "bias", **options})
+
+
+# ------------------------------------------------------------------------------------------------ balance="bias"
+
+
+def drift(rank: int) -> dict[str, Any]:
+    local, synced = mixture(), nn.Sequential(mixture(sync_balance=True), mixture(sync_balance=True))
+    local(batch(rank))
+    try:
+        sf.update_router_bias(local)
+        refused = ""
+    except RuntimeError as error:
+        refused = str(error)
+    for _ in range(3):
+        synced(batch(rank))
+        sf.update_router_bias(synced)
+    calls, reduce = [], dist.all_reduce
+    dist.all_reduce = lambda *a, **k: calls.append(1) or reduce(*a, **k)
+    synced(batch(rank))
+    sf.update_router_bias(synced)
+    pooled = sf.routing_stats(synced, sync=True)["0"]["load"]
+    return {
+        "refused": refused, "untouched": bool((local.router.bias == 0).all() and local.router.load is not None),
+        "biases": [layer.router.bias.tolist() for layer in synced], "collectives": len(calls), "pooled": pooled,
+        "own": sf.routing_stats(synced)["0"]["load"],
+    }  # fmt: skip
+
+
+def test_biases_of_several_processes_cannot_drift_apart() -> None:
+    """Each process used to move its own, though all share the weights: they then routed a token differently."""
+    first, second = processes.run(drift, WORLD)
+    for found in (first, second):
+        assert "sync_balance=False among 2 processes" in found["refused"]
+        assert found["untouched"]
+        assert found["collectives"] == 2  # one for all layers' loads, one for the statistics
+    assert first["biases"] == second["biases"]
+    assert any(first["biases"][0])
+    torch.testing.assert_close(first["pooled"], (first["own"] + second["own"]) / 2)
+    torch.testing.assert_close(first["pooled"], second["pooled"])
+
+
+# ------------------------------------------------------------------------------------------------ groups by name
+
+
+def stages(rank: int) -> dict[str, Any]:
+    """Two stages of a pipeline: the second has more layers, and so more collectives."""
+    groups = [dist.new_group([member]) for member in range(WORLD)]
+    layers = [mixture(sync_balance=groups[rank], balance="entropy") for _ in range(1 + 2 * rank)]
+    losses = []
+    for layer in layers:
+        layer(batch(rank))
+        loss = sf.aux_loss(layer)
+        loss.backward()
+        losses.append((loss.item(), layer.router.weight.grad))
+    sf.routing_stats(layers[0], sync=groups[rank])
+    clone = copy.deepcopy(layers[0])
+    try:
+        pickle.dumps(layers[0])
+        refused = ""
+    except TypeError as error:
+        refused = str(error)
+    both = mixture(sync_balance=dist.group.WORLD, balance="entropy")
+    both(batch(rank))
+    return {
+        "losses": losses, "kept": clone.sync_balance is groups[rank], "refused": refused,
+        "both": sf.aux_loss(both).item(),
+    }  # fmt: skip
+
+
+def test_a_group_by_name_balances_its_own_processes_and_hangs_nobody() -> None:
+    """With the default group only, the stages of a pipeline waited for each other's layers."""
+    found = processes.run(stages, WORLD)
+    for rank, results in enumerate(found):
+        layer = mixture(balance="entropy")
+        layer(batch(rank))
+        loss = sf.aux_loss(layer)
+        loss.backward()
+        for value, grad in results["losses"]:
+            assert value == pytest.approx(loss.item())
+            torch.testing.assert_close(grad, layer.router.weight.grad)
+        assert results["kept"]
+        assert "sync_balance is a process group" in results["refused"]
+    layer = mixture(balance="entropy")
+    layer(torch.cat([batch(0), batch(1)]))
+    assert [results["both"] for results in found] == pytest.approx([sf.aux_loss(layer).item()] * 2)
