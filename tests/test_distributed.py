@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import sparse_ffn as sf
 
@@ -111,3 +112,35 @@ def test_a_group_by_name_balances_its_own_processes_and_hangs_nobody() -> None:
     layer = mixture(balance="entropy")
     layer(torch.cat([batch(0), batch(1)]))
     assert [results["both"] for results in found] == pytest.approx([sf.aux_loss(layer).item()] * 2)
+
+
+# ------------------------------------------------------------------------------------------------ fresh weights
+
+
+def fresh(rank: int) -> dict[str, torch.Tensor]:
+    with torch.device("meta"):
+        layer = sf.SigmaMoE(8, 5, 4, 2, glu=True)
+        memory = sf.ProductKeyMemory(8, 3, 2, query_dim=4)
+    model = nn.Sequential(layer, memory)
+    fully_shard(layer.router)
+    fully_shard(model)
+    model.to_empty(device="cpu")
+    torch.manual_seed(3)
+    layer.reset_parameters()
+    memory.reset_parameters()
+    return {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+
+
+def test_sharded_layers_on_the_cpu_start_with_the_weights_of_one_process() -> None:
+    """With one seed torch drew the same numbers for each process's shard: expert 0 was expert 3."""
+    layers = {"0": sf.SigmaMoE(8, 5, 4, 2, glu=True), "1": sf.ProductKeyMemory(8, 3, 2, query_dim=4)}
+    torch.manual_seed(3)
+    expected = {}
+    for number, layer in layers.items():
+        layer.reset_parameters()
+        expected |= {f"{number}.{name}": p for name, p in layer.named_parameters()}
+    for found in processes.run(fresh, WORLD):
+        assert found.keys() == expected.keys()
+        assert len({tuple(row.flatten().tolist()) for row in found["0.keys"]}) == 5
+        for name, p in expected.items():
+            torch.testing.assert_close(found[name], p.detach())

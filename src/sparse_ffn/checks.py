@@ -126,6 +126,11 @@ def check_mask(mask: Any, x: Tensor) -> None:
         raise ValueError(f"mask is on {mask.device}, x is on {x.device}")
 
 
+def is_dtensor(x: Any) -> bool:
+    """Whether x is a tensor that a mesh of processes holds, told without the import that makes one."""
+    return type(x) not in (Tensor, nn.Parameter) and isinstance(x, Tensor) and hasattr(x, "device_mesh")
+
+
 def check_places(x: Tensor, parameters: Iterable[Tensor | None]) -> None:
     """Raise ValueError unless all are where x is: kernels trust pointers, and loaders leave parameters on meta."""
     for parameter in parameters:

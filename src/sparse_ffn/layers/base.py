@@ -22,7 +22,7 @@ from sparse_ffn.checks import (
     check_rate,
     shape_error,
 )
-from sparse_ffn.module import CheckedOptions, Parametrizations
+from sparse_ffn.module import CheckedOptions, Parametrizations, normal_
 from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.autocast import autocast_enabled
 
@@ -155,7 +155,7 @@ class SparseFFN(CheckedOptions, nn.Module):
         return nn.Parameter(torch.empty(*shape, **self._factory))
 
     def _normal(self, parameter: Tensor, fan: int) -> None:
-        nn.init.normal_(parameter, 0.0, self.init_scale / math.sqrt(fan))
+        normal_(parameter, self.init_scale / math.sqrt(fan))
 
     def _dropout_mask(self, x: Tensor, *shape: int) -> Tensor | None:
         """Dropout's multiplier for hidden units, or None when there is nothing to drop."""
