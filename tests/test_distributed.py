@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import processes
@@ -11,7 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import sparse_ffn as sf
 
@@ -144,3 +148,70 @@ def test_sharded_layers_on_the_cpu_start_with_the_weights_of_one_process() -> No
         assert len({tuple(row.flatten().tolist()) for row in found["0.keys"]}) == 5
         for name, p in expected.items():
             torch.testing.assert_close(found[name], p.detach())
+
+
+# ------------------------------------------------------------------------------------------------ sparse gradients
+
+
+def memory(sparse_grad: bool) -> sf.ProductKeyMemory:
+    torch.manual_seed(4)
+    return sf.ProductKeyMemory(8, 4, 2, sparse_grad=sparse_grad)
+
+
+def said(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def sparse_tables(rank: int) -> dict[str, Any]:
+    x = batch(rank)
+    ddp = DistributedDataParallel(memory(True))
+    with torch.no_grad():
+        ddp(x)  # has no gradient to reduce
+    ignoring = nn.Sequential(memory(True))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(ignoring, ["0.values"])
+    DistributedDataParallel(ignoring)(x).square().mean().backward()
+    refused = said(lambda: fully_shard(memory(True)))
+    aside = memory(True)
+    fully_shard(aside, ignored_params={aside.values})
+    aside(x).square().mean().backward()
+    return {
+        "ddp": said(lambda: ddp(x)), "sparse": ignoring[0].values.grad.is_sparse and aside.values.grad.is_sparse,
+        "fsdp": refused,
+    }  # fmt: skip
+
+
+def test_sparse_gradients_that_nobody_can_reduce_are_refused_in_a_sentence() -> None:
+    """DDP and FSDP2 failed inside torch, in the backward pass."""
+    for found in processes.run(sparse_tables, WORLD):
+        assert "sparse_grad=True under DistributedDataParallel" in found["ddp"]
+        assert "values cannot be sharded by FSDP2 with sparse_grad=True" in found["fsdp"]
+        assert found["sparse"]
+
+
+# ------------------------------------------------------------------------------------------------ DTensors
+
+
+def given_dtensors(rank: int) -> list[str]:
+    mesh = init_device_mesh("cpu", (WORLD,))
+    layers = [mixture(), memory(False), sf.DenseFFN(8, 6), sf.TopKFFN(8, 6, 2)]
+    x = DTensor.from_local(batch(rank), mesh, [Shard(0)])
+    found = [said(lambda layer=layer: layer(x)) for layer in layers]
+    layer = mixture(d_router=8)
+    found.append(said(lambda: layer(batch(rank), router_input=x)))
+    for layer in layers:
+        layer.values = nn.Parameter(distribute_tensor(layer.values.detach(), mesh, [Shard(0)]))
+    mixed = mixture()
+    mixed.router.weight = nn.Parameter(distribute_tensor(mixed.router.weight.detach(), mesh, [Replicate()]))
+    return found + [said(lambda layer=layer: layer(batch(rank))) for layer in (*layers, mixed)]
+
+
+def test_dtensors_are_refused_in_a_sentence_where_no_style_was_applied() -> None:
+    """They failed inside torch: mixed torch.Tensor and DTensor."""
+    for sentences in processes.run(given_dtensors, WORLD):
+        assert all(sentence.startswith("TypeError: x is a DTensor") for sentence in sentences[:4]), sentences
+        assert sentences[4].startswith("TypeError: router_input is a DTensor")
+        assert all("is a DTensor, which this layer does not compute with" in s for s in sentences[5:]), sentences

@@ -131,11 +131,28 @@ def is_dtensor(x: Any) -> bool:
     return type(x) not in (Tensor, nn.Parameter) and isinstance(x, Tensor) and hasattr(x, "device_mesh")
 
 
-def check_places(x: Tensor, parameters: Iterable[Tensor | None]) -> None:
-    """Raise ValueError unless all are where x is: kernels trust pointers, and loaders leave parameters on meta."""
+def check_places(x: Tensor, parameters: Iterable[Tensor | None], split: bool = False) -> None:
+    """Raise unless all are where x is: kernels trust pointers, and loaders leave parameters on meta.
+
+    Args:
+        x: the tokens.
+        parameters: of a layer.
+        split: whether the layer knows what to do with DTensors.
+
+    Raises:
+        ValueError: a parameter on another device.
+        TypeError: a DTensor.
+    """
     for parameter in parameters:
-        if parameter is not None and parameter.device != x.device:
+        if parameter is None:
+            continue
+        if parameter.device != x.device:
             raise ValueError(f"x is on {x.device}, but a parameter of the layer is on {parameter.device}")
+        if is_dtensor(parameter) and not split:
+            raise TypeError(
+                f"a parameter of shape {list(parameter.shape)} is a DTensor, which this layer does not compute with: "
+                "split layers with the styles of sparse_ffn.parallel, or shard them with fully_shard"
+            )
 
 
 def shape_error(tensors: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]) -> ValueError:

@@ -20,6 +20,7 @@ from sparse_ffn.checks import (
     check_places,
     check_positive,
     check_rate,
+    is_dtensor,
     shape_error,
 )
 from sparse_ffn.module import CheckedOptions, Parametrizations, normal_
@@ -55,6 +56,8 @@ class SparseFFN(CheckedOptions, nn.Module):
     """Hidden units in all."""
     values: nn.Parameter
     """One row per hidden unit."""
+    _split: Any = None
+    """How this process computes its part of the layer, made by a style of ``sparse_ffn.parallel``; None: all of it."""
 
     def __init__(
         self,
@@ -100,8 +103,8 @@ class SparseFFN(CheckedOptions, nn.Module):
             [..., d_out]; its dtype follows nn.Linear.
 
         Raises:
-            TypeError: x is no dense floating tensor, or its dtype is not the parameters' (outside autocast), or mask is
-                no dense tensor of bool.
+            TypeError: x is no dense floating tensor or is a DTensor, or its dtype is not the parameters' (outside
+                autocast), or mask is no dense tensor of bool.
             ValueError: a wrong shape or device, or ``router_input`` for a layer without a router.
         """
         self._check_call(x, mask)
@@ -127,7 +130,7 @@ class SparseFFN(CheckedOptions, nn.Module):
         self._check_input("x", x)
         if not x.dim() or x.shape[-1] != self.d_model:
             raise ValueError(f"x must have shape [..., d_model = {self.d_model}], got {list(x.shape)}")
-        check_places(x, self._parameters.values())
+        check_places(x, self._parameters.values(), self._split is not None)
         if self.out_bias is not None and self.out_bias.shape != (self.d_out,):
             raise self._shape_error()
         if mask is not None:
@@ -135,9 +138,14 @@ class SparseFFN(CheckedOptions, nn.Module):
 
     def _check_input(self, name: str, x: Tensor, *also: torch.dtype) -> None:
         own = self.values
-        if isinstance(x, Tensor) and x.dtype == own.dtype and x.device == own.device and x.layout is torch.strided:
+        if type(x) is Tensor and x.dtype == own.dtype and x.device == own.device and x.layout is torch.strided:
             return
         check_floating(name, x)
+        if is_dtensor(x):
+            raise TypeError(
+                f"{name} is a DTensor, of shape {list(x.shape)}: give the tokens of this process, {name}.to_local(), "
+                "and tell the layer's style in sparse_ffn.parallel how they lie"
+            )
         if x.device != own.device:
             raise ValueError(f"{name} is on {x.device}, the layer's parameters are on {own.device}")
         double = torch.float64 in (x.dtype, own.dtype)  # autocast leaves fp64 alone
