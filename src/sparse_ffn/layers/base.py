@@ -107,10 +107,16 @@ class SparseFFN(CheckedOptions, nn.Module):
                 autocast), or mask is no dense tensor of bool.
             ValueError: a wrong shape or device, or ``router_input`` for a layer without a router.
         """
-        self._check_call(x, mask)
-        y = self._forward(x, mask, self._selector_input(x, router_input))
+        try:
+            self._check_call(x, mask)
+            y = self._forward(x, mask, self._selector_input(x, router_input))
+        except Exception:
+            if self._split is not None:
+                self._split.fail()  # the others wait
+            raise
         if self.out_bias is not None:
-            y = y + self.out_bias.to(y.dtype)
+            bias = self.out_bias if self._split is None else self._split.whole(self.out_bias)
+            y = y + bias.to(y.dtype)
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.d_out)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -166,10 +172,11 @@ class SparseFFN(CheckedOptions, nn.Module):
         normal_(parameter, self.init_scale / math.sqrt(fan))
 
     def _dropout_mask(self, x: Tensor, *shape: int) -> Tensor | None:
-        """Dropout's multiplier for hidden units, or None when there is nothing to drop."""
+        """Dropout's multiplier for hidden units, the last dimension, or None when there is nothing to drop."""
         if not self.training or not self.dropout:
             return None
-        return F.dropout(torch.ones(shape, device=x.device, dtype=x.dtype), self.dropout)
+        mask = F.dropout(torch.ones(shape, device=x.device, dtype=x.dtype), self.dropout)
+        return mask if self._split is None else self._split.of_units(mask)
 
     def reset_parameters(self) -> None:
         """Initialise all parameters and buffers of this layer anew."""

@@ -31,6 +31,8 @@ class FusedPath(Balanced, UnitsFFN):
 
     def _fused(self, x_TD: Tensor, mask_T: Tensor | None, units: ops.Units, n_sequences: int | None) -> Tensor | None:
         """The output, with all that a forward leaves behind, if ``ops.routed_ffn`` computes this call; else None."""
+        if self._split is not None:
+            return None
         if self.training and (self.aux == "inject" or any(name in NEED_LOGITS for name in self.balance)):
             return None
         router = self.router
@@ -65,6 +67,17 @@ class FusedPath(Balanced, UnitsFFN):
         loss = self._balance_loss(FusedRouting(softmax_BE, index_TK, gate_TK), mask_T, n_sequences)
         self._keep(loss, index_TK, mask_T, (y_TO,))  # the loss's backward pass reaches its node
         return y_TO
+
+    def _experts(self, x_TD: Tensor, units: ops.Units, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
+        """The selected experts of each token, by the processes that hold them: [T, O]."""
+        if self._split is None:
+            return self._compute(x_TD, units, index_TK, gate_TK)
+        return self._split.experts(self, x_TD, units, index_TK, gate_TK)  # type: ignore[no-any-return]
+
+    def _compute(self, x_TD: Tensor, units: ops.Units, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
+        """The same by this process, which holds these units."""
+        mask = self._dropout_mask(x_TD, *index_TK.shape, self.expert_size)
+        return ops.expert_ffn(x_TD, units, index_TK, gate_TK, dropout_mask=mask, activation=self.activation)
 
     def _check_router(self, units: ops.Units, weight: Tensor, bias: Tensor | None = None) -> None:
         experts = units.values.shape[:1]

@@ -138,10 +138,7 @@ class MoE(FusedPath):
         if loss is not None and self.aux == "inject":
             gate_TK, loss = inject(gate_TK, loss), None
         x_TD = x_TD.to(autocast_dtype(x_TD))
-        dropout_mask = self._dropout_mask(x_TD, x_TD.shape[0], self.k, self.expert_size)
-        y_TO = ops.expert_ffn(
-            x_TD, units, routing.index_TK, gate_TK, dropout_mask=dropout_mask, activation=self.activation
-        )
+        y_TO = self._experts(x_TD, units, routing.index_TK, gate_TK)
         self._keep(loss, routing.index_TK, mask_T, (y_TO, loss))
         return y_TO
 
@@ -150,7 +147,7 @@ class MoE(FusedPath):
         router = self.router
         if isinstance(router, Router) and type(router).forward is Router.forward:
             self._check_router(units, router.weight)
-        routing: Routing = router(x_TR, mask_T)
+        routing: Routing = router(x_TR, mask_T) if self._split is None else self._split.route(router, x_TR, mask_T)
         if not isinstance(routing, Routing):
             raise TypeError(f"router must return a sparse_ffn.routing.Routing, got {shown(routing)}")
         n_scored, n_experts = routing.logits_TE.shape[1], units.values.shape[0]

@@ -154,6 +154,8 @@ class ProductKeyMemory(SparseFFN):
 
     def _bag(self, values: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """Weighted sums of the selected values: [T, d_out]."""
+        if self._split is not None:
+            return self._split.bag(values, index_TK, weight_TK)  # type: ignore[no-any-return]
         if self.sparse_grad:
             check_no_ddp(values)
         return ops.weighted_bag(values, index_TK, weight_TK, sparse_grad=self.sparse_grad)
