@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import parallelize_module
 
 import sparse_ffn as sf
-from sparse_ffn.parallel import ExpertParallel
+from sparse_ffn.parallel import ExpertParallel, HiddenParallel, MemoryParallel
 
 D = 16
 EXCHANGES = ("gather", "slots", "tokens")
@@ -170,3 +170,97 @@ def test_experts_of_tokens_that_all_processes_have() -> None:
 @pytest.mark.exhaustive
 def test_experts_of_tokens_that_all_processes_have_in_every_mixture() -> None:
     check(processes.run(replicated, 3, list(MIXTURES)))
+
+
+# ------------------------------------------------------------------------------------------------ units
+
+
+def dense(name: str, units: int, **options: Any) -> sf.SparseFFN:
+    torch.manual_seed(2)
+    options = {"dtype": torch.float64, "bias": True, **options}
+    layer: Any = {
+        "dense": lambda: sf.DenseFFN(D, units, **options),
+        "dense glu": lambda: sf.DenseFFN(D, units, glu=True, activation="silu", d_out=6, **options),
+        "topk": lambda: sf.TopKFFN(D, units, units // 2, **options),
+        "topk norms": lambda: sf.TopKFFN(D, units, 3, glu=True, activation="gelu", norm_aware=True, **options),
+        "experts": lambda: sf.SoftmaxMoE(D, 4, units, 2, glu=True, activation="silu", balance_weight=1.0, **options),
+    }[name]()
+    for bias in (layer.key_bias, layer.out_bias):
+        nn.init.normal_(bias)
+    return layer
+
+
+def by_units(rank: int, cases: list[tuple[str, int, float]]) -> dict[Any, float]:
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+    found = {}
+    for name, units, dropout in cases:
+        alone, layer, x = dense(name, units, dropout=dropout), dense(name, units, dropout=dropout), tokens(0, 7)
+        parallelize_module(layer, mesh, HiddenParallel())
+        torch.manual_seed(3)
+        Y, X = trained(alone, x)
+        torch.manual_seed(3)
+        y, dx = trained(layer, x)
+        grads = {
+            n: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for n, p in layer.named_parameters()
+        }
+        expected = {"y": Y, "x": X, **{n: p.grad for n, p in alone.named_parameters()}}
+        found[name, units, dropout] = worst({"y": y, "x": dx, **grads}, expected)
+    return found
+
+
+NAMES = ("dense", "dense glu", "topk", "topk norms", "experts")
+
+
+def test_units_of_several_processes_compute_what_one_computes() -> None:
+    check(processes.run(by_units, 2, [("dense glu", 7, 0.0), ("topk norms", 7, 0.5), ("experts", 5, 0.5)]))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_units_of_every_layer(world: int) -> None:
+    """Uneven units, fewer candidates than k, and dropout, whose draws are those of one process."""
+    check(processes.run(by_units, world, [(n, units, p) for n in NAMES for units in (8, 7) for p in (0.0, 0.5)]))
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def memory(d_out: int = 6, **options: Any) -> sf.ProductKeyMemory:
+    torch.manual_seed(4)
+    return sf.ProductKeyMemory(
+        D, 5, 4, n_heads=2, query_dim=8, activation="softmax", d_out=d_out, dtype=torch.float64, **options
+    )
+
+
+def by_values(rank: int, cases: list[tuple[str, int, tuple[int, ...]]]) -> dict[Any, float]:
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ep",))
+    found = {}
+    for case in cases:
+        shard, d_out, counts = case
+        all_x = [tokens(r, n) for r, n in enumerate(counts)]
+        alone, layer = memory(d_out), memory(d_out)
+        parallelize_module(layer, mesh, MemoryParallel(shard=shard))
+        Y, X = trained(alone, torch.cat(all_x))
+        y, x = trained(layer, all_x[rank], world)
+        part = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+        expected = {"y": Y[part], "x": X[part] * world, **{n: p.grad for n, p in alone.named_parameters()}}
+        found[case] = worst({"y": y, "x": x, **whole(layer, world)}, expected)
+    return found
+
+
+def test_values_of_several_processes_compute_what_one_computes() -> None:
+    check(processes.run(by_values, 2, [("columns", 5, (3, 0)), ("rows", 6, (4, 2))]))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_values_by_rows_and_columns(world: int) -> None:
+    counts = ((3, 3, 3, 3), (4, 0, 1, 2), (0, 0, 0, 0))
+    check(
+        processes.run(
+            by_values, world,
+            [(s, d_out, c[:world]) for s in ("columns", "rows", "auto") for d_out in (8, 7) for c in counts],
+        )
+    )  # fmt: skip

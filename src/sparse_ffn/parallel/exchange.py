@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from sparse_ffn.checks import check_choice
 from sparse_ffn.parallel.collectives import all_to_all
+from sparse_ffn.parallel.split import shares
 
 
 class Exchange:
@@ -67,7 +68,7 @@ class Exchange:
     @property
     def held(self) -> int:
         """Experts of this process."""
-        return max(0, min(self.size, self.n_experts - self.mesh.get_local_rank() * self.size))
+        return shares(self.n_experts, self.mesh.size())[self.mesh.get_local_rank()]
 
     def _local(self, index: Tensor) -> Tensor:
         """Indices into the experts of this process; the number that it holds for all others."""

@@ -13,7 +13,7 @@ from sparse_ffn.checks import check_choice, is_dtensor
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.parallel.collectives import all_to_all, sum_backward, sum_forward
 from sparse_ffn.parallel.exchange import Exchange, choose
-from sparse_ffn.parallel.split import Split, check_layer, check_mesh, check_placement, distribute
+from sparse_ffn.parallel.split import UNITS, Split, check_layer, check_mesh, check_placement, distribute
 from sparse_ffn.routing import (
     DeepSeekRouter,
     Router,
@@ -25,7 +25,6 @@ from sparse_ffn.routing import (
     UnweightedRouter,
 )
 
-_UNITS = ("keys", "values", "gate_keys", "key_bias")
 _DRAW_NOTHING = (
     SigmoidRouter, SoftmaxRouter, SoftmaxTopKRouter, SinkhornRouter, UnweightedRouter, DeepSeekRouter,
 )  # fmt: skip
@@ -72,11 +71,11 @@ class ExpertParallel(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         """Split a layer; called by ``parallelize_module``."""
         check_mesh(device_mesh)
-        check_layer(self, module, (MoE,), _UNITS)
+        check_layer(self, module, (MoE,), UNITS)
         assert isinstance(module, MoE)
         replicated = isinstance(self.input_layouts, Replicate)
         exchange = None if replicated else choose(self.exchange, device_mesh.size(), module.k)
-        distribute(module, _UNITS, device_mesh, Shard(0))
+        distribute(module, UNITS, device_mesh, Shard(0))
         if self.rest == "replicate":
             distribute(module, ("out_bias",), device_mesh, Replicate())
             for part in module.router.modules():
@@ -116,16 +115,13 @@ class _Experts(Split):
         """The tokens' outputs, by the experts of all processes."""
         raise NotImplementedError
 
-    def _units(self, units: ops.Units) -> ops.Units:
-        return ops.Units._make([None if t is None else self.local(t) for t in units])
-
 
 class ExchangedExperts(_Experts):
     """A process's experts, for the tokens of all processes."""
 
     def experts(self, layer: MoE, x_TD: Tensor, units: ops.Units, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
         """As ``_Experts``."""
-        units = self._units(units)
+        units = self.units(units)
         self._apart = False
         x_RD, index_RK, gate_RK, state = self.exchange.dispatch(x_TD, index_TK, gate_TK)
         y_TO = self.exchange.combine(layer._compute(x_RD, units, index_RK, gate_RK), state)
@@ -160,7 +156,7 @@ class ReplicatedExperts(_Experts):
     def experts(self, layer: MoE, x_TD: Tensor, units: ops.Units, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
         """As ``_Experts``."""
         x_TD, gate_TK = sum_backward(x_TD, self.mesh), sum_backward(gate_TK, self.mesh)
-        y_TO = layer._compute(x_TD, self._units(units), self.exchange._local(index_TK), gate_TK)
+        y_TO = layer._compute(x_TD, self.units(units), self.exchange._local(index_TK), gate_TK)
         return sum_forward(y_TO, self.mesh)
 
 

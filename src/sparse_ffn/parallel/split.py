@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from sparse_ffn import ops
 from sparse_ffn.checks import is_dtensor, shown
 from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.parallel.collectives import scale_gradient
+
+UNITS = ("keys", "values", "gate_keys", "key_bias")
 
 
 class Split:
@@ -28,6 +31,10 @@ class Split:
     def local(self, tensor: Tensor) -> Tensor:
         """This process's rows or columns of a parameter."""
         return scale_gradient(_local(tensor), self.factor)
+
+    def units(self, units: ops.Units) -> ops.Units:
+        """This process's hidden units."""
+        return ops.Units._make([None if t is None else self.local(t) for t in units])
 
     def whole(self, tensor: Tensor) -> Tensor:
         """A parameter that every process holds."""
@@ -48,6 +55,18 @@ def _local(tensor: Tensor) -> Tensor:
             f"a {type(tensor).__name__}"
         )
     return tensor.to_local()
+
+
+def shares(size: int, world: int) -> list[int]:
+    """How many of so many things each process holds, as ``torch.chunk`` and ``Shard`` deal them out."""
+    most = -(-size // world)
+    return [max(0, min(most, size - rank * most)) for rank in range(world)]
+
+
+def check_share(name: str, size: int, mesh: DeviceMesh) -> None:
+    """Raise unless every process of the mesh gets something."""
+    if not shares(size, mesh.size())[-1]:
+        raise ValueError(f"mesh of {mesh.size()} processes leaves one without its part of {name} = {size}")
 
 
 def check_mesh(mesh: DeviceMesh) -> None:
