@@ -11,6 +11,7 @@ from typing import Any
 import processes
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ def model(sync: bool = True) -> nn.Sequential:
     """Two layers to be split between others."""
     torch.manual_seed(5)
     double = {"dtype": torch.float64}
-    routed = sf.SigmaMoE(D, 6, 8, 2, glu=True, bias=True, balance_weight=1.0, sync_balance=sync, **double)
+    routed = sf.SigmaMoE(D, 7, 8, 2, glu=True, bias=True, balance_weight=1.0, sync_balance=sync, **double)
     shared = SharedExpertMoE(routed, sf.DenseFFN(D, 8, **double), gated=True)
     memory = sf.ProductKeyMemory(D, 4, 3, query_dim=8, activation="softmax", **double)
     return nn.Sequential(nn.Linear(D, D, **double), shared, memory, nn.Linear(D, D, **double))
@@ -178,7 +179,7 @@ def under_optimizers(rank: int) -> None:
 def mixture(sync: bool, **options: Any) -> sf.MoE:
     torch.manual_seed(6)
     return sf.SigmaMoE(
-        D, 5, 8, 2, glu=True, bias=True, balance_weight=1.0, sync_balance=sync, **{"dtype": torch.float64, **options}
+        D, 7, 8, 2, glu=True, bias=True, balance_weight=1.0, sync_balance=sync, **{"dtype": torch.float64, **options}
     )
 
 
@@ -333,6 +334,7 @@ def one_fails(rank: int) -> float:
     with pytest.raises((TypeError, RuntimeError), match="dtype" if rank == 1 else "rank 1 raised"):
         memory(torch.zeros(3, D, dtype=torch.float64 if rank == 1 else torch.float32))
     start = time.monotonic()
+    dist.barrier()
     if rank == 1:
         os._exit(0)  # gone without a word, after which the others must not wait for the timeout
     with pytest.raises(RuntimeError, match=r"(?i)connection|peer|rank|abort"):

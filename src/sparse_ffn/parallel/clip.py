@@ -47,12 +47,13 @@ def clip_grad_norm_(
     max_norm = check_finite("max_norm", max_norm)
     norm_type = norm_type if norm_type == math.inf else check_finite("norm_type", norm_type, positive=True)
     error_if_nonfinite = check_flag("error_if_nonfinite", error_if_nonfinite)
-    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    if wrong := [p for p in parameters if not isinstance(p, Tensor)]:
-        raise TypeError(f"parameters must be tensors, got {shown(wrong[0])}")
+    foreach = None if foreach is None else check_flag("foreach", foreach)
+    given = [parameters] if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable) else [*parameters]
+    if not all(isinstance(p, Tensor) for p in given):
+        raise TypeError(f"parameters must be a tensor or an iterable of tensors, got {shown(parameters)}")
     if pp_group is not None and not isinstance(pp_group, ProcessGroup):
         raise TypeError(f"pp_group must be a torch.distributed.ProcessGroup or None, got {shown(pp_group)}")
-    grads = [_reduced(p.grad) for p in parameters if p.grad is not None]
+    grads = [_reduced(p.grad) for p in given if p.grad is not None]
     if not grads and pp_group is None:
         return torch.tensor(0.0)
     device = grads[0].device if grads else torch.device("cpu")
@@ -60,11 +61,12 @@ def clip_grad_norm_(
     groups: dict[tuple[DeviceMesh, tuple[int, ...]] | None, list[Tensor]] = {}
     for grad in grads:
         mesh, part = (grad.device_mesh, grad.to_local()) if isinstance(grad, DTensor) else (None, grad)
-        dims = () if mesh is None else tuple(i for i, p in enumerate(grad.placements) if p.is_shard())  # type: ignore[attr-defined]
+        dims = () if mesh is None else tuple(i for i, p in enumerate(grad.placements) if not p.is_replicate())  # type: ignore[attr-defined]
         groups.setdefault(None if mesh is None or not dims else (mesh, dims), []).append(part)
-    powers = torch.zeros((), device=device)
+    dtypes = [grad.dtype for grad in grads]
+    powers = torch.zeros((), device=device, dtype=torch.float64 if torch.float64 in dtypes else torch.float32)
     for place, parts in groups.items():
-        local = torch.nn.utils.get_total_norm([p for p in parts if p.numel()], norm_type, False, foreach).to(device)
+        local = torch.nn.utils.get_total_norm([p for p in parts if p.numel()], norm_type, False, foreach).to(powers)
         power = local if norm_type == math.inf else local**norm_type
         for dim in () if place is None else place[1]:
             assert place is not None

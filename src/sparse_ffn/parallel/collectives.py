@@ -12,6 +12,11 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import DeviceMesh
 
+# torch 2.13 gave these new names
+_all_gather: Any = getattr(functional, "all_gather_single", functional.all_gather_tensor)
+_all_gather_autograd: Any = getattr(functional, "all_gather_single_autograd", functional.all_gather_tensor_autograd)
+_reduce_scatter: Any = getattr(functional, "reduce_scatter_single_autograd", functional.reduce_scatter_tensor_autograd)
+
 
 def all_to_all(x: Tensor, received: list[int], sent: list[int], mesh: DeviceMesh) -> Tensor:
     """Rows to all processes of the mesh, ``sent[r]`` consecutive ones to process r, of which ``received[r]`` come."""
@@ -24,13 +29,13 @@ def all_to_all(x: Tensor, received: list[int], sent: list[int], mesh: DeviceMesh
 def all_gather(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """The rows of all processes, as many of each, in their order."""
     if not x.is_floating_point():
-        return _waited(functional.all_gather_tensor(x.contiguous(), 0, mesh.get_group()))
-    return _waited(functional.all_gather_tensor_autograd(x.contiguous(), 0, mesh.get_group()))
+        return _waited(_all_gather(x.contiguous(), 0, mesh.get_group()))
+    return _waited(_all_gather_autograd(x.contiguous(), 0, mesh.get_group()))
 
 
 def reduce_scatter(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """This process's block of the rows, summed over all processes."""
-    return _waited(functional.reduce_scatter_tensor_autograd(x.contiguous(), "sum", 0, mesh.get_group()))
+    return _waited(_reduce_scatter(x.contiguous(), "sum", 0, mesh.get_group()))
 
 
 def sum_forward(x: Tensor, mesh: DeviceMesh) -> Tensor:

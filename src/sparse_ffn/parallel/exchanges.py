@@ -22,7 +22,7 @@ class GatherExchange(Exchange):
         told = self._tell(torch.full((self.mesh.size(),), tokens, device=x_TD.device))
         (all_tokens,) = self._numbers(told)
         missing = (0, 0, 0, max(all_tokens) - tokens)
-        index_RK = all_gather(F.pad(index_TK, missing, value=self.n_experts), self.mesh)
+        index_RK = all_gather(F.pad(index_TK.int(), missing, value=self.n_experts), self.mesh).long()
         x_RD, gate_RK = (all_gather(F.pad(t, missing), self.mesh) for t in (x_TD, gate_TK))
         return x_RD, self._local(index_RK), gate_RK, tokens
 
@@ -80,7 +80,7 @@ class TokensExchange(Exchange):
         index_PK = torch.where(here_PK, index_PK, held_P1)
         x_RD = all_to_all(spread(x_TD, copies), received, sent, self.mesh)
         gate_RK = all_to_all(torch.where(here_PK, spread(gate_TK, copies), 0), received, sent, self.mesh)
-        index_RK = all_to_all(index_PK, received, sent, self.mesh)
+        index_RK = all_to_all(index_PK.int(), received, sent, self.mesh).long()
         return x_RD, index_RK, gate_RK, (copies, sent, received)
 
     def combine(self, y_RO: Tensor, state: Any) -> Tensor:

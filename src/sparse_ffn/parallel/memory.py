@@ -109,8 +109,8 @@ class Columns(_Table):
         (all_tokens,) = self.exchange._numbers(told)
         longest = max(all_tokens)
         missing = (0, 0, 0, longest - tokens)
-        index_AK, weight_AK = (all_gather(F.pad(t, missing), self.mesh) for t in (index_TK, weight_TK))
-        y_AC = ops.weighted_bag(self.local(values), index_AK, weight_AK)
+        index_AK, weight_AK = (all_gather(F.pad(t, missing), self.mesh) for t in (index_TK.int(), weight_TK))
+        y_AC = ops.weighted_bag(self.local(values), index_AK.long(), weight_AK)
         blocks = [block[:n] for block, n in zip(torch.split(y_AC, longest), all_tokens, strict=True)] if longest else []
         received, sent = [tokens * width for width in self.widths], [n * own for n in all_tokens]
         flat = torch.cat(blocks).reshape(-1) if blocks else y_AC.reshape(-1)

@@ -16,6 +16,7 @@ from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.product_key import ProductKeyMemory
+from sparse_ffn.parallel.split import shares
 
 
 def plan(
@@ -92,7 +93,7 @@ def shard_placement_fn(model: nn.Module, dp_mesh: DeviceMesh, expert_dp_mesh: De
             "this version of torch shards all parameters of a module over one mesh: split layers with "
             'ExpertParallel(rest="replicate") and give fully_shard the expert_dp_mesh'
         ) from None
-    split = {id(p) for p in _split_parameters(model).values()}
+    split = {id(p): p for p in _split_parameters(model).values()}
     if not split:
         raise ValueError("model has no layer that is split: call parallelize_module first")
 
@@ -101,14 +102,23 @@ def shard_placement_fn(model: nn.Module, dp_mesh: DeviceMesh, expert_dp_mesh: De
             return FSDPMeshInfo(mesh, shard_mesh_dim=0)
         return HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
 
-    ours, theirs = info(expert_dp_mesh), info(dp_mesh)
+    for parameter in split.values():
+        if not shares(parameter.shape[0], parameter.device_mesh.size())[-1]:
+            raise ValueError(
+                f"model shares {parameter.shape[0]} experts among {parameter.device_mesh.size()} processes, one of "
+                "which holds none: FSDP2 reduces no empty gradients"
+            )
+    ours = info(expert_dp_mesh)
+    # FSDP2 wants one object for one group of processes
+    theirs = ours if dp_mesh.size() == expert_dp_mesh.size() else info(dp_mesh)
 
     def placement(parameter: nn.Parameter) -> Any:
         if id(parameter) not in split:
             return ShardPlacementResult(None, theirs)
         assert isinstance(parameter, DTensor)
-        few = parameter.to_local().shape[0] < expert_dp_mesh.size(-1)
-        return ShardPlacementResult(Shard(1) if few else Shard(0), ours)
+        size, shards = -(-parameter.shape[0] // parameter.device_mesh.size()), expert_dp_mesh.size(-1)
+        along = 1 if size < shards and parameter.shape[1] % shards == 0 else 0  # torch asks for even columns
+        return ShardPlacementResult(Shard(along), ours)
 
     return placement
 
@@ -147,5 +157,5 @@ def _split_parameters(model: nn.Module) -> dict[str, DTensor]:
         for name, layer in model.named_modules()
         if isinstance(layer, SparseFFN) and layer._split is not None
         for own, p in layer.named_parameters(recurse=False)
-        if isinstance(p, DTensor) and any(placement.is_shard() for placement in p.placements)
+        if isinstance(p, DTensor) and not all(placement.is_replicate() for placement in p.placements)
     }

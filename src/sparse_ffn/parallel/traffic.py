@@ -100,7 +100,7 @@ def _expert_bytes(layer: MoE, ranks: int, size: int) -> dict[str, float]:
     """Bytes of a token that leave the process in a forward, there and back, by each exchange."""
     off, k = (ranks - 1) / ranks, layer.k
     row = (layer.d_model + layer.d_out) * size
-    gate, index = 4, 8  # fp32 and int64
+    gate, index = 4, 4  # fp32 and int32
     reached = _distinct(layer.n_experts, ranks, k)
     return {
         "gather": (ranks - 1) * (row + k * (gate + index)),
@@ -118,6 +118,6 @@ def _distinct(n_experts: int, ranks: int, k: int) -> float:
 def memory_bytes(layer: ProductKeyMemory, ranks: int, dtype: torch.dtype) -> dict[str, float]:
     """Bytes of a token that leave the process in a forward, by each way to split the values."""
     off, entries = (ranks - 1) / ranks, layer.n_heads * layer.k
-    row, told = layer.d_out * dtype.itemsize, entries * (8 + 4)
+    row, told = layer.d_out * dtype.itemsize, entries * (4 + 4)
     reached = ranks * (1 - (1 - 1 / ranks) ** entries)
     return {"columns": (ranks - 1) * told + off * row, "rows": reached * off * (told + row)}
