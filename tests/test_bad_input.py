@@ -21,9 +21,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Shard
 
 import sparse_ffn as sf
-from sparse_ffn import compress, convert, functional, info, integrations, layers, plot, routing
+from sparse_ffn import compress, convert, functional, info, integrations, layers, parallel, plot, routing
 from sparse_ffn.integrations import peft
 from sparse_ffn.integrations.product_keys import QUERY
 from sparse_ffn.layers import LatentMoE, SharedExpertMoE
@@ -102,12 +103,12 @@ FOREIGN = routing.SigmoidRouter(4, 6, 1)  # of other sizes than the layer's
 WRONG: dict[str, Sequence[Any] | Callable[[Any], list[Any]]] = {
     **dict.fromkeys(("d_model", "d_ff", "n_experts", "expert_size", "k", "n_sub_keys", "n_heads", "n_iters"), SIZE),
     **dict.fromkeys(("d_out", "query_dim", "n_layers", "n_groups", "topk_groups", "max_tokens", "pad"), SIZE),
-    **dict.fromkeys(("d_router", "d_latent", "d_state"), SIZE),
+    **dict.fromkeys(("d_router", "d_latent", "d_state", "ranks", "ranks_per_node"), SIZE),
     "scale": (*SCALE, 0.0),
     "null_experts": (-1, 1.5, math.nan, "2", True, [2], torch.tensor(2), None),
     "null_share": (*RATE, 0.0, 1.0),
     **dict.fromkeys(("activation", "value_init", "query_norm", "balance_over", "aux", "init", "null_kind"), WORD),
-    **dict.fromkeys(("cluster_by", "router_init"), WORD),
+    **dict.fromkeys(("cluster_by", "router_init", "gradients", "rest", "shard"), WORD),
     **dict.fromkeys(("glu", "bias", "norm_aware", "sparse_grad", "sync_balance", "selection_bias", "gated"), FLAG),
     **dict.fromkeys(("projection_bias", "forced", "prefetch", "normalize", "fused", "sync", "mode"), FLAG),
     **dict.fromkeys(("query_bias", "norm_affine"), FLAG),
@@ -391,6 +392,23 @@ def entries() -> dict[str, Entry]:
     add("routing_figure", plot.routing_figure, {"model": layer})
     for name, call, right in of_transformers() if hf else ():
         add(name, call, right)
+    styles = {"experts": parallel.ExpertParallel(), "hidden": None, "memory": None}
+    no_style = {name: (3, "nonsense", nn.Linear(2, 2), parallel.ExpertParallel) for name in styles}
+    lies = (None, 3, "Shard(0)", Shard(1), [Shard(0)])
+    add("ExpertParallel", parallel.ExpertParallel, {"exchange": "auto", "input_layouts": Shard(0)},
+        wrong={"exchange": ("nonsense", 3, None, nn.Linear), "input_layouts": lies})  # fmt: skip
+    add("MemoryParallel", parallel.MemoryParallel, {"shard": "rows"})
+    add("plan", parallel.plan, {"model": sf.SigmaMoE(**MOE), **styles}, wrong=no_style)
+    add("traffic", parallel.traffic,
+        {"layer": sf.SigmaMoE(**MOE), "tokens": 3, "ranks": 2, "ranks_per_node": 8, "dtype": torch.float32},
+        wrong={"layer": (*MODULE, sf.DenseFFN(4, 6)), "tokens": (-1, 1.5, "3", True, [3], None)})  # fmt: skip
+    add("register_exchange", parallel.register_exchange, {"name": "gather", "cls": parallel.exchanges.GatherExchange},
+        wrong={"name": ("", "auto", "two words", 3, None), "cls": (None, 3, "gather", nn.Linear)})  # fmt: skip
+    add("clip_grad_norm_", parallel.clip_grad_norm_,
+        lambda: {"parameters": trained_parameters(), "max_norm": 0.5, "norm_type": 2.0},
+        wrong={"parameters": (None, 3, "nonsense", [3], nn.Linear(2, 2)), "max_norm": SCALE, "foreach": FLAG,
+               "norm_type": (-1.0, 0.0, math.nan, "2", [2.0], None), "error_if_nonfinite": FLAG,
+               "pp_group": ("nonsense", 3, True)})  # fmt: skip
     add("inner_first", with_inner_first, {"model": nn.Linear(2, 2)}, signature=peft.inner_first)
     return found
 
@@ -404,6 +422,12 @@ def stored() -> str:
     path = f"{FOLDER.name}/layer.pt"
     torch.save(sf.SigmaMoE(**MOE).state_dict(), path)
     return path
+
+
+def trained_parameters() -> list[nn.Parameter]:
+    layer = nn.Linear(2, 2)
+    layer(torch.ones(1, 2)).sum().backward()
+    return list(layer.parameters())
 
 
 def is_double(value: Any) -> bool:
@@ -462,6 +486,12 @@ EXEMPT = {
     "RoutingMeter.stop": "takes nothing",
     "RoutingMeter.stats": "takes nothing",
     "parameter_equal(choices)": "the layer's own arguments, handed on",
+    "Traffic": "a result of traffic",
+    "Exchange": "made by ExpertParallel",
+    "Exchange.dispatch": "called by a layer with what its router gave",
+    "Exchange.combine": "as Exchange.dispatch",
+    "shard_placement_fn": "takes meshes of processes: test_parallel_training.py",
+    "ddp_ignore": "as shard_placement_fn",
     "ProductKeyMemory.param_groups": "the optimizer's options, which it checks",
 }
 HOOKS = {
@@ -488,6 +518,7 @@ def public() -> Iterator[tuple[str, Callable[..., Any]]]:
         convert,
         integrations,
         layers,
+        parallel,
         plot,
         info,
         peft,

@@ -6,13 +6,11 @@ import copy
 import io
 import math
 import pickle
-from datetime import timedelta
 
 import oracle
+import processes
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import sparse_ffn as sf
 from sparse_ffn.routing import SigmoidRouter, balance_loss
@@ -339,10 +337,7 @@ def one_step(case, x, mask, **options):
     return aux.detach(), layer.router.weight.grad
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    meeting = f"file://{folder}/meeting"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+def worker(rank: int):
     x, mask = distributed_batches(rank)
     results = {}
     for number, case in enumerate(DISTRIBUTED):
@@ -351,8 +346,7 @@ def worker(rank: int, folder: str) -> None:
         results[number, "one empty"] = one_step(case, x, mask & (rank == 0), sync_balance=True)
         results[number, "all empty"] = one_step(case, x, mask & False, sync_balance=True)
         results[number, "inject"] = injected_step(case, x, mask)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 def injected_step(case, x, mask):
@@ -362,15 +356,13 @@ def injected_step(case, x, mask):
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
+def two_processes():
     """What two gloo processes compute, and the one process that holds both batches."""
-    folder = tmp_path_factory.mktemp("gloo")
-    mp.spawn(worker, (str(folder),), nprocs=2)
+    ranks = processes.run(worker, 2)
     (x_0, mask_0), (x_1, mask_1) = distributed_batches(0), distributed_batches(1)
     x, mask = torch.cat([x_0, x_1]), torch.cat([mask_0, mask_1])
     single = [one_step(case, x, mask) for case in DISTRIBUTED]
     first_only = [one_step(case, x_0, mask_0) for case in DISTRIBUTED]
-    ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
     return ranks, single, first_only
 
 

@@ -6,13 +6,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import flat
+import processes
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -291,28 +289,21 @@ def train(model: nn.Module, x: torch.Tensor) -> None:
         model(x).square().mean().backward()
 
 
-def rank_of_two(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+def rank_of_two(rank: int, batch: torch.Tensor) -> list[torch.Tensor | None]:
     model = DistributedDataParallel(stack())
-    batch = torch.load(f"{folder}/x.pt")
     for _ in range(2):  # the second step fails if the first left a parameter without a gradient
         model.zero_grad()
         train(model, batch[rank])
-    torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}.pt")
-    dist.barrier()  # gloo may abort a process whose peer has left already
-    dist.destroy_process_group()
+    return [p.grad for p in model.parameters()]
 
 
 @built
-def test_distributed_data_parallel_on_the_core_gives_the_gradient_of_both_batches(tmp_path: Path) -> None:
+def test_distributed_data_parallel_on_the_core_gives_the_gradient_of_both_batches() -> None:
     """Without find_unused_parameters, though either rank leaves experts and value rows unused."""
     x = torch.randn(2, 5, 8)
-    torch.save(x, tmp_path / "x.pt")
-    mp.spawn(rank_of_two, (str(tmp_path),), nprocs=2)
+    first, second = processes.run(rank_of_two, 2, x)
     model = stack()
     train(model, x.flatten(0, 1))
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for p, a, b in zip(model.parameters(), first, second, strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-6)

@@ -127,32 +127,59 @@ def check_mask(mask: Any, x: Tensor) -> None:
         raise ValueError(f"mask is on {mask.device}, x is on {x.device}")
 
 
+def is_dtensor(x: Any) -> bool:
+    """Whether x is a tensor that a mesh of processes holds, told without the import that makes one."""
+    return type(x) not in (Tensor, nn.Parameter) and isinstance(x, Tensor) and hasattr(x, "device_mesh")
+
+
 def check_places(x: Tensor, parameters: Iterable[Tensor | None]) -> None:
-    """Raise ValueError unless all are where x is: kernels trust pointers, and loaders leave parameters on meta."""
+    """Raise unless all are where x is: kernels trust pointers, and loaders leave parameters on meta.
+
+    Raises:
+        ValueError: a parameter on another device.
+        TypeError: a DTensor.
+    """
     for parameter in parameters:
-        if parameter is not None and parameter.device != x.device:
-            raise ValueError(f"x is on {x.device}, but a parameter of the layer is on {parameter.device}")
+        if parameter is not None:
+            _check_place(x, parameter, False)
 
 
-def check_parameters(x: Tensor, parameters: Mapping[str, Tensor | None], any_kind: tuple[str, ...] = ()) -> None:
-    """Raise unless a layer's parameters are where x is, and memory that kernels read, but for those of ``any_kind``.
+def check_parameters(
+    x: Tensor, parameters: Mapping[str, Tensor | None], any_kind: tuple[str, ...] = (), split: bool = False
+) -> None:
+    """The same of a layer's parameters, which must be memory that kernels read.
 
     A quantiser's tensor keeps its numbers in other tensors, and computes in torch's operators alone.
+
+    Args:
+        x: the tokens.
+        parameters: by name.
+        any_kind: names of those that may be a quantiser's tensors.
+        split: whether the layer knows what to do with DTensors.
     """
     for name, parameter in parameters.items():
         if parameter is None:
             continue
-        if parameter.device != x.device:
-            raise ValueError(f"x is on {x.device}, but a parameter of the layer is on {parameter.device}: {name}")
+        _check_place(x, parameter, split)
         kind = type(parameter)
         if kind is nn.Parameter or kind is type(x) or not is_traceable_wrapper_subclass(parameter):
             continue
-        if name not in any_kind:
+        if name not in any_kind and not is_dtensor(parameter):
             raise TypeError(
                 f"{name} must be a parameter whose memory holds its numbers, got torchao's or another library's "
                 f"{kind.__name__}: leave {name} out of what is quantised, or set it back by "
                 f"layer.{name} = torch.nn.Parameter(layer.{name}.dequantize())"
             )
+
+
+def _check_place(x: Tensor, parameter: Tensor, split: bool) -> None:
+    if parameter.device != x.device:
+        raise ValueError(f"x is on {x.device}, but a parameter of the layer is on {parameter.device}")
+    if is_dtensor(parameter) and not split:
+        raise TypeError(
+            f"a parameter of shape {list(parameter.shape)} is a DTensor, which this layer does not compute with: "
+            "split layers with the styles of sparse_ffn.parallel, or shard them with fully_shard"
+        )
 
 
 def shape_error(tensors: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]) -> ValueError:

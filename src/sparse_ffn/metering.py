@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparse_ffn.checks import check_module
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.ops.library import in_backward, under_transforms
-from sparse_ffn.routing.statistics import of_counts
+from sparse_ffn.routing.statistics import summary
 
 
 class RoutingMeter:
@@ -51,7 +51,7 @@ class RoutingMeter:
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """As ``routing_stats``, over all forwards since ``start()``, for each layer that has run."""
-        return {name: of_counts(counts.cpu(), self._layers[name].null_experts) for name, counts in self._counts.items()}
+        return {name: summary(counts, self._layers[name].null_experts) for name, counts in self._counts.items()}
 
     def _count(self, name: str, layer: MoE, args: Any, y: Any) -> None:
         if in_backward() or layer._routed is None:

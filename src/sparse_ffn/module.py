@@ -8,9 +8,12 @@ import typing
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, Union
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules import module as globally
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from sparse_ffn.checks import is_dtensor
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack as Unpack
@@ -98,6 +101,23 @@ class Parametrizations(nn.ModuleDict):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.__dict__.update({name: self._modules[name] for name in _METHODS if name in self._modules})
+
+
+@torch.no_grad()
+def normal_(parameter: Tensor, std: float) -> None:
+    """Draw normal numbers as one process would.
+
+    Of a DTensor on the CPU every process draws the whole and keeps its shard: torch would draw the shards from one
+    seed there, so that expert 0 equals the first expert of each other process. On accelerators it keeps count.
+    """
+    if not is_dtensor(parameter) or not parameter.is_cpu:
+        parameter.normal_(0.0, std)
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    made: Any = parameter
+    whole = torch.empty(made.shape, dtype=made.dtype, device=made.device).normal_(0.0, std)
+    parameter.copy_(distribute_tensor(whole, made.device_mesh, made.placements, src_data_rank=None))
 
 
 def tensors_of(module: nn.Module, *names: str) -> list[Any]:

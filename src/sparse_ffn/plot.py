@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sparse_ffn.backends.warning import how_to_install
 from sparse_ffn.checks import check_module, check_type
 from sparse_ffn.layers.moe import MoE
-from sparse_ffn.routing.statistics import coactivation, summary
+from sparse_ffn.routing.statistics import coactivation, slot_counts, summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +24,7 @@ def plot_load(ax: Axes, layer: MoE, title: str = "load per expert") -> None:
         ValueError: the layer has not run.
     """
     _check(ax, layer, title)
-    load = summary(*_routed(layer), layer.n_experts, layer.null_experts)["load"]
+    load = summary(slot_counts(*_routed(layer), layer.n_experts + layer.null_experts), layer.null_experts)["load"]
     ax.bar(range(layer.n_experts), load.tolist(), color="#4477aa")
     ax.axhline(1 / layer.n_experts, color="#222222", linewidth=0.8, linestyle="--")
     ax.set(title=title, xlabel="expert", ylabel="share of slots")

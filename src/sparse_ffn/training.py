@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from sparse_ffn.backends.choice import SparseFFNWarning
 from sparse_ffn.checks import check_finite, check_module
 from sparse_ffn.layers.moe import MoE
-from sparse_ffn.routing.distributed import all_reduce_sum
-from sparse_ffn.routing.statistics import summary
+from sparse_ffn.routing.distributed import Sync, all_reduce_sum, check_group, check_sync, running
+from sparse_ffn.routing.statistics import slot_counts, summary
 
 
 def aux_loss(model: nn.Module) -> Tensor:
@@ -53,11 +54,12 @@ def aux_loss(model: nn.Module) -> Tensor:
     return torch.stack([loss.to(device, torch.float32) for _, _, loss in losses]).sum()
 
 
-def routing_stats(model: nn.Module) -> dict[str, dict[str, Any]]:
+def routing_stats(model: nn.Module, *, sync: Sync = False) -> dict[str, dict[str, Any]]:
     """How the last forward of each MoE layer spread its tokens; waits for the device.
 
     Args:
         model: any module; ``""`` names a root that is a layer itself.
+        sync: count the tokens of all processes of a group, True for the default one; all of them must call it.
 
     Returns:
         The statistics of each layer that has run, by module name. ``entropy`` is that of the load over log E (1 is
@@ -66,14 +68,22 @@ def routing_stats(model: nn.Module) -> dict[str, dict[str, Any]]:
         has some says with ``null`` what share of all slots went to them.
 
     Raises:
-        TypeError: the model is no module.
+        TypeError: the model is no module, or ``sync`` neither a bool nor a process group.
+        RuntimeError: ``sync=True`` and torch.distributed is not initialised.
     """
     check_module("model", model)
-    return {
-        name: summary(*layer._routed, layer.n_experts, layer.null_experts)
-        for name, layer in _moe_layers(model)
+    sync = check_sync("sync", sync)
+    check_group("sync", sync)
+    layers = {name: layer for name, layer in _moe_layers(model) if layer._routed is not None}
+    counts = [
+        slot_counts(*layer._routed, layer.n_experts + layer.null_experts)
+        for layer in layers.values()
         if layer._routed is not None
-    }
+    ]
+    if sync is not False:
+        counts = _summed(counts, sync)
+    pairs = zip(layers.items(), counts, strict=True)
+    return {name: summary(count, layer.null_experts) for (name, layer), count in pairs}
 
 
 @torch.no_grad()
@@ -82,7 +92,8 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
 
     Each expert's bias moves by ``rate · sign(mean load - load)``, where the load is counted over the training forwards
     since the last call; equal loads do not move. Beside null experts the mean is what their wished share leaves to the
-    others, and their own biases stay (2509.01322).
+    others, and their own biases stay (2509.01322). The loads of layers with one ``sync_balance`` are pooled in one
+    collective, which all processes of the group must join.
 
     Args:
         model: any module.
@@ -91,22 +102,50 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
     Raises:
         TypeError: the model is no module.
         ValueError: the rate is not finite and > 0.
-        RuntimeError: a layer has ``sync_balance=True`` and torch.distributed is not initialised.
+        RuntimeError: a layer has ``sync_balance=True`` and torch.distributed is not initialised; or it has
+            ``sync_balance=False`` among several processes, whose biases would drift apart unseen.
     """
     check_module("model", model)
     rate = check_finite("rate", rate, positive=True)
-    for _, layer in _moe_layers(model):
-        router = layer.router
-        if router.bias is None or (router.load is None and not layer.sync_balance):
-            continue
-        load = torch.zeros_like(router.bias) if router.load is None else router.load.to(router.bias)
-        router.load = None
-        if layer.sync_balance:
-            load = all_reduce_sum(load)
-        null = layer._null
-        own = slice(None) if null is None else slice(-null.experts)
-        wished = load.mean() if null is None else (1 - null.share) * load.sum() / layer.n_experts
-        router.bias[own].add_(torch.sign(wished - load[own]).to(router.bias), alpha=rate)
+    layers = [(name, layer) for name, layer in _moe_layers(model) if layer.router.bias is not None]
+    for name, layer in layers:
+        check_group("sync_balance", layer.sync_balance)
+        if layer.sync_balance is False and running() and torch.distributed.get_world_size() > 1:
+            raise RuntimeError(
+                f'{name or "the layer"} has balance="bias" and sync_balance=False among '
+                f"{torch.distributed.get_world_size()} processes, whose biases would drift apart: set sync_balance to "
+                "True, or to the group of the processes that train this layer (of one process to keep them apart)"
+            )
+    pooled: dict[tuple[Sync, torch.device], list[MoE]] = defaultdict(list)
+    for _, layer in layers:
+        assert layer.router.bias is not None
+        if layer.router.load is not None or layer.sync_balance is not False:
+            pooled[layer.sync_balance, layer.router.bias.device].append(layer)
+    for (sync, device), members in pooled.items():
+        loads = [_load(layer, device) for layer in members]
+        for layer, load in zip(members, loads if sync is False else _summed(loads, sync), strict=True):
+            _move(layer, load, rate)
+            layer.router.load = None
+
+
+def _move(layer: MoE, load: Tensor, rate: float) -> None:
+    bias: Any = layer.router.bias
+    load, null = load.to(bias.dtype), layer._null
+    own = slice(None) if null is None else slice(-null.experts)
+    wished = load.mean() if null is None else (1 - null.share) * load.sum() / layer.n_experts
+    bias[own].add_(torch.sign(wished - load[own]), alpha=rate)
+
+
+def _load(layer: MoE, device: torch.device) -> Tensor:
+    load, every = layer.router.load, layer.n_experts + layer.null_experts
+    return torch.zeros(every, dtype=torch.int64, device=device) if load is None else load.to(device)
+
+
+def _summed(counts: list[Tensor], sync: Sync) -> list[Tensor]:
+    """The counts summed over a group's processes, in one collective."""
+    if not counts:
+        return []
+    return list(torch.split(all_reduce_sum(torch.cat(counts), sync), [len(count) for count in counts]))
 
 
 def _moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 import traceback
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -135,23 +131,18 @@ Problems = dict[str, str]
 
 def run(cases: list[Case]) -> Problems:
     """Run the cases in two processes: name of the case -> tracebacks of what went wrong, or ""."""
-    with tempfile.TemporaryDirectory() as folder:
-        shared = {name: build(name).share_memory() for name in ALL}
-        mp.spawn(_worker, (folder, [str(case) for case in cases], shared), nprocs=WORLD)
-        results = [torch.load(Path(folder, f"{rank}.pt")) for rank in range(WORLD)]
+    import processes
+
+    shared = {name: build(name).share_memory() for name in ALL}
+    results = processes.run(_worker, WORLD, [str(case) for case in cases], shared, timeout=1200)
     return {name: "\n".join(filter(None, (r[name] for r in results))) for name in results[0]}
 
 
-def _worker(rank: int, folder: str, names: list[str], shared: dict[str, sf.SparseFFN]) -> None:
+def _worker(rank: int, names: list[str], shared: dict[str, sf.SparseFFN]) -> Problems:
     from .cases import CASES  # which imports this module
 
-    torch.set_num_threads(1)
     SHARED.update(shared)
-    meeting = f"file://{folder}/meeting"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=timedelta(seconds=120))
-    problems = {str(case): _problem(case) for case in CASES if str(case) in names}
-    torch.save(problems, Path(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
+    return {str(case): _problem(case) for case in CASES if str(case) in names}
 
 
 def _problem(case: Case) -> str:

@@ -47,6 +47,8 @@ def _option(layer: SparseFFN, router: Router | None, name: str, default: Any) ->
         return getattr(layer, "gate_keys" if name == "glu" else "out_bias") is not None
     if name == "router" and router is not None:
         return next((known for known, cls in ROUTERS.items() if cls is _own_class(router)), default)
+    if name == "sync_balance" and isinstance(layer, MoE):
+        return layer.sync_balance is not False  # a config knows no group
     value = getattr(layer if hasattr(layer, name) else router, name)
     return value[0] if name in ("balance", "balance_weight") and len(value) == 1 else value
 

@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.checks import check_choice, check_flag
+from sparse_ffn.checks import check_choice
 from sparse_ffn.layers.last_forward import LastForward
 from sparse_ffn.ops.library import in_backward
 from sparse_ffn.routing.balance import LOSSES, Null, check_balance, weighted_losses
 from sparse_ffn.routing.base import AnyRouting, Routing
+from sparse_ffn.routing.distributed import SharedGroup, Sync, check_sync
 
 T = TypeVar("T", bound="Balanced")
 
@@ -47,12 +48,13 @@ class Balanced(nn.Module):
         raise NotImplementedError
 
     def _set_balance(
-        self, names: str | Sequence[str], weights: float | Sequence[float], over: str, aux: str, sync: bool
+        self, names: str | Sequence[str], weights: float | Sequence[float], over: str, aux: str, sync: Sync
     ) -> None:
         check_choice("balance_over", over, ("batch", "sequence"))
         check_choice("aux", aux, ("attach", "inject"))
         self.balance, self.balance_weight = check_balance(names, weights)
-        self.balance_over, self.aux, self.sync_balance = over, aux, check_flag("sync_balance", sync)
+        self.balance_over, self.aux = over, aux
+        self.sync_balance: Sync = check_sync("sync_balance", sync)
 
     def _n_sequences(self, x: Tensor) -> int | None:
         """How many parts of x [..., d_model] are balanced each by itself; None for all tokens together."""
@@ -113,7 +115,13 @@ class Balanced(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what the last forward left behind: copies and pickles start clean."""
-        return {**self.__dict__, "_last": None, "_calls": None}
+        sync = self.sync_balance if isinstance(self.sync_balance, bool) else SharedGroup(self.sync_balance)
+        return {**self.__dict__, "_last": None, "_calls": None, "sync_balance": sync}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if isinstance(self.sync_balance, SharedGroup):
+            self.sync_balance = self.sync_balance.group
 
     def _balance_options(self) -> dict[str, tuple[Any, Any]]:
         """For the repr: each option with its default, the balance always."""

@@ -20,9 +20,10 @@ from sparse_ffn.checks import (
     check_parameters,
     check_positive,
     check_rate,
+    is_dtensor,
     shape_error,
 )
-from sparse_ffn.module import CheckedOptions, Parametrizations
+from sparse_ffn.module import CheckedOptions, Parametrizations, normal_
 from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.autocast import autocast_enabled
 
@@ -57,6 +58,8 @@ class SparseFFN(CheckedOptions, nn.Module):
     """One row per hidden unit."""
     _any_kind: tuple[str, ...] = ()
     """Parameters that only torch computes with: they may be a quantiser's tensors."""
+    _split: Any = None
+    """How this process computes its part of the layer, made by a style of ``sparse_ffn.parallel``; None: all of it."""
 
     def __init__(
         self,
@@ -102,14 +105,20 @@ class SparseFFN(CheckedOptions, nn.Module):
             [..., d_out]; its dtype follows nn.Linear.
 
         Raises:
-            TypeError: x is no dense floating tensor, or its dtype is not the parameters' (outside autocast), or mask is
-                no dense tensor of bool.
+            TypeError: x is no dense floating tensor or is a DTensor, or its dtype is not the parameters' (outside
+                autocast), or mask is no dense tensor of bool.
             ValueError: a wrong shape or device, or ``router_input`` for a layer without a router.
         """
-        self._check_call(x, mask)
-        y = self._forward(x, mask, self._selector_input(x, router_input))
+        try:
+            self._check_call(x, mask)
+            y = self._forward(x, mask, self._selector_input(x, router_input))
+        except Exception:
+            if self._split is not None:
+                self._split.fail()  # the others wait
+            raise
         if self.out_bias is not None:
-            y = y + self.out_bias.to(y.dtype)
+            bias = self.out_bias if self._split is None else self._split.whole(self.out_bias)
+            y = y + bias.to(y.dtype)
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.d_out)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -129,7 +138,7 @@ class SparseFFN(CheckedOptions, nn.Module):
         self._check_input("x", x)
         if not x.dim() or x.shape[-1] != self.d_model:
             raise ValueError(f"x must have shape [..., d_model = {self.d_model}], got {list(x.shape)}")
-        check_parameters(x, self._parameters, self._any_kind)
+        check_parameters(x, self._parameters, self._any_kind, self._split is not None)
         if self.out_bias is not None and self.out_bias.shape != (self.d_out,):
             raise self._shape_error()
         if mask is not None:
@@ -137,9 +146,14 @@ class SparseFFN(CheckedOptions, nn.Module):
 
     def _check_input(self, name: str, x: Tensor, *also: torch.dtype) -> None:
         own = self.values
-        if isinstance(x, Tensor) and x.dtype == own.dtype and x.device == own.device and x.layout is torch.strided:
+        if type(x) is Tensor and x.dtype == own.dtype and x.device == own.device and x.layout is torch.strided:
             return
         check_floating(name, x)
+        if is_dtensor(x):
+            raise TypeError(
+                f"{name} is a DTensor, of shape {list(x.shape)}: give the tokens of this process, {name}.to_local(), "
+                "and tell the layer's style in sparse_ffn.parallel how they lie"
+            )
         if x.device != own.device:
             raise ValueError(f"{name} is on {x.device}, the layer's parameters are on {own.device}")
         double = torch.float64 in (x.dtype, own.dtype)  # autocast leaves fp64 alone
@@ -157,13 +171,14 @@ class SparseFFN(CheckedOptions, nn.Module):
         return nn.Parameter(torch.empty(*shape, **self._factory))
 
     def _normal(self, parameter: Tensor, fan: int) -> None:
-        nn.init.normal_(parameter, 0.0, self.init_scale / math.sqrt(fan))
+        normal_(parameter, self.init_scale / math.sqrt(fan))
 
     def _dropout_mask(self, x: Tensor, *shape: int) -> Tensor | None:
-        """Dropout's multiplier for hidden units, or None when there is nothing to drop."""
+        """Dropout's multiplier for hidden units, the last dimension, or None when there is nothing to drop."""
         if not self.training or not self.dropout:
             return None
-        return F.dropout(torch.ones(shape, device=x.device, dtype=x.dtype), self.dropout)
+        mask = F.dropout(torch.ones(shape, device=x.device, dtype=x.dtype), self.dropout)
+        return mask if self._split is None else self._split.of_units(mask)
 
     def reset_parameters(self) -> None:
         """Initialise all parameters and buffers of this layer anew."""

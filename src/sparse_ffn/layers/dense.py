@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_ffn import ops
 from sparse_ffn.checks import check_positive
 from sparse_ffn.layers.units import UnitsFFN
 from sparse_ffn.ops.activations import hidden
@@ -70,8 +71,12 @@ class DenseFFN(UnitsFFN):
 
     def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
         x, units = x.reshape(-1, self.d_model).to(autocast_dtype(x)), self._units()
+        return self._compute(x, units) if self._split is None else self._split.compute(self, x, units)
+
+    def _compute(self, x: Tensor, units: ops.Units) -> Tensor:
+        """All of these units for tokens [T, d_model]: [T, d_out]."""
         up = F.linear(x, units.keys, units.key_bias)
-        dropout_mask = self._dropout_mask(up, *up.shape)
+        dropout_mask = self._dropout_mask(up, up.shape[0], self.d_ff)
         if units.gate_keys is None:
             h = hidden(self.activation, up, None, dropout_mask)
         else:

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_ffn import ops
 from sparse_ffn.checks import check_positive, check_rate
 from sparse_ffn.layers.fused_path import FusedPath
-from sparse_ffn.layers.rows.base import ExpertRows, stored_ffn
 from sparse_ffn.ops.autocast import autocast_dtype
 from sparse_ffn.routing.base import Router
+from sparse_ffn.routing.distributed import Sync
 from sparse_ffn.routing.inject import inject
 from sparse_ffn.routing.routers import make_router
 
@@ -58,7 +57,7 @@ class MoE(FusedPath):
         aux: ``"attach"`` keeps the weighted loss for ``sparse_ffn.aux_loss``; ``"inject"`` adds its gradient in the
             backward pass (not scaled by a GradScaler nor divided by gradient accumulation), without any change to the
             training loop. A layer that several blocks share wants ``"inject"``: attach keeps the last call's loss.
-        sync_balance: pool balance losses and loads over the default process group, which must be initialised.
+        sync_balance: pool balance losses and loads over a process group, True for the default one.
         init_scale: c; keys have standard deviation c/sqrt(d_model), values c/sqrt(E·G), router rows norm c.
         n_layers: sets c = sqrt(2/n_layers).
         device: where the parameters live.
@@ -92,7 +91,7 @@ class MoE(FusedPath):
         balance_weight: float | Sequence[float] = 1e-3,
         balance_over: str = "batch",
         aux: str = "attach",
-        sync_balance: bool = False,
+        sync_balance: Sync = False,
         init_scale: float = 1.0,
         n_layers: int | None = None,
         device: Any = None,
@@ -138,10 +137,8 @@ class MoE(FusedPath):
         if loss is not None and self.aux == "inject":
             gate_TK, loss = inject(gate_TK, loss), None
         x_TD = x_TD.to(autocast_dtype(x_TD))
-        dropout_mask = self._dropout_mask(x_TD, x_TD.shape[0], self.k, self.expert_size)
         index_TK = routing.index_TK.clamp_max(self.n_experts) if self.null_experts else routing.index_TK
-        ffn = stored_ffn if isinstance(units.values, ExpertRows) else ops.expert_ffn
-        y_TO = ffn(x_TD, units, index_TK, gate_TK, dropout_mask=dropout_mask, activation=self.activation)
+        y_TO = self._experts(x_TD, units, index_TK, gate_TK)
         y_TO = self._add_null(y_TO, x_TD, routing.index_TK, gate_TK)
         self._keep(loss, routing.index_TK, mask_T, (y_TO, loss))
         return y_TO

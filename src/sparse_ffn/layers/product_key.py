@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_ffn import ops
-from sparse_ffn.checks import check_choice, check_flag, check_places, check_positive
+from sparse_ffn.checks import check_choice, check_flag, check_places, check_positive, is_dtensor
 from sparse_ffn.layers.base import SparseFFN
+from sparse_ffn.layers.data_parallel import check_no_ddp
 from sparse_ffn.module import is_plain
 from sparse_ffn.ops.activations import activate
 from sparse_ffn.ops.autocast import without_autocast
@@ -45,7 +46,7 @@ class ProductKeyMemory(SparseFFN):
         norm_affine: scale and shift (``"rms"``: scale) what is normalised, by parameters that all halves share.
         value_init: ``"paper"`` for values of standard deviation c/n, ``"standard"`` for c/sqrt(d_model).
         sparse_grad: the gradient of ``values`` is a sparse tensor of the rows that were read, for large tables and
-            torch.optim.SparseAdam. Not under torch.compile.
+            torch.optim.SparseAdam. Not under torch.compile, nor for a table that DDP or FSDP2 reduces.
         d_out: output width.
         dropout: on the weights of the selected values.
         init_scale: c; sub-keys have standard deviation c/sqrt(query_dim or d_model), the query c/sqrt(d_model).
@@ -149,7 +150,24 @@ class ProductKeyMemory(SparseFFN):
         else:
             weight_THK = activate(self.activation, score_THK)
         weight_THK = F.dropout(weight_THK, self.dropout, self.training)
-        return ops.weighted_bag(values, index_THK.flatten(1), weight_THK.flatten(1), sparse_grad=self.sparse_grad)
+        return self._bag(values, index_THK.flatten(1), weight_THK.flatten(1))
+
+    def _bag(self, values: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """Weighted sums of the selected values: [T, d_out]."""
+        if self._split is not None:
+            return self._split.bag(values, index_TK, weight_TK)  # type: ignore[no-any-return]
+        if self.sparse_grad:
+            check_no_ddp(values)
+        return ops.weighted_bag(values, index_TK, weight_TK, sparse_grad=self.sparse_grad)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As SparseFFN's; a table that FSDP2 shards must have a dense gradient."""
+        if name == "values" and is_dtensor(value) and self.sparse_grad:
+            raise TypeError(
+                "values cannot be sharded by FSDP2 with sparse_grad=True, since it reduces dense gradients only: take "
+                "sparse_grad=False, or leave the table to each process with fully_shard(ignored_params={layer.values})"
+            )
+        super().__setattr__(name, value)
 
     def _scores(self, x: Tensor) -> Tensor:
         """Scores of the two halves' sub-keys [T, H, 2, N], in fp32 at least under any autocast."""

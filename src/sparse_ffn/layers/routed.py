@@ -9,6 +9,7 @@ from sparse_ffn import ops
 from sparse_ffn.checks import shown
 from sparse_ffn.layers.balanced import Balanced
 from sparse_ffn.layers.null_experts import NullExperts
+from sparse_ffn.layers.rows.base import ExpertRows, stored_ffn
 from sparse_ffn.layers.units import UnitsFFN
 from sparse_ffn.routing.base import Router, Routing
 
@@ -19,6 +20,7 @@ class Routed(NullExperts, Balanced, UnitsFFN):
     router: Router
     d_router: int
     """Width of what the router sees."""
+    expert_size: int
 
     @property
     def k(self) -> int:
@@ -59,7 +61,7 @@ class Routed(NullExperts, Balanced, UnitsFFN):
         router = self.router
         if isinstance(router, Router) and type(router).forward is Router.forward:
             self._check_router(units, router.weight)
-        routing: Routing = router(x_TR, mask_T)
+        routing: Routing = router(x_TR, mask_T) if self._split is None else self._split.route(router, x_TR, mask_T)
         if not isinstance(routing, Routing):
             raise TypeError(f"router must return a sparse_ffn.routing.Routing, got {shown(routing)}")
         n_scored, n_experts = routing.logits_TE.shape[1], units.values.shape[0] + self.null_experts
@@ -72,3 +74,15 @@ class Routed(NullExperts, Balanced, UnitsFFN):
         experts = units.values.shape[0] + self.null_experts
         if weight.shape != (experts, self.d_router) or (bias is not None and bias.shape != (experts,)):
             raise self._shape_error()
+
+    def _experts(self, x_TD: Tensor, units: ops.Units, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
+        """The selected experts of each token, by the processes that hold them: [T, O]."""
+        if self._split is None:
+            return self._compute(x_TD, units, index_TK, gate_TK)
+        return self._split.experts(self, x_TD, units, index_TK, gate_TK)  # type: ignore[no-any-return]
+
+    def _compute(self, x_TD: Tensor, units: ops.Units, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
+        """The same by this process, which holds these units."""
+        mask = self._dropout_mask(x_TD, *index_TK.shape, self.expert_size)
+        ffn = stored_ffn if isinstance(units.values, ExpertRows) else ops.expert_ffn
+        return ffn(x_TD, units, index_TK, gate_TK, dropout_mask=mask, activation=self.activation)

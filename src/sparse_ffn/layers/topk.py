@@ -10,7 +10,6 @@ from torch import Tensor
 from sparse_ffn import ops
 from sparse_ffn.checks import check_flag, check_positive
 from sparse_ffn.layers.dense import DenseFFN
-from sparse_ffn.ops.autocast import autocast_dtype
 
 
 class TopKFFN(DenseFFN):
@@ -74,11 +73,10 @@ class TopKFFN(DenseFFN):
     def k(self, k: int) -> None:
         self._k = check_positive("k", k, at_most=self.d_ff, limit="d_ff")
 
-    def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
-        x = x.reshape(-1, self.d_model).to(autocast_dtype(x))
+    def _compute(self, x: Tensor, units: ops.Units) -> Tensor:
         return ops.topk_ffn(
             x,
-            self._units(),
+            units,
             self.k,
             dropout_mask=self._dropout_mask(x, x.shape[0], self.d_ff),
             activation=self.activation,

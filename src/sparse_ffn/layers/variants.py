@@ -11,6 +11,7 @@ import torch
 from sparse_ffn.checks import check_choice
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.module import Unpack
+from sparse_ffn.routing.distributed import Sync
 from sparse_ffn.routing.routers import SinkhornRouter
 
 
@@ -29,7 +30,7 @@ class MoEOptions(TypedDict, total=False):
     expert_dropout: float
     balance_over: str
     aux: str
-    sync_balance: bool
+    sync_balance: Sync
     init_scale: float
     n_layers: int | None
     device: Any

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_ffn.checks import check_choice, check_count, check_finite, check_flag, check_mask, check_type, shown
+from sparse_ffn.checks import check_choice, check_count, check_finite, check_mask, check_type, shown
 from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.ops.library import under_transforms
 from sparse_ffn.routing.base import AnyRouting, FusedRouting, Routing
-from sparse_ffn.routing.distributed import all_reduce_sum
+from sparse_ffn.routing.distributed import Sync, all_reduce_sum, check_sync
 
 Terms = tuple[tuple[str, float], ...]
 
@@ -46,20 +46,20 @@ class Null(NamedTuple):
 
 
 class Pool:
-    """Sums over the real tokens of each group, and over all processes if asked."""
+    """Sums over the real tokens of each group, and over processes if asked."""
 
     count_B1: Tensor | int
     """Real tokens of each group: a tensor only where it is not simply the group's length."""
 
     def __init__(
-        self, mask_T: Tensor | None, n_groups: int | None, sync: bool, routing: AnyRouting, null: Null | None
+        self, mask_T: Tensor | None, n_groups: int | None, sync: Sync, routing: AnyRouting, null: Null | None
     ) -> None:
         self.mask_T, self.sync, self.null = mask_T, sync, null
         self.n_experts = routing[0].shape[1]
         self.per_sequence = n_groups is not None
         self.n_groups = 1 if n_groups is None else n_groups
         self.length = routing.gate_TK.shape[0] // self.n_groups if self.n_groups else 0
-        if mask_T is None and not sync and self.length > 0:
+        if mask_T is None and sync is False and self.length > 0:
             self.count_B1 = self.length
         else:
             self.count_B1 = self.sum(torch.ones_like(routing.gate_TK[:, :1]))
@@ -71,7 +71,7 @@ class Pool:
         return self._over_processes(x_TN.reshape(self.n_groups, self.length, x_TN.shape[1]).sum(1))
 
     def _over_processes(self, sums_BN: Tensor) -> Tensor:
-        return all_reduce_sum(sums_BN) if self.sync and not self.per_sequence else sums_BN
+        return all_reduce_sum(sums_BN, self.sync) if self.sync is not False and not self.per_sequence else sums_BN
 
     def mean(self, x_TN: Tensor) -> Tensor:
         """Means [B, N]; 0 for a group without a real token."""
@@ -92,8 +92,8 @@ class Pool:
             return loss_B.mean()
         real_B = self.count_B1.squeeze(1) > 0
         total = torch.stack([torch.where(real_B, loss_B, 0).sum(), real_B.sum().to(loss_B.dtype)])
-        if self.sync and self.per_sequence:
-            total = all_reduce_sum(total)
+        if self.sync is not False and self.per_sequence:
+            total = all_reduce_sum(total, self.sync)
         return total[0] / total[1].clamp_min(1)
 
 
@@ -199,7 +199,7 @@ def balance_loss(
     *,
     mask_T: Tensor | None = None,
     n_sequences: int | None = None,
-    sync: bool = False,
+    sync: Sync = False,
 ) -> Tensor:
     """Weighted sum of balance losses, a scalar.
 
@@ -208,7 +208,8 @@ def balance_loss(
         terms: (name, weight) pairs, names from ``LOSSES``.
         mask_T: bool [T], True for real tokens.
         n_sequences: balance each of so many equally long sequences by itself and average; None pools all tokens.
-        sync: pool over the default process group, with the gradient that averaging gradients over processes needs.
+        sync: pool over a process group, True for the default one, with the gradient that averaging gradients over its
+            processes needs.
 
     Raises:
         TypeError: ``routing`` is none, ``terms`` holds no pairs, or an argument is of a wrong type.
@@ -219,7 +220,7 @@ def balance_loss(
     if mask_T is not None:
         check_mask(mask_T, routing.gate_TK)
     _check_sequences(n_sequences, routing.gate_TK.shape[0])
-    return weighted_losses(routing, _checked(terms), mask_T, n_sequences, check_flag("sync", sync))
+    return weighted_losses(routing, _checked(terms), mask_T, n_sequences, check_sync("sync", sync))
 
 
 def weighted_losses(
@@ -227,7 +228,7 @@ def weighted_losses(
     terms: Terms,
     mask_T: Tensor | None,
     n_sequences: int | None,
-    sync: bool,
+    sync: Sync,
     null: Null | None = None,
 ) -> Tensor:
     """``balance_loss`` of arguments that are right, and with null experts if the router's last ones are."""

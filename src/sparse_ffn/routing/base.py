@@ -23,7 +23,7 @@ from sparse_ffn.checks import (
     check_rate,
     shape_error,
 )
-from sparse_ffn.module import CheckedOptions
+from sparse_ffn.module import CheckedOptions, normal_
 from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.ops.library import in_backward, under_transforms
 from sparse_ffn.ops.select import stable_topk
@@ -136,7 +136,7 @@ class Router(CheckedOptions, nn.Module):
     def reset_parameters(self) -> None:
         """Initialise: normal directions, every row of norm c, which is a standard deviation of c/sqrt(d_model)."""
         with torch.no_grad():
-            self.weight.normal_()
+            normal_(self.weight, 1.0)
             # rows of one norm: no expert starts ahead (arXiv 2310.10837, section 5)
             norm = self.weight.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.weight.dtype).tiny)
             self.weight.div_(norm).mul_(self.init_scale)

@@ -16,20 +16,15 @@ def slot_counts(index_TK: Tensor, mask_T: Tensor | None, n_experts: int) -> Tens
     return torch.bincount(index_TK.flatten(), minlength=n_experts)
 
 
-def summary(index_TK: Tensor, mask_T: Tensor | None, n_experts: int, null_experts: int = 0) -> dict[str, Any]:
-    """Entropy of the load over log E, busiest share and share of dead experts, and the load itself.
+def summary(every: Tensor, null_experts: int = 0) -> dict[str, Any]:
+    """Of the slots of each expert, null ones last: entropy of the load over log E, busiest and dead share, the load.
 
     Returns:
         ``entropy`` in [0, 1] (1 is balance), ``busiest`` in [1/E, 1] (share of the slots), ``dead`` in [0, 1) (share of
         the experts without a slot), ``load``: CPU fp32 [E] of shares summing to 1. Without a slot all are 0. Null
         experts have no part in these; where there are any, ``null`` in [0, 1] is their share of all slots.
     """
-    return of_counts(slot_counts(index_TK, mask_T, n_experts + null_experts).cpu(), null_experts)
-
-
-def of_counts(every: Tensor, null_experts: int) -> dict[str, Any]:
-    """The ``summary`` of slots that were counted: int64 [E + null experts], on the CPU."""
-    every = every.double()
+    every = every.to("cpu", torch.float64)
     counts = every[: len(every) - null_experts]
     null = {"null": (1 - counts.sum() / every.sum()).item() if every.sum() else 0.0} if null_experts else {}
     load = counts / counts.sum().clamp_min(1)

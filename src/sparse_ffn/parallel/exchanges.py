@@ -1,0 +1,113 @@
+"""The exchanges by name: "gather", "slots" and "tokens". Shapes as in ``Exchange``; E experts, P copies of tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse_ffn.parallel.collectives import all_gather, all_to_all, reduce_scatter
+from sparse_ffn.parallel.copies import Copies, collect, spread
+from sparse_ffn.parallel.exchange import Exchange, register_exchange
+
+
+class GatherExchange(Exchange):
+    """All tokens to all processes, and the sums of what they computed back: for few processes."""
+
+    def dispatch(self, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """As ``Exchange``; shorter processes fill up with void slots, which cost nothing."""
+        tokens = x_TD.shape[0]
+        told = self._tell(torch.full((self.mesh.size(),), tokens, device=x_TD.device))
+        (all_tokens,) = self._numbers(told)
+        missing = (0, 0, 0, max(all_tokens) - tokens)
+        index_RK = all_gather(F.pad(index_TK.int(), missing, value=self.n_experts), self.mesh).long()
+        x_RD, gate_RK = (all_gather(F.pad(t, missing), self.mesh) for t in (x_TD, gate_TK))
+        return x_RD, self._local(index_RK), gate_RK, tokens
+
+    def combine(self, y_RO: Tensor, state: Any) -> Tensor:
+        """As ``Exchange``."""
+        return reduce_scatter(y_RO, self.mesh)[:state]
+
+
+class SlotsExchange(Exchange):
+    """A row for each token and expert, as torchtitan and Megatron send them; the sum is where the token is."""
+
+    def __init__(self, mesh: Any, n_experts: int) -> None:
+        super().__init__(mesh, n_experts)
+        self.counted = self.size
+
+    def dispatch(self, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """As ``Exchange``; the rows of a process are ordered by where they come from, then by expert."""
+        (tokens, k), world = index_TK.shape, self.mesh.size()
+        flat_S = index_TK.reshape(-1)
+        order_S = flat_S.argsort(stable=True)
+        sent_E = _counts(flat_S, world * self.size)
+        got_WE = self._tell(sent_E).view(world, self.size)
+        sent, received = self._numbers(sent_E.view(world, self.size).sum(1), got_WE.sum(1))
+        copies = Copies(order_S // k, _inverse(order_S).view(tokens, k), torch.ones_like(index_TK, dtype=torch.bool))
+        x_RD = all_to_all(spread(x_TD, copies), received, sent, self.mesh)
+        gate_R1 = all_to_all(gate_TK.reshape(-1, 1).index_select(0, order_S), received, sent, self.mesh)
+        expert_E = torch.arange(self.size, device=x_TD.device).repeat(world)
+        index_R = torch.repeat_interleave(expert_E, got_WE.reshape(-1), output_size=sum(received))
+        return x_RD, index_R.unsqueeze(1), gate_R1, (copies, sent, received)
+
+    def combine(self, y_RO: Tensor, state: Any) -> Tensor:
+        """As ``Exchange``."""
+        copies, sent, received = state
+        return collect(all_to_all(y_RO, sent, received, self.mesh), copies)
+
+
+class TokensExchange(Exchange):
+    """Each token once to each process that holds one of its experts, as DeepEP sends them; one sum comes back."""
+
+    def dispatch(self, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """As ``Exchange``; the rows of a process are ordered by where they come from, then by token."""
+        tokens, world = x_TD.shape[0], self.mesh.size()
+        owner_TK = index_TK // self.size
+        needs_TW = torch.zeros(tokens, world, dtype=torch.bool, device=x_TD.device).scatter(1, owner_TK, True)
+        sent_W = needs_TW.sum(0)
+        sent, received = self._numbers(sent_W, self._tell(sent_W))
+        # wanted pairs first, by process and then by token; and where each pair went
+        order_A = needs_TW.t().reshape(-1).logical_not().to(torch.int8).argsort(stable=True)
+        order_P = order_A[: sum(sent)]
+        owner_P, source_P = order_P // max(tokens, 1), order_P % max(tokens, 1)
+        copies = Copies(source_P, *_places(needs_TW, _inverse(order_A), min(index_TK.shape[1], world)))
+        here_PK = owner_TK.index_select(0, source_P) == owner_P.unsqueeze(1)
+        held_P1 = (self.n_experts - owner_P * self.size).clamp(0, self.size).unsqueeze(1)
+        index_PK = index_TK.index_select(0, source_P) - owner_P.unsqueeze(1) * self.size
+        index_PK = torch.where(here_PK, index_PK, held_P1)
+        x_RD = all_to_all(spread(x_TD, copies), received, sent, self.mesh)
+        gate_RK = all_to_all(torch.where(here_PK, spread(gate_TK, copies), 0), received, sent, self.mesh)
+        index_RK = all_to_all(index_PK.int(), received, sent, self.mesh).long()
+        return x_RD, index_RK, gate_RK, (copies, sent, received)
+
+    def combine(self, y_RO: Tensor, state: Any) -> Tensor:
+        """As ``Exchange``."""
+        copies, sent, received = state
+        return collect(all_to_all(y_RO, sent, received, self.mesh), copies)
+
+
+def _places(needs_TW: Tensor, place_A: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Where the copies of each token are, and which are real: [T, ``most``], by process."""
+    place_TW = place_A.view(needs_TW.shape[1], needs_TW.shape[0]).t()
+    process_TM = needs_TW.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    real_TM = needs_TW.gather(1, process_TM)
+    return torch.where(real_TM, place_TW.gather(1, process_TM), 0), real_TM
+
+
+def _inverse(order_N: Tensor) -> Tensor:
+    """The place of each number in a permutation."""
+    return torch.empty_like(order_N).scatter(0, order_N, torch.arange(order_N.shape[0], device=order_N.device))
+
+
+def _counts(index_S: Tensor, length: int) -> Tensor:
+    """How often each number below a length occurs; a fixed shape, and integers, whose sum has no order."""
+    counts = torch.zeros(length, dtype=torch.int64, device=index_S.device)
+    return counts.scatter_add(0, index_S, torch.ones_like(index_S))
+
+
+register_exchange("gather", GatherExchange)
+register_exchange("slots", SlotsExchange)
+register_exchange("tokens", TokensExchange)

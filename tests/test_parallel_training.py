@@ -1,0 +1,377 @@
+"""Split layers inside of what trains them: FSDP2, HSDP, DDP, optimizers, clipping, checkpoints, compilers, failures."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import processes
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import sparse_ffn as sf
+from sparse_ffn.layers import SharedExpertMoE
+from sparse_ffn.parallel import (
+    ExpertParallel,
+    MemoryParallel,
+    clip_grad_norm_,
+    ddp_ignore,
+    plan,
+    shard_placement_fn,
+)
+
+D = 16
+TWO_MESHES = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 12)
+
+
+def model(sync: bool = True) -> nn.Sequential:
+    """Two layers to be split between others."""
+    torch.manual_seed(5)
+    double = {"dtype": torch.float64}
+    routed = sf.SigmaMoE(D, 7, 8, 2, glu=True, bias=True, balance_weight=1.0, sync_balance=sync, **double)
+    shared = SharedExpertMoE(routed, sf.DenseFFN(D, 8, **double), gated=True)
+    memory = sf.ProductKeyMemory(D, 4, 3, query_dim=8, activation="softmax", **double)
+    return nn.Sequential(nn.Linear(D, D, **double), shared, memory, nn.Linear(D, D, **double))
+
+
+def tokens(rank: int, count: int = 6) -> Tensor:
+    return torch.randn(count, D, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+
+
+def split(net: nn.Module, mesh: Any, rest: str = "leave", **options: Any) -> nn.Module:
+    styles = {"experts": ExpertParallel(rest=rest, **options), "memory": MemoryParallel()}
+    return parallelize_module(net, mesh, plan(net, **styles))
+
+
+def step(net: nn.Module, x: Tensor) -> Tensor:
+    y = net(x)
+    loss = y.square().mean() + sf.aux_loss(net)
+    loss.backward()
+    return y.detach()
+
+
+def alone(world: int) -> dict[str, Tensor]:
+    """Gradients of one process with the tokens of all."""
+    net = model(sync=False)
+    step(net, torch.cat([tokens(r) for r in range(world)]))
+    return {name: p.grad for name, p in net.named_parameters()}  # type: ignore[misc]
+
+
+def full(t: Any) -> Tensor:
+    return (t.full_tensor() if isinstance(t, DTensor) else t).detach()
+
+
+def gradients(net: nn.Module) -> dict[str, Tensor]:
+    return {name.removeprefix("module."): full(p.grad) for name, p in net.named_parameters()}
+
+
+def near(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, e in expected.items():
+        torch.testing.assert_close(actual[name], e, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# ------------------------------------------------------------------------------------------------ data parallel
+
+
+def under_ddp(rank: int) -> None:
+    world = dist.get_world_size()
+    net = split(model(), init_device_mesh("cpu", (world,), mesh_dim_names=("ep",)))
+    ddp_ignore(net)
+    wrapped = DistributedDataParallel(net)
+    for _ in range(2):  # an unused parameter of the step before would raise here
+        wrapped.zero_grad()
+        step(wrapped, tokens(rank))
+    near(gradients(wrapped), alone(world))
+    reference = model(sync=False)
+    step(reference, torch.cat([tokens(r) for r in range(world)]))
+    for norm_type in (2.0, 1.0, float("inf")):
+        norm = clip_grad_norm_(wrapped.parameters(), 0.05, norm_type)
+        expected = nn.utils.clip_grad_norm_(reference.parameters(), 0.05, norm_type)
+        torch.testing.assert_close(norm, expected)
+        near(gradients(wrapped), {n: p.grad for n, p in reference.named_parameters()})  # type: ignore[misc]
+
+
+def test_ddp_with_split_layers_and_clipping() -> None:
+    processes.run(under_ddp, 2)
+
+
+def under_fsdp(rank: int, ep: int, rest: str, hybrid: bool) -> None:
+    world = dist.get_world_size()
+    flat = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
+    if hybrid:
+        mesh = init_device_mesh("cpu", (2, world // ep // 2, ep), mesh_dim_names=("r", "s", "ep"))
+        outer, inner = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("r", "s")), mesh["r", "s"]
+    else:
+        mesh = init_device_mesh("cpu", (world // ep, ep), mesh_dim_names=("edp", "ep"))
+        outer, inner = flat, mesh["edp"]
+    if rest == "replicate":  # a mesh for each module, which every version of torch knows
+        net = model()
+        parallelize_module(net, mesh["ep"], plan(net, experts=ExpertParallel(rest=rest)))
+        fully_shard(net[1].routed, mesh=inner)
+        fully_shard(net, mesh=outer)
+    else:
+        net = split(model(), mesh["ep"])
+        fully_shard(net, mesh=outer, shard_placement_fn=shard_placement_fn(net, outer, inner))
+    step(net, tokens(rank))
+    near(gradients(net), alone(world))
+    reference = model(sync=False)
+    step(reference, torch.cat([tokens(r) for r in range(world)]))
+    torch.testing.assert_close(
+        clip_grad_norm_(net.parameters(), 0.1), nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
+    )
+    near(gradients(net), {n: p.grad for n, p in reference.named_parameters()})  # type: ignore[misc]
+
+
+def test_fsdp_with_split_layers() -> None:
+    processes.run(under_fsdp, 2, 2, "leave" if TWO_MESHES else "replicate", False)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("ep", [1, 2, 4])
+@pytest.mark.parametrize("rest", ["leave", "replicate"])
+def test_fsdp_in_two_dimensions_with_split_layers(ep: int, rest: str) -> None:
+    if rest == "leave" and not TWO_MESHES:
+        pytest.skip("this version of torch shards over one mesh")
+    processes.run(under_fsdp, 4, ep, rest, False)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(not TWO_MESHES, reason="this version of torch shards over one mesh")
+def test_hsdp_with_split_layers() -> None:
+    processes.run(under_fsdp, 4, 2, "leave", True)
+
+
+# ------------------------------------------------------------------------------------------------ optimizers
+
+
+def under_optimizers(rank: int) -> None:
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ep",))
+    for options in ({"foreach": True}, {"fused": True}, {"foreach": False}):
+        layer, reference = mixture(True), mixture(False)
+        parallelize_module(layer, mesh, ExpertParallel(rest="replicate"))
+        for net, x in ((layer, tokens(rank)), (reference, torch.cat([tokens(r) for r in range(world)]))):
+            optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, **options)
+            for _ in range(3):
+                optimizer.zero_grad()
+                step(net, x)
+                optimizer.step()
+        near(
+            {n: full(p) for n, p in layer.named_parameters()}, {n: p.detach() for n, p in reference.named_parameters()}
+        )
+
+
+def mixture(sync: bool, **options: Any) -> sf.MoE:
+    torch.manual_seed(6)
+    return sf.SigmaMoE(
+        D, 7, 8, 2, glu=True, bias=True, balance_weight=1.0, sync_balance=sync, **{"dtype": torch.float64, **options}
+    )
+
+
+@pytest.mark.exhaustive
+def test_optimizers_take_all_parameters_of_a_replicated_layer_in_one_group() -> None:
+    processes.run(under_optimizers, 2)
+
+
+# ------------------------------------------------------------------------------------------------ the same again
+
+
+def again(rank: int) -> None:
+    """Two runs, recomputation, a copy, a compiler: the same bits."""
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ep",))
+    x = tokens(rank, 7 + rank)
+    for exchange in ("gather", "slots", "tokens"):
+        layer = mixture(True, dropout=0.3)
+        parallelize_module(layer, mesh, ExpertParallel(exchange=exchange))
+        runs = []
+        for call in (
+            layer,
+            layer,
+            lambda x, layer=layer: checkpoint(layer, x, use_reentrant=False),
+            copy.deepcopy(layer),
+        ):
+            net = call if isinstance(call, nn.Module) else layer
+            net.zero_grad()
+            torch.manual_seed(rank)
+            given = x.clone().requires_grad_()
+            y = call(given)
+            (y.square().mean() + sf.aux_loss(net)).backward()
+            runs.append([y.detach(), given.grad, *(full(p.grad) for p in net.parameters())])
+        for run in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True)), exchange
+        with torch.no_grad():
+            evaluated = layer.eval()(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert mixture_fp32(mesh, exchange)(x.float()).dtype == torch.bfloat16
+        torch.testing.assert_close(layer(x).detach(), evaluated)
+
+
+def mixture_fp32(mesh: Any, exchange: str) -> nn.Module:
+    return parallelize_module(mixture(True, dtype=torch.float32), mesh, ExpertParallel(exchange=exchange))
+
+
+def test_two_runs_a_recomputation_and_a_copy_agree_to_the_bit() -> None:
+    processes.run(again, 2)
+
+
+def compiled(rank: int) -> list[str]:
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ep",))
+    problems = []
+    torch._dynamo.config.capture_scalar_outputs = True
+    for exchange in ("slots", "tokens", "gather"):
+        torch._dynamo.reset()
+        layer = mixture(False)
+        parallelize_module(layer, mesh, ExpertParallel(exchange=exchange))
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        try:
+            call = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+            for count in (6, 9, 11):
+                torch.testing.assert_close(call(tokens(rank, count)), layer(tokens(rank, count)))
+            if counter.frame_count != 1:
+                problems.append(f"{exchange}: {counter.frame_count} graphs")
+        except Exception as error:
+            problems.append(f"{exchange}: {type(error).__name__}: {str(error)[:600]}")
+        dist.barrier()
+    return problems
+
+
+@pytest.mark.exhaustive
+def test_exchanges_compile_to_one_graph_for_all_token_counts() -> None:
+    for problems in processes.run(compiled, 2):
+        assert not problems
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def trained(ep: int, x: Tensor, folder: str | None = None) -> tuple[nn.Module, torch.optim.Optimizer]:
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world // ep, ep), mesh_dim_names=("edp", "ep"))
+    net = mixture(dist.is_initialized())
+    parallelize_module(net, mesh["ep"], ExpertParallel(rest="replicate"))
+    fully_shard(net, mesh=mesh["edp"])
+    return net, torch.optim.AdamW(net.parameters(), lr=0.01)
+
+
+def states(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    model_state, optimizer_state = get_state_dict(net, optimizer)
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def flat(state: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    found = {}
+    for key, value in state.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        elif isinstance(value, Tensor):
+            found[prefix + key] = full(value)
+    return found
+
+
+def save(rank: int, folder: str, ep: int) -> dict[str, Tensor]:
+    net, optimizer = trained(ep, tokens(rank))
+    for _ in range(2):
+        optimizer.zero_grad()
+        step(net, tokens(rank))
+        optimizer.step()
+    state = states(net, optimizer)
+    dcp.save(state, checkpoint_id=folder)
+    return flat(state)
+
+
+def load(rank: int, folder: str, ep: int) -> dict[str, Tensor]:
+    net, optimizer = trained(ep, tokens(rank))
+    step(net, tokens(rank))
+    optimizer.step()  # so that there is a state to fill
+    state = states(net, optimizer)
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(net, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return flat(states(net, optimizer))
+
+
+@pytest.mark.exhaustive
+def test_a_checkpoint_of_any_layout_loads_into_any_other(tmp_path: Path) -> None:
+    """Weights and the optimizer's state, to the bit, on other numbers of processes too."""
+    saved, *_ = processes.run(save, 4, str(tmp_path), 2)
+    for world, ep in ((1, 1), (2, 2), (4, 4), (4, 1), (3, 3)):
+        for found in processes.run(load, world, str(tmp_path), ep):
+            assert found.keys() == saved.keys()
+            assert all(torch.equal(found[name], t) for name, t in saved.items())
+
+
+# ------------------------------------------------------------------------------------------------ what goes wrong
+
+
+def one_fails(rank: int) -> float:
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ep",))
+    for exchange in ("gather", "slots", "tokens"):
+        layer = mixture(False)
+        parallelize_module(layer, mesh, ExpertParallel(exchange=exchange))
+        words = "x must have shape" if rank == 1 else "rank 1 raised an error before it sent its tokens"
+        with pytest.raises((ValueError, RuntimeError), match=words):
+            layer(torch.zeros(3, D + rank, dtype=torch.float64))
+        layer(tokens(rank))  # all goes on
+    memory = sf.ProductKeyMemory(D, 4, 3)
+    parallelize_module(memory, mesh, MemoryParallel())
+    with pytest.raises((TypeError, RuntimeError), match="dtype" if rank == 1 else "rank 1 raised"):
+        memory(torch.zeros(3, D, dtype=torch.float64 if rank == 1 else torch.float32))
+    start = time.monotonic()
+    dist.barrier()
+    if rank == 1:
+        os._exit(0)  # gone without a word, after which the others must not wait for the timeout
+    with pytest.raises(RuntimeError, match=r"(?i)connection|peer|rank|abort"):
+        layer(tokens(rank))
+    print(time.monotonic() - start)
+    raise AssertionError("survived")
+
+
+def test_a_process_that_raises_or_dies_ends_the_others_before_the_timeout() -> None:
+    start = time.monotonic()
+    with pytest.raises(processes.Failed) as failed:
+        processes.run(one_fails, 2)
+    assert failed.value.problems.keys() == {0, 1}
+    assert "AssertionError: survived" in failed.value.problems[0]
+    assert "without a result" in failed.value.problems[1]
+    assert time.monotonic() - start < 100
+
+
+# ------------------------------------------------------------------------------------------------ fresh weights
+
+
+def fresh(rank: int) -> dict[str, Tensor]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",))
+    with torch.device("meta"):
+        layer = sf.SigmaMoE(D, 5, 4, 2, glu=True)
+    parallelize_module(layer, mesh, ExpertParallel(rest="replicate"))
+    layer.to_empty(device="cpu")
+    torch.manual_seed(3)
+    layer.reset_parameters()
+    return {name: full(p) for name, p in layer.named_parameters()}
+
+
+@pytest.mark.exhaustive
+def test_split_layers_made_on_meta_start_with_the_weights_of_one_process() -> None:
+    expected = sf.SigmaMoE(D, 5, 4, 2, glu=True)
+    torch.manual_seed(3)
+    expected.reset_parameters()
+    for found in processes.run(fresh, 2):
+        for name, p in expected.named_parameters():
+            assert torch.equal(found[name], p.detach())
