@@ -50,7 +50,7 @@ static void decode_down(const sparse_ffn_experts& p, const SlotTables& slots, in
     const T* w = static_cast<const T*>(p.values) + e * p.G * p.O + n0;
     for (int64_t s0 = p.offsets[e]; s0 < last; s0 += kMr) {
       const int mr = static_cast<int>(lesser<int64_t>(kMr, last - s0));
-      for (int r = 0; r < mr; r++) pack_row(pa, r, h + (s0 + r) * p.G, p.G);
+      for (int r = 0; r < mr; r++) pack_row<T, kDirectProduct<T>>(pa, r, h + (s0 + r) * p.G, p.G);
       const TileOut tile{acc, padded, slots.token + s0, slots.gate + s0, 0};
       scatter_direct(mr, p.G, columns, pa, w, p.O, tail, tile);
     }
@@ -73,7 +73,7 @@ template <class T> static int decode(const sparse_ffn_experts& p, T* out) {
     const int64_t g_step = 4, g_groups = ceil_div(p.G, g_step), vectors = ceil_div(p.O, VL);
     const int64_t g0 = lesser(p.G, g_groups * t / n * g_step), g1 = lesser(p.G, g_groups * (t + 1) / n * g_step);
     const int64_t n0 = lesser(p.O, vectors * t / n * VL), n1 = lesser(p.O, vectors * (t + 1) / n * VL);
-    float* pa = scratch_of<float>(kBufferA, row_panel_size<T>(p.G));
+    float* pa = scratch_of<float>(kBufferA, row_panel_size<T, kDirectProduct<T>>(p.G));
     float* tail = scratch_of<float>(kBufferB, kKBlock * VL);
     float* c = scratch_of<float>(kBufferC, 2 * kMr * p.G + VL);
     float* acc = scratch_of<float>(kBufferAcc, p.T * round_up(n1 - n0, VL) + 1);
