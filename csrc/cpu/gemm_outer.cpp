@@ -11,19 +11,24 @@ constexpr int64_t kGroup = 4 * kNr;      // columns of B packed at once: gathere
 // Rows per pass: a panel of B (32 KB) then stays in L1 while all of A passes by.
 template <class T> constexpr int64_t kOuterRows = kOnTiles<T> ? 512 : 256;
 
-// fp32 goes past the caches: a finished gradient is not read again here, and lines need not be read to be written.
-static ALWAYS_INLINE void store_rows(const float* c, int64_t c_stride, int64_t rows, int64_t n, float* out, int64_t stride) {
-  const bool aligned = (reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(stride * 4)) % (4 * VL) == 0;
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t j = 0; j < n; j += VL) {
-      if (aligned && j + VL <= n) stream(out + r * stride + j, load(c + r * c_stride + j));
-      else store_upto(out + r * stride + j, load(c + r * c_stride + j), n - j);
-    }
+// fp32, and bf16 from tiles, goes past the caches: a finished gradient is not read again here, and lines need not be read to
+// be written.
+template <class T> constexpr bool kStreams = sizeof(T) == 4 || kOnTiles<T>;
+template <class T> static ALWAYS_INLINE bool aligned(const T* out, int64_t stride) {
+  return (reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(stride) * sizeof(T)) % (4 * VL) == 0;
 }
 template <class T>
-static void store_rows(const float* c, int64_t c_stride, int64_t rows, int64_t n, T* out, int64_t stride) {
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t j = 0; j < n; j += VL) store_upto(out + r * stride + j, load(c + r * c_stride + j), n - j);
+static ALWAYS_INLINE void store_rows(const float* c, int64_t c_stride, int64_t rows, int64_t n, T* out, int64_t stride) {
+  constexpr int64_t kLine = 4 * VL / sizeof(T);
+  const bool streams = kStreams<T> && aligned(out, stride);
+  for (int64_t r = 0; r < rows; r++, c += c_stride, out += stride) {
+    int64_t j = 0;
+    for (; streams && j + kLine <= n; j += kLine) {
+      if constexpr (sizeof(T) == 4) stream(out + j, load(c + j));
+      else if constexpr (kStreams<T>) stream(out + j, load(c + j), load(c + j + VL));
+    }
+    for (; j < n; j += VL) store_upto(out + j, load(c + j), n - j);
+  }
 }
 
 // Columns n0 .. n1-1 of one out of one expert. a: first column of A for this out.
@@ -38,7 +43,7 @@ static void outer_piece(const OuterGemm<T>& g, int64_t e, const T* a, T* out, in
     return;
   }
   const bool one_pass = rows <= kOuterRows<T>;  // else the passes are summed in c [M, padded]
-  const bool streams = sizeof(T) == 4 && (reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(g.N * 4)) % (4 * VL) == 0;
+  const bool streams = kStreams<T> && aligned(out, g.N);
   // fp32 in expert order needs no packing: word k of row m is a[k * stride + m]. Whichever operand is packed is scaled
   // then, A if both are: it is the narrower one.
   const bool a_in_place = sizeof(T) == 4 && !g.gather_a;
@@ -71,14 +76,14 @@ static void outer_piece(const OuterGemm<T>& g, int64_t e, const T* a, T* out, in
           T* target = out + m * g.N + n0 + j;
           TileOut tile{c + m * padded + j, padded, nullptr, nullptr, 0};
           Finish finish = k0 ? Finish::kAdd : Finish::kStore;
-          if (one_pass && streams && valid == width) {
+          if (sizeof(T) == 4 && one_pass && streams && valid == width) {
             tile.c = reinterpret_cast<float*>(target);
             tile.stride = g.N;
             finish = Finish::kStream;
           } else if (one_pass) {
             tile.c = c;
             tile.stride = width;
-            for (int r = 0; r < mr; r++)  // where the tile goes is in no cache: fetch it while multiplying
+            for (int r = 0; r < mr && !(kOnTiles<T> && streams); r++)  // where it goes is in no cache: fetch it meanwhile
               for (int64_t i = 0; i <= valid; i += VL) prefetch(target + r * g.N + lesser(i, valid - 1));
           }
           const Layout layout = kOnTiles<T> ? Layout::kTiles : Layout::kColumns;

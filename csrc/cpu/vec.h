@@ -152,6 +152,16 @@ template <class T> static __attribute__((noinline)) void store_n(T* p, V v, int 
 }
 #endif
 
+static ALWAYS_INLINE void stream(bf16* p, V low, V high) {  // 2 VL numbers, like stream(float*, V)
+#if defined(__AVX512F__)
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(narrow_bf16(low)), narrow_bf16(high), 1);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), both);
+#else
+  store(p, low);
+  store(p + VL, high);
+#endif
+}
+
 // One bit per lane of a comparison's result.
 static ALWAYS_INLINE uint32_t lanes_of(VI mask) {
 #if defined(__AVX512F__)
