@@ -45,6 +45,11 @@ flags="-std=c++17 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -fop
 names=generic flags_generic="" x86=""
 if [ "$(uname -m)" = x86_64 ]; then
   names=$(values CMakeLists.txt isas) x86="-DSPARSE_FFN_X86=1"
+  if echo 'asm("tdpbf16ps %tmm2, %tmm1, %tmm0");' | $cxx -x c++ -c -o /dev/null - 2>/dev/null; then
+    x86="$x86 -DSPARSE_FFN_HAS_AMX=1"
+  else
+    names=${names/ amx/}
+  fi
   for name in $names; do
     eval "flags_$name=\"$(values CMakeLists.txt "flags_$name")\""
   done

@@ -140,7 +140,7 @@ else:
 
 
 @built
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated"])
 def test_every_instruction_set_gives_the_reference_result(isa: str) -> None:
     """One that this CPU lacks is refused: see test_supply_chain.py."""
     code = """

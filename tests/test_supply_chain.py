@@ -175,7 +175,7 @@ def test_the_instruction_sets_of_this_processor_end_with_the_one_of_every_proces
     names = cpu.instruction_sets()
     assert cpu.instruction_set() in names
     assert names[-1] == "generic"
-    assert set(names) <= {"generic", "avx2", "avx512", "avx512_bf16"}
+    assert set(names) <= {"generic", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated"}
 
 
 # --------------------------------------------------------------------------------------------- what users are told

@@ -53,7 +53,7 @@ template <class T> static bool forward_rows(const sparse_ffn_cvmm& p, T* out) {
 }
 
 template <class T> static int forward(const sparse_ffn_cvmm& p, T* out) {
-  if (p.w_stride_m == 1 && p.w_stride_l != 1 && p.S < p.E * kPackMinRows && one_slot_each(p))
+  if (p.w_stride_m == 1 && p.w_stride_l != 1 && p.S < p.E * kPackMinRows<T> && one_slot_each(p))
     return forward_rows(p, out) ? SPARSE_FFN_OK : SPARSE_FFN_NO_MEMORY;
   ScatterGemm<T> g = product<T>(p);
   g.a = static_cast<const T*>(p.x);

@@ -3,12 +3,19 @@
 #include <cstring>
 
 #include "../interface/operands.h"
+#include "amx_permission.h"
 #include "large_memory.h"
 #include "kernel_table.h"
 #include "scratch.h"
 
 namespace sparse_ffn {
 
+#if defined(SPARSE_FFN_HAS_AMX_EMULATED)
+namespace amx_emulated { extern const KernelTable table; }
+#endif
+#if defined(SPARSE_FFN_HAS_AMX)
+namespace amx { extern const KernelTable table; }
+#endif
 #if defined(SPARSE_FFN_X86)
 namespace avx512_bf16 { extern const KernelTable table; }
 namespace avx512 { extern const KernelTable table; }
@@ -40,6 +47,12 @@ Choice choose() {
   __builtin_cpu_init();
 #endif
   const struct { const KernelTable* table; bool supported, preferred; } candidates[] = {
+#if defined(SPARSE_FFN_HAS_AMX_EMULATED)
+      {&amx_emulated::table, true, false},  // whoever builds it knows that the processor can run it
+#endif
+#if defined(SPARSE_FFN_HAS_AMX)
+      {&amx::table, has_avx512() && __builtin_cpu_supports("avx512bf16") && amx_permitted(), true},
+#endif
 #if defined(SPARSE_FFN_X86)
       // vdpbf16ps does twice the arithmetic of an fp32 FMA on AMD (Zen 4) but half of it on Intel (Sapphire Rapids: 88
       // against 165 GFLOP/s a core), where widening bf16 to fp32 while packing is the faster way.
@@ -54,7 +67,7 @@ Choice choose() {
   Choice found{nullptr, false, ""};
   const KernelTable* last = nullptr;
   for (const auto& c : candidates) {
-    if (!c.supported) continue;
+    if (!c.supported || (c.table->works && !c.table->works())) continue;
     if (last) strcat(found.names, " ");
     strcat(found.names, c.table->name);
     if (!found.table && (forced ? !strcmp(forced, c.table->name) : c.preferred)) found.table = c.table;

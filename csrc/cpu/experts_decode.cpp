@@ -27,7 +27,7 @@ template <class T> static ALWAYS_INLINE bool is_zero(T x) { return !(x.bits & 0x
 // Of a row of hidden units those of a list, into row r of a row-packed panel.
 template <class T> static void pack_listed(float* panel, int r, const T* src, const int32_t* list, int64_t count) {
   float* dst = panel + r * kRowStride;
-  if constexpr (Paired<T>::value) {
+  if constexpr (kDirectProduct<T> == Product::kPaired) {
     T* pairs = reinterpret_cast<T*>(dst);
     for (int64_t j = 0; j < count; j++) pairs[j] = src[list[j]];
     if (count & 1) pairs[count] = T{};
@@ -100,7 +100,7 @@ static void decode_down(const sparse_ffn_experts& p, const SlotTables& slots, in
       const T* rows = h + s0 * p.G;
       const TileOut tile{acc, padded, slots.token + s0, slots.gate + s0, 0};
       if (!list) {
-        for (int r = 0; r < mr; r++) pack_row(pa, r, rows + r * p.G, p.G);
+        for (int r = 0; r < mr; r++) pack_row<T, kDirectProduct<T>>(pa, r, rows + r * p.G, p.G);
         scatter_direct(mr, p.G, columns, pa, w, p.O, nullptr, tail, tile);
         continue;
       }
@@ -135,7 +135,7 @@ template <class T> static int decode(const sparse_ffn_experts& p, T* out) {
     const int64_t g_step = 4, g_groups = ceil_div(p.G, g_step), vectors = ceil_div(p.O, VL);
     const int64_t g0 = lesser(p.G, g_groups * t / n * g_step), g1 = lesser(p.G, g_groups * (t + 1) / n * g_step);
     const int64_t n0 = lesser(p.O, vectors * t / n * VL), n1 = lesser(p.O, vectors * (t + 1) / n * VL);
-    float* pa = scratch_of<float>(kBufferA, row_panel_size<T>(p.G));
+    float* pa = scratch_of<float>(kBufferA, row_panel_size<T, kDirectProduct<T>>(p.G));
     float* tail = scratch_of<float>(kBufferB, kKBlock * VL);
     float* c = scratch_of<float>(kBufferC, 2 * kMr * p.G + VL);
     float* acc = scratch_of<float>(kBufferAcc, p.T * round_up(n1 - n0, VL) + 1);

@@ -8,8 +8,12 @@
 
 SPARSE_FFN_BEGIN
 
-// Experts with fewer rows than this read their weights where they lie: packing would cost more than it saves.
-constexpr int64_t kPackMinRows = kMr + 1;
+// Experts with fewer rows than this read their weights where they lie: packing would cost more than it saves. On tiles it
+// saves more; where it does is an estimate.
+template <class T> constexpr int64_t kPackMinRows = kOnTiles<T> && kMr > 7 ? 8 : kMr + 1;
+
+constexpr int64_t kTilePanels = 4;  // panels of A that read the packed weights together: on tiles that is the bottleneck
+template <class T> constexpr int64_t kPanels = kOnTiles<T> ? kTilePanels : 1;
 
 template <class T> struct RowGemm {
   const T* a;             // row of sorted position s: a + gather[s] * a_stride (gather null: s itself), K long
@@ -43,7 +47,7 @@ static void dot_rows(const T* const* a, const T* w, int64_t w_stride, const int3
   V acc[R][4] = {};
   int64_t i = 0;
 #if defined(__AVX512BF16__)
-  if constexpr (Paired<T>::value) {
+  if constexpr (kDirectProduct<T> == Product::kPaired) {
     for (; i < k; i += 2 * VL) {  // past the end both operands read as zero
       const __mmask32 lanes = k - i >= 2 * VL ? ~__mmask32{0} : (__mmask32{1} << (k - i)) - 1;
       const auto pairs = [&](const T* p) { return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(lanes, p + i)); };
@@ -114,20 +118,23 @@ static void dot_listed(const T* const* a, int rows, const T* w, int64_t w_stride
   for (int64_t i = 0; i < count; i += 4) dot_four<T, true>(a, rows, w, w_stride, list + i, k, count - i, c, c_stride);
 }
 
-// One packed panel of mr rows of A against all packed columns of an expert.
+// Packed rows of A, one panel or on tiles up to kPanels, against all packed columns of an expert.
 template <class T>
-static void multiply_panel(const RowGemm<T>& g, int mr, const float* pa, const float* pb, float* c, int64_t c_stride,
-                           LineQueue* next) {
-  constexpr bool kPair = Paired<T>::value;
+static void multiply_panels(const RowGemm<T>& g, int64_t rows, const float* pa, const float* pb, float* c,
+                            int64_t c_stride, LineQueue* next) {
   const int64_t k_words = words<T>(g.K);
-  if (!k_words) memset(c, 0, static_cast<size_t>(mr * c_stride) * 4);
+  if (!k_words) memset(c, 0, static_cast<size_t>(rows * c_stride) * 4);
   for (int64_t k0 = 0; k0 < k_words; k0 += kKBlock)  // outermost: this block of A stays in L1 for all columns
     for (int64_t m = 0; m < g.matrices(); m++)
       for (int64_t n = 0; n < g.padded(); n += kNr) {
         const int64_t width = lesser<int64_t>(kNr, g.padded() - n), k = lesser(kKBlock, k_words - k0);
-        const TileFn f = find_tile(k0 ? Finish::kAdd : Finish::kStore, Layout::kPacked, kPair, mr, width);
-        f(k, pa + k0 / kKBlock * kMr * kRowStride, 0, pb + (m * g.padded() + n) * k_words + k0 * width,
-          TileOut{c + m * g.padded() + n, c_stride, nullptr, nullptr, 0}, next->take(k));
+        for (int64_t r = 0; r < rows; r += kPanelRows<T>) {
+          const int mr = static_cast<int>(lesser<int64_t>(kPanelRows<T>, rows - r));
+          const TileFn f = find_tile(k0 ? Finish::kAdd : Finish::kStore, kPanelLayout<T>, kPackedProduct<T>, mr, width);
+          f(mr, k, pa + r / kPanelRows<T> * panel_size<T>(g.K) + panel_word<T>(k0), 0,
+            pb + (m * g.padded() + n) * k_words + k0 * width,
+            TileOut{c + r * c_stride + m * g.padded() + n, c_stride, nullptr, nullptr, 0}, next->take(k));
+        }
       }
 }
 
@@ -135,6 +142,7 @@ static void multiply_panel(const RowGemm<T>& g, int mr, const float* pa, const f
 template <class T>
 static void queue_next(const RowGemm<T>& g, int64_t e, int64_t s, int64_t i, int64_t count, LineQueue* next) {
   next->clear();
+  if (kOnTiles<T>) return;  // they gain nothing from it
   const int64_t last = lesser<int64_t>(s + kMr, g.offsets[g.E]);
   for (; s < last; s++) next->add(g.row(s), g.K * static_cast<int64_t>(sizeof(T)));
   e++;
@@ -152,16 +160,17 @@ static void queue_next(const RowGemm<T>& g, int64_t e, int64_t s, int64_t i, int
 template <class T, class Finisher> static bool run_row_gemm(const RowGemm<T>& g, const Finisher& finish) {
   const int64_t k_words = words<T>(g.K), c_stride = g.matrices() * g.padded();
   int64_t panels = 0;
-  for (int64_t e = 0; e < g.E; e++) panels += ceil_div(g.offsets[e + 1] - g.offsets[e], kMr);
+  for (int64_t e = 0; e < g.E; e++) panels += ceil_div(g.offsets[e + 1] - g.offsets[e], kPanelRows<T>);
   int failed = 0;
   const int threads = static_cast<int>(larger<int64_t>(1, lesser<int64_t>(g.n_threads, panels)));
 #pragma omp parallel num_threads(threads)
   {
     const int64_t t = omp_get_thread_num(), n = omp_get_num_threads();
     const int64_t first_panel = panels * t / n, last_panel = panels * (t + 1) / n;
-    float* pa = scratch_of<float>(kBufferA, row_panel_size<T>(g.K));
+    const TilesInUse<T> tiles;
+    float* pa = scratch_of<float>(kBufferA, kPanels<T> * panel_size<T>(g.K));
     float* pb = scratch_of<float>(kBufferB, c_stride * k_words);
-    float* c = scratch_of<float>(kBufferC, kMr * c_stride);
+    float* c = scratch_of<float>(kBufferC, kPanels<T> * kPanelRows<T> * c_stride);
     LineQueue next;
     const bool queue = next.reserve((kMr + g.matrices() * g.N) * ceil_div(g.K * static_cast<int64_t>(sizeof(T)), 64));
     if (!pa || !pb || !c || !queue) {
@@ -170,23 +179,25 @@ template <class T, class Finisher> static bool run_row_gemm(const RowGemm<T>& g,
     } else {
       int64_t before = 0;
       for (int64_t e = 0; e < g.E && before < last_panel; e++) {
-        const int64_t rows = g.offsets[e + 1] - g.offsets[e], count = ceil_div(rows, kMr);
+        const int64_t rows = g.offsets[e + 1] - g.offsets[e], count = ceil_div(rows, kPanelRows<T>);
         const int64_t lo = larger<int64_t>(0, first_panel - before), hi = lesser(count, last_panel - before);
         before += count;
         if (lo >= hi) continue;
-        const bool packed = rows >= kPackMinRows;
+        const bool packed = rows >= kPackMinRows<T>;
         if (packed)
           for (int64_t m = 0; m < g.matrices(); m++)
             for (int64_t j = 0; j < g.padded(); j += kNr)
               pack_transposed(pb + (m * g.padded() + j) * k_words, g.w[m] + e * g.w_stride_expert + j * g.w_stride_row,
                               g.w_stride_row, g.K, g.N - j, lesser<int64_t>(kNr, g.padded() - j));
-        for (int64_t i = lo; i < hi; i++) {
-          const int64_t s0 = g.offsets[e] + rows * i / count, s1 = g.offsets[e] + rows * (i + 1) / count;
+        for (int64_t i = lo; i < hi; i += kPanels<T>) {
+          const int64_t s0 = g.offsets[e] + panel_start<T>(rows, i, count);
+          const int64_t s1 = g.offsets[e] + panel_start<T>(rows, lesser(hi, i + kPanels<T>), count);
           const int mr = static_cast<int>(s1 - s0);
           if (packed) {
-            for (int r = 0; r < mr; r++) pack_row(pa, r, g.row(s0 + r), g.K);
+            for (int r = 0; r < mr; r++)
+              pack_panel_row(pa + r / kPanelRows<T> * panel_size<T>(g.K), r % kPanelRows<T>, g.row(s0 + r), g.K);
             queue_next(g, e, s1, i, count, &next);
-            multiply_panel(g, mr, pa, pb, c, c_stride, &next);
+            multiply_panels(g, mr, pa, pb, c, c_stride, &next);
           } else {
             const T* a[kMr];
             for (int r = 0; r < mr; r++) a[r] = g.row(s0 + r);

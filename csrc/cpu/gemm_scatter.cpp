@@ -5,7 +5,7 @@
 
 SPARSE_FFN_BEGIN
 
-constexpr int64_t kRowBlock = 32 * kMr;         // rows of an expert copied (if they must be) at a time
+constexpr int64_t kRowBlock = 32 * kMr;          // rows of an expert copied (if they must be) at a time: whole panels
 constexpr int64_t kAccBytes = int64_t{1} << 20;  // of the compact output block: half of a 2 MB L2
 
 // First position in [lo, hi) whose output row is >= row.
@@ -45,55 +45,87 @@ static void pack_block(const ScatterGemm<T>& g, int64_t e, int64_t n0, int64_t c
   }
 }
 
-// Sorted rows s0 .. s1-1 as rows of words for Layout::kRows: in place for fp32 in expert order, else a compact copy.
-template <class T>
-static const float* unit_rows(const ScatterGemm<T>& g, int64_t s0, int64_t s1, float* copy, int64_t* stride) {
-  if (sizeof(T) == 4 && !g.gather) {
-    *stride = g.a_stride;
-    return reinterpret_cast<const float*>(g.row(s0));
+// Rows of A as words: word k0, which begins a block, of the rows for weight tensor m is at a + m * matrix + k0 * word.
+struct Panel {
+  const float* a;
+  int64_t stride, matrix, word;
+  Layout layout;
+};
+
+// Sorted rows s0 .. s0+rows-1, from where they lie or else from a copy.
+template <class T> struct UnitRows {
+  const ScatterGemm<T>& g;
+  int64_t s0, rows;
+  float* copy;
+
+  // Rows before this one are read where they lie: fp32 in expert order. Tiles read rows of bf16 in steps of 32 elements, 16
+  // rows at a time.
+  int64_t first_copied() const {
+    if (g.gather) return 0;
+    if constexpr (kOnTiles<T>)
+      return g.K % (2 * kTileSide) || g.a_stride % 2 ? 0 : rows % kTileSide ? rows / kTilesMr * kTilesMr : rows;
+    return sizeof(T) == 4 ? rows : 0;
   }
-  const int64_t k_words = words<T>(g.K);
-  *stride = g.matrices() * k_words;
-  for (int64_t s = s0; s < s1; s++)
-    for (int64_t m = 0; m < g.matrices(); m++) {
-      float* dst = copy + (s - s0) * *stride + m * k_words;
-      if constexpr (Paired<T>::value) {
-        if (g.K & 1) dst[k_words - 1] = 0;
-        if (g.K) memcpy(dst, g.row(s) + m * g.K, static_cast<size_t>(g.K) * sizeof(T));
-      } else {
-        widen(dst, g.row(s) + m * g.K, g.K);
+  // In a copy rows of all weight tensors follow each other, on tiles panels do.
+  void fill() const {
+    for (int64_t r = first_copied(); r < rows; r++)
+      for (int64_t m = 0; m < g.matrices(); m++) {
+        const T* src = g.row(s0 + r) + m * g.K;
+        if constexpr (kOnTiles<T>)
+          pack_panel_row(copy + (r / kTilesMr * g.matrices() + m) * panel_size<T>(g.K), r % kTilesMr, src, g.K);
+        else
+          copy_row(copy + (r * g.matrices() + m) * words<T>(g.K), src);
       }
+  }
+  Panel panel(int64_t r) const {
+    const int64_t k_words = words<T>(g.K), all_words = g.matrices() * k_words;
+    if (r < first_copied()) {
+      const float* a = reinterpret_cast<const float*>(g.row(s0 + r));
+      return {a, g.a_stride * static_cast<int64_t>(sizeof(T)) / 4, k_words, 1, Layout::kRows};
     }
-  return copy;
-}
+    if (kOnTiles<T>) return {copy + r * all_words, 0, panel_size<T>(g.K), panel_word<T>(1), Layout::kTiles};
+    return {copy + r * all_words, all_words, k_words, 1, Layout::kRows};
+  }
+
+ private:
+  void copy_row(float* dst, const T* src) const {
+    if constexpr (kPackedProduct<T> == Product::kPaired) {
+      if (g.K & 1) dst[words<T>(g.K) - 1] = 0;
+      if (g.K) memcpy(dst, src, static_cast<size_t>(g.K) * sizeof(T));
+    } else {
+      widen(dst, src, g.K);
+    }
+  }
+};
 
 // Rows first .. last-1 of one expert against its packed columns. Columns outermost: a panel of B, the larger operand of a
 // tile, stays in L1 for all rows.
 template <class T>
 static void scatter_packed(const ScatterGemm<T>& g, int64_t first, int64_t last, int64_t padded, float* copy,
                            const float* pb, TileOut out, LineQueue* next) {
-  constexpr bool kPair = Paired<T>::value;
   const int64_t k_words = words<T>(g.K);
   float* c = out.c;
   for (int64_t s0 = first; s0 < last; s0 += kRowBlock) {
-    const int64_t rows = lesser(kRowBlock, last - s0), count = ceil_div(rows, kMr);
-    int64_t stride;
-    const float* a = unit_rows(g, s0, s0 + rows, copy, &stride);
+    const int64_t rows = lesser(kRowBlock, last - s0), count = ceil_div(rows, kPanelRows<T>);
+    const UnitRows<T> units{g, s0, rows, copy};
+    units.fill();
     for (int64_t j = 0; j < padded; j += kNr) {
       const int64_t width = lesser<int64_t>(kNr, padded - j);
       out.c = c + j;
       for (int64_t i = 0; i < count; i++) {
-        const int64_t r0 = rows * i / count, mr = rows * (i + 1) / count - r0;
-        const TileFn f = find_tile(Finish::kScatter, Layout::kRows, kPair, static_cast<int>(mr), width);
-        int32_t identity[kMr];
+        const int64_t r0 = panel_start<T>(rows, i, count);
+        const int mr = static_cast<int>(panel_start<T>(rows, i + 1, count) - r0);
+        const Panel a = units.panel(r0);
+        const TileFn f = find_tile(Finish::kScatter, a.layout, kPackedProduct<T>, mr, width);
+        int32_t identity[kPanelRows<T>];
         for (int r = 0; !g.scatter && r < mr; r++) identity[r] = static_cast<int32_t>(s0 + r0 + r);
         out.rows = g.scatter ? g.scatter + s0 + r0 : identity;
         out.scale = g.scale ? g.scale + s0 + r0 : nullptr;
         for (int64_t m = 0; m < g.matrices(); m++)
           for (int64_t k0 = 0; k0 < k_words; k0 += kKBlock) {
             const int64_t k = lesser(kKBlock, k_words - k0);
-            f(k, a + r0 * stride + m * k_words + k0, stride, pb + (m * padded + j) * k_words + k0 * width,
-              out, next->take(k));
+            f(mr, k, a.a + m * a.matrix + k0 * a.word, a.stride, pb + (m * padded + j) * k_words + k0 * width, out,
+              next->take(k));
           }
       }
     }
@@ -126,6 +158,7 @@ template <int64_t kCount> struct FirstRows {
 template <class T>
 void scatter_direct(int mr, int64_t k, int64_t columns, const float* pa, const T* w, int64_t w_stride,
                     const int32_t* rows, float* tail, const TileOut& out) {
+  constexpr Product kProduct = kDirectProduct<T>;
   constexpr int64_t kBlock = kDirectBlock<T>;
   static constexpr FirstRows<kBlock + kRowsAhead> first{};
   if (!rows) rows = first.row;
@@ -136,10 +169,10 @@ void scatter_direct(int mr, int64_t k, int64_t columns, const float* pa, const T
     j = direct_tiles<T, 2>(j, mr, n, columns, pa, w, w_stride, rows, out);
     j = direct_tiles<T, 1>(j, mr, n, columns, pa, w, w_stride, rows, out);
     if (j < columns) {  // fewer than VL columns left: a padded copy of them
-      pack_columns<T>(tail, [&](int64_t i) { return w + rows[i] * w_stride + j; }, n, columns - j, VL, nullptr);
+      pack_columns<T, kProduct>(tail, [&](int64_t i) { return w + rows[i] * w_stride + j; }, n, columns - j, VL, nullptr);
       TileOut last = out;
       last.c = out.c + j;
-      find_tile(Finish::kScatter, Layout::kPacked, Paired<T>::value, mr, VL)(words<T>(n), pa, 0, tail, last, kNoLines);
+      find_tile(Finish::kScatter, Layout::kPacked, kProduct, mr, VL)(mr, words<T, kProduct>(n), pa, 0, tail, last, kNoLines);
     }
   }
 }
@@ -155,6 +188,7 @@ static void queue_next(const ScatterGemm<T>& g, int64_t e, int64_t n0, int64_t c
       for (int64_t m = 0; m < g.matrices(); m++)
         for (int64_t k = 0; k < g.K; k++)
           next->add(g.w[m] + e * g.w_stride_expert + k * g.w_stride_k + n0, columns * static_cast<int64_t>(sizeof(T)));
+    if (kOnTiles<T>) return next->seal();  // rows: they lie in order
     const int64_t first = g.offsets[e], last = lesser<int64_t>(first + rows, g.offsets[e + 1]);
     for (int64_t s = first; s < last; s++) next->add(g.row(s), g.matrices() * g.K * static_cast<int64_t>(sizeof(T)));
   }
@@ -191,7 +225,7 @@ static void scatter_block(const ScatterGemm<T>& g, int64_t t0, int64_t t1, int64
     const int64_t rows = last - first, count = ceil_div(rows, kMr);
     if (!rows) continue;
     // Decided by the expert's total, not by this block's share: the same sums whatever the blocking.
-    const bool packed = rows_all >= kPackMinRows || g.w_stride_n != 1 || g.fill;
+    const bool packed = rows_all >= kPackMinRows<T> || g.w_stride_n != 1 || g.fill;
     if (packed) {
       pack_block(g, e, n0, columns, padded, pb, made);
       queue_next(g, e, n0, columns, lesser(rows, kRowBlock), next);
@@ -209,7 +243,7 @@ static void scatter_block(const ScatterGemm<T>& g, int64_t t0, int64_t t1, int64
       out.rows = g.scatter ? g.scatter + s0 : identity;
       out.scale = g.scale ? g.scale + s0 : nullptr;
       for (int64_t m = 0; m < g.matrices(); m++) {
-        for (int r = 0; r < mr; r++) pack_row(pa, r, g.row(s0 + r) + m * g.K, g.K);
+        for (int r = 0; r < mr; r++) pack_row<T, kDirectProduct<T>>(pa, r, g.row(s0 + r) + m * g.K, g.K);
         scatter_direct(mr, g.K, columns, pa, g.w[m] + e * g.w_stride_expert + n0, g.w_stride_k, nullptr, pb, out);
       }
     }
@@ -243,6 +277,7 @@ template <class T> bool run_scatter_gemm(const ScatterGemm<T>& g) {
 #pragma omp parallel num_threads(static_cast<int>(lesser(threads, chunks * blocks)))
   {
     const int64_t row_words = larger(g.matrices() * words<T>(g.K), words<T>(g.extra_K));
+    const TilesInUse<T> tiles;
     float* pa = scratch_of<float>(kBufferA, larger(kRowBlock * row_words, ceil_div(g.K, kKBlock) * kMr * kRowStride));
     float* pb = scratch_of<float>(kBufferB, larger(most_columns * row_words, kKBlock * VL));
     float* acc = scratch_of<float>(kBufferAcc, most_rows * most_columns);

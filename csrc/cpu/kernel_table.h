@@ -38,6 +38,7 @@ namespace sparse_ffn {
 
 struct KernelTable {
   const char* name;
+  bool (*works)();  // null: nothing to try. Asked where the processor says that it has the instruction set
 #define SPARSE_FFN_MEMBER(kernel, parameters) int(*kernel) parameters;
   SPARSE_FFN_KERNELS(SPARSE_FFN_MEMBER)
 #undef SPARSE_FFN_MEMBER

@@ -4,8 +4,11 @@
 
 SPARSE_FFN_BEGIN
 
-// Units of 32 bits that hold k elements of T.
-template <class T> static ALWAYS_INLINE int64_t words(int64_t k) { return Paired<T>::value ? (k + 1) / 2 : k; }
+// Units of 32 bits that hold k elements of T in an operand for this product.
+template <class T, Product kProduct = kPackedProduct<T>> static ALWAYS_INLINE int64_t words(int64_t k) {
+  if constexpr (kProduct == Product::kTiles) return round_up(ceil_div(k, 2), kTileSide);
+  return kProduct == Product::kPaired ? ceil_div(k, 2) : k;
+}
 
 // Also for fp32: GCC turns a memcpy of unknown length into `rep movs`, which cost 6% of the whole forward (measured).
 template <class T> static ALWAYS_INLINE void widen(float* dst, const T* src, int64_t n) {
@@ -14,9 +17,48 @@ template <class T> static ALWAYS_INLINE void widen(float* dst, const T* src, int
   if (i < n) store_n(dst + i, load_n(src + i, static_cast<int>(n - i)), static_cast<int>(n - i));
 }
 
-// One row of A (k elements) into row r of a row-packed panel. Blocks of kKBlock words lie kMr * kRowStride apart.
-template <class T, bool kPair = Paired<T>::value>
+// VL pairs of neighbours in a row of which n elements are left; past the end they are zero.
+static ALWAYS_INLINE V load_pairs(const bf16* p, int64_t n) {
+  if (n >= 2 * VL) return load(reinterpret_cast<const float*>(p));
+#if defined(__AVX512F__)
+  const __mmask32 lanes = n > 0 ? (__mmask32{1} << n) - 1 : 0;
+  return V(_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(lanes, p)));
+#else
+  alignas(64) uint16_t elements[2 * VL] = {};
+  if (n > 0) memcpy(elements, p, static_cast<size_t>(n) * sizeof(bf16));
+  return load(reinterpret_cast<const float*>(elements));
+#endif
+}
+
+// VL columns, of which n are left, of two rows as pairs, a's in the low halves. The rest and a null row are zero. Each row
+// is scaled first when scale is not null.
+static ALWAYS_INLINE V pair_rows(const bf16* a, const bf16* b, int64_t n, const float* scale) {
+#if defined(__AVX512F__)
+  const __mmask16 lanes = n >= VL ? 0xffff : n > 0 ? first(static_cast<int>(n)) : 0;
+  __m256i low = _mm256_maskz_loadu_epi16(a ? lanes : 0, a), high = _mm256_maskz_loadu_epi16(b ? lanes : 0, b);
+  if (scale) {
+    if (a) low = narrow_bf16(widen_bf16(low) * scale[0]);
+    if (b) high = narrow_bf16(widen_bf16(high) * scale[1]);
+  }
+  return V(_mm512_castsi512_ps(
+      _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16))));
+#else
+  alignas(64) uint16_t pairs[2 * VL] = {};
+  for (int i = 0; i < 2; i++)
+    if (const bf16* row = i ? b : a)
+      for (int64_t j = 0; j < lesser<int64_t>(n, VL); j++) {
+        bf16 v = row[j];
+        if (scale) from_float(to_float(v) * scale[i], &v);
+        pairs[2 * j + i] = v.bits;
+      }
+  return load(reinterpret_cast<const float*>(pairs));
+#endif
+}
+
+// One row of A (k elements) into row r of a panel packed by rows. Blocks of kKBlock words lie kMr * kRowStride apart.
+template <class T, Product kProduct>
 static ALWAYS_INLINE void pack_row(float* panel, int r, const T* src, int64_t k) {
+  constexpr bool kPair = kProduct == Product::kPaired;
   constexpr int64_t kStep = kPair ? 2 * kKBlock : kKBlock;
   for (int64_t k0 = 0; k0 < k; k0 += kStep) {
     float* dst = panel + (k0 / kStep * kMr + r) * kRowStride;
@@ -29,43 +71,46 @@ static ALWAYS_INLINE void pack_row(float* panel, int r, const T* src, int64_t k)
     }
   }
 }
-template <class T> static ALWAYS_INLINE int64_t row_panel_size(int64_t k) {
-  return ceil_div(words<T>(k), kKBlock) * kMr * kRowStride;
+template <class T, Product kProduct> static ALWAYS_INLINE int64_t row_panel_size(int64_t k) {
+  return ceil_div(words<T, kProduct>(k), kKBlock) * kMr * kRowStride;
 }
 
-#if defined(__AVX512BF16__)
-// Two bf16 rows to 16 pairs (low half from a), each row scaled first when scale is not one.
-static ALWAYS_INLINE __m512i pair_rows(__m256i a, __m256i b) {
-  return _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
+// The same for packed operands, whatever multiplies them: a panel of kPanelRows rows, its size, and where word k0, which
+// begins a block, lies in it.
+template <class T> static ALWAYS_INLINE void pack_panel_row(float* panel, int r, const T* src, int64_t k) {
+  if constexpr (kOnTiles<T>) {
+    float* dst = panel + r / kTileSide * kTileWords + r % kTileSide * kTileSide;
+    for (; k > 0; k -= 2 * kTileSide, src += 2 * kTileSide, dst += kTilesMr * kTileSide) store(dst, load_pairs(src, k));
+  } else {
+    pack_row<T, kPackedProduct<T>>(panel, r, src, k);
+  }
 }
-static ALWAYS_INLINE __m256i scaled(__m256i a, float s) { return narrow_bf16(widen_bf16(a) * s); }
-#endif
+template <class T> static ALWAYS_INLINE int64_t panel_size(int64_t k) {
+  return kOnTiles<T> ? words<T>(k) * kTilesMr : row_panel_size<T, kPackedProduct<T>>(k);
+}
+template <class T> static ALWAYS_INLINE int64_t panel_word(int64_t k0) {
+  return kOnTiles<T> ? k0 * kTilesMr : k0 / kKBlock * kMr * kRowStride;
+}
+template <class T> constexpr Layout kPanelLayout = kOnTiles<T> ? Layout::kTiles : Layout::kPacked;
+
+// Rows are divided among `count` panels: equally, or in whole tiles. First row of panel i.
+template <class T> static ALWAYS_INLINE int64_t panel_start(int64_t rows, int64_t i, int64_t count) {
+  return kOnTiles<T> ? lesser(rows, i * kTilesMr) : rows * i / count;
+}
 
 // k rows of n <= width valid columns each, row(i) -> pointer, into dst[word][width]; the rest is zero. scale (may be
 // null) multiplies row i by scale[i]. width is VL or kNr for a panel of B, or the row count of a column panel of A.
-template <class T, class Row>
+template <class T, Product kProduct = kPackedProduct<T>, class Row>
 static void pack_columns(float* dst, Row row, int64_t k, int64_t n, int64_t width, const float* scale) {
-#if defined(__AVX512BF16__)
-  if constexpr (Paired<T>::value) {
-    const __m256i none = _mm256_setzero_si256();
-    for (int64_t i = 0; i < k; i += 2, dst += width) {
-      const T* first_row = row(i);
-      const T* second_row = i + 1 < k ? row(i + 1) : nullptr;
-      for (int64_t j = 0; j < width; j += VL) {
-        const __mmask16 m = j >= n ? 0 : first(static_cast<int>(lesser<int64_t>(VL, n - j)));
-        __m256i a = _mm256_maskz_loadu_epi16(m, first_row + j);
-        __m256i b = second_row ? _mm256_maskz_loadu_epi16(m, second_row + j) : none;
-        if (scale) {
-          a = scaled(a, scale[i]);
-          if (second_row) b = scaled(b, scale[i + 1]);
-        }
-        const __mmask16 w = first(static_cast<int>(lesser<int64_t>(VL, width - j)));
-        _mm512_mask_storeu_epi32(dst + j, w, pair_rows(a, b));
-      }
+  if constexpr (kProduct != Product::kPlain) {
+    for (int64_t u = 0; u < words<T, kProduct>(k); u++, dst += width) {
+      const T* a = 2 * u < k ? row(2 * u) : nullptr;
+      const T* b = 2 * u + 1 < k ? row(2 * u + 1) : nullptr;
+      for (int64_t j = 0; j < width; j += VL)
+        store_upto(dst + j, pair_rows(a ? a + j : a, b ? b + j : b, n - j, scale ? scale + 2 * u : scale), width - j);
     }
     return;
   }
-#endif
   for (int64_t i = 0; i < k; i++, dst += width) {
     const T* src = row(i);
     const V s = scale ? splat(scale[i]) : splat(1.f);
@@ -84,20 +129,22 @@ template <class T, class Row>
 static void pack_group(float* dst, Row row, int64_t k, int64_t n, int64_t padded, const float* scale) {
   const int64_t k_words = words<T>(k);
   int64_t full = lesser(n, padded) / kNr * kNr;
-  if constexpr (Paired<T>::value) {
+  if constexpr (kPackedProduct<T> != Product::kPlain) {
+#if defined(__AVX512F__)
     if (scale) full = 0;
-#if defined(__AVX512BF16__)
-    for (int64_t i = 0; i < k && full; i += 2) {
-      const T* a = row(i);
-      const T* b = i + 1 < k ? row(i + 1) : nullptr;
-      float* to = dst + i / 2 * kNr;
+    for (int64_t u = 0; u < k_words && full; u++) {
+      const T* a = 2 * u < k ? row(2 * u) : nullptr;
+      const T* b = 2 * u + 1 < k ? row(2 * u + 1) : nullptr;
+      float* to = dst + u * kNr;
       for (int64_t j = 0; j < full; j += kNr, to += k_words * kNr) {
-        const __m512i first_row = _mm512_loadu_si512(a + j);
+        const __m512i first_row = a ? _mm512_loadu_si512(a + j) : _mm512_setzero_si512();
         const __m512i second_row = b ? _mm512_loadu_si512(b + j) : _mm512_setzero_si512();
         _mm512_storeu_si512(to, pair_columns<0>(first_row, second_row));
         _mm512_storeu_si512(to + VL, pair_columns<1>(first_row, second_row));
       }
     }
+#else
+    full = 0;
 #endif
   } else {
     for (int64_t i = 0; i < k && full; i++) {
@@ -176,17 +223,6 @@ static ALWAYS_INLINE void transpose(V (&r)[VL]) {
 // dst[word k][width] = w[n * stride + k]: a panel of B out of rows along k; columns n >= valid are zero.
 template <class T>
 static void pack_transposed(float* dst, const T* w, int64_t stride, int64_t k, int64_t valid, int64_t width) {
-  if constexpr (Paired<T>::value) {
-    if (k & 1) {  // rows are not whole words: rare, slow and simple
-      for (int64_t u = 0; u < words<T>(k); u++)
-        for (int64_t n = 0; n < width; n++) {
-          uint16_t pair[2] = {0, 0};
-          if (n < valid) memcpy(pair, w + n * stride + 2 * u, 2 * u + 1 < k ? 4 : 2);
-          memcpy(dst + u * width + n, pair, 4);
-        }
-      return;
-    }
-  }
   const int64_t k_words = words<T>(k);
   V block[VL];
   for (int64_t n = 0; n < width; n += VL)
@@ -195,8 +231,8 @@ static void pack_transposed(float* dst, const T* w, int64_t stride, int64_t k, i
 #pragma GCC unroll 16
       for (int i = 0; i < VL; i++) {
         if (n + i >= valid) block[i] = zero();
-        else if constexpr (Paired<T>::value)
-          block[i] = load_upto(reinterpret_cast<const float*>(w + (n + i) * stride) + u, left);
+        else if constexpr (kPackedProduct<T> != Product::kPlain)
+          block[i] = load_pairs(w + (n + i) * stride + 2 * u, k - 2 * u);
         else block[i] = load_upto(w + (n + i) * stride + u, left);
       }
       transpose(block);
@@ -205,5 +241,24 @@ static void pack_transposed(float* dst, const T* w, int64_t stride, int64_t k, i
         if (i < left) store(dst + (u + i) * width + n, block[i]);
     }
 }
+
+#if defined(SPARSE_FFN_AMX)
+// n <= kTilesMr columns of k rows, as pack_columns takes them, into a panel of A in tiles.
+template <class Row> static void pack_tiles(float* panel, Row row, int64_t k, int64_t n, const float* scale) {
+  V block[kTileSide];
+  for (int64_t j = 0; j < n; j += kTileSide, panel += kTileWords)
+    for (int64_t u = 0; u < words<bf16>(k); u += kTileSide) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kTileSide; i++) {
+        const int64_t s = 2 * (u + i);
+        block[i] = pair_rows(s < k ? row(s) + j : nullptr, s + 1 < k ? row(s + 1) + j : nullptr, n - j,
+                             scale ? scale + s : nullptr);
+      }
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kTileSide; i++) store(panel + u * kTilesMr + i * kTileSide, block[i]);
+    }
+}
+#endif
 
 SPARSE_FFN_END

@@ -17,30 +17,29 @@ template <bool kPaired> static ALWAYS_INLINE V dot_step(V a, V b, V c) {
   return fma(a, b, c);
 }
 
-template <Finish kFinish, int MR, int NV>
-static ALWAYS_INLINE void finish_tile(V (&acc)[MR][NV], const TileOut& out) {
-#pragma GCC unroll 16
-  for (int r = 0; r < MR; r++) {
-    if constexpr (kFinish == Finish::kScatter) {
-      float* c = out.c + (out.rows[r] - out.first_row) * out.stride;
-      const V scale = out.scale ? splat(out.scale[r]) : splat(1.f);
+template <Finish kFinish, int NV> static ALWAYS_INLINE void finish_row(const V (&acc)[NV], int r, const TileOut& out) {
+  if constexpr (kFinish == Finish::kScatter) {
+    float* c = out.c + (out.rows[r] - out.first_row) * out.stride;
+    const V scale = out.scale ? splat(out.scale[r]) : splat(1.f);
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) store(c + v * VL, fma(scale, acc[r][v], load(c + v * VL)));
-    } else {
-      float* c = out.c + r * out.stride;
-      if constexpr (kFinish == Finish::kStream) {
+    for (int v = 0; v < NV; v++) store(c + v * VL, fma(scale, acc[v], load(c + v * VL)));
+  } else {
+    float* c = out.c + r * out.stride;
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; v++) stream(c + v * VL, acc[r][v]);
-        continue;
-      }
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) store(c + v * VL, kFinish == Finish::kAdd ? acc[r][v] + load(c + v * VL) : acc[r][v]);
+    for (int v = 0; v < NV; v++) {
+      if constexpr (kFinish == Finish::kStream) stream(c + v * VL, acc[v]);
+      else store(c + v * VL, kFinish == Finish::kAdd ? acc[v] + load(c + v * VL) : acc[v]);
     }
   }
 }
+template <Finish kFinish, int MR, int NV>
+static ALWAYS_INLINE void finish_tile(const V (&acc)[MR][NV], const TileOut& out) {
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; r++) finish_row<kFinish>(acc[r], r, out);
+}
 
 template <Finish kFinish, Layout kLayout, bool kPaired, int MR, int NV>
-static void tile(int64_t k_words, const float* a, int64_t a_stride, const float* b, const TileOut& out, Lines lines) {
+static void tile(int, int64_t k_words, const float* a, int64_t a_stride, const float* b, const TileOut& out, Lines lines) {
   if constexpr (kFinish == Finish::kScatter) {  // the rows of out are far apart: fetch them while multiplying
     for (int r = 0; r < MR; r++) {
       const float* c = out.c + (out.rows[r] - out.first_row) * out.stride;
@@ -78,11 +77,64 @@ static void tile(int64_t k_words, const float* a, int64_t a_stride, const float*
   finish_tile<kFinish, MR, NV>(acc, out);
 }
 
+#if defined(SPARSE_FFN_AMX)
+// M x N tiles of C, numbered 0 to 3, in two's of A (4, 5) and B (6, 7).
+template <Finish kFinish, Layout kLayout, int M, int N>
+static void matrix_tile(int mr, int64_t k_words, const float* a, int64_t a_stride, const float* b, const TileOut& out,
+                        Lines lines) {
+  constexpr bool kPacked = kLayout == Layout::kTiles;
+  const int64_t row = 4 * (kPacked ? kTileSide : a_stride);  // bytes
+  const int64_t second = kPacked ? kTileWords : kTileSide * a_stride, step = kPacked ? 2 * kTileWords : kTileSide;
+  if constexpr (kFinish == Finish::kScatter) {
+    for (int r = 0; r < mr; r++) {
+      const float* c = out.c + (out.rows[r] - out.first_row) * out.stride;
+      for (int v = 0; v < N; v++) prefetch(c + v * VL);
+    }
+    if (lines != kNoLines)  // all at once: one in each step would hold up the loads of tiles
+      for (int64_t k = 0; k < k_words; k++) __builtin_prefetch(lines[k], 0, 2);
+  }
+  tile_zero<0>();
+  if (N > 1) tile_zero<1>();
+  if (M > 1) tile_zero<2>();
+  if (M > 1 && N > 1) tile_zero<3>();
+  for (int64_t k = 0; k < k_words; k += kTileSide, a += step, b += kTileSide * N * VL) {
+    tile_load<6>(b, N * kTileBytes);
+    tile_load<4>(a, row);
+    tile_dot<0, 4, 6>();
+    if constexpr (N > 1) {
+      tile_load<7>(b + VL, N * kTileBytes);
+      tile_dot<1, 4, 7>();
+    }
+    if constexpr (M > 1) {
+      tile_load<5>(a + second, row);
+      tile_dot<2, 5, 6>();
+    }
+    if constexpr (M > 1 && N > 1) tile_dot<3, 5, 7>();
+  }
+  alignas(64) float c[M * kTileSide][N * VL];
+  tile_store<0>(c[0], N * kTileBytes);
+  if constexpr (N > 1) tile_store<1>(c[0] + VL, N * kTileBytes);
+  if constexpr (M > 1) tile_store<2>(c[kTileSide], N * kTileBytes);
+  if constexpr (M > 1 && N > 1) tile_store<3>(c[kTileSide] + VL, N * kTileBytes);
+  for (int r = 0; r < mr; r++) {
+    V acc[N];
+    for (int v = 0; v < N; v++) acc[v] = load(c[r] + v * VL);
+    finish_row<kFinish>(acc, r, out);
+  }
+}
+
+template <Finish kFinish, Layout kLayout> static TileFn matrix_tile_for(int mr, int64_t columns) {
+  if (columns > VL)
+    return mr > kTileSide ? matrix_tile<kFinish, kLayout, 2, 2> : matrix_tile<kFinish, kLayout, 1, 2>;
+  return mr > kTileSide ? matrix_tile<kFinish, kLayout, 2, 1> : matrix_tile<kFinish, kLayout, 1, 1>;
+}
+#endif
+
 // One word of k of NV vectors of B: a row, or two rows paired (the second is zero past the end).
 template <class T, int NV>
 static ALWAYS_INLINE void load_words(const T* b, const T* next, bool second, V (&bv)[NV]) {
 #if defined(__AVX512BF16__)
-  if constexpr (Paired<T>::value) {
+  if constexpr (kDirectProduct<T> == Product::kPaired) {
     if constexpr (NV == 1) {
       const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
       const __m256i high = second ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(next)) : _mm256_setzero_si256();
@@ -109,8 +161,9 @@ static ALWAYS_INLINE void load_words(const T* b, const T* next, bool second, V (
 template <class T, int MR, int NV>
 static void tile_direct(int64_t k, const float* a, const T* b, int64_t b_stride, const int32_t* rows,
                         const TileOut& out) {
-  constexpr int kRows = Paired<T>::value ? 2 : 1;  // of B in a word
-  constexpr int kAhead = kRowsAhead - 2;           // rows of B fetched ahead: weights come from memory here
+  constexpr bool kPaired = kDirectProduct<T> == Product::kPaired;
+  constexpr int kRows = kPaired ? 2 : 1;  // of B in a word
+  constexpr int kAhead = kRowsAhead - 2;  // rows of B fetched ahead: weights come from memory here
   V acc[MR][NV];
 #pragma GCC unroll 16
   for (int r = 0; r < MR; r++)
@@ -126,7 +179,7 @@ static void tile_direct(int64_t k, const float* a, const T* b, int64_t b_stride,
     for (int r = 0; r < MR; r++) {
       const V av = broadcast(a + r * kRowStride);
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) acc[r][v] = dot_step<Paired<T>::value>(av, bv[v], acc[r][v]);
+      for (int v = 0; v < NV; v++) acc[r][v] = dot_step<kPaired>(av, bv[v], acc[r][v]);
     }
     a++;
   }
@@ -145,25 +198,34 @@ template <Finish kFinish, Layout kLayout, bool kPaired, int NV> static TileFn ti
   return nullptr;
 }
 
-template <Finish kFinish, Layout kLayout> static TileFn tile_for(bool paired, int mr, int64_t columns) {
-#if defined(__AVX512BF16__)
-  if (paired) return columns > VL ? tile_for<kFinish, kLayout, true, 2>(mr) : tile_for<kFinish, kLayout, true, 1>(mr);
-#endif
-  (void)paired;
+template <Finish kFinish, Layout kLayout> static TileFn tile_for(Product product, int mr, int64_t columns) {
+  if constexpr (kPackedProduct<bf16> == Product::kPaired)
+    if (product == Product::kPaired)
+      return columns > VL ? tile_for<kFinish, kLayout, true, 2>(mr) : tile_for<kFinish, kLayout, true, 1>(mr);
+  (void)product;
   return columns > VL ? tile_for<kFinish, kLayout, false, 2>(mr) : tile_for<kFinish, kLayout, false, 1>(mr);
 }
 
-TileFn find_tile(Finish finish, Layout layout, bool paired, int mr, int64_t columns) {
-  // Those of the twelve combinations that are in use.
+TileFn find_tile(Finish finish, Layout layout, Product product, int mr, int64_t columns) {
+  // Those of the combinations that are in use.
+#if defined(SPARSE_FFN_AMX)
+  if (product == Product::kTiles) {
+    if (finish == Finish::kScatter)
+      return layout == Layout::kRows ? matrix_tile_for<Finish::kScatter, Layout::kRows>(mr, columns)
+                                     : matrix_tile_for<Finish::kScatter, Layout::kTiles>(mr, columns);
+    return finish == Finish::kAdd ? matrix_tile_for<Finish::kAdd, Layout::kTiles>(mr, columns)
+                                  : matrix_tile_for<Finish::kStore, Layout::kTiles>(mr, columns);
+  }
+#endif
   if (finish == Finish::kScatter)
-    return layout == Layout::kRows ? tile_for<Finish::kScatter, Layout::kRows>(paired, mr, columns)
-                                   : tile_for<Finish::kScatter, Layout::kPacked>(paired, mr, columns);
-  if (finish == Finish::kStream) return tile_for<Finish::kStream, Layout::kColumns>(paired, mr, columns);
+    return layout == Layout::kRows ? tile_for<Finish::kScatter, Layout::kRows>(product, mr, columns)
+                                   : tile_for<Finish::kScatter, Layout::kPacked>(product, mr, columns);
+  if (finish == Finish::kStream) return tile_for<Finish::kStream, Layout::kColumns>(product, mr, columns);
   if (layout == Layout::kColumns)
-    return finish == Finish::kAdd ? tile_for<Finish::kAdd, Layout::kColumns>(paired, mr, columns)
-                                  : tile_for<Finish::kStore, Layout::kColumns>(paired, mr, columns);
-  return finish == Finish::kAdd ? tile_for<Finish::kAdd, Layout::kPacked>(paired, mr, columns)
-                                : tile_for<Finish::kStore, Layout::kPacked>(paired, mr, columns);
+    return finish == Finish::kAdd ? tile_for<Finish::kAdd, Layout::kColumns>(product, mr, columns)
+                                  : tile_for<Finish::kStore, Layout::kColumns>(product, mr, columns);
+  return finish == Finish::kAdd ? tile_for<Finish::kAdd, Layout::kPacked>(product, mr, columns)
+                                : tile_for<Finish::kStore, Layout::kPacked>(product, mr, columns);
 }
 
 template <class T, int NV> static DirectFn<T> direct_for(int mr) {

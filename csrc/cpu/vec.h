@@ -8,7 +8,7 @@
 
 SPARSE_FFN_BEGIN
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(SPARSE_FFN_AMX_EMULATED)
 constexpr int VL = 16;
 #elif defined(__AVX2__)
 constexpr int VL = 8;
@@ -68,7 +68,6 @@ static ALWAYS_INLINE __m256i narrow_bf16(V v) {
   return _mm512_cvtepi32_epi16(r);
 #endif
 }
-#if defined(__AVX512BF16__)
 // Columns 16 kHalf .. 16 kHalf + 15 of two bf16 rows of 32, as pairs with the first row's element in the low half.
 template <int kHalf> static ALWAYS_INLINE __m512i pair_columns(__m512i first_row, __m512i second_row) {
   const __m512i step = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -76,7 +75,6 @@ template <int kHalf> static ALWAYS_INLINE __m512i pair_columns(__m512i first_row
   const __m512i lanes = _mm512_or_si512(column, _mm512_slli_epi32(_mm512_add_epi32(column, _mm512_set1_epi32(32)), 16));
   return _mm512_permutex2var_epi16(first_row, lanes, second_row);
 }
-#endif
 static ALWAYS_INLINE V load(const bf16* p) {
   return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -153,6 +151,16 @@ template <class T> static __attribute__((noinline)) void store_n(T* p, V v, int 
   for (int i = 0; i < n; i++) from_float(buffer[i], p + i);
 }
 #endif
+
+static ALWAYS_INLINE void stream(bf16* p, V low, V high) {  // 2 VL numbers, like stream(float*, V)
+#if defined(__AVX512F__)
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(narrow_bf16(low)), narrow_bf16(high), 1);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), both);
+#else
+  store(p, low);
+  store(p + VL, high);
+#endif
+}
 
 // One bit per lane of a comparison's result.
 static ALWAYS_INLINE uint32_t lanes_of(VI mask) {

@@ -11,6 +11,7 @@ import torch
 from sparse_ffn.backends import cpu, cuda
 from sparse_ffn.backends.choice import BACKENDS, ENVIRONMENT_VARIABLE, explain, unavailable
 from sparse_ffn.checks import check_device, check_type
+from sparse_ffn.ops.products import supported
 
 
 def chosen(device: torch.device | str = "cpu") -> str:
@@ -34,7 +35,7 @@ def report() -> str:
         "",
         "backends",
         *(f"  {name:10} {what}" for name, what in BACKENDS.items()),
-        f"  CPU core: {cpu.PROBLEM or 'loaded, ' + cpu.instruction_set()}",
+        f"  CPU core: {cpu.PROBLEM or _core()}",
         f"  triton kernels: {unavailable('triton', torch.device('cuda')) or 'ready'}",
         f"  CUDA library: {cuda.library().problem or 'loaded'}",
         "",
@@ -42,6 +43,14 @@ def report() -> str:
         f"to force   sparse_ffn.backend(name) or {ENVIRONMENT_VARIABLE}=name",
     ]
     return "\n".join(lines)
+
+
+def _core() -> str:
+    unused = supported("amx_tile") and "amx" not in cpu.instruction_sets()
+    reason = (
+        "; the processor's AMX is not used: Linux does not permit it, or it failed a first product" if unused else ""
+    )
+    return f"loaded, {cpu.instruction_set()}{reason}"
 
 
 def version(package: str) -> str:

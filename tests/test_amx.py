@@ -1,0 +1,223 @@
+"""The core's bf16 products on matrix tiles (AMX), whose instructions are emulated here in plain C++: csrc/cpu/amx_emulated.h.
+
+What the emulation cannot show is whether a processor does what the Intel manual says. The core asks that of each processor
+that has AMX, before it uses it: csrc/cpu/amx_check.h.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import sparse_ffn as sf
+from sparse_ffn import functional
+from sparse_ffn.backends import cpu
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+CMAKE = shutil.which("cmake")
+COMPILER = shutil.which(os.environ.get("CXX") or "c++")
+EMULATED = {"SPARSE_FFN_ISA": "amx_emulated", "OMP_WAIT_POLICY": "passive"}
+compiled = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+
+
+def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **environment}
+    return subprocess.run([*map(str, command)], env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The library with the tiles emulated. Where the processor has AVX-512, all else is as in the build for AMX."""
+    if CMAKE is None or COMPILER is None:
+        pytest.skip("no C++ compiler or no cmake")
+    folder = tmp_path_factory.mktemp("emulated")
+    flags = "avx512" if cpu.PROBLEM is None and "avx512" in cpu.instruction_sets() else "generic"
+    options = ("-DCMAKE_BUILD_TYPE=Release", f"-DSPARSE_FFN_EMULATE_AMX={flags}", "-DSPARSE_FFN_WERROR=ON")
+    for command in (
+        (CMAKE, "-S", CSRC, "-B", folder, *options, "-DSPARSE_FFN_CUDA=OFF"),
+        (CMAKE, "--build", folder, "--target", "sparse_ffn_cpu", "--parallel", "2"),
+    ):
+        result = run(*command)
+        assert result.returncode == 0, result.stdout + result.stderr
+    return str(folder / cpu.LIBRARY_NAME)
+
+
+@pytest.mark.exhaustive
+def test_the_emulation_is_never_chosen_by_itself(core: str) -> None:
+    code = "from sparse_ffn.backends import cpu; print(cpu.instruction_set(), *cpu.instruction_sets())"
+    result = run(sys.executable, "-c", code, SPARSE_FFN_LIBRARY=core, SPARSE_FFN_ISA="")
+    assert result.stdout.split() == ["generic", "amx_emulated", "generic"], result.stderr
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "files",
+    [
+        "test_ops.py test_void_slots.py", "test_routed_ffn.py test_cpu_core.py", "test_fuzz.py test_nonfinite.py",
+        "test_wrong_shapes.py", "test_matrix.py test_layers_against_oracle.py",
+    ],
+)  # fmt: skip
+def test_the_tests_of_the_ops_and_layers_pass_on_it(core: str, files: str) -> None:
+    tests = [ROOT / "tests" / name for name in files.split()]
+    without = ("-k", "not compiled and not distributed and not opcheck")
+    pytest_ = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--override-ini=addopts=-q --strict-markers")
+    result = run(*pytest_, *without, *tests, SPARSE_FFN_LIBRARY=core, **EMULATED)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert int(re.findall(r"(\d+) passed", result.stdout)[0]) > 20
+
+
+@pytest.mark.exhaustive
+def test_sizes_around_those_of_tiles_give_the_exact_result_on_any_number_of_threads(core: str) -> None:
+    result = run(sys.executable, __file__, SPARSE_FFN_LIBRARY=core, **EMULATED)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.split() == ["amx_emulated", str(len(SIZES))]
+
+
+ROWS = (1, 7, 8, 15, 16, 17, 0, 31, 32, 33, 48, 129, 515)
+"""Rows of each expert: below those that are packed, around one and two tiles, panels that share weights, and passes."""
+SIZES = (
+    (1, 1, 1), (2, 3, 5), (15, 17, 16), (31, 33, 47), (32, 32, 32), (64, 96, 33), (33, 64, 130), (40, 1056, 24),
+    (1090, 40, 17), (34, 16, 1061), (1024, 32, 1024),
+)  # fmt: skip
+"""D, G, O: steps of 32 along each sum, blocks of 1024, panels of 16 and 32 columns."""
+
+
+def step(d: int, g: int, o: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """Output and gradients of one call, of numbers that bf16 holds."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(torch.bfloat16).to(dtype).requires_grad_()
+
+    index = torch.arange(len(ROWS)).repeat_interleave(torch.tensor(ROWS)).unsqueeze(1)
+    index = index[torch.randperm(len(index), generator=generator)]
+    tensors = {"x": numbers(len(index), d), "keys": numbers(len(ROWS), g, d), "values": numbers(len(ROWS), g, o)}
+    if seed % 2:
+        tensors["gate_keys"] = numbers(len(ROWS), g, d)
+    gate = torch.rand(len(index), 1, generator=generator)
+    tensors["gate"] = gate.to(gate.dtype if dtype == torch.bfloat16 else dtype).requires_grad_()
+    scale = (d**-0.5, g**-0.5)
+    weights = {k: v * scale[0] if "keys" in k else v for k, v in tensors.items()}
+    with torch.no_grad():  # as numbers that bf16 holds
+        weights = {k: v.to(torch.bfloat16).to(v.dtype) if "keys" in k else v for k, v in weights.items()}
+    leaves = {k: v.detach().requires_grad_() for k, v in weights.items()}
+    y = functional.expert_ffn(leaves["x"], leaves["keys"], leaves["values"], index, leaves["gate"],
+                              gate_keys=leaves.get("gate_keys"), activation="silu")  # fmt: skip
+    dy = numbers(*y.shape).detach() * scale[1]
+    dy = dy.to(torch.bfloat16).to(dtype)
+    return dict(zip(("y", *leaves), (y.detach(), *torch.autograd.grad(y, list(leaves.values()), dy)), strict=True))
+
+
+def poison(d: int, g: int, o: int) -> None:
+    """Leaves nothing but NaN where a call of this size keeps its operands: reading past what it writes would show."""
+    rows = torch.tensor(ROWS)
+    index = torch.arange(len(ROWS)).repeat_interleave(rows).unsqueeze(1)
+    nan = [torch.full(s, float("nan"), dtype=torch.bfloat16, requires_grad=True)
+           for s in ((len(index), d + 64), (len(ROWS), g + 64, d + 64), (len(ROWS), g + 64, o + 64))]  # fmt: skip
+    functional.expert_ffn(*nan, index, torch.ones(len(index), 1)).sum().backward()
+
+
+def sweep() -> None:
+    for seed, size in enumerate(SIZES):
+        with sf.backend("reference"):
+            expected = step(*size, seed, torch.float64)
+        results = []
+        with sf.backend("cpu"):
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                poison(*size)
+                results.append(step(*size, seed))
+        for name, exact in expected.items():
+            actual = results[0][name].double()
+            error = (actual - exact).norm() / exact.norm().clamp_min(1e-3)
+            assert error < 1e-2, (size, name, error)
+            for other in results[1:]:
+                assert torch.equal(other[name], results[0][name]), (size, name)
+    print(cpu.instruction_set(), len(SIZES))
+
+
+# -------------------------------------------------------------------------------------------- the check of a processor
+
+
+CHECK = """
+#include "amx_check.h"
+#include <cstdio>
+namespace sparse_ffn { void* scratch(Buffer, unsigned long) { return nullptr; } }
+int main() { puts(sparse_ffn::SPARSE_FFN_ISA_NAME::tiles_work() ? "works" : "does not"); }
+"""
+FAULTS = {
+    "none": ("", ""),
+    "half of each pair is left out": ("(low + high)", "(low + low)"),
+    "pairs are the other way round in one operand": ("low = fma(low_half(pair), low_half", "low = fma(high_half(pair), low_half"),
+    "the stride of loads is in words": ("reinterpret_cast<const char*>(p) + r * stride", "p + r * stride"),
+    "stores have one row too few": ("for (int r = 0; r < kTileSide; r++) memcpy(reinterpret_cast<char*>(p)",
+                                    "for (int r = 1; r < kTileSide; r++) memcpy(reinterpret_cast<char*>(p)"),
+    "sums are not added up": ("c[m] + (low + high)", "low + high"),
+    "A and B are exchanged": ("tile_dot<0, 4, 6>", "tile_dot<0, 6, 4>"),
+    "a tile is taken for another": ("tile_dot<2, 5, 6>", "tile_dot<2, 5, 7>"),
+}  # fmt: skip
+
+
+@pytest.mark.exhaustive
+@compiled
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_check_of_a_processor_sees_every_fault(fault: str, tmp_path: Path) -> None:
+    shutil.copytree(CSRC, tmp_path / "csrc")
+    folder = tmp_path / "csrc" / "cpu"
+    before, after = FAULTS[fault]
+    changed = 0
+    for name in ("amx_emulated.h", "tile.cpp"):
+        text = (folder / name).read_text()
+        changed += text.count(before) if before else 1
+        (folder / name).write_text(text.replace(before, after) if before else text)
+    assert changed
+    (folder / "check.cpp").write_text(CHECK)
+    flags = ("-std=c++17", "-O0", "-Wno-psabi", "-DSPARSE_FFN_AMX=1", "-DSPARSE_FFN_AMX_EMULATED=1")
+    name = "-DSPARSE_FFN_ISA_NAME=amx_emulated"
+    result = run(COMPILER, *flags, name, folder / "check.cpp", folder / "tile.cpp", "-o", tmp_path / "check")
+    assert result.returncode == 0, result.stderr
+    assert run(tmp_path / "check").stdout.strip() == ("works" if fault == "none" else "does not")
+
+
+# ---------------------------------------------------------------------------------------------- the real instructions
+
+
+@pytest.mark.exhaustive
+@compiled
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
+def test_the_inner_loop_is_four_loads_and_four_products(tmp_path: Path) -> None:
+    """Of the build for AMX, which this test does not run: no memory is touched but the operands'."""
+    text = (CSRC / "CMakeLists.txt").read_text()
+    values = dict(re.findall(r"set\((flags_\w+) ([^)]*)\)", text))
+    flags = "${flags_amx}"
+    while "$" in flags:
+        flags = re.sub(r"\$\{(\w+)\}", lambda match: values[match[1]], flags)
+    name = "-DSPARSE_FFN_ISA_NAME=amx"
+    result = run(
+        COMPILER, "-std=c++17", "-O3", *flags.split(), name, "-c", CSRC / "cpu/tile.cpp", "-o", tmp_path / "t.o"
+    )
+    if "no such instruction" in result.stderr:
+        pytest.skip("the assembler does not know AMX")
+    assert result.returncode == 0, result.stderr
+    code = run("objdump", "-d", "--no-show-raw-insn", tmp_path / "t.o").stdout
+    functions = [f for f in code.split("\n\n") if f.count("tdpbf16ps") == 4]
+    assert functions
+    for function in functions:
+        lines = [line.split("\t")[1] for line in function.splitlines() if "\t" in line]
+        first, last = (f(i for i, line in enumerate(lines) if "tdpbf16ps" in line) for f in (min, max))
+        loop = lines[first - 2 : last + 1]
+        memory = [line.split()[0] for line in loop if "(" in line and not line.startswith("lea")]
+        assert memory == ["tileloadd"] * 4, loop
+
+
+if __name__ == "__main__":
+    sweep()
