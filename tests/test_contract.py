@@ -102,6 +102,7 @@ def test_public_names_are_frozen() -> None:
             "ProductKeyMemoryConfig",
         ),
         *("MoEConfig", "SigmaMoEConfig", "SoftmaxMoEConfig", "SwitchMoEConfig", "SBaseMoEConfig", "NoisyTopKMoEConfig"),
+        *("pooled_balance", "RoutingMeter", "router_parameters", "routing_agreement"),
         *("quantize_experts_", "dequantize_experts_", "ExpertQuantization"),
         *("aux_loss", "routing_stats", "update_router_bias", "parameter_equal", "backend", "SparseFFNWarning"),
     }
