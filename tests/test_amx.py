@@ -1,7 +1,7 @@
-"""The core's bf16 products on matrix tiles (AMX), whose instructions are emulated here in plain C++: csrc/cpu/amx_emulated.h.
+"""The core's bf16 products on matrix tiles (AMX), whose instructions csrc/cpu/amx_emulated.h emulates in plain C++.
 
-What the emulation cannot show is whether a processor does what the Intel manual says. The core asks that of each processor
-that has AMX, before it uses it: csrc/cpu/amx_check.h.
+What the emulation cannot show is whether a processor does what the Intel manual says. The core asks that of each
+processor that has AMX, before it uses it: csrc/cpu/amx_check.h.
 """
 
 from __future__ import annotations
@@ -157,7 +157,10 @@ int main() { puts(sparse_ffn::SPARSE_FFN_ISA_NAME::tiles_work() ? "works" : "doe
 FAULTS = {
     "none": ("", ""),
     "half of each pair is left out": ("(low + high)", "(low + low)"),
-    "pairs are the other way round in one operand": ("low = fma(low_half(pair), low_half", "low = fma(high_half(pair), low_half"),
+    "pairs are the other way round in one operand": (
+        "low = fma(low_half(pair), low_half",
+        "low = fma(high_half(pair), low_half",
+    ),
     "the stride of loads is in words": ("reinterpret_cast<const char*>(p) + r * stride", "p + r * stride"),
     "stores have one row too few": ("for (int r = 0; r < kTileSide; r++) memcpy(reinterpret_cast<char*>(p)",
                                     "for (int r = 1; r < kTileSide; r++) memcpy(reinterpret_cast<char*>(p)"),
