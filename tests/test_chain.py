@@ -59,6 +59,12 @@ def test_one_token_or_none_is_as_many() -> None:
     torch.testing.assert_close(c(x[1], state[1], 1), c(x, state, 1)[1])
     assert c(x[:0], None, 0).shape == (0, P)
     assert c(x[:0].view(0, 2, D), None, 0).shape == (0, 2, P)
+
+
+@pytest.mark.exhaustive
+def test_it_compiles_as_one_graph() -> None:
+    c, x = chain(), normal(3, D)
+    state = c(x, None, 0)
     compiled = torch.compile(c, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, state, 2), c(x, state, 2))
 
