@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_ffn.checks import check_flag, check_mask, check_positive
+from sparse_ffn.checks import check_flag, check_mask, check_places, check_positive, shape_error
 from sparse_ffn.layers.moe import MoE
 
 
@@ -74,6 +74,15 @@ class LatentMoE(nn.Module):
             raise ValueError(f"x must have shape [..., d_model = {self.d_model}], got {list(x.shape)}")
         if mask is not None:
             check_mask(mask, x)
+        check_places(x, (*self.down.parameters(), *self.up.parameters()))
+        for name, projection, d_in, d_out in (
+            ("down", self.down, self.d_model, self.d_latent),
+            ("up", self.up, self.d_latent, self.d_out),
+        ):
+            weight, bias = projection.weight, projection.bias
+            fits = weight.shape == (d_out, d_in) and (bias is None or bias.shape == (d_out,))
+            if type(projection) is nn.Linear and not fits:  # others may store it packed
+                raise shape_error({f"{name}.weight": (weight, (d_out, d_in)), f"{name}.bias": (bias, (d_out,))})
 
     def _selector_input(self, x: Tensor, router_input: Tensor | None) -> Tensor:
         return self.moe._selector_input(x, x if router_input is None else router_input)
