@@ -74,14 +74,13 @@ class LatentMoE(nn.Module):
             raise ValueError(f"x must have shape [..., d_model = {self.d_model}], got {list(x.shape)}")
         if mask is not None:
             check_mask(mask, x)
-        check_places(x, (*self.down.parameters(), *self.up.parameters()))
-        for name, projection, d_in, d_out in (
-            ("down", self.down, self.d_model, self.d_latent),
-            ("up", self.up, self.d_latent, self.d_out),
-        ):
+        for name, d_in, d_out in (("down", self.d_model, self.d_latent), ("up", self.d_latent, self.d_out)):
+            projection = getattr(self, name)
+            if type(projection) is not nn.Linear:  # others may store their weight packed
+                continue
             weight, bias = projection.weight, projection.bias
-            fits = weight.shape == (d_out, d_in) and (bias is None or bias.shape == (d_out,))
-            if type(projection) is nn.Linear and not fits:  # others may store it packed
+            check_places(x, (weight, bias))
+            if weight.shape != (d_out, d_in) or (bias is not None and bias.shape != (d_out,)):
                 raise shape_error({f"{name}.weight": (weight, (d_out, d_in)), f"{name}.bias": (bias, (d_out,))})
 
     def _selector_input(self, x: Tensor, router_input: Tensor | None) -> Tensor:
@@ -128,6 +127,5 @@ class LatentMoE(nn.Module):
 
     def extra_repr(self) -> str:
         """The widths."""
-        return f"{self.d_model}, d_latent={self.d_latent}" + (
-            "" if self.d_out == self.d_model else f", d_out={self.d_out}"
-        )
+        d_out = "" if self.d_out == self.d_model else f", d_out={self.d_out}"
+        return f"{self.d_model}, d_latent={self.d_latent}{d_out}"
