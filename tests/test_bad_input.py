@@ -422,9 +422,6 @@ EXEMPT = {
     "LatentMoE(options)": "MoE's own arguments, handed on",
     "from_transformers(options)": "MoE's own arguments, handed on",
     "routing_agreement(batch)": "the model's own argument, handed on",
-    "RoutingMeter.start": "takes nothing",
-    "RoutingMeter.stop": "takes nothing",
-    "RoutingMeter.stats": "takes nothing",
     "parameter_equal(choices)": "the layer's own arguments, handed on",
     "ProductKeyMemory.param_groups": "the optimizer's options, which it checks",
 }
