@@ -53,6 +53,22 @@ def test_the_state_is_fp32_under_autocast_too(dtype: torch.dtype) -> None:
     torch.testing.assert_close(state, expected)
 
 
+def test_one_token_or_none_is_as_many() -> None:
+    c, x = chain(), normal(3, D)
+    state = c(x, None, 0)
+    torch.testing.assert_close(c(x[1], state[1], 1), c(x, state, 1)[1])
+    assert c(x[:0], None, 0).shape == (0, P)
+    assert c(x[:0].view(0, 2, D), None, 0).shape == (0, 2, P)
+
+
+@pytest.mark.exhaustive
+def test_it_compiles_as_one_graph() -> None:
+    c, x = chain(), normal(3, D)
+    state = c(x, None, 0)
+    compiled = torch.compile(c, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, state, 2), c(x, state, 2))
+
+
 class Model(nn.Module):
     def __init__(self, kept: bool, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()

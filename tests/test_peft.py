@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import sparse_ffn as sf
 from sparse_ffn.integrations.peft import inner_first
+from sparse_ffn.layers import LatentMoE, SharedExpertMoE
 
 peft = pytest.importorskip("peft")
 
@@ -128,3 +129,19 @@ def test_parametrized_weights_are_what_every_path_computes_with(backend: str) ->
             for name in names:
                 nn.utils.parametrize.remove_parametrizations(layer, name)
             torch.testing.assert_close(parametrized, layer(x))
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_experts_within_another_layer_are_adapted_too(latent: bool) -> None:
+    routed, path = (LatentMoE(D, 4, E, G, 2), "routed.moe") if latent else (sf.SigmaMoE(D, E, G, 2), "routed")
+    layer, x = SharedExpertMoE(routed, sf.DenseFFN(D, 12)), torch.randn(7, D)
+    expected = layer(x)
+    names = [f"{path}.keys", f"{path}.values"]
+    model = adapted(layer, *names)
+    assert (model.base_model.model[1](x) - expected).abs().max() > 0.01
+    assert layer.k == 2
+    with torch.no_grad():
+        y = model(x)
+        torch.testing.assert_close(model.merge_and_unload()(x), y, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="x must have shape"):
+        layer(x[:, :3])

@@ -121,6 +121,9 @@ def test_what_cannot_be_pooled_is_said() -> None:
         sf.pooled_balance(nn.Sequential(made(aux="inject"))),
     ):
         pass
-    layer = made(balance_over="sequence")
-    with pytest.raises(ValueError, match=r"different numbers of sequences, \['2', '3'\]"), sf.pooled_balance(layer):
+    layer, other = made(balance_over="sequence"), made()
+    model = nn.ModuleList([layer, other])
+    with pytest.raises(ValueError, match=r"different numbers of sequences, \['2', '3'\]"), sf.pooled_balance(model):
         _ = layer(tokens(2, 4)), layer(tokens(3, 4))
+    other(tokens(3))
+    assert sf.aux_loss(other) < 0  # out of the context as well

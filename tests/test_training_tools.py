@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import sparse_ffn as sf
+from sparse_ffn.layers import LatentMoE, SharedExpertMoE
 
 D = 8
 
@@ -97,7 +98,9 @@ def test_accelerate_offloads_weights_and_brings_them_back_for_each_call() -> Non
     torch.manual_seed(0)
     model = nn.Sequential(
         sf.SigmaMoE(D, 4, 6, 2, bias=True), sf.ProductKeyMemory(D, 4, 3, query_dim=6, query_norm="rms"),
-        sf.TopKFFN(D, 16, 4), sf.DenseFFN(D, 16),
+        sf.TopKFFN(D, 16, 4), sf.DenseFFN(D, 16), LatentMoE(D, 4, 5, 6, 2),
+        SharedExpertMoE(sf.SigmaMoE(D, 4, 6, 2, null_experts=2, null_kind="identity"), sf.DenseFFN(D, 16), gated=True),
+        SharedExpertMoE(LatentMoE(D, 4, 5, 6, 2), sf.DenseFFN(D, 16)),
     ).eval()  # fmt: skip
     x = torch.randn(5, D)
     with torch.no_grad():

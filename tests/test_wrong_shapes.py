@@ -114,7 +114,7 @@ def layer_cases() -> Iterator[tuple[str, Callable[[], str | None]]]:
 def refused_by_layer(
     layer: nn.Module, call: Callable[..., Any], backend: str, name: str, wrong: Tensor, before: dict[str, Any]
 ) -> str | None:
-    own = name.removeprefix("routed.").removeprefix("shared.")
+    own = name.removeprefix("routed.").removeprefix("shared.").removeprefix("moe.")
     try:
         with sf.backend(backend):
             call({name: wrong})

@@ -43,7 +43,7 @@ class FusedPath(Routed):
             return None
         check_places(x_TD, (weight, bias))
         self._check_router(units, weight, bias)
-        gates_needed = self.null_experts and self.null_kind != "zero"
+        gates_needed = self.null_experts and self.null_kind != "zero"  # inference does not return them
         if not self.training and not torch.is_grad_enabled() and not ops.under_transforms() and not gates_needed:
             y_TO, index_TK = ops.routed_ffn_inference(
                 x_TD, weight, bias, units, router.k, gate_function, self.activation

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_ffn.checks import check_flag, check_mask, check_positive
+from sparse_ffn.checks import check_flag, check_floating, check_mask, check_places, check_positive, shape_error
 from sparse_ffn.layers.moe import MoE
 
 
@@ -67,50 +67,67 @@ class LatentMoE(nn.Module):
         y: Tensor = self.up(self.moe(self.down(x), mask=mask, router_input=seen))
         return y
 
+    def _own_moe(self) -> MoE:
+        # LoRA wraps it, and the wrapper has none of its attributes
+        return next(module for module in self.moe.modules() if isinstance(module, MoE))
+
     def _check_call(self, x: Tensor, mask: Tensor | None) -> None:
         """Raise if this is no input of the layer: before the projections are computed."""
-        self.moe._check_input("x", x)
+        check_floating("x", x)
+        moe = self._own_moe()
+        if not moe.values.is_meta:  # accelerate's offload brings a part's weights when the part is called
+            moe._check_input("x", x)
         if not x.dim() or x.shape[-1] != self.d_model:
             raise ValueError(f"x must have shape [..., d_model = {self.d_model}], got {list(x.shape)}")
         if mask is not None:
             check_mask(mask, x)
+        for name, d_in, d_out in (("down", self.d_model, self.d_latent), ("up", self.d_latent, self.d_out)):
+            projection = getattr(self, name)
+            if type(projection) is not nn.Linear:  # others may store their weight packed
+                continue
+            weight, bias = projection.weight, projection.bias
+            if not weight.is_meta:
+                check_places(x, (weight, bias))
+            if weight.shape != (d_out, d_in) or (bias is not None and bias.shape != (d_out,)):
+                raise shape_error({f"{name}.weight": (weight, (d_out, d_in)), f"{name}.bias": (bias, (d_out,))})
 
     def _selector_input(self, x: Tensor, router_input: Tensor | None) -> Tensor:
-        return self.moe._selector_input(x, x if router_input is None else router_input)
+        moe, seen = self._own_moe(), x if router_input is None else router_input
+        return seen if moe.values.is_meta else moe._selector_input(x, seen)
 
     @property
     def k(self) -> int:
         """Experts selected for a token; may be set at any time."""
-        return self.moe.k
+        return self._own_moe().k
 
     @k.setter
     def k(self, k: int) -> None:
-        self.moe.k = k
+        self._own_moe().k = k
 
     @property
     def d_ff(self) -> int:
         """Hidden units in all."""
-        return self.moe.d_ff
+        return self._own_moe().d_ff
 
     def reset_parameters(self) -> None:
         """Initialise all parameters and buffers anew: projections are normal with std c/sqrt(their input width)."""
-        self.moe.reset_parameters()
+        self._own_moe().reset_parameters()
         self._reset_projections()
 
     def _reset_projections(self) -> None:
         for projection in (self.down, self.up):
-            nn.init.normal_(projection.weight, 0.0, self.moe.init_scale / math.sqrt(projection.in_features))
+            nn.init.normal_(projection.weight, 0.0, self._own_moe().init_scale / math.sqrt(projection.in_features))
             if projection.bias is not None:
                 nn.init.zeros_(projection.bias)
 
     @property
     def active_fraction(self) -> float:
         """Share of the hidden units that a token uses."""
-        return self.moe.active_fraction
+        return self._own_moe().active_fraction
 
     def flops_per_token(self) -> int:
         """The mixture's, whose router sees d_model numbers, and the projections'."""
-        return self.moe.flops_per_token() + 2 * self.d_latent * (self.d_model + self.d_out)
+        return self._own_moe().flops_per_token() + 2 * self.d_latent * (self.d_model + self.d_out)
 
     @property
     def n_parameters(self) -> int:
@@ -119,6 +136,5 @@ class LatentMoE(nn.Module):
 
     def extra_repr(self) -> str:
         """The widths."""
-        return f"{self.d_model}, d_latent={self.d_latent}" + (
-            "" if self.d_out == self.d_model else f", d_out={self.d_out}"
-        )
+        d_out = "" if self.d_out == self.d_model else f", d_out={self.d_out}"
+        return f"{self.d_model}, d_latent={self.d_latent}{d_out}"

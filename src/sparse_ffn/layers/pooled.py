@@ -27,7 +27,8 @@ def pooled_balance(model: nn.Module) -> Iterator[None]:
         loss = task(logits) + sparse_ffn.aux_loss(model)
 
     For eager models. Within the context the router and the experts are computed one after the other, as with the z
-    loss. A forward that checkpointing repeats counts once, and a context that an error leaves has no loss.
+    loss. A forward that checkpointing repeats counts once, and a context that an error leaves has no loss. After it
+    ``routing_stats``, too, is of all the calls' tokens.
 
     Args:
         model: any module.
@@ -53,8 +54,10 @@ def pooled_balance(model: nn.Module) -> Iterator[None]:
         for layer in layers.values():
             layer._calls = None
         raise
-    for layer in layers.values():
-        calls, layer._calls = layer._calls, Calls(open=False)
+    finished = [(layer, layer._calls) for layer in layers.values()]
+    for layer, _ in finished:
+        layer._calls = Calls(open=False)
+    for layer, calls in finished:
         if calls is not None and calls.routings:
             _finish(layer, calls)
 

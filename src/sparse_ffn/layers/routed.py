@@ -11,6 +11,7 @@ from sparse_ffn.layers.balanced import Balanced
 from sparse_ffn.layers.null_experts import NullExperts
 from sparse_ffn.layers.rows.base import ExpertRows, stored_ffn
 from sparse_ffn.layers.units import UnitsFFN
+from sparse_ffn.module import tensors_of
 from sparse_ffn.routing.base import Router, Routing
 
 
@@ -40,6 +41,14 @@ class Routed(NullExperts, Balanced, UnitsFFN):
         super().reset_parameters()
         if self.constants is not None:
             nn.init.zeros_(self.constants)
+
+    def _units(self) -> ops.Units:
+        units = super()._units()
+        if self.null_experts and self.null_kind == "constant":
+            (constants,) = tensors_of(self, "constants")
+            if constants.shape != (self.null_experts, self.d_out):
+                raise self._shape_error()
+        return units
 
     def _selector_input(self, x: Tensor, router_input: Tensor | None) -> Tensor:
         if router_input is None and self.d_router == self.d_model:

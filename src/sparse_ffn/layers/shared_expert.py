@@ -45,8 +45,10 @@ class SharedExpertMoE(nn.Module):
     def forward(self, x: Tensor, *, mask: Tensor | None = None, router_input: Tensor | None = None) -> Tensor:
         """As ``SparseFFN``'s; ``mask`` and ``router_input`` are for the routed experts."""
         # both parts check all that they are given before either draws or keeps anything
-        self.routed._check_call(x, mask)
-        self.routed._selector_input(x, router_input)
+        routed, moe = self._own_routed(), self._own_moe()
+        if not moe.values.is_meta:  # accelerate's offload brings a part's weights when the part is called
+            routed._check_call(x, mask)
+            routed._selector_input(x, router_input)
         shared: Tensor = self.shared(x)
         if self.gate is not None:
             own = (1, self.d_model)
@@ -56,14 +58,21 @@ class SharedExpertMoE(nn.Module):
         y: Tensor = self.routed(x, mask=mask, router_input=router_input) + shared
         return y
 
+    def _own_routed(self) -> MoE | LatentMoE:
+        # LoRA wraps it, and the wrapper has none of its attributes
+        return next(module for module in self.routed.modules() if isinstance(module, (MoE, LatentMoE)))
+
+    def _own_moe(self) -> MoE:
+        return next(module for module in self.routed.modules() if isinstance(module, MoE))
+
     @property
     def k(self) -> int:
         """Routed experts selected for a token; may be set at any time."""
-        return self.routed.k
+        return self._own_moe().k
 
     @k.setter
     def k(self, k: int) -> None:
-        self.routed.k = k
+        self._own_moe().k = k
 
     @property
     def d_ff(self) -> int:
@@ -72,20 +81,20 @@ class SharedExpertMoE(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise all parameters and buffers anew."""
-        for part in (self.routed, self.shared, self.gate):
+        for part in (self._own_routed(), self.shared, self.gate):
             if part is not None:
                 part.reset_parameters()
 
     @property
     def active_fraction(self) -> float:
         """Share of the hidden units that a token uses: those of k experts and of the shared one."""
-        moe = self.routed.moe if isinstance(self.routed, LatentMoE) else self.routed
+        moe = self._own_moe()
         return (min(moe.k, moe.n_experts) * moe.expert_size + self.shared.d_ff) / self.d_ff
 
     def flops_per_token(self) -> int:
         """The routed experts', the shared one's, and the gate's score if there is one."""
         gate = 0 if self.gate is None else 2 * self.d_model
-        return self.routed.flops_per_token() + self.shared.flops_per_token() + gate
+        return self._own_routed().flops_per_token() + self.shared.flops_per_token() + gate
 
     @property
     def n_parameters(self) -> int:

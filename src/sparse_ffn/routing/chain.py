@@ -80,15 +80,11 @@ class RouterChain(nn.Module):
             weight: Tensor = self.projections[layer].weight  # type: ignore[assignment]
             seen = F.linear(x.to(wide), weight.to(wide))
             state = seen.new_zeros(shape) if state is None else state.to(wide)
-            return self._gru(seen, state)
-
-    def _gru(self, x: Tensor, state: Tensor) -> Tensor:
-        """``nn.GRUCell``'s formula, in the state's dtype whatever the parameters' is."""
-        gru = self.gru
-        new = F.linear(x, gru.weight_ih.to(x.dtype), gru.bias_ih.to(x.dtype)).chunk(3, -1)
-        old = F.linear(state, gru.weight_hh.to(x.dtype), gru.bias_hh.to(x.dtype)).chunk(3, -1)
-        reset, update = torch.sigmoid(new[0] + old[0]), torch.sigmoid(new[1] + old[1])
-        return torch.lerp(torch.tanh(new[2] + reset * old[2]), state, update)
+            gru = self.gru
+            own = (gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh)
+            flat = (seen.reshape(-1, self.d_state), state.reshape(-1, self.d_state))
+            new = torch.gru_cell(*flat, *(parameter.to(wide) for parameter in own))
+        return new.view(shape)
 
     def extra_repr(self) -> str:
         """The sizes."""
