@@ -26,6 +26,9 @@ MIXTURES: dict[str, Callable[..., sf.MoE]] = {
     ),
     "injected": lambda experts, **o: sf.SigmaMoE(D, experts, 8, 2, aux="inject", balance_weight=1.0, **o),
     "one expert, other width": lambda experts, **o: sf.SwitchMoE(D, experts, 8, 1, d_out=6, balance_weight=1.0, **o),
+    "null experts": lambda experts, **o: sf.SoftmaxMoE(
+        D, experts, 8, 3, null_experts=3, null_kind="constant", balance_weight=1.0, **o
+    ),
     "all losses": lambda experts, **o: sf.MoE(
         D, experts, 8, 2, router="softmax", balance=("entropy", "switch", "cv2", "z"), balance_weight=(1.0,) * 4, **o
     ),
@@ -35,7 +38,7 @@ MIXTURES: dict[str, Callable[..., sf.MoE]] = {
 def mixture(name: str, experts: int, **options: Any) -> sf.MoE:
     torch.manual_seed(1)
     layer = MIXTURES[name](experts, dtype=torch.float64, **options)
-    for bias in (layer.key_bias, layer.out_bias):
+    for bias in (layer.key_bias, layer.out_bias, layer.constants):
         if bias is not None:
             nn.init.normal_(bias)
     return layer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ class NullExperts(nn.Module):
     null_experts: int
     null_kind: str
     null_share: float | None
+    _split: Any
     constants: nn.Parameter | None
     """One row [d_out] for each null expert of the kind ``"constant"``."""
 
@@ -63,4 +65,6 @@ class NullExperts(nn.Module):
         if self.null_kind == "identity":
             return y_TO + (gate_TK.sum(1, keepdim=True) * x_TD).to(y_TO.dtype)
         (constants,) = tensors_of(self, "constants")
+        if self._split is not None:
+            constants = self._split.whole(constants)
         return y_TO + ops.weighted_bag(constants, index_TK.clamp_min(0), gate_TK)

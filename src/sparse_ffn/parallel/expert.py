@@ -45,8 +45,8 @@ class ExpertParallel(ParallelStyle):
             where all have the same ones, as in a group of tensor parallelism.
         gradients: ``"mean"`` for losses that are means over a process's own tokens, as DDP and FSDP expect: the
             experts' gradients are divided by the mesh's size. ``"sum"`` leaves them the sums over all losses.
-        rest: ``"leave"`` router and ``out_bias`` to DDP or FSDP; or ``"replicate"`` them as DTensors whose gradients
-            are reduced over the mesh, so that all of the layer's parameters fit into one optimizer group.
+        rest: ``"leave"`` router, ``out_bias`` and ``constants`` to DDP or FSDP; or ``"replicate"`` them as DTensors
+            whose gradients are reduced over the mesh, so that the layer's parameters fit into one optimizer group.
 
     Raises:
         ValueError: an unknown word or placement.
@@ -77,7 +77,7 @@ class ExpertParallel(ParallelStyle):
         exchange = None if replicated else choose(self.exchange, device_mesh.size(), module.k)
         distribute(module, UNITS, device_mesh, Shard(0))
         if self.rest == "replicate":
-            distribute(module, ("out_bias",), device_mesh, Replicate())
+            distribute(module, ("out_bias", "constants"), device_mesh, Replicate())
             for part in module.router.modules():
                 distribute(part, list(part._parameters), device_mesh, Replicate())
         if exchange is None:
