@@ -587,3 +587,12 @@ def test_the_pruning_table_has_every_way_at_every_share() -> None:
     lines = prune.table(found).splitlines()
     assert lines[0] == "| experts go by | 100% kept | 50% kept |"
     assert len(lines) == 2 + len(prune.WAYS)
+
+
+@pytest.mark.exhaustive
+def test_pruning_by_the_error_costs_a_trained_model_less_than_by_chance(tmp_path: Path) -> None:
+    found = prune.main(["--steps", "60", "--folder", str(tmp_path)])
+    for keep in (0.75, 0.5):
+        delta = {row.way: row.delta for row in found if row.keep == keep}
+        assert delta["error, replaced by the mean"] < delta["error"] < delta["random"]
+    assert prune.main(["--steps", "60", "--folder", str(tmp_path)]) == found  # the model was kept
