@@ -110,7 +110,7 @@ template <class T, int MR, int NV>
 static void tile_direct(int64_t k, const float* a, const T* b, int64_t b_stride, const int32_t* rows,
                         const TileOut& out) {
   constexpr int kRows = Paired<T>::value ? 2 : 1;  // of B in a word
-  constexpr int kAhead = kRowsAhead - 2;           // rows of B fetched ahead: weights come from memory here
+  constexpr int kAhead = kListAhead - 2;           // rows of B fetched ahead: weights come from memory here
   V acc[MR][NV];
 #pragma GCC unroll 16
   for (int r = 0; r < MR; r++)

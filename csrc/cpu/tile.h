@@ -54,9 +54,9 @@ using TileFn = void (*)(int64_t k_words, const float* a, int64_t a_stride, const
 TileFn find_tile(Finish, Layout, bool paired, int mr, int64_t columns);
 
 // B read where it lies (row-major, of T), for experts with fewer than kPackMinRows rows, and for a few tokens
-// (experts_decode.cpp): packing would not pay. Its k rows are rows[0], rows[1], ...; kRowsAhead more are fetched. A packed
+// (experts_decode.cpp): packing would not pay. Its k rows are rows[0], rows[1], ...; kListAhead more are fetched. A packed
 // by rows, result scattered. Null where mr * nv accumulators do not fit.
-constexpr int kRowsAhead = 14;
+constexpr int kListAhead = 14;
 template <class T>
 using DirectFn = void (*)(int64_t k, const float* a, const T* b, int64_t b_stride, const int32_t* rows, const TileOut&);
 template <class T> DirectFn<T> find_direct(int mr, int nv);
