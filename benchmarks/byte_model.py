@@ -32,9 +32,9 @@ class ByteModel:
         return [data.windows(self.corpus.train, part, CONTEXT)[0] for part in starts.split(BATCH)]
 
     @torch.no_grad()
-    def bits_per_byte(self, model: torch.nn.Module | None = None, n_windows: int = 128) -> float:
-        """Of a changed copy of the model, or of the model, over windows spread evenly over the validation text."""
-        model = (self.model if model is None else model).eval()
+    def bits_per_byte(self, model: torch.nn.Module, n_windows: int = 128) -> float:
+        """Of the model or a changed copy, over windows spread evenly over the validation text."""
+        model.eval()
         total, count = 0.0, 0
         for starts in data.even_starts(self.corpus.valid, n_windows, CONTEXT).split(BATCH):
             x, y = data.windows(self.corpus.valid, starts, CONTEXT)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # to run as a script, too
 
 import sparse_ffn as sf
-from benchmarks.byte_model import FOLDER, ByteModel, trained
+from benchmarks.byte_model import FOLDER, trained
 from sparse_ffn.compress import ExpertStats
 
 
-def _random(stats: ExpertStats) -> torch.Tensor:
+def _random(stats: ExpertStats) -> Tensor:
     return torch.rand(len(stats.count), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
@@ -44,15 +45,20 @@ class Pruned:
     """Share of the model's."""
 
 
-def rows(of: ByteModel, keeps: Sequence[float] = (0.75, 0.5)) -> list[Pruned]:
-    """All ways at each share of the experts."""
-    stats, whole = sf.expert_stats(of.model, of.calibration()), of.bits_per_byte()
+def rows(
+    model: nn.Module,
+    calibration: Iterable[Tensor],
+    bits_per_byte: Callable[[nn.Module], float],
+    keeps: Sequence[float] = (0.75, 0.5),
+) -> list[Pruned]:
+    """All ways of pruning a trained model at each share of the experts."""
+    stats, whole = sf.expert_stats(model, calibration), bits_per_byte(model)
     found = []
     for keep in keeps:
         for way, options in WAYS.items():
-            model = copy.deepcopy(of.model)
-            before, after = sf.prune_experts_(model, stats, keep, **options).parameters  # type: ignore[arg-type]
-            found.append(Pruned(way, keep, of.bits_per_byte(model) - whole, after / before))
+            small = copy.deepcopy(model)
+            before, after = sf.prune_experts_(small, stats, keep, **options).parameters  # type: ignore[arg-type]
+            found.append(Pruned(way, keep, bits_per_byte(small) - whole, after / before))
     return found
 
 
@@ -78,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> list[Pruned]:
     arguments.add_argument("--folder", type=Path, default=FOLDER, help="where the trained model is kept")
     options = arguments.parse_args(argv)
     of = trained(options.steps, options.seed, options.folder, options.text)
-    found = rows(of)
-    print(f"{of.bits_per_byte():.3f} bits/byte before; more after pruning:\n\n{table(found)}")
+    found = rows(of.model, of.calibration(), of.bits_per_byte)
+    print(f"{of.bits_per_byte(of.model):.3f} bits/byte before; more after pruning:\n\n{table(found)}")
     return found
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import sparse_ffn as sf
 from benchmarks import (
     bench_cvmm,
     bench_layers,
@@ -27,6 +28,7 @@ from benchmarks import (
     memory,
     passes,
     predict,
+    prune,
     publish,
     report,
     rows,
@@ -578,3 +580,27 @@ def test_experts_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
     assert [sorted(row) for row in rows] == [["batched_mm", "eager", "grouped_mm"]] * 3
     assert all(ratio.low > 0 for row in rows for ratio in row.values())
     assert "fp32 8,16,4,8,2 forward and backward: time over ours" in capsys.readouterr().out
+
+
+def test_the_pruning_table_has_every_way_at_every_share() -> None:
+    model = nn.Sequential(sf.SigmaMoE(6, 8, 4, 2))
+    x = torch.randn(40, 6)
+    with torch.no_grad():
+        y = model(x)
+        found = prune.rows(model, [x], lambda small: float((small(x) - y).square().mean()), keeps=(1.0, 0.5))
+    assert [row.delta for row in found if row.keep == 1.0] == [0.0] * len(prune.WAYS)
+    half = {row.way: row for row in found if row.keep == 0.5}
+    assert half["error, replaced by the mean"].delta <= half["error"].delta
+    assert half["REAP"].parameters == 0.5
+    lines = prune.table(found).splitlines()
+    assert lines[0] == "| experts go by | 100% kept | 50% kept |"
+    assert len(lines) == 2 + len(prune.WAYS)
+
+
+@pytest.mark.exhaustive
+def test_pruning_by_the_error_costs_a_trained_model_less_than_by_chance(tmp_path: Path) -> None:
+    found = prune.main(["--steps", "60", "--folder", str(tmp_path)])
+    for keep in (0.75, 0.5):
+        delta = {row.way: row.delta for row in found if row.keep == keep}
+        assert delta["error, replaced by the mean"] < delta["error"] < delta["random"]
+    assert prune.main(["--steps", "60", "--folder", str(tmp_path)]) == found  # the model was kept

@@ -239,3 +239,20 @@ def test_errors_say_what_is_missing() -> None:
         one + wide
     with pytest.raises(ValueError, match="forced=True"):
         one + sf.expert_stats(layer, [x], forced=True)[""]
+
+
+def test_of_quantised_experts_they_are_those_of_the_numbers_that_the_codes_stand_for() -> None:
+    layer, x = sf.SigmaMoE(16, 6, 8, 2), torch.randn(40, 16)
+    sf.quantize_experts_(layer, sf.ExpertQuantization(group_size=None))
+    stored = sf.expert_stats(layer, [x])[""]
+    sf.dequantize_experts_(layer)
+    dense = sf.expert_stats(layer, [x])[""]
+    assert torch.equal(stored.count, dense.count)
+    assert (stored.energy - dense.energy).norm() < 1e-5 * dense.energy.norm()
+
+
+def test_quantised_experts_are_pruned_before() -> None:
+    layer, x = sf.SigmaMoE(16, 6, 8, 2), torch.randn(40, 16)
+    sf.quantize_experts_(layer, sf.ExpertQuantization(group_size=None))
+    with pytest.raises(ValueError, match="keys of the layer is no plain parameter: prune before it is .* quantised"):
+        sf.prune_experts_(layer, sf.expert_stats(layer, [x]), 0.5)

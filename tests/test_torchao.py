@@ -44,3 +44,11 @@ def test_a_quantised_parameter_is_computed_or_refused_by_name(kind: str, on_back
             setattr(layer, name, nn.Parameter(getattr(layer, name).dequantize()))  # what the sentence says
             assert (layer(x) - expected).norm() < 0.1 * expected.norm()
             assert (getattr(layer, name) - dense).norm() < 0.02 * dense.norm()
+
+
+def test_a_quantised_parameter_is_computed_where_decode_would_read_it_by_rows() -> None:
+    layer, x = sf.DenseFFN(512, 512).eval(), torch.randn(1, 512)
+    with torch.no_grad():
+        expected = layer(x)
+        quantise(layer, "keys")
+        assert (layer(x) - expected).norm() < 0.05 * expected.norm()

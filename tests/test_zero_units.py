@@ -108,6 +108,30 @@ def test_what_is_not_a_number_is_never_skipped() -> None:
     assert run(x, units, index, gate, "relu").isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("glu", [False, True])
+def test_a_dense_ffn_skips_them_too(glu: bool, dtype: torch.dtype) -> None:
+    layer = sf.DenseFFN(64, 2048, d_out=128, glu=glu, dtype=dtype).eval()
+    torch.nn.init.normal_(layer.key_bias)
+    x = torch.randn(3, 64).to(dtype)
+    with torch.no_grad(), sf.backend("torch"):
+        expected, many = layer(x), layer(x.repeat(3, 1))
+    assert torch.equal(layer(x), expected)  # with gradients all is as it was
+    keys = layer.keys if layer.gate_keys is None else layer.gate_keys
+    u_TF = x.double() @ keys.double().T
+    if not glu:
+        u_TF = u_TF + layer.key_bias.double()
+    idle = (u_TF < -1e-2).all(0)
+    assert idle.any()
+    tolerance = {"rtol": 0, "atol": (2e-2 if dtype == torch.bfloat16 else 1e-5) * float(expected.detach().abs().max())}
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected, **tolerance)
+        layer.values[idle] = torch.nan
+        torch.testing.assert_close(layer(x), expected, **tolerance)
+        assert layer(x.repeat(3, 1)).isnan().any()  # nine tokens are too many
+        assert not many.isnan().any()
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("isa", cpu.instruction_sets() if "cpu" in BACKENDS else ())
 def test_on_every_instruction_set(isa: str) -> None:

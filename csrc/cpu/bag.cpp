@@ -13,7 +13,7 @@ SPARSE_FFN_BEGIN
 static constexpr int kBlockVectors = 4;                   // of a row, kept in registers: with as many sums beside them
 static constexpr int64_t kBlock = kBlockVectors * VL;     // columns in a block
 static constexpr int64_t kChunkTokens = 512 * 1024 / (kBlock * 4);  // tokens whose block is half of an L2 of 1 MB
-static constexpr int64_t kRowsAhead = 4;                  // value rows fetched before their turn
+static constexpr int64_t kListAhead = 4;                  // value rows fetched before their turn
 static constexpr int64_t kSharing = 4;                    // slots a row, from which sorting pays
 static constexpr int64_t kSmallTable = 4 << 20;           // bytes, up to which rows come from L2 often enough
 static constexpr int64_t kGatherColumns = 8 * VL;         // columns summed in registers at a time by gathering
@@ -78,7 +78,7 @@ static void forward_block(const sparse_ffn_bag& p, const SortedSlots& s, int64_t
   const T* values = static_cast<const T*>(p.values) + first;
   memset(sums, 0, static_cast<size_t>(tokens * kBlock) * 4);
   for (int64_t n = 0; n < p.N; n++) {
-    if (n + kRowsAhead < p.N) prefetch_block(values + (n + kRowsAhead) * p.O);
+    if (n + kListAhead < p.N) prefetch_block(values + (n + kListAhead) * p.O);
     const int64_t last = s.begin[n + 1];
     V v[kBlockVectors];
     load_block(values + n * p.O, columns, v);
@@ -168,7 +168,7 @@ static void backward_rows(const sparse_ffn_bag& p, const SortedSlots& s, int64_t
       store_block(packed + t * kBlock, kBlock, v);
     }
     for (int64_t n = n0; n < n1; n++) {
-      if (dots && n + kRowsAhead < n1) prefetch_block(values + (n + kRowsAhead) * p.O + first);
+      if (dots && n + kListAhead < n1) prefetch_block(values + (n + kListAhead) * p.O + first);
       const int64_t begin = s.begin[n], slots = s.begin[n + 1] - begin;
       V sums[kBlockVectors] = {};
       if (dots && slots) {

@@ -10,14 +10,14 @@
 
 SPARSE_FFN_BEGIN
 
-// The numbers i < n for which used(i), in order, and kRowsAhead more to fetch. Returns how many.
+// The numbers i < n for which used(i), in order, and kListAhead more to fetch. Returns how many.
 template <class F> static int64_t list_used(int64_t n, int32_t* list, const F& used) {
   int64_t count = 0;
   for (int64_t i = 0; i < n; i++) {
     list[count] = static_cast<int32_t>(i);
     count += used(i);
   }
-  for (int64_t i = 0; i < kRowsAhead; i++) list[count + i] = count ? list[count - 1] : 0;
+  for (int64_t i = 0; i < kListAhead; i++) list[count + i] = count ? list[count - 1] : 0;
   return count;
 }
 
@@ -139,7 +139,7 @@ template <class T> static int decode(const sparse_ffn_experts& p, T* out) {
     float* tail = scratch_of<float>(kBufferB, kKBlock * VL);
     float* c = scratch_of<float>(kBufferC, 2 * kMr * p.G + VL);
     float* acc = scratch_of<float>(kBufferAcc, p.T * round_up(n1 - n0, VL) + 1);
-    int32_t* list = gives_zeros ? scratch_of<int32_t>(kBufferIndex, p.G + kRowsAhead) : nullptr;
+    int32_t* list = gives_zeros ? scratch_of<int32_t>(kBufferIndex, p.G + kListAhead) : nullptr;
     const bool ready = pa && tail && c && acc && (list || !gives_zeros);
     if (!ready) {
 #pragma omp atomic write

@@ -111,7 +111,7 @@ static void dot_panel(const T* const* a, int rows, const T* w, int64_t w_stride,
     dot_four<T, false>(a, rows, w + g * w_stride, w_stride, nullptr, k, g1 - g, c + g, c_stride);
 }
 
-// All `rows` (<= kMr) rows of A against `count` rows of W by a list, which kRowsAhead more entries follow.
+// All `rows` (<= kMr) rows of A against `count` rows of W by a list, which kListAhead more entries follow.
 template <class T>
 static void dot_listed(const T* const* a, int rows, const T* w, int64_t w_stride, const int32_t* list, int64_t count,
                        int64_t k, float* c, int64_t c_stride) {

@@ -160,7 +160,7 @@ void scatter_direct(int mr, int64_t k, int64_t columns, const float* pa, const T
                     const int32_t* rows, float* tail, const TileOut& out) {
   constexpr Product kProduct = kDirectProduct<T>;
   constexpr int64_t kBlock = kDirectBlock<T>;
-  static constexpr FirstRows<kBlock + kRowsAhead> first{};
+  static constexpr FirstRows<kBlock + kListAhead> first{};
   if (!rows) rows = first.row;
   for (int64_t k0 = 0; k0 < k; k0 += kBlock, pa += kMr * kRowStride, w += kBlock * w_stride) {
     const int64_t n = lesser(kBlock, k - k0);

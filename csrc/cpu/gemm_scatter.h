@@ -40,7 +40,7 @@ template <class T> struct ScatterGemm {
 template <class T> bool run_scatter_gemm(const ScatterGemm<T>&);
 
 // mr rows (packed by rows in pa) times k rows of B read where they lie, scattered into out; tail: kKBlock * VL words of
-// scratch. The rows of B are the first ones, or those of a list of at most a block's, which kRowsAhead more entries follow.
+// scratch. The rows of B are the first ones, or those of a list of at most a block's, which kListAhead more entries follow.
 template <class T> constexpr int64_t kDirectBlock = kKBlock * (kDirectProduct<T> == Product::kPaired ? 2 : 1);
 template <class T>
 void scatter_direct(int mr, int64_t k, int64_t columns, const float* pa, const T* w, int64_t w_stride,

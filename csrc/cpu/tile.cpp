@@ -163,7 +163,7 @@ static void tile_direct(int64_t k, const float* a, const T* b, int64_t b_stride,
                         const TileOut& out) {
   constexpr bool kPaired = kDirectProduct<T> == Product::kPaired;
   constexpr int kRows = kPaired ? 2 : 1;  // of B in a word
-  constexpr int kAhead = kRowsAhead - 2;  // rows of B fetched ahead: weights come from memory here
+  constexpr int kAhead = kListAhead - 2;  // rows of B fetched ahead: weights come from memory here
   V acc[MR][NV];
 #pragma GCC unroll 16
   for (int r = 0; r < MR; r++)

@@ -78,9 +78,9 @@ template <class T> struct TilesInUse {
 };
 
 // B read where it lies (row-major, of T), for experts with fewer than kPackMinRows rows, and for a few tokens
-// (experts_decode.cpp): packing would not pay. Its k rows are rows[0], rows[1], ...; kRowsAhead more are fetched. A packed
+// (experts_decode.cpp): packing would not pay. Its k rows are rows[0], rows[1], ...; kListAhead more are fetched. A packed
 // by rows (kDirectProduct), result scattered. Null where mr * nv accumulators do not fit.
-constexpr int kRowsAhead = 14;
+constexpr int kListAhead = 14;
 template <class T>
 using DirectFn = void (*)(int64_t k, const float* a, const T* b, int64_t b_stride, const int32_t* rows, const TileOut&);
 template <class T> DirectFn<T> find_direct(int mr, int nv);

@@ -174,7 +174,7 @@ def route(
 
 def _apply(layer: MoE, x_SD: Tensor, expert_S: Tensor) -> Tensor:
     one = torch.ones_like(expert_S, dtype=torch.float32)
-    return ops.expert_ffn(x_SD, layer._units(), expert_S.unsqueeze(1), one.unsqueeze(1), activation=layer.activation)
+    return layer._compute(x_SD, layer._units(), expert_S.unsqueeze(1), one.unsqueeze(1))
 
 
 def _given(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:

@@ -7,12 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparse_ffn import ops
+from sparse_ffn.backends.choice import choose
 from sparse_ffn.checks import check_positive
 from sparse_ffn.layers.units import UnitsFFN
 from sparse_ffn.ops.activations import hidden
 from sparse_ffn.ops.autocast import autocast_dtype
+
+GIVE_ZEROS = ("relu", "squared_relu")
+DECODE_TOKENS = 8
+"""At most: the more tokens, the fewer units are zero for all of them."""
+DECODE_WEIGHTS = 1 << 18
+"""Values, at least: smaller ones are read faster than a call costs."""
 
 
 class DenseFFN(UnitsFFN):
@@ -75,6 +83,8 @@ class DenseFFN(UnitsFFN):
 
     def _compute(self, x: Tensor, units: ops.Units) -> Tensor:
         """All of these units for tokens [T, d_model]: [T, d_out]."""
+        if self._skips_zeros(x, units):
+            return self._as_one_expert(x, units)
         up = F.linear(x, units.keys, units.key_bias)
         dropout_mask = self._dropout_mask(up, up.shape[0], self.d_ff)
         if units.gate_keys is None:
@@ -82,6 +92,23 @@ class DenseFFN(UnitsFFN):
         else:
             h = hidden(self.activation, up, F.linear(x, units.gate_keys), dropout_mask)
         return F.linear(h, units.values.t())
+
+    def _skips_zeros(self, x: Tensor, units: ops.Units) -> bool:
+        """Whether the CPU core computes this: few tokens, no gradient, and zeros whose rows are worth not reading."""
+        return (
+            x.shape[0] <= DECODE_TOKENS
+            and self.activation in GIVE_ZEROS
+            and units.values.numel() >= DECODE_WEIGHTS
+            and not (torch.is_grad_enabled() or self.training or ops.under_transforms())
+            and all(t is None or (t.dtype == x.dtype and not is_traceable_wrapper_subclass(t)) for t in units)
+            and choose(x) == "cpu"
+        )
+
+    def _as_one_expert(self, x: Tensor, units: ops.Units) -> Tensor:
+        index = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device)
+        gate = torch.ones_like(index, dtype=torch.float32)
+        expert = ops.Units._make([None if t is None else t.unsqueeze(0) for t in units])
+        return ops.expert_ffn(x, expert, index, gate, activation=self.activation)
 
     @property
     def active_fraction(self) -> float:
