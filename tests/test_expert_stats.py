@@ -254,5 +254,5 @@ def test_of_quantised_experts_they_are_those_of_the_numbers_that_the_codes_stand
 def test_quantised_experts_are_pruned_before() -> None:
     layer, x = sf.SigmaMoE(16, 6, 8, 2), torch.randn(40, 16)
     sf.quantize_experts_(layer, sf.ExpertQuantization(group_size=None))
-    with pytest.raises(ValueError, match="keys of the layer is no plain parameter: prune before it is .* quantised"):
+    with pytest.raises(ValueError, match=r"keys of the layer is no plain parameter: prune before it is .* quantised"):
         sf.prune_experts_(layer, sf.expert_stats(layer, [x]), 0.5)
