@@ -1,6 +1,6 @@
-"""The core's bf16 products on matrix tiles (AMX), whose instructions are emulated here in plain C++: csrc/cpu/amx_emulated.h.
+"""The core's bf16 products on matrix tiles (AMX), their instructions emulated in plain C++: csrc/cpu/amx_emulated.h.
 
-What the emulation cannot show is whether a processor does what the Intel manual says. The core asks that of each processor
+What the emulation cannot show is whether a processor does what the manual says. The core asks that of each processor
 that has AMX, before it uses it: csrc/cpu/amx_check.h.
 """
 
@@ -63,7 +63,7 @@ def test_the_emulation_is_never_chosen_by_itself(core: str) -> None:
     "files",
     [
         "test_ops.py test_void_slots.py", "test_routed_ffn.py test_cpu_core.py", "test_fuzz.py test_nonfinite.py",
-        "test_wrong_shapes.py", "test_matrix.py test_layers_against_oracle.py",
+        "test_wrong_shapes.py", "test_matrix.py", "test_layers_against_oracle.py",
     ],
 )  # fmt: skip
 def test_the_tests_of_the_ops_and_layers_pass_on_it(core: str, files: str) -> None:
@@ -157,7 +157,7 @@ int main() { puts(sparse_ffn::SPARSE_FFN_ISA_NAME::tiles_work() ? "works" : "doe
 FAULTS = {
     "none": ("", ""),
     "half of each pair is left out": ("(low + high)", "(low + low)"),
-    "pairs are the other way round in one operand": ("low = fma(low_half(pair), low_half", "low = fma(high_half(pair), low_half"),
+    "pairs are the other way round in one operand": ("low = fma(low_half(pair)", "low = fma(high_half(pair)"),
     "the stride of loads is in words": ("reinterpret_cast<const char*>(p) + r * stride", "p + r * stride"),
     "stores have one row too few": ("for (int r = 0; r < kTileSide; r++) memcpy(reinterpret_cast<char*>(p)",
                                     "for (int r = 1; r < kTileSide; r++) memcpy(reinterpret_cast<char*>(p)"),
@@ -201,8 +201,8 @@ def test_the_inner_loop_is_four_loads_and_four_products(tmp_path: Path) -> None:
     flags = "${flags_amx}"
     while "$" in flags:
         flags = re.sub(r"\$\{(\w+)\}", lambda match: values[match[1]], flags)
-    name = "-DSPARSE_FFN_ISA_NAME=amx"
-    result = run(COMPILER, "-std=c++17", "-O3", *flags.split(), name, "-c", CSRC / "cpu/tile.cpp", "-o", tmp_path / "t.o")
+    options = ("-std=c++17", "-O3", *flags.split(), "-DSPARSE_FFN_ISA_NAME=amx")
+    result = run(COMPILER, *options, "-c", CSRC / "cpu/tile.cpp", "-o", tmp_path / "t.o")
     if "no such instruction" in result.stderr:
         pytest.skip("the assembler does not know AMX")
     assert result.returncode == 0, result.stderr
