@@ -60,15 +60,16 @@ def test_the_emulation_is_never_chosen_by_itself(core: str) -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    "files",
+    ("files", "chosen"),
     [
-        "test_ops.py test_void_slots.py", "test_routed_ffn.py test_cpu_core.py", "test_fuzz.py test_nonfinite.py",
-        "test_wrong_shapes.py", "test_matrix.py", "test_layers_against_oracle.py",
+        ("test_ops.py test_void_slots.py", ""), ("test_routed_ffn.py test_cpu_core.py", ""),
+        ("test_fuzz.py test_nonfinite.py", ""), ("test_wrong_shapes.py", ""),
+        ("test_matrix.py test_layers_against_oracle.py", " and bf16 and auto"),
     ],
 )  # fmt: skip
-def test_the_tests_of_the_ops_and_layers_pass_on_it(core: str, files: str) -> None:
+def test_the_tests_of_the_ops_and_layers_pass_on_it(core: str, files: str, chosen: str) -> None:
     tests = [ROOT / "tests" / name for name in files.split()]
-    without = ("-k", "not compiled and not distributed and not opcheck")
+    without = ("-k", "not compiled and not distributed and not opcheck" + chosen)
     pytest_ = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--override-ini=addopts=-q --strict-markers")
     result = run(*pytest_, *without, *tests, SPARSE_FFN_LIBRARY=core, **EMULATED)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
