@@ -22,6 +22,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class OneFileOneWorker(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path, _, _ = nodeid.partition("::")
-            return path if path.endswith((".md", "test_packaging.py", "test_matrix_distributed.py")) else nodeid
+            together = (".md", "test_packaging.py", "test_matrix_distributed.py", "test_amx.py")
+            return path if path.endswith(together) else nodeid
 
     return OneFileOneWorker(config, log)

@@ -47,10 +47,8 @@ def report() -> str:
 
 def _core() -> str:
     unused = supported("amx_tile") and "amx" not in cpu.instruction_sets()
-    reason = (
-        "; the processor's AMX is not used: Linux does not permit it, or it failed a first product" if unused else ""
-    )
-    return f"loaded, {cpu.instruction_set()}{reason}"
+    reason = "the processor's AMX is not used: Linux does not permit it, or a first product on it was wrong"
+    return f"loaded, {cpu.instruction_set()}" + (f"; {reason}" if unused else "")
 
 
 def version(package: str) -> str:
