@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from torch.nn.utils import parametrize
 
 import sparse_ffn as sf
 from sparse_ffn import ExpertQuantization, dequantize_experts_, integrations, quantize_experts_
+from sparse_ffn.backends import cpu
 from sparse_ffn.compress.quantizer import quantize
 from sparse_ffn.layers.rows import QuantizedRows
 from sparse_ffn.ops import Codes, quantized_cvmm
@@ -235,6 +239,48 @@ def test_codes_of_a_strided_stack_are_read_as_they_are(on_backend: str) -> None:
     x, expert = torch.randn(40, D), torch.randint(0, E, (40,))
     whole = quantized_cvmm(x, codes, expert, down=False)
     torch.testing.assert_close(quantized_cvmm(x, half, expert, down=False), whole[:, 4:])
+
+
+EVERYWHERE = """
+import itertools, torch
+import test_quantized as here
+from gpu.pages import fenced
+from sparse_ffn import backend
+from sparse_ffn.ops import Codes, quantized_cvmm
+from sparse_ffn.compress.quantizer import quantize
+
+def at_a_fence(t, side):
+    return None if t is None else fenced(t.numel(), t.dtype, side).view(t.shape).copy_(t)
+
+rows = torch.randn(3, 6, 128)
+for kind, (dtype, tolerance) in itertools.product(here.KINDS.values(), here.TOLERANCE.items()):
+    if dtype == torch.float64:
+        continue
+    for bits, group in ((kind.bits, 128 if kind.group_size is None else 4), (kind.bits, 64), (kind.bits, 8)):
+        codes = quantize(rows.to(dtype), bits, group, kind.symmetric_at(bits), "max")
+        for side, down, n in itertools.product(("before", "after"), (False, True), (1, 5, 200)):
+            placed = Codes(*(at_a_fence(t, side) for t in codes))
+            x, expert = torch.randn(n, 6 if down else 128).to(dtype), torch.randint(0, 4, (n,))
+            with backend("cpu"):
+                y = quantized_cvmm(x, placed, expert, down=down)
+            with backend("reference"):
+                expected = quantized_cvmm(x.double(), codes, expert, down=down)
+            error = (y.double() - expected).abs().max() / expected.abs().max().clamp_min(1)
+            assert error < tolerance, (kind, dtype, group, side, down, n, error)
+print("equal")
+"""
+
+
+@pytest.mark.skipif(cpu.PROBLEM is not None, reason="no compiler when the package was installed")
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+def test_every_instruction_set_gives_the_reference_result_and_stays_inside_of_the_codes(isa: str) -> None:
+    """A read outside of codes, scales or zero points would end the process."""
+    if isa not in cpu.instruction_sets():
+        pytest.skip("this processor has it not")
+    here = str(Path(__file__).parent)
+    environment = {**os.environ, "SPARSE_FFN_ISA": isa, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", EVERYWHERE], env=environment, capture_output=True, text=True)
+    assert result.stdout.strip() == "equal", result.stderr
 
 
 # ------------------------------------------------------------------------------------- as any other part of a model
