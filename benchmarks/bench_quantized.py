@@ -35,7 +35,7 @@ def of_torch(layer: sf.MoE) -> dict[str, Callable[[Tensor], Tensor]]:
     stacks = [gate_keys, layer.keys, layer.values.mT]
     eights, fours = [], []
     for stack in stacks:
-        matrices = stack.detach().float()  # [E, out, in]
+        matrices = stack.detach().float().contiguous()  # [E, out, in]
         scale = matrices.abs().amax(-1, keepdim=True) / 127
         eights.append(
             [((m / s).round().to(torch.int8), s.flatten().bfloat16()) for m, s in zip(matrices, scale, strict=True)]
