@@ -427,6 +427,20 @@ def test_the_report_tells_bytes_and_errors() -> None:
     assert torch.equal(model[0].weight, linear)
 
 
+def test_a_converted_ffn_with_all_experts_loses_what_the_report_says_of_its_stacks() -> None:
+    """k = E with unweighted gates is the dense FFN: relative errors of a linear stack after a ReLU add up."""
+    ffn = sf.DenseFFN(64, 256)
+    layer = sf.from_dense(ffn, sf.MoEConfig(router="unweighted", n_experts=8, k=8))
+    x = torch.randn(50, 64)
+    expected = ffn(x)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    for bits in (4, 8):
+        small = copy.deepcopy(layer)
+        errors = quantize_experts_(small, ExpertQuantization(bits=bits)).layers[0].errors
+        error = ((small(x) - expected).norm() / expected.norm()).item()
+        assert 0.5 * errors["values"] < error < 2 * sum(errors.values())
+
+
 def test_compiled_and_exported() -> None:
     torch._dynamo.reset()
     layer, x = quantized().eval(), torch.randn(6, D)
