@@ -453,6 +453,21 @@ def test_compiled_and_exported() -> None:
     torch.testing.assert_close(program.module()(x), expected)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("backend", ["torch", *(() if cpu.PROBLEM else ("cpu",))])
+@kinds
+def test_opcheck_holds(kind: str, backend: str) -> None:
+    codes = stacks(KINDS[kind], torch.float32)["keys"]
+    x, reduction = torch.randn(4, D, requires_grad=True), torch.rand(6, requires_grad=True)
+    expert, gather, scatter = torch.randint(0, E, (6,)), torch.randint(0, 4, (6,)), torch.randint(0, 5, (6,))
+    operands = (x, *codes, expert, gather, scatter, reduction)
+    torch.library.opcheck(torch.ops.sparse_ffn.quantized_cvmm.default, (*operands, False, 5, backend))
+    plain = tuple(None if t is None else t.detach() for t in operands)
+    torch.library.opcheck(
+        torch.ops.sparse_ffn.quantized_cvmm_backward.default, (torch.randn(5, G), *plain, False, backend)
+    )
+
+
 def test_gradients_by_torch_func() -> None:
     layer, x = quantized(), torch.randn(4, D)
     per_token = torch.func.vmap(torch.func.grad(lambda t: layer(t.unsqueeze(0)).square().sum()))(x)
