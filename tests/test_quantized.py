@@ -232,6 +232,24 @@ def test_an_expert_out_of_range_is_refused(on_backend: str) -> None:
             quantized_cvmm(torch.randn(1, D), codes, torch.tensor([bad]), down=False)
 
 
+@pytest.mark.skipif(cpu.PROBLEM is not None, reason="no compiler when the package was installed")
+@pytest.mark.parametrize("slots", [5, 300])
+@kinds
+def test_results_do_not_depend_on_the_number_of_threads(kind: str, slots: int) -> None:
+    found = stacks(KINDS[kind], torch.bfloat16)
+    expert, threads, results = torch.randint(0, E, (slots,)), torch.get_num_threads(), []
+    x, h = torch.randn(slots, D).bfloat16(), torch.randn(slots, G).bfloat16()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            up = quantized_cvmm(x, found["keys"], expert, down=False)
+            results.append((up, quantized_cvmm(h, found["values"], expert, down=True)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
 def test_codes_of_a_strided_stack_are_read_as_they_are(on_backend: str) -> None:
     """Halves of a fused stack are views."""
     codes = stacks(KINDS["4 bits"], torch.float32)["keys"]
