@@ -604,3 +604,42 @@ def test_pruning_by_the_error_costs_a_trained_model_less_than_by_chance(tmp_path
         delta = {row.way: row.delta for row in found if row.keep == keep}
         assert delta["error, replaced by the mean"] < delta["error"] < delta["random"]
     assert prune.main(["--steps", "60", "--folder", str(tmp_path)]) == found  # the model was kept
+
+
+@pytest.mark.exhaustive
+def test_compressed_experts_keep_their_order_of_quality(tmp_path: Path) -> None:
+    """On a model that has hardly learnt; and a trained model is trained once."""
+    from benchmarks import bench_compress
+
+    few = ["--steps", "60", "--seeds", "1", "--windows", "16", "--cache", str(tmp_path)]
+    found = bench_compress.main(few)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert bench_compress.main(few) == found
+    costs = {name: abs(more) for name, [(more, _)] in found.items()}
+    sizes = {name: share for name, [(_, share)] in found.items()}
+    assert costs["int8, a scale a row"] < costs["int4 g32 asymmetric"] < 0.006
+    assert sizes["int4 g32 asymmetric"] == (4 + 24 / 32) / 16
+    assert sizes["int8, a scale a row"] < 0.51
+
+
+@pytest.mark.exhaustive
+def test_quantised_experts_are_timed_beside_bf16_and_torch() -> None:
+    from benchmarks import bench_quantized
+
+    found = bench_quantized.main(["--tokens", "1", "5", "--sizes", "64", "4", "32", "2", "--seconds", "0.05"])
+    for times in found.values():
+        assert times.keys() == {"bf16", "int8", "int4", "torch int8pack", "torch int4pack"}
+
+
+def test_torchs_int4_products_in_the_benchmark_compute_the_same() -> None:
+    from benchmarks import bench_quantized
+
+    layer = bench_quantized.layers(64, 4, 32, 4)["bf16"]
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    gates = layer.router(x).gate_TK
+    layer.router.weight.data.zero_()  # all gates are 1/4
+    assert gates.shape == (5, 4)
+    expected = 4 * layer(x).float()
+    for name, call in bench_quantized.of_torch(layer).items():
+        error = (call(x).float() - expected).norm() / expected.norm()
+        assert error < (0.2 if "4" in name else 0.03), name

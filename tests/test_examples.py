@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("transformers", minversion="5")
 pytest.importorskip("accelerate")
 
-from examples import convert_hf, serve_with_compile, swap_sequential, train_with_trainer
+from examples import convert_hf, quantize_moe, serve_with_compile, swap_sequential, train_with_trainer
 
-EXAMPLES = (convert_hf, serve_with_compile, swap_sequential, train_with_trainer)
+EXAMPLES = (convert_hf, quantize_moe, serve_with_compile, swap_sequential, train_with_trainer)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.__name__.rpartition(".")[2])
@@ -50,3 +50,13 @@ def test_train_with_trainer(tmp_path: Path) -> None:
 @pytest.mark.exhaustive
 def test_serve_with_compile() -> None:
     assert serve_with_compile.main(["--backend", "aot_eager", "--requests", "6", "--width", "32"]) == 1
+
+
+def test_quantize_moe(tmp_path: Path) -> None:
+    assert 0 < quantize_moe.main([]) < 0.1
+    folder = tmp_path / "model"
+    quantize_moe.made().save_pretrained(folder)
+    error = quantize_moe.main(["--model", str(folder), "--out", str(tmp_path / "smaller"), "--bits", "8"])
+    assert 0 < error < 0.02
+    sizes = [(where / "model.safetensors").stat().st_size for where in (folder, tmp_path / "smaller")]
+    assert sizes[1] < 0.65 * sizes[0]

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from torch.nn.utils import parametrize
 
 import sparse_ffn as sf
 from sparse_ffn import ExpertQuantization, dequantize_experts_, integrations, quantize_experts_
+from sparse_ffn.backends import cpu
 from sparse_ffn.compress.quantizer import quantize
 from sparse_ffn.layers.rows import QuantizedRows
 from sparse_ffn.ops import Codes, quantized_cvmm
@@ -228,6 +232,24 @@ def test_an_expert_out_of_range_is_refused(on_backend: str) -> None:
             quantized_cvmm(torch.randn(1, D), codes, torch.tensor([bad]), down=False)
 
 
+@pytest.mark.skipif(cpu.PROBLEM is not None, reason="no compiler when the package was installed")
+@pytest.mark.parametrize("slots", [5, 300])
+@kinds
+def test_results_do_not_depend_on_the_number_of_threads(kind: str, slots: int) -> None:
+    found = stacks(KINDS[kind], torch.bfloat16)
+    expert, threads, results = torch.randint(0, E, (slots,)), torch.get_num_threads(), []
+    x, h = torch.randn(slots, D).bfloat16(), torch.randn(slots, G).bfloat16()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            up = quantized_cvmm(x, found["keys"], expert, down=False)
+            results.append((up, quantized_cvmm(h, found["values"], expert, down=True)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
 def test_codes_of_a_strided_stack_are_read_as_they_are(on_backend: str) -> None:
     """Halves of a fused stack are views."""
     codes = stacks(KINDS["4 bits"], torch.float32)["keys"]
@@ -235,6 +257,50 @@ def test_codes_of_a_strided_stack_are_read_as_they_are(on_backend: str) -> None:
     x, expert = torch.randn(40, D), torch.randint(0, E, (40,))
     whole = quantized_cvmm(x, codes, expert, down=False)
     torch.testing.assert_close(quantized_cvmm(x, half, expert, down=False), whole[:, 4:])
+
+
+EVERYWHERE = """
+import itertools, torch
+import test_quantized as here
+from gpu.pages import fenced
+from sparse_ffn import backend
+from sparse_ffn.ops import Codes, quantized_cvmm
+from sparse_ffn.compress.quantizer import quantize
+
+def at_a_fence(t, side):
+    return None if t is None else fenced(t.numel(), t.dtype, side).view(t.shape).copy_(t)
+
+rows = torch.randn(3, 6, 128)
+for kind, (dtype, tolerance) in itertools.product(here.KINDS.values(), here.TOLERANCE.items()):
+    if dtype == torch.float64:
+        continue
+    for bits, group in ((kind.bits, 128 if kind.group_size is None else 4), (kind.bits, 64), (kind.bits, 8)):
+        codes = quantize(rows.to(dtype), bits, group, kind.symmetric_at(bits), "max")
+        for side, down, n in itertools.product(("before", "after"), (False, True), (1, 5, 200)):
+            placed = Codes(*(at_a_fence(t, side) for t in codes))
+            x, expert = torch.randn(n, 6 if down else 128).to(dtype), torch.randint(0, 4, (n,))
+            with backend("cpu"):
+                y = quantized_cvmm(x, placed, expert, down=down)
+            with backend("reference"):
+                expected = quantized_cvmm(x.double(), codes, expert, down=down)
+            error = (y.double() - expected).abs().max() / expected.abs().max().clamp_min(1)
+            assert error < tolerance, (kind, dtype, group, side, down, n, error)
+print("equal")
+"""
+
+
+@pytest.mark.skipif(cpu.PROBLEM is not None, reason="no compiler when the package was installed")
+@pytest.mark.parametrize(
+    "isa", ["avx2", "avx512_bf16", *(pytest.param(isa, marks=pytest.mark.exhaustive) for isa in ("generic", "avx512"))]
+)
+def test_every_instruction_set_gives_the_reference_result_and_stays_inside_of_the_codes(isa: str) -> None:
+    """A read outside of codes, scales or zero points would end the process."""
+    if isa not in cpu.instruction_sets():
+        pytest.skip("this processor has it not")
+    here = str(Path(__file__).parent)
+    environment = {**os.environ, "SPARSE_FFN_ISA": isa, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", EVERYWHERE], env=environment, capture_output=True, text=True)
+    assert result.stdout.strip() == "equal", result.stderr
 
 
 # ------------------------------------------------------------------------------------- as any other part of a model
@@ -381,6 +447,20 @@ def test_the_report_tells_bytes_and_errors() -> None:
     assert torch.equal(model[0].weight, linear)
 
 
+def test_a_converted_ffn_with_all_experts_loses_what_the_report_says_of_its_stacks() -> None:
+    """k = E with unweighted gates is the dense FFN: relative errors of a linear stack after a ReLU add up."""
+    ffn = sf.DenseFFN(64, 256)
+    layer = sf.from_dense(ffn, sf.MoEConfig(router="unweighted", n_experts=8, k=8))
+    x = torch.randn(50, 64)
+    expected = ffn(x)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    for bits in (4, 8):
+        small = copy.deepcopy(layer)
+        errors = quantize_experts_(small, ExpertQuantization(bits=bits)).layers[0].errors
+        error = ((small(x) - expected).norm() / expected.norm()).item()
+        assert 0.5 * errors["values"] < error < 2 * sum(errors.values())
+
+
 def test_compiled_and_exported() -> None:
     torch._dynamo.reset()
     layer, x = quantized().eval(), torch.randn(6, D)
@@ -391,6 +471,21 @@ def test_compiled_and_exported() -> None:
     assert layer.key_bias.grad.any()
     program = torch.export.export(layer, (x,))
     torch.testing.assert_close(program.module()(x), expected)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("backend", ["torch", *(() if cpu.PROBLEM else ("cpu",))])
+@kinds
+def test_opcheck_holds(kind: str, backend: str) -> None:
+    codes = stacks(KINDS[kind], torch.float32)["keys"]
+    x, reduction = torch.randn(4, D, requires_grad=True), torch.rand(6, requires_grad=True)
+    expert, gather, scatter = torch.randint(0, E, (6,)), torch.randint(0, 4, (6,)), torch.randint(0, 5, (6,))
+    operands = (x, *codes, expert, gather, scatter, reduction)
+    torch.library.opcheck(torch.ops.sparse_ffn.quantized_cvmm.default, (*operands, False, 5, backend))
+    plain = tuple(None if t is None else t.detach() for t in operands)
+    torch.library.opcheck(
+        torch.ops.sparse_ffn.quantized_cvmm_backward.default, (torch.randn(5, G), *plain, False, backend)
+    )
 
 
 def test_gradients_by_torch_func() -> None:

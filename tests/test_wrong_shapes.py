@@ -220,6 +220,13 @@ CALLS: dict[str, tuple[tuple[Operand, ...], tuple[int, ...]]] = {
         ),
         (),
     ),
+    "quantized_cvmm": (
+        (
+            *(Operand("x", "NM"), Operand("qdata", "EGM", torch.int8), Operand("scale", "EGC")),
+            *(*maybe(Operand("zero_point", "EGC", torch.uint8)), *slots(), *outputs(Operand("out", "RG"))),
+        ),
+        (0,),
+    ),
     "bag_forward": ((*TABLE, *outputs(Operand("out", "TO"))), ()),
     "bag_backward": (
         (*TABLE, Operand("dout", "TO"), *maybe(*outputs(Operand("dweight", "TJ"), Operand("dvalues", "NO")))),

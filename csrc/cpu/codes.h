@@ -29,22 +29,23 @@ static ALWAYS_INLINE VI load_codes(const int8_t* p) {
 #endif
 }
 
-// Scale and zero of a group, and what they make of codes.
+// Scale and zero of a group, and what they make of kStep codes from an even column on: two vectors, of consecutive columns
+// after order(). That of 4 bits makes them of the even and of the odd columns.
+constexpr int kStep = 2 * VL;
 template <int kBits> struct Group;
 
 template <> struct Group<8> {
   V scale, zero;
-  static constexpr int kStep = VL;  // codes at a time
   ALWAYS_INLINE Group() {}
   ALWAYS_INLINE Group(const float* s, const float* z) : scale(broadcast(s)), zero(broadcast(z)) {}
-  ALWAYS_INLINE void numbers(const void* row, int64_t column, V (&n)[1]) const {
-    n[0] = (__builtin_convertvector(load_codes(static_cast<const int8_t*>(row) + column), V) - zero) * scale;
+  ALWAYS_INLINE void numbers(const void* row, int64_t column, V (&n)[2]) const {
+    const int8_t* p = static_cast<const int8_t*>(row) + column;
+    n[0] = (__builtin_convertvector(load_codes(p), V) - zero) * scale;
+    n[1] = (__builtin_convertvector(load_codes(p + VL), V) - zero) * scale;
   }
 };
 
-// Numbers of even columns, then those of odd ones.
 template <> struct Group<4> {
-  static constexpr int kStep = 2 * VL;
 #if defined(__AVX512F__)
   __m512 table;
   ALWAYS_INLINE Group() {}
@@ -83,7 +84,9 @@ static ALWAYS_INLINE void interleave(V (&n)[2]) {
   n[0] = load(pairs), n[1] = load(pairs + VL);
 #endif
 }
-static ALWAYS_INLINE void interleave(V (&)[1]) {}
+template <int kBits> static ALWAYS_INLINE void order(V (&n)[2]) {
+  if constexpr (kBits == 4) interleave(n);
+}
 
 static ALWAYS_INLINE float code_at(const void* row, int64_t column, int bits) {
   if (bits == 8) return static_cast<const int8_t*>(row)[column];
@@ -112,7 +115,6 @@ template <class T> struct CodeRows {
   // Columns first .. last-1 of a row, whose groups' factors are given from the group of `first` on.
   template <int kBits, class Out>
   void numbers(const void* from, int64_t first, int64_t last, const float* scale, const float* zero, Out* to) const {
-    constexpr int kStep = Group<kBits>::kStep;
     const int64_t size = group();
     for (int64_t p = first / size; p * size < last; p++, scale++, zero++) {
       const int64_t end = lesser(last, (p + 1) * size);
@@ -120,10 +122,10 @@ template <class T> struct CodeRows {
       const Group<kBits> numbers_of(scale, zero);
       if (!(column & (kBits == 4)))
         for (; column + kStep <= end; column += kStep) {
-          V n[kStep / VL];
+          V n[2];
           numbers_of.numbers(from, column, n);
-          interleave(n);
-          for (int i = 0; i < kStep / VL; i++) store(to + column - first + i * VL, n[i]);
+          order<kBits>(n);
+          store(to + column - first, n[0]), store(to + column - first + VL, n[1]);
         }
       for (; column < end; column++) from_float((code_at(from, column, kBits) - *zero) * *scale, to + column - first);
     }

@@ -89,9 +89,9 @@ template <class T> static void widen_rows(const sparse_ffn_cvmm& p, int64_t padd
 
 // Up: `count` slots dot `rows` (up to kRows) rows of codes. sums[slot][row].
 template <int kBits, int kCount>
-static ALWAYS_INLINE void dot(const float* const* x, const void* const* row, const float* const* scale,
+static ALWAYS_INLINE void dot(const float* const* x, const void* const* row, int64_t row_bytes, const float* const* scale,
                               const float* const* zero, int64_t groups, int64_t size, float (*sums)[kRows]) {
-  constexpr int kStep = Group<kBits>::kStep, kParts = kStep / VL, kChains = kCount == 1 ? kParts : 1;
+  constexpr int kChains = kCount == 1 ? 2 : 1;
   V acc[kCount][kRows][kChains] = {};
   int64_t column = 0;
   for (int64_t p = 0; p < groups; p++) {
@@ -101,12 +101,13 @@ static ALWAYS_INLINE void dot(const float* const* x, const void* const* row, con
     for (const int64_t end = column + size; column < end; column += kStep) {
 #pragma GCC unroll 4
       for (int j = 0; j < kRows; j++) {
-        V n[kParts];
+        V n[2];
         group[j].numbers(row[j], column, n);
+        prefetch(static_cast<const uint8_t*>(row[j]) + column * kBits / 8 + kRows * row_bytes);  // of the next rows
 #pragma GCC unroll 4
         for (int r = 0; r < kCount; r++)
 #pragma GCC unroll 2
-          for (int i = 0; i < kParts; i++)
+          for (int i = 0; i < 2; i++)
             acc[r][j][i % kChains] = fma(load(x[r] + column + i * VL), n[i], acc[r][j][i % kChains]);
       }
     }
@@ -120,7 +121,6 @@ static ALWAYS_INLINE void dot(const float* const* x, const void* const* row, con
 template <int kBits, int kCount>
 static ALWAYS_INLINE void add(const float (*h)[kRows], const void* const* row, int64_t first, const float* const* scale,
                               const float* const* zero, int64_t groups, int64_t size, float* const* acc) {
-  constexpr int kStep = Group<kBits>::kStep, kParts = kStep / VL;
   V factor[kCount][kRows];
   for (int r = 0; r < kCount; r++)
     for (int j = 0; j < kRows; j++) factor[r][j] = splat(h[r][j]);
@@ -130,13 +130,13 @@ static ALWAYS_INLINE void add(const float (*h)[kRows], const void* const* row, i
 #pragma GCC unroll 4
     for (int j = 0; j < kRows; j++) group[j] = Group<kBits>(scale[j] + p, zero[j] + p);
     for (const int64_t end = column + size; column < end; column += kStep) {
-      V n[kRows][kParts];
+      V n[kRows][2];
 #pragma GCC unroll 4
       for (int j = 0; j < kRows; j++) group[j].numbers(row[j], first + column, n[j]);
 #pragma GCC unroll 4
       for (int r = 0; r < kCount; r++)
 #pragma GCC unroll 2
-        for (int i = 0; i < kParts; i++) {
+        for (int i = 0; i < 2; i++) {
           float* to = acc[r] + column + i * VL;
           V total = load(to);
 #pragma GCC unroll 4
@@ -186,7 +186,7 @@ static void few_up(const sparse_ffn_quantized& q, const Work& w, int64_t n0, int
         float sums[kSlots][kRows];
         if (steps) {
           with_count(count, [&](auto c) {
-            dot<kBits, decltype(c)::value>(x, row, w.scale, w.zero, groups, size, sums);
+            dot<kBits, decltype(c)::value>(x, row, q.codes.qdata_strides.row, w.scale, w.zero, groups, size, sums);
           });
         } else {
           for (int j = 0; j < n; j++) {
@@ -251,7 +251,6 @@ static void few_down(const sparse_ffn_quantized& q, const Work& w, int64_t n0, i
 }
 
 template <class T, int kBits> static bool few(const sparse_ffn_quantized& q, T* out) {
-  constexpr int kStep = Group<kBits>::kStep;
   const sparse_ffn_cvmm& p = q.cvmm;
   const int64_t size = q.codes.columns / q.codes.groups;
   const bool steps = size % kStep == 0;

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from .feature import feature
-from .layers import assert_near, build, step, tokens
+import sparse_ffn as sf
+
+from .feature import EVERY_BACKEND, feature
+from .layers import MIXTURES, assert_near, build, step, tokens
 
 
 class _Half(nn.Module):
@@ -85,4 +87,20 @@ def quantized(name: str) -> None:
         assert (model(x) - expected).norm() < 0.1 * expected.norm()
 
 
-FEATURES = (parametrized, pruned, quantized)
+@feature("`quantize_experts_`", {backend: MIXTURES for backend in EVERY_BACKEND})
+def experts_quantized(name: str) -> None:
+    """Experts in 8 bits: the function of the rounded weights, gradients of all that stays a parameter; and back."""
+    layer, x = build(name), tokens(40)
+    expected = step(build(name), x)
+    sf.quantize_experts_(layer, sf.ExpertQuantization(bits=8))
+    found = step(layer, x)
+    stored = expected.keys() - found.keys()
+    assert stored == {"keys", "values", "gate_keys"} & expected.keys()
+    assert (found["output"] - expected["output"]).norm() < 0.05 * expected["output"].norm()
+    sf.dequantize_experts_(layer)
+    exact = step(layer, x)
+    assert exact.keys() == expected.keys()
+    assert_near(found, {key: t for key, t in exact.items() if key in found}, 1e-4)
+
+
+FEATURES = (parametrized, pruned, quantized, experts_quantized)

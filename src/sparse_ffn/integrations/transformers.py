@@ -3,6 +3,6 @@
 from sparse_ffn.integrations.experts import register as register
 from sparse_ffn.integrations.pretrained import from_pretrained as from_pretrained
 from sparse_ffn.integrations.pretrained import record_conversion as record_conversion
-from sparse_ffn.integrations.quantized import teach
+from sparse_ffn.integrations.quantized import teach as _teach
 
-teach()
+_teach()
