@@ -40,10 +40,12 @@ template <class T> static void gather_row(const sparse_ffn_bag& p, int64_t t, in
 }
 
 template <class T> static void forward_gather(const sparse_ffn_bag& p, T* out) {
+  const int64_t columns = ceil_div(p.O, kGatherColumns);
 #pragma omp parallel for num_threads(larger(1, p.n_threads)) schedule(static)
-  for (int64_t t = 0; t < p.T; t++)
-    for (int64_t first = 0; first < p.O; first += kGatherColumns)
-      gather_row(p, t, first, lesser(kGatherColumns, p.O - first), out + t * p.O + first);
+  for (int64_t i = 0; i < p.T * columns; i++) {  // of a single token threads take columns
+    const int64_t t = i / columns, first = i % columns * kGatherColumns;
+    gather_row(p, t, first, lesser(kGatherColumns, p.O - first), out + t * p.O + first);
+  }
 }
 
 // Columns of a row into registers; those past the end are zero.

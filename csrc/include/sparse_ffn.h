@@ -32,7 +32,7 @@ extern "C" {
 #define SPARSE_FFN_API __attribute__((visibility("default")))
 #endif
 
-#define SPARSE_FFN_ABI_VERSION 6
+#define SPARSE_FFN_ABI_VERSION 7
 
 enum sparse_ffn_status {
   SPARSE_FFN_OK = 0,
@@ -265,15 +265,43 @@ typedef struct sparse_ffn_topk_args {
 } sparse_ffn_topk_args;
 SPARSE_FFN_API int sparse_ffn_topk(const sparse_ffn_topk_args* args, int32_t n_threads);
 
-/* TopKFFN: the K units of u with the largest |act(u)| * norm, and act(u) there. */
-typedef struct sparse_ffn_topk_activation_args {
-  sparse_ffn_tensor u;                 /* [T, F], rows */
+/* TopKFFN between its products: of h = act(up) * dropout_mask, or act(glu_gate) * up * dropout_mask with a GLU, the k units
+ * of the largest |h| * norm. Ascending units take the places of K = k. Outputs that are absent are not wanted. */
+typedef struct sparse_ffn_topk_saved {
+  sparse_ffn_tensor selected;          /* [T, W] int32, W = ceil(F/32): bit i % 32 of word i / 32 is set for a selected unit i */
+  sparse_ffn_tensor up;                /* [T, K] */
+  sparse_ffn_tensor glu_gate;          /* [T, K]; absent: no GLU */
+} sparse_ffn_topk_saved;
+typedef struct sparse_ffn_topk_hidden_forward_args {
+  sparse_ffn_tensor up;                /* [T, F] */
+  sparse_ffn_tensor glu_gate;          /* [T, F], or absent: no GLU */
+  sparse_ffn_tensor dropout_mask;      /* [T, F], or absent */
   sparse_ffn_tensor norm;              /* [F] fp32, or absent */
-  sparse_ffn_tensor index;             /* [T, K] int64, by rank */
-  sparse_ffn_tensor kept;              /* [T, K] */
-} sparse_ffn_topk_activation_args;
-SPARSE_FFN_API int sparse_ffn_topk_activation(const sparse_ffn_topk_activation_args* args, int32_t activation,
-                                              int32_t n_threads);
+  sparse_ffn_tensor index;             /* [T, K] int64, or absent */
+  sparse_ffn_tensor kept;              /* [T, K], or absent: h there */
+  sparse_ffn_tensor hidden;            /* [T, F], or absent: h, 0 where a unit is not selected */
+  sparse_ffn_topk_saved saved;         /* all absent: inference */
+} sparse_ffn_topk_hidden_forward_args;
+SPARSE_FFN_API int sparse_ffn_topk_hidden_forward(const sparse_ffn_topk_hidden_forward_args* args, int32_t activation,
+                                                  int32_t k, int32_t n_threads);
+
+/* Of hidden as above. dup may be dhidden. */
+typedef struct sparse_ffn_topk_hidden_backward_args {
+  sparse_ffn_topk_saved saved;
+  sparse_ffn_tensor dropout_mask;      /* of the forward pass */
+  sparse_ffn_tensor dhidden;           /* [T, F] */
+  sparse_ffn_tensor hidden;            /* [T, F], as above, an output */
+  sparse_ffn_tensor dup, dglu_gate;    /* [T, F]; dglu_gate is absent without a GLU */
+} sparse_ffn_topk_hidden_backward_args;
+SPARSE_FFN_API int sparse_ffn_topk_hidden_backward(const sparse_ffn_topk_hidden_backward_args* args, int32_t activation,
+                                                   int32_t n_threads);
+
+/* The selected units of F in ascending order. */
+typedef struct sparse_ffn_topk_index_args {
+  sparse_ffn_tensor selected;          /* [T, W] int32, as above */
+  sparse_ffn_tensor index;             /* [T, K] int64 */
+} sparse_ffn_topk_index_args;
+SPARSE_FFN_API int sparse_ffn_topk_index(const sparse_ffn_topk_index_args* args, int32_t n_units, int32_t n_threads);
 
 #ifdef __cplusplus
 }

@@ -21,7 +21,7 @@ HUGE_PAGE = 2 << 20
 LIBRARY_NAME = "libsparse_ffn_cpu.so"
 LIBRARY_VARIABLE = "SPARSE_FFN_LIBRARY"
 ISA_VARIABLE = "SPARSE_FFN_ISA"
-ABI_VERSION = 6
+ABI_VERSION = 7
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "identity": 4, "squared_relu": 5}
 NORMS = {"layer": 1, "rms": 2}
 GATES = {"sigmoid": 0, "softmax": 1, "softmax_topk": 2, "unweighted": 3}
@@ -40,7 +40,9 @@ OPTIONS = {
     "product_key_topk": 0,
     "product_key_topk_backward": 0,
     "topk": 0,
-    "topk_activation": 1,
+    "topk_hidden_forward": 2,
+    "topk_hidden_backward": 1,
+    "topk_index": 1,
 }
 """The functions of the core, each with the number of its options between the tensors and the threads."""
 _ERRORS = {1: ValueError, 2: IndexError, 3: MemoryError, 4: ValueError, 5: TypeError}
