@@ -207,7 +207,7 @@ static int backward(const sparse_ffn_bag& p, const T* dout, T* dweight, T* dvalu
   int failed = 0;
 #pragma omp parallel num_threads(larger(1, p.n_threads))
   {
-    const int64_t i = omp_get_thread_num(), n = omp_get_num_threads();
+    const int64_t i = thread_index(), n = thread_count();
     const int64_t n0 = s.part(p.N, i, n), n1 = s.part(p.N, i + 1, n);
     float* packed = scratch_of<float>(kBufferAcc, p.T * kBlock + 1);
     if (packed && p.O) {

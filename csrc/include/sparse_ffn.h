@@ -68,7 +68,8 @@ SPARSE_FFN_API const char* sparse_ffn_error(void);
 /* Name of the instruction set in use, one of those that the CPU supports. SPARSE_FFN_ISA=<name> in the environment forces
  * one (for tests); it is read once, at the first call. Null if it names none of them: callers should stop then. */
 SPARSE_FFN_API const char* sparse_ffn_isa(void);
-/* All that the CPU supports of "avx512_bf16", "avx512", "avx2" and "generic", in this order, separated by spaces. */
+/* All that the CPU supports of "avx512_bf16", "avx512", "avx2" and "generic", in this order, separated by spaces; "neon" on
+ * aarch64. */
 SPARSE_FFN_API const char* sparse_ffn_isas(void);
 /* Frees the scratch of the calling thread and the outputs' memory that is kept for the next ones. */
 SPARSE_FFN_API void sparse_ffn_release_memory(void);
