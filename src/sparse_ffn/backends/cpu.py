@@ -119,7 +119,8 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
 def empty_for_torch(*shape: int, dtype: torch.dtype) -> Tensor:
     """``empty`` for an output that torch's kernels write and not the core, which finds its outputs' memory itself."""
     out = empty(*shape, dtype=dtype)
-    _library.sparse_ffn_advise_huge_pages(out.data_ptr(), out.nbytes)
+    if out.nbytes >= HUGE_PAGE:
+        _library.sparse_ffn_advise_huge_pages(out.data_ptr(), out.nbytes)
     return out
 
 

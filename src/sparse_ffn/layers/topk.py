@@ -73,7 +73,7 @@ class TopKFFN(DenseFFN):
         self._k = check_positive("k", k, at_most=self.d_ff, limit="d_ff")
 
     def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
-        x = x.reshape(-1, self.d_model).to(autocast_dtype(x))
+        x = (x if x.dim() == 2 else x.reshape(-1, self.d_model)).to(autocast_dtype(x))
         return ops.topk_ffn(
             x,
             self._units(),
