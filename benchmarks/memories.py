@@ -23,7 +23,7 @@ from benchmarks.contender import (
     require,
     separated,
 )
-from benchmarks.moe import OnBackend, layer_gradients
+from benchmarks.moe import GatedFFN, OnBackend, layer_gradients
 from benchmarks.shapes import MemoryShape, TopKShape
 
 # T tokens, H heads, S the two halves, N sub-keys, C half a query, K selected
@@ -142,31 +142,39 @@ class MaskedTopK(nn.Module):
         return F.linear(torch.zeros_like(hidden).scatter(1, index, best), self.values.t(), self.out_bias)
 
 
-def topk_case(shape: TopKShape, dtype: str, device: torch.device) -> Case:
+def topk_case(shape: TopKShape, dtype: str, device: torch.device, *, glu: bool = False) -> Case:
     """TopKFFN and the dense FFN that it replaces."""
     factory: dict[str, Any] = {"device": device, "dtype": DTYPES[dtype]}
-    layer = sf.TopKFFN(shape.D, shape.F, shape.k, **factory)
+    options: dict[str, Any] = {"glu": True, "activation": "silu", "bias": False} if glu else {}
+    layer = sf.TopKFFN(shape.D, shape.F, shape.k, **options, **factory)
     oracle = Oracle(layer)
 
     def rounded(module: nn.Module, gradients: Any = own_gradients) -> Contender:
         return Contender(module, oracle, gradients=gradients, checked=copy.deepcopy(module).float())
 
     def dense() -> Contender:
-        module = nn.Sequential(
+        module: nn.Module = nn.Sequential(
             nn.Linear(shape.D, shape.F, **factory), nn.ReLU(), nn.Linear(shape.F, shape.D, **factory)
         )
+        if glu:
+            module = GatedFFN(shape.D, shape.F, **factory)
         return Contender(module, Oracle(module))
 
     def margin(x: Tensor) -> Tensor:
-        return gap((x @ layer.keys.detach().double().T).relu(), shape.k)
+        up = x @ layer.keys.detach().double().T
+        if layer.gate_keys is None:
+            return gap(up.relu(), shape.k)
+        return gap((F.silu(x @ layer.gate_keys.detach().double().T) * up).abs(), shape.k)
 
-    entries = (
+    entries = [
         Entry("sparse-ffn", "ours", "TopKFFN", lambda: rounded(layer)),
         Entry("sparse-ffn, torch backend", "baseline", "the same without the CPU core",
               lambda: rounded(OnBackend(layer, "torch"), layer_gradients)),
-        Entry("dense", "baseline", f"the dense FFN that it replaces, d_ff = {shape.F}, with biases", dense),
-        Entry("torch.topk and a mask", "baseline", "the same function out of topk and scatter",
-              lambda: rounded(MaskedTopK(layer))),
-    )  # fmt: skip
+        Entry("dense", "baseline", f"the dense FFN that it replaces, d_ff = {shape.F}, its biases included", dense),
+    ]  # fmt: skip
+    if not glu:
+        about = "the same function out of topk and scatter"
+        entries.append(Entry("torch.topk and a mask", "baseline", about, lambda: rounded(MaskedTopK(layer))))
     x = separated(shape.T, shape.D, DTYPES[dtype], device, margin)
-    return Case("topk", str(shape), dtype, x, (shape.T, shape.D), "dense", entries)
+    group = "topk-glu" if glu else "topk"
+    return Case(group, str(shape), dtype, x, (shape.T, shape.D), "dense", tuple(entries))

@@ -16,6 +16,7 @@ GROUPS = {
     "pkm": "ProductKeyMemory",
     "pkm-query": "ProductKeyMemory with a learned query and softmax",
     "topk": "TopKFFN",
+    "topk-glu": "TopKFFN, gated",
     "cvmm-up": "cvmm, tokens to slots: gather (T,D,E,G,k)",
     "cvmm-down": "cvmm, slots to tokens: weigh and scatter (T,D,E,G,k)",
     "width-experts": "Growing width, more experts with it (a)",

@@ -60,6 +60,14 @@ class TopKShape:
         return f"T={self.T} D={self.D} d_ff={self.F} k={self.k}"
 
 
+TOPK_TOKENS = (1, 32, 1024)
+
+
+def topk_sweep(tokens: int) -> tuple[TopKShape, ...]:
+    """From 1% to all of the units."""
+    return tuple(TopKShape(tokens, 576, 1536, round(15.36 * percent)) for percent in (1, 3, 5, 10, 25, 50, 100))
+
+
 LARGE = tuple(MoEShape.parse(s) for s in ("2048,512,16,128,4", "2048,1024,32,128,4", "4096,1024,64,64,8"))
 SMALL = MoEShape.parse("512,412,16,128,4")
 DECODE = MoEShape.parse("32,1024,32,128,4")

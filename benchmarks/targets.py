@@ -14,8 +14,10 @@ from benchmarks.shapes import (
     MOE_SHAPES,
     SINGLE,
     SMALL,
+    TOPK_TOKENS,
     MemoryShape,
     TopKShape,
+    topk_sweep,
 )
 
 Key = tuple[str, str, str, str]  # device, group, shape, pass
@@ -26,6 +28,13 @@ TO_DENSE: dict[Key, dict[str, float]] = {
     ("cpu", "moe", str(DECODE), "fwd"): {"fp32": 1.5, "bf16": 1.3},
     ("cpu", "moe", str(SINGLE), "fwd"): {"fp32": 0.9, "bf16": 0.9},
     ("cpu", "topk", str(TopKShape()), "fwdbwd"): {"fp32": 0.6, "bf16": 0.6},
+    **{
+        ("cpu", group, str(shape), mode): dict.fromkeys(("fp32", "bf16"), 1.15)
+        for group in ("topk", "topk-glu")
+        for tokens in TOPK_TOKENS
+        for shape in topk_sweep(tokens)
+        for mode in ("fwd", "fwdbwd")
+    },
     # of an H100: 0.75 and 0.6 of the dense network's rate
     ("cuda", "moe", str(GPU_WIDE), "fwdbwd"): {"bf16": 1 / 0.75},
     ("cuda", "moe", str(GPU_FINE), "fwdbwd"): {"bf16": 1 / 0.6},

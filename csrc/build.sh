@@ -42,7 +42,8 @@ values() {  # of set(NAME VALUES) in a CMakeLists.txt, on however many lines; th
   tr '\n' ' ' <"$here/$1" | grep -o "set($2 [^)]*)" | tail -n1 | sed "s/^set($2 *//; s/ *)\$//"
 }
 flags="-std=c++17 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -fopenmp $(values CMakeLists.txt warnings)"
-names=generic flags_generic="" x86=""
+names=generic flags_generic="" flags_neon="" x86=""
+if [ "$(uname -m)" = aarch64 ] || [ "$(uname -m)" = arm64 ]; then names=neon; fi
 if [ "$(uname -m)" = x86_64 ]; then
   names=$(values CMakeLists.txt isas) x86="-DSPARSE_FFN_X86=1"
   if echo 'asm("tdpbf16ps %tmm2, %tmm1, %tmm0");' | $cxx -x c++ -c -o /dev/null - 2>/dev/null; then

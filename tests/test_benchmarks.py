@@ -19,6 +19,7 @@ import sparse_ffn as sf
 from benchmarks import (
     bench_cvmm,
     bench_layers,
+    bench_topk,
     check,
     contender,
     document,
@@ -508,6 +509,13 @@ def test_cvmm_end_to_end() -> None:
     result = bench_cvmm.main(["--shapes", str(TINY), "--dtype", "fp32", "--pass", "fwdbwd", "--seconds", "0.02"])
     assert [row.group for row in result.rows] == ["cvmm-up", "cvmm-down"]
     assert all(r.status == "timed" for row in result.rows for r in row.results if r.name != "torch grouped_mm")
+
+
+def test_topk_end_to_end() -> None:
+    quick = ["--tokens", "3", "--points", "1", "--dtype", "fp32", "--pass", "fwd", "--seconds", "0.01"]
+    result = bench_topk.main(quick)
+    assert [row.group for row in result.rows] == ["topk", "topk-glu"]
+    assert all(r.status == "timed" for row in result.rows for r in row.results if r.kind == "ours" or r.name == "dense")
 
 
 def test_sweeps_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,32 @@ def test_topk_ffn_ranks_its_units_in_that_order(
         assert torch.equal(dvalues[:, 0].nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
 
 
+@built
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (40, 7), (300, 33), (300, 299), (1000, 700)])
+@pytest.mark.parametrize("norm_aware", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_core_selects_units_in_that_order_whatever_its_rows_have_in_common(
+    dtype: torch.dtype, norm_aware: bool, n: int, k: int
+) -> None:
+    """Rows of one call: each begins its search where the one before it ended."""
+    alike = torch.randn(8, n) * torch.logspace(-30, 30, 8).unsqueeze(1)
+    up = torch.cat(
+        [strange(12, n, dtype), alike.to(dtype), torch.randn(12, n).to(dtype), torch.zeros(1, n, dtype=dtype)]
+    )
+    norm = (torch.arange(n) % 3 + 1).float() if norm_aware else None
+    score = up.abs().float() if norm is None else up.abs().float() * norm
+    expected = torch.zeros(len(up), n, dtype=torch.bool).scatter(1, stable(score, k), True)
+    index, hidden = torch.empty(len(up), k, dtype=torch.int64), torch.empty_like(up)
+    kept, selected = torch.empty(len(up), k, dtype=dtype), torch.empty(len(up), -(-n // 32), dtype=torch.int32)
+    outputs = (index, kept, hidden, selected, None, None)
+    cpu.call("topk_hidden_forward", (up, None, None, norm, *outputs), cpu.ACTIVATIONS["identity"], k)
+    assert torch.equal(index, expected.nonzero()[:, 1].view(-1, k))
+    assert torch.equal(kept.nan_to_num(nan=7.0), up.gather(1, index).nan_to_num(nan=7.0))
+    assert torch.equal(hidden.nan_to_num(nan=7.0), torch.where(expected, up, 0).nan_to_num(nan=7.0))
+    bits = selected.unsqueeze(2) >> torch.arange(32) & 1
+    assert torch.equal(bits.flatten(1)[:, :n].bool(), expected)
+
+
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 9), (5, 4), (40, 8), (300, 33), (7, 40)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_product_keys_are_the_references_whatever_the_scores(

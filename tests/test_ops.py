@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from sparse_ffn.backends import cpu
 from sparse_ffn.ops.activations import ACTIVATIONS, SMOOTH
 from sparse_ffn.ops.product_key_topk.reference import candidate_pairs
 from sparse_ffn.ops.select import stable_topk
+from sparse_ffn.ops.topk_ffn import cpu as topk_ffn
 
 E, G, D, O = 5, 7, 6, 4
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -253,6 +255,33 @@ def test_topk_ffn_meets_its_reference(
         tensors = {n: t.detach().float().requires_grad_(t.requires_grad) for n, t in tensors.items()}
         dtype = torch.float32  # rounded activations make ties that float64 does not have: compare where it can be
     assert_meets_reference(lambda **t: flat.topk_ffn(**t, **options), tensors, dtype)
+
+
+@pytest.mark.skipif(cpu.PROBLEM is not None, reason="no compiler when the package was installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["plain", "everything"])
+@pytest.mark.parametrize(("forward", "back"), [(False, False), (False, True), (True, False)])
+def test_topk_ffn_in_the_core_is_the_same_gathered_or_dense(
+    forward: bool, back: bool, form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, poisoned: None
+) -> None:
+    monkeypatch.setattr(topk_ffn, "gathers", lambda *sizes: forward)
+    monkeypatch.setattr(topk_ffn, "gathers_back", lambda *sizes: back)
+    for (tokens, units, k), activation in itertools.product(
+        [(7, 11, 3), (1, 32, 32), (0, 11, 3), (5, 200, 70)], ["relu", "silu", "identity"]
+    ):
+        test_topk_ffn_meets_its_reference(tokens, units, k, activation, form, dtype, None)
+
+
+@pytest.mark.skipif(cpu.PROBLEM is not None, reason="no compiler when the package was installed")
+def test_the_core_predicts_that_few_rows_are_gathered_and_many_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rate in topk_ffn.PRODUCTS.values():
+        monkeypatch.setattr(topk_ffn, "_rate", lambda dtype, rate=rate: rate)
+        for tokens, gathers in itertools.product((1, 32, 2048), (topk_ffn.gathers, topk_ffn.gathers_back)):
+            chosen = [gathers(tokens, 4096, k, 1024, torch.float32) for k in range(1, 4097, 15)]
+            assert chosen == sorted(chosen, reverse=True)  # from some k on dense
+            assert not chosen[-1]
+        assert topk_ffn.gathers(2048, 4096, 100, 1024, torch.float32)
+        assert topk_ffn.gathers(1, 4096, 2048, 1024, torch.float32)  # the rows come from memory in any case
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 1), (3, 4), (3, 9), (7, 5), (40, 32), (5, 25)])

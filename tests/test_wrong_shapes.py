@@ -172,6 +172,11 @@ def saved() -> tuple[Operand, ...]:
     return Operand("order", "S", i32), Operand("offsets", "F", i32), Operand("up", "SG"), Operand("glu_gate", "SG")
 
 
+def topk_saved() -> tuple[Operand, ...]:
+    selected = Operand("saved.selected", "TC", i32)  # all units' bits are in one word
+    return selected, Operand("saved.up", "Tk"), *maybe(Operand("saved.glu_gate", "Tk"))
+
+
 def slots() -> tuple[Operand, ...]:
     expert, gather, scatter = (Operand(f"{n}_index", "S", i64, below) for n, below in zip(NAMES, "FNR", strict=True))
     return expert, *maybe(gather, scatter, Operand("reduction_weight", "S"))
@@ -259,13 +264,23 @@ CALLS: dict[str, tuple[tuple[Operand, ...], tuple[int, ...]]] = {
         (),
     ),
     "topk": ((Operand("scores", "TN"), *outputs(Operand("index", "Tk", i64), *maybe(Operand("values", "Tk")))), ()),
-    "topk_activation": (
+    "topk_hidden_forward": (
         (
-            *(Operand("u", "TN"), *maybe(Operand("norm", "N"))),
-            *outputs(Operand("index", "Tk", i64), Operand("kept", "Tk")),
+            Operand("up", "TN"),
+            *maybe(Operand("glu_gate", "TN"), Operand("dropout_mask", "TN"), Operand("norm", "N")),
+            *maybe(*outputs(Operand("index", "Tk", i64), Operand("kept", "Tk"), Operand("hidden", "TN"))),
+            *maybe(*outputs(*topk_saved())),
+        ),
+        (2, SIZES["k"]),
+    ),
+    "topk_hidden_backward": (
+        (
+            *(*topk_saved(), *maybe(Operand("dropout_mask", "TN")), Operand("dhidden", "TN")),
+            *outputs(Operand("hidden", "TN"), Operand("dup", "TN"), Operand("dglu_gate", "TN")),
         ),
         (2,),
     ),
+    "topk_index": ((Operand("selected", "TC", i32), *outputs(Operand("index", "Tk", i64))), (SIZES["N"],)),
 }
 
 

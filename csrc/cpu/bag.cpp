@@ -40,10 +40,12 @@ template <class T> static void gather_row(const sparse_ffn_bag& p, int64_t t, in
 }
 
 template <class T> static void forward_gather(const sparse_ffn_bag& p, T* out) {
+  const int64_t columns = ceil_div(p.O, kGatherColumns);
 #pragma omp parallel for num_threads(larger(1, p.n_threads)) schedule(static)
-  for (int64_t t = 0; t < p.T; t++)
-    for (int64_t first = 0; first < p.O; first += kGatherColumns)
-      gather_row(p, t, first, lesser(kGatherColumns, p.O - first), out + t * p.O + first);
+  for (int64_t i = 0; i < p.T * columns; i++) {  // of a single token threads take columns
+    const int64_t t = i / columns, first = i % columns * kGatherColumns;
+    gather_row(p, t, first, lesser(kGatherColumns, p.O - first), out + t * p.O + first);
+  }
 }
 
 // Columns of a row into registers; those past the end are zero.
@@ -205,7 +207,7 @@ static int backward(const sparse_ffn_bag& p, const T* dout, T* dweight, T* dvalu
   int failed = 0;
 #pragma omp parallel num_threads(larger(1, p.n_threads))
   {
-    const int64_t i = omp_get_thread_num(), n = omp_get_num_threads();
+    const int64_t i = thread_index(), n = thread_count();
     const int64_t n0 = s.part(p.N, i, n), n1 = s.part(p.N, i + 1, n);
     float* packed = scratch_of<float>(kBufferAcc, p.T * kBlock + 1);
     if (packed && p.O) {

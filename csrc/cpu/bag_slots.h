@@ -1,8 +1,7 @@
 // bag_slots.h - the slots of a weighted bag sorted by value row: what lets one pass over the table serve all of its reads.
 #pragma once
-#include <omp.h>
-
 #include "problem.h"
+#include "threads.h"
 #include "types.h"
 
 SPARSE_FFN_BEGIN
@@ -44,7 +43,7 @@ template <class T> static void sort_bag_slots(const sparse_ffn_bag& p, const Sor
   int32_t* next = s.next;
 #pragma omp parallel num_threads(static_cast<int>(s.threads))
   {
-    const int64_t n = omp_get_num_threads(), i = omp_get_thread_num();
+    const int64_t n = thread_count(), i = thread_index();
     const int64_t first = p.T * i / n, last = p.T * (i + 1) / n;
     int32_t* mine = next + i * p.N;
     memset(mine, 0, static_cast<size_t>(p.N) * 4);

@@ -16,12 +16,17 @@ namespace amx_emulated { extern const KernelTable table; }
 #if defined(SPARSE_FFN_HAS_AMX)
 namespace amx { extern const KernelTable table; }
 #endif
+#if defined(__aarch64__)
+#define SPARSE_FFN_EVERYWHERE neon
+#else
+#define SPARSE_FFN_EVERYWHERE generic
+#endif
 #if defined(SPARSE_FFN_X86)
 namespace avx512_bf16 { extern const KernelTable table; }
 namespace avx512 { extern const KernelTable table; }
 namespace avx2 { extern const KernelTable table; }
 #endif
-namespace generic { extern const KernelTable table; }
+namespace SPARSE_FFN_EVERYWHERE { extern const KernelTable table; }
 
 namespace {
 
@@ -60,7 +65,7 @@ Choice choose() {
       {&avx512::table, has_avx512(), true},
       {&avx2::table, has_avx2(), true},
 #endif
-      {&generic::table, true, true},
+      {&SPARSE_FFN_EVERYWHERE::table, true, true},
   };
   const char* forced = getenv("SPARSE_FFN_ISA");
   if (forced && !*forced) forced = nullptr;

@@ -2,11 +2,10 @@
 // threads own hidden units, then output columns, of every touched expert, in one parallel region with one barrier. With an
 // activation that gives zeros, the rows of units that are zero for all tokens of an expert are not read: those of values,
 // and in a GLU those of keys, since the gate comes first. So what is not finite there is not met.
-#include <omp.h>
-
 #include "experts.h"
 #include "gemm_scatter.h"
 #include "hidden.h"
+#include "threads.h"
 
 SPARSE_FFN_BEGIN
 
@@ -131,7 +130,7 @@ template <class T> static int decode(const sparse_ffn_experts& p, T* out) {
   int failed = 0;
 #pragma omp parallel num_threads(larger(1, p.n_threads))
   {
-    const int64_t t = omp_get_thread_num(), n = omp_get_num_threads();
+    const int64_t t = thread_index(), n = thread_count();
     const int64_t g_step = 4, g_groups = ceil_div(p.G, g_step), vectors = ceil_div(p.O, VL);
     const int64_t g0 = lesser(p.G, g_groups * t / n * g_step), g1 = lesser(p.G, g_groups * (t + 1) / n * g_step);
     const int64_t n0 = lesser(p.O, vectors * t / n * VL), n1 = lesser(p.O, vectors * (t + 1) / n * VL);

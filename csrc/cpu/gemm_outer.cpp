@@ -1,8 +1,6 @@
 // gemm_outer.cpp - see gemm_outer.h.
 #include "gemm_outer.h"
 
-#include <omp.h>
-
 SPARSE_FFN_BEGIN
 
 constexpr int64_t kOuterColumns = 256;  // columns of out per piece of work

@@ -1,10 +1,9 @@
 // gemm_rows.h - for each expert: its rows (gathered) times its weights, finished rows handed to a callback in fp32.
 // Threads own rows. Used where the result stays in expert order: the up-projection, and the gradient of the hidden units.
 #pragma once
-#include <omp.h>
-
 #include "line_queue.h"
 #include "pack.h"
+#include "threads.h"
 
 SPARSE_FFN_BEGIN
 
@@ -165,7 +164,7 @@ template <class T, class Finisher> static bool run_row_gemm(const RowGemm<T>& g,
   const int threads = static_cast<int>(larger<int64_t>(1, lesser<int64_t>(g.n_threads, panels)));
 #pragma omp parallel num_threads(threads)
   {
-    const int64_t t = omp_get_thread_num(), n = omp_get_num_threads();
+    const int64_t t = thread_index(), n = thread_count();
     const int64_t first_panel = panels * t / n, last_panel = panels * (t + 1) / n;
     const TilesInUse<T> tiles;
     float* pa = scratch_of<float>(kBufferA, kPanels<T> * panel_size<T>(g.K));

@@ -1,8 +1,6 @@
 // gemm_scatter.cpp - see gemm_scatter.h.
 #include "gemm_scatter.h"
 
-#include <omp.h>
-
 SPARSE_FFN_BEGIN
 
 constexpr int64_t kRowBlock = 32 * kMr;          // rows of an expert copied (if they must be) at a time: whole panels

@@ -31,8 +31,9 @@
                                      float* dscores))                                                                    \
   KERNEL(topk, (const float* scores, int64_t R, int64_t n, int64_t stride, int64_t k, int32_t n_threads, int64_t* index, \
                 float* values))                                                                                          \
-  KERNEL(topk_activation, (const void* u, int64_t T, int64_t F, int64_t stride, int32_t dtype, sparse_ffn_activation,     \
-                           const float* norm, int64_t k, int32_t n_threads, int64_t* index, void* kept))
+  KERNEL(topk_hidden_forward, (const sparse_ffn_topk_hidden&, const sparse_ffn_topk_hidden_out&))                         \
+  KERNEL(topk_hidden_backward, (const sparse_ffn_topk_kept&, const void* dh, void* h, void* d_up, void* d_glu_gate))    \
+  KERNEL(topk_index, (const int32_t* selected, int64_t T, int64_t F, int64_t K, int32_t n_threads, int64_t* index))
 
 namespace sparse_ffn {
 

@@ -86,6 +86,31 @@ struct sparse_ffn_normalised {
   int32_t dtype, norm, n_threads;
 };
 
+struct sparse_ffn_topk_hidden {
+  int64_t T, F, K;
+  int32_t dtype, n_threads;
+  sparse_ffn_activation activation;
+  const void* up;            // [T, F]
+  const void* glu_gate;      // [T, F] or null: no GLU
+  const void* dropout_mask;  // [T, F] or null
+  const float* norm;         // [F] or null
+};
+struct sparse_ffn_topk_hidden_out {  // null: not wanted
+  int64_t* index;            // [T, K]
+  void* kept;                // [T, K]
+  void* hidden;              // [T, F]
+  int32_t* selected;         // [T, ceil(F / 32)]
+  void *up, *glu_gate;       // [T, K]
+};
+struct sparse_ffn_topk_kept {
+  int64_t T, F, K;
+  int32_t dtype, n_threads;
+  sparse_ffn_activation activation;
+  const int32_t* selected;   // [T, ceil(F / 32)]
+  const void *up, *glu_gate; // [T, K]; null: no GLU
+  const void* dropout_mask;  // [T, F] or null
+};
+
 // Row (t, h) has two tables of n scores, at scores + t * stride_t + h * stride_h (+ stride_s).
 struct sparse_ffn_product_keys {
   int64_t T, H, n, k;

@@ -1,7 +1,7 @@
 // quantized.cpp - products with rows of codes: for experts with many slots their numbers are made once and packed as any
 // weights are; for few slots, where reading the codes is the whole cost, they are made in registers. Threads own output
 // columns: the sums do not depend on their number.
-#include <omp.h>
+#include "threads.h"
 
 #include "codes.h"
 #include "gemm_scatter.h"
@@ -263,7 +263,7 @@ template <class T, int kBits> static bool few(const sparse_ffn_quantized& q, T* 
   int failed = 0;
 #pragma omp parallel num_threads(static_cast<int>(larger<int64_t>(1, lesser<int64_t>(p.n_threads, units))))
   {
-    const int64_t t = omp_get_thread_num(), n = omp_get_num_threads();
+    const int64_t t = thread_index(), n = thread_count();
     const int64_t n0 = lesser(p.L, units * t / n * unit), n1 = lesser(p.L, units * (t + 1) / n * unit);
     Work w{};
     w.x = x, w.padded = padded, w.width = round_up(n1 - n0, 2 * VL);

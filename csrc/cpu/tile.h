@@ -27,6 +27,8 @@ template <class T> constexpr bool kOnTiles = kPackedProduct<T> == Product::kTile
 constexpr int kMr = 12;  // 12 x 2 accumulators + 2 of B + 1 broadcast = 27 of 32 registers
 #elif defined(__AVX2__)
 constexpr int kMr = 6;   // 6 x 2 + 2 + 1 = 15 of 16
+#elif defined(__aarch64__)
+constexpr int kMr = 12;  // 12 x 2 + 2 + 1 = 27 of 32
 #else
 constexpr int kMr = 4;
 #endif

@@ -4,6 +4,8 @@
 #include "types.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 SPARSE_FFN_BEGIN
@@ -99,7 +101,7 @@ static ALWAYS_INLINE void store_n(float* p, V v, int n) { _mm512_mask_storeu_ps(
 static ALWAYS_INLINE void store_n(bf16* p, V v, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow_bf16(v)); }
 static ALWAYS_INLINE void store_n(fp16* p, V v, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow_fp16(v)); }
 
-#else  // AVX2 and generic: partial vectors go through a small buffer, out of line: inlined they were half of the build
+#else  // all others: partial vectors go through a small buffer, out of line: inlined they were half of the build
 
 #if defined(__AVX2__)
 static ALWAYS_INLINE V broadcast(const float* p) { return V(_mm256_broadcast_ss(p)); }
@@ -122,6 +124,25 @@ static ALWAYS_INLINE void store(bf16* p, V v) {
 }
 static ALWAYS_INLINE void store(fp16* p, V v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__aarch64__)
+static ALWAYS_INLINE V broadcast(const float* p) { return V(vld1q_dup_f32(p)); }
+static ALWAYS_INLINE V fma(V a, V b, V c) { return V(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b))); }
+static ALWAYS_INLINE V load(const bf16* p) {
+  return reinterpret_cast<V>(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16));
+}
+static ALWAYS_INLINE V load(const fp16* p) {
+  return V(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)))));
+}
+static ALWAYS_INLINE void store(bf16* p, V v) {
+  const uint32x4_t u = vreinterpretq_u32_f32(float32x4_t(v));
+  const uint32x4_t odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
+  const uint32x4_t r = vshrq_n_u32(vaddq_u32(u, vaddq_u32(odd, vdupq_n_u32(0x7fff))), 16);
+  const uint32x4_t number = vceqq_f32(float32x4_t(v), float32x4_t(v));
+  vst1_u16(reinterpret_cast<uint16_t*>(p), vmovn_u32(vbslq_u32(number, r, vdupq_n_u32(0x7fc0))));
+}
+static ALWAYS_INLINE void store(fp16* p, V v) {
+  vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(float32x4_t(v))));
 }
 #else
 static ALWAYS_INLINE V broadcast(const float* p) { return splat(*p); }
@@ -168,6 +189,9 @@ static ALWAYS_INLINE uint32_t lanes_of(VI mask) {
   return _mm512_movepi32_mask(__m512i(mask));
 #elif defined(__AVX2__)
   return static_cast<uint32_t>(_mm256_movemask_ps(__m256(mask)));
+#elif defined(__aarch64__)
+  const uint32x4_t bit = {1, 2, 4, 8};
+  return vaddvq_u32(vandq_u32(reinterpret_cast<uint32x4_t>(mask), bit));
 #else
   uint32_t lanes = 0;
   for (int i = 0; i < VL; i++) lanes |= static_cast<uint32_t>(mask[i] & 1) << i;

@@ -69,7 +69,8 @@ SPARSE_FFN_API const char* sparse_ffn_error(void);
 /* Name of the instruction set in use, one of those that the CPU supports. SPARSE_FFN_ISA=<name> in the environment forces
  * one (for tests); it is read once, at the first call. Null if it names none of them: callers should stop then. */
 SPARSE_FFN_API const char* sparse_ffn_isa(void);
-/* All that the CPU supports of "amx", "avx512_bf16", "avx512", "avx2" and "generic", in this order, separated by spaces. */
+/* All that the CPU supports of "amx", "avx512_bf16", "avx512", "avx2" and "generic", in this order, separated by spaces;
+ * "neon" on aarch64. */
 SPARSE_FFN_API const char* sparse_ffn_isas(void);
 /* Frees the scratch of the calling thread and the outputs' memory that is kept for the next ones. */
 SPARSE_FFN_API void sparse_ffn_release_memory(void);
@@ -282,15 +283,43 @@ typedef struct sparse_ffn_topk_args {
 } sparse_ffn_topk_args;
 SPARSE_FFN_API int sparse_ffn_topk(const sparse_ffn_topk_args* args, int32_t n_threads);
 
-/* TopKFFN: the K units of u with the largest |act(u)| * norm, and act(u) there. */
-typedef struct sparse_ffn_topk_activation_args {
-  sparse_ffn_tensor u;                 /* [T, F], rows */
+/* TopKFFN between its products: of h = act(up) * dropout_mask, or act(glu_gate) * up * dropout_mask with a GLU, the k units
+ * of the largest |h| * norm. Ascending units take the places of K = k. Outputs that are absent are not wanted. */
+typedef struct sparse_ffn_topk_saved {
+  sparse_ffn_tensor selected;          /* [T, W] int32, W = ceil(F/32): bit i % 32 of word i / 32 is set for a selected unit i */
+  sparse_ffn_tensor up;                /* [T, K] */
+  sparse_ffn_tensor glu_gate;          /* [T, K]; absent: no GLU */
+} sparse_ffn_topk_saved;
+typedef struct sparse_ffn_topk_hidden_forward_args {
+  sparse_ffn_tensor up;                /* [T, F] */
+  sparse_ffn_tensor glu_gate;          /* [T, F], or absent: no GLU */
+  sparse_ffn_tensor dropout_mask;      /* [T, F], or absent */
   sparse_ffn_tensor norm;              /* [F] fp32, or absent */
-  sparse_ffn_tensor index;             /* [T, K] int64, by rank */
-  sparse_ffn_tensor kept;              /* [T, K] */
-} sparse_ffn_topk_activation_args;
-SPARSE_FFN_API int sparse_ffn_topk_activation(const sparse_ffn_topk_activation_args* args, int32_t activation,
-                                              int32_t n_threads);
+  sparse_ffn_tensor index;             /* [T, K] int64, or absent */
+  sparse_ffn_tensor kept;              /* [T, K], or absent: h there */
+  sparse_ffn_tensor hidden;            /* [T, F], or absent: h, 0 where a unit is not selected */
+  sparse_ffn_topk_saved saved;         /* all absent: inference */
+} sparse_ffn_topk_hidden_forward_args;
+SPARSE_FFN_API int sparse_ffn_topk_hidden_forward(const sparse_ffn_topk_hidden_forward_args* args, int32_t activation,
+                                                  int32_t k, int32_t n_threads);
+
+/* Of hidden as above. dup may be dhidden. */
+typedef struct sparse_ffn_topk_hidden_backward_args {
+  sparse_ffn_topk_saved saved;
+  sparse_ffn_tensor dropout_mask;      /* of the forward pass */
+  sparse_ffn_tensor dhidden;           /* [T, F] */
+  sparse_ffn_tensor hidden;            /* [T, F], as above, an output */
+  sparse_ffn_tensor dup, dglu_gate;    /* [T, F]; dglu_gate is absent without a GLU */
+} sparse_ffn_topk_hidden_backward_args;
+SPARSE_FFN_API int sparse_ffn_topk_hidden_backward(const sparse_ffn_topk_hidden_backward_args* args, int32_t activation,
+                                                   int32_t n_threads);
+
+/* The selected units of F in ascending order. */
+typedef struct sparse_ffn_topk_index_args {
+  sparse_ffn_tensor selected;          /* [T, W] int32, as above */
+  sparse_ffn_tensor index;             /* [T, K] int64 */
+} sparse_ffn_topk_index_args;
+SPARSE_FFN_API int sparse_ffn_topk_index(const sparse_ffn_topk_index_args* args, int32_t n_units, int32_t n_threads);
 
 #ifdef __cplusplus
 }

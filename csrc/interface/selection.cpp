@@ -12,6 +12,9 @@ sparse_ffn_product_keys take_product_keys(Operands& o, const sparse_ffn_tensor& 
   return {o['T'], o['H'], n, k, scores.stride[0], scores.stride[1], scores.stride[2], n_threads};
 }
 
+// That hold a bit for each unit.
+int64_t words(int64_t n_units) { return (n_units + 31) / 32; }
+
 }  // namespace
 }  // namespace sparse_ffn
 
@@ -54,18 +57,57 @@ int sparse_ffn_topk(const sparse_ffn_topk_args* a, int32_t n_threads) {
   return done(kernels().topk(scores, o['R'], o['N'], a->scores.stride[0], o['K'], n_threads, index, values));
 }
 
-int sparse_ffn_topk_activation(const sparse_ffn_topk_activation_args* a, int32_t activation, int32_t n_threads) {
+int sparse_ffn_topk_hidden_forward(const sparse_ffn_topk_hidden_forward_args* a, int32_t activation, int32_t k,
+                                   int32_t n_threads) {
   Operands o;
-  const void* u = o.take<void>("u", a->u, "TF", Strides::kRows);
-  const float* norm = o.maybe<float>("norm", a->norm, "F");
-  int64_t* index = o.take<int64_t>("index", a->index, "TK");
-  void* kept = o.take<void>("kept", a->kept, "TK");
-  const sparse_ffn_activation known = take_activation(o, activation);
-  o.require(o['K'] <= o['F'], "k must be at most the number of units");
+  o.let('K', k);
+  sparse_ffn_topk_hidden p{};
+  p.up = o.take<void>("up", a->up, "TF");
+  p.glu_gate = o.maybe<void>("glu_gate", a->glu_gate, "TF");
+  p.dropout_mask = o.maybe<void>("dropout_mask", a->dropout_mask, "TF");
+  p.norm = o.maybe<float>("norm", a->norm, "F");
+  o.let('W', words(o['F']));
+  sparse_ffn_topk_hidden_out out{};
+  out.index = o.maybe<int64_t>("index", a->index, "TK");
+  out.kept = o.maybe<void>("kept", a->kept, "TK");
+  out.hidden = o.maybe<void>("hidden", a->hidden, "TF");
+  out.selected = o.maybe<int32_t>("saved.selected", a->saved.selected, "TW");
+  out.up = o.maybe<void>("saved.up", a->saved.up, "TK");
+  out.glu_gate = o.maybe<void>("saved.glu_gate", a->saved.glu_gate, "TK");
+  p.activation = take_activation(o, activation);
+  o.require(k >= 0 && k <= o['F'], "k must be from 0 to the number of units, got %d", k);
+  o.require(!out.glu_gate || p.glu_gate, "glu_gate is missing");
   o.count("units", o['F']);
-  if (o.status() || !o['K']) return o.status();
-  return done(kernels().topk_activation(u, o['T'], o['F'], a->u.stride[0], o.dtype(), known, norm, o['K'], n_threads,
-                                        index, kept));
+  p.T = o['T'], p.F = o['F'], p.K = k, p.dtype = o.dtype(), p.n_threads = n_threads;
+  return o.status() || !p.T ? o.status() : done(PHASE("select", kernels().topk_hidden_forward(p, out)));
+}
+
+int sparse_ffn_topk_hidden_backward(const sparse_ffn_topk_hidden_backward_args* a, int32_t activation, int32_t n_threads) {
+  Operands o;
+  sparse_ffn_topk_kept p{};
+  const void* dhidden = o.take<void>("dhidden", a->dhidden, "TF");
+  o.let('W', words(o['F']));
+  p.selected = o.take<int32_t>("saved.selected", a->saved.selected, "TW");
+  p.up = o.take<void>("saved.up", a->saved.up, "TK");
+  p.glu_gate = o.maybe<void>("saved.glu_gate", a->saved.glu_gate, "TK");
+  p.dropout_mask = o.maybe<void>("dropout_mask", a->dropout_mask, "TF");
+  void* hidden = o.take<void>("hidden", a->hidden, "TF");
+  void* dup = o.take<void>("dup", a->dup, "TF");
+  void* dglu_gate = p.glu_gate ? o.take<void>("dglu_gate", a->dglu_gate, "TF") : nullptr;
+  p.activation = take_activation(o, activation);
+  o.count("units", o['F']);
+  p.T = o['T'], p.F = o['F'], p.K = o['K'], p.dtype = o.dtype(), p.n_threads = n_threads;
+  if (o.status() || !p.T) return o.status();
+  return done(PHASE("dselect", kernels().topk_hidden_backward(p, dhidden, hidden, dup, dglu_gate)));
+}
+
+int sparse_ffn_topk_index(const sparse_ffn_topk_index_args* a, int32_t n_units, int32_t n_threads) {
+  Operands o;
+  o.require(n_units >= 0, "n_units must not be negative, got %d", n_units);
+  o.let('W', words(n_units));
+  const int32_t* selected = o.take<int32_t>("selected", a->selected, "TW");
+  int64_t* index = o.take<int64_t>("index", a->index, "TK");
+  return o.status() ? o.status() : done(kernels().topk_index(selected, o['T'], n_units, o['K'], n_threads, index));
 }
 
 }  // extern "C"

@@ -51,7 +51,8 @@ def aux_loss(model: nn.Module) -> Tensor:
                 stacklevel=2,
             )
     device = losses[0][2].device
-    return torch.stack([loss.to(device, torch.float32) for _, _, loss in losses]).sum()
+    found = [loss.to(device, torch.float32) for _, _, loss in losses]
+    return found[0].clone() if len(found) == 1 else torch.stack(found).sum()  # never a layer's own tensor
 
 
 def routing_stats(model: nn.Module, *, sync: Sync = False) -> dict[str, dict[str, Any]]:

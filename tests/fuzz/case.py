@@ -14,6 +14,7 @@ from torch import Tensor
 import sparse_ffn as sf
 from sparse_ffn import ops
 from sparse_ffn.backends import cpu
+from sparse_ffn.ops.topk_ffn.cpu import gathers, gathers_back
 
 from .numbers import LOW
 from .sums import Bound, Exact, Overflow
@@ -149,9 +150,14 @@ class Case:
         dense = self.op in (ops.weighted_bag, flat.topk_ffn)
         smooth = self.options.get("activation") in SMOOTH
         if backend == "cpu":  # where a smooth activation is flat an infinite gradient arrives
-            of_torch = self.op is flat.topk_ffn and bool(self.tensors.keys() & {"gate_keys", "dropout_mask"})
-            return smooth and (gradient or of_torch)
+            return (smooth and gradient) or (self.op is flat.topk_ffn and not self.gathers(gradient))
         return backend == "reference" or dense or smooth
+
+    def gathers(self, gradient: bool) -> bool:
+        """Whether the CPU core reads the selected units' rows and no others: a dense product multiplies by zero."""
+        (tokens, _), (n_units, width) = self.tensors["x"].shape, self.tensors["values"].shape
+        sizes = (tokens, n_units, self.options["k"], width, self.dtype)
+        return gathers(*sizes) and (not gradient or gathers_back(*sizes))
 
     def wrong(
         self, actual: Tensor, expected: Tensor, allowed: Tensor, lost: Tensor, leaks: bool, any_sign: bool

@@ -41,7 +41,9 @@ OPTIONS = {
     "product_key_topk": 0,
     "product_key_topk_backward": 0,
     "topk": 0,
-    "topk_activation": 1,
+    "topk_hidden_forward": 2,
+    "topk_hidden_backward": 1,
+    "topk_index": 1,
 }
 """The functions of the core, each with the number of its options between the tensors and the threads."""
 _ERRORS = {1: ValueError, 2: IndexError, 3: MemoryError, 4: ValueError, 5: TypeError}
@@ -119,7 +121,8 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
 def empty_for_torch(*shape: int, dtype: torch.dtype) -> Tensor:
     """``empty`` for an output that torch's kernels write and not the core, which finds its outputs' memory itself."""
     out = empty(*shape, dtype=dtype)
-    _library.sparse_ffn_advise_huge_pages(out.data_ptr(), out.nbytes)
+    if out.nbytes >= HUGE_PAGE:
+        _library.sparse_ffn_advise_huge_pages(out.data_ptr(), out.nbytes)
     return out
 
 

@@ -55,7 +55,7 @@ class Operator:
             its name, or the gradient of the first operand. Its arguments are named after what they are: ``grad`` of
             the first output, ``grad_<output>`` of another, operands, outputs and options of the forward pass, and
             ``<operand>_size`` or ``<operand>_stride`` of an operand that need not be kept.
-        shapes: what ``forward`` returns for these arguments, uninitialised.
+        shapes: what ``forward`` returns for these arguments and, where there are several, this backend, uninitialised.
         implementation: the module of the backend that a name means.
         indices: of ``forward`` and of ``backward``: the indices that must be checked, for these arguments.
         gradient: an uninitialised gradient of a tensor.
@@ -121,7 +121,7 @@ class Operator:
     def _fake(
         self, name: str, arguments: list[Part], outputs: list[Part], returned: list[Part], choice: Iterable[str]
     ) -> Callable[..., Any]:
-        lines = _unpacked(f"shapes({self._packed(arguments)})", outputs, returned)
+        lines = _unpacked(f"shapes({', '.join([self._packed(arguments), *choice])})", outputs, returned)
         return self._function(name, [*_types(arguments), *choice], lines)
 
     def _backward_fake(self, arguments: dict[str, str], gradients: list[Part]) -> Callable[..., Any]:

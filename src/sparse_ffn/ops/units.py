@@ -22,4 +22,6 @@ class Units(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> Units:
         """The same units in another dtype."""
+        if all(t is None or t.dtype == dtype for t in self):
+            return self
         return Units._make([None if t is None else t.to(dtype) for t in self])

@@ -97,49 +97,49 @@ class Pool:
         return total[0] / total[1].clamp_min(1)
 
 
-def entropy(routing: AnyRouting, pool: Pool) -> Tensor:
+def entropy(routing: AnyRouting, pool: Pool, weight: float) -> Tensor:
     """Negative entropy of the mean softmax, or with null experts its divergence from the targets, less log E."""
     plain = pool.null is None and not isinstance(pool.count_B1, Tensor) and not under_transforms()
     if isinstance(routing, FusedRouting) and plain:
         count = pool.count_B1
-        summed: Tensor = _MeanNegativeEntropy.apply(routing.softmax_BE, count)  # type: ignore[no-untyped-call]
-        return summed
+        found: Tensor = _MeanNegativeEntropy.apply(routing.softmax_BE, count, weight)  # type: ignore[no-untyped-call]
+        return found
     p_BE = pool.mean_softmax(routing)
     # clamped: at p = 0 the logarithm's infinite slope would meet the softmax's zero one
     log_BE = p_BE.clamp_min(torch.finfo(p_BE.dtype).tiny).log()
     if pool.null is not None:
         log_BE = log_BE - pool.null.targets(p_BE).log()
-    return pool.over_groups((p_BE * log_BE).sum(1))
+    return weight * pool.over_groups((p_BE * log_BE).sum(1))
 
 
 class _MeanNegativeEntropy(torch.autograd.Function):
-    """Mean over the groups of sum_e p_e log p_e, p = sums / count: one node instead of seven."""
+    """The weighted mean over the groups of sum_e p_e log p_e, p = sums / count: one node instead of eight."""
 
     @staticmethod
-    def forward(ctx: Any, sums_BE: Tensor, count: int) -> Tensor:
+    def forward(ctx: Any, sums_BE: Tensor, count: int, weight: float) -> Tensor:
         p_BE = sums_BE / count
         ctx.save_for_backward(p_BE)
-        ctx.factor = 1 / (count * sums_BE.shape[0])
-        loss: Tensor = torch.special.entr(p_BE).sum() * (-1 / sums_BE.shape[0])
+        ctx.factor = weight / (count * sums_BE.shape[0])
+        loss: Tensor = torch.special.entr(p_BE).sum() * (-weight / sums_BE.shape[0])
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (p_BE,) = ctx.saved_tensors
         slope_BE = p_BE.clamp_min(torch.finfo(p_BE.dtype).tiny).log_().add_(1)
-        return slope_BE.mul_(grad * ctx.factor), None
+        return slope_BE.mul_(grad * ctx.factor), None, None
 
 
-def switch(routing: AnyRouting, pool: Pool) -> Tensor:
+def switch(routing: AnyRouting, pool: Pool, weight: float) -> Tensor:
     """Eq. 17, literally for any k: f sums to k. The gradient flows through p only."""
     p_BE = pool.mean_softmax(routing)
     f_BE = pool.mean(_by_expert(routing, torch.ones_like(routing.gate_TK), pool.n_experts))
     if pool.null is not None:
         f_BE = f_BE / pool.null.targets(f_BE)
-    return pool.over_groups(pool.n_experts * (f_BE * p_BE).sum(1))
+    return weight * pool.over_groups(pool.n_experts * (f_BE * p_BE).sum(1))
 
 
-def cv2(routing: AnyRouting, pool: Pool) -> Tensor:
+def cv2(routing: AnyRouting, pool: Pool, weight: float) -> Tensor:
     """Squared coefficient of variation of the experts' importance, the gates being normalised per token.
 
     Null experts take their part of a token's gates, and no part in the variation.
@@ -152,18 +152,19 @@ def cv2(routing: AnyRouting, pool: Pool) -> Tensor:
     mean_B1 = importance_BE.mean(1, keepdim=True)
     variance_B = (importance_BE - mean_B1).square().mean(1)
     mean_B = mean_B1.squeeze(1)
-    return pool.over_groups(variance_B / torch.where(mean_B > 0, mean_B, 1).square())
+    return weight * pool.over_groups(variance_B / torch.where(mean_B > 0, mean_B, 1).square())
 
 
-def z(routing: AnyRouting, pool: Pool) -> Tensor:
+def z(routing: AnyRouting, pool: Pool, weight: float) -> Tensor:
     """Mean squared logsumexp of the logits."""
     assert isinstance(routing, Routing), "z is in NEED_LOGITS"
-    return pool.over_groups(pool.mean(torch.logsumexp(routing.logits_TE, dim=1, keepdim=True).square()).squeeze(1))
+    squared_B1 = pool.mean(torch.logsumexp(routing.logits_TE, dim=1, keepdim=True).square())
+    return weight * pool.over_groups(squared_B1.squeeze(1))
 
 
 NEED_LOGITS = ("z",)
 """Losses that need the logits, not only their softmax sums and the gates."""
-LOSSES: dict[str, Callable[[AnyRouting, Pool], Tensor]] = {
+LOSSES: dict[str, Callable[[AnyRouting, Pool, float], Tensor]] = {
     "entropy": entropy,
     "switch": switch,
     "cv2": cv2,
@@ -234,7 +235,7 @@ def weighted_losses(
     """``balance_loss`` of arguments that are right, and with null experts if the router's last ones are."""
     with without_autocast(routing.gate_TK):
         pool = Pool(mask_T, n_sequences, sync, routing, null)
-        losses = [weight * LOSSES[name](routing, pool) for name, weight in terms]
+        losses = [LOSSES[name](routing, pool, weight) for name, weight in terms]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
 

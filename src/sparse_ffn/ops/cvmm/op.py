@@ -57,7 +57,7 @@ def implementation(backend: str) -> Backend:
     return others[backend]
 
 
-def _shapes(x: Tensor, weight: Tensor, slots: Slots, n_out: int) -> Tensor:
+def _shapes(x: Tensor, weight: Tensor, slots: Slots, n_out: int, backend: str) -> Tensor:
     return x.new_empty(n_out, weight.shape[2])
 
 

@@ -43,7 +43,7 @@ def implementation(backend: str) -> Backend:
     return others[backend]
 
 
-def _shapes(scores: Tensor, k: int) -> Best:
+def _shapes(scores: Tensor, k: int, backend: str) -> Best:
     best = scores.new_empty(*scores.shape[:2], k)
     return Best(best, torch.empty_like(best, dtype=torch.int64))
 

@@ -13,7 +13,7 @@ class Saved(NamedTuple):
     """What a forward pass keeps for the backward pass: of the selected units, in one order."""
 
     selected: Tensor
-    """int32 [T, K]."""
+    """int32 [T, K]; of the CPU core, whose order is ascending, a bit for each unit, int32 [T, ceil(F / 32)]."""
     up: Tensor
     """[T, K], keys x + key_bias."""
     glu_gate: Tensor | None
@@ -34,6 +34,11 @@ class Backend(Protocol):
         self, x: Tensor, units: Units, k: int, dropout_mask: Tensor | None, activation: str, norm_aware: bool
     ) -> tuple[Tensor, Saved]:
         """The output [T, O], and what the backward pass needs."""
+
+    def inference(
+        self, x: Tensor, units: Units, k: int, dropout_mask: Tensor | None, activation: str, norm_aware: bool
+    ) -> Tensor:
+        """The output, nothing kept."""
 
     def backward(
         self, grad: Tensor, x: Tensor, units: Units, dropout_mask: Tensor | None, saved: Saved, activation: str

@@ -1,53 +1,131 @@
-"""Top-k FFN in the CPU core: select fused after the first product, then only the selected units are touched."""
+"""Top-k FFN in the CPU core: torch multiplies by the keys, the core selects, then only the selected units are touched.
+
+Where so many units are selected that reading their rows one by one takes longer than a dense product, the products are
+torch's, of matrices with zeros: see ``gathers``. Kept are the selected units' pre-activations, and a bit for each unit.
+"""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
 from sparse_ffn.backends import cpu
-from sparse_ffn.backends.cpu import ACTIVATIONS
-from sparse_ffn.ops.activations import hidden
-from sparse_ffn.ops.products import linear
+from sparse_ffn.backends.cpu import ACTIVATIONS, contiguous
+from sparse_ffn.ops.products import linear, product, slow_dtypes, supported
 from sparse_ffn.ops.topk_ffn import by_products
 from sparse_ffn.ops.topk_ffn.backend import Gradients, Saved
-from sparse_ffn.ops.topk_ffn.reference import rank
 from sparse_ffn.ops.units import Units
 from sparse_ffn.ops.weighted_bag import cpu as bag
 
 # T tokens, K selected units, F hidden units, D d_model, O d_out
+
+# Measured of one thread. Multiply-adds per second: gathering, in either pass; torch's products, of fp32 on Zen 5 and on
+# Sapphire Rapids (54e9, 75e9), of 16 bits on the one and, with AMX, on the other. Bytes per second from the last cache.
+GATHER, GATHER_BACK = 22e9, 50e9
+PRODUCTS = {"fp32": 60e9, "half": 240e9, "amx": 480e9}
+ROWS, TABLE = 50e9, 70e9
+FEW = 1 << 17
+"""Multiply-adds of a gather up to which it is taken in any case: it takes less time than a call."""
+
+
+def gathers(T: int, n_units: int, k: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether reading the k selected rows of each token is predicted to be faster than a dense product."""
+    if T * k * width <= FEW:
+        return True
+    dense = max(T * n_units / _rate(dtype), n_units * dtype.itemsize / TABLE)
+    return max(T * k / GATHER, min(n_units, T * k) * dtype.itemsize / ROWS) < dense
+
+
+def gathers_back(T: int, n_units: int, k: int, width: int, dtype: torch.dtype) -> bool:
+    """The same for the backward pass, which writes a row for every unit in any case."""
+    if T * k * width <= FEW:
+        return True
+    return T * k / GATHER_BACK + n_units * dtype.itemsize / TABLE < T * n_units / _rate(dtype)
+
+
+@functools.cache
+def _rate(dtype: torch.dtype) -> float:
+    if dtype == torch.float32 or dtype in slow_dtypes():
+        return PRODUCTS["fp32"]
+    return PRODUCTS["amx" if supported("amx_tile") else "half"]
 
 
 def forward(
     x: Tensor, units: Units, k: int, dropout_mask: Tensor | None, activation: str, norm_aware: bool
 ) -> tuple[Tensor, Saved]:
     """The output, and what the backward pass needs."""
+    T, F = x.shape[0], units.keys.shape[0]
+    saved = Saved(
+        cpu.empty(T, (F + 31) // 32, dtype=torch.int32),
+        cpu.empty(T, k, dtype=x.dtype),
+        None if units.gate_keys is None else cpu.empty(T, k, dtype=x.dtype),
+    )
+    return _output(x, units, k, dropout_mask, activation, norm_aware, saved), saved
+
+
+def inference(
+    x: Tensor, units: Units, k: int, dropout_mask: Tensor | None, activation: str, norm_aware: bool
+) -> Tensor:
+    """The output, nothing kept."""
+    return _output(x, units, k, dropout_mask, activation, norm_aware, (None, None, None))
+
+
+def _output(
+    x: Tensor,
+    units: Units,
+    k: int,
+    dropout_mask: Tensor | None,
+    activation: str,
+    norm_aware: bool,
+    saved: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> Tensor:
     keys, values, gate_keys, key_bias = units
+    T, (F, O) = x.shape[0], values.shape
     up_TF = linear(x, keys, key_bias)
-    if gate_keys is None and dropout_mask is None:
-        norm_F = values.float().norm(dim=1) if norm_aware else None
-        index, kept_TK = _select_activation(up_TF, k, activation, norm_F)
-        return bag.forward(values, index, kept_TK), Saved(index.to(torch.int32), up_TF.gather(1, index), None)
     glu_gate_TF = None if gate_keys is None else linear(x, gate_keys)
-    h_TF = hidden(activation, up_TF, glu_gate_TF, dropout_mask)
-    index = _select(rank(h_TF, values, norm_aware), k)
-    glu_gate_TK = None if glu_gate_TF is None else glu_gate_TF.gather(1, index)
-    saved = Saved(index.to(torch.int32), up_TF.gather(1, index), glu_gate_TK)
-    return bag.forward(values, index, h_TF.gather(1, index)), saved
+    norm_F = values.float().norm(dim=1) if norm_aware else None
+    selected = (up_TF, glu_gate_TF, contiguous(dropout_mask), norm_F)
+    if gathers(T, F, k, O, x.dtype):
+        index, kept = cpu.empty(T, k, dtype=torch.int64), cpu.empty(T, k, dtype=x.dtype)
+        cpu.call("topk_hidden_forward", (*selected, index, kept, None, *saved), ACTIVATIONS[activation], k)
+        return bag.forward(values, index, kept)
+    h_TF = cpu.empty(T, F, dtype=x.dtype)
+    cpu.call("topk_hidden_forward", (*selected, None, None, h_TF, *saved), ACTIVATIONS[activation], k)
+    return product(h_TF, values)
 
 
 def backward(
     grad: Tensor, x: Tensor, units: Units, dropout_mask: Tensor | None, saved: Saved, activation: str
 ) -> Gradients:
     """The gradients."""
-    return by_products.backward(_Bags(saved.selected), grad, x, units, dropout_mask, saved, activation)
+    T, k = saved.up.shape
+    keys, values, gate_keys, key_bias = units
+    F, O = values.shape
+    if gathers_back(T, F, k, O, x.dtype):
+        index = cpu.empty(T, k, dtype=torch.int64)
+        cpu.call("topk_index", (saved.selected, index), F)
+        listed = saved._replace(selected=index)
+        return by_products.backward(_Bags(index), grad, x, units, dropout_mask, listed, activation)
+    h_TF, dh_TF = cpu.empty(T, F, dtype=x.dtype), product(grad, values.t())
+    dglu_gate_TF = None if gate_keys is None else cpu.empty(T, F, dtype=x.dtype)
+    tensors = (*saved, contiguous(dropout_mask), dh_TF, h_TF, dh_TF, dglu_gate_TF)
+    cpu.call("topk_hidden_backward", tensors, ACTIVATIONS[activation])
+    dup_TF = dh_TF
+    dvalues, dkeys, dx = product(h_TF.t(), grad), product(dup_TF.t(), x), product(dup_TF, keys)
+    dkey_bias = None if key_bias is None else dup_TF.sum(0)
+    if gate_keys is None or dglu_gate_TF is None:
+        return Gradients(dx, Units(dkeys, dvalues, None, dkey_bias))
+    dx.add_(product(dglu_gate_TF, gate_keys))
+    return Gradients(dx, Units(dkeys, dvalues, product(dglu_gate_TF.t(), x), dkey_bias))
 
 
 class _Bags:
     """Products row by row."""
 
     def __init__(self, index: Tensor) -> None:
-        self.index = index.long()
+        self.index = index
 
     def both_gradients(self, grad: Tensor, values: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         return bag.backward(grad, values, self.index, h)
@@ -58,18 +136,3 @@ class _Bags:
     def sums(self, dup: Tensor, bias: Tensor) -> Tensor:
         total = torch.zeros(bias.shape[0], dtype=torch.float32, device="cpu")
         return total.index_add_(0, self.index.flatten(), dup.flatten().float()).to(bias.dtype)
-
-
-def _select_activation(u: Tensor, k: int, activation: str, norm: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The k units of the largest |act(u)| (times norm), int64 [T, K], and act(u) there."""
-    index, kept = cpu.empty(u.shape[0], k, dtype=torch.int64), cpu.empty(u.shape[0], k, dtype=u.dtype)
-    cpu.call("topk_activation", (u, norm, index, kept), ACTIVATIONS[activation])
-    return index, kept
-
-
-def _select(scores: Tensor, k: int) -> Tensor:
-    """The k largest of each row, ties to the lower index."""
-    scores = scores.float().contiguous()
-    index = cpu.empty(scores.shape[0], k, dtype=torch.int64)
-    cpu.call("topk", (scores, index, None))
-    return index

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_ffn.backends.choice import choose
 from sparse_ffn.ops.autocast import autocast_dtype, cast, casts_inside
-from sparse_ffn.ops.operator import Operator
+from sparse_ffn.ops.operator import Operator, wanted
 from sparse_ffn.ops.topk_ffn import reference
 from sparse_ffn.ops.topk_ffn.backend import Backend, Saved
 from sparse_ffn.ops.units import Units
@@ -36,7 +36,8 @@ def topk_ffn(
     units = units if casts_inside(chosen) else units.to(dtype)
     if chosen == "reference":
         return reference.topk_ffn(x, units, k, dropout_mask, activation, norm_aware)
-    out: Tensor = _op.forward(x, *units, k, dropout_mask, activation, norm_aware, chosen)[0]
+    arguments = (x, *units, k, dropout_mask, activation, norm_aware, chosen)
+    out: Tensor = _op.forward(*arguments)[0] if wanted(x, *units) else _op.inference(*arguments)
     return out
 
 
@@ -54,9 +55,10 @@ def implementation(backend: str) -> Backend:
 
 
 def _shapes(x: Tensor, units: Units, k: int, *rest: Any) -> tuple[Tensor, Saved]:
-    up = x.new_empty(x.shape[0], k)
-    glu_gate = None if units.gate_keys is None else torch.empty_like(up)
-    return x.new_empty(x.shape[0], units.values.shape[1]), Saved(torch.empty_like(up, dtype=torch.int32), up, glu_gate)
+    T, (F, O), backend = x.shape[0], units.values.shape, rest[-1]
+    selected = x.new_empty(T, (F + 31) // 32 if backend == "cpu" else k, dtype=torch.int32)
+    up = x.new_empty(T, k)
+    return x.new_empty(T, O), Saved(selected, up, None if units.gate_keys is None else torch.empty_like(up))
 
 
 _op = Operator("topk_ffn", Backend, _shapes, implementation=implementation)

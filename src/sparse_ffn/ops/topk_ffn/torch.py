@@ -34,6 +34,13 @@ def forward(
     return bag.forward(values, index, h_TF.gather(1, index)), saved
 
 
+def inference(
+    x: Tensor, units: Units, k: int, dropout_mask: Tensor | None, activation: str, norm_aware: bool
+) -> Tensor:
+    """The output."""
+    return forward(x, units, k, dropout_mask, activation, norm_aware)[0]
+
+
 def backward(
     grad: Tensor, x: Tensor, units: Units, dropout_mask: Tensor | None, saved: Saved, activation: str
 ) -> Gradients:

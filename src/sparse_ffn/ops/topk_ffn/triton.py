@@ -98,6 +98,13 @@ def _sorted(
     return h_TF.gather(1, index), Saved(index.to(torch.int32), up_TF.gather(1, index), glu_gate_TK)
 
 
+def inference(
+    x: Tensor, units: Units, k: int, dropout_mask: Tensor | None, activation: str, norm_aware: bool
+) -> Tensor:
+    """The output."""
+    return forward(x, units, k, dropout_mask, activation, norm_aware)[0]
+
+
 @on_device
 def backward(
     grad: Tensor, x: Tensor, units: Units, dropout_mask: Tensor | None, saved: Saved, activation: str

@@ -77,7 +77,7 @@ def implementation(backend: str) -> Backend:
     return others[backend]
 
 
-def _shapes(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _shapes(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     return values.new_empty(index.shape[0], values.shape[1], dtype=dtype)
 
 
