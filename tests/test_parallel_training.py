@@ -34,6 +34,7 @@ from sparse_ffn.parallel import (
     shard_placement_fn,
 )
 
+pytestmark = pytest.mark.timeout(900)
 D = 16
 TWO_MESHES = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 12)
 
@@ -230,32 +231,23 @@ def test_two_runs_a_recomputation_and_a_copy_agree_to_the_bit() -> None:
     processes.run(again, 2)
 
 
-def compiled(rank: int) -> list[str]:
+def compiled(rank: int, exchange: str) -> int:
     world = dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ep",))
-    problems = []
     torch._dynamo.config.capture_scalar_outputs = True
-    for exchange in ("slots", "tokens", "gather"):
-        torch._dynamo.reset()
-        layer = mixture(False)
-        parallelize_module(layer, mesh, ExpertParallel(exchange=exchange))
-        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-        try:
-            call = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
-            for count in (6, 9, 11):
-                torch.testing.assert_close(call(tokens(rank, count)), layer(tokens(rank, count)))
-            if counter.frame_count != 1:
-                problems.append(f"{exchange}: {counter.frame_count} graphs")
-        except Exception as error:
-            problems.append(f"{exchange}: {type(error).__name__}: {str(error)[:600]}")
-        dist.barrier()
-    return problems
+    layer = mixture(False)
+    parallelize_module(layer, mesh, ExpertParallel(exchange=exchange))
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    call = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for count in (6, 9, 11, 5):
+        torch.testing.assert_close(call(tokens(rank, count + rank)), layer(tokens(rank, count + rank)))
+    return counter.frame_count
 
 
 @pytest.mark.exhaustive
-def test_exchanges_compile_to_one_graph_for_all_token_counts() -> None:
-    for problems in processes.run(compiled, 2):
-        assert not problems
+@pytest.mark.parametrize("exchange", ["gather", "slots", "tokens"])
+def test_an_exchange_is_one_graph_and_after_two_token_counts_others_compile_nothing(exchange: str) -> None:
+    assert max(processes.run(compiled, 2, exchange, timeout=800)) <= 2
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
