@@ -10,9 +10,11 @@ import pytest
 pytest.importorskip("transformers", minversion="5")
 pytest.importorskip("accelerate")
 
-from examples import convert_hf, serve_with_compile, swap_sequential, train_with_trainer
+import processes
 
-EXAMPLES = (convert_hf, serve_with_compile, swap_sequential, train_with_trainer)
+from examples import convert_hf, serve_with_compile, swap_sequential, train_parallel, train_with_trainer
+
+EXAMPLES = (convert_hf, serve_with_compile, swap_sequential, train_parallel, train_with_trainer)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.__name__.rpartition(".")[2])
@@ -50,3 +52,18 @@ def test_train_with_trainer(tmp_path: Path) -> None:
 @pytest.mark.exhaustive
 def test_serve_with_compile() -> None:
     assert serve_with_compile.main(["--backend", "aot_eager", "--requests", "6", "--width", "32"]) == 1
+
+
+def train_on(rank: int, steps: int, out: str) -> list[float]:
+    return train_parallel.main(["--steps", str(steps), "--out", out])
+
+
+@pytest.mark.exhaustive
+def test_train_parallel_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    """Saved on 2, resumed on 1 and on 4: the losses are those of a run that was never stopped."""
+    whole = processes.run(train_on, 2, 12, str(tmp_path / "whole"))[0]
+    start = processes.run(train_on, 2, 4, str(tmp_path / "parts"))[0]
+    (alone,) = processes.run(train_on, 1, 8, str(tmp_path / "parts"))
+    rest = processes.run(train_on, 4, 12, str(tmp_path / "parts"))[0]
+    assert start + alone + rest == pytest.approx(whole, rel=1e-4)
+    assert whole[-1] < whole[0] - 1

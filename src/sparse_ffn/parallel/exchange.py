@@ -68,7 +68,8 @@ class Exchange:
     @property
     def held(self) -> int:
         """Experts of this process."""
-        return shares(self.n_experts, self.mesh.size())[self.mesh.get_local_rank()]
+        held = shares(self.n_experts, self.mesh.size())
+        return held[0] if held[0] == held[-1] else held[self.mesh.get_local_rank()]
 
     def _local(self, index: Tensor) -> Tensor:
         """Indices into the experts of this process; the number that it holds for all others."""
