@@ -47,8 +47,13 @@ class SharedExpertMoE(nn.Module):
     def forward(self, x: Tensor, *, mask: Tensor | None = None, router_input: Tensor | None = None) -> Tensor:
         """As ``SparseFFN``'s; ``mask`` and ``router_input`` are for the routed experts."""
         # both parts check all that they are given before either draws or keeps anything
-        self.routed._check_call(x, mask)
-        self.routed._selector_input(x, router_input)
+        try:
+            self.routed._check_call(x, mask)
+            self.routed._selector_input(x, router_input)
+        except Exception:
+            if self.routed._split is not None:
+                self.routed._split.fail()  # other processes wait for its tokens
+            raise
         shared: Tensor = self.shared(x)
         if self.gate is not None:
             own = (1, self.d_model)
