@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_common
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -40,7 +41,8 @@ from sparse_ffn.parallel import (
 
 pytestmark = pytest.mark.timeout(900)
 D = 16
-TWO_MESHES = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 12)
+TWO_MESHES = hasattr(_fsdp_common, "ShardPlacementResult")
+"""Whether this version of torch shards parameters of one module over several meshes."""
 
 
 def model(sync: bool = True) -> nn.Sequential:
