@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 import sparse_ffn as sf
 from sparse_ffn.parallel import ExpertParallel, HiddenParallel, MemoryParallel
 
+pytestmark = pytest.mark.timeout(900)
 D = 16
 EXCHANGES = ("gather", "slots", "tokens")
 MIXTURES: dict[str, Callable[..., sf.MoE]] = {

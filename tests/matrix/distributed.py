@@ -10,9 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import sparse_ffn as sf
+from sparse_ffn.parallel import ExpertParallel, HiddenParallel, MemoryParallel, clip_grad_norm_, ddp_ignore
 
 from .feature import EVERY_BACKEND, Case, feature
 from .layers import ALL, MIXTURES, assert_near, build, loss, step, tokens
@@ -42,7 +44,12 @@ def _gradients(model: nn.Module, prefix: str) -> dict[str, Tensor]:
     loss(model, model(_batch()[dist.get_rank()])).backward()
     found = {key.removeprefix(prefix): p.grad for key, p in model.named_parameters()}
     assert all(g is not None for g in found.values()), [key for key, g in found.items() if g is None]
-    return {key: g.full_tensor() if hasattr(g, "full_tensor") else g for key, g in found.items()}
+    return {key: whole(g) for key, g in found.items()}
+
+
+def whole(g: Tensor) -> Tensor:
+    """A gradient of all processes."""
+    return g.full_tensor() if hasattr(g, "full_tensor") else g
 
 
 @feature("`DistributedDataParallel`", processes=WORLD)
@@ -106,6 +113,26 @@ def fully_sharded_bf16(name: str) -> None:
         assert g.isfinite().all()
 
 
+@feature("`sparse_ffn.parallel`, split over the processes", processes=WORLD)
+def split_over_processes(name: str) -> None:
+    """Experts, or hidden units, or value rows: gradients are those of one process; DDP wraps it; clipping agrees."""
+    mesh, x = init_device_mesh("cpu", (WORLD,)), _batch()[dist.get_rank()]
+    layer, alone = _layer(name), _layer(name)
+    if name in ("DenseFFN", "TopKFFN"):  # all processes have the same tokens
+        parallelize_module(layer, mesh, HiddenParallel())
+        expected = step(alone, _batch()[0])
+        found = step(layer, _batch()[0])
+        assert_near({key: whole(g) for key, g in found.items()}, expected)
+        return
+    parallelize_module(layer, mesh, MemoryParallel(shard="rows") if name == "ProductKeyMemory" else ExpertParallel())
+    ddp_ignore(layer)
+    model = DistributedDataParallel(layer)
+    loss(model, model(x)).backward()
+    assert_near({key: whole(p.grad) for key, p in layer.named_parameters()}, _averaged(name))
+    norm = torch.nn.utils.get_total_norm(_averaged(name).values())
+    torch.testing.assert_close(clip_grad_norm_(layer.parameters(), 1e9), norm, rtol=1e-4, atol=1e-6)
+
+
 @feature("`share_memory`", processes=WORLD)
 def shared_memory(name: str) -> None:
     """Parameters stay where they are when a process receives the layer: what one writes, the other reads."""
@@ -125,7 +152,7 @@ def shared_memory(name: str) -> None:
 
 SHARED: dict[str, sf.SparseFFN] = {}
 """In a worker: the layers that its parent shares."""
-FEATURES = (data_parallel, synced_balance, fully_sharded, fully_sharded_bf16, shared_memory)
+FEATURES = (data_parallel, synced_balance, fully_sharded, fully_sharded_bf16, split_over_processes, shared_memory)
 Problems = dict[str, str]
 
 

@@ -47,8 +47,13 @@ class SharedExpertMoE(nn.Module):
         # both parts check all that they are given before either draws or keeps anything
         routed, moe = self._own_routed(), self._own_moe()
         if not moe.values.is_meta:  # accelerate's offload brings a part's weights when the part is called
-            routed._check_call(x, mask)
-            routed._selector_input(x, router_input)
+            try:
+                routed._check_call(x, mask)
+                routed._selector_input(x, router_input)
+            except Exception:
+                if moe._split is not None:
+                    moe._split.fail()  # other processes wait for its tokens
+                raise
         shared: Tensor = self.shared(x)
         if self.gate is not None:
             own = (1, self.d_model)

@@ -68,7 +68,8 @@ class Exchange:
     @property
     def held(self) -> int:
         """Experts of this process."""
-        return shares(self.n_experts, self.mesh.size())[self.mesh.get_local_rank()]
+        held = shares(self.n_experts, self.mesh.size())
+        return held[0] if held[0] == held[-1] else held[self.mesh.get_local_rank()]
 
     def _local(self, index: Tensor) -> Tensor:
         """Indices into the experts of this process; the number that it holds for all others."""
@@ -87,7 +88,9 @@ class Exchange:
             RuntimeError: another process has failed before it came here.
         """
         numbers: list[list[int]] = torch.stack(counts).tolist()
-        # under torch.compile and in simulations these are symbols, of which nothing can be asked
+        if torch.compiler.is_compiling():  # they are symbols, of which nothing can be asked
+            return numbers
+        # nor in simulations, where they are numbers of all processes at once
         if failed := [rank for rank, number in enumerate(numbers[-1]) if isinstance(number, int) and number < 0]:
             ranks = [torch.distributed.get_global_rank(self.mesh.get_group(), rank) for rank in failed]
             raise RuntimeError(

@@ -99,8 +99,6 @@ class _Experts(Split):
     def __init__(self, exchange: Exchange, factor: float) -> None:
         super().__init__(exchange.mesh, factor)
         self.exchange = exchange
-        self._apart = True
-        """Whether the others, if they are in a forward, wait for this process's first numbers."""
 
     def route(self, router: nn.Module, x_TR: Tensor, mask_T: Tensor | None) -> Routing:
         """What a router decides whose parameters may be replicated DTensors."""
@@ -122,10 +120,10 @@ class ExchangedExperts(_Experts):
     def experts(self, layer: MoE, x_TD: Tensor, units: ops.Units, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
         """As ``_Experts``."""
         units = self.units(units)
-        self._apart = False
+        self.met = True
         x_RD, index_RK, gate_RK, state = self.exchange.dispatch(x_TD, index_TK, gate_TK)
         y_TO = self.exchange.combine(layer._compute(x_RD, units, index_RK, gate_RK), state)
-        self._apart = True
+        self.met = False
         return y_TO
 
     def whole(self, tensor: Tensor) -> Tensor:
@@ -134,9 +132,9 @@ class ExchangedExperts(_Experts):
 
     def fail(self) -> None:
         """As ``Split``."""
-        if self._apart:
+        if not self.met:
             self.exchange.fail()
-        self._apart = True
+        self.met = False
 
 
 class ReplicatedExperts(_Experts):

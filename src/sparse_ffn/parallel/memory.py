@@ -79,20 +79,27 @@ class _Table(Split):
 
     def bag(self, values: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """The weighted sums [T, O] of the whole table's rows."""
+        table, self.met = self.local(values), True
+        y_TO = self._bag(table, index_TK, weight_TK)
+        self.met = False
+        return y_TO
+
+    def _bag(self, table: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         raise NotImplementedError
 
     def fail(self) -> None:
         """As ``Split``."""
-        self.exchange.fail()
+        if not self.met:
+            self.exchange.fail()
+        self.met = False
 
 
 class Rows(_Table):
     """A process's rows."""
 
-    def bag(self, values: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        """As ``_Table``: rows are as experts, of tokens that have no width yet."""
+    def _bag(self, table: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        # rows are as experts, of tokens that have no width yet
         nothing = weight_TK.new_empty(index_TK.shape[0], 0)
-        table = self.local(values)
         _, index_RK, weight_RK, state = self.exchange.dispatch(nothing, index_TK, weight_TK)
         # entries of other processes weigh 0
         y_RO = ops.weighted_bag(table, index_RK.clamp_max(table.shape[0] - 1), weight_RK)
@@ -102,15 +109,14 @@ class Rows(_Table):
 class Columns(_Table):
     """A process's columns."""
 
-    def bag(self, values: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        """As ``_Table``."""
+    def _bag(self, table: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         tokens, world, own = index_TK.shape[0], self.mesh.size(), self.widths[self.mesh.get_local_rank()]
         told = self.exchange._tell(torch.full((world,), tokens, device=index_TK.device))
         (all_tokens,) = self.exchange._numbers(told)
         longest = max(all_tokens)
         missing = (0, 0, 0, longest - tokens)
         index_AK, weight_AK = (all_gather(F.pad(t, missing), self.mesh) for t in (index_TK.int(), weight_TK))
-        y_AC = ops.weighted_bag(self.local(values), index_AK.long(), weight_AK)
+        y_AC = ops.weighted_bag(table, index_AK.long(), weight_AK)
         blocks = [block[:n] for block, n in zip(torch.split(y_AC, longest), all_tokens, strict=True)] if longest else []
         received, sent = [tokens * width for width in self.widths], [n * own for n in all_tokens]
         flat = torch.cat(blocks).reshape(-1) if blocks else y_AC.reshape(-1)

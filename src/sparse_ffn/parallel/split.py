@@ -27,6 +27,8 @@ class Split:
 
     def __init__(self, mesh: DeviceMesh, factor: float) -> None:
         self.mesh, self.factor = mesh, factor
+        self.met = False
+        """Whether this process has sent its numbers in a forward that has not ended: nobody waits for them then."""
 
     def local(self, tensor: Tensor) -> Tensor:
         """This process's rows or columns of a parameter."""
