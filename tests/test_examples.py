@@ -10,17 +10,18 @@ import pytest
 pytest.importorskip("transformers", minversion="5")
 pytest.importorskip("accelerate")
 
-<<<<<<< HEAD
-from examples import convert_hf, quantize_moe, serve_with_compile, swap_sequential, train_with_trainer
-
-EXAMPLES = (convert_hf, quantize_moe, serve_with_compile, swap_sequential, train_with_trainer)
-=======
 import processes
 
-from examples import convert_hf, serve_with_compile, swap_sequential, train_parallel, train_with_trainer
+from examples import (
+    convert_hf,
+    quantize_moe,
+    serve_with_compile,
+    swap_sequential,
+    train_parallel,
+    train_with_trainer,
+)
 
-EXAMPLES = (convert_hf, serve_with_compile, swap_sequential, train_parallel, train_with_trainer)
->>>>>>> parallel
+EXAMPLES = (convert_hf, quantize_moe, serve_with_compile, swap_sequential, train_parallel, train_with_trainer)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.__name__.rpartition(".")[2])
@@ -60,7 +61,6 @@ def test_serve_with_compile() -> None:
     assert serve_with_compile.main(["--backend", "aot_eager", "--requests", "6", "--width", "32"]) == 1
 
 
-<<<<<<< HEAD
 def test_quantize_moe(tmp_path: Path) -> None:
     assert 0 < quantize_moe.main([]) < 0.1
     folder = tmp_path / "model"
@@ -69,7 +69,8 @@ def test_quantize_moe(tmp_path: Path) -> None:
     assert 0 < error < 0.02
     sizes = [(where / "model.safetensors").stat().st_size for where in (folder, tmp_path / "smaller")]
     assert sizes[1] < 0.65 * sizes[0]
-=======
+
+
 def train_on(rank: int, steps: int, out: str) -> list[float]:
     return train_parallel.main(["--steps", str(steps), "--out", out])
 
@@ -83,4 +84,3 @@ def test_train_parallel_goes_on_with_another_number_of_processes(tmp_path: Path)
     rest = processes.run(train_on, 4, 12, str(tmp_path / "parts"))[0]
     assert start + alone + rest == pytest.approx(whole, rel=1e-4)
     assert whole[-1] < whole[0] - 1
->>>>>>> parallel
