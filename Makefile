@@ -1,10 +1,11 @@
 # Verbs for people and for CI; each one prepares what it needs from a fresh clone.
 PYTHON ?= python3
 BIN := .venv/bin
-# what .venv holds, in three sizes: for the demo, for work on the package, for the benchmarks
+# what .venv holds: for the demo, for work on the package, and beyond that for the benchmarks and the documentation
 DEMO := .venv/.demo
 DEV := .venv/.ready
 PEERS := .venv/.peers
+DOCS := .venv/.docs
 # modules are compiled when they are imported: most of what is installed never is
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --editable
 
@@ -49,7 +50,7 @@ lint: $(DEV)  ## ruff and mypy, as CI runs them
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(DEV)  ## the documentation site, in site/
+docs: $(DOCS)  ## the documentation site, in site/
 	$(BIN)/mkdocs build --strict
 
 format: $(DEV)
@@ -72,3 +73,7 @@ $(DEV): pyproject.toml
 $(PEERS): $(DEV)
 	$(INSTALL) '.[bench,peers]' || echo 'The tables will say which peers are missing.'
 	touch $(PEERS)
+
+$(DOCS): $(DEV)
+	$(INSTALL) '.[docs]'
+	touch $(DOCS)

@@ -505,12 +505,14 @@ def test_layers_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str], n
     assert files["layers.png"].stat().st_size > 0
 
 
+@pytest.mark.exhaustive
 def test_cvmm_end_to_end() -> None:
     result = bench_cvmm.main(["--shapes", str(TINY), "--dtype", "fp32", "--pass", "fwdbwd", "--seconds", "0.02"])
     assert [row.group for row in result.rows] == ["cvmm-up", "cvmm-down"]
     assert all(r.status == "timed" for row in result.rows for r in row.results if r.name != "torch grouped_mm")
 
 
+@pytest.mark.exhaustive
 def test_topk_end_to_end() -> None:
     quick = ["--tokens", "3", "--points", "1", "--dtype", "fp32", "--pass", "fwd", "--seconds", "0.01"]
     result = bench_topk.main(quick)
@@ -518,6 +520,7 @@ def test_topk_end_to_end() -> None:
     assert all(r.status == "timed" for row in result.rows for r in row.results if r.kind == "ours" or r.name == "dense")
 
 
+@pytest.mark.exhaustive
 def test_sweeps_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     small = [

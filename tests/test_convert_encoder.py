@@ -38,6 +38,7 @@ def test_all_experts_give_the_same_embeddings_and_ranking(encoded: Encoded) -> N
     assert ranks[0].mean() > 0.7  # it is a task that the encoder can do
 
 
+@pytest.mark.exhaustive
 @torch.no_grad()
 def test_at_half_the_experts_clusters_lose_less(encoded: Encoded) -> None:
     encoder, heads, _ = encoded

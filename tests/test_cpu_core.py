@@ -19,6 +19,7 @@ from sparse_ffn import functional, ops
 from sparse_ffn.backends import cpu
 from sparse_ffn.backends.choice import choose
 
+WIDE = ("avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
 built = pytest.mark.skipif(cpu.PROBLEM is not None, reason="no compiler when the package was installed")
 
 
@@ -140,7 +141,7 @@ else:
 
 
 @built
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated"])
+@pytest.mark.parametrize("isa", ["generic", *(pytest.param(isa, marks=pytest.mark.exhaustive) for isa in WIDE)])
 def test_every_instruction_set_gives_the_reference_result(isa: str) -> None:
     """One that this CPU lacks is refused: see test_supply_chain.py."""
     code = """
@@ -320,6 +321,7 @@ def test_forcing_the_core_where_it_cannot_compute_is_an_error() -> None:
             layer(torch.randn(3, 8, device="meta"))
 
 
+@pytest.mark.exhaustive
 def test_without_the_core_torch_computes_after_one_warning_that_says_what_to_do() -> None:
     code = """
 import warnings, torch, sparse_ffn as sf

@@ -135,6 +135,7 @@ def fresh(rank: int) -> dict[str, torch.Tensor]:
     return {name: p.full_tensor().detach() for name, p in model.named_parameters()}
 
 
+@pytest.mark.exhaustive
 def test_sharded_layers_on_the_cpu_start_with_the_weights_of_one_process() -> None:
     """With one seed torch drew the same numbers for each process's shard: expert 0 was expert 3."""
     layers = {"0": sf.SigmaMoE(8, 5, 4, 2, glu=True), "1": sf.ProductKeyMemory(8, 3, 2, query_dim=4)}

@@ -58,6 +58,7 @@ print([name for name in set(sys.modules) - before if name.startswith(heavy)], to
     assert out.strip() == "[] False"
 
 
+@pytest.mark.exhaustive
 def test_import_takes_under_three_tenths_of_a_second_beyond_torch() -> None:
     code = """
 import os, torch
@@ -70,6 +71,7 @@ print(busy() - start)
     assert min(float(run(code)) for _ in range(3)) < 0.3
 
 
+@pytest.mark.exhaustive
 def test_info_names_versions_devices_backends_and_the_choice() -> None:
     command = [sys.executable, "-m", "sparse_ffn.info"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -103,6 +105,7 @@ except ValueError as error:
     assert "'reference', 'torch', 'cpu', 'triton', 'cuda'" in out
 
 
+@pytest.mark.exhaustive
 def test_forcing_triton_where_it_cannot_compute_says_why() -> None:
     code = """
 import sys, torch, sparse_ffn as sf

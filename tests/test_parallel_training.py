@@ -233,6 +233,7 @@ def mixture_fp32(mesh: Any, exchange: str) -> nn.Module:
     return parallelize_module(mixture(True, dtype=torch.float32), mesh, ExpertParallel(exchange=exchange))
 
 
+@pytest.mark.exhaustive
 def test_two_runs_a_recomputation_and_a_copy_agree_to_the_bit() -> None:
     processes.run(again, 2)
 
@@ -341,6 +342,7 @@ def one_fails(rank: int) -> float:
     raise AssertionError("survived")
 
 
+@pytest.mark.exhaustive
 def test_a_process_that_raises_or_dies_ends_the_others_before_the_timeout() -> None:
     start = time.monotonic()
     with pytest.raises(processes.Failed) as failed:

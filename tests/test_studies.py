@@ -26,6 +26,7 @@ from studies.plan import Run
 from studies.variants import VARIANTS
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.exhaustive  # it trains, in processes of its own
 TINY = dict(
     d_model=32,
     n_layers=2,
@@ -319,9 +320,7 @@ enwik8.main({arguments!r})
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize(
-    "when", ["step", *(pytest.param(w, marks=pytest.mark.exhaustive) for w in ("checkpoint", "results"))]
-)
+@pytest.mark.parametrize("when", ["step", "checkpoint", "results"])
 def test_a_killed_run_goes_on_to_the_same_numbers(
     when: str, whole: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -407,7 +406,6 @@ def test_a_run_that_diverges_is_recorded_and_not_repeated(
     assert order.left() == []
 
 
-@pytest.mark.exhaustive
 def test_two_jobs_take_a_run_each_and_a_signal_stops_both(text: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "studies.enwik8", *arguments(text, tmp_path, "--sizes", "S", "--jobs", "2")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)

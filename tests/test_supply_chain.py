@@ -139,6 +139,7 @@ def test_a_cuda_library_without_all_symbols_is_not_used_and_the_reason_is_told(t
     assert f"CUDA library: {path} cannot be loaded: " in report.stdout, report.stderr
 
 
+@pytest.mark.exhaustive
 def test_a_library_that_is_named_is_that_file_and_no_other(tmp_path: Path) -> None:
     """The loader looks for a bare name in the system's folders, where this one would be found."""
     for name in ("libm.so.6", "./libm.so.6"):
@@ -149,6 +150,7 @@ def test_a_library_that_is_named_is_that_file_and_no_other(tmp_path: Path) -> No
 # ------------------------------------------------------------------------------------------ environment variables
 
 
+@pytest.mark.exhaustive
 def test_empty_variables_are_as_good_as_none() -> None:
     code = "import torch; from sparse_ffn.backends import choice, cpu; print(choice.explain(), cpu.PROBLEM)"
     names = ("SPARSE_FFN_BACKEND", "SPARSE_FFN_LIBRARY", "SPARSE_FFN_CUDA_LIBRARY", "SPARSE_FFN_ISA")

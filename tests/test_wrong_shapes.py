@@ -28,6 +28,7 @@ from sparse_ffn.routing import DeepSeekRouter
 
 BACKENDS = ("reference", "torch", *(() if cpu.PROBLEM else ("cpu",)))
 TRITON = ("triton",) if importlib.util.find_spec("triton") else ()
+WIDE = ("avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
 built = pytest.mark.skipif(cpu.PROBLEM is not None, reason="no compiler when the package was installed")
 
 
@@ -414,7 +415,7 @@ def test_a_layer_refuses_every_parameter_that_does_not_fit_by_its_name_and_stays
 
 
 @built
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated"])
+@pytest.mark.parametrize("isa", ["generic", *(pytest.param(isa, marks=pytest.mark.exhaustive) for isa in WIDE)])
 def test_the_core_refuses_every_operand_that_does_not_fit_and_touches_nothing(isa: str) -> None:
     if isa not in cpu.instruction_sets():
         pytest.skip("not on this processor")

@@ -46,7 +46,7 @@ class SharedExpertMoE(nn.Module):
         """As ``SparseFFN``'s; ``mask`` and ``router_input`` are for the routed experts."""
         # both parts check all that they are given before either draws or keeps anything
         routed, moe = self._own_routed(), self._own_moe()
-        if not moe.values.is_meta:  # accelerate's offload brings a part's weights when the part is called
+        if moe.values.device.type != "meta":  # accelerate's offload brings a part's weights when the part is called
             try:
                 routed._check_call(x, mask)
                 routed._selector_input(x, router_input)

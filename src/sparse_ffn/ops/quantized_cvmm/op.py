@@ -48,7 +48,7 @@ def implementation(backend: str) -> Backend:
     return cpu if backend == "cpu" else torch
 
 
-def _shapes(x: Tensor, codes: Codes, slots: Slots, down: bool, n_out: int) -> Tensor:
+def _shapes(x: Tensor, codes: Codes, slots: Slots, down: bool, n_out: int, backend: str) -> Tensor:
     return x.new_empty(n_out, codes.shape[2 if down else 1])
 
 
