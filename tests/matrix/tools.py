@@ -95,7 +95,7 @@ def experts_quantized(name: str) -> None:
     sf.quantize_experts_(layer, sf.ExpertQuantization(bits=8))
     found = step(layer, x)
     stored = expected.keys() - found.keys()
-    assert stored == {"keys", "values", "gate_keys"} & expected.keys()
+    assert stored == {key for key in expected if key.rpartition(".")[2] in ("keys", "values", "gate_keys")}
     assert (found["output"] - expected["output"]).norm() < 0.05 * expected["output"].norm()
     sf.dequantize_experts_(layer)
     exact = step(layer, x)

@@ -75,7 +75,7 @@ class LatentMoE(nn.Module):
         """Raise if this is no input of the layer: before the projections are computed."""
         check_floating("x", x)
         moe = self._own_moe()
-        if not moe.values.is_meta:  # accelerate's offload brings a part's weights when the part is called
+        if moe.values.device.type != "meta":  # accelerate's offload brings a part's weights when the part is called
             moe._check_input("x", x)
         if not x.dim() or x.shape[-1] != self.d_model:
             raise ValueError(f"x must have shape [..., d_model = {self.d_model}], got {list(x.shape)}")
