@@ -93,7 +93,7 @@ class LatentMoE(nn.Module):
 
     def _selector_input(self, x: Tensor, router_input: Tensor | None) -> Tensor:
         moe, seen = self._own_moe(), x if router_input is None else router_input
-        return seen if moe.values.is_meta else moe._selector_input(x, seen)
+        return seen if moe.values.device.type == "meta" else moe._selector_input(x, seen)
 
     @property
     def k(self) -> int:
