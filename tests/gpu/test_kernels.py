@@ -51,7 +51,7 @@ def test_expert_ffn_with_every_activation(activation: str, form: str, device: st
 
 
 @fp32_first
-@pytest.mark.parametrize("n_experts", [1, 3], ids=["dense", "sorted"])
+@pytest.mark.parametrize("n_experts", [pytest.param(1, marks=pytest.mark.exhaustive), 3], ids=["dense", "sorted"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_and_their_derivatives_are_right_everywhere(
     activation: str, n_experts: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
@@ -204,6 +204,7 @@ def test_parts_only_where_they_fill_the_device() -> None:
     assert outer.n_parts(cpu, 1, 0) == 1
 
 
+@pytest.mark.exhaustive
 def test_blocks_of_columns_change_no_bit(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is summed over a token's slots is computed some columns at a time, down to those of one tile."""
     cases = (

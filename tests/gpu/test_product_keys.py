@@ -48,7 +48,9 @@ def test_zeros_of_both_signs_are_equal_and_infinities_have_their_place(device: s
 
 
 @dtypes
-@pytest.mark.parametrize(("n", "k"), [(5, 4), (24, 11), (40, 8)])
+@pytest.mark.parametrize(
+    ("n", "k"), [(5, 4), *(pytest.param(*p, marks=pytest.mark.exhaustive) for p in ((24, 11), (40, 8)))]
+)
 def test_nan_ranks_first_and_infinity_next(
     n: int, k: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
