@@ -353,6 +353,7 @@ except RuntimeError as error:
     assert "cannot be loaded" in info
 
 
+@pytest.mark.exhaustive
 def test_a_forced_torch_backend_never_warns_of_the_missing_core() -> None:
     code = "import torch, sparse_ffn as sf; sf.SigmaMoE(8, 4, 4, 2)(torch.randn(5, 8))"
     result = run(code, SPARSE_FFN_LIBRARY="/nowhere/lib.so", SPARSE_FFN_BACKEND="torch", PYTHONWARNINGS="error")

@@ -167,6 +167,7 @@ def replicated(rank: int, names: list[str]) -> dict[Any, float]:
     return found
 
 
+@pytest.mark.exhaustive
 def test_experts_of_tokens_that_all_processes_have() -> None:
     check(processes.run(replicated, 2, ["glu and biases"]))
 

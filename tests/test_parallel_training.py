@@ -144,6 +144,7 @@ def under_fsdp(rank: int, ep: int, rest: str, hybrid: bool) -> None:
     near(gradients(net), {n: p.grad for n, p in reference.named_parameters()})  # type: ignore[misc]
 
 
+@pytest.mark.exhaustive
 def test_fsdp_with_split_layers() -> None:
     processes.run(under_fsdp, 2, 2, "leave" if TWO_MESHES else "replicate", False)
 
@@ -406,6 +407,7 @@ def refused(rank: int) -> list[tuple[str, str, bool]]:
     return found
 
 
+@pytest.mark.exhaustive
 def test_what_does_not_fit_is_refused_in_a_sentence_before_anything_changes() -> None:
     for found in processes.run(refused, 2):
         assert not [(words, sentence) for words, sentence, same in found if words not in sentence or not same]

@@ -81,6 +81,7 @@ def test_all_of_it_takes_less_than_ten_minutes_and_tests_come_first(tmp_path: Pa
             assert Path(part.environment["SPARSE_FFN_TUNED"]).is_relative_to(tmp_path)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'src'}:{ROOT}")

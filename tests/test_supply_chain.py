@@ -47,7 +47,7 @@ def coreless(tmp_path: Path) -> Path:
 
 
 @compiled
-@pytest.mark.parametrize("name", [cpu.LIBRARY_NAME, cuda.LIBRARY_NAME])
+@pytest.mark.parametrize("name", [cpu.LIBRARY_NAME, pytest.param(cuda.LIBRARY_NAME, marks=pytest.mark.exhaustive)])
 def test_a_library_planted_on_the_path_or_in_the_current_folder_is_not_loaded(
     name: str, coreless: Path, tmp_path: Path
 ) -> None:
@@ -71,6 +71,7 @@ print(sparse_ffn.backends.cpu.PROBLEM, sparse_ffn.backends.cuda.library().proble
     assert not trace.exists()
 
 
+@pytest.mark.exhaustive
 @built
 def test_a_library_beside_the_package_or_in_the_folder_of_an_editable_install_is_loaded(
     coreless: Path, tmp_path: Path
@@ -110,13 +111,9 @@ print(*[w.message for w in caught if w.category is sf.SparseFFNWarning], sep="\\
 """
 
 
-SYMBOLS = ("sparse_ffn_isa", "sparse_ffn_allocate")
-
-
+@pytest.mark.exhaustive
 @compiled
-@pytest.mark.parametrize(
-    "missing", ["sparse_ffn_moe_forward", *(pytest.param(s, marks=pytest.mark.exhaustive) for s in SYMBOLS)]
-)
+@pytest.mark.parametrize("missing", ["sparse_ffn_moe_forward", "sparse_ffn_isa", "sparse_ffn_allocate"])
 def test_a_library_without_all_symbols_is_not_used_and_the_reason_is_told(missing: str, tmp_path: Path) -> None:
     names = {
         f"sparse_ffn_{name}" for name in (*cpu.OPTIONS, "isa", "isas", "error", "allocate", "free", "advise_huge_pages")
@@ -131,6 +128,7 @@ def test_a_library_without_all_symbols_is_not_used_and_the_reason_is_told(missin
     assert f"CPU core: {path} cannot be loaded" in report.stdout
 
 
+@pytest.mark.exhaustive
 @compiled
 def test_a_cuda_library_without_all_symbols_is_not_used_and_the_reason_is_told(tmp_path: Path) -> None:
     source = f"int sparse_ffn_cuda_abi_version(void) {{ return {cuda.ABI_VERSION}; }}"

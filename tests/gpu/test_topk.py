@@ -166,8 +166,9 @@ class Sizes(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("fits", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["kernel", "torch"])
+@pytest.mark.exhaustive
 @ways
+@pytest.mark.parametrize("fits", [True, False], ids=["kernel", "torch"])
 def test_blocks_of_tokens_bound_the_temporaries(
     fits: bool, sparse: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
