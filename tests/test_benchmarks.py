@@ -622,7 +622,7 @@ def test_compressed_experts_keep_their_order_of_quality(tmp_path: Path) -> None:
     """On a model that has hardly learnt; and a trained model is trained once."""
     from benchmarks import bench_compress
 
-    few = ["--steps", "60", "--seeds", "1", "--windows", "16", "--cache", str(tmp_path)]
+    few = ["--steps", "60", "--seeds", "1", "--windows", "16", "--folder", str(tmp_path)]
     found = bench_compress.main(few)
     assert len(list(tmp_path.iterdir())) == 1
     assert bench_compress.main(few) == found
