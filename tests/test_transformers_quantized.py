@@ -20,7 +20,7 @@ from test_transformers_experts import MODELS, model_of  # noqa: E402
 from test_transformers_families import FAMILIES, mixture  # noqa: E402
 
 from sparse_ffn.integrations.experts import dispatches  # noqa: E402
-from sparse_ffn.integrations.transformers import from_pretrained  # noqa: E402
+from sparse_ffn.integrations.transformers import from_pretrained, register  # noqa: E402
 
 TOKENS = torch.randint(0, 32, (2, 7), generator=torch.Generator().manual_seed(1))
 FOUR = ExpertQuantization(group_size=4)
@@ -125,6 +125,7 @@ def test_lost_codes_and_damaged_records_are_errors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_on_the_interface_is_quantised(family: str) -> None:
     """On the meta device: where the stacks are, and that their rows lie along the width that the hidden states have."""
+    register()
     model, _ = mixture(family)
     experts = experts_of(model)
     if not experts:

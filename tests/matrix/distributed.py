@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import sparse_ffn as sf
+from sparse_ffn.layers import LatentMoE
 from sparse_ffn.parallel import ExpertParallel, HiddenParallel, MemoryParallel, clip_grad_norm_, ddp_ignore
 
 from .feature import EVERY_BACKEND, Case, feature
@@ -124,7 +125,8 @@ def split_over_processes(name: str) -> None:
         found = step(layer, _batch()[0])
         assert_near({key: whole(g) for key, g in found.items()}, expected)
         return
-    parallelize_module(layer, mesh, MemoryParallel(shard="rows") if name == "ProductKeyMemory" else ExpertParallel())
+    part = layer.moe if isinstance(layer, LatentMoE) else layer
+    parallelize_module(part, mesh, MemoryParallel(shard="rows") if name == "ProductKeyMemory" else ExpertParallel())
     ddp_ignore(layer)
     model = DistributedDataParallel(layer)
     loss(model, model(x)).backward()

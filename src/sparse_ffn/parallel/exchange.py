@@ -71,6 +71,10 @@ class Exchange:
         held = shares(self.n_experts, self.mesh.size())
         return held[0] if held[0] == held[-1] else held[self.mesh.get_local_rank()]
 
+    def _owner(self, index: Tensor) -> Tensor:
+        """The processes that hold the experts; of a void slot this one, so that every token has a row somewhere."""
+        return torch.where(index < self.n_experts, index // self.size, self.mesh.get_local_rank())
+
     def _local(self, index: Tensor) -> Tensor:
         """Indices into the experts of this process; the number that it holds for all others."""
         index = index - self.mesh.get_local_rank() * self.size

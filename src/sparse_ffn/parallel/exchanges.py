@@ -36,20 +36,21 @@ class SlotsExchange(Exchange):
 
     def __init__(self, mesh: Any, n_experts: int) -> None:
         super().__init__(mesh, n_experts)
-        self.counted = self.size
+        self.counted = self.size + 1  # of each expert, and of void slots, which stay where they are
 
     def dispatch(self, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
         """As ``Exchange``; the rows of a process are ordered by where they come from, then by expert."""
         (tokens, k), world = index_TK.shape, self.mesh.size()
-        flat_S = index_TK.reshape(-1)
+        expert_TK = torch.where(index_TK < self.n_experts, index_TK % self.size, self.size)
+        flat_S = (self._owner(index_TK) * self.counted + expert_TK).reshape(-1)
         order_S = flat_S.argsort(stable=True)
-        sent_E = _counts(flat_S, world * self.size)
-        got_WE = self._tell(sent_E).view(world, self.size)
-        sent, received = self._numbers(sent_E.view(world, self.size).sum(1), got_WE.sum(1))
+        sent_E = _counts(flat_S, world * self.counted)
+        got_WE = self._tell(sent_E).view(world, self.counted)
+        sent, received = self._numbers(sent_E.view(world, self.counted).sum(1), got_WE.sum(1))
         copies = Copies(order_S // k, _inverse(order_S).view(tokens, k), torch.ones_like(index_TK, dtype=torch.bool))
         x_RD = all_to_all(spread(x_TD, copies), received, sent, self.mesh)
         gate_R1 = all_to_all(gate_TK.reshape(-1, 1).index_select(0, order_S), received, sent, self.mesh)
-        expert_E = torch.arange(self.size, device=x_TD.device).repeat(world)
+        expert_E = torch.arange(self.counted, device=x_TD.device).clamp_max(self.held).repeat(world)
         index_R = torch.repeat_interleave(expert_E, got_WE.reshape(-1), output_size=sum(received))
         return x_RD, index_R.unsqueeze(1), gate_R1, (copies, sent, received)
 
@@ -65,7 +66,7 @@ class TokensExchange(Exchange):
     def dispatch(self, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
         """As ``Exchange``; the rows of a process are ordered by where they come from, then by token."""
         tokens, world = x_TD.shape[0], self.mesh.size()
-        owner_TK = index_TK // self.size
+        owner_TK = self._owner(index_TK)
         needs_TW = torch.zeros(tokens, world, dtype=torch.bool, device=x_TD.device).scatter(1, owner_TK, True)
         sent_W = needs_TW.sum(0)
         sent, received = self._numbers(sent_W, self._tell(sent_W))
@@ -77,7 +78,7 @@ class TokensExchange(Exchange):
         here_PK = owner_TK.index_select(0, source_P) == owner_P.unsqueeze(1)
         held_P1 = (self.n_experts - owner_P * self.size).clamp(0, self.size).unsqueeze(1)
         index_PK = index_TK.index_select(0, source_P) - owner_P.unsqueeze(1) * self.size
-        index_PK = torch.where(here_PK, index_PK, held_P1)
+        index_PK = torch.where(here_PK, torch.minimum(index_PK, held_P1), held_P1)
         x_RD = all_to_all(spread(x_TD, copies), received, sent, self.mesh)
         gate_RK = all_to_all(torch.where(here_PK, spread(gate_TK, copies), 0), received, sent, self.mesh)
         index_RK = all_to_all(index_PK.int(), received, sent, self.mesh).long()
