@@ -77,8 +77,9 @@ class TokensExchange(Exchange):
         copies = Copies(source_P, *_places(needs_TW, _inverse(order_A), min(index_TK.shape[1], world)))
         here_PK = owner_TK.index_select(0, source_P) == owner_P.unsqueeze(1)
         held_P1 = (self.n_experts - owner_P * self.size).clamp(0, self.size).unsqueeze(1)
-        index_PK = index_TK.index_select(0, source_P) - owner_P.unsqueeze(1) * self.size
-        index_PK = torch.where(here_PK, torch.minimum(index_PK, held_P1), held_P1)
+        index_PK = index_TK.index_select(0, source_P)
+        own_PK = here_PK & (index_PK < self.n_experts)
+        index_PK = torch.where(own_PK, index_PK - owner_P.unsqueeze(1) * self.size, held_P1)
         x_RD = all_to_all(spread(x_TD, copies), received, sent, self.mesh)
         gate_RK = all_to_all(torch.where(here_PK, spread(gate_TK, copies), 0), received, sent, self.mesh)
         index_RK = all_to_all(index_PK.int(), received, sent, self.mesh).long()
