@@ -122,7 +122,7 @@ def test_exchanged_experts_compute_what_one_process_computes() -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [3, 4])
 @pytest.mark.parametrize("rest", ["leave", "replicate"])
 def test_every_exchange_and_mixture_computes_what_one_process_computes(world: int, rest: str) -> None:
     """Experts that do not divide, fewer than processes, uneven and absent tokens."""
@@ -222,7 +222,7 @@ def test_units_of_several_processes_compute_what_one_computes() -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [2, 4])
 def test_units_of_every_layer(world: int) -> None:
     """Uneven units, fewer candidates than k, and dropout, whose draws are those of one process."""
     check(processes.run(by_units, world, [(n, units, p) for n in NAMES for units in (8, 7) for p in (0.0, 0.5)]))
