@@ -618,17 +618,18 @@ def test_pruning_by_the_error_costs_a_trained_model_less_than_by_chance(tmp_path
 
 
 @pytest.mark.exhaustive
-def test_compressed_experts_keep_their_order_of_quality(tmp_path: Path) -> None:
-    """On a model that has hardly learnt; and a trained model is trained once."""
+def test_compressed_experts_cost_no_more_than_their_bars(tmp_path: Path) -> None:
+    """On a model that has hardly learnt, which is trained once."""
     from benchmarks import bench_compress
 
     few = ["--steps", "60", "--seeds", "1", "--windows", "16", "--folder", str(tmp_path)]
     found = bench_compress.main(few)
     assert len(list(tmp_path.iterdir())) == 1
     assert bench_compress.main(few) == found
-    costs = {name: abs(more) for name, [(more, _)] in found.items()}
+    costs = {name: more for name, [(more, _)] in found.items()}
     sizes = {name: share for name, [(_, share)] in found.items()}
-    assert costs["int8, a scale a row"] < costs["int4 g32 asymmetric"] < 0.006
+    for name, bar in bench_compress.BARS.items():
+        assert costs[name] < bar, name
     assert sizes["int4 g32 asymmetric"] == (4 + 24 / 32) / 16
     assert sizes["int8, a scale a row"] < 0.51
 
