@@ -62,7 +62,7 @@ def test_the_emulation_is_never_chosen_by_itself(core: str) -> None:
 @pytest.mark.parametrize(
     ("files", "chosen"),
     [
-        ("test_ops.py test_void_slots.py", ""), ("test_routed_ffn.py", ""),
+        ("test_ops.py test_void_slots.py", ""),
         ("test_fuzz.py test_nonfinite.py", ""), ("test_wrong_shapes.py", ""),
         ("test_matrix.py test_layers_against_oracle.py", " and bf16 and auto"),
     ],
