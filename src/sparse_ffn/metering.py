@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from sparse_ffn.checks import check_module
 from sparse_ffn.layers.moe import MoE
+from sparse_ffn.module import in_evaluation, run_batch
 from sparse_ffn.ops.library import in_backward, under_transforms
 from sparse_ffn.routing.statistics import summary
 
@@ -120,8 +120,6 @@ def _layers_of(model: nn.Module) -> dict[str, MoE]:
 
 def _experts_used(model: nn.Module, layers: dict[str, MoE], batch: Any) -> dict[str, tuple[Tensor, Tensor | None]]:
     """For each layer the experts that each token uses, bool [T, E] on the CPU, and its mask."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     used: dict[str, tuple[Tensor, Tensor | None]] = {}
 
     def note(name: str, layer: MoE, args: Any, y: Any) -> None:
@@ -133,15 +131,11 @@ def _experts_used(model: nn.Module, layers: dict[str, MoE], batch: Any) -> dict[
 
     handles = [layer.register_forward_hook(partial(note, name)) for name, layer in layers.items()]
     try:
-        if isinstance(batch, Mapping):
-            model(**batch)
-        else:
-            model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
+        with in_evaluation(model):
+            run_batch(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     return used
 
 

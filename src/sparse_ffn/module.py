@@ -1,11 +1,12 @@
-"""What our modules share: options checked by name, parametrisations, and whether one is no more than its weights."""
+"""What our modules share: options checked by name, parametrisations, plain or not; how a model runs on a batch."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, Union
 
 import torch
@@ -143,3 +144,23 @@ def is_plain(module: nn.Module, weight: str = "weight") -> bool:
         or globally._global_backward_hooks or globally._global_backward_pre_hooks
     )  # fmt: skip
     return not hooked and not is_traceable_wrapper_subclass(getattr(module, weight))
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards each of its modules is in the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def run_batch(model: nn.Module, batch: Any) -> None:
+    """Call a model with a mapping (keyword arguments), a tuple or list (positional arguments), or one argument."""
+    if isinstance(batch, Mapping):
+        model(**batch)
+    else:
+        model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn.checks import check_type
+from sparse_ffn.module import in_evaluation, run_batch
 
 Watch = Callable[[tuple[Any, ...], dict[str, Any], "Tensor | None"], None]
 """Gets a call's arguments, those by keyword, and the batch's mask for the module, which need not fit them."""
@@ -41,19 +42,13 @@ def run(model: nn.Module, batches: Iterable[Any], watched: Iterable[tuple[nn.Mod
     for module, watch in watched:
         mask_name = "decoder_attention_mask" if module in decoder else "attention_mask"
         handles.append(module.register_forward_pre_hook(partial(before, watch, mask_name), with_kwargs=True))
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        for batch in batches:
-            if isinstance(batch, Mapping):
-                model(**batch)
-            else:
-                model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
+        with in_evaluation(model):
+            for batch in batches:
+                run_batch(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
 
 
 def _decoder(model: nn.Module) -> set[nn.Module]:
