@@ -158,11 +158,11 @@ def test_training_reaches_the_wished_number_of_experts(mixed: bool) -> None:
     router = partial(ReLURouter, active=2)
     options = {"router": router, "balance": "l1", "balance_weight": 1.0}
     layer = MixedMoE(8, [(4, 4), (4, 8)], 8, **options) if mixed else sf.MoE(8, 8, 6, 8, **options)
-    optimizer = torch.optim.Adam(layer.parameters(), 5e-3)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
     layer.router.l1.fill_(1e-3)
     target = nn.Linear(8, 8)
     used = []
-    for _ in range(250):
+    for _ in range(150):
         x = torch.randn(64, 8)
         x[:, 0] = 2  # on symmetric tokens a logit without a bias is positive half of the time, whatever its weights
         loss = (layer(x) - torch.tanh(target(x)).detach()).square().mean() + sf.aux_loss(layer)
@@ -171,8 +171,8 @@ def test_training_reaches_the_wished_number_of_experts(mixed: bool) -> None:
         optimizer.step()
         sf.update_router_bias(layer)
         used.append((layer.router(x).index_TK < 8).double().sum(1).mean().item())
-    assert used[0] > 3
-    assert sum(used[-50:]) / 50 == pytest.approx(2, abs=0.5)
+    assert used[0] > 2.5
+    assert sum(used[-75:]) / 75 == pytest.approx(2, abs=0.3)
 
 
 def test_the_weight_is_kept_in_fp32_and_in_the_state_dict() -> None:
