@@ -23,7 +23,7 @@ D, E, G, K, R = 6, 4, 5, 3, 2
 
 
 def made(dtype: torch.dtype = torch.float64, **options) -> LowRankMoE:
-    return oracle.randomise(LowRankMoE(D, E, G, K, R, dtype=dtype, **options))
+    return oracle.randomise(LowRankMoE(D, E, G, K, R, dtype=dtype, **{"router": "sigmoid", **options}))
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch.nn import functional as F
 
 from sparse_ffn import ops
 from sparse_ffn.checks import check_flag, check_positive
-from sparse_ffn.layers.routed import Routed, RoutedOptions
+from sparse_ffn.layers.routed import MoEOptions, Routed
 from sparse_ffn.module import Unpack, tensors_of
 from sparse_ffn.ops.activations import hidden_anywhere
+from sparse_ffn.routing.base import Router
 
 # T tokens, D d_model, O d_out, E experts, G units of each, R rank, K selected experts, S slots: T times K
 
@@ -43,6 +45,9 @@ class LowRankMoE(Routed):
         expert_size: G, hidden units of the base and of each expert.
         k: experts selected for a token.
         rank: r, at least 1.
+        router: as ``MoE``'s. With ``"softmax_topk"`` gates sum to 1, so that the base counts once.
+        balance: as ``MoE``'s.
+        balance_weight: as ``MoE``'s.
         options: ``MoE``'s other arguments. The base starts as a dense FFN of G units, ``key_up``, ``gate_up`` and
             ``value_up`` at zero, what they multiply normal with standard deviation c/sqrt(its input width).
 
@@ -61,13 +66,17 @@ class LowRankMoE(Routed):
         expert_size: int,
         k: int,
         rank: int,
-        **options: Unpack[RoutedOptions],
+        *,
+        router: str | Router | Callable[..., Router] = "softmax_topk",
+        balance: str | Sequence[str] = "entropy",
+        balance_weight: float | Sequence[float] = 1e-3,
+        **options: Unpack[MoEOptions],
     ) -> None:
         self.n_experts = check_positive("n_experts", n_experts)
         self.expert_size = check_positive("expert_size", expert_size)
         self.rank = check_positive("rank", rank)
         self.d_ff = self.n_experts * self.expert_size
-        super().__init__(d_model, k, **options)
+        super().__init__(d_model, k, router=router, balance=balance, balance_weight=balance_weight, **options)
 
     def _own(self) -> dict[str, Any]:
         """The experts' tensors by name; None for those that this layer does not have."""
