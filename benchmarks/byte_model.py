@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,17 +47,30 @@ class ByteModel:
 def trained(steps: int = 2500, seed: int = 0, folder: Path = FOLDER, source: str = "python") -> ByteModel:
     """The model after so many steps, kept in the folder: width 128, 4 blocks, 32 experts of 32 units, k = 4."""
     corpus, path = data.load(source, CONTEXT), folder / f"byte-model-{steps}-{seed}.pt"
-    torch.manual_seed(seed)
-    model = ByteTransformer(
-        d_model=128, n_layers=LAYERS, n_heads=4, d_head=32, context=CONTEXT, dropout=0.0,
-        make_ffn=lambda i: sf.SigmaMoE(128, 32, 32, 4, n_layers=LAYERS),
-    )  # fmt: skip
+    model = fresh(lambda: sf.SigmaMoE(128, 32, 32, 4, n_layers=LAYERS), seed)
     about = {"digest": corpus.digest, "steps": steps, "seed": seed}
     kept = torch.load(path, weights_only=True) if path.is_file() else {}
     if kept.get("about") == about:
         model.load_state_dict(kept["model"])
         return ByteModel(model, corpus)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    train(model, corpus, steps, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"about": about, "model": model.state_dict()}, path)
+    return ByteModel(model, corpus)
+
+
+def fresh(make_ffn: Callable[[], torch.nn.Module], seed: int) -> ByteTransformer:
+    """A model before training, with these FFNs."""
+    torch.manual_seed(seed)
+    return ByteTransformer(
+        d_model=128, n_layers=LAYERS, n_heads=4, d_head=32, context=CONTEXT, dropout=0.0, make_ffn=lambda i: make_ffn()
+    )
+
+
+def train(model: torch.nn.Module, corpus: data.Corpus, steps: int, seed: int, rate: float = 3e-3) -> None:
+    """Train by AdamW, with a learning rate that falls from this one to zero as a cosine."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         x, y = data.batch(corpus.train, seed=seed, step=step, batch_size=BATCH, context=CONTEXT)
@@ -68,6 +82,3 @@ def trained(steps: int = 2500, seed: int = 0, folder: Path = FOLDER, source: str
         schedule.step()
         if step % 250 == 0:
             print(f"step {step}: {loss.item() / math.log(2):.3f} bits/byte", file=sys.stderr)
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save({"about": about, "model": model.state_dict()}, path)
-    return ByteModel(model, corpus)

@@ -27,7 +27,8 @@ import sparse_ffn as sf
 from sparse_ffn import compress, convert, functional, info, integrations, layers, parallel, plot, routing
 from sparse_ffn.integrations import peft
 from sparse_ffn.integrations.product_keys import QUERY
-from sparse_ffn.layers import LatentMoE, SharedExpertMoE
+from sparse_ffn.layers import LatentMoE, LowRankMoE, MixedMoE, SharedExpertMoE
+from sparse_ffn.layers.balanced import Balanced
 from sparse_ffn.routing import Routing
 from sparse_ffn.tune.__main__ import main as tune
 
@@ -103,15 +104,17 @@ FOREIGN = routing.SigmoidRouter(4, 6, 1)  # of other sizes than the layer's
 WRONG: dict[str, Sequence[Any] | Callable[[Any], list[Any]]] = {
     **dict.fromkeys(("d_model", "d_ff", "n_experts", "expert_size", "k", "n_sub_keys", "n_heads", "n_iters"), SIZE),
     **dict.fromkeys(("d_out", "query_dim", "n_layers", "n_groups", "topk_groups", "max_tokens", "pad"), SIZE),
-    **dict.fromkeys(("d_router", "d_latent", "d_state", "ranks", "ranks_per_node"), SIZE),
+    **dict.fromkeys(("d_router", "d_latent", "d_state", "ranks", "ranks_per_node", "rank"), SIZE),
+    "sizes": (3, "nonsense", [], [3], [(3,)], [(0, 2)], [(3, 1.5)], [("3", 4)], {}, None),
     "scale": (*SCALE, 0.0),
+    "active": (*SCALE, 0.0, 7.0),
     "null_experts": (-1, 1.5, math.nan, "2", True, [2], torch.tensor(2), None),
     "null_share": (*RATE, 0.0, 1.0),
     **dict.fromkeys(("activation", "value_init", "query_norm", "balance_over", "aux", "init", "null_kind"), WORD),
     **dict.fromkeys(("cluster_by", "router_init", "gradients", "rest", "shard"), WORD),
     **dict.fromkeys(("glu", "bias", "norm_aware", "sparse_grad", "sync_balance", "selection_bias", "gated"), FLAG),
     **dict.fromkeys(("projection_bias", "forced", "prefetch", "normalize", "fused", "sync", "mode"), FLAG),
-    **dict.fromkeys(("query_bias", "norm_affine"), FLAG),
+    **dict.fromkeys(("query_bias", "norm_affine", "balance_cost"), FLAG),
     **dict.fromkeys(("title", "prefix", "package"), TEXT),
     "dropout": RATE,
     "expert_dropout": (*RATE, 1.0),
@@ -215,16 +218,19 @@ SIZES: dict[type, dict[str, Any]] = {
     sf.MoE: {**MOE, "router": routing.SinkhornRouter},
     **dict.fromkeys((sf.SigmaMoE, sf.SoftmaxMoE, sf.SwitchMoE, sf.SBaseMoE, sf.NoisyTopKMoE), MOE),
     LatentMoE: {**MOE, "d_latent": 3},
+    LowRankMoE: {**MOE, "rank": 2},
+    MixedMoE: {"d_model": 4, "sizes": [(4, 5), (2, 4)], "k": 2},
 }  # fmt: skip
 SMALL = {"d_model": 4, "n_experts": 6, "k": 2}
 ROUTERS = (
     routing.Router, routing.SigmoidRouter, routing.SoftmaxRouter, routing.SoftmaxTopKRouter, routing.SinkhornRouter,
     routing.NoisyTopKRouter, routing.UnweightedRouter, routing.DeepSeekRouter, routing.LongCatRouter,
+    routing.ReLURouter,
 )  # fmt: skip
 CONFIGS: dict[type, dict[str, Any]] = {
     sf.DenseFFNConfig: {}, sf.TopKFFNConfig: {"k": 2}, sf.ProductKeyMemoryConfig: {"k": 2},
     **{cls: {"k": 2} for cls in (sf.MoEConfig, sf.SigmaMoEConfig, sf.SoftmaxMoEConfig, sf.SwitchMoEConfig,
-                                 sf.SBaseMoEConfig, sf.NoisyTopKMoEConfig)},
+                                 sf.SBaseMoEConfig, sf.NoisyTopKMoEConfig, convert.LowRankMoEConfig)},
 }  # fmt: skip
 OPEN = sf.MoEConfig(router="unweighted", expert_size=4, k=2)
 PAPERS = {"keys": torch.randn(3, 4, 5), "values": torch.randn(3, 5, 4), "expert_sel": torch.randn(3, 4)}
@@ -273,7 +279,7 @@ def entries() -> dict[str, Entry]:
         if cls is sf.SparseFFN:
             continue
         tensors = {"x": TOKENS, "mask": REAL}
-        mixture = issubclass(cls, (sf.MoE, LatentMoE))
+        mixture = issubclass(cls, (Balanced, LatentMoE))
         if mixture:
             tensors["router_input"] = TOKENS + 1
         layer = cls(**{**sizes, "dropout": 0.5})
@@ -282,6 +288,8 @@ def entries() -> dict[str, Entry]:
             wrong={} if mixture else {"router_input": ()})  # fmt: skip
         if cls is not sf.DenseFFN:
             add(f"{cls.__name__}.k", functools.partial(set_k, layer), {"k": 2}, wrong={"k": (*SIZE, 99)})
+    add("MixedMoE.flops_per_token", MixedMoE(**SIZES[MixedMoE]).flops_per_token, {"load": torch.ones(6) / 6},
+        wrong={"load": (*NO_TENSOR[:-1], torch.ones(4), torch.ones(6, 1), torch.ones(6).to_sparse())})  # fmt: skip
     for cls in ROUTERS:
         add(cls.__name__, cls, SMALL)
         router = cls(**SMALL)
@@ -351,10 +359,17 @@ def entries() -> dict[str, Entry]:
     add("calibrate", sf.calibrate, lambda: {"model": nn.Sequential(Mlp()), "batches": [TOKENS]})
     add("expert_stats", sf.expert_stats, lambda: {"model": sf.SigmaMoE(**MOE), "batches": [TOKENS]})
     add("prune_experts_", sf.prune_experts_, lambda: {"model": sf.SigmaMoE(**MOE), "stats": {"": STATS}, "keep": 0.5})
+    add("compress_experts_", compress.compress_experts_,
+        lambda: {"model": nn.Sequential(sf.SigmaMoE(**MOE)), "rank": 2, "iterations": 1},
+        wrong={"rank": (*SIZE, 5), "iterations": (-1, 1.5, "3", True, [3], None)})  # fmt: skip
     add("map_experts_", sf.map_experts_, lambda: {"model": sf.SigmaMoE(**MOE), "path": stored()})
     add("quantize_experts_", sf.quantize_experts_, lambda: {
         "model": sf.SigmaMoE(**MOE), "config": sf.ExpertQuantization(group_size=None),
     }, wrong={"config": (3, "nonsense", sf.ExpertQuantization, {"bits": 4})})  # fmt: skip
+    add("quantization_error", compress.quantization_error,
+        {"layer": sf.SigmaMoE(**MOE), "config": sf.ExpertQuantization(group_size=None), "inputs": TOKENS},
+        wrong={"layer": (*MODULE, sf.DenseFFN(4, 6)), "config": (3, "nonsense", sf.ExpertQuantization, {"bits": 4}),
+               "inputs": [*NO_TENSOR, TOKENS[:, :3], TOKENS[:0], TOKENS.long(), TOKENS.to_sparse()]})  # fmt: skip
     add("dequantize_experts_", sf.dequantize_experts_, lambda: {"model": sf.SigmaMoE(**MOE)})
     add("ExpertQuantization", sf.ExpertQuantization, {}, wrong={
         "bits": (3, 16, "4", 4.0, True, None), "values_bits": (2, "8", 8.0), "symmetric": FLAG,
@@ -465,6 +480,8 @@ EXEMPT = {
     "ExpertStats": "a result of expert_stats; prune_experts_ checks it",
     "PruningReport": "a result of prune_experts_",
     "PrunedLayer": "as PruningReport",
+    "CompressionReport": "a result of compress_experts_",
+    "CompressedLayer": "as CompressionReport",
     "FFNConfig": "the configs' base: what it checks is tried on each of them",
     "ExpertsConfig": "as FFNConfig",
     "Routing": "a result of routers; the layer and balance_loss check it",
@@ -498,6 +515,9 @@ HOOKS = {
     "limit": "as perturb",
     "gate": "as perturb",
     "count": "called by the layer with what its router gave",
+    "count_active": "as count",
+    "add_load": "as count",
+    "adapt": "called by update_router_bias with what the router counted",
     "resolve": "called by sparsify_ with what it found",
 }
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 import sparse_ffn as sf
-from sparse_ffn.convert import ConstantInput, config, config_from_dict, config_of, sparsify
+from sparse_ffn.convert import ConstantInput, LowRankMoEConfig, config, config_from_dict, config_of, sparsify
 from sparse_ffn.convert.calibrate import Reservoir
 from sparse_ffn.convert.init.partition import balanced_assignment, balanced_kmeans
 from sparse_ffn.layers.shared_expert import SharedExpertMoE
@@ -90,7 +90,7 @@ def test_configs_have_the_layers_arguments_and_defaults(kind: type[config.FFNCon
             if "options" not in arguments:
                 break
             del arguments["options"]
-    if kind not in (sf.MoEConfig, sf.SoftmaxMoEConfig):
+    if kind not in (sf.MoEConfig, sf.SoftmaxMoEConfig, LowRankMoEConfig):
         arguments.pop("router", None)
     fields = {f.name: f.default for f in dataclasses.fields(kind) if f.name not in config.OF_CONVERSION}
     assert fields.keys() == arguments.keys() - of_the_ffn
@@ -104,14 +104,14 @@ def test_configs_survive_json(kind: type[config.FFNConfig]) -> None:
     assert config_from_dict(json.loads(json.dumps(chosen.to_dict()))) == chosen
 
 
-SIZES = {"d_ff", "k", "n_sub_keys", "n_experts", "expert_size"}
+SIZES = {"d_ff", "k", "n_sub_keys", "n_experts", "expert_size", "rank"}
 CHOICES: dict[str, Any] = {
     "activation": "gelu", "dropout": 0.1, "init_scale": 0.5, "d_ff": 20, "k": 3, "glu": True, "norm_aware": True,
     "n_sub_keys": 5, "n_heads": 2, "query_dim": 4, "query_norm": "layer", "value_init": "standard", "sparse_grad": True,
     "query_bias": True, "norm_affine": True,
     "n_experts": 5, "expert_size": 8, "expert_dropout": 0.2, "balance": ("switch", "bias"),
     "balance_weight": (0.1, 0.2), "balance_over": "sequence", "aux": "inject", "sync_balance": True, "n_iters": 5,
-    "router": "softmax", "bias": None,
+    "router": "softmax", "bias": None, "rank": 2,
 }  # fmt: skip
 """A value for each option of a layer that is not its default."""
 AFTERWARDS: dict[str, Any] = {

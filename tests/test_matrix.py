@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from matrix import compiler
+from matrix import compiler, layer_drop
 from matrix.cases import Case, runnable
 from matrix.table import PAGE, written
 
 
 def case_of(case: Case) -> Any:
-    """A compiler takes seconds for a case."""
-    return pytest.param(case, id=str(case), marks=[pytest.mark.exhaustive] * (case.feature in compiler.FEATURES))
+    """A compiler takes seconds for a case; the last mixtures are MoE's base with other experts."""
+    repeated = case.layer in ("LowRankMoE", "MixedMoE") and (
+        case.backend != "cpu" or case.feature in layer_drop.FEATURES
+    )
+    slow = case.feature in compiler.FEATURES or repeated
+    return pytest.param(case, id=str(case), marks=[pytest.mark.exhaustive] * slow)
 
 
 @pytest.mark.parametrize("case", [case_of(case) for case in runnable(1, "reference", "torch", "cpu")])

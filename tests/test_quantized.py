@@ -25,6 +25,7 @@ from torch.nn.utils import parametrize
 import sparse_ffn as sf
 from sparse_ffn import ExpertQuantization, dequantize_experts_, integrations, quantize_experts_
 from sparse_ffn.backends import cpu
+from sparse_ffn.compress import quantization_error
 from sparse_ffn.compress.quantizer import quantize
 from sparse_ffn.layers.rows import QuantizedRows
 from sparse_ffn.ops import Codes, quantized_cvmm
@@ -542,3 +543,27 @@ def test_what_cannot_be_quantised_is_refused_and_stays(what: str) -> None:
     with pytest.raises(ValueError, match=words):
         quantize_experts_(model, ExpertQuantization(**config))
     assert {name: id(t) for name, t in model.state_dict(keep_vars=True).items()} == before
+
+
+def test_an_experts_error_is_what_its_rounding_adds_to_the_outputs() -> None:
+    layer = sf.SigmaMoE(8, 5, 8, 2, expert_dropout=0.5, null_experts=1)
+    x, config = torch.randn(2, 20, 8), ExpertQuantization(group_size=8)
+    found = quantization_error(layer, config, x)
+    assert layer.training
+    assert isinstance(layer.keys, nn.Parameter)
+    small = copy.deepcopy(layer)
+    report = sf.quantize_experts_(small, config)
+    keys, values = small.keys.dense(), small.values.dense()
+    expected = torch.zeros(5, dtype=torch.float64)
+    with torch.no_grad():
+        routing = layer.eval().router(x.flatten(0, 1))
+        for token, index, gate in zip(x.flatten(0, 1), routing.index_TK, routing.gate_TK, strict=True):
+            for e, g in zip(index, gate, strict=True):
+                if e < 5:
+                    exact = torch.relu(layer.keys[e] @ token) @ layer.values[e]
+                    expected[e] += (g * (exact - torch.relu(keys[e] @ token) @ values[e])).square().sum()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    columns = layer.values.detach().abs()
+    score = (columns.amax(1) / columns.mean(1)).max().item()
+    assert report.layers[0].outliers["values"] == pytest.approx(score)
+    assert f"values {score:.1f}" in str(report)

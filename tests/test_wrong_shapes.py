@@ -23,6 +23,7 @@ from torch.func import functional_call
 
 import sparse_ffn as sf
 from sparse_ffn.backends import cpu
+from sparse_ffn.layers.balanced import Balanced
 from sparse_ffn.layers.shared_expert import SharedExpertMoE
 from sparse_ffn.routing import DeepSeekRouter
 
@@ -78,7 +79,7 @@ def calls(layer: nn.Module, x: Tensor) -> dict[str, Callable[[dict[str, Tensor]]
 
 
 def state(layer: nn.Module) -> dict[str, Any]:
-    moe = [m for m in layer.modules() if isinstance(m, sf.MoE)]
+    moe = [m for m in layer.modules() if isinstance(m, Balanced)]
     return {
         **{name: t.clone() for name, t in layer.state_dict().items()},
         **{f"load {i}": m.router.load for i, m in enumerate(moe)},

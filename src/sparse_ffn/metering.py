@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn.checks import check_module
-from sparse_ffn.layers.moe import MoE
+from sparse_ffn.layers.balanced import Balanced, balanced_in
 from sparse_ffn.module import in_evaluation, run_batch
 from sparse_ffn.ops.library import in_backward, under_transforms
 from sparse_ffn.routing.statistics import summary
@@ -30,7 +30,7 @@ class RoutingMeter:
 
     def __init__(self, model: nn.Module) -> None:
         check_module("model", model)
-        self._layers = _layers_of(model)
+        self._layers = balanced_in(model)
         self._counts: dict[str, Tensor] = {}
         self._handles: list[Any] = []
 
@@ -51,9 +51,9 @@ class RoutingMeter:
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """As ``routing_stats``, over all forwards since ``start()``, for each layer that has run."""
-        return {name: summary(counts, self._layers[name].null_experts) for name, counts in self._counts.items()}
+        return {name: summary(counts[:-1], self._layers[name].null_experts) for name, counts in self._counts.items()}
 
-    def _count(self, name: str, layer: MoE, args: Any, y: Any) -> None:
+    def _count(self, name: str, layer: Balanced, args: Any, y: Any) -> None:
         if in_backward() or layer._routed is None:
             return
         if under_transforms():
@@ -66,7 +66,7 @@ class RoutingMeter:
             slots_TK = slots_TK * mask_T.unsqueeze(1)
         before = self._counts.get(name)
         if before is None:
-            before = index_TK.new_zeros(layer.n_experts + layer.null_experts)
+            before = index_TK.new_zeros(layer.n_experts + layer.null_experts + 1)  # the last: slots without an expert
         self._counts[name] = before.to(index_TK.device).scatter_add(0, index_TK.flatten(), slots_TK.flatten())
 
     def __enter__(self) -> RoutingMeter:
@@ -99,7 +99,7 @@ def routing_agreement(first: nn.Module, second: nn.Module, batch: Any) -> dict[s
     chosen = []
     for name, model in (("first", first), ("second", second)):
         check_module(name, model)
-        chosen.append(_layers_of(model))
+        chosen.append(balanced_in(model))
     sizes = [{n: (m.n_experts, m.null_experts, m.k) for n, m in layers.items()} for layers in chosen]
     if sizes[0] != sizes[1] or not sizes[0]:
         raise ValueError(f"first and second must have the same MoE layers, got {sizes[0]} and {sizes[1]} (E, N, k)")
@@ -109,25 +109,22 @@ def routing_agreement(first: nn.Module, second: nn.Module, batch: Any) -> dict[s
         theirs = used[1].get(name, (None, None))[0]
         if theirs is None or theirs.shape != ours.shape:
             raise ValueError(f"first and second must send the same tokens through {name!r}, which they did not")
-        common = (ours & theirs).sum(1).double() / sizes[0][name][2]
+        most = torch.maximum(ours.sum(1), theirs.sum(1))  # k, but of routers that leave slots void
+        common = torch.where(most > 0, (ours & theirs).sum(1) / most.double(), 1)
         found[name] = (common if real is None else common[real]).mean().item()
     return found
 
 
-def _layers_of(model: nn.Module) -> dict[str, MoE]:
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, MoE)}
-
-
-def _experts_used(model: nn.Module, layers: dict[str, MoE], batch: Any) -> dict[str, tuple[Tensor, Tensor | None]]:
+def _experts_used(model: nn.Module, layers: dict[str, Balanced], batch: Any) -> dict[str, tuple[Tensor, Tensor | None]]:
     """For each layer the experts that each token uses, bool [T, E] on the CPU, and its mask."""
     used: dict[str, tuple[Tensor, Tensor | None]] = {}
 
-    def note(name: str, layer: MoE, args: Any, y: Any) -> None:
+    def note(name: str, layer: Balanced, args: Any, y: Any) -> None:
         assert layer._routed is not None
         index_TK, mask_T = (None if t is None else t.cpu() for t in layer._routed)
         assert index_TK is not None
-        every = torch.zeros(len(index_TK), layer.n_experts + layer.null_experts, dtype=torch.bool)
-        used[name] = every.scatter_(1, index_TK, True), mask_T
+        every = torch.zeros(len(index_TK), layer.n_experts + layer.null_experts + 1, dtype=torch.bool)
+        used[name] = every.scatter_(1, index_TK, True)[:, :-1], mask_T
 
     handles = [layer.register_forward_hook(partial(note, name)) for name, layer in layers.items()]
     try:
@@ -146,4 +143,4 @@ def router_parameters(model: nn.Module) -> list[nn.Parameter]:
         TypeError: the model is no module.
     """
     check_module("model", model)
-    return list(dict.fromkeys(p for layer in _layers_of(model).values() for p in layer.router.parameters()))
+    return list(dict.fromkeys(p for layer in balanced_in(model).values() for p in layer.router.parameters()))

@@ -104,6 +104,14 @@ class Parametrizations(nn.ModuleDict):
         self.__dict__.update({name: self._modules[name] for name in _METHODS if name in self._modules})
 
 
+class Parametrizable(nn.Module):
+    """A module with parameters of these names that torch.nn.utils.parametrize takes."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As Module's; torch.nn.utils.parametrize gets a table that accepts the names of our parameters."""
+        super().__setattr__(name, Parametrizations() if name == "parametrizations" else value)
+
+
 @torch.no_grad()
 def normal_(parameter: Tensor, std: float) -> None:
     """Draw normal numbers as one process would.

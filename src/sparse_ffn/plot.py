@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sparse_ffn.backends.warning import how_to_install
 from sparse_ffn.checks import check_module, check_type
-from sparse_ffn.layers.moe import MoE
+from sparse_ffn.layers.balanced import Balanced, balanced_in
 from sparse_ffn.routing.statistics import coactivation, slot_counts, summary
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def plot_load(ax: Axes, layer: MoE, title: str = "load per expert") -> None:
+def plot_load(ax: Axes, layer: Balanced, title: str = "load per expert") -> None:
     """Bars of each expert's share of the slots in the layer's last forward, with the balanced share as a line.
 
     Raises:
@@ -31,7 +31,7 @@ def plot_load(ax: Axes, layer: MoE, title: str = "load per expert") -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def plot_coactivation(ax: Axes, layer: MoE, title: str = "co-activation") -> None:
+def plot_coactivation(ax: Axes, layer: Balanced, title: str = "co-activation") -> None:
     """Colours for the share of the tokens with expert i (row) that also use expert j (column), in the last forward.
 
     Raises:
@@ -60,7 +60,7 @@ def routing_figure(model: nn.Module) -> Figure:
     except ImportError as error:
         raise ImportError(f"plots need matplotlib: {how_to_install('plot')}") from error
     check_module("model", model)
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, MoE) and m._routed is not None]
+    layers = [(n, m) for n, m in balanced_in(model).items() if m._routed is not None]
     if not layers:
         raise ValueError("no MoE layer of this model has run: call the model first")
     figure = Figure(figsize=(9, 3.2 * len(layers)), layout="constrained")
@@ -73,11 +73,11 @@ def routing_figure(model: nn.Module) -> Figure:
 def _check(ax: Any, layer: Any, title: Any) -> None:
     if not hasattr(ax, "imshow"):
         raise TypeError(f"ax must be Axes of matplotlib, got a value of type {type(ax).__name__}")
-    check_type("layer", layer, MoE, "a sparse_ffn.MoE")
+    check_type("layer", layer, Balanced, "a mixture of experts such as a sparse_ffn.MoE")
     check_type("title", title, str, "a string")
 
 
-def _routed(layer: MoE) -> tuple[Tensor, Tensor | None]:
+def _routed(layer: Balanced) -> tuple[Tensor, Tensor | None]:
     if layer._routed is None:
         raise ValueError("the layer has not run: call it first")
     return layer._routed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 
 from sparse_ffn.backends.choice import SparseFFNWarning
 from sparse_ffn.checks import check_finite, check_module
-from sparse_ffn.layers.moe import MoE
+from sparse_ffn.layers.balanced import Balanced, balanced_in
+from sparse_ffn.routing.base import Router
 from sparse_ffn.routing.distributed import Sync, all_reduce_sum, check_group, check_sync, running
 from sparse_ffn.routing.statistics import slot_counts, summary
 
@@ -37,7 +37,7 @@ def aux_loss(model: nn.Module) -> Tensor:
             cannot be differentiated.
     """
     check_module("model", model)
-    kept = [(name, layer, layer._aux) for name, layer in _moe_layers(model)]
+    kept = [(name, layer, layer._aux) for name, layer in balanced_in(model).items()]
     losses = [(name, layer, loss) for name, layer, loss in kept if loss is not None]
     if not losses:
         return torch.zeros((), dtype=torch.float32, device="cpu")
@@ -75,7 +75,7 @@ def routing_stats(model: nn.Module, *, sync: Sync = False) -> dict[str, dict[str
     check_module("model", model)
     sync = check_sync("sync", sync)
     check_group("sync", sync)
-    layers = {name: layer for name, layer in _moe_layers(model) if layer._routed is not None}
+    layers = {name: layer for name, layer in balanced_in(model).items() if layer._routed is not None}
     counts = [
         slot_counts(*layer._routed, layer.n_experts + layer.null_experts)
         for layer in layers.values()
@@ -89,11 +89,13 @@ def routing_stats(model: nn.Module, *, sync: Sync = False) -> dict[str, dict[str
 
 @torch.no_grad()
 def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
-    """Move each ``router.bias`` towards balance; call it once per optimizer step (``balance="bias"``, 2408.15664).
+    """Move what balances without a gradient; call it once per optimizer step (``balance="bias"`` and ``"l1"``).
 
-    Each expert's bias moves by ``rate · sign(mean load - load)``, where the load is counted over the training forwards
-    since the last call; equal loads do not move. Beside null experts the mean is what their wished share leaves to the
-    others, and their own biases stay (2509.01322). The loads of layers with one ``sync_balance`` are pooled in one
+    With ``"bias"`` (2408.15664) each expert's ``router.bias`` moves by ``rate · sign(mean load - load)``, where the
+    load is counted over the training forwards since the last call; equal loads do not move. Beside null experts, or
+    with experts of unequal size, the mean is replaced by what is wished; the biases of null experts stay (2509.01322).
+    With ``"l1"`` the weight of the loss, ``router.l1``, is multiplied or divided by 1.2 towards the wished number of
+    experts a token (2412.14711), whatever the rate. The loads of layers with one ``sync_balance`` are pooled in one
     collective, which all processes of the group must join.
 
     Args:
@@ -108,38 +110,31 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
     """
     check_module("model", model)
     rate = check_finite("rate", rate, positive=True)
-    layers = [(name, layer) for name, layer in _moe_layers(model) if layer.router.bias is not None]
+    layers = [(name, layer) for name, layer in balanced_in(model).items() if layer._adapts]
     for name, layer in layers:
         check_group("sync_balance", layer.sync_balance)
         if layer.sync_balance is False and running() and torch.distributed.get_world_size() > 1:
             raise RuntimeError(
-                f'{name or "the layer"} has balance="bias" and sync_balance=False among '
+                f'{name or "the layer"} has balance="{layer._adapts}" and sync_balance=False among '
                 f"{torch.distributed.get_world_size()} processes, whose biases would drift apart: set sync_balance to "
                 "True, or to the group of the processes that train this layer (of one process to keep them apart)"
             )
-    pooled: dict[tuple[Sync, torch.device], list[MoE]] = defaultdict(list)
+    pooled: dict[tuple[Sync, torch.device], list[Balanced]] = defaultdict(list)
     for _, layer in layers:
-        assert layer.router.bias is not None
-        if layer.router.load is not None or layer.sync_balance is not False:
-            pooled[layer.sync_balance, layer.router.bias.device].append(layer)
+        router = layer._own_router()
+        if router.adapted is not None and (router.load is not None or layer.sync_balance is not False):
+            pooled[layer.sync_balance, router.adapted.device].append(layer)
     for (sync, device), members in pooled.items():
-        loads = [_load(layer, device) for layer in members]
+        loads = [_load(layer._own_router(), device) for layer in members]
         for layer, load in zip(members, loads if sync is False else _summed(loads, sync), strict=True):
-            _move(layer, load, rate)
-            layer.router.load = None
+            router = layer._own_router()
+            router.adapt(load, rate, layer._targets)
+            router.load = None
 
 
-def _move(layer: MoE, load: Tensor, rate: float) -> None:
-    bias: Any = layer.router.bias
-    load, null = load.to(bias.dtype), layer._null
-    own = slice(None) if null is None else slice(-null.experts)
-    wished = load.mean() if null is None else (1 - null.share) * load.sum() / layer.n_experts
-    bias[own].add_(torch.sign(wished - load[own]), alpha=rate)
-
-
-def _load(layer: MoE, device: torch.device) -> Tensor:
-    load, every = layer.router.load, layer.n_experts + layer.null_experts
-    return torch.zeros(every, dtype=torch.int64, device=device) if load is None else load.to(device)
+def _load(router: Router, device: torch.device) -> Tensor:
+    load = router.load
+    return torch.zeros(router.load_shape, dtype=torch.int64, device=device) if load is None else load.to(device)
 
 
 def _summed(counts: list[Tensor], sync: Sync) -> list[Tensor]:
@@ -147,7 +142,3 @@ def _summed(counts: list[Tensor], sync: Sync) -> list[Tensor]:
     if not counts:
         return []
     return list(torch.split(all_reduce_sum(torch.cat(counts), sync), [len(count) for count in counts]))
-
-
-def _moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, MoE))

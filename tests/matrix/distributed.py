@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .layers import ALL, MIXTURES, assert_near, build, loss, step, tokens
 
 WORLD = 2
 WITH_A_LOSS = tuple(name for name in MIXTURES if name != "MoE")
+SPLIT = tuple(name for name in ALL if name not in ("MixedMoE", "LowRankMoE"))
 
 
 def _batch() -> Tensor:
@@ -93,13 +95,19 @@ def fully_sharded(name: str) -> None:
     mesh = init_device_mesh("cpu", (WORLD,))
     for children in (False, True):
         layer = _layer(name)
-        for child in layer.children() if children else ():
+        for child in _children(layer) if children else ():
             fully_shard(child, mesh=mesh)
         fully_shard(layer, mesh=mesh)
         assert_near(_gradients(layer, ""), _averaged(name))
         torch.optim.AdamW(layer.parameters()).step()
         layer.zero_grad()
         _gradients(layer, "")
+
+
+def _children(layer: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a layer that are called."""
+    for child in layer.children():
+        yield from child if isinstance(child, nn.ModuleList) else (child,)
 
 
 @feature("FSDP2, bf16 parameters", processes=WORLD)
@@ -114,7 +122,7 @@ def fully_sharded_bf16(name: str) -> None:
         assert g.isfinite().all()
 
 
-@feature("`sparse_ffn.parallel`, split over the processes", processes=WORLD)
+@feature("`sparse_ffn.parallel`, split over the processes", dict.fromkeys(EVERY_BACKEND, SPLIT), processes=WORLD)
 def split_over_processes(name: str) -> None:
     """Experts, or hidden units, or value rows: gradients are those of one process; DDP wraps it; clipping agrees."""
     mesh, x = init_device_mesh("cpu", (WORLD,)), _batch()[dist.get_rank()]

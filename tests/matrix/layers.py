@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparse_ffn as sf
-from sparse_ffn.layers import LatentMoE
+from sparse_ffn.layers import LatentMoE, LowRankMoE, MixedMoE
+from sparse_ffn.layers.balanced import Balanced
 from sparse_ffn.routing import NoisyTopKRouter
 
 D = 8
@@ -26,6 +27,8 @@ LAYERS: dict[str, Callable[..., sf.SparseFFN | LatentMoE]] = {
     "SBaseMoE": lambda **o: sf.SBaseMoE(D, 9, 4, 3, balance="z", **o),
     "NoisyTopKMoE": lambda **o: sf.NoisyTopKMoE(D, 9, 4, 3, **o),
     "LatentMoE": lambda **o: LatentMoE(D, 5, 9, 4, 3, **o),
+    "MixedMoE": lambda **o: MixedMoE(D, [(5, 4), (4, 7)], 3, glu=True, activation="silu", balance_cost=True, **o),
+    "LowRankMoE": lambda **o: LowRankMoE(D, 9, 16, 3, 2, bias=True, **o),
     "MoE": lambda **o: sf.MoE(D, 9, 4, 3, router="unweighted", balance="bias", **o),  # the loads of bias balancing
 }
 ALL = tuple(LAYERS)
@@ -50,9 +53,9 @@ def build(name: str, *, noise: bool = False, **options: Any) -> sf.SparseFFN | L
     return layer
 
 
-def mixture(layer: nn.Module) -> sf.MoE | None:
+def mixture(layer: nn.Module) -> Balanced | None:
     """The mixture of experts that a layer is or holds."""
-    return next((module for module in layer.modules() if isinstance(module, sf.MoE)), None)
+    return next((module for module in layer.modules() if isinstance(module, Balanced)), None)
 
 
 def tokens(*shape: int, seed: int = 2) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint as checkpointing
 
 import sparse_ffn as sf
+from sparse_ffn.layers.balanced import Balanced
 
 from .feature import AND_TRITON, feature
 from .layers import MIXTURES, assert_near, build, loss, mixture, step, tokens
@@ -47,7 +48,7 @@ def _autocast(name: str, dtype: torch.dtype, tolerance: float) -> None:
 
 
 def _selected(layer: sf.SparseFFN) -> Tensor | None:
-    return layer._routed[0].clone() if isinstance(layer, sf.MoE) else None
+    return layer._routed[0].clone() if isinstance(layer, Balanced) else None
 
 
 @feature("`torch.amp.GradScaler`, fp16")

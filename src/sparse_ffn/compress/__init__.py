@@ -9,5 +9,9 @@ from sparse_ffn.compress.quantize import dequantize_experts_ as dequantize_exper
 from sparse_ffn.compress.quantize import quantize_experts_ as quantize_experts_
 from sparse_ffn.compress.report import QuantizationReport as QuantizationReport
 from sparse_ffn.compress.report import QuantizedLayer as QuantizedLayer
+from sparse_ffn.compress.residual import CompressedLayer as CompressedLayer
+from sparse_ffn.compress.residual import CompressionReport as CompressionReport
+from sparse_ffn.compress.residual import compress_experts_ as compress_experts_
+from sparse_ffn.compress.sensitivity import quantization_error as quantization_error
 from sparse_ffn.compress.statistics import ExpertStats as ExpertStats
 from sparse_ffn.compress.statistics import expert_stats as expert_stats

@@ -36,7 +36,7 @@ def quantize_experts_(
         filter_fn: module and name -> whether to quantise its experts.
 
     Returns:
-        For each layer bytes before and after, and each stack's relative error.
+        For each layer bytes before and after, and each stack's relative error and outlier score.
 
     Raises:
         TypeError: an argument of a wrong type.
@@ -55,7 +55,7 @@ def quantize_experts_(
     for name, _, stacks in found:
         for stack in stacks:
             _check(name, stack, config)
-    made: dict[int, tuple[QuantizedRows, float]] = {}
+    made: dict[int, tuple[QuantizedRows, float, float]] = {}
     reports = [_quantize(name, stacks, config, made) for name, _, stacks in found]
     _tell(model)
     return QuantizationReport(tuple(reports))
@@ -84,28 +84,29 @@ def dequantize_experts_(model: nn.Module, filter_fn: Filter | None = None) -> No
 
 
 def _quantize(
-    name: str, stacks: list[Stack], config: ExpertQuantization, made: dict[int, tuple[QuantizedRows, float]]
+    name: str, stacks: list[Stack], config: ExpertQuantization, made: dict[int, tuple[QuantizedRows, float, float]]
 ) -> QuantizedLayer:
     before = after = 0
     errors: dict[str, float] = {}
+    outliers: dict[str, float] = {}
     for stack in stacks:
         parameter = stack.held
         if id(parameter) not in made:  # tied stacks stay tied
             made[id(parameter)] = _stored(stack, config)
-        rows, errors[stack.name] = made[id(parameter)]
+        rows, errors[stack.name], outliers[stack.name] = made[id(parameter)]
         before, after = before + parameter.nbytes, after + rows.n_bytes()
         stack.store(rows)
-    return QuantizedLayer(name, (before, after), errors)
+    return QuantizedLayer(name, (before, after), errors, outliers)
 
 
-def _stored(stack: Stack, config: ExpertQuantization) -> tuple[QuantizedRows, float]:
-    """A stack as codes, one expert at a time, and its relative error."""
+def _stored(stack: Stack, config: ExpertQuantization) -> tuple[QuantizedRows, float, float]:
+    """A stack as codes, one expert at a time, its relative error and its outlier score."""
     rows, bits = stack.rows(), config.bits_of(stack.is_values)
     group, symmetric = config.group_of(rows.shape[-1], bits), config.symmetric_at(bits)
     codes = empty(rows, bits, group, symmetric)
     if rows.is_meta:
-        return QuantizedRows(codes), math.nan
-    error = total = 0.0
+        return QuantizedRows(codes), math.nan, math.nan
+    error = total = outliers = 0.0
     for e in range(rows.shape[0]):
         found = quantize(rows[e], bits, group, symmetric, config.scale)
         for whole, part in zip(codes, found, strict=True):
@@ -114,7 +115,10 @@ def _stored(stack: Stack, config: ExpertQuantization) -> tuple[QuantizedRows, fl
         exact = rows[e].double()
         error += (exact - found.dense().double()).square().sum().item()
         total += exact.square().sum().item()
-    return QuantizedRows(codes), math.sqrt(error / total) if total else 0.0
+        size = exact.abs()
+        score = size.amax(0) / size.mean(0).clamp_min(torch.finfo(size.dtype).tiny)
+        outliers = max(outliers, score.max().item())
+    return QuantizedRows(codes), math.sqrt(error / total) if total else 0.0, outliers
 
 
 def _check(name: str, stack: Stack, config: ExpertQuantization) -> None:

@@ -16,6 +16,9 @@ class QuantizedLayer:
     """Of the stacks that were quantised, before and after."""
     errors: dict[str, float]
     """Of each stack ‖W - Ŵ‖ / ‖W‖; NaN on meta."""
+    outliers: dict[str, float]
+    """Of each stack the most that a column's largest weight is of the column's mean size, max |W_j| / mean |W_j| over
+    an expert's units (2406.08155). Where it is large, a few weights make the scales coarse. NaN on meta."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,16 @@ class QuantizationReport:
     def __str__(self) -> str:
         count = len(self.layers)
         lines = [f"experts of {count} layer{'' if count == 1 else 's'} quantised: {_change(*self.n_bytes)}"]
-        rows: list[tuple[str, ...]] = [("name", "bytes", "relative error")]
+        rows: list[tuple[str, ...]] = [("name", "bytes", "relative error", "outliers")]
         for r in self.layers:
             errors = ", ".join(f"{stack} {error:.2%}" for stack, error in r.errors.items())
-            rows.append((r.name or "the model", _change(*r.n_bytes), errors))
-        return "\n".join([*lines, *_aligned(rows)])
+            outliers = ", ".join(f"{stack} {score:.1f}" for stack, score in r.outliers.items())
+            rows.append((r.name or "the model", _change(*r.n_bytes), errors, outliers))
+        return "\n".join([*lines, *aligned(rows)])
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> Iterable[str]:
+def aligned(rows: list[tuple[str, ...]]) -> Iterable[str]:
+    """The lines of a table."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

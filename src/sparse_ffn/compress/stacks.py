@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparse_ffn.layers.mixed import Bank
 from sparse_ffn.layers.moe import MoE
 
 
@@ -55,12 +56,12 @@ class Kind:
     stacks: Callable[[Any], list[Stack]]
 
 
-def _stacks_of_moe(layer: MoE) -> list[Stack]:
+def _stacks_of_moe(layer: MoE | Bank) -> list[Stack]:
     names = ("keys", "gate_keys", "values")
     return [Stack(layer, name, name == "values") for name in names if getattr(layer, name) is not None]
 
 
-KINDS: list[Kind] = [Kind(lambda module: isinstance(module, MoE), _stacks_of_moe)]
+KINDS: list[Kind] = [Kind(lambda module: isinstance(module, (MoE, Bank)), _stacks_of_moe)]
 
 
 CHANGED: list[Callable[[nn.Module], None]] = []

@@ -123,7 +123,7 @@ def expert_stats(
     sums: dict[str, ExpertStats] = {}
 
     def add(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor | None) -> None:
-        measured = _measure(found[name], args, kwargs, mask, forced)
+        measured = measure(found[name], args, kwargs, mask, forced)
         if measured is not None:
             sums[name] = sums[name] + measured if name in sums else measured
 
@@ -134,7 +134,7 @@ def expert_stats(
 
 
 @dataclass(frozen=True)
-class _Experts:
+class Experts:
     """A module with experts, and how to ask it."""
 
     module: nn.Module
@@ -151,13 +151,13 @@ class _Experts:
         return int(self.module.num_experts)  # type: ignore[arg-type]
 
 
-def experts_of(module: nn.Module) -> _Experts | None:
+def experts_of(module: nn.Module) -> Experts | None:
     """The module as one with experts, if it is one."""
     if isinstance(module, MoE):
-        return _Experts(module, partial(route, module), partial(_apply, module))
+        return Experts(module, partial(route, module), partial(apply, module))
     names = ("hidden_states", "top_k_index", "top_k_weights")
     if hasattr(module, "num_experts") and tuple(inspect.signature(module.forward).parameters) == names:
-        return _Experts(module, _given, partial(_ask, module))
+        return Experts(module, _given, partial(_ask, module))
     return None
 
 
@@ -168,11 +168,12 @@ def route(
     layer._check_call(x, mask)
     mask_T = None if mask is None else mask.reshape(-1)
     seen_TR = layer._selector_input(x, router_input).reshape(-1, layer.d_router)
-    routing = layer._route(seen_TR, mask_T, layer._units())
+    routing = layer._route(seen_TR, mask_T, layer.n_experts)
     return x.reshape(-1, layer.d_model), routing.index_TK, routing.gate_TK, mask_T
 
 
-def _apply(layer: MoE, x_SD: Tensor, expert_S: Tensor) -> Tensor:
+def apply(layer: MoE, x_SD: Tensor, expert_S: Tensor) -> Tensor:
+    """f_e(x) of a layer's experts, without gates: [S, O]."""
     one = torch.ones_like(expert_S, dtype=torch.float32)
     return layer._compute(x_SD, layer._units(), expert_S.unsqueeze(1), one.unsqueeze(1))
 
@@ -186,8 +187,8 @@ def _ask(experts: nn.Module, x_SD: Tensor, expert_S: Tensor) -> Tensor:
     return y
 
 
-def _measure(
-    experts: _Experts, args: tuple[Any, ...], kwargs: dict[str, Any], batch_mask: Tensor | None, forced: bool
+def measure(
+    experts: Experts, args: tuple[Any, ...], kwargs: dict[str, Any], batch_mask: Tensor | None, forced: bool
 ) -> ExpertStats | None:
     """What a call of the module adds to the sums; None without a real token."""
     x_TD, index_TK, gate_TK, mask_T = experts.route(*args, **kwargs)
@@ -210,7 +211,7 @@ def _measure(
     return ExpertStats(*found)
 
 
-def _sums(experts: _Experts, x_TD: Tensor, token_S: Tensor, expert_S: Tensor, gate_S: Tensor) -> list[Tensor]:
+def _sums(experts: Experts, x_TD: Tensor, token_S: Tensor, expert_S: Tensor, gate_S: Tensor) -> list[Tensor]:
     """``ExpertStats``' sums, from ``count`` to ``moment``, over slots with gates in fp64."""
     width = _width(experts, x_TD)
     sums = [gate_S.new_zeros(experts.n_experts, *shape) for shape in ((),) * 6 + ((width,),)]
@@ -226,7 +227,7 @@ def _sums(experts: _Experts, x_TD: Tensor, token_S: Tensor, expert_S: Tensor, ga
     return sums
 
 
-def _width(experts: _Experts, x_TD: Tensor) -> int:
+def _width(experts: Experts, x_TD: Tensor) -> int:
     """d_out."""
     return experts.module.d_out if isinstance(experts.module, MoE) else x_TD.shape[1]
 

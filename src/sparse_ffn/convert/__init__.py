@@ -4,6 +4,7 @@ from sparse_ffn.convert.calibrate import calibrate as calibrate
 from sparse_ffn.convert.config import DenseFFNConfig as DenseFFNConfig
 from sparse_ffn.convert.config import ExpertsConfig as ExpertsConfig
 from sparse_ffn.convert.config import FFNConfig as FFNConfig
+from sparse_ffn.convert.config import LowRankMoEConfig as LowRankMoEConfig
 from sparse_ffn.convert.config import MoEConfig as MoEConfig
 from sparse_ffn.convert.config import NoisyTopKMoEConfig as NoisyTopKMoEConfig
 from sparse_ffn.convert.config import ProductKeyMemoryConfig as ProductKeyMemoryConfig

@@ -14,7 +14,7 @@ from sparse_ffn.convert.init.weights import FFNWeights
 from sparse_ffn.routing import ROUTERS
 
 Self = TypeVar("Self", bound="FFNConfig")
-SIZES = ("d_ff", "n_sub_keys", "n_experts", "expert_size", "k")
+SIZES = ("d_ff", "n_sub_keys", "n_experts", "expert_size", "k", "rank")
 OF_CONVERSION = {"init", "cluster_by", "router_init", "reinit"}
 """Fields that say what becomes of the weights, and that no layer has."""
 EXPERT_SIZES = (16, 128)
@@ -61,7 +61,7 @@ class FFNConfig:
             if value is not None or not (field.name in SIZES or field.default is None):
                 given[field.name] = value
         k = given.get("k", 1)
-        least = {"d_ff": k, "n_sub_keys": 1 + math.isqrt(k - 1), "n_experts": k, "expert_size": 1, "k": k}
+        least = {"d_ff": k, "n_sub_keys": 1 + math.isqrt(k - 1), "n_experts": k, "expert_size": 1, "k": k, "rank": 1}
         arguments = {name: size for name, size in least.items() if hasattr(self, name)} | given
         arguments = {name: value for name, value in arguments.items() if name not in OF_CONVERSION}
         self.layer(d_model=2, **arguments, device="meta")  # the layer checks its arguments
@@ -176,7 +176,31 @@ class ProductKeyMemoryConfig(FFNConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertsConfig(FFNConfig):
+class MixtureConfig(FFNConfig):
+    """The arguments that all mixtures of experts share."""
+
+    n_experts: int | None = None
+    expert_size: int | None = None
+    k: int | None = None
+    glu: bool | None = None
+    bias: bool | None = None
+    expert_dropout: float = 0.0
+    balance: str | Sequence[str] = "entropy"
+    balance_weight: float | Sequence[float] = 1e-3
+    balance_over: str = "batch"
+    aux: str = "attach"
+    sync_balance: bool = False
+
+    def _copies(self, ffn: FFNWeights) -> dict[str, Any]:
+        """The sizes of experts that are copies of the FFN."""
+        n, size = self.n_experts or 8, self.expert_size or ffn.d_ff
+        if size != ffn.d_ff and self.init != "fresh":
+            raise ValueError(f"expert_size = {size} must be d_ff = {ffn.d_ff} to upcycle: each expert is a copy")
+        return {"n_experts": n, "expert_size": size, "k": self.k or min(2, n)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig(MixtureConfig):
     """The MoE family's arguments, and how a dense FFN becomes experts.
 
     Args:
@@ -204,17 +228,6 @@ class ExpertsConfig(FFNConfig):
     inits = ("split", "cluster", "upcycle", "fresh")
 
     init: str = "split"
-    n_experts: int | None = None
-    expert_size: int | None = None
-    k: int | None = None
-    glu: bool | None = None
-    bias: bool | None = None
-    expert_dropout: float = 0.0
-    balance: str | Sequence[str] = "entropy"
-    balance_weight: float | Sequence[float] = 1e-3
-    balance_over: str = "batch"
-    aux: str = "attach"
-    sync_balance: bool = False
     cluster_by: str | None = None
     router_init: str | None = None
     reinit: float = 0.0
@@ -234,10 +247,7 @@ class ExpertsConfig(FFNConfig):
 
     def _sizes(self, ffn: FFNWeights) -> dict[str, Any]:
         if self.init == "upcycle":
-            n, size = self.n_experts or 8, self.expert_size or ffn.d_ff
-            if size != ffn.d_ff:
-                raise ValueError(f"expert_size = {size} must be d_ff = {ffn.d_ff} to upcycle: each expert is a copy")
-            return {"n_experts": n, "expert_size": size, "k": self.k or min(2, n)}
+            return self._copies(ffn)
         size = self.expert_size or (ffn.d_ff // self.n_experts if self.n_experts else _expert_size(ffn.d_ff))
         n = self.n_experts or ffn.d_ff // size
         if self.init != "fresh" and n * size != ffn.d_ff:
@@ -309,6 +319,34 @@ class NoisyTopKMoEConfig(ExpertsConfig):
     balance: str | Sequence[str] = "cv2"
 
 
+@dataclass(frozen=True, kw_only=True)
+class LowRankMoEConfig(MixtureConfig):
+    """For ``LowRankMoE``: the FFN becomes the base of all experts, which differ from it by nothing at first.
+
+    Args:
+        n_experts: E; None for 8.
+        expert_size: G; None for d_ff, which it must be but with ``init="fresh"``.
+        k: experts for a token; None for 2.
+        rank: of what an expert learns for itself; None for a sixteenth of d_ff.
+        router: by name. With ``"softmax_topk"`` the gates sum to 1, and the layer starts as exactly the FFN; with
+            others its values are divided by what the gates sum to where the router is undecided.
+    """
+
+    layer = layers.LowRankMoE
+    inits = ("upcycle", "fresh")
+
+    init: str = "upcycle"
+    rank: int | None = None
+    router: str = "softmax_topk"
+
+    def __post_init__(self) -> None:
+        check_choice("router", self.router, ROUTERS)
+        super().__post_init__()
+
+    def _sizes(self, ffn: FFNWeights) -> dict[str, Any]:
+        return {**self._copies(ffn), "rank": self.rank or max(1, ffn.d_ff // 16)}
+
+
 def _expert_size(d_ff: int) -> int:
     """The largest divisor that makes two experts or more."""
     least, largest = EXPERT_SIZES
@@ -323,7 +361,7 @@ def _expert_size(d_ff: int) -> int:
 
 CONFIGS: tuple[type[FFNConfig], ...] = (
     DenseFFNConfig, TopKFFNConfig, ProductKeyMemoryConfig, MoEConfig, SigmaMoEConfig, SoftmaxMoEConfig, SwitchMoEConfig,
-    SBaseMoEConfig, NoisyTopKMoEConfig,
+    SBaseMoEConfig, NoisyTopKMoEConfig, LowRankMoEConfig,
 )  # fmt: skip
 
 

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from sparse_ffn.convert.config import CONFIGS, FFNConfig
-from sparse_ffn.layers import MoE, SparseFFN
+from sparse_ffn.layers import SparseFFN
+from sparse_ffn.layers.routed import Routed
 from sparse_ffn.routing import ROUTERS, Router
 
 
@@ -26,9 +27,9 @@ def config_of(layer: SparseFFN) -> FFNConfig:
     kind: Any = next((kind for kind in CONFIGS if kind.layer is _own_class(layer)), None)
     if kind is None:
         raise TypeError(f"no config is for {type(layer).__name__}: there are {', '.join(c.__name__ for c in CONFIGS)}")
-    if isinstance(layer, MoE) and layer.null_experts:
+    if isinstance(layer, Routed) and layer.null_experts:
         raise ValueError(f"no {kind.__name__} makes a layer with null experts, and null_experts = {layer.null_experts}")
-    router = layer._own_router() if isinstance(layer, MoE) else None
+    router = layer._own_router() if isinstance(layer, Routed) else None
     default: Any = kind(init="fresh")
     config: FFNConfig = kind(init="fresh", **{n: _option(layer, router, n, v) for n, v in default.arguments().items()})
     if router is not None:
@@ -47,7 +48,7 @@ def _option(layer: SparseFFN, router: Router | None, name: str, default: Any) ->
         return getattr(layer, "gate_keys" if name == "glu" else "out_bias") is not None
     if name == "router" and router is not None:
         return next((known for known, cls in ROUTERS.items() if cls is _own_class(router)), default)
-    if name == "sync_balance" and isinstance(layer, MoE):
+    if name == "sync_balance" and isinstance(layer, Routed):
         return layer.sync_balance is not False  # a config knows no group
     value = getattr(layer if hasattr(layer, name) else router, name)
     return value[0] if name in ("balance", "balance_weight") and len(value) == 1 else value

@@ -19,7 +19,7 @@ from sparse_ffn.convert.init.build import Built, build, evaluating
 from sparse_ffn.convert.init.weights import relative_error
 from sparse_ffn.convert.places import Places, mixed, places_of, replaceable, twins
 from sparse_ffn.convert.report import Replacement, Report
-from sparse_ffn.layers import MoE
+from sparse_ffn.layers import LowRankMoE, MoE
 
 
 def sparsify_(
@@ -163,7 +163,11 @@ def _replacement(f: Found, new: Built, first: str, rows: Tensor | None, names: l
     if rows is not None:
         with evaluating(new.module):
             error = relative_error(new.module(rows), ffn.output(rows))
-    sizes = f"E={layer.n_experts} G={layer.expert_size} k={layer.k}" if isinstance(layer, MoE) else f"k={layer.k}"
+    sizes = (
+        f"E={layer.n_experts} G={layer.expert_size} k={layer.k}"
+        if isinstance(layer, (MoE, LowRankMoE))
+        else f"k={layer.k}"
+    )
     tied = None if f.name == first else first
     return Replacement(
         name=f.name,

@@ -145,7 +145,10 @@ def to_transformers(
 
 def _moe(layer: MoE | LatentMoE | SharedExpertMoE) -> MoE:
     routed = layer.routed if isinstance(layer, SharedExpertMoE) else layer
-    return routed.moe if isinstance(routed, LatentMoE) else routed
+    moe = routed.moe if isinstance(routed, LatentMoE) else routed
+    check_type("the mixture in layer", moe, MoE, "a MoE")
+    assert isinstance(moe, MoE)
+    return moe
 
 
 class Keys:

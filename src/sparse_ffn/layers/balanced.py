@@ -1,4 +1,4 @@
-"""Balanced: the balance of a layer: its options, its loss, and what a forward keeps for the training loop."""
+"""Balanced: a router's balance: its options, its loss, and what a forward keeps for the training loop."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from sparse_ffn.checks import check_choice
 from sparse_ffn.layers.last_forward import LastForward
 from sparse_ffn.ops.library import in_backward
-from sparse_ffn.routing.balance import LOSSES, Null, check_balance, weighted_losses
-from sparse_ffn.routing.base import AnyRouting, Routing
+from sparse_ffn.routing.balance import LOSSES, Targets, Terms, check_balance, weighted_losses
+from sparse_ffn.routing.base import AnyRouting, Router, Routing
 from sparse_ffn.routing.distributed import SharedGroup, Sync, check_sync
+from sparse_ffn.routing.relu import ReLURouter
 
 T = TypeVar("T", bound="Balanced")
 
@@ -36,15 +37,41 @@ class Calls:
 
 
 class Balanced(nn.Module):
-    """A layer with balance losses, which keeps what ``aux_loss`` and ``routing_stats`` ask for."""
+    """A module with a router and its balance, which keeps what ``aux_loss`` and ``routing_stats`` ask for.
 
+    This is all that the functions of ``training``, ``metering`` and ``plot`` know of a mixture of experts.
+    """
+
+    router: Router
+    n_experts: int
+    """Those that compute something."""
+    null_experts: int = 0
+    """The router's rows behind them."""
     aux: str
     _last: LastForward | None = None
     _calls: Calls | None = None
 
     @property
-    def _null(self) -> Null | None:
-        """The layer's null experts, if it has any."""
+    def k(self) -> int:
+        """The router's ``k``: experts selected for a token, which may be set to any number up to all that it scores."""
+        return self._own_router().k
+
+    @k.setter
+    def k(self, k: int) -> None:
+        self._own_router().k = k
+
+    def _own_router(self) -> Router:
+        # LoRA wraps it, and the wrapper has none of its attributes
+        return next(module for module in self.router.modules() if isinstance(module, Router))
+
+    @property
+    def _adapts(self) -> str | None:
+        """Which of the balances it has that ``update_router_bias`` serves."""
+        return "bias" if self.router.bias is not None else "l1" if "l1" in self.balance else None
+
+    @property
+    def _targets(self) -> Targets | None:
+        """What share of the slots is wished on which expert; None for equal shares."""
         return None
 
     def _set_balance(
@@ -81,10 +108,20 @@ class Balanced(nn.Module):
 
     def _weighted_loss(self, routing: AnyRouting, mask_T: Tensor | None, n_sequences: int | None) -> Tensor | None:
         pairs = zip(self.balance, self.balance_weight, strict=True)
-        terms = tuple((name, weight) for name, weight in pairs if name in LOSSES) if self.training else ()
+        terms: Terms = tuple((name, weight) for name, weight in pairs if name in LOSSES) if self.training else ()
         if not terms:
             return None
-        return weighted_losses(routing, terms, mask_T, n_sequences, self.sync_balance, self._null)
+        if "l1" in self.balance:
+            terms = self._with_l1(terms, routing, mask_T)
+        return weighted_losses(routing, terms, mask_T, n_sequences, self.sync_balance, self._targets)
+
+    def _with_l1(self, terms: Terms, routing: AnyRouting, mask_T: Tensor | None) -> Terms:
+        """The terms, that of the L1 loss times its adapting weight; counts what this adapts to."""
+        router = self._own_router()
+        assert isinstance(router, ReLURouter), "make_router checks it"
+        assert isinstance(routing, Routing), "l1 is in NEED_LOGITS"
+        router.count_active(routing.logits_TE, mask_T)
+        return tuple((name, weight * router.l1 if name == "l1" else weight) for name, weight in terms)
 
     def _keep(
         self, loss: Tensor | None, index_TK: Tensor, mask_T: Tensor | None, results: tuple[Tensor | None, ...]
@@ -133,3 +170,8 @@ class Balanced(nn.Module):
             "aux": (self.aux, "attach"),
             "sync_balance": (self.sync_balance, False),
         }
+
+
+def balanced_in(model: nn.Module) -> dict[str, Balanced]:
+    """The modules with a router and its balance in a model, each once, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Balanced)}

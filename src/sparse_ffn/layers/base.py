@@ -23,12 +23,12 @@ from sparse_ffn.checks import (
     is_dtensor,
     shape_error,
 )
-from sparse_ffn.module import CheckedOptions, Parametrizations, normal_
+from sparse_ffn.module import CheckedOptions, Parametrizable, normal_
 from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.autocast import autocast_enabled
 
 
-class SparseFFN(CheckedOptions, nn.Module):
+class SparseFFN(CheckedOptions, Parametrizable, nn.Module):
     """Base of all layers: a feed-forward block x [..., d_model] -> [..., d_out], a sum over hidden units.
 
     Unit i reads the input with its key and adds its value to the output: y = sum_i act(keys_i · x) values_i. In the
@@ -121,10 +121,6 @@ class SparseFFN(CheckedOptions, nn.Module):
             y = y + bias.to(y.dtype)
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.d_out)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """As Module's; torch.nn.utils.parametrize gets a table that accepts the names of our parameters."""
-        super().__setattr__(name, Parametrizations() if name == "parametrizations" else value)
-
     def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
         """The layer without its output bias: [..., d_model] -> [tokens, d_out]."""
         raise NotImplementedError
@@ -145,7 +141,7 @@ class SparseFFN(CheckedOptions, nn.Module):
             check_mask(mask, x)
 
     def _check_input(self, name: str, x: Tensor, *also: torch.dtype) -> None:
-        own = self.values
+        own = self._typical
         if type(x) is Tensor and x.dtype == own.dtype and x.device == own.device and x.layout is torch.strided:
             return
         check_floating(name, x)
@@ -159,6 +155,11 @@ class SparseFFN(CheckedOptions, nn.Module):
         double = torch.float64 in (x.dtype, own.dtype)  # autocast leaves fp64 alone
         if x.dtype not in (own.dtype, *also) and (double or not autocast_enabled(x)):
             raise TypeError(f"{name} has dtype {x.dtype}, the layer's parameters have {own.dtype}: convert one of them")
+
+    @property
+    def _typical(self) -> Tensor:
+        """A parameter whose dtype and device are the layer's."""
+        return self.values
 
     def _shape_error(self) -> ValueError:
         return shape_error({**self._tensors(), "out_bias": (self.out_bias, (self.d_out,))})

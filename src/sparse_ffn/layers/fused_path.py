@@ -8,7 +8,8 @@ from torch import Tensor
 from sparse_ffn import ops
 from sparse_ffn.checks import check_places
 from sparse_ffn.layers.routed import Routed
-from sparse_ffn.layers.rows.base import ExpertRows
+from sparse_ffn.layers.rows.base import ExpertRows, rows_ffn
+from sparse_ffn.layers.units import UnitsFFN
 from sparse_ffn.module import is_plain, tensors_of
 from sparse_ffn.routing.balance import NEED_LOGITS
 from sparse_ffn.routing.base import FusedRouting, Router
@@ -21,8 +22,8 @@ from sparse_ffn.routing.routers import (
 )
 
 
-class FusedPath(Routed):
-    """Experts with a router, and the call that computes both at once."""
+class FusedPath(Routed, UnitsFFN):
+    """One stack of experts of one size behind a router, and the call that computes both at once."""
 
     expert_size: int
 
@@ -42,7 +43,7 @@ class FusedPath(Routed):
         if not ops.routed_ffn_available(x_TD, weight, bias, units):
             return None
         check_places(x_TD, (weight, bias))
-        self._check_router(units, weight, bias)
+        self._check_router(units.values.shape[0], weight, bias)
         gates_needed = self.null_experts and self.null_kind != "zero"  # inference does not return them
         if not self.training and not torch.is_grad_enabled() and not ops.under_transforms() and not gates_needed:
             y_TO, index_TK = ops.routed_ffn_inference(
@@ -67,6 +68,17 @@ class FusedPath(Routed):
         loss = self._balance_loss(FusedRouting(softmax_BE, index_TK, gate_TK), mask_T, n_sequences)
         self._keep(loss, index_TK, mask_T, (y_TO,))  # the loss's backward pass reaches its node
         return self._add_null(y_TO, x_TD, index_TK, gate_TK)
+
+    def _experts(self, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor, units: ops.Units) -> Tensor:
+        """The selected experts of each token, by the processes that hold them: [T, O]."""
+        if self._split is None:
+            return self._compute(x_TD, units, index_TK, gate_TK)
+        return self._split.experts(self, x_TD, units, index_TK, gate_TK)  # type: ignore[no-any-return]
+
+    def _compute(self, x_TD: Tensor, units: ops.Units, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
+        """The same by this process, which holds these units."""
+        mask = self._dropout_mask(x_TD, *index_TK.shape, self.expert_size)
+        return rows_ffn(x_TD, units, index_TK, gate_TK, dropout_mask=mask, activation=self.activation)
 
 
 def _gate_function(router: Router) -> str | None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparse_ffn.checks import check_flag, check_floating, check_mask, check_places, check_positive, shape_error
 from sparse_ffn.layers.moe import MoE
+from sparse_ffn.layers.routed import Routed
 
 
 class LatentMoE(nn.Module):
@@ -67,15 +68,15 @@ class LatentMoE(nn.Module):
         y: Tensor = self.up(self.moe(self.down(x), mask=mask, router_input=seen))
         return y
 
-    def _own_moe(self) -> MoE:
-        # LoRA wraps it, and the wrapper has none of its attributes
-        return next(module for module in self.moe.modules() if isinstance(module, MoE))
+    def _own_moe(self) -> Routed:
+        # LoRA wraps it, and the wrapper has none of its attributes; compress_experts_ puts another kind in its place
+        return next(module for module in self.moe.modules() if isinstance(module, Routed))
 
     def _check_call(self, x: Tensor, mask: Tensor | None) -> None:
         """Raise if this is no input of the layer: before the projections are computed."""
         check_floating("x", x)
         moe = self._own_moe()
-        if moe.values.device.type != "meta":  # accelerate's offload brings a part's weights when the part is called
+        if moe._typical.device.type != "meta":  # accelerate's offload brings a part's weights when the part is called
             moe._check_input("x", x)
         if not x.dim() or x.shape[-1] != self.d_model:
             raise ValueError(f"x must have shape [..., d_model = {self.d_model}], got {list(x.shape)}")
@@ -93,7 +94,7 @@ class LatentMoE(nn.Module):
 
     def _selector_input(self, x: Tensor, router_input: Tensor | None) -> Tensor:
         moe, seen = self._own_moe(), x if router_input is None else router_input
-        return seen if moe.values.device.type == "meta" else moe._selector_input(x, seen)
+        return seen if moe._typical.device.type == "meta" else moe._selector_input(x, seen)
 
     @property
     def k(self) -> int:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_ffn.checks import check_positive, check_rate
+from sparse_ffn import ops
+from sparse_ffn.checks import check_positive
 from sparse_ffn.layers.fused_path import FusedPath
-from sparse_ffn.ops.autocast import autocast_dtype
+from sparse_ffn.layers.routed import Routed
+from sparse_ffn.layers.units import UnitsFFN
 from sparse_ffn.routing.base import Router
 from sparse_ffn.routing.distributed import Sync
-from sparse_ffn.routing.inject import inject
-from sparse_ffn.routing.routers import make_router
 
 # T tokens, D d_model, O d_out, E experts, G units of an expert, K selected experts
 
@@ -34,9 +35,9 @@ class MoE(FusedPath):
         expert_size: G, hidden units of an expert.
         k: experts selected for a token, 1 <= k <= n_experts + null_experts.
         router: ``"sigmoid"``, ``"softmax"`` (over all experts), ``"softmax_topk"`` (over the selected), ``"sinkhorn"``,
-            ``"noisy_topk"``, ``"unweighted"`` (selected experts weigh 1); a class of ``sparse_ffn.routing``, or another
-            callable that makes a router from the arguments of ``Router``; or a ``Router`` of these sizes, which then
-            brings its own width, expert dropout and selection bias.
+            ``"noisy_topk"``, ``"unweighted"`` (selected experts weigh 1), ``"relu"`` (only those of positive logit);
+            a class of ``sparse_ffn.routing``, or another callable that makes a router from the arguments of ``Router``;
+            or a ``Router`` of these sizes, which then brings its own width, expert dropout and selection bias.
         activation: see ``SparseFFN``, as all other shared arguments.
         glu: gate the hidden units: act(gate_keys x) * (keys x + key_bias).
         bias: ``key_bias`` and ``out_bias``.
@@ -50,8 +51,8 @@ class MoE(FusedPath):
         dropout: on the hidden units.
         expert_dropout: chance in training that a token cannot use an expert; no rescaling.
         balance: ``"entropy"``, ``"switch"``, ``"cv2"``, ``"z"`` (losses; see ``sparse_ffn.routing.balance`` for
-            their ranges), ``"bias"`` (no loss: call ``sparse_ffn.update_router_bias`` once a step), ``"none"``, or
-            a tuple of these.
+            their ranges), ``"bias"`` (no loss), ``"l1"`` (for ``router="relu"``), ``"none"``, or a tuple of these.
+            With ``"bias"`` and ``"l1"`` call ``sparse_ffn.update_router_bias`` once a step.
         balance_weight: factor of the loss, a tuple with one for each name if ``balance`` is a tuple.
         balance_over: ``"batch"`` pools all real tokens, ``"sequence"`` each run along dimension -2 of x.
         aux: ``"attach"`` keeps the weighted loss for ``sparse_ffn.aux_loss``; ``"inject"`` adds its gradient in the
@@ -97,34 +98,26 @@ class MoE(FusedPath):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            d_model, d_out=d_out, activation=activation, dropout=dropout, init_scale=init_scale, n_layers=n_layers,
-            bias=bias, device=device, dtype=dtype,
-        )  # fmt: skip
         self.n_experts = check_positive("n_experts", n_experts)
         self.expert_size = check_positive("expert_size", expert_size)
         self.d_ff = self.n_experts * self.expert_size
-        self._set_balance(balance, balance_weight, balance_over, aux, sync_balance)
-        self._make_units(glu, bias)
-        self._set_null(null_experts, null_kind, null_share)
-        every = self.n_experts + self.null_experts
-        limit = "n_experts + null_experts" if self.null_experts else "n_experts"
-        self.router = make_router(
-            router, self.d_model, d_router, every, check_positive("k", k, every, limit),
-            balance=self.balance, expert_dropout=check_rate("expert_dropout", expert_dropout),
-            init_scale=self.init_scale, **self._factory,
+        super().__init__(
+            d_model, k, router=router, activation=activation, glu=glu, bias=bias, d_out=d_out, d_router=d_router,
+            null_experts=null_experts, null_kind=null_kind, null_share=null_share, dropout=dropout,
+            expert_dropout=expert_dropout, balance=balance, balance_weight=balance_weight, balance_over=balance_over,
+            aux=aux, sync_balance=sync_balance, init_scale=init_scale, n_layers=n_layers, device=device, dtype=dtype,
         )  # fmt: skip
-        self.d_router = self.router.d_model
-        super().reset_parameters()  # the router has initialised itself
 
     @property
     def _units_shape(self) -> tuple[int, ...]:
         return (self.n_experts, self.expert_size)
 
-    def reset_parameters(self) -> None:
-        """Normal keys and values, zero biases and constants; the router's own initialisation."""
-        super().reset_parameters()
-        self.router.reset_parameters()
+    def _make_experts(self, glu: bool, bias: bool) -> None:
+        self._make_units(glu, bias)
+
+    def _reset_experts(self) -> None:
+        self._reset_units()
+        super()._reset_experts()
 
     def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
         x_TD = x if x.dim() == 2 else x.reshape(-1, self.d_model)
@@ -132,25 +125,15 @@ class MoE(FusedPath):
         units, n_sequences = self._units(), self._n_sequences(x)
         if x is router_input and (y_TO := self._fused(x_TD, mask_T, units, n_sequences)) is not None:
             return y_TO
-        routing = self._route(router_input.reshape(-1, self.d_router), mask_T, units)
-        loss, gate_TK = self._balance_loss(routing, mask_T, n_sequences), routing.gate_TK
-        if loss is not None and self.aux == "inject":
-            gate_TK, loss = inject(gate_TK, loss), None
-        x_TD = x_TD.to(autocast_dtype(x_TD))
-        index_TK = routing.index_TK.clamp_max(self.n_experts) if self.null_experts else routing.index_TK
-        y_TO = self._experts(x_TD, units, index_TK, gate_TK)
-        y_TO = self._add_null(y_TO, x_TD, routing.index_TK, gate_TK)
-        self._keep(loss, routing.index_TK, mask_T, (y_TO, loss))
-        return y_TO
+        experts, n_experts = partial(self._experts, units=units), units.values.shape[0]
+        return self._mixture(x_TD, router_input, mask_T, n_sequences, n_experts, experts)
+
+    def _units(self) -> ops.Units:
+        self._check_null()
+        return super()._units()
 
     def _tensors(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
-        router = {f"router.{name}": tensor for name, tensor in self._own_router()._tensors().items()}
-        return {**router, **super()._tensors(), "constants": (self.constants, (self.null_experts, self.d_out))}
-
-    @property
-    def active_fraction(self) -> float:
-        """k/n_experts, and at most 1; null experts make it less."""
-        return min(1.0, self.k / self.n_experts)
+        return {**Routed._tensors(self), **UnitsFFN._tensors(self)}
 
     def flops_per_token(self) -> int:
         """Router scores (twice for noisy top-k) and k experts; null ones among them make it less."""
@@ -159,14 +142,5 @@ class MoE(FusedPath):
 
     def extra_repr(self) -> str:
         """Sizes and what differs from the defaults; the balance always."""
-        return self._repr_options(
-            f"n_experts={self.n_experts}, expert_size={self.expert_size}, k={self.k}",
-            activation=(self.activation, "relu"),
-            glu=(self.gate_keys is not None, False),
-            bias=(self.out_bias is not None, False),
-            d_router=(self.d_router, self.d_model),
-            null_experts=(self.null_experts, 0),
-            null_kind=(self.null_kind, "zero"),
-            null_share=(self.null_share, None),
-            **self._balance_options(),
-        )
+        sizes = (f"n_experts={self.n_experts}", f"expert_size={self.expert_size}")
+        return self._repr_mixture(*sizes, glu=(self.gate_keys is not None, False))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparse_ffn import ops
 from sparse_ffn.checks import check_choice, check_count, check_rate, shown
 from sparse_ffn.module import tensors_of
-from sparse_ffn.routing.balance import Null
+from sparse_ffn.routing.balance import Targets
 
 # T tokens, D d_model, O d_out, E experts with hidden units, N null experts, K selected experts
 
@@ -32,6 +32,7 @@ class NullExperts(nn.Module):
     null_kind: str
     null_share: float | None
     _split: Any
+    _shape_error: Callable[[], ValueError]
     constants: nn.Parameter | None
     """One row [d_out] for each null expert of the kind ``"constant"``."""
 
@@ -49,12 +50,29 @@ class NullExperts(nn.Module):
         self.constants = self._parameter(self.null_experts, self.d_out) if has_constants else None
 
     @property
-    def _null(self) -> Null | None:
-        """What the balance losses need to know; None without null experts."""
-        if not self.null_experts:
+    def _targets(self) -> Targets | None:
+        """As ``Balanced``: shares that are not equal, of the null experts or among the others."""
+        wished = self._wished
+        if not self.null_experts and len(wished) == 1:
             return None
         every = self.n_experts + self.null_experts
-        return Null(self.null_experts, self.null_experts / every if self.null_share is None else self.null_share)
+        null = self.null_experts / every if self.null_share is None else self.null_share
+        runs = [(experts, (1 - null) * share) for experts, share in wished]
+        if self.null_experts:
+            runs.append((self.null_experts, null / self.null_experts))
+        return Targets(tuple(runs), self.null_experts)
+
+    @property
+    def _wished(self) -> tuple[tuple[int, float], ...]:
+        """Of the experts with hidden units: runs of them, and the share of their slots wished on each."""
+        return ((self.n_experts, 1 / self.n_experts),)
+
+    def _check_null(self) -> None:
+        """Raise if the constants do not fit the layer."""
+        if self.null_experts and self.null_kind == "constant":
+            (constants,) = tensors_of(self, "constants")
+            if constants.shape != (self.null_experts, self.d_out):
+                raise self._shape_error()
 
     def _add_null(self, y_TO: Tensor, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
         """y + the sum over the token's null slots of gate · x, or of gate · ``constants[n]``; y itself for zeros."""
@@ -67,4 +85,4 @@ class NullExperts(nn.Module):
         (constants,) = tensors_of(self, "constants")
         if self._split is not None:
             constants = self._split.whole(constants)
-        return y_TO + ops.weighted_bag(constants, index_TK.clamp_min(0), gate_TK)
+        return y_TO + ops.weighted_bag(constants, index_TK.clamp(0, self.null_experts - 1), gate_TK)

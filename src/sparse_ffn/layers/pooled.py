@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn.checks import check_module
-from sparse_ffn.layers.balanced import Balanced, Calls
+from sparse_ffn.layers.balanced import Balanced, Calls, balanced_in
 from sparse_ffn.routing.base import Routing
 
 
@@ -40,7 +40,7 @@ def pooled_balance(model: nn.Module) -> Iterator[None]:
         RuntimeError: a layer is within such a context already.
     """
     check_module("model", model)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Balanced)}
+    layers = balanced_in(model)
     for name, layer in layers.items():
         if layer.aux == "inject":
             raise ValueError(f"pooled_balance needs aux='attach', but {name or 'the layer'} has aux='inject'")

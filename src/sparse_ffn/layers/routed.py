@@ -1,54 +1,122 @@
-"""Routed: a layer whose router sends each token to some of its experts."""
+"""Routed: a mixture of experts as its router sees it; what the experts compute is a subclass's."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn import ops
-from sparse_ffn.checks import shown
+from sparse_ffn.checks import check_positive, check_rate, shown
 from sparse_ffn.layers.balanced import Balanced
+from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.layers.null_experts import NullExperts
-from sparse_ffn.layers.rows.base import ExpertRows, stored_ffn
-from sparse_ffn.layers.units import UnitsFFN
-from sparse_ffn.module import tensors_of
+from sparse_ffn.ops.autocast import autocast_dtype
 from sparse_ffn.routing.base import Router, Routing
+from sparse_ffn.routing.distributed import Sync
+from sparse_ffn.routing.inject import inject
+from sparse_ffn.routing.routers import make_router
+
+# T tokens, D d_model, O d_out, R d_router, E experts, K selected experts
 
 
-class Routed(NullExperts, Balanced, UnitsFFN):
-    """What the router sees and decides, and whether its tensors fit the experts'."""
+class MoEOptions(TypedDict, total=False):
+    """The keyword arguments that all mixtures share; ``MoE`` says what they are."""
 
-    router: Router
+    activation: str
+    glu: bool
+    bias: bool
+    d_out: int | None
+    d_router: int | None
+    null_experts: int
+    null_kind: str
+    null_share: float | None
+    dropout: float
+    expert_dropout: float
+    balance_over: str
+    aux: str
+    sync_balance: Sync
+    init_scale: float
+    n_layers: int | None
+    device: Any
+    dtype: torch.dtype | None
+
+
+class RoutedOptions(MoEOptions, total=False):
+    """Those, and the ones that ``MoE``'s named variants set."""
+
+    router: str | Router | Callable[..., Router]
+    balance: str | Sequence[str]
+    balance_weight: float | Sequence[float]
+
+
+class Routed(NullExperts, Balanced, SparseFFN):
+    """y = sum over the k selected experts of gate_e · f_e(x). Subclasses make the experts and compute f.
+
+    Before this constructor they set ``n_experts`` and ``d_ff``; arguments are ``MoE``'s.
+    """
+
     d_router: int
     """Width of what the router sees."""
-    expert_size: int
 
-    @property
-    def k(self) -> int:
-        """The router's ``k``: experts selected for a token, which may be set to any number up to all that it scores."""
-        return self._own_router().k
+    def __init__(
+        self,
+        d_model: int,
+        k: int,
+        *,
+        router: str | Router | Callable[..., Router] = "sigmoid",
+        activation: str = "relu",
+        glu: bool = False,
+        bias: bool = False,
+        d_out: int | None = None,
+        d_router: int | None = None,
+        null_experts: int = 0,
+        null_kind: str = "zero",
+        null_share: float | None = None,
+        dropout: float = 0.0,
+        expert_dropout: float = 0.0,
+        balance: str | Sequence[str] = "entropy",
+        balance_weight: float | Sequence[float] = 1e-3,
+        balance_over: str = "batch",
+        aux: str = "attach",
+        sync_balance: Sync = False,
+        init_scale: float = 1.0,
+        n_layers: int | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            d_model, d_out=d_out, activation=activation, dropout=dropout, init_scale=init_scale, n_layers=n_layers,
+            bias=bias, device=device, dtype=dtype,
+        )  # fmt: skip
+        self._set_balance(balance, balance_weight, balance_over, aux, sync_balance)
+        self._make_experts(glu, bias)
+        self._set_null(null_experts, null_kind, null_share)
+        every = self.n_experts + self.null_experts
+        limit = "n_experts + null_experts" if self.null_experts else "n_experts"
+        self.router = make_router(
+            router, self.d_model, d_router, every, check_positive("k", k, every, limit),
+            balance=self.balance, expert_dropout=check_rate("expert_dropout", expert_dropout),
+            init_scale=self.init_scale, **self._factory,
+        )  # fmt: skip
+        self.d_router = self.router.d_model
+        self._reset_experts()  # the router has initialised itself
 
-    @k.setter
-    def k(self, k: int) -> None:
-        self._own_router().k = k
+    def _make_experts(self, glu: bool, bias: bool) -> None:
+        """Check these two and make the experts' parameters."""
+        raise NotImplementedError
 
-    def _own_router(self) -> Router:
-        # LoRA wraps it, and the wrapper has none of its attributes
-        return next(module for module in self.router.modules() if isinstance(module, Router))
+    def _reset_experts(self) -> None:
+        """Initialise what is neither the router's nor a null expert's; the biases are zero."""
+        for zero in (self.out_bias, self.constants):
+            if zero is not None:
+                nn.init.zeros_(zero)
 
     def reset_parameters(self) -> None:
-        """As the units'; the constants of null experts start at zero."""
-        super().reset_parameters()
-        if self.constants is not None:
-            nn.init.zeros_(self.constants)
-
-    def _units(self) -> ops.Units:
-        units = super()._units()
-        if self.null_experts and self.null_kind == "constant":
-            (constants,) = tensors_of(self, "constants")
-            if constants.shape != (self.null_experts, self.d_out):
-                raise self._shape_error()
-        return units
+        """Normal keys and values, zero biases and constants; the router's own initialisation."""
+        self._reset_experts()
+        self.router.reset_parameters()
 
     def _selector_input(self, x: Tensor, router_input: Tensor | None) -> Tensor:
         if router_input is None and self.d_router == self.d_model:
@@ -65,33 +133,74 @@ class Routed(NullExperts, Balanced, UnitsFFN):
             )
         return router_input
 
-    def _route(self, x_TR: Tensor, mask_T: Tensor | None, units: ops.Units) -> Routing:
+    def _mixture(
+        self,
+        x_TD: Tensor,
+        router_input: Tensor,
+        mask_T: Tensor | None,
+        n_sequences: int | None,
+        n_experts: int,
+        experts: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """The formula, with all that a forward leaves behind: [T, O].
+
+        Args:
+            x_TD: the tokens.
+            router_input: [..., d_router].
+            mask_T: the real tokens.
+            n_sequences: as ``_n_sequences`` says.
+            n_experts: those whose weights there are: the layer's, unless someone changed them.
+            experts: of x [T, D], index [T, K] and gate [T, K] the sum over the slots whose index is below n_experts.
+        """
+        routing = self._route(router_input.reshape(-1, self.d_router), mask_T, n_experts)
+        loss, gate_TK = self._balance_loss(routing, mask_T, n_sequences), routing.gate_TK
+        if loss is not None and self.aux == "inject":
+            gate_TK, loss = inject(gate_TK, loss), None
+        x_TD = x_TD.to(autocast_dtype(x_TD))
+        index_TK = routing.index_TK.clamp_max(n_experts) if self.null_experts else routing.index_TK
+        y_TO = self._add_null(experts(x_TD, index_TK, gate_TK), x_TD, routing.index_TK, gate_TK)
+        self._keep(loss, routing.index_TK, mask_T, (y_TO, loss))
+        return y_TO
+
+    def _route(self, x_TR: Tensor, mask_T: Tensor | None, n_experts: int) -> Routing:
         """What the router decides, or any module that stands in its place."""
         router = self.router
         if isinstance(router, Router) and type(router).forward is Router.forward:
-            self._check_router(units, router.weight)
+            self._check_router(n_experts, router.weight)
         routing: Routing = router(x_TR, mask_T) if self._split is None else self._split.route(router, x_TR, mask_T)
         if not isinstance(routing, Routing):
             raise TypeError(f"router must return a sparse_ffn.routing.Routing, got {shown(routing)}")
-        n_scored, n_experts = routing.logits_TE.shape[1], units.values.shape[0] + self.null_experts
-        if n_scored != n_experts:
-            null = f" and there are {self.null_experts} null experts" if self.null_experts else ""
-            raise ValueError(f"the router scored {n_scored} experts, values has {units.values.shape[0]}{null}")
+        n_scored = routing.logits_TE.shape[1]
+        if n_scored != n_experts + self.null_experts:
+            null = f" and {self.null_experts} null ones" if self.null_experts else ""
+            raise ValueError(f"the router scored {n_scored} experts, the layer has {n_experts}{null}")
         return routing
 
-    def _check_router(self, units: ops.Units, weight: Tensor, bias: Tensor | None = None) -> None:
-        experts = units.values.shape[0] + self.null_experts
+    def _check_router(self, n_experts: int, weight: Tensor, bias: Tensor | None = None) -> None:
+        experts = n_experts + self.null_experts
         if weight.shape != (experts, self.d_router) or (bias is not None and bias.shape != (experts,)):
             raise self._shape_error()
 
-    def _experts(self, x_TD: Tensor, units: ops.Units, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
-        """The selected experts of each token, by the processes that hold them: [T, O]."""
-        if self._split is None:
-            return self._compute(x_TD, units, index_TK, gate_TK)
-        return self._split.experts(self, x_TD, units, index_TK, gate_TK)  # type: ignore[no-any-return]
+    def _tensors(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
+        router = {f"router.{name}": tensor for name, tensor in self._own_router()._tensors().items()}
+        return {**router, "constants": (self.constants, (self.null_experts, self.d_out))}
 
-    def _compute(self, x_TD: Tensor, units: ops.Units, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
-        """The same by this process, which holds these units."""
-        mask = self._dropout_mask(x_TD, *index_TK.shape, self.expert_size)
-        ffn = stored_ffn if isinstance(units.values, ExpertRows) else ops.expert_ffn
-        return ffn(x_TD, units, index_TK, gate_TK, dropout_mask=mask, activation=self.activation)
+    @property
+    def active_fraction(self) -> float:
+        """k/n_experts, and at most 1; null experts make it less."""
+        return min(1.0, self.k / self.n_experts)
+
+    def _repr_mixture(self, *sizes: str, **options: tuple[Any, Any]) -> str:
+        """Sizes and what differs from the defaults; the balance always."""
+        return self._repr_options(
+            *sizes,
+            f"k={self.k}",
+            activation=(self.activation, "relu"),
+            **options,
+            bias=(self.out_bias is not None, False),
+            d_router=(self.d_router, self.d_model),
+            null_experts=(self.null_experts, 0),
+            null_kind=(self.null_kind, "zero"),
+            null_share=(self.null_share, None),
+            **self._balance_options(),
+        )

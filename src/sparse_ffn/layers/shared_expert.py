@@ -8,19 +8,19 @@ from torch import Tensor, nn
 from sparse_ffn.checks import check_flag, check_type, shape_error
 from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.layers.latent import LatentMoE
-from sparse_ffn.layers.moe import MoE
+from sparse_ffn.layers.routed import Routed
 
 
 class SharedExpertMoE(nn.Module):
     """y = routed(x) + shared(x), or routed(x) + σ(gate x)·shared(x) (DeepSeekMoE, arXiv 2401.06066; Qwen2-MoE).
 
     Args:
-        routed: the mixture of experts, a ``MoE`` or a ``LatentMoE``.
+        routed: the mixture of experts, a ``MoE``, ``MixedMoE``, ``LowRankMoE`` or ``LatentMoE``.
         shared: the FFN of all tokens, of the same widths.
         gated: whether a learned scalar weighs it, ``gate.weight`` [1, d_model].
 
     Raises:
-        TypeError: ``routed`` is no ``MoE`` or ``LatentMoE``, ``shared`` no ``DenseFFN`` or ``gated`` no bool.
+        TypeError: ``routed`` is no mixture of experts, ``shared`` no ``DenseFFN`` or ``gated`` no bool.
         ValueError: the widths differ.
     """
 
@@ -28,9 +28,9 @@ class SharedExpertMoE(nn.Module):
     d_model: int
     d_out: int
 
-    def __init__(self, routed: MoE | LatentMoE, shared: DenseFFN, *, gated: bool = False) -> None:
+    def __init__(self, routed: Routed | LatentMoE, shared: DenseFFN, *, gated: bool = False) -> None:
         super().__init__()
-        check_type("routed", routed, (MoE, LatentMoE), "a sparse_ffn.MoE or a sparse_ffn.layers.LatentMoE")
+        check_type("routed", routed, (Routed, LatentMoE), "a mixture of experts such as a sparse_ffn.MoE")
         check_type("shared", shared, DenseFFN, "a sparse_ffn.DenseFFN")
         widths = (routed.d_model, routed.d_out)
         if (shared.d_model, shared.d_out) != widths:
@@ -46,7 +46,7 @@ class SharedExpertMoE(nn.Module):
         """As ``SparseFFN``'s; ``mask`` and ``router_input`` are for the routed experts."""
         # both parts check all that they are given before either draws or keeps anything
         routed, moe = self._own_routed(), self._own_moe()
-        if moe.values.device.type != "meta":  # accelerate's offload brings a part's weights when the part is called
+        if moe._typical.device.type != "meta":  # accelerate's offload brings a part's weights when the part is called
             try:
                 routed._check_call(x, mask)
                 routed._selector_input(x, router_input)
@@ -63,12 +63,12 @@ class SharedExpertMoE(nn.Module):
         y: Tensor = self.routed(x, mask=mask, router_input=router_input) + shared
         return y
 
-    def _own_routed(self) -> MoE | LatentMoE:
+    def _own_routed(self) -> Routed | LatentMoE:
         # LoRA wraps it, and the wrapper has none of its attributes
-        return next(module for module in self.routed.modules() if isinstance(module, (MoE, LatentMoE)))
+        return next(module for module in self.routed.modules() if isinstance(module, (Routed, LatentMoE)))
 
-    def _own_moe(self) -> MoE:
-        return next(module for module in self.routed.modules() if isinstance(module, MoE))
+    def _own_moe(self) -> Routed:
+        return next(module for module in self.routed.modules() if isinstance(module, Routed))
 
     @property
     def k(self) -> int:
@@ -94,7 +94,7 @@ class SharedExpertMoE(nn.Module):
     def active_fraction(self) -> float:
         """Share of the hidden units that a token uses: those of k experts and of the shared one."""
         moe = self._own_moe()
-        return (min(moe.k, moe.n_experts) * moe.expert_size + self.shared.d_ff) / self.d_ff
+        return (min(moe.k, moe.n_experts) * moe.d_ff / moe.n_experts + self.shared.d_ff) / self.d_ff
 
     def flops_per_token(self) -> int:
         """The routed experts', the shared one's, and the gate's score if there is one."""

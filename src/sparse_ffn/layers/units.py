@@ -33,30 +33,23 @@ class UnitsFFN(SparseFFN):
 
     def reset_parameters(self) -> None:
         """Normal keys and values, zero biases."""
+        self._reset_units()
+        if self.out_bias is not None:
+            nn.init.zeros_(self.out_bias)
+
+    def _reset_units(self) -> None:
         check_dense(self)
         self._normal(self.keys, self.d_model)
         self._normal(self.values, self.d_ff)  # of all units, not of an expert's (arXiv 2310.10837, section 5)
         if self.gate_keys is not None:
             self._normal(self.gate_keys, self.d_model)
-        for bias in (self.key_bias, self.out_bias):
-            if bias is not None:
-                nn.init.zeros_(bias)
+        if self.key_bias is not None:
+            nn.init.zeros_(self.key_bias)
 
     def _units(self) -> ops.Units:
-        """The hidden units' tensors, which fit each other.
-
-        Kernels trust shapes, but functional_call, pruning and parametrisations bring tensors of their own.
-        """
-        units = ops.Units(*tensors_of(self, "keys", "values", "gate_keys", "key_bias"))
-        shape = units.values.shape
-        counted = shape[:-1]
-        if (
-            len(counted) != self._units_dims
-            or shape[-1] != self.d_out
-            or units.keys.shape != (*counted, self.d_model)
-            or (units.gate_keys is not None and units.gate_keys.shape != units.keys.shape)
-            or (units.key_bias is not None and units.key_bias.shape != counted)
-        ):
+        """The hidden units' tensors, which fit each other."""
+        units = units_of(self)
+        if not fit(units, self._units_dims, self.d_model, self.d_out):
             raise self._shape_error()
         return units
 
@@ -72,3 +65,24 @@ class UnitsFFN(SparseFFN):
     def _flops(self, n_keys: int, n_values: int) -> int:
         """Of so many units' keys (twice for a GLU) and so many units' values."""
         return 2 * (n_keys * self.d_model * (1 if self.gate_keys is None else 2) + n_values * self.d_out)
+
+
+def units_of(module: nn.Module) -> ops.Units:
+    """The tensors that a module has in the places of its hidden units' parameters."""
+    return ops.Units(*tensors_of(module, "keys", "values", "gate_keys", "key_bias"))
+
+
+def fit(units: ops.Units, dims: int, d_model: int, d_out: int) -> bool:
+    """Whether the tensors fit each other, for hidden units that are counted in so many dimensions.
+
+    Kernels trust shapes, but functional_call, pruning and parametrisations bring tensors of their own.
+    """
+    shape = units.values.shape
+    counted = shape[:-1]
+    return (
+        len(counted) == dims
+        and shape[-1] == d_out
+        and units.keys.shape == (*counted, d_model)
+        and (units.gate_keys is None or units.gate_keys.shape == units.keys.shape)
+        and (units.key_bias is None or units.key_bias.shape == counted)
+    )

@@ -4,37 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypedDict
-
-import torch
 
 from sparse_ffn.checks import check_choice
 from sparse_ffn.layers.moe import MoE
+from sparse_ffn.layers.routed import MoEOptions
 from sparse_ffn.module import Unpack
-from sparse_ffn.routing.distributed import Sync
 from sparse_ffn.routing.routers import SinkhornRouter
-
-
-class MoEOptions(TypedDict, total=False):
-    """The keyword arguments of ``MoE`` that all its named variants share."""
-
-    activation: str
-    glu: bool
-    bias: bool
-    d_out: int | None
-    d_router: int | None
-    null_experts: int
-    null_kind: str
-    null_share: float | None
-    dropout: float
-    expert_dropout: float
-    balance_over: str
-    aux: str
-    sync_balance: Sync
-    init_scale: float
-    n_layers: int | None
-    device: Any
-    dtype: torch.dtype | None
 
 
 class SigmaMoE(MoE):

@@ -6,6 +6,7 @@ from sparse_ffn.routing.base import Routing as Routing
 from sparse_ffn.routing.chain import RouterChain as RouterChain
 from sparse_ffn.routing.deepseek import DeepSeekRouter as DeepSeekRouter
 from sparse_ffn.routing.longcat import LongCatRouter as LongCatRouter
+from sparse_ffn.routing.relu import ReLURouter as ReLURouter
 from sparse_ffn.routing.routers import ROUTERS as ROUTERS
 from sparse_ffn.routing.routers import NoisyTopKRouter as NoisyTopKRouter
 from sparse_ffn.routing.routers import SigmoidRouter as SigmoidRouter

@@ -6,10 +6,13 @@
 | switch  | E · sum_e f_e p_e, f slots of e per token | k                  | E                 | 2310.10837, Eq. 15-17|
 | cv2     | variance / mean² of the summed gates      | 0                  | E - 1 (k = 1)     | 2310.10837, Eq. 14   |
 | z       | mean of logsumexp(logits)², in [0, inf)   | -                  | -                 | 2202.08906           |
+| l1      | E/k · sum_e f_e r_e, r the mean relu      | -                  | -                 | 2412.14711, Eq. 8    |
 
-z keeps the logits small and balances nothing by itself. Null experts (MoE++, 2410.07348) may have another target. With
-t_e the share of the slots that is wished on expert e, entropy is then sum_e p_e log(p_e / (E t_e)), switch is
-sum_e f_e p_e / t_e, and cv2 is of the other experts' gates alone; with t_e = 1/E these are the formulas above.
+z keeps the logits small and balances nothing by itself. l1 is for ReLU gates, f are tokens of e per token, and its
+weight adapts (``routing.ReLURouter``). Null experts (MoE++, 2410.07348) may have another target, and experts of unequal
+size. With t_e the share of the slots that is wished on expert e, entropy is then sum_e p_e log(p_e / (E t_e)), switch
+is sum_e f_e p_e / t_e, and cv2 is of the summed gates over t_e, of the experts that are not null; with t_e = 1/E these
+are the formulas above.
 
 T tokens, E experts (null experts among them), K selected experts, B groups of tokens (1, or the number of sequences).
 """
@@ -28,21 +31,26 @@ from sparse_ffn.ops.library import under_transforms
 from sparse_ffn.routing.base import AnyRouting, FusedRouting, Routing
 from sparse_ffn.routing.distributed import Sync, all_reduce_sum, check_sync
 
-Terms = tuple[tuple[str, float], ...]
+Weight = float | Tensor
+Terms = tuple[tuple[str, Weight], ...]
 
 
-class Null(NamedTuple):
-    """The last experts of a router, if they have no hidden units."""
+class Targets(NamedTuple):
+    """The shares of the slots that are wished on a router's experts, where they are not equal."""
 
-    experts: int
-    share: float
-    """Of all slots, as wished; the rest is the other experts'."""
+    runs: tuple[tuple[int, float], ...]
+    """Experts that follow each other, and the share wished on each of them; all shares sum to 1."""
+    null_experts: int
+    """The last ones, which have no hidden units."""
 
-    def targets(self, like_BE: Tensor) -> Tensor:
-        """E times the share of the slots that is wished on each expert: [E]."""
-        every, own = like_BE.shape[1], like_BE.shape[1] - self.experts
-        others = like_BE.new_full((own,), every * (1 - self.share) / own)
-        return torch.cat([others, like_BE.new_full((self.experts,), every * self.share / self.experts)])
+    def times_experts(self, like: Tensor) -> Tensor:
+        """E times the share that is wished on each expert: [E]."""
+        every = sum(experts for experts, _ in self.runs)
+        return torch.cat([like.new_full((experts,), every * share) for experts, share in self.runs])
+
+    def own(self, x_E: Tensor) -> Tensor:
+        """Of numbers [..., E] those of the experts that have hidden units."""
+        return x_E[..., : x_E.shape[-1] - self.null_experts]
 
 
 class Pool:
@@ -52,9 +60,9 @@ class Pool:
     """Real tokens of each group: a tensor only where it is not simply the group's length."""
 
     def __init__(
-        self, mask_T: Tensor | None, n_groups: int | None, sync: Sync, routing: AnyRouting, null: Null | None
+        self, mask_T: Tensor | None, n_groups: int | None, sync: Sync, routing: AnyRouting, targets: Targets | None
     ) -> None:
-        self.mask_T, self.sync, self.null = mask_T, sync, null
+        self.mask_T, self.sync, self.targets = mask_T, sync, targets
         self.n_experts = routing[0].shape[1]
         self.per_sequence = n_groups is not None
         self.n_groups = 1 if n_groups is None else n_groups
@@ -97,9 +105,9 @@ class Pool:
         return total[0] / total[1].clamp_min(1)
 
 
-def entropy(routing: AnyRouting, pool: Pool, weight: float) -> Tensor:
-    """Negative entropy of the mean softmax, or with null experts its divergence from the targets, less log E."""
-    plain = pool.null is None and not isinstance(pool.count_B1, Tensor) and not under_transforms()
+def entropy(routing: AnyRouting, pool: Pool, weight: Weight) -> Tensor:
+    """Negative entropy of the mean softmax, or with targets its divergence from them, less log E."""
+    plain = pool.targets is None and not isinstance(pool.count_B1, Tensor) and not under_transforms()
     if isinstance(routing, FusedRouting) and plain:
         count = pool.count_B1
         found: Tensor = _MeanNegativeEntropy.apply(routing.softmax_BE, count, weight)  # type: ignore[no-untyped-call]
@@ -107,8 +115,8 @@ def entropy(routing: AnyRouting, pool: Pool, weight: float) -> Tensor:
     p_BE = pool.mean_softmax(routing)
     # clamped: at p = 0 the logarithm's infinite slope would meet the softmax's zero one
     log_BE = p_BE.clamp_min(torch.finfo(p_BE.dtype).tiny).log()
-    if pool.null is not None:
-        log_BE = log_BE - pool.null.targets(p_BE).log()
+    if pool.targets is not None:
+        log_BE = log_BE - pool.targets.times_experts(p_BE).log()
     return weight * pool.over_groups((p_BE * log_BE).sum(1))
 
 
@@ -116,7 +124,7 @@ class _MeanNegativeEntropy(torch.autograd.Function):
     """The weighted mean over the groups of sum_e p_e log p_e, p = sums / count: one node instead of eight."""
 
     @staticmethod
-    def forward(ctx: Any, sums_BE: Tensor, count: int, weight: float) -> Tensor:
+    def forward(ctx: Any, sums_BE: Tensor, count: int, weight: Weight) -> Tensor:
         p_BE = sums_BE / count
         ctx.save_for_backward(p_BE)
         ctx.factor = weight / (count * sums_BE.shape[0])
@@ -130,16 +138,16 @@ class _MeanNegativeEntropy(torch.autograd.Function):
         return slope_BE.mul_(grad * ctx.factor), None, None
 
 
-def switch(routing: AnyRouting, pool: Pool, weight: float) -> Tensor:
+def switch(routing: AnyRouting, pool: Pool, weight: Weight) -> Tensor:
     """Eq. 17, literally for any k: f sums to k. The gradient flows through p only."""
     p_BE = pool.mean_softmax(routing)
     f_BE = pool.mean(_by_expert(routing, torch.ones_like(routing.gate_TK), pool.n_experts))
-    if pool.null is not None:
-        f_BE = f_BE / pool.null.targets(f_BE)
+    if pool.targets is not None:
+        f_BE = f_BE / pool.targets.times_experts(f_BE)
     return weight * pool.over_groups(pool.n_experts * (f_BE * p_BE).sum(1))
 
 
-def cv2(routing: AnyRouting, pool: Pool, weight: float) -> Tensor:
+def cv2(routing: AnyRouting, pool: Pool, weight: Weight) -> Tensor:
     """Squared coefficient of variation of the experts' importance, the gates being normalised per token.
 
     Null experts take their part of a token's gates, and no part in the variation.
@@ -147,28 +155,37 @@ def cv2(routing: AnyRouting, pool: Pool, weight: float) -> Tensor:
     total_T1 = routing.gate_TK.sum(1, keepdim=True)
     share_TK = routing.gate_TK / torch.where(total_T1 > 0, total_T1, 1)  # all gates 0: no share, no infinite slope
     importance_BE = pool.sum(_by_expert(routing, share_TK, pool.n_experts))
-    if pool.null is not None:
-        importance_BE = importance_BE[:, : -pool.null.experts]
+    if pool.targets is not None:
+        importance_BE = pool.targets.own(importance_BE / pool.targets.times_experts(importance_BE))
     mean_B1 = importance_BE.mean(1, keepdim=True)
     variance_B = (importance_BE - mean_B1).square().mean(1)
     mean_B = mean_B1.squeeze(1)
     return weight * pool.over_groups(variance_B / torch.where(mean_B > 0, mean_B, 1).square())
 
 
-def z(routing: AnyRouting, pool: Pool, weight: float) -> Tensor:
+def z(routing: AnyRouting, pool: Pool, weight: Weight) -> Tensor:
     """Mean squared logsumexp of the logits."""
     assert isinstance(routing, Routing), "z is in NEED_LOGITS"
     squared_B1 = pool.mean(torch.logsumexp(routing.logits_TE, dim=1, keepdim=True).square())
     return weight * pool.over_groups(squared_B1.squeeze(1))
 
 
-NEED_LOGITS = ("z",)
+def l1(routing: AnyRouting, pool: Pool, weight: Weight) -> Tensor:
+    """Mean L1 norm of the gates relu(logit), those of an expert weighted by how many tokens it has (ReMoE, Eq. 8)."""
+    assert isinstance(routing, Routing), "l1 is in NEED_LOGITS"
+    gate_TE = torch.relu(routing.logits_TE)
+    f_BE = pool.mean((routing.logits_TE > 0).to(gate_TE.dtype)) * (pool.n_experts / routing.index_TK.shape[1])
+    return weight * pool.over_groups((f_BE * pool.mean(gate_TE)).sum(1))
+
+
+NEED_LOGITS = ("z", "l1")
 """Losses that need the logits, not only their softmax sums and the gates."""
-LOSSES: dict[str, Callable[[AnyRouting, Pool, float], Tensor]] = {
+LOSSES: dict[str, Callable[[AnyRouting, Pool, Weight], Tensor]] = {
     "entropy": entropy,
     "switch": switch,
     "cv2": cv2,
     "z": z,
+    "l1": l1,
 }
 NAMES = (*LOSSES, "bias", "none")
 
@@ -230,11 +247,11 @@ def weighted_losses(
     mask_T: Tensor | None,
     n_sequences: int | None,
     sync: Sync,
-    null: Null | None = None,
+    targets: Targets | None = None,
 ) -> Tensor:
-    """``balance_loss`` of arguments that are right, and with null experts if the router's last ones are."""
+    """``balance_loss`` of arguments that are right, with other targets than equal shares if there are some."""
     with without_autocast(routing.gate_TK):
-        pool = Pool(mask_T, n_sequences, sync, routing, null)
+        pool = Pool(mask_T, n_sequences, sync, routing, targets)
         losses = [LOSSES[name](routing, pool, weight) for name, weight in terms]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
@@ -259,4 +276,5 @@ def _check_sequences(n_sequences: int | None, tokens: int) -> None:
 
 def _by_expert(routing: AnyRouting, x_TK: Tensor, n_experts: int) -> Tensor:
     """Numbers of the slots at the slots' experts: [T, E]."""
-    return x_TK.new_zeros(x_TK.shape[0], n_experts).scatter_add(1, routing.index_TK, x_TK)
+    every_TE = x_TK.new_zeros(x_TK.shape[0], n_experts + 1)  # the last for slots without an expert
+    return every_TE.scatter_add(1, routing.index_TK, x_TK)[:, :-1]

@@ -5,7 +5,7 @@ T tokens, D d_model, E experts, K selected experts.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.ops.library import in_backward, under_transforms
 from sparse_ffn.ops.select import stable_topk
 
+if TYPE_CHECKING:
+    from sparse_ffn.routing.balance import Targets
+
 
 class Routing(NamedTuple):
     """What a router decides, in fp32 (fp64 for an fp64 router)."""
@@ -35,7 +38,7 @@ class Routing(NamedTuple):
     logits_TE: Tensor
     """W3 x, before noise, dropout and bias."""
     index_TK: Tensor
-    """Selected experts, best first; int64."""
+    """Selected experts, best first; int64. A slot without one has the index E."""
     gate_TK: Tensor
     """Their weights in the output; exactly 0 for a dropped expert."""
 
@@ -85,6 +88,8 @@ class Router(CheckedOptions, nn.Module):
         TypeError: an argument of a wrong type, or that the router does not have; a dtype that layers do not have.
     """
 
+    voids_zeros = False
+    """Whether a slot whose gate is 0 has no expert: nothing is computed for it, and no load is counted."""
     bias: Tensor | None
     load: Tensor | None
 
@@ -145,12 +150,14 @@ class Router(CheckedOptions, nn.Module):
             self.load = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """As Module's, but ``bias`` stays fp32 (fp64 for an fp64 router): steps of 1e-3 vanish in bf16."""
-        before = self.bias
+        """As Module's, but buffers stay fp32 (fp64 for an fp64 router): steps of 1e-3 vanish in bf16."""
+        before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        if before is not None and self.bias is not None and self.bias.dtype != wide:
-            self.bias = before.to(self.bias.device, wide)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != wide:
+                self._buffers[name] = old.to(new.device, wide)
         return self
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None) -> Routing:
@@ -193,6 +200,8 @@ class Router(CheckedOptions, nn.Module):
             gate_TK = self.gate(seen_TE, index_TK, alive_TK)
             if alive_TK is not None:
                 gate_TK = gate_TK * alive_TK
+            if self.voids_zeros:
+                index_TK = index_TK.masked_fill(gate_TK == 0, n_experts[0])
             if self.bias is not None and self.training:
                 self.count(index_TK, mask_T, alive_TK)
         return Routing(logits_TE, index_TK, gate_TK)
@@ -214,20 +223,44 @@ class Router(CheckedOptions, nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define gate(logits_TE, index_TK, alive_TK)")
 
     def count(self, index_TK: Tensor, mask_T: Tensor | None, alive_TK: Tensor | None = None) -> None:
-        """Add the real tokens' slots to the loads of bias balancing, once where checkpointing computes them twice."""
-        if in_backward():
-            return
-        if under_transforms():
-            raise RuntimeError(
-                "balance=\"bias\" counts the experts' loads as a side effect, which is lost inside torch.func's "
-                "transforms: take another balance there, or evaluate"
-            )
+        """Add the real tokens' slots to the loads of bias balancing."""
         # a dropped expert fills a slot only where too few live: such slots are no load
         slots_TK = torch.ones_like(index_TK) if alive_TK is None else alive_TK.to(index_TK.dtype)
         if mask_T is not None:
             slots_TK = slots_TK * mask_T.unsqueeze(1)
-        load = slots_TK.new_zeros(self.n_experts).scatter_add(0, index_TK.flatten(), slots_TK.flatten())
+        load = slots_TK.new_zeros(self.n_experts + 1).scatter_add(0, index_TK.flatten(), slots_TK.flatten())
+        self.add_load(load[:-1], "bias")  # the last counts slots without an expert
+
+    def add_load(self, load: Tensor, balance: str) -> None:
+        """Add to what ``adapt`` gets, once where checkpointing computes it twice; ``balance`` is for the error."""
+        if in_backward():
+            return
+        if under_transforms():
+            raise RuntimeError(
+                f"balance=\"{balance}\" counts the experts' loads as a side effect, which is lost inside torch.func's "
+                "transforms: take another balance there, or evaluate"
+            )
         self.load = load if self.load is None else self.load.to(load.device) + load
+
+    @property
+    def adapted(self) -> Tensor | None:
+        """The buffer that ``adapt`` changes, if there is one."""
+        return self.bias
+
+    @property
+    def load_shape(self) -> tuple[int, ...]:
+        """Of ``load``."""
+        return (self.n_experts,)
+
+    def adapt(self, load: Tensor, rate: float, targets: Targets | None) -> None:
+        """What ``sparse_ffn.update_router_bias`` does with this router, by the load since it was last called."""
+        assert self.bias is not None
+        load = load.to(self.bias.dtype)
+        if targets is None:
+            self.bias.add_(torch.sign(load.mean() - load), alpha=rate)
+            return
+        wished = load.mean() * targets.times_experts(load)
+        targets.own(self.bias).add_(targets.own(torch.sign(wished - load)), alpha=rate)
 
     def extra_repr(self) -> str:
         """Sizes and what differs from the defaults."""

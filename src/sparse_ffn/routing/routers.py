@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from sparse_ffn.checks import check_choice, check_positive, shown
 from sparse_ffn.module import Unpack
 from sparse_ffn.routing.base import Router, RouterOptions
+from sparse_ffn.routing.relu import ReLURouter
 from sparse_ffn.routing.sinkhorn import sinkhorn_potential
 
 
@@ -118,6 +119,7 @@ ROUTERS: dict[str, type[Router]] = {
     "sinkhorn": SinkhornRouter,
     "noisy_topk": NoisyTopKRouter,
     "unweighted": UnweightedRouter,
+    "relu": ReLURouter,
 }
 
 
@@ -155,4 +157,6 @@ def make_router(
         )
     if ("bias" in balance) != (made.bias is not None):
         raise ValueError(f"balance = {balance!r} and a router with selection_bias={made.bias is not None} do not fit")
+    if "l1" in balance and not isinstance(made, ReLURouter):
+        raise ValueError(f"balance = {balance!r} needs router = 'relu', whose gates can be zero, got {shown(router)}")
     return made

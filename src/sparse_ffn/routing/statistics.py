@@ -13,7 +13,7 @@ def slot_counts(index_TK: Tensor, mask_T: Tensor | None, n_experts: int) -> Tens
     """Slots of real tokens that went to each expert: int64 [E]."""
     if mask_T is not None:
         index_TK = index_TK[mask_T]
-    return torch.bincount(index_TK.flatten(), minlength=n_experts)
+    return torch.bincount(index_TK.flatten(), minlength=n_experts + 1)[:-1]  # the last: slots without an expert
 
 
 def summary(every: Tensor, null_experts: int = 0) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def coactivation(index_TK: Tensor, mask_T: Tensor | None, n_experts: int) -> Ten
     """Share of the tokens using expert i that use expert j too: CPU fp32 [E, E], diagonal 1 (0 for a dead expert)."""
     if mask_T is not None:
         index_TK = index_TK[mask_T]
-    used_TE = torch.zeros(index_TK.shape[0], n_experts, device=index_TK.device, dtype=torch.float32)
-    used_TE.scatter_(1, index_TK, 1.0)
+    used_TE = torch.zeros(index_TK.shape[0], n_experts + 1, device=index_TK.device, dtype=torch.float32)
+    used_TE = used_TE.scatter_(1, index_TK, 1.0)[:, :-1]
     together_EE = used_TE.t() @ used_TE
     return (together_EE / together_EE.diagonal().unsqueeze(1).clamp_min(1)).cpu()

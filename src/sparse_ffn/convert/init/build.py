@@ -16,7 +16,8 @@ from sparse_ffn.convert.config import ExpertsConfig, FFNConfig
 from sparse_ffn.convert.init.partition import balanced_kmeans, product_grid, product_keys
 from sparse_ffn.convert.init.router import centre, fit_router, mean_keys
 from sparse_ffn.convert.init.weights import PAD, FFNWeights, relative_error, wide
-from sparse_ffn.layers import MoE, ProductKeyMemory, SparseFFN
+from sparse_ffn.layers import LowRankMoE, MoE, ProductKeyMemory, SparseFFN
+from sparse_ffn.layers.balanced import Balanced
 from sparse_ffn.routing.routers import UnweightedRouter
 
 
@@ -65,7 +66,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for inner in module.train(training).modules():
-            if isinstance(inner, MoE):
+            if isinstance(inner, Balanced):
                 inner._last = None
 
 
@@ -88,6 +89,8 @@ def build(config: FFNConfig, ffn: FFNWeights, inputs: Tensor | None = None, out_
     elif isinstance(config, ExpertsConfig):
         assert isinstance(layer, MoE)
         note = _upcycle(layer, config, ffn) if config.init == "upcycle" else _experts(layer, config, ffn, inputs)
+    elif isinstance(layer, LowRankMoE):
+        note = _base(layer, ffn)
     elif isinstance(layer, ProductKeyMemory):
         note = _memory(layer, ffn)
     else:
@@ -156,11 +159,17 @@ def coactivation(ffn: FFNWeights, inputs: Tensor, n_tokens: int = 2048) -> Tenso
     return sizes.t()
 
 
-def gate_at_zero(layer: MoE) -> float:
+def gate_at_zero(layer: MoE | LowRankMoE) -> float:
     """The weight of a selected expert where all logits are zero."""
     index_TK = torch.arange(layer.k, device="cpu").unsqueeze(0)
     logits_TE = wide(torch.zeros(1, layer.n_experts, dtype=layer.values.dtype, device="cpu"))
-    return layer.router.gate(logits_TE, index_TK, None)[0, 0].item()
+    gate = layer.router.gate(logits_TE, index_TK, None)[0, 0].item()
+    if not gate:
+        raise ValueError(
+            f"router = {type(layer.router).__name__} weighs an expert of logit 0 with 0, so that no layer with it is "
+            'near a dense FFN: take another router or init="fresh"'
+        )
+    return gate
 
 
 def _correct(layer: MoE, ffn: FFNWeights, inputs: Tensor) -> str:
@@ -194,6 +203,17 @@ def _upcycle(layer: MoE, config: ExpertsConfig, ffn: FFNWeights) -> str:
     layer.values.div_(total)
     drawn = f", {n_drawn} of {ffn.d_ff} units of each drawn anew" if n_drawn else ""
     return f"{n} copies{drawn}, fresh router, values times {1 / total:g}"
+
+
+def _base(layer: LowRankMoE, ffn: FFNWeights) -> str:
+    """Make the FFN what all experts share; what is theirs alone adds nothing yet."""
+    given = ffn.tensors()
+    for name in ("keys", "gate_keys", "key_bias", "values", "out_bias"):
+        if (own := getattr(layer, name)) is not None:
+            own.copy_(given[name] if name in given else torch.zeros_like(own))
+    total = layer.k * gate_at_zero(layer)
+    layer.values.div_(total)
+    return f"the base of {layer.n_experts} experts of rank {layer.rank}, fresh router, values times {1 / total:g}"
 
 
 def _draw_anew(layer: MoE, ffn: FFNWeights, n_drawn: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparse_ffn import ops
 from sparse_ffn.ops.activations import hidden_anywhere
 from sparse_ffn.ops.units import Units
 
@@ -98,6 +99,14 @@ def stored_ffn(
     h = hidden_anywhere(activation, up, glu_gate, None if dropout_mask is None else dropout_mask.flatten(0, 1))
     out: Tensor = values.down(h, expert, token, gate.reshape(-1), tokens)
     return out
+
+
+def rows_ffn(
+    x: Tensor, units: Units, index: Tensor, gate: Tensor, *, dropout_mask: Tensor | None = None, activation: str
+) -> Tensor:
+    """``ops.expert_ffn`` of parameters or of stored rows."""
+    ffn = stored_ffn if isinstance(units.values, ExpertRows) else ops.expert_ffn
+    return ffn(x, units, index, gate, dropout_mask=dropout_mask, activation=activation)
 
 
 def check_dense(layer: nn.Module) -> None:
