@@ -412,6 +412,7 @@ def entries() -> dict[str, Entry]:
     lies = (None, 3, "Shard(0)", Shard(1), [Shard(0)])
     add("ExpertParallel", parallel.ExpertParallel, {"exchange": "auto", "input_layouts": Shard(0)},
         wrong={"exchange": ("nonsense", 3, None, nn.Linear), "input_layouts": lies})  # fmt: skip
+    add("HiddenParallel", parallel.HiddenParallel, {"input_layouts": Shard(0)}, wrong={"input_layouts": lies})
     add("MemoryParallel", parallel.MemoryParallel, {"shard": "rows"})
     add("plan", parallel.plan, {"model": sf.SigmaMoE(**MOE), **styles}, wrong=no_style)
     add("traffic", parallel.traffic,

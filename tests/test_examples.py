@@ -10,7 +10,6 @@ import pytest
 pytest.importorskip("transformers", minversion="5")
 pytest.importorskip("accelerate")
 
-import processes
 
 from examples import (
     convert_hf,
@@ -69,18 +68,3 @@ def test_quantize_moe(tmp_path: Path) -> None:
     assert 0 < error < 0.02
     sizes = [(where / "model.safetensors").stat().st_size for where in (folder, tmp_path / "smaller")]
     assert sizes[1] < 0.65 * sizes[0]
-
-
-def train_on(rank: int, steps: int, out: str) -> list[float]:
-    return train_parallel.main(["--steps", str(steps), "--out", out])
-
-
-@pytest.mark.exhaustive
-def test_train_parallel_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
-    """Saved on 2, resumed on 1 and on 4: the losses are those of a run that was never stopped."""
-    whole = processes.run(train_on, 2, 12, str(tmp_path / "whole"))[0]
-    start = processes.run(train_on, 2, 4, str(tmp_path / "parts"))[0]
-    (alone,) = processes.run(train_on, 1, 8, str(tmp_path / "parts"))
-    rest = processes.run(train_on, 4, 12, str(tmp_path / "parts"))[0]
-    assert start + alone + rest == pytest.approx(whole, rel=1e-4)
-    assert whole[-1] < whole[0] - 1

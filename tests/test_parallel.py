@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 import sparse_ffn as sf
@@ -83,6 +83,17 @@ def worst(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     )
 
 
+def error(rank: int, world: int, alone: nn.Module, layer: nn.Module, counts: tuple[int, ...]) -> float:
+    """How far a split layer with this process's tokens is from one process that has the tokens of all."""
+    all_x = [tokens(r, n) for r, n in enumerate(counts)]
+    Y, X = trained(alone, torch.cat(all_x))
+    y, x = trained(layer, all_x[rank], world)  # the mean over processes of what it sums to
+    part = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    assert {n: p.shape for n, p in layer.named_parameters()} == {n: p.shape for n, p in alone.named_parameters()}
+    expected = {"y": Y[part], "x": X[part] * world, **{n: p.grad for n, p in alone.named_parameters()}}
+    return worst({"y": y, "x": x, **whole(layer, world)}, expected)
+
+
 def compared(
     rank: int, cases: list[tuple[str, str, int, tuple[int, ...]]], options: dict[str, Any]
 ) -> dict[Any, float]:
@@ -92,21 +103,11 @@ def compared(
     found = {}
     for case in cases:
         exchange, name, experts, counts = case
-        all_x = [tokens(r, n) for r, n in enumerate(counts)]
-        alone = mixture(name, experts)
-        Y, X = trained(alone, torch.cat(all_x))
         layer = mixture(name, experts, sync_balance=True)
         parallelize_module(layer, mesh, ExpertParallel(exchange=exchange, **options))
-        y, x = trained(layer, all_x[rank], world)  # the mean over processes of what it sums to
-        start = sum(counts[:rank])
-        part = slice(start, start + counts[rank])
-        expected = {"y": Y[part], "x": X[part] * world}
-        expected |= {n: p.grad for n, p in alone.named_parameters()}
-        actual = {"y": y, "x": x, **whole(layer, world)}
         if options.get("rest") == "replicate":
             assert all(isinstance(p, DTensor) for p in layer.parameters())
-        assert {n: p.shape for n, p in layer.named_parameters()} == {n: p.shape for n, p in alone.named_parameters()}
-        found[case] = worst(actual, expected)
+        found[case] = error(rank, world, mixture(name, experts), layer, counts)
     return found
 
 
@@ -228,6 +229,25 @@ def test_units_of_every_layer(world: int) -> None:
     check(processes.run(by_units, world, [(n, units, p) for n in NAMES for units in (8, 7) for p in (0.0, 0.5)]))
 
 
+def by_units_of_own_tokens(rank: int, cases: list[tuple[str, int, tuple[int, ...]]]) -> dict[Any, float]:
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+    found = {}
+    for case in cases:
+        name, units, counts = case
+        layer = dense(name, units, **({"sync_balance": True} if name == "experts" else {}))
+        parallelize_module(layer, mesh, HiddenParallel(input_layouts=Shard(0)))
+        found[case] = error(rank, world, dense(name, units), layer, counts)
+    return found
+
+
+@pytest.mark.exhaustive
+def test_units_of_several_processes_for_tokens_of_each() -> None:
+    """As one process with the tokens of all; a process may have none."""
+    counts = ((3, 3, 3), (4, 0, 2))
+    check(processes.run(by_units_of_own_tokens, 3, [(name, 7, count) for name in NAMES for count in counts]))
+
+
 # ------------------------------------------------------------------------------------------------ memory
 
 
@@ -244,14 +264,9 @@ def by_values(rank: int, cases: list[tuple[str, int, tuple[int, ...]]]) -> dict[
     found = {}
     for case in cases:
         shard, d_out, counts = case
-        all_x = [tokens(r, n) for r, n in enumerate(counts)]
-        alone, layer = memory(d_out), memory(d_out)
+        layer = memory(d_out)
         parallelize_module(layer, mesh, MemoryParallel(shard=shard))
-        Y, X = trained(alone, torch.cat(all_x))
-        y, x = trained(layer, all_x[rank], world)
-        part = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-        expected = {"y": Y[part], "x": X[part] * world, **{n: p.grad for n, p in alone.named_parameters()}}
-        found[case] = worst({"y": y, "x": x, **whole(layer, world)}, expected)
+        found[case] = error(rank, world, memory(d_out), layer, counts)
     return found
 
 

@@ -1,71 +1,130 @@
-"""Many processes in one: torch's LocalTensorMode runs the exchanges for 8 to 64 simulated ranks, all at once."""
+"""Many processes in one: torch simulates 8 to 64 ranks; a group of 64 without the others counts what is sent."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_ffn as sf
-from sparse_ffn.parallel import ExpertParallel, traffic
+from benchmarks import simulated_ranks
+from benchmarks.simulated_ranks import fake_group
+from sparse_ffn.parallel import ExpertParallel, HiddenParallel, MemoryParallel, traffic
 
-local_tensor = pytest.importorskip("torch.distributed._local_tensor", reason="newer versions of torch simulate ranks")
-D, TOKENS = 8, 6
-
-
-@pytest.fixture
-def group(request: pytest.FixtureRequest) -> Iterator[int]:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=0, world_size=request.param, store=FakeStore())
-    yield request.param
-    dist.destroy_process_group()
+D = 8
+simulates = pytest.mark.skipif(not simulated_ranks.available(), reason="newer versions of torch simulate ranks")
 
 
-def layer(ranks: int) -> sf.MoE:
-    torch.manual_seed(0)
-    return sf.SigmaMoE(D, 2 * ranks, 4, 2, dtype=torch.float64)
-
-
-def simulated(exchange: str, ranks: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The output, and its gradient for the router, which all ranks must have alike."""
-    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("ep",))
-    with local_tensor.LocalTensorMode(ranks):
-        split = layer(ranks)
-        parallelize_module(split, mesh, ExpertParallel(exchange=exchange))
-        y: Any = split(x)
-        y.square().sum().backward()
-        grad: Any = split.router.weight.grad
-        return y.reconcile().detach(), grad.reconcile()
-
-
-def check(exchange: str, ranks: int) -> None:
-    x = torch.randn(TOKENS, D, dtype=torch.float64)
-    y, grad = simulated(exchange, ranks, x)
-    alone = layer(ranks)
-    expected = alone(x)
-    expected.square().sum().backward()
-    torch.testing.assert_close(y, expected.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(grad, alone.router.weight.grad, rtol=1e-12, atol=1e-12)
-
-
+@simulates
 @pytest.mark.parametrize("exchange", ["gather", "slots", "tokens"])
-@pytest.mark.parametrize("group", [8], indirect=True)
-def test_eight_ranks(exchange: str, group: int) -> None:
-    check(exchange, group)
+def test_eight_ranks(exchange: str) -> None:
+    with fake_group(8):
+        assert simulated_ranks.simulate(exchange, 8).error < 1e-12
 
 
+@simulates
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("exchange", ["gather", "slots", "tokens"])
-@pytest.mark.parametrize("group", [16, 64], indirect=True)
-def test_many_ranks(exchange: str, group: int) -> None:
-    check(exchange, group)
+@pytest.mark.parametrize("ranks", [16, 64])
+def test_many_ranks(exchange: str, ranks: int) -> None:
+    with fake_group(ranks):
+        assert simulated_ranks.simulate(exchange, ranks).error < 1e-12
+
+
+# ------------------------------------------------------------------------------------------------ collectives
+
+RANKS, TOKENS, D_OUT = 64, 2, 6
+NAMES = {"all_to_all_single": "all_to_all", "all_gather_into_tensor": "all_gather",
+         "reduce_scatter_tensor": "reduce_scatter", "all_reduce": "all_reduce"}  # fmt: skip
+
+
+class Wire(TorchDispatchMode):
+    """Adds up what is sent, and delivers what the fake group does not, where all ranks send the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace == "_c10d_functional" and name in NAMES:
+            x, off = args[0], (RANKS - 1) / RANKS
+            if name == "all_to_all_single":
+                out.copy_(x)
+            if x.dtype != torch.int64:  # those tell how many come
+                self.sent += x.nbytes * {"all_gather": RANKS - 1, "all_reduce": 2 * off}.get(NAMES[name], off)
+        return out
+
+
+def counted(layer: Any, style: ParallelStyle) -> tuple[dict[str, int], float, float]:
+    """Collectives of a step on one of 64 ranks, and the bytes that it sends in the forward and in the backward pass."""
+    with fake_group(RANKS):
+        parallelize_module(layer, init_device_mesh("cpu", (RANKS,)), style)
+        with CommDebugMode() as counts, Wire() as wire:
+            y = layer(torch.randn(TOKENS, D, requires_grad=True))
+            forward = wire.sent
+            y.square().sum().backward()
+    found = {NAMES[str(op).rpartition(".")[2]]: n for op, n in counts.get_comm_counts().items() if n}
+    return found, forward, wire.sent - forward
+
+
+EXCHANGED = {
+    "gather": {"all_to_all": 1, "all_gather": 4, "reduce_scatter": 3},
+    "slots": {"all_to_all": 7},
+    "tokens": {"all_to_all": 8},
+}
+
+
+@pytest.mark.parametrize("exchange", EXCHANGED)
+def test_collectives_and_bytes_of_exchanged_experts(exchange: str) -> None:
+    """Each token has an expert on every rank, so that the even routing of ``traffic`` is no estimate."""
+    layer = sf.SigmaMoE(D, RANKS, 4, RANKS, d_out=D_OUT)
+    expected = traffic(layer, TOKENS, RANKS, dtype=torch.float32)
+    counts, forward, backward = counted(layer, ExpertParallel(exchange=exchange))
+    assert counts == EXCHANGED[exchange]
+    assert forward == pytest.approx(expected.forward[exchange], rel=1e-12)
+    indices = {"gather": RANKS - 1, "slots": 0, "tokens": RANKS - 1}[exchange] * TOKENS * RANKS * 4
+    assert backward == pytest.approx(forward - indices, rel=1e-12)
+
+
+SPLIT: dict[str, tuple[Any, ParallelStyle, dict[str, int]]] = {
+    "experts of the same tokens": (
+        lambda: sf.SigmaMoE(D, RANKS, 4, 2), ExpertParallel(input_layouts=Replicate()), {"all_reduce": 3},
+    ),
+    "units of the same tokens": (lambda: sf.DenseFFN(D, RANKS), HiddenParallel(), {"all_reduce": 2}),
+    "units of own tokens": (
+        lambda: sf.DenseFFN(D, RANKS), HiddenParallel(input_layouts=Shard(0)),
+        {"all_to_all": 1, "all_gather": 2, "reduce_scatter": 2},
+    ),
+    "units of own tokens' experts": (
+        lambda: sf.SigmaMoE(D, 4, RANKS, 2), HiddenParallel(input_layouts=Shard(0)), EXCHANGED["gather"],
+    ),
+    "best units of the same tokens": (
+        lambda: sf.TopKFFN(D, RANKS, 4), HiddenParallel(), {"all_reduce": 2, "all_gather": 1},
+    ),
+    "columns": (
+        lambda: sf.ProductKeyMemory(D, 4, 2, d_out=RANKS), MemoryParallel(shard="columns"),
+        {"all_to_all": 3, "all_gather": 2, "reduce_scatter": 1},
+    ),
+    "rows": (lambda: sf.ProductKeyMemory(D, 8, 8, n_heads=1), MemoryParallel(shard="rows"), {"all_to_all": 7}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_collectives_of_other_splits(name: str) -> None:
+    make, style, expected = SPLIT[name]
+    layer = make()
+    counts, forward, _ = counted(layer, style)
+    assert counts == expected
+    if name == "columns":
+        assert forward == pytest.approx(traffic(layer, TOKENS, RANKS, dtype=torch.float32).forward[name], rel=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------ bytes

@@ -145,13 +145,30 @@ def is_plain(module: nn.Module, weight: str = "weight") -> bool:
     weight that computes by itself (torchao's quantised tensors). The class is the caller's to check, exactly: a
     subclass may do more, and parametrisation, FSDP and LoRA change it.
     """
-    hooked = (
-        "forward" in module.__dict__
-        or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        or globally._global_forward_hooks or globally._global_forward_pre_hooks
-        or globally._global_backward_hooks or globally._global_backward_pre_hooks
-    )  # fmt: skip
+    hooked = "forward" in module.__dict__ or any(_hooks(module))
     return not hooked and not is_traceable_wrapper_subclass(getattr(module, weight))
+
+
+def is_called_alone(module: nn.Module) -> bool:
+    """Whether other work that is done within the module's call is not taken for the module's own.
+
+    Checkpointing would compute it again, or without a gradient, and a compiler would make it part of the module's code.
+    FSDP2's hooks only bring parameters.
+    """
+    foreign = (hook for hooks in _hooks(module) for hook in hooks.values() if not _of_fsdp(hook))
+    return not any(foreign) and "forward" not in module.__dict__ and module._compiled_call_impl is None
+
+
+def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
+        globally._global_forward_hooks, globally._global_forward_pre_hooks,
+        globally._global_backward_hooks, globally._global_backward_pre_hooks,
+    )  # fmt: skip
+
+
+def _of_fsdp(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.")
 
 
 @contextmanager

@@ -29,12 +29,27 @@ def register() -> None:
     Choose it with ``from_pretrained(..., experts_implementation="sparse_ffn")`` or, at any time, with
     ``model.set_experts_implementation("sparse_ffn")``. The model keeps its router, parameters and checkpoint format;
     outputs and gradients are those of the ``"eager"`` implementation to rounding. A few families compute their experts
-    themselves, whatever is chosen (Llama 4, Switch, ...): for these it is a ``SparseFFNWarning``. Calling this again
-    changes nothing.
+    themselves, whatever is chosen (Llama 4, Switch, ...): for these it is a ``SparseFFNWarning``. Where transformers
+    splits experts over processes, ``DistributedConfig(ep_implementation="sparse_ffn")`` brings tokens to them by this
+    library's exchanges, with any experts implementation (transformers 5.24 has the interface, older versions do not).
+    Calling this again changes nothing.
     """
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    _register_expert_parallelism()
     _call_after("post_init", _check_made)
     _call_after("set_experts_implementation", _check_chosen)
+
+
+def _register_expert_parallelism() -> None:
+    if not torch.distributed.is_available():
+        return
+    try:
+        from transformers.distributed.expert_parallel import EPImplementationInterface
+    except ImportError:
+        return
+    from sparse_ffn.integrations.expert_parallel import TokenExchange
+
+    EPImplementationInterface.register(NAME, TokenExchange)
 
 
 def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

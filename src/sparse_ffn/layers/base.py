@@ -113,13 +113,17 @@ class SparseFFN(CheckedOptions, Parametrizable, nn.Module):
             self._check_call(x, mask)
             y = self._forward(x, mask, self._selector_input(x, router_input))
         except Exception:
-            if self._split is not None:
-                self._split.fail()  # the others wait
+            self._tell_failure()
             raise
         if self.out_bias is not None:
             bias = self.out_bias if self._split is None else self._split.whole(self.out_bias)
             y = y + bias.to(y.dtype)
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.d_out)
+
+    def _tell_failure(self) -> None:
+        """Tell the processes that wait for this one's tokens, if there are any, that it raises."""
+        if self._split is not None:
+            self._split.fail()
 
     def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
         """The layer without its output bias: [..., d_model] -> [tokens, d_out]."""

@@ -63,8 +63,12 @@ class LatentMoE(nn.Module):
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, router_input: Tensor | None = None) -> Tensor:
         """As ``SparseFFN``'s; ``router_input`` [..., d_model] is what the router sees instead of x."""
-        self._check_call(x, mask)
-        seen = self._selector_input(x, router_input)
+        try:
+            self._check_call(x, mask)
+            seen = self._selector_input(x, router_input)
+        except Exception:
+            self._own_moe()._tell_failure()
+            raise
         y: Tensor = self.up(self.moe(self.down(x), mask=mask, router_input=seen))
         return y
 

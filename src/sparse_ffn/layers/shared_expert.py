@@ -9,10 +9,14 @@ from sparse_ffn.checks import check_flag, check_type, shape_error
 from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.layers.latent import LatentMoE
 from sparse_ffn.layers.routed import Routed
+from sparse_ffn.module import is_called_alone
 
 
 class SharedExpertMoE(nn.Module):
     """y = routed(x) + shared(x), or routed(x) + σ(gate x)·shared(x) (DeepSeekMoE, arXiv 2401.06066; Qwen2-MoE).
+
+    Where several processes share the routed experts (``sparse_ffn.parallel``), the shared one is computed while tokens
+    travel to them.
 
     Args:
         routed: the mixture of experts, a ``MoE``, ``MixedMoE``, ``LowRankMoE`` or ``LatentMoE``.
@@ -51,17 +55,55 @@ class SharedExpertMoE(nn.Module):
                 routed._check_call(x, mask)
                 routed._selector_input(x, router_input)
             except Exception:
-                if moe._split is not None:
-                    moe._split.fail()  # other processes wait for its tokens
+                moe._tell_failure()
                 raise
-        shared: Tensor = self.shared(x)
-        if self.gate is not None:
-            own = (1, self.d_model)
-            if type(self.gate) is nn.Linear and self.gate.weight.shape != own:  # others may store it packed
-                raise shape_error({"gate.weight": (self.gate.weight, own)})
-            shared = torch.sigmoid(self.gate(x)) * shared
+        if moe._split is not None and self._calls_directly(routed, moe):
+            return self._while_tokens_travel(moe, x, mask, router_input)
+        try:
+            shared = self._weighed(x)
+        except Exception:
+            moe._tell_failure()
+            raise
         y: Tensor = self.routed(x, mask=mask, router_input=router_input) + shared
         return y
+
+    def _while_tokens_travel(self, moe: Routed, x: Tensor, mask: Tensor | None, router_input: Tensor | None) -> Tensor:
+        try:
+            shared = self._own_shared()
+            shared._check_call(x, None)
+            shared._units()
+            self._check_gate()
+        except Exception:
+            moe._tell_failure()
+            raise
+        computed: list[Tensor] = []
+        moe._split.errand = lambda: computed.append(self._weighed(x))
+        try:
+            y: Tensor = self.routed(x, mask=mask, router_input=router_input)
+        finally:
+            moe._split.errand = None
+        return y + (computed[0] if computed else self._weighed(x))
+
+    def _calls_directly(self, routed: Routed | LatentMoE, moe: Routed) -> bool:
+        """Whether the shared expert's work may be done within the routed experts' call."""
+        inner = routed.moe if isinstance(routed, LatentMoE) else routed
+        return self.routed is routed and inner is moe and is_called_alone(routed) and is_called_alone(moe)
+
+    def _weighed(self, x: Tensor) -> Tensor:
+        """What the shared expert adds."""
+        shared: Tensor = self.shared(x)
+        if self.gate is None:
+            return shared
+        self._check_gate()
+        return torch.sigmoid(self.gate(x)) * shared
+
+    def _check_gate(self) -> None:
+        own = (1, self.d_model)
+        if type(self.gate) is nn.Linear and self.gate.weight.shape != own:  # others may store it packed
+            raise shape_error({"gate.weight": (self.gate.weight, own)})
+
+    def _own_shared(self) -> DenseFFN:
+        return next(module for module in self.shared.modules() if isinstance(module, DenseFFN))
 
     def _own_routed(self) -> Routed | LatentMoE:
         # LoRA wraps it, and the wrapper has none of its attributes

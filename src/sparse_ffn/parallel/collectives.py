@@ -1,6 +1,7 @@
 """The collectives that the layers need, with their gradients: the only file that knows torch's functional ones.
 
-Each is waited for before it returns: kernels read memory by its address, and that of an unfinished result is null.
+What ``send`` and ``gather`` return is on its way: ``arrived`` waits for it. Nothing else may touch it: kernels read
+memory by its address, and that of an unfinished result is null. All others wait before they return.
 """
 
 from __future__ import annotations
@@ -18,24 +19,37 @@ _all_gather_autograd: Any = getattr(functional, "all_gather_single_autograd", fu
 _reduce_scatter: Any = getattr(functional, "reduce_scatter_single_autograd", functional.reduce_scatter_tensor_autograd)
 
 
-def all_to_all(x: Tensor, received: list[int], sent: list[int], mesh: DeviceMesh) -> Tensor:
+def send(x: Tensor, received: list[int], sent: list[int], mesh: DeviceMesh) -> Tensor:
     """Rows to all processes of the mesh, ``sent[r]`` consecutive ones to process r, of which ``received[r]`` come."""
-    group = mesh.get_group()
-    if not x.is_floating_point():
-        return _waited(functional.all_to_all_single(x.contiguous(), received, sent, group))
-    return _waited(functional.all_to_all_single_autograd(x.contiguous(), received, sent, group))
+    call = functional.all_to_all_single_autograd if x.is_floating_point() else functional.all_to_all_single
+    return call(x.contiguous(), received, sent, mesh.get_group())
+
+
+def gather(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The rows of all processes, as many of each, in their order."""
+    rows: Tensor = (_all_gather_autograd if x.is_floating_point() else _all_gather)(x.contiguous(), 0, mesh.get_group())
+    return rows
+
+
+def arrived(x: Tensor) -> Tensor:
+    """What ``send`` or ``gather`` returned, when it is there."""
+    done: Tensor = functional.wait_tensor(x)  # type: ignore[no-untyped-call]
+    return done
+
+
+def all_to_all(x: Tensor, received: list[int], sent: list[int], mesh: DeviceMesh) -> Tensor:
+    """As ``send``, and wait."""
+    return arrived(send(x, received, sent, mesh))
 
 
 def all_gather(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The rows of all processes, as many of each, in their order."""
-    if not x.is_floating_point():
-        return _waited(_all_gather(x.contiguous(), 0, mesh.get_group()))
-    return _waited(_all_gather_autograd(x.contiguous(), 0, mesh.get_group()))
+    """As ``gather``, and wait."""
+    return arrived(gather(x, mesh))
 
 
 def reduce_scatter(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """This process's block of the rows, summed over all processes."""
-    return _waited(_reduce_scatter(x.contiguous(), "sum", 0, mesh.get_group()))
+    return arrived(_reduce_scatter(x.contiguous(), "sum", 0, mesh.get_group()))
 
 
 def sum_forward(x: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -57,12 +71,7 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 
 def _summed(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    return _waited(functional.all_reduce(x.contiguous(), "sum", mesh.get_group()))
-
-
-def _waited(x: Tensor) -> Tensor:
-    done: Tensor = functional.wait_tensor(x)  # type: ignore[no-untyped-call]
-    return done
+    return arrived(functional.all_reduce(x.contiguous(), "sum", mesh.get_group()))
 
 
 class _SumForward(torch.autograd.Function):

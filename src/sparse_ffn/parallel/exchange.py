@@ -5,6 +5,7 @@ T tokens here, R rows that arrive, D d_model, O d_out, K selected experts, W pro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from sparse_ffn.checks import check_choice
 from sparse_ffn.parallel.collectives import all_to_all
-from sparse_ffn.parallel.split import shares
+
+Arrivals = tuple[Tensor, Tensor, Tensor, Any]
 
 
 class Exchange:
@@ -35,8 +37,8 @@ class Exchange:
         self.size = -(-n_experts // mesh.size())
         """Experts of a process, but for the last ones, which may hold fewer."""
 
-    def dispatch(self, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """Send tokens to their experts.
+    def dispatch(self, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Callable[[], Arrivals]:
+        """Send tokens to their experts, and do not wait for those of other processes.
 
         Args:
             x_TD: this process's tokens.
@@ -44,8 +46,9 @@ class Exchange:
             gate_TK: their gates.
 
         Returns:
-            Rows [R, D], indices [R, K'] into the experts of this process (as many as it holds for none), gates
-            [R, K'], and what ``combine`` needs. Rows and gates have gradients.
+            A function that waits: rows [R, D], indices [R, K'] into the experts of this process (as many as it holds
+            for none), gates [R, K'], and what ``combine`` needs. Rows and gates have gradients. What this process does
+            before it calls the function, such as a shared expert, takes no time of its own where the wire is slower.
         """
         raise NotImplementedError(f"{type(self).__name__} must define dispatch(x_TD, index_TK, gate_TK)")
 
@@ -54,7 +57,7 @@ class Exchange:
 
         Args:
             y_RO: the rows' weighed sums over the experts of this process.
-            state: from ``dispatch``.
+            state: from the function that ``dispatch`` returned.
 
         Returns:
             [T, O], summed over the processes, with a gradient.
@@ -101,6 +104,12 @@ class Exchange:
                 f"rank {', '.join(map(str, ranks))} raised an error before it sent its tokens to the experts: see there"
             )
         return numbers
+
+
+def shares(size: int, world: int) -> list[int]:
+    """How many of so many things each process holds, as ``torch.chunk`` and ``Shard`` deal them out."""
+    most = -(-size // world)
+    return [max(0, min(most, size - rank * most)) for rank in range(world)]
 
 
 EXCHANGES: dict[str, type[Exchange]] = {}

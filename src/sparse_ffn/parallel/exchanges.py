@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_ffn.parallel.collectives import all_gather, all_to_all, reduce_scatter
+from sparse_ffn.parallel.collectives import all_to_all, arrived, gather, reduce_scatter, send
 from sparse_ffn.parallel.copies import Copies, collect, spread
-from sparse_ffn.parallel.exchange import Exchange, register_exchange
+from sparse_ffn.parallel.exchange import Arrivals, Exchange, register_exchange
 
 
 class GatherExchange(Exchange):
     """All tokens to all processes, and the sums of what they computed back: for few processes."""
 
-    def dispatch(self, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
+    def dispatch(self, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Callable[[], Arrivals]:
         """As ``Exchange``; shorter processes fill up with void slots, which cost nothing."""
-        tokens = x_TD.shape[0]
-        told = self._tell(torch.full((self.mesh.size(),), tokens, device=x_TD.device))
-        (all_tokens,) = self._numbers(told)
+        (index, x, gate), _ = self.gathered((index_TK.int(), self.n_experts), (x_TD, 0), (gate_TK, 0))
+        return lambda: (arrived(x), self._local(arrived(index).long()), arrived(gate), x_TD.shape[0])
+
+    def gathered(self, *filled: tuple[Tensor, int]) -> tuple[list[Tensor], list[int]]:
+        """Rows of all processes, on their way, and how many each has: it fills up with a number to the longest."""
+        tokens, device = filled[0][0].shape[0], filled[0][0].device
+        (all_tokens,) = self._numbers(self._tell(torch.full((self.mesh.size(),), tokens, device=device)))
         missing = (0, 0, 0, max(all_tokens) - tokens)
-        index_RK = all_gather(F.pad(index_TK.int(), missing, value=self.n_experts), self.mesh).long()
-        x_RD, gate_RK = (all_gather(F.pad(t, missing), self.mesh) for t in (x_TD, gate_TK))
-        return x_RD, self._local(index_RK), gate_RK, tokens
+        return [gather(F.pad(t, missing, value=number), self.mesh) for t, number in filled], all_tokens
 
     def combine(self, y_RO: Tensor, state: Any) -> Tensor:
         """As ``Exchange``."""
@@ -38,7 +41,7 @@ class SlotsExchange(Exchange):
         super().__init__(mesh, n_experts)
         self.counted = self.size + 1  # of each expert, and of void slots, which stay where they are
 
-    def dispatch(self, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
+    def dispatch(self, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Callable[[], Arrivals]:
         """As ``Exchange``; the rows of a process are ordered by where they come from, then by expert."""
         (tokens, k), world = index_TK.shape, self.mesh.size()
         expert_TK = torch.where(index_TK < self.n_experts, index_TK % self.size, self.size)
@@ -48,11 +51,11 @@ class SlotsExchange(Exchange):
         got_WE = self._tell(sent_E).view(world, self.counted)
         sent, received = self._numbers(sent_E.view(world, self.counted).sum(1), got_WE.sum(1))
         copies = Copies(order_S // k, _inverse(order_S).view(tokens, k), torch.ones_like(index_TK, dtype=torch.bool))
-        x_RD = all_to_all(spread(x_TD, copies), received, sent, self.mesh)
-        gate_R1 = all_to_all(gate_TK.reshape(-1, 1).index_select(0, order_S), received, sent, self.mesh)
+        x = send(spread(x_TD, copies), received, sent, self.mesh)
+        gate = send(gate_TK.reshape(-1, 1).index_select(0, order_S), received, sent, self.mesh)
         expert_E = torch.arange(self.counted, device=x_TD.device).clamp_max(self.held).repeat(world)
         index_R = torch.repeat_interleave(expert_E, got_WE.reshape(-1), output_size=sum(received))
-        return x_RD, index_R.unsqueeze(1), gate_R1, (copies, sent, received)
+        return lambda: (arrived(x), index_R.unsqueeze(1), arrived(gate), (copies, sent, received))
 
     def combine(self, y_RO: Tensor, state: Any) -> Tensor:
         """As ``Exchange``."""
@@ -63,7 +66,7 @@ class SlotsExchange(Exchange):
 class TokensExchange(Exchange):
     """Each token once to each process that holds one of its experts, as DeepEP sends them; one sum comes back."""
 
-    def dispatch(self, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
+    def dispatch(self, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Callable[[], Arrivals]:
         """As ``Exchange``; the rows of a process are ordered by where they come from, then by token."""
         tokens, world = x_TD.shape[0], self.mesh.size()
         owner_TK = self._owner(index_TK)
@@ -80,10 +83,10 @@ class TokensExchange(Exchange):
         index_PK = index_TK.index_select(0, source_P)
         own_PK = here_PK & (index_PK < self.n_experts)
         index_PK = torch.where(own_PK, index_PK - owner_P.unsqueeze(1) * self.size, held_P1)
-        x_RD = all_to_all(spread(x_TD, copies), received, sent, self.mesh)
-        gate_RK = all_to_all(torch.where(here_PK, spread(gate_TK, copies), 0), received, sent, self.mesh)
-        index_RK = all_to_all(index_PK.int(), received, sent, self.mesh).long()
-        return x_RD, index_RK, gate_RK, (copies, sent, received)
+        x = send(spread(x_TD, copies), received, sent, self.mesh)
+        gate = send(torch.where(here_PK, spread(gate_TK, copies), 0), received, sent, self.mesh)
+        index = send(index_PK.int(), received, sent, self.mesh)
+        return lambda: (arrived(x), arrived(index).long(), arrived(gate), (copies, sent, received))
 
     def combine(self, y_RO: Tensor, state: Any) -> Tensor:
         """As ``Exchange``."""

@@ -13,7 +13,7 @@ from sparse_ffn.checks import check_choice, is_dtensor
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.parallel.collectives import all_to_all, sum_backward, sum_forward
 from sparse_ffn.parallel.exchange import Exchange, choose
-from sparse_ffn.parallel.split import UNITS, Split, check_layer, check_mesh, check_placement, distribute
+from sparse_ffn.parallel.split import UNITS, Split, check_layer, check_mesh, check_placement, distribute, mean
 from sparse_ffn.routing import (
     DeepSeekRouter,
     Router,
@@ -81,24 +81,14 @@ class ExpertParallel(ParallelStyle):
             for part in module.router.modules():
                 distribute(part, list(part._parameters), device_mesh, Replicate())
         if exchange is None:
-            module._split = ReplicatedExperts(Exchange(device_mesh, module.n_experts), 1.0)
+            module._split = ReplicatedExperts(device_mesh, module.n_experts)
         else:
-            factor = 1 / device_mesh.size() if self.gradients == "mean" else 1.0
-            module._split = ExchangedExperts(exchange(device_mesh, module.n_experts), factor)
+            module._split = ExchangedExperts(exchange(device_mesh, module.n_experts), mean(self.gradients, device_mesh))
         return module
 
 
 class _Experts(Split):
-    """A process's experts.
-
-    Args:
-        exchange: knows which those are.
-        factor: of their gradients.
-    """
-
-    def __init__(self, exchange: Exchange, factor: float) -> None:
-        super().__init__(exchange.mesh, factor)
-        self.exchange = exchange
+    """A process's experts."""
 
     def route(self, router: nn.Module, x_TR: Tensor, mask_T: Tensor | None) -> Routing:
         """What a router decides whose parameters may be replicated DTensors."""
@@ -115,13 +105,23 @@ class _Experts(Split):
 
 
 class ExchangedExperts(_Experts):
-    """A process's experts, for the tokens of all processes."""
+    """A process's experts, for the tokens of all processes.
+
+    Args:
+        exchange: brings these.
+        factor: of the experts' gradients.
+    """
+
+    exchange: Exchange
+
+    def __init__(self, exchange: Exchange, factor: float) -> None:
+        super().__init__(exchange.mesh, factor, exchange)
 
     def experts(self, layer: MoE, x_TD: Tensor, units: ops.Units, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
         """As ``_Experts``."""
         units = self.units(units)
         self.met = True
-        x_RD, index_RK, gate_RK, state = self.exchange.dispatch(x_TD, index_TK, gate_TK)
+        x_RD, index_RK, gate_RK, state = self.awaited(self.exchange.dispatch(x_TD, index_TK, gate_TK))
         y_TO = self.exchange.combine(layer._compute(x_RD, units, index_RK, gate_RK), state)
         self.met = False
         return y_TO
@@ -130,15 +130,18 @@ class ExchangedExperts(_Experts):
         """A parameter that every process holds and has a part of the gradient of."""
         return sum_backward(super().whole(tensor), self.mesh, self.factor) if is_dtensor(tensor) else tensor
 
-    def fail(self) -> None:
-        """As ``Split``."""
-        if not self.met:
-            self.exchange.fail()
-        self.met = False
-
 
 class ReplicatedExperts(_Experts):
-    """A process's experts, for tokens that all processes have."""
+    """A process's experts, for tokens that all processes have.
+
+    Args:
+        mesh: as in ``Split``.
+        n_experts: of all processes.
+    """
+
+    def __init__(self, mesh: DeviceMesh, n_experts: int) -> None:
+        super().__init__(mesh, 1.0)
+        self.places = Exchange(mesh, n_experts)
 
     def route(self, router: nn.Module, x_TR: Tensor, mask_T: Tensor | None) -> Routing:
         """As ``_Experts``; noise and expert dropout are drawn from one seed, so that all processes decide alike."""
@@ -154,7 +157,7 @@ class ReplicatedExperts(_Experts):
     def experts(self, layer: MoE, x_TD: Tensor, units: ops.Units, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
         """As ``_Experts``."""
         x_TD, gate_TK = sum_backward(x_TD, self.mesh), sum_backward(gate_TK, self.mesh)
-        y_TO = layer._compute(x_TD, self.units(units), self.exchange._local(index_TK), gate_TK)
+        y_TO = layer._compute(x_TD, self.units(units), self.places._local(index_TK), gate_TK)
         return sum_forward(y_TO, self.mesh)
 
 

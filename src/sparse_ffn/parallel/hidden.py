@@ -5,21 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn import functional as F
 
 from sparse_ffn import ops
+from sparse_ffn.checks import check_choice
 from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.topk import TopKFFN
 from sparse_ffn.ops.activations import hidden_anywhere
 from sparse_ffn.ops.select import stable_topk
 from sparse_ffn.ops.topk_ffn.reference import rank
-from sparse_ffn.parallel.collectives import all_gather, sum_backward, sum_forward
-from sparse_ffn.parallel.exchange import Exchange
-from sparse_ffn.parallel.expert import ReplicatedExperts
-from sparse_ffn.parallel.split import UNITS, Split, check_layer, check_mesh, check_share, distribute
+from sparse_ffn.parallel.collectives import all_gather, arrived, reduce_scatter, sum_backward, sum_forward
+from sparse_ffn.parallel.exchanges import GatherExchange
+from sparse_ffn.parallel.expert import ExchangedExperts, ReplicatedExperts
+from sparse_ffn.parallel.split import (
+    UNITS,
+    Split,
+    check_layer,
+    check_mesh,
+    check_placement,
+    check_share,
+    distribute,
+    mean,
+)
 
 # T tokens, D d_model, O d_out, F hidden units of this process, k selected units, W processes
 
@@ -27,33 +37,68 @@ from sparse_ffn.parallel.split import UNITS, Split, check_layer, check_mesh, che
 class HiddenParallel(ParallelStyle):
     """Tensor parallelism by hidden units, for ``DenseFFN``, ``TopKFFN``, and ``MoE`` over the units of each expert.
 
-    ``keys``, ``values``, ``gate_keys`` and ``key_bias`` become DTensors that are split along the units. All processes
-    of the mesh have the same tokens, and get the same output. ``TopKFFN`` selects the k best of all units, as on one
-    process. All gradients are whole on each process: nothing needs to be averaged over the mesh.
+    ``keys``, ``values``, ``gate_keys`` and ``key_bias`` become DTensors that are split along the units. ``TopKFFN``
+    selects the k best of all units, as on one process. The output lies as the input does.
+
+    Args:
+        input_layouts: ``Replicate()`` where all processes of the mesh have the same tokens: they get the same output,
+            and all gradients are whole on each, so that nothing needs to be averaged over the mesh. ``Shard(0)`` where
+            each has tokens of its own (any number): these are gathered, and sums scattered back; the router and
+            ``out_bias`` are left to DDP or FSDP.
+        gradients: of tokens of its own, ``"mean"`` or ``"sum"``, as in ``ExpertParallel``.
+
+    Raises:
+        ValueError: an unknown word or placement.
     """
+
+    def __init__(
+        self,
+        *,
+        input_layouts: Placement = Replicate(),  # noqa: B008 # a constant
+        gradients: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.input_layouts = check_placement("input_layouts", input_layouts)
+        check_choice("gradients", gradients, ("mean", "sum"))
+        self.gradients = gradients
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         """Split a layer; called by ``parallelize_module``."""
         check_mesh(device_mesh)
         check_layer(self, module, (DenseFFN, MoE), UNITS)
+        own, factor = not isinstance(self.input_layouts, Replicate), mean(self.gradients, device_mesh)
         if isinstance(module, MoE):
             check_share("expert_size", module.expert_size, device_mesh)
             distribute(module, UNITS, device_mesh, Shard(1))
-            module._split = _UnitsOfExperts(Exchange(device_mesh, module.n_experts), 1.0)
+            if own:
+                module._split = _UnitsOfExpertsOfAll(_Everywhere(device_mesh, module.n_experts), factor)
+            else:
+                module._split = _UnitsOfExperts(device_mesh, module.n_experts)
         else:
             assert isinstance(module, DenseFFN)
             check_share("d_ff", module.d_ff, device_mesh)
             distribute(module, UNITS, device_mesh, Shard(0))
-            module._split = (_UnitsTopK if isinstance(module, TopKFFN) else _Units)(device_mesh, 1.0)
+            kind = _UnitsTopK if isinstance(module, TopKFFN) else _Units
+            gather = GatherExchange(device_mesh, module.d_ff)
+            module._split = kind(device_mesh, factor, gather) if own else kind(device_mesh, 1.0)
         return module
 
 
 class _Units(Split):
-    """A process's units of a dense FFN."""
+    """A process's units of a dense FFN, for tokens that all processes have, or with an exchange for those of all."""
+
+    exchange: GatherExchange | None
 
     def compute(self, layer: DenseFFN, x: Tensor, units: ops.Units) -> Tensor:
         """The output [T, O], of all processes' units."""
-        return sum_forward(self._part(layer, sum_backward(x, self.mesh), self.units(units)), self.mesh)
+        units = self.units(units)
+        if self.exchange is None:
+            return sum_forward(self._part(layer, sum_backward(x, self.mesh), units), self.mesh)
+        self.met = True
+        (rows,), _ = self.exchange.gathered((x, 0))
+        y_TO = reduce_scatter(self._part(layer, arrived(rows), units), self.mesh)[: x.shape[0]]
+        self.met = False
+        return y_TO
 
     def of_units(self, mask: Tensor) -> Tensor:
         """As ``Split``."""
@@ -85,7 +130,7 @@ class _UnitsTopK(_Units):
 
 
 class _UnitsOfExperts(ReplicatedExperts):
-    """A process's units of every expert."""
+    """A process's units of every expert, for tokens that all processes have."""
 
     def experts(self, layer: MoE, x_TD: Tensor, units: ops.Units, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
         """As ``ReplicatedExperts``."""
@@ -95,6 +140,21 @@ class _UnitsOfExperts(ReplicatedExperts):
     def of_units(self, mask: Tensor) -> Tensor:
         """As ``Split``."""
         return _own(mask, self.mesh)
+
+
+class _UnitsOfExpertsOfAll(ExchangedExperts):
+    """A process's units of every expert, for the tokens of all processes."""
+
+    def of_units(self, mask: Tensor) -> Tensor:
+        """As ``Split``."""
+        return _own(mask, self.mesh)
+
+
+class _Everywhere(GatherExchange):
+    """All tokens to all processes, each of which holds a part of every expert."""
+
+    def _local(self, index: Tensor) -> Tensor:
+        return index
 
 
 def _own(mask: Tensor, mesh: DeviceMesh) -> Tensor:

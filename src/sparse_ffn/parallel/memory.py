@@ -7,15 +7,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ParallelStyle
-from torch.nn import functional as F
 
 from sparse_ffn import ops
 from sparse_ffn.checks import check_choice
 from sparse_ffn.layers.product_key import ProductKeyMemory
-from sparse_ffn.parallel.collectives import all_gather, all_to_all
-from sparse_ffn.parallel.exchange import Exchange
-from sparse_ffn.parallel.exchanges import TokensExchange
-from sparse_ffn.parallel.split import Split, check_layer, check_mesh, check_share, distribute, shares
+from sparse_ffn.parallel.collectives import all_to_all, arrived
+from sparse_ffn.parallel.exchange import shares
+from sparse_ffn.parallel.exchanges import GatherExchange, TokensExchange
+from sparse_ffn.parallel.split import Split, check_layer, check_mesh, check_share, distribute, mean
 from sparse_ffn.parallel.traffic import memory_bytes
 
 # T tokens here, A tokens of all processes, R requests that arrive, K entries of a token, O d_out, C columns here
@@ -57,25 +56,16 @@ class MemoryParallel(ParallelStyle):
         size, name = (columns, "d_out") if shard == "columns" else (rows, "n_sub_keys²")
         check_share(name, size, device_mesh)
         distribute(module, ("values",), device_mesh, Shard(1 if shard == "columns" else 0))
-        factor = 1 / device_mesh.size() if self.gradients == "mean" else 1.0
-        module._split = (Columns if shard == "columns" else Rows)(device_mesh, factor, rows, columns)
+        factor = mean(self.gradients, device_mesh)
+        if shard == "columns":
+            module._split = Columns(GatherExchange(device_mesh, rows), factor, columns)
+        else:
+            module._split = Rows(TokensExchange(device_mesh, rows), factor)
         return module
 
 
 class _Table(Split):
-    """A process's part of the values.
-
-    Args:
-        mesh: as in ``Split``.
-        factor: as in ``Split``.
-        rows: of the whole table.
-        columns: of the whole table.
-    """
-
-    def __init__(self, mesh: DeviceMesh, factor: float, rows: int, columns: int) -> None:
-        super().__init__(mesh, factor)
-        self.exchange: Exchange = TokensExchange(mesh, rows)
-        self.widths = shares(columns, mesh.size())
+    """A process's part of the values."""
 
     def bag(self, values: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """The weighted sums [T, O] of the whole table's rows."""
@@ -87,36 +77,49 @@ class _Table(Split):
     def _bag(self, table: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def fail(self) -> None:
-        """As ``Split``."""
-        if not self.met:
-            self.exchange.fail()
-        self.met = False
-
 
 class Rows(_Table):
-    """A process's rows."""
+    """A process's rows.
+
+    Args:
+        exchange: brings entries to where their rows are.
+        factor: as in ``Split``.
+    """
+
+    exchange: TokensExchange
+
+    def __init__(self, exchange: TokensExchange, factor: float) -> None:
+        super().__init__(exchange.mesh, factor, exchange)
 
     def _bag(self, table: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         # rows are as experts, of tokens that have no width yet
         nothing = weight_TK.new_empty(index_TK.shape[0], 0)
-        _, index_RK, weight_RK, state = self.exchange.dispatch(nothing, index_TK, weight_TK)
+        _, index_RK, weight_RK, state = self.exchange.dispatch(nothing, index_TK, weight_TK)()
         # entries of other processes weigh 0
         y_RO = ops.weighted_bag(table, index_RK.clamp_max(table.shape[0] - 1), weight_RK)
         return self.exchange.combine(y_RO, state)
 
 
 class Columns(_Table):
-    """A process's columns."""
+    """A process's columns.
+
+    Args:
+        exchange: brings the entries of all processes.
+        factor: as in ``Split``.
+        columns: of the whole table.
+    """
+
+    exchange: GatherExchange
+
+    def __init__(self, exchange: GatherExchange, factor: float, columns: int) -> None:
+        super().__init__(exchange.mesh, factor, exchange)
+        self.widths = shares(columns, exchange.mesh.size())
 
     def _bag(self, table: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        tokens, world, own = index_TK.shape[0], self.mesh.size(), self.widths[self.mesh.get_local_rank()]
-        told = self.exchange._tell(torch.full((world,), tokens, device=index_TK.device))
-        (all_tokens,) = self.exchange._numbers(told)
+        tokens, own = index_TK.shape[0], self.widths[self.mesh.get_local_rank()]
+        (index, weight), all_tokens = self.exchange.gathered((index_TK.int(), 0), (weight_TK, 0))
         longest = max(all_tokens)
-        missing = (0, 0, 0, longest - tokens)
-        index_AK, weight_AK = (all_gather(F.pad(t, missing), self.mesh) for t in (index_TK.int(), weight_TK))
-        y_AC = ops.weighted_bag(table, index_AK.long(), weight_AK)
+        y_AC = ops.weighted_bag(table, arrived(index).long(), arrived(weight))
         blocks = [block[:n] for block, n in zip(torch.split(y_AC, longest), all_tokens, strict=True)] if longest else []
         received, sent = [tokens * width for width in self.widths], [n * own for n in all_tokens]
         flat = torch.cat(blocks).reshape(-1) if blocks else y_AC.reshape(-1)

@@ -16,7 +16,7 @@ from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.product_key import ProductKeyMemory
-from sparse_ffn.parallel.split import shares
+from sparse_ffn.parallel.exchange import shares
 
 
 def plan(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -13,7 +13,9 @@ from sparse_ffn import ops
 from sparse_ffn.checks import is_dtensor, shown
 from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.parallel.collectives import scale_gradient
+from sparse_ffn.parallel.exchange import Exchange, shares
 
+T = TypeVar("T")
 UNITS = ("keys", "values", "gate_keys", "key_bias")
 
 
@@ -23,12 +25,15 @@ class Split:
     Args:
         mesh: the processes that share the layer.
         factor: of the gradients of what the process holds alone.
+        exchange: in which the others wait for this process's tokens; None where nobody does.
     """
 
-    def __init__(self, mesh: DeviceMesh, factor: float) -> None:
-        self.mesh, self.factor = mesh, factor
+    def __init__(self, mesh: DeviceMesh, factor: float, exchange: Exchange | None = None) -> None:
+        self.mesh, self.factor, self.exchange = mesh, factor, exchange
         self.met = False
         """Whether this process has sent its numbers in a forward that has not ended: nobody waits for them then."""
+        self.errand: Callable[[], None] | None = None
+        """What else the process has to compute, if tokens travel in this forward: while they do."""
 
     def local(self, tensor: Tensor) -> Tensor:
         """This process's rows or columns of a parameter."""
@@ -48,6 +53,15 @@ class Split:
 
     def fail(self) -> None:
         """Tell the processes that wait for this one's tokens that it raises."""
+        if self.exchange is not None and not self.met:
+            self.exchange.fail()
+        self.met = False
+
+    def awaited(self, waiting: Callable[[], T]) -> T:
+        """What a function gives that waits for tokens, after the errand."""
+        if self.errand is not None:
+            self.errand()
+        return waiting()
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -59,10 +73,9 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local()
 
 
-def shares(size: int, world: int) -> list[int]:
-    """How many of so many things each process holds, as ``torch.chunk`` and ``Shard`` deal them out."""
-    most = -(-size // world)
-    return [max(0, min(most, size - rank * most)) for rank in range(world)]
+def mean(gradients: str, mesh: DeviceMesh) -> float:
+    """The factor of what a process holds alone, by a style's argument ``gradients``."""
+    return 1 / mesh.size() if gradients == "mean" else 1.0
 
 
 def check_share(name: str, size: int, mesh: DeviceMesh) -> None:

@@ -14,8 +14,7 @@ from sparse_ffn.checks import check_count, check_dtype, check_positive, check_ty
 from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.product_key import ProductKeyMemory
-from sparse_ffn.parallel.exchange import choose
-from sparse_ffn.parallel.split import shares
+from sparse_ffn.parallel.exchange import choose, shares
 
 
 class Traffic(NamedTuple):
