@@ -9,7 +9,7 @@ from sparse_ffn import ops
 from sparse_ffn.checks import shown
 from sparse_ffn.layers.balanced import Balanced
 from sparse_ffn.layers.null_experts import NullExperts
-from sparse_ffn.layers.rows.base import ExpertRows, stored_ffn
+from sparse_ffn.layers.rows.base import ExpertRows
 from sparse_ffn.layers.units import UnitsFFN
 from sparse_ffn.module import tensors_of
 from sparse_ffn.routing.base import Router, Routing
@@ -93,5 +93,5 @@ class Routed(NullExperts, Balanced, UnitsFFN):
     def _compute(self, x_TD: Tensor, units: ops.Units, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
         """The same by this process, which holds these units."""
         mask = self._dropout_mask(x_TD, *index_TK.shape, self.expert_size)
-        ffn = stored_ffn if isinstance(units.values, ExpertRows) else ops.expert_ffn
+        ffn = units.values.ffn if isinstance(units.values, ExpertRows) else ops.expert_ffn
         return ffn(x_TD, units, index_TK, gate_TK, dropout_mask=mask, activation=self.activation)
