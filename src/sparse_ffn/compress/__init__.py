@@ -2,6 +2,8 @@
 
 from sparse_ffn.compress.config import ExpertQuantization as ExpertQuantization
 from sparse_ffn.compress.mapped import map_experts_ as map_experts_
+from sparse_ffn.compress.offload import offload_experts_ as offload_experts_
+from sparse_ffn.compress.offload import offload_stats as offload_stats
 from sparse_ffn.compress.prune import PrunedLayer as PrunedLayer
 from sparse_ffn.compress.prune import PruningReport as PruningReport
 from sparse_ffn.compress.prune import prune_experts_ as prune_experts_

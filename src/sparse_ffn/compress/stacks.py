@@ -55,12 +55,13 @@ class Kind:
     stacks: Callable[[Any], list[Stack]]
 
 
-def _stacks_of_moe(layer: MoE) -> list[Stack]:
+def stacks_of_moe(layer: MoE) -> list[Stack]:
+    """The stacks of one of our layers."""
     names = ("keys", "gate_keys", "values")
     return [Stack(layer, name, name == "values") for name in names if getattr(layer, name) is not None]
 
 
-KINDS: list[Kind] = [Kind(lambda module: isinstance(module, MoE), _stacks_of_moe)]
+KINDS: list[Kind] = [Kind(lambda module: isinstance(module, MoE), stacks_of_moe)]
 
 
 CHANGED: list[Callable[[nn.Module], None]] = []

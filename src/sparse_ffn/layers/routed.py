@@ -10,6 +10,7 @@ from sparse_ffn.checks import shown
 from sparse_ffn.layers.balanced import Balanced
 from sparse_ffn.layers.null_experts import NullExperts
 from sparse_ffn.layers.rows.base import ExpertRows
+from sparse_ffn.layers.rows.offloaded import OffloadedRows
 from sparse_ffn.layers.units import UnitsFFN
 from sparse_ffn.module import tensors_of
 from sparse_ffn.routing.base import Router, Routing
@@ -64,6 +65,30 @@ class Routed(NullExperts, Balanced, UnitsFFN):
                 f"router_input must have shape {list(shape)}, d_router last, got {list(router_input.shape)}"
             )
         return router_input
+
+    @torch.no_grad()
+    def prefetch(self, x: Tensor, *, router_input: Tensor | None = None) -> None:
+        """Begin to copy the experts that x selects onto the device, if ``offload_experts_`` has put them elsewhere.
+
+        A guess is allowed: what the layer is called with need not be x, and then copies what is missing.
+
+        Args:
+            x: as ``forward``'s.
+            router_input: as ``forward``'s.
+
+        Raises:
+            RuntimeError: the experts are not offloaded, or the layer is in training.
+        """
+        rows = self.values
+        if not isinstance(rows, OffloadedRows):
+            raise RuntimeError("prefetch is for offloaded experts, and offload_experts_ was not called on this layer")
+        rows.prefetch(self._routing_of(x, None, router_input).index_TK.clamp_max(self.n_experts))
+
+    def _routing_of(self, x: Tensor, mask: Tensor | None, router_input: Tensor | None) -> Routing:
+        """What the router decides on the arguments of ``forward``."""
+        self._check_call(x, mask)
+        seen_TR = self._selector_input(x, router_input).reshape(-1, self.d_router)
+        return self._route(seen_TR, None if mask is None else mask.reshape(-1), self._units())
 
     def _route(self, x_TR: Tensor, mask_T: Tensor | None, units: ops.Units) -> Routing:
         """What the router decides, or any module that stands in its place."""
