@@ -113,7 +113,7 @@ WRONG: dict[str, Sequence[Any] | Callable[[Any], list[Any]]] = {
     **dict.fromkeys(("activation", "value_init", "query_norm", "balance_over", "aux", "init", "null_kind"), WORD),
     **dict.fromkeys(("cluster_by", "router_init", "gradients", "rest", "shard"), WORD),
     **dict.fromkeys(("glu", "bias", "norm_aware", "sparse_grad", "sync_balance", "selection_bias", "gated"), FLAG),
-    **dict.fromkeys(("projection_bias", "forced", "prefetch", "normalize", "fused", "sync", "mode"), FLAG),
+    **dict.fromkeys(("projection_bias", "forced", "prefetch", "normalize", "fused", "sync", "mode", "pin"), FLAG),
     **dict.fromkeys(("query_bias", "norm_affine", "balance_cost"), FLAG),
     **dict.fromkeys(("title", "prefix", "package"), TEXT),
     "dropout": RATE,
@@ -290,6 +290,9 @@ def entries() -> dict[str, Entry]:
             add(f"{cls.__name__}.k", functools.partial(set_k, layer), {"k": 2}, wrong={"k": (*SIZE, 99)})
     add("MixedMoE.flops_per_token", MixedMoE(**SIZES[MixedMoE]).flops_per_token, {"load": torch.ones(6) / 6},
         wrong={"load": (*NO_TENSOR[:-1], torch.ones(4), torch.ones(6, 1), torch.ones(6).to_sparse())})  # fmt: skip
+    offloaded = sf.SigmaMoE(**MOE).eval()
+    sf.offload_experts_(offloaded, cache=3, device="cpu")
+    add("MoE.prefetch", offloaded.prefetch, {"x": TOKENS, "router_input": TOKENS + 1})
     for cls in ROUTERS:
         add(cls.__name__, cls, SMALL)
         router = cls(**SMALL)
@@ -363,8 +366,15 @@ def entries() -> dict[str, Entry]:
         lambda: {"model": nn.Sequential(sf.SigmaMoE(**MOE)), "rank": 2, "iterations": 1},
         wrong={"rank": (*SIZE, 5), "iterations": (-1, 1.5, "3", True, [3], None)})  # fmt: skip
     add("map_experts_", sf.map_experts_, lambda: {"model": sf.SigmaMoE(**MOE), "path": stored()})
+    add(
+        "offload_experts_",
+        sf.offload_experts_,
+        lambda: {"model": sf.SigmaMoE(**MOE), "cache": 3, "device": "cpu"},
+        wrong={"cache": (0, -1, 1, 1.5, 0.0, math.nan, "2", True, [2], None), "device": (*WRONG["device"], "meta")},
+    )  # type: ignore[misc]
+    add("offload_stats", sf.offload_stats, lambda: {"model": sf.SigmaMoE(**MOE)})
     add("quantize_experts_", sf.quantize_experts_, lambda: {
-        "model": sf.SigmaMoE(**MOE), "config": sf.ExpertQuantization(group_size=None),
+        "model": sf.SigmaMoE(**MOE), "config": sf.ExpertQuantization(group_size=None), "batches": [TOKENS],
     }, wrong={"config": (3, "nonsense", sf.ExpertQuantization, {"bits": 4})})  # fmt: skip
     add("quantization_error", compress.quantization_error,
         {"layer": sf.SigmaMoE(**MOE), "config": sf.ExpertQuantization(group_size=None), "inputs": TOKENS},
@@ -492,6 +502,7 @@ EXEMPT = {
         f"{name}.forward(router_input)": "no right value: test_contract.py"
         for name in ("DenseFFN", "TopKFFN", "ProductKeyMemory")
     },
+    **{f"{name}MoE.prefetch": "MoE's" for name in ("Sigma", "Softmax", "Switch", "SBase", "NoisyTopK")},
     "Router.forward": "the base has no gate; tried on each router",
     "from_pretrained(options)": "transformers' own arguments, handed on",
     "from_moe_layer(options)": "MoE's own arguments, handed on",

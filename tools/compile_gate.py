@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,12 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from sparse_ffn.backends.triton import candidates, config, routing, tuned
-from sparse_ffn.ops import Units
+from sparse_ffn.ops import Codes, Units
 from sparse_ffn.ops.cvmm import triton as cvmm
 from sparse_ffn.ops.cvmm.backend import Slots
 from sparse_ffn.ops.expert_ffn import triton as expert_ffn
 from sparse_ffn.ops.product_key_topk import triton as product_key_topk
+from sparse_ffn.ops.quantized_cvmm import triton as quantized_cvmm
 from sparse_ffn.ops.topk_ffn import triton as topk_ffn
 from sparse_ffn.ops.weighted_bag import triton as weighted_bag
 
@@ -157,6 +159,9 @@ def cases(target: str, quick: bool) -> Iterator[Callable[[], None]]:
                 yield partial(experts, dtype, switch, 128, width, "full", depth, weights=torch.float32)
             yield partial(experts, dtype, switch, 512, 64, "relu", weights=torch.float32)
             yield partial(cvmms, dtype, switch, 128, 256, torch.float32)
+        codes = ((4, False, 32), (8, True, 256), (4, True, 2), (8, False, 1))
+        for block_m, form in zip((16, 64), codes, strict=False) if quick else product((16, 32, 64), codes):
+            yield partial(coded, dtype, switch, block_m, *form)
     for n_experts in (1, 64, 1024, config.SORT.experts, config.SORT.experts - 1):
         yield partial(sorts, n_experts)
     for dtype in (torch.bfloat16, torch.float32) if quick else (torch.bfloat16, torch.float32, torch.float16):
@@ -193,6 +198,7 @@ def ones(dtype: torch.dtype) -> Iterator[Callable[[], None]]:
         yield partial(cvmms, **usual | size)
     for size in ({"rows": 1}, {"bags": 1}, {"k": 1}, {"rows": 1, "bags": 1, "k": 1, "width": 1}):
         yield partial(bags, **{"dtype": dtype, "width": 64, "table": dtype} | size)
+    yield partial(coded, dtype, "ieee", 16, 4, False, 32, slots=1)
     yield partial(product_keys, dtype, 1, 1)
     for k, n_units in ((1, 100), (1, 1)):
         yield partial(selections, dtype, n_units, "gelu", "full", dtype, k)
@@ -278,6 +284,23 @@ def cvmms(
     for every in (Slots(slot), Slots(slot, slot, slot, torch.empty(S))):
         cvmm.forward(x, weight, every, S)
         cvmm.backward(grad, x, weight, every)
+
+
+def coded(
+    dtype: torch.dtype, switch: str, block_m: int, bits: int, symmetric: bool, group: int, *, slots: int | None = None
+) -> None:
+    """Products with rows of codes, up and down, of many slots and of few, with their gradients."""
+    torch.backends.cuda.matmul.fp32_precision = switch
+    E, G, C = 8, 256, 256
+    S = slots or E * block_m
+    qdata = torch.zeros(E, G, C * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
+    scale = torch.zeros(E, G, C // group, dtype=dtype)
+    codes = Codes(qdata, scale, None if symmetric else scale.to(torch.uint8))
+    x, slot = torch.zeros(S, C, dtype=dtype), torch.zeros(S, dtype=torch.int64)
+    for every, down in ((Slots(slot), False), (Slots(slot, slot, slot, torch.empty(S)), True)):
+        quantized_cvmm.forward(x, codes, every, down, S)
+        quantized_cvmm.forward(x[:8], codes, Slots(*(None if t is None else t[:8] for t in every)), down, 8)
+        quantized_cvmm.backward(x, x, codes, every, down)
 
 
 def bags(dtype: torch.dtype, width: int, table: torch.dtype, *, rows: int = 512, bags: int = 64, k: int = 32) -> None:

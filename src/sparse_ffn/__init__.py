@@ -7,6 +7,8 @@ from sparse_ffn.compress import ExpertQuantization as ExpertQuantization
 from sparse_ffn.compress import dequantize_experts_ as dequantize_experts_
 from sparse_ffn.compress import expert_stats as expert_stats
 from sparse_ffn.compress import map_experts_ as map_experts_
+from sparse_ffn.compress import offload_experts_ as offload_experts_
+from sparse_ffn.compress import offload_stats as offload_stats
 from sparse_ffn.compress import prune_experts_ as prune_experts_
 from sparse_ffn.compress import quantize_experts_ as quantize_experts_
 from sparse_ffn.convert import DenseFFNConfig as DenseFFNConfig

@@ -50,8 +50,8 @@ def guard_pages(side: pages.Side) -> Iterator[None]:
 
 
 def _poison(x: Tensor) -> Tensor:
-    """Fill: NaN, or an index that points into the margin."""
-    return x.fill_(float("nan") if x.is_floating_point() else -2000)
+    """Fill: NaN, an index that points into the margin, or a large code."""
+    return x.fill_(float("nan") if x.is_floating_point() else 99 if x.element_size() == 1 else -2000)
 
 
 def guarded(x: Tensor) -> Tensor:
@@ -174,13 +174,24 @@ def check(case: Case, device: str = "cpu", backend: str = "triton") -> dict[str,
     narrow = {n: guarded(t) for n, t in narrow.items()}
     with sf.backend(backend), traps():
         actual = results(case, narrow, None if grad is None else guarded(grad))
+    compare(case.dtype, narrow, actual, expected, scales)
+    return actual
+
+
+def compare(
+    dtype: torch.dtype,
+    given: dict[str, Tensor],
+    actual: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    scales: dict[str, Tensor],
+) -> None:
+    """Assert that an op's results for the tensors given are those of float64, in the right dtypes."""
     for name, want in expected.items():
         assert actual[name].shape == want.shape, f"{name}: {actual[name].shape}"
-        assert actual[name].dtype == (case.dtype if name == "output" else narrow[name[1:]].dtype), name
-        excess = (actual[name].double() - want).abs() / (TOLERANCE[case.dtype] * scales[name].abs() + 1e-30)
+        assert actual[name].dtype == (dtype if name == "output" else given[name[1:]].dtype), name
+        excess = (actual[name].double() - want).abs() / (TOLERANCE[dtype] * scales[name].abs() + 1e-30)
         worst = excess.max().item() if want.numel() else 0.0
         assert worst <= 1, f"{name}: {worst:.3g} times the error allowed"
-    return actual
 
 
 def check_void(case: Case, device: str = "cpu", backend: str = "triton") -> None:

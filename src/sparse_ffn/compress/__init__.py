@@ -1,12 +1,14 @@
-"""Compression: a model's experts measured, pruned, quantised, and read from a file instead of from memory."""
+"""Compression: experts measured, pruned, quantised, read from a file, or kept in host memory beside a GPU."""
 
 from sparse_ffn.compress.config import ExpertQuantization as ExpertQuantization
 from sparse_ffn.compress.mapped import map_experts_ as map_experts_
-from sparse_ffn.compress.prune import PrunedLayer as PrunedLayer
-from sparse_ffn.compress.prune import PruningReport as PruningReport
+from sparse_ffn.compress.offload import offload_experts_ as offload_experts_
+from sparse_ffn.compress.offload import offload_stats as offload_stats
 from sparse_ffn.compress.prune import prune_experts_ as prune_experts_
 from sparse_ffn.compress.quantize import dequantize_experts_ as dequantize_experts_
 from sparse_ffn.compress.quantize import quantize_experts_ as quantize_experts_
+from sparse_ffn.compress.report import PrunedLayer as PrunedLayer
+from sparse_ffn.compress.report import PruningReport as PruningReport
 from sparse_ffn.compress.report import QuantizationReport as QuantizationReport
 from sparse_ffn.compress.report import QuantizedLayer as QuantizedLayer
 from sparse_ffn.compress.residual import CompressedLayer as CompressedLayer

@@ -4,62 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparse_ffn.checks import check_choice, check_module, check_positive, check_type, plain, shown
-from sparse_ffn.compress.statistics import ExpertStats, experts_of, ratio
+from sparse_ffn.compress.keep import SCORES, Score, best_of_all, best_of_each, check_kept, n_groups_of, score_of
+from sparse_ffn.compress.report import PrunedLayer, PruningReport
+from sparse_ffn.compress.statistics import ExpertStats, experts_of
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.ops import Units
 from sparse_ffn.routing.base import Router
-from sparse_ffn.routing.deepseek import DeepSeekRouter
-
-Score = Callable[[ExpertStats], Tensor]
-SCORES: dict[str, Score] = {
-    "reap": lambda stats: ratio(stats.contribution, stats.count),
-    "contribution": lambda stats: stats.contribution,
-    "frequency": lambda stats: stats.count,
-}
-"""What an expert is worth, [E], beside the error that it leaves; the least go."""
-
-
-@dataclass(frozen=True)
-class PrunedLayer:
-    """What became of one layer."""
-
-    name: str
-    n_experts: int
-    """Before."""
-    kept: tuple[int, ...]
-    """The old numbers of the experts that it has now, in their order."""
-    constants: int
-    """Experts that became constants."""
-    error: float
-    """Predicted relative error of the output on the statistics' tokens, sqrt(Σ lost / Σ energy), where an expert loses
-    its ``energy``, or its ``residual`` where a constant replaces it; cross terms and rerouted tokens aside."""
-
-
-@dataclass(frozen=True)
-class PruningReport:
-    """All layers that were pruned. ``print`` it."""
-
-    layers: tuple[PrunedLayer, ...]
-    parameters: tuple[int, int]
-    """The model's, before and after."""
-
-    def __str__(self) -> str:
-        before, after = self.parameters
-        rows = [("name", "experts", "predicted error")]
-        for of in self.layers:
-            constants = f" + {of.constants} constants" if of.constants else ""
-            rows.append((of.name, f"{of.n_experts} -> {len(of.kept)}{constants}", f"{of.error:.2%}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        head = f"{len(self.layers)} layers pruned: parameters {before} -> {after} ({after / max(before, 1):.0%})"
-        return "\n".join([head, *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)])
 
 
 @torch.no_grad()
@@ -120,12 +77,12 @@ def prune_experts_(
     for name, layer in pruned.items():
         _check_prunable(name, layer, uses, replace)
     lost = {name: stats[name].energy if replace is None else stats[name].residual for name in pruned}
-    scores = {name: lost[name].clone() if by == "error" else _score(by, name, stats[name]) for name in pruned}
+    scores = {name: lost[name].clone() if by == "error" else score_of(by, name, stats[name]) for name in pruned}
     for name, score in scores.items():
         score[sorted(protected[name])] = math.inf
-    kept = _best_of_each(pruned, scores, keep) if scope == "layer" else _best_of_all(pruned, scores, keep)
+    kept = best_of_each(pruned, scores, keep) if scope == "layer" else best_of_all(pruned, scores, keep)
     for name, experts in kept.items():
-        _check_kept(name, pruned[name], experts, protected[name])
+        check_kept(name, pruned[name], experts, protected[name])
     before, done = _size(model), []
     for name, experts in kept.items():
         layer, removed = pruned[name], sorted({*range(pruned[name].n_experts)} - {*experts})
@@ -194,7 +151,7 @@ def _check_stats(model: nn.Module, stats: Mapping[str, ExpertStats], pruned: Map
 def _check_prunable(name: str, layer: MoE, uses: Mapping[int, int], replace: str | None) -> None:
     """Raise unless all that would be cut is the layer's own and plain, and can have what comes in its place."""
     place = name or "the layer"
-    if _n_groups(layer) > 1 and (replace or layer.null_experts):
+    if n_groups_of(layer) > 1 and (replace or layer.null_experts):
         raise ValueError(f"the router of {place} has n_groups > 1, where a null expert would not fit")
     if replace and layer.null_experts and layer.null_kind != "constant":
         raise ValueError(
@@ -214,92 +171,6 @@ def _check_prunable(name: str, layer: MoE, uses: Mapping[int, int], replace: str
             )
         if uses[id(given)] > 1:
             raise ValueError(f"{stack} of {place} is tied to another module's parameter, which would not be pruned")
-
-
-def _score(by: str | Score, name: str, stats: ExpertStats) -> Tensor:
-    score = (SCORES[by] if isinstance(by, str) else by)(stats)
-    check_type("what by returns", score, Tensor, "a tensor")
-    if score.shape != stats.count.shape or not bool(score.isfinite().all()):
-        raise ValueError(
-            f"by must give a finite number for each of the {len(stats.count)} experts of {name or 'the layer'}, "
-            f"got {shown(score)}"
-        )
-    return score.double().clone()
-
-
-def _ranked(score: Tensor) -> list[int]:
-    """The best first, equal ones by the lower number."""
-    order: list[int] = score.sort(descending=True, stable=True).indices.tolist()
-    return order
-
-
-def _number(keep: float, n_experts: int) -> int:
-    return round(keep * n_experts) if isinstance(keep, float) else keep
-
-
-def _best_of_each(layers: Mapping[str, MoE], scores: Mapping[str, Tensor], keep: float) -> dict[str, list[int]]:
-    """The same share or number of experts in each layer; of groups of experts, in each group."""
-    kept = {}
-    for name, layer in layers.items():
-        groups, number = _n_groups(layer), _number(keep, layer.n_experts)
-        if number > layer.n_experts:
-            raise ValueError(f"keep = {number} is more than the n_experts = {layer.n_experts} of {name or 'the layer'}")
-        if number % groups:
-            raise ValueError(
-                f"keep = {number} of {name or 'the layer'} must be a multiple of its router's n_groups = {groups}: "
-                "groups stay of one size"
-            )
-        size = layer.n_experts // groups
-        kept[name] = sorted(
-            first + e
-            for first in range(0, layer.n_experts, size)
-            for e in _ranked(scores[name][first : first + size])[: number // groups]
-        )
-    return kept
-
-
-def _best_of_all(layers: Mapping[str, MoE], scores: Mapping[str, Tensor], keep: float) -> dict[str, list[int]]:
-    """The best experts of all layers together, and k of each layer at least."""
-    if grouped := [name for name, layer in layers.items() if _n_groups(layer) > 1]:
-        raise ValueError(f"scope = 'model' would leave groups of unlike sizes in {', '.join(grouped)}: take 'layer'")
-    n_experts = sum(layer.n_experts for layer in layers.values())
-    number, least = _number(keep, n_experts), sum(map(_least, layers.values()))
-    if not least <= number <= n_experts:
-        raise ValueError(
-            f"keep = {number} of the model's experts must be in [{least}, {n_experts}]: each layer keeps k at least"
-        )
-    ranked = {name: _ranked(score) for name, score in scores.items()}
-    kept = {name: ranked[name][: _least(layer)] for name, layer in layers.items()}
-    others = [
-        (-float(scores[name][e]), name, e) for name, layer in layers.items() for e in ranked[name][_least(layer) :]
-    ]
-    for _, name, e in sorted(others, key=lambda other: other[0])[: number - least]:
-        kept[name].append(e)
-    return {name: sorted(experts) for name, experts in kept.items()}
-
-
-def _least(layer: MoE) -> int:
-    """Experts that a layer keeps at least: k, of which null experts may be a part."""
-    return min(layer.k, layer.n_experts)
-
-
-def _n_groups(layer: MoE) -> int:
-    return layer.router.n_groups if isinstance(layer.router, DeepSeekRouter) else 1
-
-
-def _check_kept(name: str, layer: MoE, experts: list[int], protected: set[int]) -> None:
-    place, number, router = name or "the layer", len(experts), layer.router
-    if number < _least(layer):
-        raise ValueError(f"{place} would keep {number} of its experts, fewer than its k = {layer.k}")
-    if lost := protected - set(experts):
-        raise ValueError(f"{place} would keep {number} experts, but protect has more: {sorted(lost)} would go")
-    if isinstance(router, DeepSeekRouter) and router.n_groups > 1:
-        size = number // router.n_groups
-        if size < 2 or layer.k > router.topk_groups * size:
-            raise ValueError(
-                f"{place} would keep {size} experts of each of its router's {router.n_groups} groups: too few for "
-                f"k = {layer.k} in topk_groups = {router.topk_groups} of them, or for two"
-            )
 
 
 def _relative(lost: Tensor, energy: Tensor) -> float:

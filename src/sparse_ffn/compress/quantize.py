@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,17 +12,24 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparse_ffn.checks import check_function, check_module, check_type
 from sparse_ffn.compress.config import ExpertQuantization
+from sparse_ffn.compress.output_error import output_errors
 from sparse_ffn.compress.quantizer import empty, quantize
 from sparse_ffn.compress.report import QuantizationReport, QuantizedLayer
 from sparse_ffn.compress.stacks import CHANGED, Stack, experts_of
 from sparse_ffn.layers.rows import ExpertRows, QuantizedRows
 
 Filter = Callable[[nn.Module, str], bool]
+Made = dict[int, tuple[QuantizedRows, float, float]]
+"""By the id of a parameter: what is stored of it, its relative error and its outlier score."""
 
 
 @torch.no_grad()
 def quantize_experts_(
-    model: nn.Module, config: ExpertQuantization | None = None, filter_fn: Filter | None = None
+    model: nn.Module,
+    config: ExpertQuantization | None = None,
+    filter_fn: Filter | None = None,
+    *,
+    batches: Iterable[Any] | None = None,
 ) -> QuantizationReport:
     """Store the experts of a trained model in 4 or 8 bits, in place: they are then frozen and computed as they are.
 
@@ -34,6 +42,8 @@ def quantize_experts_(
         model: any module with such layers; a layer itself.
         config: how; None for 4 bits, groups of 32 with a zero point.
         filter_fn: module and name -> whether to quantise its experts.
+        batches: as ``expert_stats``': the model runs on them before, and the report tells the error of each layer's
+            output, too. Until they have run, the weights and all codes are in memory.
 
     Returns:
         For each layer bytes before and after, and each stack's relative error and outlier score.
@@ -55,8 +65,13 @@ def quantize_experts_(
     for name, _, stacks in found:
         for stack in stacks:
             _check(name, stack, config)
-    made: dict[int, tuple[QuantizedRows, float, float]] = {}
-    reports = [_quantize(name, stacks, config, made) for name, _, stacks in found]
+    made: Made = {}
+    errors: dict[str, float] = {}
+    if batches is not None:
+        for _, _, stacks in found:
+            _make(stacks, config, made)
+        errors = output_errors(model, found, {of: rows for of, (rows, _, _) in made.items()}, batches)
+    reports = [_quantize(name, stacks, config, made, errors.get(name)) for name, _, stacks in found]
     _tell(model)
     return QuantizationReport(tuple(reports))
 
@@ -83,20 +98,25 @@ def dequantize_experts_(model: nn.Module, filter_fn: Filter | None = None) -> No
     _tell(model)
 
 
+def _make(stacks: list[Stack], config: ExpertQuantization, made: Made) -> None:
+    """What is to be stored of each parameter, by its id: tied stacks stay tied."""
+    for stack in stacks:
+        if id(stack.held) not in made:
+            made[id(stack.held)] = _stored(stack, config)
+
+
 def _quantize(
-    name: str, stacks: list[Stack], config: ExpertQuantization, made: dict[int, tuple[QuantizedRows, float, float]]
+    name: str, stacks: list[Stack], config: ExpertQuantization, made: Made, output_error: float | None
 ) -> QuantizedLayer:
+    _make(stacks, config, made)
     before = after = 0
     errors: dict[str, float] = {}
     outliers: dict[str, float] = {}
     for stack in stacks:
-        parameter = stack.held
-        if id(parameter) not in made:  # tied stacks stay tied
-            made[id(parameter)] = _stored(stack, config)
-        rows, errors[stack.name], outliers[stack.name] = made[id(parameter)]
-        before, after = before + parameter.nbytes, after + rows.n_bytes()
+        rows, errors[stack.name], outliers[stack.name] = made[id(stack.held)]
+        before, after = before + stack.held.nbytes, after + rows.n_bytes()
         stack.store(rows)
-    return QuantizedLayer(name, (before, after), errors, outliers)
+    return QuantizedLayer(name, (before, after), errors, outliers, output_error)
 
 
 def _stored(stack: Stack, config: ExpertQuantization) -> tuple[QuantizedRows, float, float]:

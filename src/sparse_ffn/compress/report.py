@@ -1,4 +1,4 @@
-"""The report of quantize_experts_, which prints as a table."""
+"""The reports of quantize_experts_ and prune_experts_, which print as tables."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ class QuantizedLayer:
     outliers: dict[str, float]
     """Of each stack the most that a column's largest weight is of the column's mean size, max |W_j| / mean |W_j| over
     an expert's units (2406.08155). Where it is large, a few weights make the scales coarse. NaN on meta."""
+    output_error: float | None = None
+    """Of the layer's output ‖y - ŷ‖ / ‖y‖ on the batches, if there were any; NaN if it saw no token of them."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,45 @@ class QuantizationReport:
         lines = [f"experts of {count} layer{'' if count == 1 else 's'} quantised: {_change(*self.n_bytes)}"]
         rows: list[tuple[str, ...]] = [("name", "bytes", "relative error", "outliers")]
         for r in self.layers:
-            errors = ", ".join(f"{stack} {error:.2%}" for stack, error in r.errors.items())
+            errors = {**r.errors, **({} if r.output_error is None else {"output": r.output_error})}
+            shown = ", ".join(f"{of} {error:.2%}" for of, error in errors.items())
             outliers = ", ".join(f"{stack} {score:.1f}" for stack, score in r.outliers.items())
-            rows.append((r.name or "the model", _change(*r.n_bytes), errors, outliers))
+            rows.append((r.name or "the model", _change(*r.n_bytes), shown, outliers))
         return "\n".join([*lines, *aligned(rows)])
+
+
+@dataclass(frozen=True)
+class PrunedLayer:
+    """What became of one layer."""
+
+    name: str
+    n_experts: int
+    """Before."""
+    kept: tuple[int, ...]
+    """The old numbers of the experts that it has now, in their order."""
+    constants: int
+    """Experts that became constants."""
+    error: float
+    """Predicted relative error of the output on the statistics' tokens, sqrt(Σ lost / Σ energy), where an expert loses
+    its ``energy``, or its ``residual`` where a constant replaces it; cross terms and rerouted tokens aside."""
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """All layers that were pruned. ``print`` it."""
+
+    layers: tuple[PrunedLayer, ...]
+    parameters: tuple[int, int]
+    """The model's, before and after."""
+
+    def __str__(self) -> str:
+        before, after = self.parameters
+        rows: list[tuple[str, ...]] = [("name", "experts", "predicted error")]
+        for of in self.layers:
+            constants = f" + {of.constants} constants" if of.constants else ""
+            rows.append((of.name, f"{of.n_experts} -> {len(of.kept)}{constants}", f"{of.error:.2%}"))
+        head = f"{len(self.layers)} layers pruned: parameters {before} -> {after} ({after / max(before, 1):.0%})"
+        return "\n".join([head, *aligned(rows)])
 
 
 def aligned(rows: list[tuple[str, ...]]) -> Iterable[str]:

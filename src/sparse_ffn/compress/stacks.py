@@ -56,12 +56,13 @@ class Kind:
     stacks: Callable[[Any], list[Stack]]
 
 
-def _stacks_of_moe(layer: MoE | Bank) -> list[Stack]:
+def stacks_of_moe(layer: MoE | Bank) -> list[Stack]:
+    """The stacks of one of our layers, or of a bank of its experts."""
     names = ("keys", "gate_keys", "values")
     return [Stack(layer, name, name == "values") for name in names if getattr(layer, name) is not None]
 
 
-KINDS: list[Kind] = [Kind(lambda module: isinstance(module, (MoE, Bank)), _stacks_of_moe)]
+KINDS: list[Kind] = [Kind(lambda module: isinstance(module, (MoE, Bank)), stacks_of_moe)]
 
 
 CHANGED: list[Callable[[nn.Module], None]] = []

@@ -165,10 +165,8 @@ def route(
     layer: MoE, x: Tensor, *, mask: Tensor | None = None, router_input: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Of a call of a layer: x [T, D], the selected experts [T, K], their gates [T, K] and the mask [T]."""
-    layer._check_call(x, mask)
+    routing = layer._routing_of(x, mask, router_input)
     mask_T = None if mask is None else mask.reshape(-1)
-    seen_TR = layer._selector_input(x, router_input).reshape(-1, layer.d_router)
-    routing = layer._route(seen_TR, mask_T, layer.n_experts)
     return x.reshape(-1, layer.d_model), routing.index_TK, routing.gate_TK, mask_T
 
 

@@ -9,10 +9,11 @@ from sparse_ffn import ops
 from sparse_ffn.checks import check_places
 from sparse_ffn.layers.routed import Routed
 from sparse_ffn.layers.rows.base import ExpertRows, rows_ffn
+from sparse_ffn.layers.rows.offloaded import OffloadedRows
 from sparse_ffn.layers.units import UnitsFFN
 from sparse_ffn.module import is_plain, tensors_of
 from sparse_ffn.routing.balance import NEED_LOGITS
-from sparse_ffn.routing.base import FusedRouting, Router
+from sparse_ffn.routing.base import FusedRouting, Router, Routing
 from sparse_ffn.routing.routers import (
     SigmoidRouter,
     SinkhornRouter,
@@ -79,6 +80,30 @@ class FusedPath(Routed, UnitsFFN):
         """The same by this process, which holds these units."""
         mask = self._dropout_mask(x_TD, *index_TK.shape, self.expert_size)
         return rows_ffn(x_TD, units, index_TK, gate_TK, dropout_mask=mask, activation=self.activation)
+
+    @torch.no_grad()
+    def prefetch(self, x: Tensor, *, router_input: Tensor | None = None) -> None:
+        """Begin to copy the experts that x selects onto the device, if ``offload_experts_`` has put them elsewhere.
+
+        A guess is allowed: what the layer is called with need not be x, and then copies what is missing.
+
+        Args:
+            x: as ``forward``'s.
+            router_input: as ``forward``'s.
+
+        Raises:
+            RuntimeError: the experts are not offloaded, or the layer is in training.
+        """
+        rows = self.values
+        if not isinstance(rows, OffloadedRows):
+            raise RuntimeError("prefetch is for offloaded experts, and offload_experts_ was not called on this layer")
+        rows.prefetch(self._routing_of(x, None, router_input).index_TK.clamp_max(self.n_experts))
+
+    def _routing_of(self, x: Tensor, mask: Tensor | None, router_input: Tensor | None) -> Routing:
+        """What the router decides on the arguments of ``forward``."""
+        self._check_call(x, mask)
+        seen_TR = self._selector_input(x, router_input).reshape(-1, self.d_router)
+        return self._route(seen_TR, None if mask is None else mask.reshape(-1), self._units().values.shape[0])
 
 
 def _gate_function(router: Router) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -39,8 +40,16 @@ class Codes(NamedTuple):
 
     def of(self, experts: int | slice | Tensor) -> Codes:
         """The rows of some experts, by an index of the first dimension."""
+        return self.each(lambda t: t[experts])
+
+    def in_rows(self) -> Codes:
+        """The same with unit stride inside all rows, copied only where it is not: halves of a stack stay views."""
+        return self.each(lambda t: t if t.shape[-1] == 1 or t.stride(-1) == 1 else t.contiguous())
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Codes:
+        """The same with each tensor changed."""
         zero_point = self.zero_point
-        return Codes(self.qdata[experts], self.scale[experts], None if zero_point is None else zero_point[experts])
+        return Codes(change(self.qdata), change(self.scale), None if zero_point is None else change(zero_point))
 
     def dense(self) -> Tensor:
         """The numbers, in the dtype of the scales, rounded once."""

@@ -15,6 +15,14 @@ from sparse_ffn.backends.triton.launch import cdiv, launch
 BLOCK_G, BLOCK_D, BLOCK_O = 16, 128, 128
 
 
+def use_decode(n_slots: int, n_experts: int) -> bool:
+    """Whether to take each slot by itself, which reads an expert's weights once for each of its slots.
+
+    While there are no more slots than experts that is rarely more than once; below 16 the sort would cost more.
+    """
+    return n_slots <= max(16, n_experts)
+
+
 @triton.jit
 def up_rows_kernel(
     x, index, keys, gate_keys, key_bias, dropout_mask, h, G, D, E, K, stride_x,

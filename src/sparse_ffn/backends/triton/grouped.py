@@ -133,6 +133,25 @@ def up_kernel(
 
 
 @triton.jit
+def store_products(
+    acc, p, ok, n, n_ok, order, scale, partner, partner_rows, out, dots, N, S, stride_partner,
+    SCALE: tl.constexpr, DOT: tl.constexpr, UNSORT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A tile of products, scaled, to out; before that, their dot products with partners to dots; see ``multiply``."""
+    mask = ok[:, None] & n_ok[None, :]
+    slot = tl.load(order + p, mask=ok, other=0)
+    if DOT:
+        partner_row = tl.load(partner_rows + p, mask=ok, other=0).to(tl.int64)
+        partners = tl.load(partner + partner_row[:, None] * stride_partner + n[None, :], mask=mask, other=0.0)
+        part = (tl.program_id(0) % tl.cdiv(N, BLOCK_N)).to(tl.int64) * S
+        tl.store(dots + part + slot, tl.sum(acc * partners.to(tl.float32), 1), mask=ok)
+    if SCALE:
+        acc *= tl.load(scale + slot, mask=ok, other=0.0).to(tl.float32)[:, None]
+    to = slot if UNSORT else p
+    tl.store(out + to.to(tl.int64)[:, None] * N + n[None, :], acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def rows_kernel(
     a, rows, b, a2, b2, scale, partner, partner_rows, out, dots,
     order, offsets, tile_expert, tile_row, N, K, S, stride_a, stride_be, stride_bk, stride_bn,
@@ -157,17 +176,10 @@ def rows_kernel(
             acc, a2, row, ok, stride_a, b2 + expert * stride_b2e, n, n_ok, stride_b2k, stride_b2n, K,
             BLOCK_K, EVEN_K, PRECISION,
         )  # fmt: skip
-    mask = ok[:, None] & n_ok[None, :]
-    slot = tl.load(order + p, mask=ok, other=0)
-    if DOT:
-        partner_row = tl.load(partner_rows + p, mask=ok, other=0).to(tl.int64)
-        partners = tl.load(partner + partner_row[:, None] * stride_partner + n[None, :], mask=mask, other=0.0)
-        part = (tl.program_id(0) % tl.cdiv(N, BLOCK_N)).to(tl.int64) * S
-        tl.store(dots + part + slot, tl.sum(acc * partners.to(tl.float32), 1), mask=ok)
-    if SCALE:
-        acc *= tl.load(scale + slot, mask=ok, other=0.0).to(tl.float32)[:, None]
-    to = slot if UNSORT else p
-    tl.store(out + to.to(tl.int64)[:, None] * N + n[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    store_products(
+        acc, p, ok, n, n_ok, order, scale, partner, partner_rows, out, dots, N, S, stride_partner,
+        SCALE, DOT, UNSORT, BLOCK_N,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -50,6 +50,31 @@ class ExpertRows(nn.Module):
         """Sums of rows [tokens, C]: out[token[s]] += gate[s] · h[s] @ rows of expert[s]; None: out[s], and 1."""
         raise NotImplementedError
 
+    def ffn(
+        self,
+        x: Tensor,
+        units: Units,
+        index: Tensor,
+        gate: Tensor,
+        *,
+        dropout_mask: Tensor | None = None,
+        activation: str,
+    ) -> Tensor:
+        """``ops.expert_ffn`` with rows of this kind in the place of its matrices; key_bias is a tensor."""
+        keys: Any = units.keys
+        gate_keys: Any = units.gate_keys
+        values: Any = units.values
+        tokens, k = index.shape
+        expert = index.reshape(-1)
+        token = torch.arange(tokens * k, device=index.device) // k
+        up = keys.up(x, expert, token)
+        if units.key_bias is not None:
+            up = up + F.pad(units.key_bias.to(up.dtype), (0, 0, 0, 1))[expert]  # of no expert: zero
+        glu_gate = None if gate_keys is None else gate_keys.up(x, expert, token)
+        h = hidden_anywhere(activation, up, glu_gate, None if dropout_mask is None else dropout_mask.flatten(0, 1))
+        out: Tensor = values.down(h, expert, token, gate.reshape(-1), tokens)
+        return out
+
     def n_bytes(self) -> int:
         """Bytes of all that is stored."""
         return sum(buffer.nbytes for buffer in self.buffers())
@@ -82,30 +107,11 @@ class ExpertRows(nn.Module):
         raise TypeError(f"{type(self).__name__} are operands of a layer, and no function of an input")
 
 
-def stored_ffn(
-    x: Tensor, units: Units, index: Tensor, gate: Tensor, *, dropout_mask: Tensor | None = None, activation: str
-) -> Tensor:
-    """``ops.expert_ffn`` with rows in the place of its matrices; key_bias is a tensor."""
-    keys: Any = units.keys
-    gate_keys: Any = units.gate_keys
-    values: Any = units.values
-    tokens, k = index.shape
-    expert = index.reshape(-1)
-    token = torch.arange(tokens * k, device=index.device) // k
-    up = keys.up(x, expert, token)
-    if units.key_bias is not None:
-        up = up + F.pad(units.key_bias.to(up.dtype), (0, 0, 0, 1))[expert]  # of no expert: zero
-    glu_gate = None if gate_keys is None else gate_keys.up(x, expert, token)
-    h = hidden_anywhere(activation, up, glu_gate, None if dropout_mask is None else dropout_mask.flatten(0, 1))
-    out: Tensor = values.down(h, expert, token, gate.reshape(-1), tokens)
-    return out
-
-
 def rows_ffn(
     x: Tensor, units: Units, index: Tensor, gate: Tensor, *, dropout_mask: Tensor | None = None, activation: str
 ) -> Tensor:
     """``ops.expert_ffn`` of parameters or of stored rows."""
-    ffn = stored_ffn if isinstance(units.values, ExpertRows) else ops.expert_ffn
+    ffn = units.values.ffn if isinstance(units.values, ExpertRows) else ops.expert_ffn
     return ffn(x, units, index, gate, dropout_mask=dropout_mask, activation=activation)
 
 

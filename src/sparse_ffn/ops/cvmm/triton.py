@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from sparse_ffn.backends.device import on_device
-from sparse_ffn.backends.sort import sort_by_expert
-from sparse_ffn.backends.triton import columns, combine, config, grouped, outer, routing
+from sparse_ffn.backends.triton import config, grouped, outer, routing, scattered
 from sparse_ffn.backends.triton.launch import cdiv, matrices, precision, rows
 from sparse_ffn.ops.cvmm.backend import Gradients, Slots
 from sparse_ffn.ops.segments import is_transposed
@@ -26,13 +23,13 @@ def forward(x: Tensor, weight: Tensor, slots: Slots, n_out: int) -> Tensor:
     order, offsets = routing.sort_slots(expert, E)
     plan = routing.plan(order, offsets, 1, config.block_m(x.device, kind, S / max(E, 1)), inverse=False)
     tile = config.tile(x.device, "one", kind, L, plan.block_m)
-    b, sources = matrices(weight, x.dtype), _rows(gather, order)
+    b, sources = matrices(weight, x.dtype), scattered.sources(gather, order)
     scale = None if reduction is None else reduction.contiguous()
 
     def product(part: slice, y: Tensor) -> None:
         grouped.multiply(plan, x, b[:, :, part], y, tile, how, rows=sources, scale=scale, unsort=True)
 
-    return _sums(x, product, scatter, S, n_out, L, tile.n)
+    return scattered.sums(x, product, scatter, S, n_out, L, tile.n)
 
 
 @on_device
@@ -43,7 +40,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> Gradients
     kind = config.arithmetic(x.dtype, how, x, grad, weight)
     order, offsets = routing.sort_slots(expert, E)
     plan = routing.plan(order, offsets, 1, config.block_m(x.device, kind, S / max(E, 1)), inverse=False)
-    x_rows, grad_rows = _rows(gather, order), _rows(scatter, order)
+    x_rows, grad_rows = scattered.sources(gather, order), scattered.sources(scatter, order)
     scale = None if reduction is None else reduction.contiguous()
 
     tile = config.tile(x.device, "one", kind, M, plan.block_m)
@@ -57,7 +54,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> Gradients
             dots=None if dots is None else dots[part.start // tile.n :],
         )  # fmt: skip
 
-    dx = _sums(x, product, gather, S, x.shape[0], M, tile.n)
+    dx = scattered.sums(x, product, gather, S, x.shape[0], M, tile.n)
     dreduction = None if reduction is None or dots is None else dots.sum(0).to(reduction.dtype)
     if is_transposed(weight):
         dweight = weight.new_empty(E, L, M)
@@ -73,24 +70,3 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> Gradients
             left_rows=x_rows, right_rows=grad_rows, scale=scale,
         )  # fmt: skip
     return Gradients(dx, dweight, dreduction)
-
-
-def _rows(index: Tensor | None, order: Tensor) -> Tensor:
-    """The row that each position reads: int32 [S]."""
-    return order if index is None else index.index_select(0, order).to(torch.int32)
-
-
-def _sums(
-    like: Tensor, product: Callable[[slice, Tensor], None], target: Tensor | None, S: int, n: int, width: int, step: int
-) -> Tensor:
-    """out[target[s]] += y[s] into n rows, in the order of the slots; ``product`` writes columns of y [S, width]."""
-    if target is None:
-        out = like.new_empty(S, width)
-        product(slice(0, width), out)
-        return out
-    members, offsets = sort_by_expert(target, n)
-    out = like.new_empty(n, width)
-    for part, y in columns.blocks(like, S, width, step):
-        product(part, y)
-        combine.add_segments(y, members, offsets, out[:, part])
-    return out

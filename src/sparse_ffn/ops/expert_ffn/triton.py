@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_ffn.backends.device import on_device
 from sparse_ffn.backends.triton import columns, combine, config, decode, grouped, outer, routing
+from sparse_ffn.backends.triton.decode import use_decode
 from sparse_ffn.backends.triton.launch import cdiv, matrices, precision, rows
 from sparse_ffn.ops.expert_ffn import dense
 from sparse_ffn.ops.expert_ffn.backend import Gradients, Saved
@@ -52,14 +53,6 @@ def inference(
     decode.down_rows(h_SG, index, gate.contiguous(), values, y_SO)
     combine.combine(y_SO, None, None, out, index.shape[1])
     return out
-
-
-def use_decode(n_slots: int, n_experts: int) -> bool:
-    """Whether to take each slot by itself, which reads an expert's weights once for each of its slots.
-
-    While there are no more slots than experts that is rarely more than once; below 16 the sort would cost more.
-    """
-    return n_slots <= max(16, n_experts)
 
 
 def _forward(

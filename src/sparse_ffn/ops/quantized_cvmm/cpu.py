@@ -18,15 +18,10 @@ def forward(x: Tensor, codes: Codes, slots: Slots, down: bool, n_out: int) -> Te
     out = cpu.empty(n_out, codes.shape[2 if down else 1], dtype=x.dtype)
     scale = None if slots.reduction is None else slots.reduction.float().contiguous()
     indices = (slots.expert.contiguous(), contiguous(slots.gather), contiguous(slots.scatter), scale)
-    cpu.call("quantized_cvmm", (rows(x), *map(_rows, codes), *indices, out), int(down))
+    cpu.call("quantized_cvmm", (rows(x), *codes.in_rows(), *indices, out), int(down))
     return out
 
 
 def backward(grad: Tensor, x: Tensor, codes: Codes, slots: Slots, down: bool) -> Gradients:
     """The gradients."""
     return backward_of(sys.modules[__name__], grad, x, codes, slots, down)
-
-
-def _rows(x: Tensor | None) -> Tensor | None:
-    """Rows of unit stride, copied only if they are not: halves of a fused stack are read where they lie."""
-    return x if x is None or x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()

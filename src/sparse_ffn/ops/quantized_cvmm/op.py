@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 from sparse_ffn.backends.choice import choose
@@ -10,7 +12,7 @@ from sparse_ffn.ops.codes import Codes
 from sparse_ffn.ops.cvmm.backend import Slots
 from sparse_ffn.ops.indices import Indices, checked
 from sparse_ffn.ops.operator import Operator
-from sparse_ffn.ops.quantized_cvmm import cpu, reference, torch
+from sparse_ffn.ops.quantized_cvmm import reference
 from sparse_ffn.ops.quantized_cvmm.backend import Backend
 
 
@@ -43,8 +45,15 @@ def quantized_cvmm(
     return out
 
 
+@functools.cache
 def implementation(backend: str) -> Backend:
-    """The module that computes for a backend: torch's products where it has no kernels of its own."""
+    """A backend's module, imported when it is first asked for; cuda has no kernels of its own and takes torch's way."""
+    from sparse_ffn.ops.quantized_cvmm import cpu, torch
+
+    if backend == "triton":
+        from sparse_ffn.ops.quantized_cvmm import triton
+
+        return triton
     return cpu if backend == "cpu" else torch
 
 

@@ -1,0 +1,226 @@
+"""OffloadedRows: all experts in host memory, some of them in a cache on the device that computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_ffn import ops
+from sparse_ffn.layers.rows.base import ExpertRows
+from sparse_ffn.layers.rows.copies import Copies, StreamedCopies
+from sparse_ffn.layers.rows.lru import LRU
+from sparse_ffn.layers.rows.quantized import QuantizedRows
+from sparse_ffn.ops import Codes, Units
+
+Stack = Tensor | Codes
+
+
+class ExpertCache:
+    """The experts of one layer in host memory, and slots for some of them on a device.
+
+    Args:
+        stacks: by name the rows [E, G, C], or their codes, in host memory.
+        n_slots: experts on the device.
+        device: which one.
+    """
+
+    def __init__(self, stacks: dict[str, Stack], n_slots: int, device: torch.device) -> None:
+        self.stacks = stacks
+        hosts = [t for stack in stacks.values() for t in _tensors(stack)]
+        # of zeros: a backend may compute all experts that it is given, and those of empty slots must add nothing
+        tables = [torch.zeros(n_slots, *t.shape[1:], dtype=t.dtype, device=device) for t in hosts]
+        rest = iter(tables)
+        self.slots = {name: _like(stack, rest) for name, stack in stacks.items()}
+        self.device = tables[0].device
+        self.n_experts = hosts[0].shape[0]
+        self.lru = LRU(n_slots)
+        self.copies = (StreamedCopies if self.device.type == "cuda" else Copies)(hosts, tables)
+        self.hits = self.misses = self.bytes = 0
+
+    def bring(self, experts: list[int]) -> list[int]:
+        """Begin to copy those of one wave that are not here; the slots of all."""
+        taken = [self.lru.take(expert) for expert in experts]
+        missing = [(slot, expert) for expert, (slot, here) in zip(experts, taken, strict=True) if not here]
+        if missing:
+            self.copies.start(missing)
+            self.bytes += len(missing) * sum(host[0].nbytes for host, _ in self.copies.pairs)
+        return [slot for slot, _ in taken]
+
+    def compute(self, index: Tensor, ffn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The sum over waves of experts of an FFN out of the slots, of which those of other waves are void.
+
+        Args:
+            index: experts in [0, E]; E is none.
+            ffn: from the same index by slots, in [0, n_slots], and the expert of each slot.
+        """
+        waves = self.lru.waves(e for e, count in enumerate(self.count(index)) if count) or [[]]
+        total: Tensor | None = None
+        for wave in waves:
+            hits = sum(expert in self.lru for expert in wave)
+            self.hits, self.misses = self.hits + hits, self.misses + len(wave) - hits
+            slots = self.bring(wave)
+            slot_of, expert_of = [self.lru.n_slots] * (self.n_experts + 1), [0] * self.lru.n_slots
+            for expert, slot in zip(wave, slots, strict=True):
+                slot_of[expert], expert_of[slot] = slot, expert
+            by_slot = torch.tensor(slot_of, device=index.device)[index]
+            self.copies.wait(slots)
+            y = ffn(by_slot, torch.tensor(expert_of, device=index.device))
+            self.copies.used()
+            if len(waves) == 1:
+                return y
+            wide = y.to(torch.promote_types(y.dtype, torch.float32))
+            total = wide if total is None else total + wide
+        assert total is not None
+        return total.to(y.dtype)
+
+    def prefetch(self, index: Tensor) -> None:
+        """Begin to copy the experts that an index names, those with the most slots if not all have room."""
+        counts = self.count(index)
+        named = sorted((e for e, count in enumerate(counts) if count), key=lambda e: -counts[e])
+        for wave in self.lru.waves(named[: self.lru.n_slots]):
+            self.bring(wave)
+
+    def count(self, index: Tensor) -> list[int]:
+        """How often an index names each expert. Here the host waits for the device."""
+        counts: list[int] = torch.bincount(index.reshape(-1), minlength=self.n_experts).tolist()
+        return counts[: self.n_experts]
+
+
+class OffloadedRows(ExpertRows):
+    """Rows [E, G, C] of all experts in host memory, dense or as codes, and a cache of some experts on a device.
+
+    ``offload_experts_`` makes them. They compute in evaluation only and without gradients, move nowhere with ``.to``,
+    and their state dict is the one that the layer had before, from host memory.
+
+    Args:
+        cache: the layer's, which all its stacks share.
+        name: of the stack.
+    """
+
+    def __init__(self, cache: ExpertCache, name: str) -> None:
+        super().__init__()
+        self.cache, self.name = cache, name
+
+    @property
+    def _host(self) -> Any:
+        return self.cache.stacks[self.name]
+
+    @property
+    def shape(self) -> torch.Size:
+        """(E, G, C)."""
+        shape: torch.Size = self._host.shape
+        return shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers."""
+        dtype: torch.dtype = (
+            _tensors(self._host)[-1].dtype if isinstance(self._host, Tensor) else self._host.scale.dtype
+        )
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The cache's, which computes."""
+        return self.cache.device
+
+    def dense(self, experts: int | slice | Tensor | None = None) -> Tensor:
+        """The numbers, [E, G, C], or those of some experts, in host memory."""
+        host = self._host
+        if isinstance(host, Codes):
+            return (host if experts is None else host.of(experts)).dense()
+        numbers: Tensor = host if experts is None else host[experts]
+        return numbers
+
+    def n_bytes(self) -> int:
+        """Bytes in host memory."""
+        return sum(t.nbytes for t in _tensors(self._host))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def ffn(
+        self,
+        x: Tensor,
+        units: Units,
+        index: Tensor,
+        gate: Tensor,
+        *,
+        dropout_mask: Tensor | None = None,
+        activation: str,
+    ) -> Tensor:
+        """``ops.expert_ffn`` in waves of experts that fit into the cache.
+
+        Raises:
+            RuntimeError: the layer is in training.
+        """
+        self._check_mode()
+        bias = units.key_bias
+
+        def of_slots(by_slot: Tensor, expert_of_slot: Tensor) -> Tensor:
+            slots = self.cache.slots
+            stacks: dict[str, Any] = {n: QuantizedRows(s) if isinstance(s, Codes) else s for n, s in slots.items()}
+            here = Units(**stacks, key_bias=None if bias is None else bias[expert_of_slot])
+            values = stacks["values"]
+            ffn = values.ffn if isinstance(values, ExpertRows) else ops.expert_ffn
+            y: Tensor = ffn(x, here, by_slot, gate, dropout_mask=dropout_mask, activation=activation)
+            return y
+
+        compute = partial(self.cache.compute, index, of_slots)
+        y: Tensor = _WithoutGradient.apply(compute, x, gate, bias)  # type: ignore[no-untyped-call]
+        return y
+
+    def prefetch(self, index: Tensor) -> None:
+        """Begin to copy the experts that an index [...] in [0, E] names.
+
+        Raises:
+            RuntimeError: the layer is in training.
+        """
+        self._check_mode()
+        self.cache.prefetch(index)
+
+    def _check_mode(self) -> None:
+        if self.training:
+            raise RuntimeError("offloaded experts compute in evaluation only: call eval() on the model")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OffloadedRows:
+        if fn(torch.empty(0, dtype=self.dtype)).dtype != self.dtype:
+            raise TypeError(f"offloaded experts stay {self.dtype}: convert the model before offload_experts_")
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        host = self._host
+        stored = host._asdict().items() if isinstance(host, Codes) else [("", host)]
+        destination.update({(prefix + name).removesuffix("."): t for name, t in stored if t is not None})
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        rest[-1].append(f"the experts {prefix.removesuffix('.')} are offloaded: load before offload_experts_")
+
+    def extra_repr(self) -> str:
+        """The shape, how it is stored and how much of it is on the device."""
+        bits = f", bits={self._host.bits}" if isinstance(self._host, Codes) else ""
+        return f"{list(self.shape)}{bits}, dtype={self.dtype}, cache={self.cache.lru.n_slots} on {self.device}"
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """A result that no backward pass goes through: by then its experts may have left their slots."""
+
+    @staticmethod
+    def forward(ctx: Any, compute: Callable[[], Tensor], *operands: Tensor | None) -> Tensor:
+        return compute()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError("offloaded experts have no gradients: compute under torch.no_grad()")
+
+
+def _tensors(stack: Stack) -> list[Tensor]:
+    return [t for t in (stack if isinstance(stack, Codes) else (stack,)) if t is not None]
+
+
+def _like(stack: Stack, tensors: Iterable[Tensor]) -> Stack:
+    """The next tensors as a stack is made of them."""
+    rest = iter(tensors)
+    return stack.each(lambda _: next(rest)) if isinstance(stack, Codes) else next(rest)
