@@ -132,7 +132,7 @@ class MoE(FusedPath):
         units, n_sequences = self._units(), self._n_sequences(x)
         if x is router_input and (y_TO := self._fused(x_TD, mask_T, units, n_sequences)) is not None:
             return y_TO
-        routing = self._route(router_input.reshape(-1, self.d_router), mask_T, units)
+        routing = self._decide(router_input.reshape(-1, self.d_router), mask_T, units, n_sequences)
         loss, gate_TK = self._balance_loss(routing, mask_T, n_sequences), routing.gate_TK
         if loss is not None and self.aux == "inject":
             gate_TK, loss = inject(gate_TK, loss), None
