@@ -146,6 +146,7 @@ def parts(out: Path, *, rehearse: bool) -> list[Part]:
             Part("page", 200, _page(out), ("python:matplotlib",)),
         ]
     chosen = "test_cvmm_of_any_size or test_expert_ffn_of_any_size or test_weighted_bag or stable_topk"
+    chosen += " or of_nobody or outside_of_the_table"
 
     def checked(tool: str) -> tuple[str, ...]:
         return ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *pytest, "tests/gpu", "-k", chosen)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import sparse_ffn as sf
 from sparse_ffn.backends import cpu
-from sparse_ffn.ops.routed_ffn import reference
+from sparse_ffn.ops.route import reference
 
 pytestmark = pytest.mark.skipif(cpu.PROBLEM is not None, reason="no compiler when the package was installed")
 

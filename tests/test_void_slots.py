@@ -16,7 +16,7 @@ from torch import Tensor
 import sparse_ffn as sf
 from sparse_ffn import functional
 from sparse_ffn.backends import cpu
-from sparse_ffn.ops.routed_ffn import reference
+from sparse_ffn.ops.route import reference
 
 E, G, D, O = 5, 17, 33, 20
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}

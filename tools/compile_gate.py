@@ -43,6 +43,7 @@ from sparse_ffn.ops.cvmm.backend import Slots
 from sparse_ffn.ops.expert_ffn import triton as expert_ffn
 from sparse_ffn.ops.product_key_topk import triton as product_key_topk
 from sparse_ffn.ops.quantized_cvmm import triton as quantized_cvmm
+from sparse_ffn.ops.route import triton as route
 from sparse_ffn.ops.topk_ffn import triton as topk_ffn
 from sparse_ffn.ops.weighted_bag import triton as weighted_bag
 
@@ -164,6 +165,15 @@ def cases(target: str, quick: bool) -> Iterator[Callable[[], None]]:
             yield partial(coded, dtype, switch, block_m, *form)
     for n_experts in (1, 64, 1024, config.SORT.experts, config.SORT.experts - 1):
         yield partial(sorts, n_experts)
+    for dtype, weights in (
+        (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)
+    ):  # fmt: skip
+        for rows in (8, 64, 128, 256, 512):
+            for gate, form in (("sigmoid", "plain"), ("softmax", "full"), ("softmax_topk", "full")):
+                yield partial(routes, dtype, weights, rows, 8, gate, form)
+        yield partial(routes, dtype, weights, 64, 1, "unweighted", "plain", 1)
+        yield partial(routes, dtype, weights, 1, 1, "softmax", "full", 4096, 1)
+        yield partial(routes, dtype, weights, 60, 3, "softmax", "full", 4096, 100)
     for dtype in (torch.bfloat16, torch.float32) if quick else (torch.bfloat16, torch.float32, torch.float16):
         for width in (1, 100, 256, 1024):
             yield partial(bags, dtype, width, dtype)
@@ -318,6 +328,27 @@ def product_keys(dtype: torch.dtype, n: int, k: int) -> None:
     product_key_topk.product_key_topk(*scores.unbind(2), k)
     index = torch.zeros(16, 1, k, dtype=torch.int64)
     product_key_topk.backward(scores.new_empty(16, 1, k), index, scores.shape, scores.stride())
+
+
+def routes(
+    dtype: torch.dtype,
+    weights: torch.dtype,
+    rows: int,
+    k: int,
+    gate: str,
+    form: str,
+    tokens: int = 4096,
+    depth: int = 1024,
+) -> None:
+    """Route, training, inference and backward; form "full" has a bias, a mask and several groups."""
+    x, weight = torch.empty(tokens, depth, dtype=dtype), torch.empty(rows, depth, dtype=weights)
+    bias, mask, groups = None, None, 1
+    if form == "full":
+        bias, mask, groups = torch.empty(rows), torch.zeros(tokens, dtype=torch.bool), 2 if tokens > 1 else 1
+    gates, selected, sums, logits = route.forward(x, weight, bias, mask, k, gate, groups)
+    route.inference(x, weight, bias, mask, k, gate, groups)
+    route.inference(x[:1], weight, bias, mask, k, gate, groups)
+    route.backward(gates, sums, x, weight, mask, gates, selected, logits, gate)
 
 
 def sorts(n_experts: int) -> None:

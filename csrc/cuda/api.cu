@@ -135,7 +135,8 @@ cudaError_t cvmm_backward(const sparse_ffn_cuda_cvmm& p, const void* dout, int64
   }
   if (dscale) {  // the slots' rows of dx before scaling are still in the workspace
     const T *unscaled = static_cast<const T*>(p.workspace), *x = static_cast<const T*>(p.x);
-    error = run_dots(Dots<T>{p.S, p.M, 1, p.offsets + p.E, unscaled, x, p.M, p.x_stride, p.gather, dscale}, p.stream);
+    error = run_dots(Dots<T>{p.S, p.M, 1, p.offsets + p.E, unscaled, x, p.M, p.x_stride, p.gather, p.rows_x, dscale},
+                     p.stream);
     if (error != cudaSuccess) return error;
   }
   if (dw) {
@@ -164,6 +165,7 @@ template <class T> cudaError_t bag_forward(const sparse_ffn_cuda_bag& p, void* o
   sum.length = p.J;
   sum.weight = p.weight;
   sum.index = p.index;
+  sum.source_rows = p.N;
   sum.divisor = 1;
   sum.source = static_cast<const T*>(p.values);
   sum.stride = p.O;
@@ -177,7 +179,7 @@ cudaError_t bag_backward(const sparse_ffn_cuda_bag& p, const void* dout, float* 
   const T* grad = static_cast<const T*>(dout);
   if (dweight) {
     const T* values = static_cast<const T*>(p.values);
-    const Dots<T> dots{p.T * p.J, p.O, larger<int64_t>(p.J, 1), nullptr, grad, values, p.O, p.O, p.index, dweight};
+    const Dots<T> dots{p.T * p.J, p.O, larger<int64_t>(p.J, 1), nullptr, grad, values, p.O, p.O, p.index, p.N, dweight};
     const cudaError_t error = run_dots(dots, p.stream);
     if (error != cudaSuccess) return error;
   }

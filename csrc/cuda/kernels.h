@@ -44,7 +44,8 @@ template <class T> struct SegmentSum {
   int64_t length;
   const int32_t* members;  // null: the identity
   const float* weight;     // null: one
-  const int64_t* index;    // member m's row of source; null: m / divisor
+  const int64_t* index;    // member m's row of source, nothing if that is outside [0, source_rows); null: m / divisor
+  int64_t source_rows;
   int64_t divisor;
   const T* source;
   int64_t stride;
@@ -54,13 +55,14 @@ template <class T> struct SegmentSum {
 };
 template <class T> cudaError_t run_segment_sum(const SegmentSum<T>& p, void* stream);
 
-// out[s] = a[s / divisor] . b[index[s]], zero from *n_live on
+// out[s] = a[s / divisor] . b[index[s]], zero from *n_live on and where index is outside [0, b_rows)
 template <class T> struct Dots {
   int64_t n, columns, divisor;
   const int32_t* n_live;  // null: n
   const T *a, *b;
   int64_t a_stride, b_stride;
   const int64_t* index;  // null: the identity
+  int64_t b_rows;
   float* out;
 };
 template <class T> cudaError_t run_dots(const Dots<T>& p, void* stream);

@@ -10,6 +10,7 @@ template <class T>
 __device__ inline void add_member(const SegmentSum<T>& p, int64_t position, int64_t column, Run<float, kWide<T>>& sum) {
   const int64_t m = p.members ? p.members[position] : position;
   const int64_t row = p.index ? p.index[m] : m / p.divisor;
+  if (p.index && (row < 0 || row >= p.source_rows)) return;  // nothing checks indices on a GPU
   const float weight = p.weight ? p.weight[m] : 1.0f;
   const T* source = p.source + row * p.stride + column;
   const Run<T, kWide<T>> run = load_run<T, kWide<T>>(source, p.columns - column, p.aligned);
@@ -70,9 +71,11 @@ template <class T> __global__ void __launch_bounds__(kThreads) dots(Dots<T> p) {
   for (int64_t turn = blockIdx.x; turn < ceil_div(p.n, kWarps); turn += gridDim.x) {
     const int64_t s = turn * kWarps + threadIdx.x / 32;
     float sum = 0.0f;
-    if (s < p.n && !(p.n_live && s >= *p.n_live)) {
+    const bool live = s < p.n && !(p.n_live && s >= *p.n_live);
+    const int64_t row = live && p.index ? p.index[s] : s;
+    if (live && !(p.index && (row < 0 || row >= p.b_rows))) {
       const T* a = p.a + s / p.divisor * p.a_stride;
-      const T* b = p.b + (p.index ? p.index[s] : s) * p.b_stride;
+      const T* b = p.b + row * p.b_stride;
       for (int64_t c = lane; c < p.columns; c += 32) sum += to_float(a[c]) * to_float(b[c]);
     }
     sum = warp_sum(sum);

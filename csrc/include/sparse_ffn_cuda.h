@@ -78,6 +78,7 @@ SPARSE_FFN_CUDA_API int sparse_ffn_cuda_cvmm_backward(const sparse_ffn_cuda_cvmm
 
 /* ---- Weighted bag -----------------------------------------------------------------------------------------------
  * out[t] = sum_j weight[t,j] * values[index[t,j]];  values [N, O], index [T, J], weight [T, J] fp32.
+ * An index outside [0, N) adds nothing, and its weight's gradient is zero.
  * The backward pass takes the T*J slots sorted by index, stably: members [T*J] and offsets [rows+1]. rows is N, or the
  * number of used rows where dvalues [rows, O] shall hold only those. */
 typedef struct sparse_ffn_cuda_bag {

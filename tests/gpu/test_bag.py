@@ -114,7 +114,8 @@ def test_indices_outside_of_the_table_touch_nothing(device: str) -> None:
     index = torch.tensor([[2, -1, 4, 10**6]], device=device)
     with traps():
         assert torch.equal(weighted_bag.forward(values, index, weight)[0], values[2])
-        dvalues, _ = weighted_bag.backward(values[:1], values, index, weight)
+        dvalues, dweight = weighted_bag.backward(values[:1], values, index, weight)
+    assert (dweight[0, 1:] == 0).all()
     assert torch.equal(dvalues, torch.stack([values[0] * (r == 2) for r in range(4)]))
 
 

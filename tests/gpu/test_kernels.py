@@ -21,6 +21,7 @@ from net import (
     random,
     tf32,
 )
+from nobody import check_nobody
 from strange import assert_near, exact, numbers
 from test_on_a_gpu import TOKENS
 from torch import Tensor
@@ -270,3 +271,15 @@ def test_every_layer_trains(layer: Callable[..., torch.nn.Module], device: str) 
 def test_what_belongs_to_void_slots_is_not_read(routing: str, train: bool, device: str, small_blocks: None) -> None:
     check_void(expert_case(routing, form="everything", train=train), device)
     check_void(cvmm_case(routing, form="reduction", train=train), device)
+
+
+@pytest.mark.parametrize("way", ["sorted", "dense", "sorted by torch"])
+@pytest.mark.parametrize("routing", VOID)
+def test_slots_of_nobody_are_void(
+    routing: str, way: str, device: str, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "use_dense", lambda n_experts, k: way == "dense")
+    if way == "sorted by torch":
+        monkeypatch.setattr(expert_ffn.routing, "SORT", config.Sort(experts=1))
+    check_nobody(expert_case(routing, form="everything"), device)
+    check_nobody(cvmm_case(routing, form="gather, scatter, reduction"), device)

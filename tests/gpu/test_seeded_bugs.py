@@ -18,6 +18,7 @@ import test_product_keys
 import test_topk
 import torch
 from net import check, cvmm_case, expert_case, guard_pages, guarded, traps
+from nobody import check_nobody
 
 from sparse_ffn.backends.triton import (
     bag,
@@ -63,6 +64,10 @@ def void() -> None:
 
 def void_rows() -> None:
     check(cvmm_case("half of the slots void"))
+
+
+def nobody() -> None:
+    check_nobody(expert_case("half of the slots void"))
 
 
 def void_decoded() -> None:
@@ -174,13 +179,16 @@ FAULTS: dict[str, tuple[ModuleType, str, str, Callable[[], Any]]] = {
     "reduction left out of the weights' gradient": (outer, "        if SCALE:", "        if False:", plain),
     "decode reads the wrong token": (decode, "(slot // K).to(tl.int64)", "slot.to(tl.int64)", decoded),
     # void slots
-    "void slots sorted first": (routing, "tl.where(known, expert, E)", "tl.where(known, expert, 0)", void),
+    "void slots given to an expert": (routing, "(expert < E), expert, E)", "(expert < E), expert, 0)", void),
     "void slots of blocks before not counted": (
         routing, "mask=known, other=0), n_void)", "mask=known, other=0), 0)", void,
     ),
     "void slots forgotten in a token's sum": (combine, "live = (position >= 0) & (t < T)", "live = t < T", void),
     "void slots have a position": (
         routing, "tl.where(position < tl.load(offsets + E), position, -1)", "position", void,
+    ),
+    "experts known by their lower 32 bits": (
+        routing, "tl.where((expert >= 0) & (expert < E), expert, E).to(tl.int32)", "expert.to(tl.int32)", nobody,
     ),
     "rows of void slots not cleared": (
         combine, "void = (p >= tl.load(offsets + E)) & (p < S)", "void = p < 0", void_rows,

@@ -1,4 +1,4 @@
-"""FusedPath: router and experts in one op, where the router is no more than that op computes."""
+"""FusedPath: the router in one op, and where possible in one with the experts, if it is no more than that computes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparse_ffn.layers.rows.offloaded import OffloadedRows
 from sparse_ffn.layers.units import UnitsFFN
 from sparse_ffn.module import is_plain, tensors_of
 from sparse_ffn.routing.balance import NEED_LOGITS
-from sparse_ffn.routing.base import FusedRouting, Router, Routing
+from sparse_ffn.routing.base import AnyRouting, FusedRouting, Router, Routing
 from sparse_ffn.routing.routers import (
     SigmoidRouter,
     SinkhornRouter,
@@ -32,9 +32,7 @@ class FusedPath(Routed, UnitsFFN):
         """The output, with all that a forward leaves behind, if ``ops.routed_ffn`` computes this call; else None."""
         if self._split is not None or isinstance(units.values, ExpertRows):
             return None
-        if self.training and (
-            self.aux == "inject" or self._pooled() or any(name in NEED_LOGITS for name in self.balance)
-        ):
+        if self.training and (self.aux == "inject" or self._needs_logits()):
             return None
         router = self.router
         gate_function = _gate_function(router)
@@ -105,9 +103,31 @@ class FusedPath(Routed, UnitsFFN):
         seen_TR = self._selector_input(x, router_input).reshape(-1, self.d_router)
         return self._route(seen_TR, None if mask is None else mask.reshape(-1), self._units().values.shape[0])
 
+    def _decide(self, x_TR: Tensor, mask_T: Tensor | None, n_experts: int, n_sequences: int | None) -> AnyRouting:
+        """What the router decides, by ``ops.route`` if that computes it."""
+        router = self.router
+        gate_function = _gate_function(router)
+        if gate_function is None or self._split is not None or (self.training and self._needs_logits()):
+            return self._route(x_TR, mask_T, n_experts)
+        weight, bias = tensors_of(router, "weight", "bias")
+        if not ops.route_available(x_TR, weight, bias):
+            return self._route(x_TR, mask_T, n_experts)
+        check_places(x_TR, (weight, bias))
+        self._check_router(n_experts, weight, bias)
+        groups = (n_sequences or 1) if self.training else 0  # the sums are for balance losses
+        options = {"k": router.k, "gate_function": gate_function, "router_bias": bias, "mask": mask_T}
+        index_TK, gate_TK, softmax_BE = ops.route(x_TR, weight, groups=groups, **options)
+        if bias is not None and self.training:
+            router.count(index_TK, mask_T)
+        return FusedRouting(softmax_BE, index_TK, gate_TK)
+
+    def _needs_logits(self) -> bool:
+        """Whether the balance loss of a training forward asks for the logits."""
+        return self._pooled() or any(name in NEED_LOGITS for name in self.balance)
+
 
 def _gate_function(router: Router) -> str | None:
-    """The router's gate, if it now is a linear map, a top-k and a gate that ``ops.routed_ffn`` knows; else None.
+    """The router's gate, if it now is a linear map, a top-k and a gate that our ops know; else None.
 
     By exact type: a subclass may do more. With hooks on it a router must be called.
     """

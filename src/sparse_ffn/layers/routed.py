@@ -13,7 +13,7 @@ from sparse_ffn.layers.balanced import Balanced
 from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.layers.null_experts import NullExperts
 from sparse_ffn.ops.autocast import autocast_dtype
-from sparse_ffn.routing.base import Router, Routing
+from sparse_ffn.routing.base import AnyRouting, Router, Routing
 from sparse_ffn.routing.distributed import Sync
 from sparse_ffn.routing.inject import inject
 from sparse_ffn.routing.routers import make_router
@@ -152,7 +152,7 @@ class Routed(NullExperts, Balanced, SparseFFN):
             n_experts: those whose weights there are: the layer's, unless someone changed them.
             experts: of x [T, D], index [T, K] and gate [T, K] the sum over the slots whose index is below n_experts.
         """
-        routing = self._route(router_input.reshape(-1, self.d_router), mask_T, n_experts)
+        routing = self._decide(router_input.reshape(-1, self.d_router), mask_T, n_experts, n_sequences)
         loss, gate_TK = self._balance_loss(routing, mask_T, n_sequences), routing.gate_TK
         if loss is not None and self.aux == "inject":
             gate_TK, loss = inject(gate_TK, loss), None
@@ -161,6 +161,10 @@ class Routed(NullExperts, Balanced, SparseFFN):
         y_TO = self._add_null(experts(x_TD, index_TK, gate_TK), x_TD, routing.index_TK, gate_TK)
         self._keep(loss, routing.index_TK, mask_T, (y_TO, loss))
         return y_TO
+
+    def _decide(self, x_TR: Tensor, mask_T: Tensor | None, n_experts: int, n_sequences: int | None) -> AnyRouting:
+        """What the router decides; a subclass may compute it together with what the balance losses need."""
+        return self._route(x_TR, mask_T, n_experts)
 
     def _route(self, x_TR: Tensor, mask_T: Tensor | None, n_experts: int) -> Routing:
         """What the router decides, or any module that stands in its place."""

@@ -7,6 +7,8 @@ from sparse_ffn.ops.library import in_backward as in_backward
 from sparse_ffn.ops.library import under_transforms as under_transforms
 from sparse_ffn.ops.product_key_topk.op import product_key_topk as product_key_topk
 from sparse_ffn.ops.quantized_cvmm.op import quantized_cvmm as quantized_cvmm
+from sparse_ffn.ops.route.op import route as route
+from sparse_ffn.ops.route.op import route_available as route_available
 from sparse_ffn.ops.routed_ffn.op import routed_ffn as routed_ffn
 from sparse_ffn.ops.routed_ffn.op import routed_ffn_available as routed_ffn_available
 from sparse_ffn.ops.routed_ffn.op import routed_ffn_inference as routed_ffn_inference

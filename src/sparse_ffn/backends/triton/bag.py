@@ -128,13 +128,14 @@ def bag_gradient(
         named: which row of values each row of the segments is; None: the same.
 
     Returns:
-        fp32 [N, K], if there are values. Undefined for a slot that is in no row.
+        fp32 [N, K], if there are values; 0 for a slot that is in no row.
     """
     K, O, R = weight.shape[1], grad.shape[1], segments.n_rows
     S, columns = segments.order.shape[0], _columns(O)
     n_blocks = cdiv(O, columns)
     parts = out.new_empty(segments.n_parts, O, dtype=torch.float32)
-    dots = None if values is None else out.new_empty(n_blocks, S, dtype=torch.float32)
+    # a slot in no row keeps 0
+    dots = None if values is None else out.new_zeros(n_blocks, S, dtype=torch.float32)
     launch(
         bag_gradient_kernel, segments.row.shape[0] * n_blocks, grad, weight, values, named, out, parts, dots,
         segments.order, segments.begins, segments.ends, segments.row, segments.first, segments.part,

@@ -20,19 +20,24 @@ NAN = tl.constexpr(0x7FC00000)  # all NaNs are equal, whatever their bits
 
 
 @triton.jit
-def pack(score, position):
-    """fp32 scores and int32 positions as int64 keys."""
+def ordered(score):
+    """fp32 scores as int32 in the same order, a NaN above infinity."""
     bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)  # -0 and 0 are equal
     bits = tl.where(score == score, bits, NAN)
-    ordered = tl.where(bits < 0, bits ^ LAST, bits)
-    return (ordered.to(tl.int64) << 32) | (position ^ LAST).to(tl.int64)
+    return tl.where(bits < 0, bits ^ LAST, bits)
+
+
+@triton.jit
+def pack(score, position):
+    """fp32 scores and int32 positions as int64 keys."""
+    return (ordered(score).to(tl.int64) << 32) | (position ^ LAST).to(tl.int64)
 
 
 @triton.jit
 def score_of(key):
     """The score in a key."""
-    ordered = (key >> 32).to(tl.int32)
-    return tl.where(ordered < 0, ordered ^ LAST, ordered).to(tl.float32, bitcast=True)
+    bits = (key >> 32).to(tl.int32)
+    return tl.where(bits < 0, bits ^ LAST, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit

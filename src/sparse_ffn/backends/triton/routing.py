@@ -42,12 +42,19 @@ class Plan:
 
 
 @triton.jit
+def experts_of(index, slot, S, E):
+    """The experts of slots; E where it is none, whatever 64 bits stand there."""
+    expert = tl.load(index + slot, mask=slot < S, other=-1)
+    return tl.where((expert >= 0) & (expert < E), expert, E).to(tl.int32)
+
+
+@triton.jit
 def count_kernel(index, counts, S, E, BLOCK: tl.constexpr, BINS: tl.constexpr):
     """counts[b, e]: how often block b of the slots names expert e."""
     block = tl.program_id(0)
     slot = block * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(index + slot, mask=slot < S, other=-1).to(tl.int32)
-    seen = tl.histogram(expert, BINS, mask=(expert >= 0) & (expert < E))
+    expert = experts_of(index, slot, S, E)
+    seen = tl.histogram(expert, BINS, mask=expert < E)
     bins = tl.arange(0, BINS)
     tl.store(counts + block.to(tl.int64) * E + bins, seen, mask=bins < E)
 
@@ -85,14 +92,12 @@ def place_kernel(
         tl.store(offsets + E, n_live)
 
     slot = block * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(index + slot, mask=slot < S, other=-1).to(tl.int32)
-    known = (expert >= 0) & (expert < E)
-    expert = tl.where(known, expert, E)
+    expert = experts_of(index, slot, S, E)
+    known = expert < E
     rank = tl.zeros([BLOCK], tl.int32)
     for start in range(0, BLOCK, PART):  # in parts: all pairs of a block at once would not fit into registers
         before = block * BLOCK + start + tl.arange(0, PART)
-        rival = tl.load(index + before, mask=before < S, other=-1).to(tl.int32)
-        rival = tl.where((rival >= 0) & (rival < E), rival, E)
+        rival = experts_of(index, before, S, E)
         same = (expert[:, None] == rival[None, :]) & (before[None, :] < slot[:, None])
         rank += tl.sum(same.to(tl.int32), 1)
     row = counts + block.to(tl.int64) * E
@@ -147,8 +152,7 @@ def sort_slots(index: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     if S == 0:
         return order, index.new_zeros(n_experts + 1, dtype=torch.int32)
     if n_experts > SORT.experts:
-        known = (index >= 0) & (index < n_experts)
-        return sort_by_expert(torch.where(known, index, n_experts).flatten().to(torch.int32), n_experts)
+        return sort_by_expert(index.flatten().clamp(-1, n_experts).to(torch.int32), n_experts)
     index = index.contiguous()
     offsets = index.new_empty(n_experts + 1, dtype=torch.int32)
     n_blocks, bins = cdiv(S, SORT.block), max(power_of_two(n_experts), 16)

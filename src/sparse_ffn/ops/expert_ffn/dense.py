@@ -33,7 +33,7 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """The output, and what the backward pass needs. Unsorted: order holds each slot's expert, offsets are zeros."""
     E, G, _ = experts.keys.shape
-    expert = index.reshape(-1).to(torch.int32)
+    expert = index.reshape(-1).clamp(-1, E).to(torch.int32)
     up_SG = x.new_empty(index.numel(), G)
     glu_gate_SG = None if experts.gate_keys is None else torch.empty_like(up_SG)
     saved = Saved(expert, expert.new_zeros(E + 1), up_SG, glu_gate_SG)

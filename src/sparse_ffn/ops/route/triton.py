@@ -1,0 +1,73 @@
+"""Route out of the Triton kernels; the products of its backward pass that torch has are torch's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_ffn.backends.device import on_device
+from sparse_ffn.backends.triton import router
+from sparse_ffn.backends.triton.launch import precision, rows
+from sparse_ffn.ops.autocast import without_autocast
+from sparse_ffn.ops.route.backend import Gradients, Routed, Selected
+
+
+@on_device
+def forward(
+    x: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | None,
+    mask: Tensor | None,
+    k: int,
+    gate_function: str,
+    groups: int,
+) -> Routed:
+    """The results."""
+    selected, gate = _slots(x, k)
+    logits = gate.new_empty(x.shape[0], router_weight.shape[0])
+    operands = (rows(x), router_weight, router_bias, mask)
+    sums = router.route(*operands, selected, gate, logits, groups, gate_function, precision(router_weight))
+    return Routed(gate, selected, gate.new_empty(0, logits.shape[1]) if sums is None else sums, logits)
+
+
+@on_device
+def inference(
+    x: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | None,
+    mask: Tensor | None,
+    k: int,
+    gate_function: str,
+    groups: int,
+) -> Selected:
+    """The first two results, nothing kept."""
+    selected, gate = _slots(x, k)
+    operands = (rows(x), router_weight, router_bias, None)
+    router.route(*operands, selected, gate, None, 0, gate_function, precision(router_weight))
+    return Selected(gate, selected)
+
+
+def _slots(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return (x.new_empty(x.shape[0], k, dtype=torch.int64), x.new_empty(x.shape[0], k, dtype=torch.float32))
+
+
+def backward(
+    grad: Tensor | None,
+    grad_sums: Tensor | None,
+    x: Tensor,
+    router_weight: Tensor,
+    mask: Tensor | None,
+    gate: Tensor,
+    selected: Tensor,
+    logits: Tensor,
+    gate_function: str,
+) -> Gradients:
+    """The gradients. Those of the scores are rounded to x's dtype, as all operands of products are."""
+    with torch.cuda.device_of(x), without_autocast(x):  # type: ignore[no-untyped-call]
+        dgate, dsums = (None if grad is None else grad.contiguous() for grad in (grad, grad_sums))
+        dlogits = x.new_empty(logits.shape)
+        # one kernel for both: in 16 bits the rows of the router, however many, fit into registers
+        dx = None if x.dtype == torch.float32 else x.new_empty(x.shape)
+        router.gradient(dgate, dsums, router_weight, mask, selected, gate, logits, dlogits, dx, gate_function)
+        dx = torch.mm(dlogits, router_weight) if dx is None else dx
+        return Gradients(dx, torch.mm(dlogits.t(), x).to(router_weight.dtype))
