@@ -654,6 +654,21 @@ def test_a_real_encoder_keeps_its_embeddings_in_quantised_ffns() -> None:
 
 
 @pytest.mark.exhaustive
+def test_low_rank_experts_and_null_experts_have_their_benchmarks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import bench_null, low_rank
+
+    found = low_rank.main(["--steps", "2", "--more", "1", "--windows", "2", "--folder", str(tmp_path)])
+    for name, size in (("trained from the start", 32), ("upcycled", 256)):
+        shares = [found[name][rank][0] for rank in (size // 2, size // 4, size // 8)]
+        assert shares == sorted(shares, reverse=True)
+    assert found["upcycled"][64][1] < low_rank.BAR  # copies that have hardly moved
+    bench_null.main(["--tokens", "64", "--seconds", "0.05"])
+    assert "bar" in capsys.readouterr().out
+
+
+@pytest.mark.exhaustive
 def test_quantised_experts_are_timed_beside_bf16_and_torch() -> None:
     from benchmarks import bench_quantized
 

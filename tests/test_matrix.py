@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 from matrix import compiler, layer_drop
 from matrix.cases import Case, runnable
+from matrix.layers import LAST
 from matrix.table import PAGE, written
 
 
 def case_of(case: Case) -> Any:
     """A compiler takes seconds for a case; the last mixtures are MoE's base with other experts."""
-    repeated = case.layer in ("LowRankMoE", "MixedMoE") and (
-        case.backend != "cpu" or case.feature in layer_drop.FEATURES
-    )
+    repeated = case.layer in LAST and (case.backend != "cpu" or case.feature in layer_drop.FEATURES)
     slow = case.feature in compiler.FEATURES or repeated
     return pytest.param(case, id=str(case), marks=[pytest.mark.exhaustive] * slow)
 

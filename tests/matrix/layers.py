@@ -33,6 +33,8 @@ LAYERS: dict[str, Callable[..., sf.SparseFFN | LatentMoE]] = {
 }
 ALL = tuple(LAYERS)
 MIXTURES = tuple(name for name in LAYERS if name.endswith("MoE"))
+LAST = ("LowRankMoE", "MixedMoE")
+"""MoE's base with other experts: where a case takes seconds it is run for them on the CPU core alone, or for MoE."""
 DENSE, NOT_DENSE = ("DenseFFN",), ALL[1:]
 
 
