@@ -21,7 +21,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing  # tensors in shared memory stay there
 
-PRELOADED = ["sparse_ffn", "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
+PRELOADED = [
+    "sparse_ffn", "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint",
+    "torch._dynamo",  # DDP and optimizers import it
+]  # fmt: skip
 TIMEOUT = 240.0
 """Seconds for a group of processes, on a machine that others use as well."""
 GRACE = 20.0
