@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn.checks import check_module
-from sparse_ffn.layers.moe import MoE
+from sparse_ffn.layers.balanced import Balanced
 from sparse_ffn.module import in_evaluation, run_batch
 from sparse_ffn.ops.library import in_backward, under_transforms
 from sparse_ffn.routing.statistics import summary
@@ -53,7 +53,7 @@ class RoutingMeter:
         """As ``routing_stats``, over all forwards since ``start()``, for each layer that has run."""
         return {name: summary(counts, self._layers[name].null_experts) for name, counts in self._counts.items()}
 
-    def _count(self, name: str, layer: MoE, args: Any, y: Any) -> None:
+    def _count(self, name: str, layer: Balanced, args: Any, y: Any) -> None:
         if in_backward() or layer._routed is None:
             return
         if under_transforms():
@@ -114,15 +114,15 @@ def routing_agreement(first: nn.Module, second: nn.Module, batch: Any) -> dict[s
     return found
 
 
-def _layers_of(model: nn.Module) -> dict[str, MoE]:
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, MoE)}
+def _layers_of(model: nn.Module) -> dict[str, Balanced]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Balanced)}
 
 
-def _experts_used(model: nn.Module, layers: dict[str, MoE], batch: Any) -> dict[str, tuple[Tensor, Tensor | None]]:
+def _experts_used(model: nn.Module, layers: dict[str, Balanced], batch: Any) -> dict[str, tuple[Tensor, Tensor | None]]:
     """For each layer the experts that each token uses, bool [T, E] on the CPU, and its mask."""
     used: dict[str, tuple[Tensor, Tensor | None]] = {}
 
-    def note(name: str, layer: MoE, args: Any, y: Any) -> None:
+    def note(name: str, layer: Balanced, args: Any, y: Any) -> None:
         assert layer._routed is not None
         index_TK, mask_T = (None if t is None else t.cpu() for t in layer._routed)
         assert index_TK is not None

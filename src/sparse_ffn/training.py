@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparse_ffn.backends.choice import SparseFFNWarning
 from sparse_ffn.checks import check_finite, check_module
-from sparse_ffn.layers.moe import MoE
+from sparse_ffn.layers.balanced import Balanced
 from sparse_ffn.routing.distributed import Sync, all_reduce_sum, check_group, check_sync, running
 from sparse_ffn.routing.statistics import slot_counts, summary
 
@@ -37,7 +37,7 @@ def aux_loss(model: nn.Module) -> Tensor:
             cannot be differentiated.
     """
     check_module("model", model)
-    kept = [(name, layer, layer._aux) for name, layer in _moe_layers(model)]
+    kept = [(name, layer, layer._aux) for name, layer in _routed_layers(model)]
     losses = [(name, layer, loss) for name, layer, loss in kept if loss is not None]
     if not losses:
         return torch.zeros((), dtype=torch.float32, device="cpu")
@@ -75,7 +75,7 @@ def routing_stats(model: nn.Module, *, sync: Sync = False) -> dict[str, dict[str
     check_module("model", model)
     sync = check_sync("sync", sync)
     check_group("sync", sync)
-    layers = {name: layer for name, layer in _moe_layers(model) if layer._routed is not None}
+    layers = {name: layer for name, layer in _routed_layers(model) if layer._routed is not None}
     counts = [
         slot_counts(*layer._routed, layer.n_experts + layer.null_experts)
         for layer in layers.values()
@@ -108,7 +108,7 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
     """
     check_module("model", model)
     rate = check_finite("rate", rate, positive=True)
-    layers = [(name, layer) for name, layer in _moe_layers(model) if layer.router.bias is not None]
+    layers = [(name, layer) for name, layer in _routed_layers(model) if layer.router.bias is not None]
     for name, layer in layers:
         check_group("sync_balance", layer.sync_balance)
         if layer.sync_balance is False and running() and torch.distributed.get_world_size() > 1:
@@ -117,7 +117,7 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
                 f"{torch.distributed.get_world_size()} processes, whose biases would drift apart: set sync_balance to "
                 "True, or to the group of the processes that train this layer (of one process to keep them apart)"
             )
-    pooled: dict[tuple[Sync, torch.device], list[MoE]] = defaultdict(list)
+    pooled: dict[tuple[Sync, torch.device], list[Balanced]] = defaultdict(list)
     for _, layer in layers:
         assert layer.router.bias is not None
         if layer.router.load is not None or layer.sync_balance is not False:
@@ -129,7 +129,7 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
             layer.router.load = None
 
 
-def _move(layer: MoE, load: Tensor, rate: float) -> None:
+def _move(layer: Balanced, load: Tensor, rate: float) -> None:
     bias: Any = layer.router.bias
     load, null = load.to(bias.dtype), layer._null
     own = slice(None) if null is None else slice(-null.experts)
@@ -137,7 +137,7 @@ def _move(layer: MoE, load: Tensor, rate: float) -> None:
     bias[own].add_(torch.sign(wished - load[own]), alpha=rate)
 
 
-def _load(layer: MoE, device: torch.device) -> Tensor:
+def _load(layer: Balanced, device: torch.device) -> Tensor:
     load, every = layer.router.load, layer.n_experts + layer.null_experts
     return torch.zeros(every, dtype=torch.int64, device=device) if load is None else load.to(device)
 
@@ -149,5 +149,5 @@ def _summed(counts: list[Tensor], sync: Sync) -> list[Tensor]:
     return list(torch.split(all_reduce_sum(torch.cat(counts), sync), [len(count) for count in counts]))
 
 
-def _moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, MoE))
+def _routed_layers(model: nn.Module) -> Iterator[tuple[str, Balanced]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, Balanced))

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparse_ffn as sf
-from sparse_ffn.layers import LatentMoE
+from sparse_ffn.layers import LatentMoE, SwitchHeadAttention
 from sparse_ffn.routing import NoisyTopKRouter
 
 D = 8
-LAYERS: dict[str, Callable[..., sf.SparseFFN | LatentMoE]] = {
+Layer = sf.SparseFFN | LatentMoE | SwitchHeadAttention
+LAYERS: dict[str, Callable[..., Layer]] = {
     "DenseFFN": lambda **o: sf.DenseFFN(D, 20, **o),
     "TopKFFN": lambda **o: sf.TopKFFN(D, 20, 5, glu=True, activation="silu", norm_aware=True, **o),
     "ProductKeyMemory": lambda **o: sf.ProductKeyMemory(D, 5, 7, n_heads=2, query_dim=6, query_norm="layer", **o),
@@ -26,10 +27,13 @@ LAYERS: dict[str, Callable[..., sf.SparseFFN | LatentMoE]] = {
     "SBaseMoE": lambda **o: sf.SBaseMoE(D, 9, 4, 3, balance="z", **o),
     "NoisyTopKMoE": lambda **o: sf.NoisyTopKMoE(D, 9, 4, 3, **o),
     "LatentMoE": lambda **o: LatentMoE(D, 5, 9, 4, 3, **o),
+    "SwitchHeadAttention": lambda **o: SwitchHeadAttention(D, 2, 3, 2, **o),
     "MoE": lambda **o: sf.MoE(D, 9, 4, 3, router="unweighted", balance="bias", **o),  # the loads of bias balancing
 }
 ALL = tuple(LAYERS)
+FFNS = tuple(name for name in LAYERS if name != "SwitchHeadAttention")
 MIXTURES = tuple(name for name in LAYERS if name.endswith("MoE"))
+BALANCED = (*MIXTURES, "SwitchHeadAttention")
 DENSE, NOT_DENSE = ("DenseFFN",), ALL[1:]
 
 
@@ -40,7 +44,7 @@ class _Quiet(NoisyTopKRouter):
         return logits_TE + 0 * F.linear(x_TD, self.noise_weight.to(x_TD.dtype))
 
 
-def build(name: str, *, noise: bool = False, **options: Any) -> sf.SparseFFN | LatentMoE:
+def build(name: str, *, noise: bool = False, **options: Any) -> Layer:
     """A layer of the same weights every time; without noise, so that two forwards agree."""
     with torch.random.fork_rng():
         torch.manual_seed(1)

@@ -12,7 +12,7 @@ from sparse_ffn.checks import check_choice
 from sparse_ffn.layers.last_forward import LastForward
 from sparse_ffn.ops.library import in_backward
 from sparse_ffn.routing.balance import LOSSES, Null, check_balance, weighted_losses
-from sparse_ffn.routing.base import AnyRouting, Routing
+from sparse_ffn.routing.base import AnyRouting, Router, Routing
 from sparse_ffn.routing.distributed import SharedGroup, Sync, check_sync
 
 T = TypeVar("T", bound="Balanced")
@@ -36,11 +36,20 @@ class Calls:
 
 
 class Balanced(nn.Module):
-    """A layer with balance losses, which keeps what ``aux_loss`` and ``routing_stats`` ask for."""
+    """A layer with one router and balance losses, which keeps what ``aux_loss`` and ``routing_stats`` ask for."""
 
+    router: Router
+    n_experts: int
+    null_experts: int = 0
+    """How many the router scores behind the n_experts others."""
     aux: str
     _last: LastForward | None = None
     _calls: Calls | None = None
+
+    @property
+    def k(self) -> int:
+        """Slots of a token."""
+        return self.router.k
 
     @property
     def _null(self) -> Null | None:
