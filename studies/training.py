@@ -16,7 +16,7 @@ import torch
 from benchmarks import machine
 from examples.language_model import data, report
 from examples.language_model.configs import Config
-from examples.language_model.model import ByteTransformer
+from examples.language_model.model import ByteModel
 from examples.language_model.train import (
     Learner,
     TrainingError,
@@ -80,7 +80,7 @@ def train_run(
     return _record(run, config, corpus, learner, facts, diverged)
 
 
-def flops_per_byte(model: ByteTransformer, config: Config) -> int:
+def flops_per_byte(model: ByteModel, config: Config) -> int:
     """Of a training step: the forward pass thrice. Attention is counted to the bytes that it may see."""
     attended = (config.context + 1) / 2
     width = config.n_heads * config.d_head
@@ -89,7 +89,7 @@ def flops_per_byte(model: ByteTransformer, config: Config) -> int:
     return round(3 * (linears + attention + ffn_flops(model)))
 
 
-def _projections(model: ByteTransformer) -> list[torch.nn.Linear]:
+def _projections(model: ByteModel) -> list[torch.nn.Linear]:
     attentions = [block.get_submodule("attention") for block in model.blocks]
     return [layer for part in attentions for layer in part.modules() if isinstance(layer, torch.nn.Linear)]
 

@@ -24,6 +24,7 @@ ACTIVATIONS = {
     "silu": lambda u: u * torch.sigmoid(u),
     "identity": lambda u: u,
     "squared_relu": lambda u: torch.relu(u) ** 2,
+    "square": lambda u: u**2,
 }
 
 
@@ -125,9 +126,13 @@ def product_key(p: Params, x_TD: Tensor, k: int, *, activation: str = "relu", qu
             u_a, u_b = product_key_scores(p, x, head, query_norm)
             chosen = product_key_search(u_a, u_b, k)
             u = torch.stack([u_a[i // n] + u_b[i % n] for i in chosen])
-            weights = torch.softmax(u, 0) if activation == "softmax" else ACTIVATIONS[activation](u)
+            weights = torch.softmax(u, 0) if activation == "softmax" or "keys" in p else ACTIVATIONS[activation](u)
+            if "keys" in p:
+                weights = weights * ACTIVATIONS[activation](p["keys"][chosen] @ x)
             for weight, i in zip(weights, chosen, strict=True):
                 y = y + weight * p["values"][i]
+        if "gate.weight" in p:
+            y = p["out.weight"] @ (torch.nn.functional.silu(p["gate.weight"] @ x) * y)
         outputs.append(y)
     return _stack(outputs, x_TD, p["values"].shape[-1])
 

@@ -49,6 +49,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": lambda z: z * torch.sigmoid(z),
     "identity": lambda z: 1 * z,
     "squared_relu": lambda z: torch.relu(z).square(),
+    "square": lambda z: z.square(),
 }
 
 

@@ -27,7 +27,7 @@ import sparse_ffn as sf
 from sparse_ffn import compress, convert, functional, info, integrations, layers, parallel, plot, routing
 from sparse_ffn.integrations import peft
 from sparse_ffn.integrations.product_keys import QUERY
-from sparse_ffn.layers import LatentMoE, LowRankMoE, MixedMoE, SharedExpertMoE
+from sparse_ffn.layers import LatentMoE, LowRankMoE, MixedMoE, SharedExpertMoE, SwitchHeadAttention
 from sparse_ffn.layers.balanced import Balanced
 from sparse_ffn.routing import Routing
 from sparse_ffn.tune.__main__ import main as tune
@@ -103,7 +103,7 @@ STATS, OTHER_STATS = (sf.expert_stats(sf.SigmaMoE(4, n, 5, 2), [torch.randn(9, 4
 FOREIGN = routing.SigmoidRouter(4, 6, 1)  # of other sizes than the layer's
 WRONG: dict[str, Sequence[Any] | Callable[[Any], list[Any]]] = {
     **dict.fromkeys(("d_model", "d_ff", "n_experts", "expert_size", "k", "n_sub_keys", "n_heads", "n_iters"), SIZE),
-    **dict.fromkeys(("d_out", "query_dim", "n_layers", "n_groups", "topk_groups", "max_tokens", "pad"), SIZE),
+    **dict.fromkeys(("d_out", "query_dim", "n_layers", "n_groups", "topk_groups", "max_tokens", "pad", "d_head"), SIZE),
     **dict.fromkeys(("d_router", "d_latent", "d_state", "ranks", "ranks_per_node", "rank"), SIZE),
     "sizes": (3, "nonsense", [], [3], [(3,)], [(0, 2)], [(3, 1.5)], [("3", 4)], {}, None),
     "scale": (*SCALE, 0.0),
@@ -114,9 +114,9 @@ WRONG: dict[str, Sequence[Any] | Callable[[Any], list[Any]]] = {
     **dict.fromkeys(("cluster_by", "router_init", "gradients", "rest", "shard"), WORD),
     **dict.fromkeys(("glu", "bias", "norm_aware", "sparse_grad", "sync_balance", "selection_bias", "gated"), FLAG),
     **dict.fromkeys(("projection_bias", "forced", "prefetch", "normalize", "fused", "sync", "mode", "pin"), FLAG),
-    **dict.fromkeys(("query_bias", "norm_affine", "balance_cost"), FLAG),
+    **dict.fromkeys(("query_bias", "norm_affine", "balance_cost", "experts", "causal"), FLAG),
     **dict.fromkeys(("title", "prefix", "package"), TEXT),
-    "dropout": RATE,
+    **dict.fromkeys(("dropout", "rotary"), RATE),
     "expert_dropout": (*RATE, 1.0),
     "reinit": RATE,
     "init_scale": SCALE,
@@ -136,7 +136,7 @@ WRONG: dict[str, Sequence[Any] | Callable[[Any], list[Any]]] = {
     **dict.fromkeys(("x", "keys", "values", "weight", "gate_keys", "key_bias", "first", "second"), floating),
     **dict.fromkeys(("gate", "reduction_weight"), numbers),
     **dict.fromkeys(("index", "expert_index", "gather_index", "scatter_index"), index),
-    "router_input": floating,
+    **dict.fromkeys(("router_input", "value_input"), floating),
     "mask": mask,
     "x_TD": numbers,
     "mask_T": mask,
@@ -313,6 +313,13 @@ def entries() -> dict[str, Entry]:
         wrong={"x": numbers(TOKENS), "state": numbers(torch.randn(3, 3)),
                "layer": (-1, 2, 1.5, "1", True, [1], None)})  # fmt: skip
 
+    heads = {"d_model": 4, "n_heads": 2, "n_experts": 3}
+    add("SwitchHeadAttention", SwitchHeadAttention, heads, wrong={"k": (*SIZE, 4), "expert_dropout": (*RATE, 1.0)})
+    attention = SwitchHeadAttention(**heads, dropout=0.5)
+    add("SwitchHeadAttention.forward", attention.forward,
+        {"x": TOKENS, "router_input": TOKENS + 1, "value_input": TOKENS + 2, "mask": REAL})  # fmt: skip
+    add("SwitchHeadAttention.k", functools.partial(set_k, attention), {"k": 2}, wrong={"k": (*SIZE, 4)})
+
     rows = torch.tensor([0, 2, 1])
     add("cvmm", functional.cvmm, {
         "x": TOKENS, "weight": torch.randn(4, 4, 3), "expert_index": rows, "gather_index": rows,
@@ -380,6 +387,13 @@ def entries() -> dict[str, Entry]:
         {"layer": sf.SigmaMoE(**MOE), "config": sf.ExpertQuantization(group_size=None), "inputs": TOKENS},
         wrong={"layer": (*MODULE, sf.DenseFFN(4, 6)), "config": (3, "nonsense", sf.ExpertQuantization, {"bits": 4}),
                "inputs": [*NO_TENSOR, TOKENS[:, :3], TOKENS[:0], TOKENS.long(), TOKENS.to_sparse()]})  # fmt: skip
+    real = (math.inf, math.nan, "1", True, [1.0], 1j, None)
+    add("polynomial_units_", compress.polynomial_units_,
+        lambda: {"layer": sf.DenseFFN(4, 6), "a": 0.5, "b": 1.0, "c": 0.1},
+        wrong={"layer": (*MODULE, nn.Linear(4, 4)), "a": (*real, 0.0), "b": real, "c": real})  # fmt: skip
+    blocks = (3, "ab", (3,), (0, 2), (3, 1.5), (4, 2), None)
+    add("block_mask_", compress.block_mask_, lambda: {"layer": sf.DenseFFN(4, 6), "share": 0.5, "block": (3, 2)},
+        wrong={"layer": (*MODULE, nn.Linear(4, 4)), "share": RATE, "block": blocks})  # fmt: skip
     add("dequantize_experts_", sf.dequantize_experts_, lambda: {"model": sf.SigmaMoE(**MOE)})
     add("ExpertQuantization", sf.ExpertQuantization, {}, wrong={
         "bits": (3, 16, "4", 4.0, True, None), "values_bits": (2, "8", 8.0), "symmetric": FLAG,
@@ -525,6 +539,7 @@ HOOKS = {
     "perturb": "called by Router.forward with tensors of its own",
     "rank": "as perturb",
     "limit": "as perturb",
+    "select": "as perturb",
     "gate": "as perturb",
     "count": "called by the layer with what its router gave",
     "count_active": "as count",

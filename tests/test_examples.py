@@ -13,6 +13,7 @@ pytest.importorskip("accelerate")
 
 from examples import (
     convert_hf,
+    moeut,
     quantize_moe,
     serve_with_compile,
     swap_sequential,
@@ -20,7 +21,7 @@ from examples import (
     train_with_trainer,
 )
 
-EXAMPLES = (convert_hf, quantize_moe, serve_with_compile, swap_sequential, train_parallel, train_with_trainer)
+EXAMPLES = (convert_hf, moeut, quantize_moe, serve_with_compile, swap_sequential, train_parallel, train_with_trainer)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.__name__.rpartition(".")[2])

@@ -272,6 +272,9 @@ def test_norm_aware_topk(options, activation, dtype, backend):
         {"query_dim": 8, "query_bias": True},
         {"query_dim": 8, "query_bias": True, "query_norm": "rms", "norm_affine": True},
         {"query_dim": 8, "query_bias": True, "query_norm": "layer", "norm_affine": True, "activation": "softmax"},
+        {"experts": True, "activation": "gelu"},
+        {"gated": True, "d_out": 5},
+        {"experts": True, "gated": True, "query_dim": 8, "activation": "silu"},
     ],
     ids=str,
 )

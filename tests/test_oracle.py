@@ -31,6 +31,7 @@ def routed(logits, k, router="sigmoid", **choices):
         ("silu", -0.2689414213699951, 0.0, 1.7615941559557649),
         ("identity", -1.0, 0.0, 2.0),
         ("squared_relu", 0.0, 0.0, 4.0),
+        ("square", 1.0, 0.0, 4.0),
     ],
 )
 def test_activation_values(name, at_minus_one, at_zero, at_two):
@@ -40,7 +41,15 @@ def test_activation_values(name, at_minus_one, at_zero, at_two):
 
 @pytest.mark.parametrize(
     ("name", "slope"),
-    [("relu", 0.0), ("gelu", 0.5), ("gelu_tanh", 0.5), ("silu", 0.5), ("identity", 1.0), ("squared_relu", 0.0)],
+    [
+        ("relu", 0.0),
+        ("gelu", 0.5),
+        ("gelu_tanh", 0.5),
+        ("silu", 0.5),
+        ("identity", 1.0),
+        ("squared_relu", 0.0),
+        ("square", 0.0),
+    ],
 )
 def test_activation_slope_at_zero(name, slope):
     u = torch.zeros((), dtype=torch.float64, requires_grad=True)

@@ -13,10 +13,13 @@ import pytest
 import torch
 
 import sparse_ffn as sf
+from sparse_ffn import info, ops
+from sparse_ffn.backends import cpu, crossovers
 from sparse_ffn.backends.triton import candidates, config, tuned
 from sparse_ffn.backends.triton.tile import Tile
 from sparse_ffn.backends.triton.tuned import Card, Tuned
 from sparse_ffn.tune import __main__ as command
+from sparse_ffn.tune import crossings
 from sparse_ffn.tune.problems import Problem, choices, heights, problems
 from sparse_ffn.tune.search import Search, merged
 
@@ -304,8 +307,8 @@ def test_on_a_cpu_no_file_is_read(folder: Path) -> None:
 def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     assert command.main([]) == 2
     assert "measures on a GPU, and torch sees none" in capsys.readouterr().err
-    assert command.main(["--device", "cpu"]) == 2
-    assert "cpu is none" in capsys.readouterr().err
+    assert command.main(["--device", "meta"]) == 2
+    assert "meta is none" in capsys.readouterr().err
     assert not folder.exists()
 
 
@@ -377,3 +380,98 @@ def test_the_gpus_stopwatch_hides_the_launches_and_empties_the_cache(monkeypatch
     seconds = stopwatch.GPUStopwatch(torch.device("cuda"))(lambda: happened.append("call"))
     assert seconds == 0.0025
     assert happened == ["wait", "cache", "busy", "event", "call", "event", "wait"]
+
+
+# where the ways of an expert FFN cross
+
+
+@pytest.fixture
+def crossing(folder: Path) -> Iterator[Path]:
+    crossovers.table_of.cache_clear()
+    yield folder
+    crossovers.table_of.cache_clear()
+
+
+def experts(tokens: int) -> tuple[torch.Tensor, ops.Units, torch.Tensor, torch.Tensor]:
+    x, keys, values = torch.randn(tokens, 32), torch.randn(6, 20, 32) / 6, torch.randn(6, 20, 24) / 5
+    return x, ops.Units(keys, values, None, None), torch.randint(0, 7, (tokens, 3)), torch.rand(tokens, 3)
+
+
+@pytest.mark.skipif(cpu.PROBLEM is not None, reason="no CPU core")
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_every_way_gives_the_same(tokens: int) -> None:
+    arguments, found = experts(tokens), []
+    layer = sf.SigmaMoE(32, 6, 20, 3).eval()
+    with torch.no_grad():
+        expected = ops.expert_ffn(*arguments, activation="gelu"), layer(arguments[0])
+        for way in crossings.ways(CPU):
+            with crossovers.using(crossings.WAYS[way]):
+                found.append((ops.expert_ffn(*arguments, activation="gelu"), layer(arguments[0])))
+    for results in found:
+        for a, b in zip(results, expected, strict=True):
+            torch.testing.assert_close(a, b)
+    assert tokens == 1 or not torch.equal(found[0][0], found[1][0])  # they are two ways
+
+
+def test_the_choice_is_the_best_way_where_one_crossing_can_say_it() -> None:
+    n = [1, 2, 4, 8, 16]
+    times = {"decode": {t: 2.0 * t for t in n}, "sorted": {t: 9.0 + t for t in n}, "dense": {t: 20.0 for t in n}}
+    assert crossings.choose(times) == (8, 16)
+    assert crossings.choose({way: times[way] for way in ("decode", "sorted")}) == (8, None)
+    for t in n:
+        best = min(of[t] for of in times.values())
+        assert times[crossings.way_of(crossings.choose(times), t)][t] <= 1.1 * best
+    noise = {"decode": dict(zip(n, (1, 1, 9, 1, 1), strict=True)), "sorted": dict.fromkeys(n, 8.5)}
+    assert crossings.choose(noise) == (16, None)  # rather 1.06 of the best once than 8.5 twice
+
+
+def test_what_was_measured_counts_for_layers_of_its_class(crossing: Path) -> None:
+    layer = crossovers.Layer.of(torch.float32, 1000, 60, 128, 8)
+    assert layer == ("float32", 1024, 64, 128, 8)
+    keys = torch.empty(60, 128, 1000, device="meta")
+    assert crossovers.decode_tokens(torch.float32, keys, 8) == crossovers.DECODE_TOKENS
+    path = crossovers.save({layer: crossovers.Crossover(3, None)}, CPU)
+    other = crossovers.Layer.of(torch.bfloat16, 64, 4, 4, 2)
+    assert crossovers.save({other: crossovers.Crossover(0, 9)}, CPU) == path
+    assert crossovers.table_of("cpu") == {layer: (3, None), other: (0, 9)}
+    assert crossovers.decode_tokens(torch.float32, keys, 8) == 3
+    assert crossovers.decode_tokens(torch.bfloat16, keys, 8) == crossovers.DECODE_TOKENS
+    assert "float32 1024 64 128 8: Crossover(decode=3" in info.report()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{", "not used"),
+        ("[]", "its format is not 1"),
+        ('{"kernels": 0}', "its kernels is not"),
+        ('{"crossovers": [["float32", 1, 1, 1, 1, -1, null]]}', "no numbers of tokens"),
+        ('{"crossovers": [["float32", 1, 1, 1, 1, 4, "x"]]}', "no numbers of tokens"),
+        ('{"crossovers": [["float32", 1, 1, 1]]}', "damaged"),
+        ('{"crossovers": [["float32", 1, 1, 1, 1, 4, null, 8]]}', "damaged"),
+        ('{"crossovers": 3}', "damaged"),
+    ],
+)
+def test_a_useless_file_of_crossovers_is_said_to_be_and_not_used(text: str, why: str, crossing: Path) -> None:
+    path = crossovers.save({}, CPU)
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, **json.loads(text)}) if text[0] == "{" and len(text) > 1 else text)
+    with pytest.warns(sf.SparseFFNWarning, match=why):
+        assert crossovers.table_of("cpu") == {}
+
+
+@pytest.mark.skipif(cpu.PROBLEM is not None, reason="no CPU core")
+def test_the_command_measures_the_cpus_crossovers(
+    crossing: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(crossings, "tokens", lambda device: [1, 2])
+    sizes = ["--device", "cpu", "--layer", "8", "4", "6", "2", "--dtype", "fp32"]
+    assert command.main([*sizes, "--dry-run"]) == 0
+    assert not crossing.exists()
+    assert command.main(sizes) == 0
+    assert "2 tokens: decode" in capsys.readouterr().out
+    assert list(crossovers.table_of("cpu")) == [("float32", 8, 4, 8, 2)]
+    for size, why in (("5", "K must be at most E, got K = 5 and E = 4"), ("0", "must be an int > 0, got '0'")):
+        with pytest.raises(SystemExit):
+            command.main(["--device", "cpu", "--layer", "8", "4", "6", size])
+        assert why in capsys.readouterr().err

@@ -193,7 +193,7 @@ GRADIENTS = (
 )
 TABLE = Operand("values", "NO"), Operand("index", "TJ", i64, "N"), Operand("weight", "TJ")
 CALLS: dict[str, tuple[tuple[Operand, ...], tuple[int, ...]]] = {
-    "experts_forward": ((*units(), INDEX, GATE, *SCALE, *outputs(Operand("out", "TO"), *saved())), (3,)),
+    "experts_forward": ((*units(), INDEX, GATE, *SCALE, *outputs(Operand("out", "TO"), *saved())), (3, 32)),
     "experts_backward": (
         (
             *(*units(), GATE, *SCALE, *saved(), Operand("dout", "TO")),
@@ -209,7 +209,7 @@ CALLS: dict[str, tuple[tuple[Operand, ...], tuple[int, ...]]] = {
             *maybe(*outputs(Operand("gate", "TK"), Operand("softmax_sums", "BV"))),
             *outputs(*saved()),
         ),
-        (0, 3),
+        (0, 3, 32),
     ),
     "moe_backward": (
         (

@@ -45,6 +45,15 @@ struct Identity {
   static ALWAYS_INLINE V value(V z) { return z; }
   static ALWAYS_INLINE void both(V z, V g, V& a, V& dz) { a = z; dz = g; }
 };
+struct Square {
+  static constexpr bool saves_value = false, gives_zeros = false;
+  static ALWAYS_INLINE V value(V z) { return z * z; }
+  static ALWAYS_INLINE void both(V z, V g, V& a, V& dz) {
+    a = z * z;
+    const V once = g * z;
+    dz = once + once;
+  }
+};
 struct SquaredRelu {
   static constexpr bool saves_value = false, gives_zeros = true;
   static ALWAYS_INLINE V value(V z) { const V r = Relu::value(z); return r * r; }
@@ -110,6 +119,7 @@ template <class F> static ALWAYS_INLINE auto with_activation(sparse_ffn_activati
     case SPARSE_FFN_SILU: return f(Silu{});
     case SPARSE_FFN_IDENTITY: return f(Identity{});
     case SPARSE_FFN_SQUARED_RELU: return f(SquaredRelu{});
+    case SPARSE_FFN_SQUARE: return f(Square{});
   }
   __builtin_trap();  // csrc/interface has refused all others
 }

@@ -32,7 +32,7 @@ extern "C" {
 #define SPARSE_FFN_API __attribute__((visibility("default")))
 #endif
 
-#define SPARSE_FFN_ABI_VERSION 7
+#define SPARSE_FFN_ABI_VERSION 8
 
 enum sparse_ffn_status {
   SPARSE_FFN_OK = 0,
@@ -51,7 +51,8 @@ enum sparse_ffn_dtype {
 enum sparse_ffn_activation {
   SPARSE_FFN_RELU = 0, SPARSE_FFN_GELU = 1, SPARSE_FFN_GELU_TANH = 2,
   SPARSE_FFN_SILU = 3, SPARSE_FFN_IDENTITY = 4, SPARSE_FFN_SQUARED_RELU = 5,
-  SPARSE_FFN_LAST_ACTIVATION = SPARSE_FFN_SQUARED_RELU
+  SPARSE_FFN_SQUARE = 6,
+  SPARSE_FFN_LAST_ACTIVATION = SPARSE_FFN_SQUARE
 };
 
 /* ---- Tensors ---------------------------------------------------------------------------------------------------- */
@@ -110,8 +111,9 @@ typedef struct sparse_ffn_experts_forward_args {
   sparse_ffn_tensor out;           /* [T, O] */
   sparse_ffn_saved saved;          /* all absent: inference */
 } sparse_ffn_experts_forward_args;
+/* Inference for at most decode_tokens tokens reads the touched experts where they lie; others are packed. */
 SPARSE_FFN_API int sparse_ffn_experts_forward(const sparse_ffn_experts_forward_args* args, int32_t activation,
-                                              int32_t n_threads);
+                                              int32_t decode_tokens, int32_t n_threads);
 
 /* Gradients that are absent are not computed. */
 typedef struct sparse_ffn_experts_backward_args {
@@ -146,7 +148,7 @@ typedef struct sparse_ffn_moe_forward_args {
   sparse_ffn_saved saved;          /* all absent: inference */
 } sparse_ffn_moe_forward_args;
 SPARSE_FFN_API int sparse_ffn_moe_forward(const sparse_ffn_moe_forward_args* args, int32_t gate_function,
-                                          int32_t activation, int32_t n_threads);
+                                          int32_t activation, int32_t decode_tokens, int32_t n_threads);
 
 typedef struct sparse_ffn_moe_backward_args {
   sparse_ffn_units units;

@@ -4,9 +4,6 @@
 namespace sparse_ffn {
 namespace {
 
-// Up to here reading the touched weights dominates, and the decode path reads each of them once, unpacked.
-constexpr int64_t kDecodeTokens = 32;
-
 // That order and offsets are what a sort of S slots by E experts gives, as far as it is read: up to the void slots.
 void check_sorted(Operands& o, const int32_t* order, const int32_t* offsets, int64_t S, int64_t E) {
   if (o.status()) return;
@@ -61,14 +58,14 @@ bool find_room(const sparse_ffn_experts& p, Saved& s) {
 }
 
 // The slots sorted, then the experts.
-int forward(sparse_ffn_experts& p, const int64_t* index, const Saved& saved, void* out) {
+int forward(sparse_ffn_experts& p, const int64_t* index, int32_t decode_tokens, const Saved& saved, void* out) {
   p.order = PHASE("sort", sort_by_expert(index, p.T * p.K, p.E, saved.order, saved.offsets));
   p.offsets = saved.offsets;
   if (!p.E) {
     zero(out, p.T * p.O, p.dtype);
     return SPARSE_FFN_OK;
   }
-  if (p.T <= kDecodeTokens && !saved.up) return done(PHASE("decode", kernels().experts_decode(p, out)));
+  if (p.T <= decode_tokens && !saved.up) return done(PHASE("decode", kernels().experts_decode(p, out)));
   return done(kernels().experts_forward(p, out, saved.up, saved.glu_gate));
 }
 
@@ -104,7 +101,8 @@ using namespace sparse_ffn;
 
 extern "C" {
 
-int sparse_ffn_experts_forward(const sparse_ffn_experts_forward_args* a, int32_t activation, int32_t n_threads) {
+int sparse_ffn_experts_forward(const sparse_ffn_experts_forward_args* a, int32_t activation, int32_t decode_tokens,
+                               int32_t n_threads) {
   Operands o;
   sparse_ffn_experts p = take_units(o, a->units, activation, n_threads);
   const int64_t* index = o.take<int64_t>("index", a->index, "TK");
@@ -114,7 +112,7 @@ int sparse_ffn_experts_forward(const sparse_ffn_experts_forward_args* a, int32_t
   Saved saved = take_saved_output(o, a->saved, p.gate_keys);
   o.experts("index", index, o['S'], p.E);
   if (o.status()) return o.status();
-  return find_room(p, saved) ? forward(p, index, saved, out) : done(SPARSE_FFN_NO_MEMORY);
+  return find_room(p, saved) ? forward(p, index, decode_tokens, saved, out) : done(SPARSE_FFN_NO_MEMORY);
 }
 
 int sparse_ffn_experts_backward(const sparse_ffn_experts_backward_args* a, int32_t activation, int32_t n_threads) {
@@ -143,7 +141,7 @@ int sparse_ffn_experts_backward(const sparse_ffn_experts_backward_args* a, int32
 }
 
 int sparse_ffn_moe_forward(const sparse_ffn_moe_forward_args* a, int32_t gate_function, int32_t activation,
-                           int32_t n_threads) {
+                           int32_t decode_tokens, int32_t n_threads) {
   Operands o;
   sparse_ffn_experts p = take_units(o, a->units, activation, n_threads);
   sparse_ffn_router router = take_router(o, a->router_weight, a->router_bias, a->mask, gate_function);
@@ -158,7 +156,7 @@ int sparse_ffn_moe_forward(const sparse_ffn_moe_forward_args* a, int32_t gate_fu
   if (!gate || !find_room(p, saved)) return done(SPARSE_FFN_NO_MEMORY);
   p.gate = gate;
   if (const int bad = done(PHASE("route", kernels().route_tokens(p, router, index, gate, sums)))) return bad;
-  return forward(p, index, saved, out);
+  return forward(p, index, decode_tokens, saved, out);
 }
 
 int sparse_ffn_moe_backward(const sparse_ffn_moe_backward_args* a, int32_t gate_function, int32_t activation,

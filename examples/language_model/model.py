@@ -92,8 +92,37 @@ class Block(nn.Module):
         return x
 
 
-class ByteTransformer(nn.Module):
-    """Logits of the next byte for every position of `tokens` [batch, time]."""
+class ByteModel(nn.Module):
+    """Logits of the next byte for every position of `tokens` [batch, time], by blocks between embedding and head."""
+
+    blocks: nn.ModuleList
+
+    def __init__(self, d_model: int, context: int) -> None:
+        super().__init__()
+        self.context = context
+        self.embedding = nn.Embedding(N_BYTES, d_model)
+        nn.init.xavier_uniform_(self.embedding.weight)
+        self.norm = nn.LayerNorm(d_model)
+        self.head = nn.Linear(d_model, N_BYTES)
+
+    @property
+    def ffns(self) -> list[nn.Module]:
+        return [block.get_submodule("ffn") for block in self.blocks]
+
+    def body(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if tokens.shape[-1] > self.context:
+            raise ValueError(f"{tokens.shape[-1]} bytes are more than the model's context of {self.context}")
+        logits: Tensor = self.head(self.norm(self.body(self.embedding(tokens))))
+        return logits
+
+
+class ByteTransformer(ByteModel):
+    """A pre-LN decoder."""
 
     def __init__(
         self,
@@ -106,27 +135,9 @@ class ByteTransformer(nn.Module):
         dropout: float,
         make_ffn: Callable[[int], nn.Module],
     ) -> None:
-        super().__init__()
-        self.context = context
-        self.embedding = nn.Embedding(N_BYTES, d_model)
-        nn.init.xavier_uniform_(self.embedding.weight)
-        self.norm = nn.LayerNorm(d_model)
-        self.head = nn.Linear(d_model, N_BYTES)
+        super().__init__(d_model, context)
         # Everything but the FFNs is drawn first, so that with one seed all variants start from the same backbone.
         attentions = [Attention(d_model, n_heads, d_head, context, n_layers) for _ in range(n_layers)]
         self.blocks = nn.ModuleList(
             Block(d_model, attention, make_ffn(i), dropout) for i, attention in enumerate(attentions)
         )
-
-    @property
-    def ffns(self) -> list[nn.Module]:
-        return [block.get_submodule("ffn") for block in self.blocks]
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        if tokens.shape[-1] > self.context:
-            raise ValueError(f"{tokens.shape[-1]} bytes are more than the model's context of {self.context}")
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x)
-        logits: Tensor = self.head(self.norm(x))
-        return logits

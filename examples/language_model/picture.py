@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from sparse_ffn import MoE
 from sparse_ffn.plot import plot_coactivation, plot_load
 
-from .model import ByteTransformer
+from .model import ByteModel
 
 # Okabe and Ito's colours, told apart by colour-blind readers; line styles help in print.
 STYLES = {
@@ -29,9 +29,7 @@ STYLES = {
 N_LOADS = 4
 
 
-def draw(
-    path: Path, title: str, results: dict[str, dict[str, Any]], unigram: float, moe: ByteTransformer | None
-) -> None:
+def draw(path: Path, title: str, results: dict[str, dict[str, Any]], unigram: float, moe: ByteModel | None) -> None:
     """`moe` is the model whose routing is shown; it must have run. Without one there are only the curves."""
     if moe is None:
         figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
@@ -70,7 +68,7 @@ def draw_curves(axes: Axes, results: dict[str, dict[str, Any]], unigram: float) 
     axes.legend(title="bits per byte at the end")
 
 
-def draw_routing(figure: SubFigure, moe: ByteTransformer) -> None:
+def draw_routing(figure: SubFigure, moe: ByteModel) -> None:
     """The load of up to four layers spread over the depth, and co-activation in the deepest of them."""
     layers = [ffn for ffn in moe.ffns if isinstance(ffn, MoE)]
     n_shown = min(N_LOADS, len(layers))

@@ -37,7 +37,7 @@ def measure(learners: list[Learner], corpus: data.Corpus, config: Config) -> dic
             name: bits_per_byte(learner, part, config.final_windows, config.batch_size) for name, part in parts.items()
         }
         results[learner.variant] = {
-            "label": LABELS[learner.variant],
+            "label": LABELS.get(learner.variant, learner.variant),
             "parameters": sum(p.numel() for p in model.parameters()),
             "ffn_flops_per_byte": ffn_flops(model),
             "ffn_flops_relative": ffn_flops(model) / ffn_flops(dense.model) if dense else None,

@@ -24,7 +24,7 @@ import sparse_ffn
 
 from . import data
 from .configs import Config
-from .model import ByteTransformer
+from .model import ByteModel
 
 
 class TrainingError(Exception):
@@ -36,7 +36,7 @@ class Learner:
     """One variant in training."""
 
     variant: str
-    model: ByteTransformer
+    model: ByteModel
     optimizer: torch.optim.Optimizer
     bf16: bool  # autocast
     curve: list[tuple[int, float]] = field(default_factory=list)  # (steps done, validation bits per byte)
@@ -65,7 +65,7 @@ class Learner:
         self.curve, self.seconds, self.cpu_seconds = state["curve"], state["seconds"], state["cpu_seconds"]
 
 
-def make_learner(variant: str, model: ByteTransformer, config: Config) -> Learner:
+def make_learner(variant: str, model: ByteModel, config: Config) -> Learner:
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
     return Learner(variant, model, optimizer, bf16=config.bf16 or model.head.weight.is_cuda)
 

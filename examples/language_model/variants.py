@@ -11,7 +11,7 @@ from torch import nn
 from sparse_ffn import MoE, ProductKeyMemory, SigmaMoE, SparseFFN, TopKFFN, parameter_equal
 
 from .configs import Config
-from .model import ByteTransformer, init_linear_
+from .model import ByteModel, ByteTransformer, init_linear_
 
 
 def dense(config: Config) -> nn.Module:
@@ -73,7 +73,7 @@ def transformer(make_ffn: Callable[[Config], nn.Module], config: Config, seed: i
     )
 
 
-def ffn_flops(model: ByteTransformer) -> int:
+def ffn_flops(model: ByteModel) -> int:
     """Of one forward pass of all FFNs for one byte, two per multiply-add; routers included, biases not."""
     flops = 0
     for ffn in model.ffns:

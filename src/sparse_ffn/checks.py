@@ -55,6 +55,14 @@ def check_rate(name: str, value: Any, inclusive: bool = False) -> float:
     return number
 
 
+def check_real(name: str, value: Any) -> float:
+    """The value, if it is a finite number."""
+    number = _float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, got {shown(value)}")
+    return number
+
+
 def check_finite(name: str, value: Any, positive: bool = False) -> float:
     """The value, if it is a finite number >= 0 (> 0 if positive)."""
     number = _float(value)

@@ -94,7 +94,7 @@ def expert_ffn(
         gate: [T, K] floating, their weights; a void slot's gets a gradient of 0.
         gate_keys: [E, G, D]; with them the hidden units are act(gate_keys x) * (keys x + key_bias).
         key_bias: [E, G].
-        activation: ``relu gelu gelu_tanh silu identity squared_relu``.
+        activation: ``relu gelu gelu_tanh silu identity square squared_relu``.
 
     Returns:
         [T, O] in x's dtype (autocast's under autocast).
@@ -183,7 +183,7 @@ def topk_ffn(
         k: 1 <= k <= F.
         gate_keys: [F, D]; with them the hidden units are act(gate_keys x) * (keys x + key_bias).
         key_bias: [F].
-        activation: ``relu gelu gelu_tanh silu identity squared_relu``.
+        activation: ``relu gelu gelu_tanh silu identity square squared_relu``.
         norm_aware: rank by |h|·‖values‖.
 
     Returns:

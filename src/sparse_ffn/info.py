@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from sparse_ffn.backends import cpu, cuda
+from sparse_ffn.backends import cpu, crossovers, cuda
 from sparse_ffn.backends.choice import BACKENDS, ENVIRONMENT_VARIABLE, explain, unavailable
 from sparse_ffn.checks import check_device, check_type
 from sparse_ffn.ops.products import supported
@@ -38,6 +38,7 @@ def report() -> str:
         f"  CPU core: {cpu.PROBLEM or _core()}",
         f"  triton kernels: {unavailable('triton', torch.device('cuda')) or 'ready'}",
         f"  CUDA library: {cuda.library().problem or 'loaded'}",
+        *(f"  crossovers: {line}" for line in _crossovers()),
         "",
         *(f"chosen     {chosen(device)}" for device in (("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))),
         f"to force   sparse_ffn.backend(name) or {ENVIRONMENT_VARIABLE}=name",
@@ -49,6 +50,16 @@ def _core() -> str:
     unused = supported("amx_tile") and "amx" not in cpu.instruction_sets()
     reason = "the processor's AMX is not used: Linux does not permit it, or a first product on it was wrong"
     return f"loaded, {cpu.instruction_set()}" + (f"; {reason}" if unused else "")
+
+
+def _crossovers() -> list[str]:
+    """What was measured of the ways to compute expert FFNs."""
+    found = []
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        table = crossovers.table_of(device)
+        found.append(f"{device}: {'measured' if table else 'built in; python -m sparse_ffn.tune measures them'}")
+        found += [f"  {' '.join(map(str, layer))}: {crossover}" for layer, crossover in table.items()]
+    return found
 
 
 def version(package: str) -> str:

@@ -96,7 +96,7 @@ void experts(int64_t dtype, int64_t T, int64_t D, int64_t E, int64_t G, int64_t 
   sparse_ffn_experts_forward_args f{};
   f.units = {x, keys, values, {}, {}};
   f.index = index, f.gate = gate, f.out = out;
-  fine(name, sparse_ffn_experts_forward(&f, SPARSE_FFN_RELU, 1));  // inference: few tokens are not packed
+  fine(name, sparse_ffn_experts_forward(&f, SPARSE_FFN_RELU, 32, 1));  // inference: few tokens are not packed
   std::vector<double> y(T * O), dx(T * D), dkeys(E * G * D), dvalues(E * G * O), dgate(S);
   for (int64_t s = 0; s < S; s++) {
     const int64_t t = s / K, e = index.as<int64_t>()[s];
@@ -119,7 +119,7 @@ void experts(int64_t dtype, int64_t T, int64_t D, int64_t E, int64_t G, int64_t 
   }
   same(name + ", inference", out, y);
   f.saved = {order, offsets, up, {}};
-  fine(name, sparse_ffn_experts_forward(&f, SPARSE_FFN_RELU, 1));
+  fine(name, sparse_ffn_experts_forward(&f, SPARSE_FFN_RELU, 32, 1));
   same(name + ", forward", out, y);
   Matrix of_x(dtype, {T, D}), of_keys(dtype, {E, G, D}), of_values(dtype, {E, G, O}), of_gate(SPARSE_FFN_FP32, {T, K});
   sparse_ffn_experts_backward_args b{};

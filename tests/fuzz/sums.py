@@ -14,6 +14,8 @@ import torch
 from strange import activation as exact_activation
 from torch import Tensor
 
+SQUARES = ("square", "squared_relu")
+
 
 class Exact:
     """The computation as it is. ``sparse``: rows of a table that are not selected are not multiplied by zero."""
@@ -61,7 +63,7 @@ class Bound(Exact):
         return t
 
     def act(self, name: str, z: Tensor) -> Tensor:
-        return z * z if name == "squared_relu" else z  # at least as large as all others, and as steep but for a tenth
+        return z * z if name in SQUARES else z  # at least as large as all others, and as steep but for a tenth
 
     def gate(self, t: Tensor) -> Tensor:
         return t + (self.at_least - t.detach()).clamp_min(0)

@@ -156,7 +156,7 @@ def gradient(case: Case, shape: torch.Size, device: str) -> Tensor | None:
 def magnitudes(case: Case, tensors: dict[str, Tensor], grad: Tensor | None) -> dict[str, Tensor]:
     """What every sum would be if nothing in it cancelled: the scale of each number's rounding errors."""
     options = dict(case.options)
-    if options.get("activation") not in (None, "squared_relu"):
+    if options.get("activation") not in (None, "square", "squared_relu"):
         options["activation"] = "identity"
     tensors = {n: t.abs() if t.is_floating_point() else t for n, t in tensors.items()}
     return results(replace(case, options=options), tensors, None if grad is None else grad.abs())

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import sparse_ffn as sf
-from sparse_ffn.layers import LatentMoE
+from sparse_ffn.layers import LatentMoE, SwitchHeadAttention
 
 from .feature import AND_TRITON, feature
-from .layers import ALL, LAST, D, assert_near, build, step, tokens
+from .layers import ALL, FFNS, LAST, D, assert_near, build, step, tokens
 
 FIRST = tuple(name for name in ALL if name not in LAST)
 # 128 tokens: inductor 2.13 computes wrong router gradients on the CPU from graphs of about a hundred scores
@@ -86,7 +86,7 @@ def ahead_of_time(name: str) -> None:
 
 @feature(
     "`torch.jit.trace`",
-    {"reference": tuple(name for name in ALL if name not in ("TopKFFN", "LowRankMoE")), "torch": ALL, "cpu": ALL},
+    {"reference": tuple(name for name in FFNS if name not in ("TopKFFN", "LowRankMoE")), "torch": FFNS, "cpu": ALL},
 )
 def jit_trace(name: str) -> None:
     """In evaluation, without gradients: the trace computes what the layer computes, for another token count too."""
@@ -100,7 +100,8 @@ def jit_trace(name: str) -> None:
 
 class _Tracer(torch.fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, (sf.SparseFFN, LatentMoE)) or super().is_leaf_module(module, name)
+        ours = (sf.SparseFFN, LatentMoE, SwitchHeadAttention)
+        return isinstance(module, ours) or super().is_leaf_module(module, name)
 
 
 @feature("torch.fx")

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparse_ffn as sf
-from sparse_ffn.layers import LatentMoE, LowRankMoE, MixedMoE
+from sparse_ffn.layers import LatentMoE, LowRankMoE, MixedMoE, SwitchHeadAttention
 from sparse_ffn.layers.balanced import Balanced
 from sparse_ffn.routing import NoisyTopKRouter
 
 D = 8
-LAYERS: dict[str, Callable[..., sf.SparseFFN | LatentMoE]] = {
+Layer = sf.SparseFFN | LatentMoE | SwitchHeadAttention
+LAYERS: dict[str, Callable[..., Layer]] = {
     "DenseFFN": lambda **o: sf.DenseFFN(D, 20, **o),
     "TopKFFN": lambda **o: sf.TopKFFN(D, 20, 5, glu=True, activation="silu", norm_aware=True, **o),
     "ProductKeyMemory": lambda **o: sf.ProductKeyMemory(D, 5, 7, n_heads=2, query_dim=6, query_norm="layer", **o),
@@ -29,12 +30,15 @@ LAYERS: dict[str, Callable[..., sf.SparseFFN | LatentMoE]] = {
     "LatentMoE": lambda **o: LatentMoE(D, 5, 9, 4, 3, **o),
     "MixedMoE": lambda **o: MixedMoE(D, [(5, 4), (4, 7)], 3, glu=True, activation="silu", balance_cost=True, **o),
     "LowRankMoE": lambda **o: LowRankMoE(D, 9, 16, 3, 2, bias=True, **o),
+    "SwitchHeadAttention": lambda **o: SwitchHeadAttention(D, 2, 3, 2, **o),
     "MoE": lambda **o: sf.MoE(D, 9, 4, 3, router="unweighted", balance="bias", **o),  # the loads of bias balancing
 }
 ALL = tuple(LAYERS)
+FFNS = tuple(name for name in LAYERS if name != "SwitchHeadAttention")
 MIXTURES = tuple(name for name in LAYERS if name.endswith("MoE"))
 LAST = ("LowRankMoE", "MixedMoE")
 """MoE's base with other experts: where a case takes seconds it is run for them on the CPU core alone, or for MoE."""
+BALANCED = (*MIXTURES, "SwitchHeadAttention")
 DENSE, NOT_DENSE = ("DenseFFN",), ALL[1:]
 
 
@@ -45,7 +49,7 @@ class _Quiet(NoisyTopKRouter):
         return logits_TE + 0 * F.linear(x_TD, self.noise_weight.to(x_TD.dtype))
 
 
-def build(name: str, *, noise: bool = False, **options: Any) -> sf.SparseFFN | LatentMoE:
+def build(name: str, *, noise: bool = False, **options: Any) -> Layer:
     """A layer of the same weights every time; without noise, so that two forwards agree."""
     with torch.random.fork_rng():
         torch.manual_seed(1)

@@ -74,7 +74,7 @@ def _pruned(layer: nn.Module) -> list[tuple[nn.Module, str]]:
 
 @feature("torchao `quantize_`")
 def quantized(name: str) -> None:
-    """Int8 weights: `nn.Linear`s alone change, a product-key layer's query and a latent mixture's projections."""
+    """Int8 weights: `nn.Linear`s alone change, a product-key layer's query, latent projections and attention's."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_  # takes seconds
 
     model, x = nn.Sequential(nn.Linear(8, 8), build(name)).eval(), tokens(40)
@@ -82,7 +82,11 @@ def quantized(name: str) -> None:
         expected = model(x)
         quantize_(model, Int8WeightOnlyConfig())
         changed = {key for key, p in model.named_parameters() if type(p.data) is not Tensor}
-        own = {"ProductKeyMemory": {"1.query.weight"}, "LatentMoE": {"1.down.weight", "1.up.weight"}}
+        own = {
+            "ProductKeyMemory": {"1.query.weight"},
+            "LatentMoE": {"1.down.weight", "1.up.weight"},
+            "SwitchHeadAttention": {"1.query.weight", "1.key.weight"},
+        }
         assert changed == {"0.weight"} | own.get(name, set())
         assert (model(x) - expected).norm() < 0.1 * expected.norm()
 

@@ -13,7 +13,7 @@ import sparse_ffn as sf
 from sparse_ffn.layers.balanced import Balanced
 
 from .feature import AND_TRITON, feature
-from .layers import MIXTURES, assert_near, build, loss, mixture, step, tokens
+from .layers import BALANCED, assert_near, build, loss, mixture, step, tokens
 
 
 @feature("autocast, bf16")
@@ -88,7 +88,7 @@ def checkpoint(name: str) -> None:
 @feature("`checkpoint(use_reentrant=True)`")
 def checkpoint_reentrant(name: str) -> None:
     """As above with `aux="inject"`; with `aux="attach"`, whose loss then has no gradient, `aux_loss` warns."""
-    _checkpointed(name, reentrant=True, **({"aux": "inject"} if name in MIXTURES else {}))
+    _checkpointed(name, reentrant=True, **({"aux": "inject"} if name in BALANCED else {}))
     layer = build(name)
     if (moe := mixture(layer)) is not None and moe.balance != ("bias",):
         checkpointing.checkpoint(layer, tokens(6).requires_grad_(), use_reentrant=True)
@@ -97,7 +97,7 @@ def checkpoint_reentrant(name: str) -> None:
 
 
 def _checkpointed(name: str, reentrant: bool, **options: Any) -> None:
-    layer = build(name, noise=True, dropout=0.3, **({"expert_dropout": 0.2} if name in MIXTURES else {}), **options)
+    layer = build(name, noise=True, dropout=0.3, **({"expert_dropout": 0.2} if name in BALANCED else {}), **options)
     torch.manual_seed(3)
     expected = step(layer, tokens(2, 6))
     loads = _loads(layer)

@@ -21,14 +21,14 @@ HUGE_PAGE = 2 << 20
 LIBRARY_NAME = "libsparse_ffn_cpu.so"
 LIBRARY_VARIABLE = "SPARSE_FFN_LIBRARY"
 ISA_VARIABLE = "SPARSE_FFN_ISA"
-ABI_VERSION = 7
-ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "identity": 4, "squared_relu": 5}
+ABI_VERSION = 8
+ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "identity": 4, "squared_relu": 5, "square": 6}
 NORMS = {"layer": 1, "rms": 2}
 GATES = {"sigmoid": 0, "softmax": 1, "softmax_topk": 2, "unweighted": 3}
 OPTIONS = {
-    "experts_forward": 1,
+    "experts_forward": 2,
     "experts_backward": 1,
-    "moe_forward": 2,
+    "moe_forward": 3,
     "moe_backward": 2,
     "cvmm_forward": 0,
     "cvmm_backward": 0,

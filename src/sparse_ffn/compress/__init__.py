@@ -1,6 +1,8 @@
 """Compression: experts measured, pruned, quantised, read from a file, or kept in host memory beside a GPU."""
 
 from sparse_ffn.compress.config import ExpertQuantization as ExpertQuantization
+from sparse_ffn.compress.encrypted import block_mask_ as block_mask_
+from sparse_ffn.compress.encrypted import polynomial_units_ as polynomial_units_
 from sparse_ffn.compress.mapped import map_experts_ as map_experts_
 from sparse_ffn.compress.offload import offload_experts_ as offload_experts_
 from sparse_ffn.compress.offload import offload_stats as offload_stats

@@ -169,6 +169,8 @@ class ProductKeyMemoryConfig(FFNConfig):
     norm_affine: bool = False
     value_init: str = "paper"
     sparse_grad: bool = False
+    experts: bool = False
+    gated: bool = False
 
     def _sizes(self, ffn: FFNWeights) -> dict[str, Any]:
         n = self.n_sub_keys or 1 + math.isqrt(ffn.d_ff - 1)

@@ -97,6 +97,8 @@ def _memory(layer: ProductKeyMemory) -> FFNWeights:
         raise _no_dense(layer, f"each token uses its own k = {layer.k} of {layer.d_ff} values")
     if layer.activation == "softmax" or layer.query_norm is not None:
         raise _no_dense(layer, "its weights are normalised over the token's scores or query")
+    if layer.experts or layer.gated:
+        raise _no_dense(layer, "experts = True" if layer.experts else "gated = True")
     keys = product_keys(layer.sub_keys)
     bias: Tensor | None = None
     if layer.query is not None:

@@ -8,6 +8,7 @@ from sparse_ffn.layers.mixed import MixedMoE as MixedMoE
 from sparse_ffn.layers.moe import MoE as MoE
 from sparse_ffn.layers.product_key import ProductKeyMemory as ProductKeyMemory
 from sparse_ffn.layers.shared_expert import SharedExpertMoE as SharedExpertMoE
+from sparse_ffn.layers.switch_head import SwitchHeadAttention as SwitchHeadAttention
 from sparse_ffn.layers.topk import TopKFFN as TopKFFN
 from sparse_ffn.layers.variants import NoisyTopKMoE as NoisyTopKMoE
 from sparse_ffn.layers.variants import SBaseMoE as SBaseMoE

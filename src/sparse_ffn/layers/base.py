@@ -38,7 +38,7 @@ class SparseFFN(CheckedOptions, Parametrizable, nn.Module):
     Args:
         d_model: input width.
         d_out: output width; None for d_model.
-        activation: name of the hidden activation, one of ``relu gelu gelu_tanh silu identity squared_relu``.
+        activation: name of the hidden activation, one of ``relu gelu gelu_tanh silu identity square squared_relu``.
         dropout: rate of dropout on hidden units (never on the output), in [0, 1].
         init_scale: c in the initialisation's standard deviations. 1 suits a post-LN transformer.
         n_layers: L, number of layers of a pre-LN transformer; sets c = sqrt(2/L) (arXiv 2310.10837, section 5).
@@ -80,7 +80,7 @@ class SparseFFN(CheckedOptions, Parametrizable, nn.Module):
         self.d_out = self.d_model if d_out is None else check_positive("d_out", d_out)
         check_choice("activation", activation, (*ACTIVATIONS, *extra_activations))
         self.activation, self.dropout = activation, check_rate("dropout", dropout, inclusive=True)
-        self.init_scale = _init_scale(init_scale, n_layers)
+        self.init_scale = initial_scale(init_scale, n_layers)
         check_device(device)
         check_dtype(dtype)
         self._factory = {"device": device, "dtype": dtype}
@@ -148,17 +148,7 @@ class SparseFFN(CheckedOptions, Parametrizable, nn.Module):
         own = self._typical
         if type(x) is Tensor and x.dtype == own.dtype and x.device == own.device and x.layout is torch.strided:
             return
-        check_floating(name, x)
-        if is_dtensor(x):
-            raise TypeError(
-                f"{name} is a DTensor, of shape {list(x.shape)}: give the tokens of this process, {name}.to_local(), "
-                "and tell the layer's style in sparse_ffn.parallel how they lie"
-            )
-        if x.device != own.device:
-            raise ValueError(f"{name} is on {x.device}, the layer's parameters are on {own.device}")
-        double = torch.float64 in (x.dtype, own.dtype)  # autocast leaves fp64 alone
-        if x.dtype not in (own.dtype, *also) and (double or not autocast_enabled(x)):
-            raise TypeError(f"{name} has dtype {x.dtype}, the layer's parameters have {own.dtype}: convert one of them")
+        check_input(name, x, own, *also)
 
     @property
     def _typical(self) -> Tensor:
@@ -214,7 +204,23 @@ class SparseFFN(CheckedOptions, Parametrizable, nn.Module):
         return ", ".join([str(self.d_model), *sizes, *changed])
 
 
-def _init_scale(init_scale: float, n_layers: int | None) -> float:
+def check_input(name: str, x: Tensor, own: Tensor, *also: torch.dtype) -> None:
+    """Raise unless x is of a layer's kind: on the device of its parameter ``own``, of its dtype or another allowed."""
+    check_floating(name, x)
+    if is_dtensor(x):
+        raise TypeError(
+            f"{name} is a DTensor, of shape {list(x.shape)}: give the tokens of this process, {name}.to_local(), "
+            "and tell the layer's style in sparse_ffn.parallel how they lie"
+        )
+    if x.device != own.device:
+        raise ValueError(f"{name} is on {x.device}, the layer's parameters are on {own.device}")
+    double = torch.float64 in (x.dtype, own.dtype)  # autocast leaves fp64 alone
+    if x.dtype not in (own.dtype, *also) and (double or not autocast_enabled(x)):
+        raise TypeError(f"{name} has dtype {x.dtype}, the layer's parameters have {own.dtype}: convert one of them")
+
+
+def initial_scale(init_scale: float, n_layers: int | None) -> float:
+    """A layer's c: init_scale, or sqrt(2/L) of n_layers, if that is given."""
     scale = check_finite("init_scale", init_scale)
     if n_layers is None:
         return scale

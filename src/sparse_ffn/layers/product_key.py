@@ -15,7 +15,7 @@ from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.layers.data_parallel import check_no_ddp
 from sparse_ffn.module import is_plain
 from sparse_ffn.ops.activations import activate
-from sparse_ffn.ops.autocast import without_autocast
+from sparse_ffn.ops.autocast import autocast_dtype, without_autocast
 
 # einops notes each type of tensor that it meets, and torch.compile would compile a layer again when it has
 for _known in (torch.empty(1), nn.Parameter(torch.empty(1))):
@@ -31,7 +31,8 @@ class ProductKeyMemory(SparseFFN):
 
     Parameters: ``sub_keys`` [2, n_heads, n, query_dim/2], ``values`` [n², d_out], with ``query_dim``
     ``query.weight`` [n_heads·query_dim, d_model], with ``query_bias`` ``query.bias`` [n_heads·query_dim]; with
-    ``norm_affine`` ``norm_weight`` and, but for ``"rms"``, ``norm_bias`` [half a query].
+    ``norm_affine`` ``norm_weight`` and, but for ``"rms"``, ``norm_bias`` [half a query]; with ``experts`` ``keys``
+    [n², d_model]; with ``gated`` ``gate.weight`` [d_out, d_model] and ``out.weight`` [d_out, d_out].
 
     Args:
         d_model: input width; even unless ``query_dim`` is given.
@@ -47,6 +48,9 @@ class ProductKeyMemory(SparseFFN):
         value_init: ``"paper"`` for values of standard deviation c/n, ``"standard"`` for c/sqrt(d_model).
         sparse_grad: the gradient of ``values`` is a sparse tensor of the rows that were read, for large tables and
             torch.optim.SparseAdam. Not under torch.compile, nor for a table that DDP or FSDP2 reduces.
+        experts: each unit has a key of its own beside its product key: it weighs the softmax of the head's k scores
+            times act(keys_u·x), where ``activation`` is now of that product (PEER, 2407.04153).
+        gated: gate what was read, and project it: out(silu(gate x) ⊙ y) (Memory+, 2412.09764, section 3).
         d_out: output width.
         dropout: on the weights of the selected values.
         init_scale: c; sub-keys have standard deviation c/sqrt(query_dim or d_model), the query c/sqrt(d_model).
@@ -55,8 +59,12 @@ class ProductKeyMemory(SparseFFN):
         dtype: their dtype.
 
     Raises:
-        ValueError: k > n², an odd query, a bias or a scale of what there is not, or an argument outside its range.
+        ValueError: k > n², an odd query, a bias or a scale of what there is not, ``experts`` with ``sparse_grad`` or
+            with ``"softmax"``, or an argument outside its range.
     """
+
+    gate: nn.Linear | None
+    out: nn.Linear | None
 
     def __init__(
         self,
@@ -72,6 +80,8 @@ class ProductKeyMemory(SparseFFN):
         norm_affine: bool = False,
         value_init: str = "paper",
         sparse_grad: bool = False,
+        experts: bool = False,
+        gated: bool = False,
         d_out: int | None = None,
         dropout: float = 0.0,
         init_scale: float = 1.0,
@@ -102,12 +112,20 @@ class ProductKeyMemory(SparseFFN):
         self.query_dim, self.query_bias = None if query_dim is None else width, query_bias
         self.query_norm, self.norm_affine = query_norm, norm_affine
         self.value_init, self.sparse_grad = value_init, check_flag("sparse_grad", sparse_grad)
+        self.experts, self.gated = check_flag("experts", experts), check_flag("gated", gated)
+        if self.experts and (self.sparse_grad or activation == "softmax"):
+            wrong = "sparse_grad = True" if self.sparse_grad else "activation = 'softmax'"
+            raise ValueError(f"experts = True and {wrong} do not fit: its gradients are dense, its gates softmaxes")
         self.sub_keys = self._parameter(2, self.n_heads, self.n_sub_keys, width // 2)
         query = (self.d_model, self.n_heads * width)
         self.query = None if query_dim is None else nn.Linear(*query, bias=query_bias, **self._factory)
         self.norm_weight = self._parameter(width // 2) if norm_affine else None
         self.norm_bias = self._parameter(width // 2) if norm_affine and query_norm == "layer" else None
+        self.keys = self._parameter(self.d_ff, self.d_model) if self.experts else None
         self.values = self._parameter(self.d_ff, self.d_out)
+        for name, width in (("gate", self.d_model), ("out", self.d_out)):
+            made = nn.Linear(width, self.d_out, bias=False, **self._factory) if self.gated else None
+            setattr(self, name, made)
         self.reset_parameters()
 
     @property
@@ -123,6 +141,11 @@ class ProductKeyMemory(SparseFFN):
         """Normal query, sub-keys and values; no bias yet, and scales of 1."""
         self._normal(self.sub_keys, 2 * self.sub_keys.shape[-1])
         self._normal(self.values, self.d_ff if self.value_init == "paper" else self.d_model)
+        if self.keys is not None:
+            self._normal(self.keys, self.d_model)
+        for linear in (self.gate, self.out):
+            if linear is not None:
+                self._normal(linear.weight, linear.in_features)
         if self.query is not None:
             self._normal(self.query.weight, self.d_model)
             if self.query.bias is not None:
@@ -141,16 +164,25 @@ class ProductKeyMemory(SparseFFN):
         if (
             sub_keys != (2, self.n_heads, n, half)
             or values.shape != (n * n, self.d_out)
+            or (self.keys is not None and self.keys.shape != (n * n, self.d_model))
             or any(t.shape != (half,) for t in norms)
         ):
             raise self._shape_error()
         score_THK, index_THK = ops.product_key_topk(self._scores(x), self.k)
-        if self.activation == "softmax":
+        if self.activation == "softmax" or self.keys is not None:
             weight_THK = torch.softmax(score_THK, dim=-1)
         else:
             weight_THK = activate(self.activation, score_THK)
         weight_THK = F.dropout(weight_THK, self.dropout, self.training)
-        return self._bag(values, index_THK.flatten(1), weight_THK.flatten(1))
+        y = self._read(x, values, index_THK.flatten(1), weight_THK.flatten(1))
+        return y if self.out is None or self.gate is None else self.out(F.silu(self.gate(x)) * y)
+
+    def _read(self, x: Tensor, values: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """What the selected units add: [T, d_out]."""
+        if self.keys is None:
+            return self._bag(values, index_TK, weight_TK)
+        units = ops.Units(self.keys.unsqueeze(1), values.unsqueeze(1), None, None)  # experts of one unit
+        return ops.expert_ffn(x.to(autocast_dtype(x)), units, index_TK, weight_TK, activation=self.activation)
 
     def _bag(self, values: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """Weighted sums of the selected values: [T, d_out]."""
@@ -221,6 +253,7 @@ class ProductKeyMemory(SparseFFN):
             "query.bias": (None if query is None else query.bias, (rows,)),
             "norm_weight": (self.norm_weight, half),
             "norm_bias": (self.norm_bias, half),
+            "keys": (self.keys, (self.d_ff, self.d_model)),
             "values": (self.values, (self.d_ff, self.d_out)),
         }
 
@@ -240,10 +273,12 @@ class ProductKeyMemory(SparseFFN):
         return min(1.0, self.n_heads * self.k / self.d_ff)
 
     def flops_per_token(self) -> int:
-        """Sub-key scores, values read, and the learned query if any."""
+        """Sub-key scores, values read, and the learned query, units' keys and the gate if any."""
         width = 2 * self.sub_keys.shape[-1]
         query = 0 if self.query is None else 2 * self.d_model * self.n_heads * width
-        return query + 2 * self.n_heads * self.n_sub_keys * width + 2 * self.n_heads * self.k * self.d_out
+        read = self.d_out + (self.d_model if self.experts else 0)
+        gate = 2 * self.d_out * (self.d_model + self.d_out) if self.gated else 0
+        return query + gate + 2 * self.n_heads * (self.n_sub_keys * width + self.k * read)
 
     def extra_repr(self) -> str:
         """Sizes and what differs from the defaults."""
@@ -258,4 +293,6 @@ class ProductKeyMemory(SparseFFN):
             norm_affine=(self.norm_affine, False),
             value_init=(self.value_init, "paper"),
             sparse_grad=(self.sparse_grad, False),
+            experts=(self.experts, False),
+            gated=(self.gated, False),
         )

@@ -43,6 +43,7 @@ ACTIVATIONS = {
     "gelu_tanh": Activation(_gelu_tanh, lambda grad, z: _aten.gelu_backward(grad, _near(z), approximate="tanh")),
     "silu": Activation(F.silu, lambda grad, z: _aten.silu_backward(grad, _near(z))),
     "identity": Activation(lambda z: z, lambda grad, z: grad),
+    "square": Activation(torch.square, lambda grad, z: 2 * (grad * z)),
     "squared_relu": Activation(_squared_relu, lambda grad, z: _aten.threshold_backward(2 * (grad * z), z, 0)),
 }
 

@@ -48,6 +48,8 @@ class MemoryParallel(ParallelStyle):
         assert isinstance(module, ProductKeyMemory)
         if module.sparse_grad:
             raise ValueError("sparse_grad = True and MemoryParallel do not fit: DTensors have dense gradients")
+        if module.experts:
+            raise ValueError("experts = True and MemoryParallel do not fit: it splits values without keys")
         shard = self.shard
         if shard == "auto":
             sent = memory_bytes(module, device_mesh.size(), module.values.dtype)

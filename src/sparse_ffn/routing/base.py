@@ -195,7 +195,7 @@ class Router(CheckedOptions, nn.Module):
             if self.training and self.expert_dropout > 0:
                 alive_TE = torch.rand_like(logits_TE) >= self.expert_dropout
                 score_TE = score_TE.masked_fill(~alive_TE, -torch.inf)
-            index_TK = stable_topk(score_TE, self.k)
+            index_TK = self.select(score_TE)
             alive_TK = None if alive_TE is None else alive_TE.gather(1, index_TK)
             gate_TK = self.gate(seen_TE, index_TK, alive_TK)
             if alive_TK is not None:
@@ -217,6 +217,10 @@ class Router(CheckedOptions, nn.Module):
     def limit(self, score_TE: Tensor) -> Tensor:
         """The scores with the selection bias, -inf for experts that the token cannot reach."""
         return score_TE
+
+    def select(self, score_TE: Tensor) -> Tensor:
+        """The experts of the k largest scores, best first."""
+        return stable_topk(score_TE, self.k)
 
     def gate(self, logits_TE: Tensor, index_TK: Tensor, alive_TK: Tensor | None) -> Tensor:
         """The weights of the selected experts; ``alive_TK`` is False where expert dropout struck (None: nowhere)."""

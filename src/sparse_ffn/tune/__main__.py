@@ -1,35 +1,53 @@
 """Measure the block sizes of the GPU kernels on this machine's card, and keep the best for later runs.
 
-Without this command the built-in tables count. What it finds lies in one JSON file for each card, in $SPARSE_FFN_TUNED
-or, if that is not set, in sparse-ffn in the user's cache directory. Delete the file to go back.
+With --crossovers, or on a CPU, measure up to how many tokens each way of computing an expert FFN is the fastest.
+Without this command built-in numbers count. What it finds lies in one JSON file for each device, and another one for
+its crossovers, in $SPARSE_FFN_TUNED or, if that is not set, in sparse-ffn in the user's cache directory. Delete a file
+to go back.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
 
+from sparse_ffn.backends import cpu, crossovers
 from sparse_ffn.backends.triton import config, tuned
+from sparse_ffn.tune import crossings
 from sparse_ffn.tune.problems import KERNELS, KINDS, Problem, choices, heights, problems
 from sparse_ffn.tune.search import Search, merged
+
+LAYERS = ((512, 16, 128, 4), (1024, 64, 128, 8), (2048, 16, 1024, 8))
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; 0 if all was measured or shown, 2 if there is no GPU."""
     options = _parser().parse_args(argv)
     device: torch.device = options.device
+    for _, E, _, K in options.layer or ():
+        if K > E:
+            _parser().error(f"argument --layer: K must be at most E, got K = {K} and E = {E}")
+    if device.type == "cpu" or (options.crossovers and not _no_gpu(device)):
+        return _crossovers(options)
     found = list(problems(KINDS[name] for name in options.dtype))
     why = _no_gpu(device)
     if options.dry_run:
         name = "sm_90" if why else config.architecture(device)
         return _show(found, name, options.kernels, f"no GPU here, so for {name}" if why else f"for {name}")
     if why:
-        print(f"python -m sparse_ffn.tune measures on a GPU, and {why}. --dry-run needs none.", file=sys.stderr)
+        print(
+            f"python -m sparse_ffn.tune measures on a GPU, and {why}. --dry-run needs none; --device cpu measures the "
+            "CPU's crossovers.",
+            file=sys.stderr,
+        )
         return 2
 
     from sparse_ffn.tune.runner import DeviceRunner
@@ -56,6 +74,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _crossovers(options: argparse.Namespace) -> int:
+    """Measure where the ways cross for each layer and dtype, and keep it."""
+    device: torch.device = options.device
+    for _, E, _, K in options.layer or ():
+        if K > E:
+            _parser().error(f"argument --layer: K must be at most E, got K = {K} and E = {E}")
+    if device.type == "cpu" and cpu.PROBLEM:
+        print(f"there is no CPU core to measure: {cpu.PROBLEM}", file=sys.stderr)
+        return 2
+    from sparse_ffn.tune.stopwatch import GPUStopwatch, on_the_host
+
+    dtypes = [found for found in dict.fromkeys(map(DTYPES.get, options.dtype)) if found]
+    cases = list(itertools.product(options.layer or LAYERS, dtypes))
+    ends = [time.monotonic() + options.seconds * (i + 1) / len(cases) for i in range(len(cases))]
+    if options.dry_run:
+        counts = ", ".join(map(str, crossings.tokens(device)))
+        print(f"Would time {', '.join(crossings.ways(device))} at {counts} tokens:")
+    stopwatch = GPUStopwatch(device) if device.type == "cuda" else on_the_host
+    for ((D, E, G, K), dtype), end in zip(cases, ends, strict=True):
+        layer = crossovers.Layer.of(dtype, D, E, G, K)
+        print(f"d_model {D}, {E} experts of {G} units, {K} for a token, {layer.dtype}")
+        if options.dry_run:
+            continue
+        times = crossings.measure((D, E, G, K), dtype, device, stopwatch, end)
+        found = crossings.choose(times)
+        for n in next(iter(times.values())):
+            print(f"  {n:6} tokens: " + ", ".join(f"{way} {of[n] * 1e6:.0f} µs" for way, of in times.items()))
+        path = crossovers.save({layer: found}, device)
+        print(f"  {found}, in {path}")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="python -m sparse_ffn.tune", description=__doc__)
     add = found.add_argument
@@ -64,6 +114,10 @@ def _parser() -> argparse.ArgumentParser:
         help="default bf16 (fp16 has the same tiles), tf32 (fp32 with torch's switch for it) and fp32")  # fmt: skip
     add("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS),
         help="one: products of rows; two: those of a GLU; outer: gradients of the matrices. Default: all")  # fmt: skip
+    add("--crossovers", action="store_true", help="measure where the ways cross; on a CPU there is nothing else")
+    add("--layer", type=_size, nargs=4, action="append", metavar=("D", "E", "G", "K"),
+        help="of which layer to measure the crossovers: width, experts, units of one, experts of a token; may be "
+        f"repeated; default: {'; '.join(' '.join(map(str, sizes)) for sizes in LAYERS)}")  # fmt: skip
     add("--seconds", type=_seconds, default=600, help="the budget, default 600; what was measured by then is kept")
     add("--dry-run", action="store_true", help="say what would be measured, and stop")
     add("--verbose", action="store_true", help="print every time")
@@ -75,6 +129,13 @@ def _device(text: str) -> torch.device:
         return torch.device(text)
     except RuntimeError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no device ({str(error).splitlines()[0]})") from None
+
+
+def _size(text: str) -> int:
+    with suppress(ValueError):
+        if int(text) > 0:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"must be an int > 0, got {text!r}")
 
 
 def _seconds(text: str) -> float:

@@ -28,6 +28,8 @@ def activate(z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "squared_relu":
         r = tl.where(z < 0, 0.0, z)
         return r * r
+    elif ACTIVATION == "square":
+        return z * z
     elif ACTIVATION == "gelu":
         return above(z) * (0.5 * (1 + tl.erf(z * 0.7071067811865476)))  # in this order: another one spills registers
     elif ACTIVATION == "gelu_tanh":  # (1 + tanh(u)) / 2 = sigmoid(2u)
@@ -46,6 +48,8 @@ def gradient(slope, z, ACTIVATION: tl.constexpr):
         return tl.where(z <= 0, 0.0, slope)
     elif ACTIVATION == "squared_relu":
         return tl.where(z <= 0, 0.0, 2 * (slope * z))
+    elif ACTIVATION == "square":
+        return 2 * (slope * z)
     elif ACTIVATION == "identity":
         return slope
     else:

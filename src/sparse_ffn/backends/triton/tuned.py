@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
+from sparse_ffn.backends.kept import DIRECTORY_VARIABLE as DIRECTORY_VARIABLE
+from sparse_ffn.backends.kept import directory as directory
 from sparse_ffn.backends.triton.tile import Tile
 from sparse_ffn.backends.warning import SparseFFNWarning
 
-DIRECTORY_VARIABLE = "SPARSE_FFN_TUNED"
 FORMAT = 1
 ROWS = (16, 32, 64, 128)
 WIDTHS = (64, 128, 256, 1024)
@@ -114,15 +115,6 @@ class Card:
     def path(self) -> Path:
         """Its file."""
         return directory() / f"{re.sub('[^a-z0-9]+', '-', self.name.lower()).strip('-')}-{self.capability}.json"
-
-
-def directory() -> Path:
-    """$SPARSE_FFN_TUNED, or the folder sparse-ffn in the user's cache directory."""
-    named = os.environ.get(DIRECTORY_VARIABLE)
-    if named:
-        return Path(named).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache and Path(cache).is_absolute() else Path.home() / ".cache") / "sparse-ffn"
 
 
 @functools.cache

@@ -234,6 +234,8 @@ def _memory(layer: ProductKeyMemory, ffn: FFNWeights) -> str:
         raise ValueError('init = "pkm" is for plain FFNs; this one is a GLU: take init="fresh"')
     if layer.n_heads != 1 or layer.query is not None or layer.query_norm is not None:
         raise ValueError('init = "pkm" needs n_heads = 1, query_dim = None and query_norm = None: take init="fresh"')
+    if layer.experts or layer.gated:
+        raise ValueError('init = "pkm" needs experts = False and gated = False: take init="fresh"')
     if layer.d_ff != ffn.d_ff:
         raise ValueError(f"n_sub_keys² = {layer.d_ff} must be d_ff = {ffn.d_ff}: each unit becomes a product key")
     if layer.values.is_meta:

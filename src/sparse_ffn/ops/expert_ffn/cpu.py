@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_ffn.backends import cpu
+from sparse_ffn.backends import cpu, crossovers
 from sparse_ffn.backends.cpu import ACTIVATIONS, contiguous, rows
 from sparse_ffn.ops.expert_ffn.backend import Gradients, Saved
 from sparse_ffn.ops.units import Units
@@ -39,7 +39,8 @@ def _forward(
 ) -> Tensor:
     out = cpu.empty(x.shape[0], experts.values.shape[-1], dtype=x.dtype)
     operands = (*units(x, experts), index.contiguous(), gate.float().contiguous(), contiguous(dropout_mask))
-    cpu.call("experts_forward", (*operands, out, *saved), ACTIVATIONS[activation])
+    few = crossovers.decode_tokens(x.dtype, experts.keys, index.shape[1])
+    cpu.call("experts_forward", (*operands, out, *saved), ACTIVATIONS[activation], few)
     return out
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_ffn.backends import crossovers
 from sparse_ffn.backends.device import on_device
 from sparse_ffn.backends.triton import columns, combine, config, decode, grouped, outer, routing
 from sparse_ffn.backends.triton.decode import use_decode
@@ -25,7 +26,7 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """The output, and what the backward pass needs."""
     E, G, _ = experts.keys.shape
-    if dense.use_dense(E, index.shape[1]):
+    if computes_all(x, experts, index.shape[1]):
         return dense.forward(x, experts, index, gate, dropout_mask, activation)
     order, offsets = routing.sort_slots(index, E)
     up_SG = x.new_empty(order.shape[0], G)
@@ -39,8 +40,9 @@ def inference(
 ) -> Tensor:
     """The output, nothing kept."""
     keys, values, gate_keys, key_bias = experts
-    if not use_decode(index.numel(), keys.shape[0]):
-        if dense.use_dense(keys.shape[0], index.shape[1]):
+    measured = crossovers.on_gpu(x, keys, index.shape[1])
+    if not (use_decode(index.numel(), keys.shape[0]) if measured is None else x.shape[0] <= measured.decode):
+        if computes_all(x, experts, index.shape[1]):
             return dense.inference(x, experts, index, gate, dropout_mask, activation)
         order, offsets = routing.sort_slots(index, keys.shape[0])
         return _forward(x, experts, gate, dropout_mask, activation, order, offsets, None, None)
@@ -53,6 +55,14 @@ def inference(
     decode.down_rows(h_SG, index, gate.contiguous(), values, y_SO)
     combine.combine(y_SO, None, None, out, index.shape[1])
     return out
+
+
+def computes_all(x: Tensor, experts: Units, k: int) -> bool:
+    """Whether all experts are computed, in training too; asked again by the backward pass."""
+    measured = crossovers.on_gpu(x, experts.keys, k)
+    if measured is None:
+        return dense.use_dense(experts.keys.shape[0], k)
+    return measured.dense is not None and x.shape[0] >= measured.dense
 
 
 def _forward(
@@ -102,7 +112,7 @@ def backward(
 ) -> Gradients:
     """The gradients."""
     keys, values, gate_keys, key_bias = experts
-    if dense.use_dense(keys.shape[0], gate.shape[1]):
+    if computes_all(x, experts, gate.shape[1]):
         return dense.backward(grad, x, experts, gate, dropout_mask, saved, activation)
     order, offsets, up_SG, glu_gate_SG = saved
     (E, G, D), (T, K), S = keys.shape, gate.shape, order.shape[0]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_ffn.backends import cpu
+from sparse_ffn.backends import cpu, crossovers
 from sparse_ffn.backends.cpu import ACTIVATIONS, GATES, contiguous, rows
 from sparse_ffn.ops.expert_ffn.backend import Saved
 from sparse_ffn.ops.expert_ffn.cpu import NOTHING_SAVED, empty_like, empty_saved, units
@@ -57,7 +57,7 @@ def inference(
         cpu.empty(tokens, experts.values.shape[-1], dtype=x.dtype), cpu.empty(tokens, k, dtype=torch.int64)
     )
     operands = (*units(x, experts), *map(contiguous, (router_weight, router_bias, mask, dropout_mask)))
-    options = (GATES[gate_function], ACTIVATIONS[activation])
+    options = (GATES[gate_function], ACTIVATIONS[activation], crossovers.decode_tokens(x.dtype, experts.keys, k))
     cpu.call("moe_forward", (*operands, *found, None, None, *NOTHING_SAVED), *options)
     return found
 
@@ -84,7 +84,7 @@ def forward(
         empty_saved(x, experts, tokens * k),
     )
     operands = (*units(x, experts), *map(contiguous, (router_weight, router_bias, mask, dropout_mask)))
-    options = (GATES[gate_function], ACTIVATIONS[activation])
+    options = (GATES[gate_function], ACTIVATIONS[activation], 0)  # what is kept is not decoded
     cpu.call("moe_forward", (*operands, *found[:4], *found.saved), *options)
     return found
 

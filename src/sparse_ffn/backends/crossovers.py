@@ -1,0 +1,174 @@
+"""Up to how many tokens each way of computing an expert FFN is the fastest, as ``python -m sparse_ffn.tune`` measured.
+
+There are three ways: ``decode`` reads the rows of experts where they lie, ``sorted`` sorts the slots by expert and then
+packs or tiles, and ``dense``, on GPUs, computes all experts. Where they cross depends on the machine and the layer
+(EPS-MoE, 2410.12247). Without a measurement constants count.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_ffn.backends import cpu
+from sparse_ffn.backends.kept import directory
+from sparse_ffn.backends.warning import SparseFFNWarning
+
+FORMAT = 1
+DECODE_TOKENS = 32
+"""Of the CPU core, unmeasured: up to here reading the touched weights is the whole cost, and decoding packs nothing."""
+
+
+class Layer(NamedTuple):
+    """A class of layers: sizes are rounded up to powers of two."""
+
+    dtype: str
+    D: int
+    E: int
+    G: int
+    K: int
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, D: int, E: int, G: int, K: int) -> Layer:
+        """The class of a layer of width D and E experts of G units, of which a token uses K."""
+        return cls(str(dtype).removeprefix("torch."), *(1 << max(n - 1, 0).bit_length() for n in (D, E, G, K)))
+
+
+class Crossover(NamedTuple):
+    """Where the ways cross."""
+
+    decode: int
+    """The most tokens that are decoded, in inference; 0: none are."""
+    dense: int | None
+    """The fewest tokens for which all experts are computed; None: never."""
+
+
+Table = Mapping[Layer, Crossover]
+_forced: Crossover | None = None
+
+
+@contextmanager
+def using(crossover: Crossover) -> Iterator[None]:
+    """Compute by these numbers whatever was measured (tuning, tests). A backward pass must see its forward pass's."""
+    global _forced
+    previous, _forced = _forced, crossover
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def decode_tokens(dtype: torch.dtype, keys: Tensor, k: int) -> int:
+    """Of the CPU core, for keys [E, G, D]."""
+    found = _find("cpu", dtype, keys, k)
+    return DECODE_TOKENS if found is None else found.decode
+
+
+def on_gpu(x: Tensor, keys: Tensor, k: int) -> Crossover | None:
+    """Of the Triton kernels, for keys [E, G, D]; None where nothing was measured."""
+    if x.is_cpu and _forced is None:  # interpreted
+        return None
+    return _find(str(x.device), x.dtype, keys, k)
+
+
+def _find(device: str, dtype: torch.dtype, keys: Tensor, k: int) -> Crossover | None:
+    if _forced is not None:
+        return _forced
+    table = table_of(device)
+    if not table:
+        return None
+    E, G, D = keys.shape
+    return table.get(Layer.of(dtype, D, E, G, k))
+
+
+@functools.cache
+def table_of(device: str) -> Table:
+    """What was measured on a device; empty if nothing was or, with a warning, if the file is of no use."""
+    path = path_of(torch.device(device))
+    try:
+        return _parse(path.read_text(), torch.device(device))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        warnings.warn(
+            f"the measured crossovers in {path} are not used: {error}. Measure again with "
+            "python -m sparse_ffn.tune, or delete the file.",
+            SparseFFNWarning,
+            stacklevel=2,
+        )
+        return {}
+
+
+def path_of(device: torch.device) -> Path:
+    """The device's file."""
+    name = re.sub("[^a-z0-9]+", "-", " ".join(_key(device)["device"]).lower()).strip("-")
+    return directory() / f"crossovers-{name}.json"
+
+
+def save(found: Table, device: torch.device) -> Path:
+    """Write a device's file, whole or not at all, with what it said of other layers before."""
+    path = path_of(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SparseFFNWarning)
+        every = {**table_of.__wrapped__(str(device)), **found}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    rows = [[*layer, *crossover] for layer, crossover in every.items()]
+    partial.write_text(json.dumps({**_key(device), "crossovers": rows}) + "\n")
+    partial.replace(path)
+    table_of.cache_clear()
+    return path
+
+
+def _parse(text: str, device: torch.device) -> Table:
+    """What a file says.
+
+    Raises:
+        ValueError: it does not count here, and why.
+    """
+    data = json.loads(text)
+    for name, value in _key(device).items():
+        if not isinstance(data, dict) or data.get(name) != value:
+            raise ValueError(f"its {name} is not {value}")
+    try:
+        rows = [(Layer(str(row[0]), *map(int, row[1:5])), *row[5:]) for row in data["crossovers"]]
+        found = {layer: Crossover(decode, dense) for layer, decode, dense in rows}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"it is damaged ({error})") from error
+    for decode, dense in found.values():
+        if not isinstance(decode, int) or decode < 0 or not (dense is None or (isinstance(dense, int) and dense >= 0)):
+            raise ValueError(f"it is damaged: {decode!r} and {dense!r} are no numbers of tokens")
+    return found
+
+
+def _key(device: torch.device) -> dict[str, Any]:
+    """What the numbers depend on beyond the layer."""
+    if device.type == "cpu":
+        isa = "none" if cpu.PROBLEM else cpu.instruction_set()
+        threads = str(torch.get_num_threads())
+        return {"format": FORMAT, "device": [_processor(), isa, threads, "threads"], "kernels": cpu.ABI_VERSION}
+    from sparse_ffn.backends.triton import tuned  # which only GPUs need
+
+    card = tuned.Card.of(device)
+    return {"format": FORMAT, "device": [card.name, card.capability], "kernels": tuned.versions()}
+
+
+@functools.cache
+def _processor() -> str:
+    with_names = Path("/proc/cpuinfo")
+    if with_names.is_file():
+        found = re.search(r"^model name\s*: (.+)$", with_names.read_text(), re.MULTILINE)
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()

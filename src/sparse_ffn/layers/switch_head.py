@@ -1,0 +1,346 @@
+"""SwitchHeadAttention: attention with few heads, whose value and output projections are mixtures of experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sparse_ffn import ops
+from sparse_ffn.backends.choice import choose
+from sparse_ffn.checks import (
+    check_flag,
+    check_mask,
+    check_parameters,
+    check_positive,
+    check_rate,
+    shape_error,
+)
+from sparse_ffn.layers.balanced import Balanced
+from sparse_ffn.layers.base import check_input, initial_scale
+from sparse_ffn.module import CheckedOptions, normal_
+from sparse_ffn.ops.select import stable_topk
+from sparse_ffn.routing.balance import check_balance
+from sparse_ffn.routing.base import AnyRouting, Routing
+from sparse_ffn.routing.inject import inject
+from sparse_ffn.routing.routers import SigmoidRouter
+
+# B sequences, T tokens (of a sequence or of all), H heads, C channels of a head, D d_model, E experts of a head,
+# K slots of a token: k for each head
+
+
+class HeadRouter(SigmoidRouter):
+    """Sigmoid gates; each head selects the k best of its own experts, rows h·E to (h + 1)·E of ``weight``."""
+
+    def __init__(self, n_heads: int, d_model: int, n_experts: int, k: int, **options: Any) -> None:
+        self.n_heads = n_heads
+        super().__init__(d_model, n_heads * n_experts, n_heads * k, **options)
+
+    def select(self, score_TE: Tensor) -> Tensor:
+        """The k best experts of the first head, those of the second, ..."""
+        score_THE = score_TE.view(score_TE.shape[0], self.n_heads, score_TE.shape[1] // self.n_heads)
+        best_THk = stable_topk(score_THE, self.k // self.n_heads)
+        first_H1 = torch.arange(self.n_heads, device=score_TE.device).unsqueeze(1) * score_THE.shape[2]
+        return (best_THk + first_H1).flatten(1)
+
+
+class HeadExperts(Balanced):
+    """A projection of each head by k of its experts, weighted by the router's gates.
+
+    Parameters: ``weight`` [H·E, d_in, d_out], ``router.weight`` [H·E, d_model].
+
+    Args:
+        to_heads: from a row for each token to one for each head of a token, or back to the sum over the heads.
+        d_in: width of a row.
+        d_out: width of a row of the result.
+        make_router: makes the router; its ``n_experts`` are those of all heads.
+        std: of the initialisation.
+        balance: names, weights, ``balance_over`` and ``aux``.
+    """
+
+    def __init__(
+        self,
+        to_heads: bool,
+        d_in: int,
+        d_out: int,
+        make_router: Callable[[], HeadRouter],
+        std: float,
+        balance: tuple[tuple[str, ...], tuple[float, ...], str, str],
+    ) -> None:
+        super().__init__()
+        self._set_balance(*balance, False)
+        router = self.router = make_router()
+        self.to_heads, self._std, self.n_heads, self.n_experts = to_heads, std, router.n_heads, router.n_experts
+        own: dict[str, Any] = {"device": router.weight.device, "dtype": router.weight.dtype}
+        self.weight = nn.Parameter(torch.empty(self.n_experts, d_in, d_out, **own))
+        normal_(self.weight, std)
+
+    def forward(self, x: Tensor, seen_TD: Tensor, mask_T: Tensor | None, n_sequences: int | None) -> Tensor:
+        """Project x [T, d_in] to [T·H, d_out], or x [T·H, d_in] to [T, d_out]."""
+        routing: Routing = self.router(seen_TD, mask_T)
+        loss, gate_TK = self._balance_loss(routing, mask_T, n_sequences), routing.gate_TK
+        if loss is not None and self.aux == "inject":
+            gate_TK, loss = inject(gate_TK, loss), None
+        tokens, slots = routing.index_TK.shape
+        slot = torch.arange(tokens * slots, device=x.device)
+        token, head = slot // slots, slot // (slots // self.n_heads)  # head h of token t is row t·H + h
+        gather, scatter, n_out = (token, head, tokens * self.n_heads) if self.to_heads else (head, token, tokens)
+        y = ops.cvmm(
+            x, self.weight, routing.index_TK.flatten(),
+            gather=gather, scatter=scatter, reduction=gate_TK.flatten(), n_out=n_out,
+        )  # fmt: skip
+        self._keep(loss, routing.index_TK, mask_T, (y, loss))
+        return y
+
+    def _weighted_loss(self, routing: AnyRouting, mask_T: Tensor | None, n_sequences: int | None) -> Tensor | None:
+        """The mean of the heads' losses: the experts of one head compete with each other only."""
+        assert isinstance(routing, Routing), "there is no fused call"
+        n_groups, n_heads = 1 if n_sequences is None else n_sequences, self.n_heads
+
+        def by_head(x_TN: Tensor) -> Tensor:
+            length, width = x_TN.shape[0] // max(n_groups, 1), x_TN.shape[1] // n_heads
+            return x_TN.reshape(n_groups, length, n_heads, width).transpose(1, 2).reshape(-1, width)
+
+        logits = by_head(routing.logits_TE)
+        own = Routing(logits, by_head(routing.index_TK) % logits.shape[1], by_head(routing.gate_TK))
+        mask = None if mask_T is None else by_head(mask_T.unsqueeze(1).expand(-1, n_heads)).squeeze(1)
+        return super()._weighted_loss(own, mask, n_groups * n_heads)
+
+    def reset_parameters(self) -> None:
+        """Normal weights; the router's own initialisation."""
+        normal_(self.weight, self._std)
+        self.router.reset_parameters()
+
+    def extra_repr(self) -> str:
+        """Sizes and the balance."""
+        options = self._balance_options().items()
+        changed = (f"{name}={value!r}" for name, (value, default) in options if value != default)
+        return ", ".join([str(list(self.weight.shape)), *changed])
+
+
+class SwitchHeadAttention(CheckedOptions, nn.Module):
+    """Multi-head attention whose values and outputs are mixtures of experts (SwitchHead, 2312.07987, Eq. 4-6).
+
+    With r what the routers see, and for each head h its gates s = σ(W r) of the k best of its own E experts:
+
+        v_h = sum_e sV_he · values_he.T x,    y = sum_h sum_e sO_he · outputs_he.T attention_h(q, k, v)
+
+    Queries and keys are dense. Fewer heads than usual, each with several experts, do the work of many heads and compute
+    fewer attention matrices. Two ``cvmm`` calls and torch's ``scaled_dot_product_attention``; there is no cache of keys
+    and values for decoding. Parameters: ``query.weight``, ``key.weight`` [H·d_head, d_model], ``values.weight``
+    [H·E, d_model, d_head], ``outputs.weight`` [H·E, d_head, d_model], and for both ``router.weight`` [H·E, d_model].
+    ``aux_loss`` and ``routing_stats`` find values and outputs as two layers of H·E experts.
+
+    Args:
+        d_model: width of the tokens.
+        n_heads: H.
+        n_experts: E, experts of a head, for its values and for its outputs.
+        k: experts that a token selects for each head and each of both, 1 <= k <= n_experts.
+        d_head: C, width of a head; None for d_model / n_heads.
+        rotary: share of a head's channels that rotary positions turn (MoEUT turns half), in [0, 1].
+        dropout: on the attention's weights.
+        expert_dropout: as ``MoE``'s.
+        balance: as ``MoE``'s; a loss is the mean over the heads.
+        balance_weight: as ``MoE``'s.
+        balance_over: as ``MoE``'s.
+        aux: as ``MoE``'s.
+        init_scale: c; projections have standard deviation c/sqrt(fan-in), of the outputs H·d_head; router rows norm c.
+        n_layers: sets c = sqrt(2/n_layers).
+        device: where the parameters live.
+        dtype: their dtype.
+
+    Raises:
+        ValueError: an argument outside its range; no ``d_head``, and n_heads does not divide d_model.
+        TypeError: an argument of a wrong type, or that the layer does not have.
+    """
+
+    values: HeadExperts
+    outputs: HeadExperts
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        n_experts: int,
+        k: int = 2,
+        *,
+        d_head: int | None = None,
+        rotary: float = 0.5,
+        dropout: float = 0.0,
+        expert_dropout: float = 0.0,
+        balance: str | Sequence[str] = "entropy",
+        balance_weight: float | Sequence[float] = 1e-3,
+        balance_over: str = "batch",
+        aux: str = "attach",
+        init_scale: float = 1.0,
+        n_layers: int | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.d_model, self.n_heads = check_positive("d_model", d_model), check_positive("n_heads", n_heads)
+        self.n_experts = check_positive("n_experts", n_experts)
+        k = check_positive("k", k, self.n_experts, "n_experts")
+        if d_head is None and self.d_model % self.n_heads:
+            raise ValueError(
+                f"d_head must be given where n_heads = {self.n_heads} does not divide d_model = {self.d_model}"
+            )
+        self.d_head = self.d_model // self.n_heads if d_head is None else check_positive("d_head", d_head)
+        self.rotary = check_rate("rotary", rotary, inclusive=True)
+        self.dropout = check_rate("dropout", dropout, inclusive=True)
+        self.init_scale, self.d_out = initial_scale(init_scale, n_layers), self.d_model
+        names, weights = check_balance(balance, balance_weight)
+        width = self.n_heads * self.d_head
+        make_router = partial(
+            HeadRouter, self.n_heads, self.d_model, self.n_experts, k, expert_dropout=expert_dropout,
+            selection_bias="bias" in names, init_scale=self.init_scale, device=device, dtype=dtype,
+        )  # fmt: skip
+        balanced = (names, weights, balance_over, aux)
+        for name, fan in (("values", self.d_model), ("outputs", width)):
+            std = self.init_scale / math.sqrt(fan)
+            setattr(self, name, HeadExperts(name == "values", *self._projections[name], make_router, std, balanced))
+        own = {"bias": False, "device": device, "dtype": dtype}
+        self.query, self.key = (nn.Linear(self.d_model, width, **own) for _ in range(2))
+        self._reset_projections()
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        router_input: Tensor | None = None,
+        value_input: Tensor | None = None,
+        causal: bool = True,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: [..., T, d_model], of the parameters' dtype (any float dtype under autocast): queries and keys are of it.
+            router_input: what the routers see instead of x, in x's shape and dtype or fp32.
+            value_input: what the values are of instead of x, in x's shape and dtype: MoEUT's layer norm is on x alone.
+            causal: a token attends to itself and to those before it only.
+            mask: bool [..., T], True for real tokens. No real token attends to padding, which takes no part in balance
+                and statistics either; padding attends to itself as well.
+
+        Returns:
+            [..., T, d_model].
+
+        Raises:
+            TypeError: no dense tensor, a wrong dtype, or causal no bool.
+            ValueError: a wrong shape or device.
+        """
+        x_BTD = self._check_call(x, router_input, value_input, mask)
+        causal = check_flag("causal", causal)
+        n_sequences, time, _ = x_BTD.shape
+        exact = choose(x) == "reference"  # which has derivatives of any order
+        seen_TD = (x if router_input is None else router_input).reshape(-1, self.d_model)
+        valued_TD = (x if value_input is None else value_input).reshape(-1, self.d_model)
+        mask_T = None if mask is None else mask.reshape(-1)
+        groups = self.values._n_sequences(x)
+
+        def heads(rows: Tensor) -> Tensor:
+            return rows.view(n_sequences, time, self.n_heads, self.d_head).transpose(1, 2)
+
+        q, k = (turned(heads(project(x_BTD)), self.rotary) for project in (self.query, self.key))
+        v = heads(self.values(valued_TD, seen_TD, mask_T, groups))
+        with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
+            y = F.scaled_dot_product_attention(
+                q, k, v.to(q.dtype),
+                attn_mask=None if mask is None else _attended(mask.view(n_sequences, time), causal),
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=causal and mask is None,
+            )  # fmt: skip
+        out: Tensor = self.outputs(y.transpose(1, 2).reshape(-1, self.d_head), seen_TD, mask_T, groups)
+        return out.view(x.shape)
+
+    def _check_call(
+        self, x: Tensor, router_input: Tensor | None, value_input: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """x as [B, T, d_model], if the call is right."""
+        own = self.values.weight
+        check_input("x", x, own)
+        if x.dim() < 2 or x.shape[-1] != self.d_model:
+            raise ValueError(f"x must have shape [..., T, d_model = {self.d_model}], got {list(x.shape)}")
+        for name, given, also in (("router_input", router_input, (torch.float32,)), ("value_input", value_input, ())):
+            if given is None:
+                continue
+            check_input(name, given, own, *also)
+            if given.shape != x.shape:
+                raise ValueError(f"{name} must have x's shape, {list(x.shape)}, got {list(given.shape)}")
+        if mask is not None:
+            check_mask(mask, x)
+        for name, size in self._projections.items():
+            weight, router = getattr(self, name).weight, getattr(self, name).router.weight
+            check_parameters(x, {f"{name}.weight": weight})
+            rows = self.n_heads * self.n_experts
+            wanted = {"weight": (weight, (rows, *size)), "router.weight": (router, (rows, self.d_model))}
+            if any(tensor.shape != shape for tensor, shape in wanted.values()):
+                raise shape_error({f"{name}.{part}": pair for part, pair in wanted.items()})
+        return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+
+    @property
+    def _projections(self) -> dict[str, tuple[int, int]]:
+        """Widths of the rows that experts read and write."""
+        return {"values": (self.d_model, self.d_head), "outputs": (self.d_head, self.d_model)}
+
+    @property
+    def k(self) -> int:
+        """Experts that a token selects for each head's values and outputs; may be set at any time."""
+        return self.values.k // self.n_heads
+
+    @k.setter
+    def k(self, k: int) -> None:
+        k = check_positive("k", k, self.n_experts, "n_experts")
+        for experts in (self.values, self.outputs):
+            experts.router.k = self.n_heads * k
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of parameters."""
+        return sum(p.numel() for p in self.parameters())
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters and buffers anew."""
+        self.values.reset_parameters()
+        self.outputs.reset_parameters()
+        self._reset_projections()
+
+    def _reset_projections(self) -> None:
+        for projection in (self.query, self.key):
+            normal_(projection.weight, self.init_scale / math.sqrt(self.d_model))
+
+    def extra_repr(self) -> str:
+        """The sizes."""
+        sizes = ("n_heads", "n_experts", "k", "d_head", "rotary", "dropout")
+        return ", ".join([str(self.d_model), *(f"{name}={getattr(self, name)}" for name in sizes)])
+
+
+def turned(x: Tensor, share: float) -> Tensor:
+    """Rotary positions (2104.09864): turn pairs of the first channels of x [..., T, C] by angles that grow with T."""
+    pairs = int(x.shape[-1] * share) // 2
+    if not pairs:
+        return x
+    wide = torch.promote_types(x.dtype, torch.float32)
+    frequency = 10_000.0 ** (-torch.arange(pairs, device=x.device, dtype=wide) / pairs)
+    angle = torch.arange(x.shape[-2], device=x.device, dtype=wide).unsqueeze(1) * frequency
+    cos, sin = angle.cos(), angle.sin()
+    first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
+    both = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat([*(half.to(x.dtype) for half in both), rest], dim=-1)
+
+
+def _attended(mask_BT: Tensor, causal: bool) -> Tensor:
+    """Who attends to whom: real tokens, and each token to itself, so that no row is empty. bool [B, 1, T, T]."""
+    time = mask_BT.shape[1]
+    itself = torch.eye(time, dtype=torch.bool, device=mask_BT.device)
+    allowed = mask_BT[:, None, None, :]
+    if causal:
+        allowed = allowed & torch.ones_like(itself).tril()
+    return allowed | itself

@@ -1,0 +1,83 @@
+"""Quadratic activations and masks of whole blocks: what inference on encrypted numbers wants of a layer."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn.utils import prune
+
+import sparse_ffn as sf
+from sparse_ffn.compress import block_mask_, polynomial_units_
+
+
+@pytest.mark.parametrize("d_out", [8, 3])
+def test_a_dense_layer_gets_any_quadratic(d_out: int) -> None:
+    layer = sf.DenseFFN(8, 12, activation="relu", d_out=d_out, dtype=torch.float64)
+    torch.nn.init.normal_(layer.key_bias)
+    before, x = copy.deepcopy(layer), torch.randn(5, 8, dtype=torch.float64)
+    polynomial_units_(layer, -0.3, 0.5, 0.7)
+    z = x @ before.keys.T + before.key_bias
+    torch.testing.assert_close(layer(x), (-0.3 * z**2 + 0.5 * z + 0.7) @ before.values + before.out_bias)
+    assert layer.activation == "square"
+
+
+def test_other_layers_get_those_with_one_root() -> None:
+    layer = sf.SigmaMoE(8, 4, 6, 2, bias=True, dtype=torch.float64)
+    before, x = copy.deepcopy(layer), torch.randn(5, 8, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"c must be b²/4a = 0.125 for SigmaMoE, .* got 0.0"):
+        polynomial_units_(layer, 0.5, 0.5)
+    assert layer.activation == "relu"
+    polynomial_units_(layer, 0.5, 0.5, 0.125)
+    index, gate = (getattr(layer.router(x), name) for name in ("index_TK", "gate_TK"))
+    z = torch.einsum("td,tkgd->tkg", x, before.keys[index])
+    h = 0.5 * z**2 + 0.5 * z + 0.125
+    torch.testing.assert_close(layer(x), torch.einsum("tkg,tkgo,tk->to", h, before.values[index], gate))
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (sf.DenseFFN(8, 12, bias=False), "layer must have biases"),
+        (sf.DenseFFN(8, 12, glu=True), "layer must not be a GLU"),
+    ],
+)
+def test_a_layer_without_a_place_for_a_term_is_refused(layer: sf.DenseFFN, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        polynomial_units_(layer, 1.0, 1.0)
+    with pytest.raises(ValueError, match="a must not be 0"):
+        polynomial_units_(layer, 0.0, 1.0)
+
+
+def test_a_mask_keeps_whole_blocks_and_the_larger_ones() -> None:
+    layer = sf.SigmaMoE(32, 3, 16, 2, glu=True)
+    before = copy.deepcopy(layer)
+    block_mask_(layer, 0.3)
+    for name in ("keys", "gate_keys", "values"):
+        blocks = getattr(before, name).detach().view(3, 2, 8, 2, 16).transpose(2, 3)
+        kept = getattr(layer, f"{name}_mask").view(3, 2, 8, 2, 16).transpose(2, 3).flatten(3)
+        assert torch.equal(kept.amin(-1), kept.amax(-1))
+        kept, norms = kept[..., 0].bool(), blocks.flatten(3).norm(dim=-1)
+        assert (~kept).sum() == round(0.3 * 12)
+        assert norms[~kept].max() <= norms[kept].min()
+    x, expected = torch.randn(5, 32), layer
+    y = expected(x)
+    y.sum().backward()
+    assert not layer.keys_orig.grad[layer.keys_mask == 0].any()
+    block_mask_(layer, 0.5)  # what is zero counts
+    assert (layer.values == 0).float().mean() == 0.5
+    twin = sf.SigmaMoE(32, 3, 16, 2, glu=True)
+    block_mask_(twin, 0.0)
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(twin(x), layer(x))
+    for name in ("keys", "gate_keys", "values"):
+        prune.remove(layer, name)
+    assert torch.equal(twin(x), layer(x))
+
+
+def test_a_block_that_does_not_fit_is_refused() -> None:
+    layer = sf.TopKFFN(32, 24, 4)
+    with pytest.raises(ValueError, match=r"block = \(16, 16\) must divide the units and columns of keys, \(24, 32\)"):
+        block_mask_(layer, 0.5, (16, 16))
+    assert "keys" in dict(layer.named_parameters())
