@@ -43,7 +43,7 @@ from benchmarks import (
 )
 from benchmarks.contender import Case, Contender, Entry, Oracle
 from benchmarks.memories import memory_case, topk_case
-from benchmarks.moe import glu_case, moe_case
+from benchmarks.moe import glu_case, moe_case, served_case
 from benchmarks.reasons import Reason
 from benchmarks.records import Report, Result, Row
 from benchmarks.run import run_case
@@ -614,6 +614,17 @@ def test_wide_end_to_end(no_peers: None) -> None:
     served = {r.name: (r.status, r.note) for r in result.rows[2].results}
     assert all(served[name] == ("timed", "") for name in ("sparse-ffn", "dense, equal compute")), served
     assert {name for of_peer in bars.OVER_PEERS_ON_AMX.values() for name in of_peer} <= served.keys()
+
+
+@pytest.mark.exhaustive
+def test_kt_kernels_experts_are_ours() -> None:
+    pytest.importorskip("kt_kernel")
+    shape = MoEShape.parse("64,256,8,128,2")
+    case = served_case(shape, "bf16", CPU)
+    (row,) = run_case(case, ["fwd"], 0.01)
+    assert (row.of("kt-kernel").status, row.of("kt-kernel").note) == ("timed", "")
+    (row,) = run_case(case, ["fwdbwd"], 0.01, peers=["kt-kernel"])
+    assert row.of("kt-kernel").status == "inference only"
 
 
 @pytest.mark.exhaustive
