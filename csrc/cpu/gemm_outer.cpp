@@ -134,5 +134,6 @@ template <class T> bool run_outer_gemm(const OuterGemm<T>& g) {
 SPARSE_FFN_DEFINE(float)
 SPARSE_FFN_DEFINE(bf16)
 SPARSE_FFN_DEFINE(fp16)
+SPARSE_FFN_WITH_TILED(SPARSE_FFN_DEFINE)
 
 SPARSE_FFN_END

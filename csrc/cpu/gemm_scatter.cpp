@@ -294,5 +294,6 @@ template <class T> bool run_scatter_gemm(const ScatterGemm<T>& g) {
 SPARSE_FFN_DEFINE(float)
 SPARSE_FFN_DEFINE(bf16)
 SPARSE_FFN_DEFINE(fp16)
+SPARSE_FFN_WITH_TILED(SPARSE_FFN_DEFINE)
 
 SPARSE_FFN_END
