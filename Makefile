@@ -36,10 +36,12 @@ sanitize: $(DEV)  ## the tests of the ops against a core built with ASan and UBS
 
 bench: $(PEERS)  ## time the layers against dense networks and other libraries; JSON, tables and pictures in runs/bench
 	$(BIN)/python -m benchmarks.bench_layers --json runs/bench/layers.json --plot runs/bench/layers.png $(ARGS)
+	$(BIN)/python -m benchmarks.bench_wide --json runs/bench/wide.json
 	$(BIN)/python -m benchmarks.bench_cvmm --json runs/bench/cvmm.json --plot runs/bench/cvmm.png
 	$(BIN)/python -m benchmarks.bench_topk --json runs/bench/topk.json
 	$(BIN)/python -m benchmarks.sweeps --json runs/bench/sweeps.json --plot runs/bench/sweeps.png
 	$(BIN)/python -m benchmarks.passes --json runs/bench/passes.json
+	$(BIN)/python -m benchmarks.targets
 	@echo "python -m benchmarks.publish puts these numbers into benchmarks/results and the documentation."
 
 wheel: $(DEV)  ## sdist and wheel, in dist/; the wheel is tried in an environment of its own, without a compiler

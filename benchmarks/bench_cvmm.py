@@ -18,7 +18,7 @@ from benchmarks.shapes import moe_shapes
 
 def main(argv: Sequence[str] | None = None) -> Report:
     """Run from the command line."""
-    arguments = parser(__doc__ or "", seconds=3)
+    arguments = parser(__doc__ or "", seconds=2)
     add_shapes(arguments)
     arguments.add_argument("--void", type=float, default=0.0, help="share of void slots in a row of its own")
     options = arguments.parse_args(argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -32,18 +33,13 @@ def titles(machines: Sequence[Machine]) -> list[str]:
 
 def instructions(machines: Sequence[Machine]) -> str:
     """The 16-bit instructions of each, as a sentence beside a table."""
-    said = (f"{title}: {instruction(m)}" for title, m in zip(titles(machines), machines, strict=True))
+    said = (f"{title}: {m.instructions}" for title, m in zip(titles(machines), machines, strict=True))
     return f"16-bit instructions of {'; '.join(said)}."
 
 
-def instruction(machine: Machine) -> str:
-    """Its 16-bit instructions."""
-    return machine.facts.get("16-bit instructions", "unknown").partition(" (")[0]
-
-
-def rows(machine: Machine, group: str, mode: str, dtype: str) -> list[Row]:
+def rows(machine: Machine, group: str, mode: str, dtype: str, part: str = "layers") -> list[Row]:
     """A machine's rows of a layer, a pass and a dtype."""
-    return [row for row in machine.rows() if (row.group, row.mode, row.dtype) == (group, mode, dtype)]
+    return [row for row in machine.rows(part) if (row.group, row.mode, row.dtype) == (group, mode, dtype)]
 
 
 def replaced(machines: Sequence[Machine]) -> Table:
@@ -77,6 +73,22 @@ def kept(machines: Sequence[Machine]) -> Table:
     return ("", *KEPT), [[words(row), *(_millions(row, name) for name in KEPT)] for row in steps]
 
 
+def topk(machines: Sequence[Machine], percents: Sequence[int]) -> Table:
+    """Time of TopKFFN relative to the dense FFN that it replaces, where it keeps these shares of its units."""
+    columns = list(_columns(machines))
+    lines: dict[tuple[str, ...], list[list[str]]] = {}
+    for i, (machine, dtype) in enumerate(columns):
+        for group, mode in itertools.product(("topk", "topk-glu"), ("fwdbwd", "fwd")):
+            for row in rows(machine, group, mode, dtype, "topk"):
+                tokens, width, units, k = map(int, re.findall(r"=(\d+)", row.shape))
+                percent = round(100 * k / units)
+                if percent in percents:
+                    name = (_tokens(tokens, width), "GLU" if group == "topk-glu" else "ReLU", f"{percent}%")
+                    lines.setdefault(name, [[] for _ in columns])[i].append(_ratio(relative(row, row.baseline)))
+    body = [[*name, *(" / ".join(said) or "-" for said in cells)] for name, cells in lines.items()]
+    return ("", "", "kept", *_heads(machines, columns)), body
+
+
 def experts(machines: Sequence[Machine]) -> Table:
     """Milliseconds of ours and of the dense FFN of equal parameters, against the number of experts."""
     names = {"sparse-ffn": "sparse-ffn", PARAMETERS: "dense"}
@@ -96,8 +108,8 @@ def steps(machine: Machine) -> Table:
     body = []
     for found in machine.profiles:
         *_, step, baseline = found.table()[1]
-        body.append([found.shape, found.dtype, found.mode, *step[1:], found.baseline, baseline[1]])
-    return ("shape", "dtype", "pass", "ms", "floor", "of floor", "beside", "ms"), body
+        body.append([found.shape, found.dtype, found.mode, *step[1:], *found.gigabytes(), found.baseline, baseline[1]])
+    return ("shape", "dtype", "pass", "ms", "floor", "of floor", "GB/s", "of torch.sum", "beside", "ms"), body
 
 
 def first_screen(machines: Sequence[Machine], shapes: Iterable[MoEShape]) -> Table:
@@ -141,8 +153,11 @@ def words(row: Row) -> str:
 
 def sentence(shape: MoEShape) -> str:
     """A mixture's shape for people."""
-    tokens = "1 token" if shape.T == 1 else f"{shape.T} tokens"
-    return f"{tokens} of {shape.D}, {shape.k} of {shape.E} experts of {shape.G}"
+    return f"{_tokens(shape.T, shape.D)}, {shape.k} of {shape.E} experts of {shape.G}"
+
+
+def _tokens(n: int, width: int) -> str:
+    return f"1 token of {width}" if n == 1 else f"{n} tokens of {width}"
 
 
 def _by_shape(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -121,6 +121,7 @@ class Contender:
         gradients: its parameters' gradients under the oracle's names.
         checked: what is checked where that is not ``module`` itself: the same weights in fp32, say.
         tokens: how many tokens to check; None for all.
+        inference: whether it has no backward pass.
     """
 
     module: nn.Module
@@ -130,6 +131,7 @@ class Contender:
     gradients: Callable[[nn.Module], Gradients] = own_gradients
     checked: nn.Module | None = None
     tokens: int | None = None
+    inference: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,11 @@ class Entry:
     kind: str
     about: str
     build: Callable[[], Contender]
+
+
+def checked_on(entry: Entry, tokens: int) -> Entry:
+    """The same, checked on so many tokens at most."""
+    return replace(entry, build=lambda: replace(entry.build(), tokens=tokens))
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import comparison, gpu_page, machine, machines
+from benchmarks import comparison, gpu_page, machine, machines, targets
 from benchmarks.machines import PUBLISHED, Machine
-from benchmarks.report import markdown, targets
-from benchmarks.shapes import LARGE
+from benchmarks.report import markdown
+from benchmarks.shapes import LARGE, PERCENTS
 
 INTRODUCTION = """\
 # Benchmarks
@@ -41,6 +41,12 @@ PEERS = """\
 
 How many times longer their training step takes, the least and the most over the shapes above. The experts of
 transformers are gated (SiLU), the others use ReLU. `python -m benchmarks.rows --contenders` says what each of them is.
+"""
+TOPK = """\
+## TopKFFN
+
+Its time relative to the dense FFN of 1536 units that it replaces: of a training step / of a forward pass. It keeps 10%
+of the units here; [from 1% to all](benchmarks-targets.md#topkffn-from-1-to-all-units) is on another page.
 """
 KEPT = """\
 ## Memory of a training step
@@ -83,7 +89,14 @@ was measured and how. Shapes are T,D,E,G,k: tokens, d_model, experts, units of a
 
 ## Targets
 
-Of the peers of a row, the table shows the one that comes nearest.
+Of the peers of a row the tables show the one that comes nearest, of the shares of a TopKFFN the worst. A target that
+was missed has the number of its reason below the table. "No AMX here": it is a target of processors with matrix units.
+`python -m benchmarks.targets` prints the same of a run of your own.
+"""
+SWEEP = """\
+## TopKFFN: from 1% to all units
+
+Its time relative to the dense FFN that it replaces, which has 1536 units: of a training step / of a forward pass.
 """
 PASSES = """\
 ## Steps and their floors
@@ -91,9 +104,11 @@ PASSES = """\
 Milliseconds of a step of the CPU core, router and balance loss included. The floor is the arithmetic of the step at
 the rate of `torch.mm` in the same process, in fp32 or the layer's dtype, whichever is faster. Beyond the floor a step
 packs gathered rows and weights, adds up a token's experts, computes the last tile of each expert, and waits for memory.
-With few tokens most of the time goes into reading the weights, and the floor says little.
+Decoding reads weights most of the time. Where the rate of reading was measured, it stands beside that of `torch.sum`
+over as many bytes, and the floor is the longer of both; where not, the floor says little.
 `python -m benchmarks.rows --part passes` prints every pass of every step.
 """
+FEW = (10,)  # percent of the units of a TopKFFN
 BEGIN, END = "<!-- written by python -m benchmarks.document -->", "<!-- end of what it wrote -->"
 
 
@@ -115,6 +130,8 @@ def _sections(found: Sequence[Machine]) -> Iterator[str]:
     yield f"{REPLACED}\n{said}\n\n{markdown(comparison.replaced(found))}\n"
     yield f"{COMPUTED}\n{said}\n\n{markdown(comparison.computed(found))}\n"
     yield f"{PEERS}\n{said}\n\n{markdown(comparison.peers(found))}\n"
+    if any(m.rows("topk") for m in found):
+        yield f"{TOPK}\n{said}\n\n{markdown(comparison.topk(found, FEW))}\n"
     yield f"{KEPT}\n{markdown(comparison.kept(found))}\n"
     if any(row.group == "experts" for m in found for row in m.rows("sweeps")):
         yield f"{EXPERTS}\n{said}\n\n{markdown(comparison.experts(found))}\n"
@@ -122,15 +139,25 @@ def _sections(found: Sequence[Machine]) -> Iterator[str]:
 
 def targets_page(found: Sequence[Machine]) -> str:
     """The page for developers."""
-    parts = [TARGETS]
-    for m in found:
-        head, body = targets(row for part in m.reports for row in m.rows(part))
-        met = sum(line[-1] == "met" for line in body)
-        parts.append(f"**{m.name}**: {met} of {len(body)} met.\n\n{markdown((head, body))}\n")
+    parts = [TARGETS, *map(_judged, found)]
+    cpus = [m for m in found if m.device == "cpu"]
+    if any(m.rows("topk") for m in cpus):
+        parts.append(f"{SWEEP}\n{comparison.instructions(cpus)}\n\n{markdown(comparison.topk(cpus, PERCENTS))}\n")
     profiled = [m for m in found if m.profiles]
     parts += [PASSES] if profiled else []
-    parts += [f"**{m.name}**\n\n{markdown(comparison.steps(m))}\n" for m in profiled]
+    parts += [
+        f"**{m.name}** (16-bit instructions: {m.instructions})\n\n{markdown(comparison.steps(m))}\n" for m in profiled
+    ]
     return "\n".join([*parts, gpu_page.predicted()])
+
+
+def _judged(m: Machine) -> str:
+    """The targets of one machine, and why it missed some."""
+    found = targets.of_machine(m)
+    table, reasons = targets.table(found, m.facts)
+    head = f"**{m.name}** (16-bit instructions: {m.instructions}): {targets.counted(found)}."
+    why = "".join(f"{i}. {reason.why} `{reason.command}`\n" for i, reason in enumerate(reasons, 1))
+    return "\n\n".join(filter(None, (head, markdown(table), why.rstrip()))) + "\n"
 
 
 def readme(text: str, found: Sequence[Machine]) -> str:

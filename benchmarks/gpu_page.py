@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks import predict, report
+from benchmarks.bars import TO_DENSE
 from benchmarks.machines import Machine
 from benchmarks.shapes import GPU_FINE, GPU_MEMORY, GPU_SHAPES, GPU_WIDE
-from benchmarks.targets import TO_DENSE
 
 NOTHING = """\
 ## On a GPU

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -33,6 +34,11 @@ def describe(device: torch.device) -> dict[str, str]:
         facts["GPU"] = torch.cuda.get_device_name(device)
         facts["CUDA"] = str(torch.version.cuda)
     return facts
+
+
+def has_amx(facts: Mapping[str, str]) -> bool:
+    """Whether the machine of these facts multiplies 16 bits on matrix units."""
+    return "amx_tile" in facts.get("16-bit instructions", "")
 
 
 OTHERS = "processors that others used"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from benchmarks import passes
 from benchmarks.records import Report, Row
 
 PUBLISHED = Path(__file__).parent / "results"
-PARTS = ("layers", "cvmm", "sweeps", "tuned")
+PARTS = ("layers", "wide", "topk", "cvmm", "sweeps", "tuned")
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,18 @@ class Machine:
         return self.facts.get("GPU") or re.sub(r"\((R|TM)\)|,.*| (CPU|Processor|\d+-Core)\b.*", "", processor)
 
     @property
+    def instructions(self) -> str:
+        """Its 16-bit instructions."""
+        return self.facts.get("16-bit instructions", "unknown").partition(" (")[0]
+
+    @property
     def device(self) -> str:
         """``"cuda"`` for a graphics card."""
         return "cuda" if "GPU" in self.facts else "cpu"
 
-    def rows(self, part: str = "layers") -> Iterator[Row]:
+    def rows(self, part: str = "layers") -> Sequence[Row]:
         """The rows of a part, none if it did not run."""
-        if part in self.reports:
-            yield from self.reports[part].rows
+        return self.reports[part].rows if part in self.reports else ()
 
 
 def load(folders: Iterable[Path]) -> list[Machine]:

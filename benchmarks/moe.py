@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparse_ffn as sf
-from benchmarks import gpu_peers, moe_peers
+from benchmarks import gpu_peers, kt_kernel, moe_peers
 from benchmarks.contender import (
     DTYPES,
     Case,
@@ -21,6 +23,7 @@ from benchmarks.contender import (
     Oracle,
     gap,
     own_gradients,
+    require_memory,
     separated,
 )
 from benchmarks.shapes import MoEShape
@@ -241,23 +244,51 @@ def glu_case(shape: MoEShape, dtype: str, device: torch.device) -> Case:
     """The same as a GLU with SiLU, which is what the experts of transformers are."""
     p = Problem(shape, dtype, device, glu=True)
 
-    def transformers(implementation: str) -> Entry:
-        return Entry(
-            f"transformers {implementation}",
-            "peer",
-            f"MixtralExperts, experts implementation {implementation}, our router",
-            lambda: moe_peers.transformers_experts(p.layer, p.oracle, shape, implementation),
-        )
-
     entries = (
-        Entry("sparse-ffn", "ours", "SigmaMoE(glu=True, activation='silu'), with router and balance loss", p.ours),
+        _our_glu(p),
         Entry("sparse-ffn, torch backend", "baseline", "the same without the CPU core", p.on_torch),
         _equal_compute(p),
         _equal_parameters(p),
-        *map(transformers, ("eager", "batched_mm", "grouped_mm")),
+        *(_transformers(p, name) for name in ("eager", "batched_mm", "grouped_mm")),
         *p.gpu_peers(),
     )
     return _case("moe-glu", p, entries)
+
+
+def served_case(shape: MoEShape, dtype: str, device: torch.device) -> Case:
+    """A GLU of the size of a model that is served: few contenders, checked on few tokens and without the balance loss.
+
+    Of gradients in float64 the memory is to hold one set at a time.
+    """
+    p = Problem(shape, dtype, device, glu=True)
+
+    def checked_on_few(build: Callable[[], Contender]) -> Contender:
+        require_memory(2 * 8 * sum(parameter.numel() for parameter in p.layer.parameters()), device)
+        p.oracle.loss = None
+        contender = build()
+        return replace(contender, loss=None, unchecked_loss=contender.loss, tokens=moe_peers.CHECKED_TOKENS)
+
+    entries = (
+        _our_glu(p),
+        _equal_compute(p),
+        *(_transformers(p, name) for name in ("eager", "grouped_mm")),
+        Entry("kt-kernel", "peer", kt_kernel.ABOUT, lambda: kt_kernel.contender(p.layer, p.oracle, shape)),
+    )
+    entries = tuple(replace(entry, build=partial(checked_on_few, entry.build)) for entry in entries)
+    return _case("moe-glu", p, entries)
+
+
+def _our_glu(p: Problem) -> Entry:
+    return Entry("sparse-ffn", "ours", "SigmaMoE(glu=True, activation='silu'), with router and balance loss", p.ours)
+
+
+def _transformers(p: Problem, implementation: str) -> Entry:
+    return Entry(
+        f"transformers {implementation}",
+        "peer",
+        f"MixtralExperts, experts implementation {implementation}, our router",
+        lambda: moe_peers.transformers_experts(p.layer, p.oracle, p.shape, implementation),
+    )
 
 
 DENSE = "dense, equal compute"

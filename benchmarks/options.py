@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import machine, report
+from benchmarks import machine, report, targets
 from benchmarks.contender import DTYPES, Case
 from benchmarks.records import MODES, Report, Row
 from benchmarks.run import run_case
@@ -61,7 +61,8 @@ def collect(
         if options.json:  # after every case: a crash leaves what was measured
             Report(facts, command, tuple(rows)).save(options.json)
     result = Report(facts, command, tuple(rows))
-    print(f"\n{report.summary(result)}")
+    judged = targets.summary(targets.lines(rows, facts), facts)
+    print("\n" + "\n\n".join(filter(None, (report.summary(result), judged))))
     for name in set(options.peers) - names:
         print(f"\nno case has a peer named {name!r}")
     if options.plot:

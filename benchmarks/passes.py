@@ -1,7 +1,8 @@
 """Where a step of SigmaMoE or ProductKeyMemory spends its time: the CPU core's passes beside their floors.
 
 Builds a core that times its passes (CMake and a C++ compiler needed) and runs it in a process of its own. The floor of
-a pass is its arithmetic at the best rate of torch.mm on this machine, in fp32 or in its dtype, whichever is faster.
+a pass is its arithmetic at the best rate of torch.mm on this machine, in fp32 or in its dtype, whichever is faster; of
+decoding, where that takes longer, reading the weights as fast as torch.sum reads as many bytes.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ class Passes:
         rate: FLOP/s of torch.mm.
         seconds: of each pass of the core.
         flops: arithmetic of each pass, as far as it is arithmetic.
+        weights: bytes of the weights that decoding reads; 0: no decoding.
+        reading: bytes/s at which torch.sum reads as many.
     """
 
     shape: str
@@ -69,6 +72,13 @@ class Passes:
     rate: float
     seconds: dict[str, float]
     flops: dict[str, int]
+    weights: int = 0
+    reading: float = 0.0
+
+    def floor(self, name: str) -> float:
+        """Seconds of a pass that has no overhead."""
+        read = self.weights / self.reading if name == "decode" and self.reading else 0.0
+        return max(self.flops.get(name, 0) / self.rate, read)
 
     def title(self) -> str:
         """What it is a profile of."""
@@ -77,14 +87,20 @@ class Passes:
     def table(self) -> report.Table:
         """Pass, milliseconds, milliseconds of the floor, and their ratio; whole numbers of the step at the end."""
         known = [name for name in ORDER if name in self.seconds]
-        body = [_line(name, self.seconds[name], self.flops.get(name, 0) / self.rate) for name in known]
+        body = [_line(name, self.seconds[name], self.floor(name)) for name in known]
         rest = self.step - sum(self.seconds[name] for name in known)
         return ("pass", "ms", "floor", "of floor"), [
             *body,
-            _line("the rest", rest, self.flops.get("the rest", 0) / self.rate),
-            _line("**step**", self.step, sum(self.flops.values()) / self.rate),
+            _line("the rest", rest, self.floor("the rest")),
+            _line("**step**", self.step, sum(map(self.floor, self.flops))),
             _line(self.baseline, self.against, 0),
         ]
+
+    def gigabytes(self) -> tuple[str, str]:
+        """GB/s of reading weights, ours and torch.sum's; empty where nothing is decoded."""
+        if not self.reading:
+            return "", ""
+        return f"{self.weights / self.seconds['decode'] / 1e9:.0f}", f"{self.reading / 1e9:.0f}"
 
 
 def _line(name: str, seconds: float, floor: float) -> list[str]:
@@ -138,7 +154,7 @@ def contenders(shape: MoEShape | MemoryShape, dtype: torch.dtype) -> tuple[nn.Mo
 
 
 def measure(shape: MoEShape | MemoryShape, dtype: str, mode: str, seconds: float) -> dict[str, Any]:
-    """Step, the baseline's step and torch.mm's rate in this process, in turns."""
+    """Step, the baseline's step and torch's rates of multiplying and reading in this process, in turns."""
     kind = DTYPES[dtype]
     layer, other, baseline = contenders(shape, kind)
     x, slope = torch.randn(shape.T, shape.D).to(kind).requires_grad_(), torch.randn(shape.T, shape.D).to(kind)
@@ -155,6 +171,11 @@ def measure(shape: MoEShape | MemoryShape, dtype: str, mode: str, seconds: float
     factors = [torch.randn(PRODUCT, PRODUCT).to(kind) for kind in {kind, torch.float32}]
     calls: list[Callable[[], object]] = [partial(step, layer), partial(step, other)]
     calls += [partial(torch.mm, factor, factor) for factor in factors]
+    weights = 0
+    if mode == "fwd" and isinstance(layer, sf.MoE):
+        used = len(layer.router(x).index_TK.unique())
+        weights = used * (layer.keys[0].nbytes + layer.values[0].nbytes)
+        calls.append(torch.ones(weights // 4).sum)
     times: list[list[float]] = [[] for _ in calls]
     for module in (layer, other):
         module.train(mode != "fwd")
@@ -166,9 +187,9 @@ def measure(shape: MoEShape | MemoryShape, dtype: str, mode: str, seconds: float
             start = time.perf_counter()
             call()
             found.append(time.perf_counter() - start)
-    of_layer, of_other, *of_products = (statistics.median(found[WARM_UP:]) for found in times)
-    rate = 2 * PRODUCT**3 / min(of_products)
-    return {"step": of_layer, "baseline": baseline, "against": of_other, "rate": rate}
+    of_layer, of_other, *rates = (statistics.median(found[WARM_UP:]) for found in times)
+    read = {"weights": weights, "reading": weights / rates.pop()} if weights else {}
+    return {"step": of_layer, "baseline": baseline, "against": of_other, "rate": 2 * PRODUCT**3 / min(rates), **read}
 
 
 def read(lines: Iterable[str]) -> dict[str, float]:
@@ -226,6 +247,8 @@ def main(argv: Sequence[str] | None = None) -> list[Passes]:
                     continue  # the forward pass of a training step shows it
                 found.append(profile(shape, dtype, mode, options.seconds, library))
                 print(f"\n{found[-1].title()}\n\n{report.text(found[-1].table())}", flush=True)
+                if found[-1].reading:
+                    print("weights read at {} GB/s, torch.sum's {}".format(*found[-1].gigabytes()), flush=True)
     if options.json:
         command = f"python -m benchmarks.passes {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()
         save(options.json, facts, command, found)

@@ -40,7 +40,7 @@ def result(found: Sequence[Machine], ink: Ink) -> Figure:
         for ax, dtype in zip(panels, ("fp32", "bf16"), strict=True):
             rows = comparison.rows(machine, "moe", "fwdbwd", dtype)
             _bars(ax, [row for row in rows if row.shape in map(str, LARGE)], ink)
-            said = f"\n16-bit instructions: {comparison.instruction(machine)}" if dtype == "bf16" else "\n"
+            said = f"\n16-bit instructions: {machine.instructions}" if dtype == "bf16" else "\n"
             ax.set_title(f"{title}, {dtype}{said}", loc="left", fontsize=10, color=ink.text)
     handles, labels = axes[0][0].get_legend_handles_labels()
     look = {"ncols": 2, "frameon": False, "labelcolor": ink.text, "fontsize": 10}

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.memory import Saved
 from benchmarks.timing import Quartiles
 
-STATUSES = ("timed", "wrong", "failed", "not importable", "too large")
+STATUSES = ("timed", "wrong", "failed", "not importable", "too large", "inference only")
 MODES = {"fwd": "forward, no grad", "fwdbwd": "forward + backward"}
 
 

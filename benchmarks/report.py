@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from benchmarks.records import MODES, Report, Result, Row
-from benchmarks.targets import Verdict, verdicts
 from benchmarks.timing import Quartiles
 
 Table = tuple[Sequence[str], list[list[str]]]  # header and body
@@ -46,32 +45,6 @@ def _contender(result: Result) -> list[str]:
         "" if result.peak_bytes is None else f"{result.peak_bytes / 2**20:.1f} MiB",
         f"{result.errors['y']:.0e}" if "y" in result.errors else "",
     ]
-
-
-def targets(rows: Iterable[Row]) -> Table:
-    """Every target beside what was measured. Of the peers of a row, the one that comes nearest."""
-    header = ("", "shape", "dtype", "pass", "what", "target", "measured", "")
-    body = [
-        [row.group, row.shape, row.dtype, row.mode, *_verdict(verdict)]
-        for row in rows
-        for verdict in _nearest(list(verdicts(row)))
-    ]
-    return header, body
-
-
-def _nearest(found: list[Verdict]) -> list[Verdict]:
-    """With only the hardest of the verdicts about peers."""
-    peers = [verdict for verdict in found if verdict.what.startswith("times faster")]
-    if not peers:
-        return found
-    hardest = min(peers, key=lambda verdict: verdict.measured or 0.0)
-    return [verdict for verdict in found if verdict not in peers or verdict is hardest]
-
-
-def _verdict(verdict: Verdict) -> list[str]:
-    number = verdict.measured
-    measured = "-" if number is None else f"{number:,}" if isinstance(number, int) else f"{number:.2f}"
-    return [verdict.what, verdict.target, measured, "met" if verdict.met else "missed"]
 
 
 def peers(rows: Sequence[Row]) -> Table:
@@ -138,13 +111,9 @@ def markdown(table: Table) -> str:
 
 
 def summary(report: Report) -> str:
-    """What a run ends with on the terminal: machine, peers, targets."""
+    """What a run ends with on the terminal before the targets: machine, peers."""
     parts = ["\n".join(f"{name:28} {value}" for name, value in report.machine.items())]
     for group, rows in report.groups():
         if any(result.kind == "peer" for row in rows for result in row.results):
             parts.append(f"{GROUPS.get(group, group)}: times slower than ours\n\n{text(peers(rows))}")
-    found = targets(report.rows)
-    if found[1]:
-        met = sum(line[-1] == "met" for line in found[1])
-        parts.append(f"Targets: {met} of {len(found[1])} met\n\n{text(found)}")
     return "\n\n".join(parts)

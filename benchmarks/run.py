@@ -89,6 +89,9 @@ def _time(
     runs: dict[str, Run] = {}
     first: dict[str, float] = {}
     for name, contender in ready.items():
+        if contender.inference and mode == "fwdbwd":
+            results[name] = replace(results[name], status="inference only", note="it has no backward pass")
+            continue
         try:
             run = _run(contender, mode, case.x, cotangent)
             if case.x.device.type == "cuda":  # kernels are compiled at a first call: that is no time of theirs

@@ -61,11 +61,12 @@ class TopKShape:
 
 
 TOPK_TOKENS = (1, 32, 1024)
+PERCENTS = (1, 3, 5, 10, 25, 50, 100)
 
 
 def topk_sweep(tokens: int) -> tuple[TopKShape, ...]:
     """From 1% to all of the units."""
-    return tuple(TopKShape(tokens, 576, 1536, round(15.36 * percent)) for percent in (1, 3, 5, 10, 25, 50, 100))
+    return tuple(TopKShape(tokens, 576, 1536, round(15.36 * percent)) for percent in PERCENTS)
 
 
 LARGE = tuple(MoEShape.parse(s) for s in ("2048,512,16,128,4", "2048,1024,32,128,4", "4096,1024,64,64,8"))
@@ -73,6 +74,8 @@ SMALL = MoEShape.parse("512,412,16,128,4")
 DECODE = MoEShape.parse("32,1024,32,128,4")
 SINGLE = MoEShape.parse("1,512,16,128,4")
 MOE_SHAPES = (*LARGE, SMALL, DECODE, SINGLE)
+WIDE_SINGLE = MoEShape.parse("1,1024,32,128,4")
+SERVED = MoEShape.parse("2048,2048,64,768,8")  # a GLU, as large as a layer of a language model that is served
 
 GPU_WIDE, GPU_FINE = (MoEShape.parse(s) for s in ("16384,1024,64,256,8", "16384,1024,64,128,8"))
 GPU_SHAPES = (

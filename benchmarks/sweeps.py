@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # to run as a script, too
 
 from benchmarks import plot
-from benchmarks.contender import Case, Contender
+from benchmarks.contender import Case, checked_on
 from benchmarks.moe import moe_case
 from benchmarks.options import collect, parser
 from benchmarks.records import Report
@@ -56,24 +55,18 @@ SWEEPS = (
 )  # fmt: skip
 
 
-def _fewer_tokens(build: Callable[[], Contender]) -> Contender:
-    return replace(build(), tokens=CHECKED_TOKENS)
-
-
 def sweep_case(sweep: Sweep, point: int, tokens: int, dtype: str, device: torch.device) -> Case:
     """One point of a sweep: few contenders, checked on a part of the tokens, since the oracle computes all experts."""
     D, E, G = sweep.sizes(point)
     case = moe_case(MoEShape(tokens, D, E, G, K), dtype, device)
-    entries = tuple(
-        replace(entry, build=partial(_fewer_tokens, entry.build)) for entry in case.entries if entry.name in NAMES
-    )
+    entries = tuple(checked_on(entry, CHECKED_TOKENS) for entry in case.entries if entry.name in NAMES)
     shape = f"{sweep.grows}={point}; {sweep.fixed}, T={tokens}"
     return replace(case, group=sweep.group, shape=shape, entries=entries, experts=None)
 
 
 def main(argv: Sequence[str] | None = None) -> Report:
     """Run from the command line."""
-    arguments = parser((__doc__ or "").splitlines()[0], seconds=4)
+    arguments = parser((__doc__ or "").splitlines()[0], seconds=3)
     arguments.add_argument("--tokens", type=int, help="default 32768, as the paper has, on a GPU, and 4096 on a CPU")
     arguments.add_argument("--sweeps", nargs="+", choices=[sweep.letter for sweep in SWEEPS],
                            help="default: all on a GPU, c and e on a CPU")  # fmt: skip

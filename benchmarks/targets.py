@@ -1,95 +1,210 @@
-"""The targets, and what a run measured of them."""
+"""The targets beside what a run measured: met, missed and why, or not to be judged on this machine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import argparse
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from benchmarks import bars, machines, reasons, report
+from benchmarks.machine import has_amx
+from benchmarks.machines import Machine
+from benchmarks.reasons import Reason
 from benchmarks.records import Result, Row
-from benchmarks.shapes import (
-    DECODE,
-    GPU_FINE,
-    GPU_WIDE,
-    LARGE,
-    MOE_SHAPES,
-    SINGLE,
-    SMALL,
-    TOPK_TOKENS,
-    MemoryShape,
-    TopKShape,
-    topk_sweep,
-)
+from benchmarks.shapes import TOPK_TOKENS, topk_sweep
 
-Key = tuple[str, str, str, str]  # device, group, shape, pass
-
-TO_DENSE: dict[Key, dict[str, float]] = {
-    **{("cpu", "moe", str(shape), "fwdbwd"): {"fp32": 1.05, "bf16": 1.20} for shape in LARGE},
-    ("cpu", "moe", str(SMALL), "fwdbwd"): {"fp32": 1.15, "bf16": 1.25},
-    ("cpu", "moe", str(DECODE), "fwd"): {"fp32": 1.5, "bf16": 1.3},
-    ("cpu", "moe", str(SINGLE), "fwd"): {"fp32": 0.9, "bf16": 0.9},
-    ("cpu", "topk", str(TopKShape()), "fwdbwd"): {"fp32": 0.6, "bf16": 0.6},
-    **{
-        ("cpu", group, str(shape), mode): dict.fromkeys(("fp32", "bf16"), 1.15)
-        for group in ("topk", "topk-glu")
-        for tokens in TOPK_TOKENS
-        for shape in topk_sweep(tokens)
-        for mode in ("fwd", "fwdbwd")
-    },
-    # of an H100: 0.75 and 0.6 of the dense network's rate
-    ("cuda", "moe", str(GPU_WIDE), "fwdbwd"): {"bf16": 1 / 0.75},
-    ("cuda", "moe", str(GPU_FINE), "fwdbwd"): {"bf16": 1 / 0.6},
-}
-"""Largest time relative to the row's dense network: of equal compute, or for TopKFFN the one that it replaces."""
-OVER_PEERS: dict[Key, float] = {
-    **{("cpu", group, str(shape), "fwdbwd"): 1.8 for group in ("moe", "moe-glu") for shape in MOE_SHAPES},
-    **{("cpu", group, str(MemoryShape()), "fwdbwd"): 3.0 for group in ("pkm", "pkm-query")},
-}
-"""Smallest speed-up over every peer on a CPU."""
-GPU_OVER_PEERS = 1.0
-"""The same on a GPU, where no shape of the benchmark is to be slower than any peer."""
+TO, PEERS = "time relative to ", "times faster than "
+MET, MISSED, NO_AMX, NOT_TIMED = "met", "missed", "no AMX here", "not timed"
+NOT_EXPLAINED = "not explained"
+SWEEPS = {str(s): f"T={s.T} D={s.D} d_ff={s.F}" for tokens in TOPK_TOKENS for s in topk_sweep(tokens)}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One target beside what was measured; None if it could not be."""
+    """One target beside what was measured.
 
-    row: Row
+    Attributes:
+        group, shape, dtype, mode: of the row, see ``records.Row``.
+        what: is measured.
+        bound: of the target.
+        most: whether it is an upper bound.
+        measured: None where it could not be.
+        status: ``MET``, ``MISSED``, ``NO_AMX`` or ``NOT_TIMED``.
+        on_amx: whether it is a target of machines with matrix units alone.
+    """
+
+    group: str
+    shape: str
+    dtype: str
+    mode: str
     what: str
-    target: str
+    bound: float
+    most: bool
     measured: float | None
-    met: bool
+    status: str
+    on_amx: bool = False
+
+    @property
+    def row(self) -> tuple[str, str, str, str]:
+        """Group, shape, dtype and pass; of a sweep the shape says which k it was."""
+        sweep = SWEEPS.get(self.shape)
+        k = self.shape.rpartition("k=")[2]
+        shape = self.shape if sweep is None else f"{sweep}, every k" + (f" ({k})" if self.measured else "")
+        return self.group, shape, self.dtype, self.mode
+
+    @property
+    def text(self) -> str:
+        """What a reason is found by."""
+        return " ".join((*self.row, self.what))
+
+    @property
+    def met(self) -> bool:
+        """Whether it is."""
+        return self.status == MET
+
+    @property
+    def target(self) -> str:
+        """As text."""
+        digits = 2 if self.most else 1
+        number = f"{self.bound:,}" if isinstance(self.bound, int) else f"{self.bound:.{digits}f}"
+        return f"{'≤' if self.most else '≥'} {number}"
+
+    @property
+    def distance(self) -> float:
+        """How many times the target was missed by; below 1 it was met with room to spare."""
+        if self.measured is None:
+            return float("inf")
+        return self.measured / self.bound if self.most else self.bound / self.measured
 
 
-def verdicts(row: Row) -> Iterator[Verdict]:
-    """The targets of a row."""
-    ours = row.results[0]
-    key = (row.device, row.group, row.shape, row.mode)
-    limit = TO_DENSE.get(key, {}).get(row.dtype)
-    if limit is not None:
-        measured = None if ours.ratio is None else ours.ratio.median
-        met = measured is not None and measured <= limit
-        yield Verdict(row, f"time relative to {row.baseline}", f"≤ {limit:.2f}", measured, met)
-    least = GPU_OVER_PEERS if row.device == "cuda" else OVER_PEERS.get(key)
-    if least is not None:
-        for peer in row.results:
-            if peer.kind == "peer" and (peer.status == "timed" or ours.status != "timed"):
-                measured = speed_up(ours, peer)
-                met = measured is not None and measured >= least
-                yield Verdict(row, f"times faster than {peer.name}", f"≥ {least:.1f}", measured, met)
+def verdicts(row: Row, facts: Mapping[str, str]) -> Iterator[Verdict]:
+    """The targets of a row, on the machine of these facts."""
+    ours, key = row.results[0], (row.device, row.group, row.shape, row.mode)
+    amx = has_amx(facts)
+
+    def judged(what: str, bound: float, measured: float | None, *, most: bool, on_amx: bool = False) -> Verdict:
+        found = Verdict(row.group, row.shape, row.dtype, row.mode, what, bound, most, measured, MET, on_amx)
+        if on_amx and not amx:
+            return replace(found, status=NO_AMX)
+        return found if found.distance <= 1 else replace(found, status=MISSED)
+
+    to_dense = None if ours.ratio is None else ours.ratio.median
+    for limits, on_amx in _limits(facts):
+        if row.dtype in limits.get(key, {}):
+            yield judged(f"{TO}{row.baseline}", limits[key][row.dtype], to_dense, most=True, on_amx=on_amx)
+    for peer in (result for result in row.results if result.kind == "peer"):
+        least = bars.GPU_OVER_PEERS if row.device == "cuda" else bars.OVER_PEERS.get(key)
+        if least is not None and (peer.status == "timed" or ours.status != "timed"):
+            yield judged(f"{PEERS}{peer.name}", least, speed_up(ours, peer), most=False)
+        on_tiles = bars.OVER_PEERS_ON_AMX.get(key, {}).get(peer.name)
+        if on_tiles is not None:
+            found = judged(f"{PEERS}{peer.name}", on_tiles, speed_up(ours, peer), most=False, on_amx=True)
+            yield replace(found, status=NOT_TIMED) if amx and peer.status != "timed" else found
     if row.mode != "fwdbwd":
         return
     if row.saved_bound is not None:
         kept = None if ours.saved is None else ours.saved.elements
-        met = kept is not None and kept <= row.saved_bound
-        yield Verdict(row, "elements kept for backward", f"≤ {row.saved_bound:,}", kept, met)
+        yield judged("elements kept for backward", row.saved_bound, kept, most=True)
     if row.experts_bound is not None:
-        kept = row.experts_kept
-        met = kept is not None and kept <= row.experts_bound
-        yield Verdict(
-            row, "bytes kept by the experts, against SonicMoE's formula", f"≤ {row.experts_bound:,}", kept, met
-        )
+        what = "bytes kept by the experts, against SonicMoE's formula"
+        yield judged(what, row.experts_bound, row.experts_kept, most=True)
+
+
+def _limits(facts: Mapping[str, str]) -> Iterator[tuple[dict[bars.Key, dict[str, float]], bool]]:
+    """Limits relative to dense networks, and whether they hold on AMX alone."""
+    yield bars.TO_DENSE, False
+    yield bars.TO_DENSE_ON_AMX, True
+    if not has_amx(facts):
+        yield bars.TO_DENSE_WITHOUT_AMX.get(facts.get("CPU core", ""), {}), False
 
 
 def speed_up(ours: Result, peer: Result) -> float | None:
     """How many times faster than the peer we are."""
     return None if ours.status != "timed" or peer.slowdown is None else peer.slowdown.median
+
+
+def lines(rows: Iterable[Row], facts: Mapping[str, str]) -> list[Verdict]:
+    """The verdicts of a table: of a row's peers the nearest, of a sweep of TopKFFN the worst k."""
+    found: dict[tuple[object, ...], Verdict] = {}
+    for row in rows:
+        for verdict in verdicts(row, facts):
+            what = PEERS if verdict.what.startswith(PEERS) and not verdict.on_amx else verdict.what
+            key = (row.group, SWEEPS.get(row.shape, row.shape), row.dtype, row.mode, what, verdict.target)
+            if key not in found or verdict.distance > found[key].distance:
+                found[key] = verdict
+    return list(found.values())
+
+
+def of_machine(machine: Machine) -> list[Verdict]:
+    """All lines of a machine; for a row of a CPU that it did not run, that it did not."""
+    rows = [row for part in machine.reports for row in machine.rows(part)]
+    there = {(row.device, row.group, row.shape, row.mode, row.dtype) for row in rows}
+    absent = [
+        Verdict(group, shape, dtype, mode, f"{TO}its dense network", bound, True, None, NOT_TIMED)
+        for limits, _ in _limits(machine.facts)
+        for (device, group, shape, mode), of_dtype in limits.items()
+        for dtype, bound in of_dtype.items()
+        if device == machine.device == "cpu" and (device, group, shape, mode, dtype) not in there
+    ]
+    absent += [
+        Verdict(group, shape, "bf16", mode, f"{PEERS}{peer}", bound, False, None, NOT_TIMED)
+        for (device, group, shape, mode), of_peer in bars.OVER_PEERS_ON_AMX.items()
+        for peer, bound in of_peer.items()
+        if device == machine.device and (device, group, shape, mode, "bf16") not in there
+    ]
+    unique = {(v.group, SWEEPS.get(v.shape, v.shape), v.dtype, v.mode, v.what, v.target): v for v in absent}
+    return [*lines(rows, machine.facts), *unique.values()]
+
+
+def table(found: Sequence[Verdict], facts: Mapping[str, str]) -> tuple[report.Table, list[Reason]]:
+    """Each target beside what was measured; a missed one has the number of its reason in the list, from 1 on."""
+    header = ("", "shape", "dtype", "pass", "what", "target", "measured", "")
+    body, given = [], list[Reason]()
+    for verdict in found:
+        status = verdict.status
+        if status == MISSED:
+            reason = reasons.find(verdict.text, facts)
+            if reason is not None and reason not in given:
+                given.append(reason)
+            status += f": {NOT_EXPLAINED if reason is None else given.index(reason) + 1}"
+        body.append([*verdict.row, verdict.what, verdict.target, _number(verdict.measured), status])
+    return (header, body), given
+
+
+def _number(measured: float | None) -> str:
+    return "-" if measured is None else f"{measured:,}" if isinstance(measured, int) else f"{measured:.2f}"
+
+
+def counted(found: Sequence[Verdict]) -> str:
+    """How many were met, and what became of the others."""
+    count = Counter(verdict.status for verdict in found)
+    return ", ".join(f"{count[status]} {status}" for status in (MET, MISSED, NO_AMX, NOT_TIMED) if count[status])
+
+
+def summary(found: Sequence[Verdict], facts: Mapping[str, str]) -> str:
+    """For the terminal; empty without targets."""
+    if not found:
+        return ""
+    judged, given = table(found, facts)
+    why = "".join(f"\n{i:3}. {reason.why} Run: {reason.command}" for i, reason in enumerate(given, 1))
+    return f"Targets: {counted(found)}\n\n{report.text(judged)}\n{why}".rstrip()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    words = "folders of machines, as benchmarks/results is; default: what make bench wrote"
+    arguments.add_argument("results", nargs="*", type=Path, default=[Path("runs/bench")], help=words)
+    options = arguments.parse_args(argv)
+    found = machines.load(options.results)
+    if not found:
+        raise SystemExit(f"no JSON of a machine in {', '.join(map(str, options.results))}: run make bench")
+    for machine in found:
+        print(f"\n{machine.title}; 16-bit instructions: {machine.instructions}")
+        print(summary(of_machine(machine), machine.facts))
+
+
+if __name__ == "__main__":
+    main()

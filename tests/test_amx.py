@@ -93,11 +93,11 @@ SIZES = (
 """D, G, O: steps of 32 along each sum, blocks of 1024, panels of 16 and 32 columns."""
 
 
-def operands(d: int, g: int, o: int, glu: bool) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Tensors of a call in bf16, its index, and the gradient of its output."""
+def operands(d: int, g: int, o: int, glu: bool, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Tensors of a call in 16 bits, its index, and the gradient of its output."""
 
     def numbers(*shape: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(shape)).bfloat16()
+        return (scale * torch.randn(shape)).to(dtype)
 
     index = torch.arange(len(ROWS)).repeat_interleave(torch.tensor(ROWS)).unsqueeze(1)
     index = index[torch.randperm(len(index))]
@@ -131,7 +131,8 @@ def assert_nothing_else_is_read(
 def sweep() -> None:
     torch.manual_seed(0)
     for i, size in enumerate(SIZES):
-        tensors, index, dy = operands(*size, glu=i % 2 == 1)
+        dtype = torch.float16 if i % 3 == 2 else torch.bfloat16
+        tensors, index, dy = operands(*size, glu=i % 2 == 1, dtype=dtype)
         with sf.backend("reference"):
             expected = step({name: tensor.double() for name, tensor in tensors.items()}, index, dy.double())
         results = []
@@ -142,7 +143,7 @@ def sweep() -> None:
             assert_nothing_else_is_read(tensors, index, dy, results[0])
         for name, exact in expected.items():
             error = (results[0][name].double() - exact).norm() / exact.norm().clamp_min(1e-3)
-            assert error < 1e-2, (size, name, error)
+            assert error < (2e-3 if dtype == torch.float16 else 1e-2), (size, name, error)
             assert all(torch.equal(other[name], results[0][name]) for other in results), (size, name)
     print(cpu.instruction_set(), len(SIZES))
 
@@ -154,18 +155,23 @@ CHECK = """
 #include "amx_check.h"
 #include <cstdio>
 namespace sparse_ffn { void* scratch(Buffer, unsigned long) { return nullptr; } }
-int main() { puts(sparse_ffn::SPARSE_FFN_ISA_NAME::tiles_work() ? "works" : "does not"); }
+using namespace sparse_ffn::SPARSE_FFN_ISA_NAME;
+int main() { printf("%d %d", tiles_work(), tiles_multiply_fp16()); }
 """
 FAULTS = {
     "none": ("", ""),
     "half of each pair is left out": ("(low + high)", "(low + low)"),
-    "pairs are the other way round in one operand": ("low = fma(low_half(pair)", "low = fma(high_half(pair)"),
+    "of bf16 pairs are the other way round in one operand": ("low = fma(low_half(pair)", "low = fma(high_half(pair)"),
+    "of fp16 pairs are the other way round in one operand": ("fma(low_half_fp16(pair),",
+                                                             "fma(low_half_fp16(pair >> 16),"),
+    "of fp16 the subnormal numbers count as zero": ("to_float(fp16{static_cast<uint16_t>(pairs[i])})",
+                                                    "pairs[i] & 0x7c00 ? to_float(fp16{uint16_t(pairs[i])}) : 0"),
     "the stride of loads is in words": ("reinterpret_cast<const char*>(p) + r * stride", "p + r * stride"),
     "stores have one row too few": ("for (int r = 0; r < kTileSide; r++) memcpy(reinterpret_cast<char*>(p)",
                                     "for (int r = 1; r < kTileSide; r++) memcpy(reinterpret_cast<char*>(p)"),
     "sums are not added up": ("c[m] + (low + high)", "low + high"),
-    "A and B are exchanged": ("tile_dot<0, 4, 6>", "tile_dot<0, 6, 4>"),
-    "a tile is taken for another": ("tile_dot<2, 5, 6>", "tile_dot<2, 5, 7>"),
+    "A and B are exchanged": ("tile_dot<kFp16, 0, 4, 6>", "tile_dot<kFp16, 0, 6, 4>"),
+    "a tile is taken for another": ("tile_dot<kFp16, 2, 5, 6>", "tile_dot<kFp16, 2, 5, 7>"),
 }  # fmt: skip
 
 
@@ -187,7 +193,8 @@ def test_the_check_of_a_processor_sees_every_fault(fault: str, tmp_path: Path) -
     name = "-DSPARSE_FFN_ISA_NAME=amx_emulated"
     result = run(COMPILER, *flags, name, folder / "check.cpp", folder / "tile.cpp", "-o", tmp_path / "check")
     assert result.returncode == 0, result.stderr
-    assert run(tmp_path / "check").stdout.strip() == ("works" if fault == "none" else "does not")
+    bf16, fp16 = fault == "none" or "fp16" in fault, fault == "none" or "bf16" in fault
+    assert run(tmp_path / "check").stdout.split() == [str(int(bf16)), str(int(fp16))]
 
 
 # ---------------------------------------------------------------------------------------------- the real instructions

@@ -45,9 +45,12 @@ template <int kTile> static ALWAYS_INLINE void tile_load(const float* p, int64_t
 template <int kTile> static ALWAYS_INLINE void tile_store(float* p, int64_t stride) {
   asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(kTile), "r"(p), "r"(stride) : "memory");
 }
-// C[m][n] += sum over pairs k of A[m][k] . B[k][n]; numbers below the smallest normal one count as zero.
-template <int kC, int kA, int kB> static ALWAYS_INLINE void tile_dot() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
+// C[m][n] += sum over pairs k of A[m][k] . B[k][n]; sums, and numbers of bf16, below the smallest normal one count as zero.
+template <bool kFp16, int kC, int kA, int kB> static ALWAYS_INLINE void tile_dot() {
+  if constexpr (kFp16)  // tdpfp16ps, which few assemblers know
+    asm volatile(".byte 0xc4, 0xe2, %c0, 0x5c, %c1" ::"i"((15 - kB) << 3 | 3), "i"(0xc0 | kC << 3 | kA));
+  else
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
 }
 
 SPARSE_FFN_END

@@ -37,8 +37,13 @@ static ALWAYS_INLINE V without_subnormals(VI bits) {
 }
 static ALWAYS_INLINE V low_half(VI pairs) { return without_subnormals(pairs << 16); }
 static ALWAYS_INLINE V high_half(VI pairs) { return without_subnormals(pairs & static_cast<int32_t>(0xffff0000)); }
+static ALWAYS_INLINE V low_half_fp16(VI pairs) {
+  V v{};
+  for (int i = 0; i < VL; i++) v[i] = to_float(fp16{static_cast<uint16_t>(pairs[i])});
+  return v;
+}
 // The two numbers of a pair have sums of their own, as on AMX; their rounding is that of fused multiplications there.
-template <int kC, int kA, int kB> static void tile_dot() {
+template <bool kFp16, int kC, int kA, int kB> static void tile_dot() {
   V* c = emulated_tile<kC>();
   const V *a = emulated_tile<kA>(), *b = emulated_tile<kB>();
   for (int m = 0; m < kTileSide; m++) {
@@ -46,8 +51,13 @@ template <int kC, int kA, int kB> static void tile_dot() {
     V low = zero(), high = zero();
     for (int k = 0; k < kTileSide; k++) {
       const VI pair = VI{} + pairs[k], other = reinterpret_cast<VI>(b[k]);
-      low = fma(low_half(pair), low_half(other), low);
-      high = fma(high_half(pair), high_half(other), high);
+      if constexpr (kFp16) {
+        low = fma(low_half_fp16(pair), low_half_fp16(other), low);
+        high = fma(low_half_fp16(pair >> 16), low_half_fp16(other >> 16), high);
+      } else {
+        low = fma(low_half(pair), low_half(other), low);
+        high = fma(high_half(pair), high_half(other), high);
+      }
     }
     c[m] = without_subnormals(reinterpret_cast<VI>(c[m] + (low + high)));
   }

@@ -43,9 +43,12 @@ bool amx_permitted() {
   return processor_has_tiles() && system_saves_tiles() && !syscall(SYS_arch_prctl, kRequestPermission, kTileData);
 }
 
+bool amx_has_fp16() { return Leaf(7, 1).a >> 21 & 1; }
+
 }  // namespace sparse_ffn
 #else
 namespace sparse_ffn {
 bool amx_permitted() { return false; }
+bool amx_has_fp16() { return false; }
 }  // namespace sparse_ffn
 #endif

@@ -139,14 +139,14 @@ static int backward(const sparse_ffn_cvmm& p, const T* dout, int64_t dout_stride
 }
 
 int cvmm_forward(const sparse_ffn_cvmm& p, void* out) {
-  return with_dtype(p.dtype, [&](auto example) { return forward(p, static_cast<decltype(example)*>(out)); });
+  return with_packed_dtype(p.dtype, [&](auto example) { return forward(p, static_cast<decltype(example)*>(out)); });
 }
 int cvmm_backward(const sparse_ffn_cvmm& p, const void* dout, int64_t dout_stride, void* dx, void* dw, float* dscale) {
   const auto run = [&](auto example) {
     using T = decltype(example);
     return backward<T>(p, static_cast<const T*>(dout), dout_stride, static_cast<T*>(dx), static_cast<T*>(dw), dscale);
   };
-  return with_dtype(p.dtype, run);
+  return with_packed_dtype(p.dtype, run);
 }
 
 SPARSE_FFN_END

@@ -170,7 +170,7 @@ int experts_backward(const sparse_ffn_experts& p, const void* dout, int64_t dout
     return backward<T>(p, static_cast<const T*>(dout), dout_stride, static_cast<const T*>(saved_up),
                        static_cast<const T*>(saved_glu_gate), grad, nullptr);
   };
-  return with_dtype(p.dtype, run);
+  return with_packed_dtype(p.dtype, run);
 }
 
 int moe_backward(const sparse_ffn_experts& p, const sparse_ffn_router& r, const void* dout, int64_t dout_stride,

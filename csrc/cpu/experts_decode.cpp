@@ -131,9 +131,8 @@ template <class T> static int decode(const sparse_ffn_experts& p, T* out) {
 #pragma omp parallel num_threads(larger(1, p.n_threads))
   {
     const int64_t t = thread_index(), n = thread_count();
-    const int64_t g_step = 4, g_groups = ceil_div(p.G, g_step), vectors = ceil_div(p.O, VL);
-    const int64_t g0 = lesser(p.G, g_groups * t / n * g_step), g1 = lesser(p.G, g_groups * (t + 1) / n * g_step);
-    const int64_t n0 = lesser(p.O, vectors * t / n * VL), n1 = lesser(p.O, vectors * (t + 1) / n * VL);
+    const int64_t g0 = first_unit(p.G, t, n), g1 = first_unit(p.G, t + 1, n);
+    const int64_t n0 = first_column(p.O, t, n), n1 = first_column(p.O, t + 1, n);
     float* pa = scratch_of<float>(kBufferA, row_panel_size<T, kDirectProduct<T>>(p.G));
     float* tail = scratch_of<float>(kBufferB, kKBlock * VL);
     float* c = scratch_of<float>(kBufferC, 2 * kMr * p.G + VL);

@@ -68,7 +68,7 @@ template <class T> static int forward(const sparse_ffn_experts& p, T* out, T* sa
 }
 
 int experts_forward(const sparse_ffn_experts& p, void* out, void* saved_up, void* saved_glu_gate) {
-  return with_dtype(p.dtype, [&](auto example) {
+  return with_packed_dtype(p.dtype, [&](auto example) {
     using T = decltype(example);
     return forward(p, static_cast<T*>(out), static_cast<T*>(saved_up), static_cast<T*>(saved_glu_gate));
   });

@@ -1,9 +1,10 @@
 // gemm_outer.cpp - see gemm_outer.h.
 #include "gemm_outer.h"
 
+#include "split.h"
+
 SPARSE_FFN_BEGIN
 
-constexpr int64_t kOuterColumns = 256;  // columns of out per piece of work
 constexpr int64_t kGroup = 4 * kNr;      // columns of B packed at once: gathered rows are read in pieces of 512 bytes
 
 // Rows per pass: a panel of B (32 KB) then stays in L1 while all of A passes by.
@@ -98,10 +99,10 @@ static void outer_piece(const OuterGemm<T>& g, int64_t e, const T* a, T* out, in
 template <class T> bool run_outer_gemm(const OuterGemm<T>& g) {
   if (!g.E || !g.M || !g.N) return true;
   const int64_t threads = larger(1, g.n_threads);
-  const int64_t vectors = ceil_div(g.N, VL);
-  int64_t blocks = ceil_div(g.N, kOuterColumns);
-  if (g.E * blocks < 4 * threads) blocks = lesser(vectors, ceil_div(4 * threads, g.E));  // few experts: cut finer
-  const int64_t most_columns = ceil_div(vectors, blocks) * VL;
+  int32_t* first_piece = scratch_of<int32_t>(kBufferIndex, g.E + 1);
+  if (!first_piece) return false;
+  int64_t most_columns;
+  const OuterSplit split = split_outer(g.N, g.offsets, g.E, threads, first_piece, &most_columns);
   for (int i = 0; i < 2; i++)
     if (g.out[i]) advise_huge_pages(g.out[i], static_cast<size_t>(g.E * g.M * g.N) * sizeof(T));
   int failed = 0;
@@ -118,10 +119,9 @@ template <class T> bool run_outer_gemm(const OuterGemm<T>& g) {
       failed = 1;
     }
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t u = 0; u < g.E * blocks; u++) {
+    for (int64_t u = 0; u < split.pieces(); u++) {
       if (!ready) continue;
-      const int64_t e = u / blocks, block = u % blocks;
-      const int64_t n0 = vectors * block / blocks * VL, n1 = lesser(g.N, vectors * (block + 1) / blocks * VL);
+      const int64_t e = split.expert(u), n0 = split.first_column(u, e), n1 = split.last_column(u, e);
       if (g.out[0]) outer_piece(g, e, g.a, g.out[0], n0, n1, pa, pb, c, &next);
       if (g.out[1]) outer_piece(g, e, g.a + g.M, g.out[1], n0, n1, pa, pb, c, &next);
       drain_streams();
@@ -130,8 +130,10 @@ template <class T> bool run_outer_gemm(const OuterGemm<T>& g) {
   return !failed;
 }
 
-template bool run_outer_gemm(const OuterGemm<float>&);
-template bool run_outer_gemm(const OuterGemm<bf16>&);
-template bool run_outer_gemm(const OuterGemm<fp16>&);
+#define SPARSE_FFN_DEFINE(T) template bool run_outer_gemm(const OuterGemm<T>&);
+SPARSE_FFN_DEFINE(float)
+SPARSE_FFN_DEFINE(bf16)
+SPARSE_FFN_DEFINE(fp16)
+SPARSE_FFN_WITH_TILED(SPARSE_FFN_DEFINE)
 
 SPARSE_FFN_END

@@ -24,8 +24,11 @@ template <class T> struct OuterGemm {
 
 // False when out of memory.
 template <class T> bool run_outer_gemm(const OuterGemm<T>&);
-extern template bool run_outer_gemm(const OuterGemm<float>&);
-extern template bool run_outer_gemm(const OuterGemm<bf16>&);
-extern template bool run_outer_gemm(const OuterGemm<fp16>&);
+#define SPARSE_FFN_DECLARE(T) extern template bool run_outer_gemm(const OuterGemm<T>&);
+SPARSE_FFN_DECLARE(float)
+SPARSE_FFN_DECLARE(bf16)
+SPARSE_FFN_DECLARE(fp16)
+SPARSE_FFN_WITH_TILED(SPARSE_FFN_DECLARE)
+#undef SPARSE_FFN_DECLARE
 
 SPARSE_FFN_END

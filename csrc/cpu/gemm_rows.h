@@ -2,7 +2,7 @@
 // Threads own rows. Used where the result stays in expert order: the up-projection, and the gradient of the hidden units.
 #pragma once
 #include "line_queue.h"
-#include "pack.h"
+#include "split.h"
 #include "threads.h"
 
 SPARSE_FFN_BEGIN
@@ -158,14 +158,11 @@ static void queue_next(const RowGemm<T>& g, int64_t e, int64_t s, int64_t i, int
 // finish(expert, s, row): row holds the products of sorted position s. False when out of memory.
 template <class T, class Finisher> static bool run_row_gemm(const RowGemm<T>& g, const Finisher& finish) {
   const int64_t k_words = words<T>(g.K), c_stride = g.matrices() * g.padded();
-  int64_t panels = 0;
-  for (int64_t e = 0; e < g.E; e++) panels += ceil_div(g.offsets[e + 1] - g.offsets[e], kPanelRows<T>);
+  const int64_t panels = count_panels<T>(g.offsets, g.E);
   int failed = 0;
   const int threads = static_cast<int>(larger<int64_t>(1, lesser<int64_t>(g.n_threads, panels)));
 #pragma omp parallel num_threads(threads)
   {
-    const int64_t t = thread_index(), n = thread_count();
-    const int64_t first_panel = panels * t / n, last_panel = panels * (t + 1) / n;
     const TilesInUse<T> tiles;
     float* pa = scratch_of<float>(kBufferA, kPanels<T> * panel_size<T>(g.K));
     float* pb = scratch_of<float>(kBufferB, c_stride * k_words);
@@ -176,12 +173,9 @@ template <class T, class Finisher> static bool run_row_gemm(const RowGemm<T>& g,
 #pragma omp atomic write
       failed = 1;
     } else {
-      int64_t before = 0;
-      for (int64_t e = 0; e < g.E && before < last_panel; e++) {
-        const int64_t rows = g.offsets[e + 1] - g.offsets[e], count = ceil_div(rows, kPanelRows<T>);
-        const int64_t lo = larger<int64_t>(0, first_panel - before), hi = lesser(count, last_panel - before);
-        before += count;
-        if (lo >= hi) continue;
+      share_panels<T>(g.offsets, g.E, panels, thread_index(), thread_count(), [&](int64_t e, int64_t lo, int64_t hi,
+                                                                                  int64_t count) {
+        const int64_t rows = g.offsets[e + 1] - g.offsets[e];
         const bool packed = rows >= kPackMinRows<T>;
         if (packed)
           for (int64_t m = 0; m < g.matrices(); m++)
@@ -206,7 +200,7 @@ template <class T, class Finisher> static bool run_row_gemm(const RowGemm<T>& g,
           }
           for (int r = 0; r < mr; r++) finish(e, s0 + r, c + r * c_stride);
         }
-      }
+      });
     }
   }
   return !failed;

@@ -1,10 +1,11 @@
 // gemm_scatter.cpp - see gemm_scatter.h.
 #include "gemm_scatter.h"
 
+#include "split.h"
+
 SPARSE_FFN_BEGIN
 
 constexpr int64_t kRowBlock = 32 * kMr;          // rows of an expert copied (if they must be) at a time: whole panels
-constexpr int64_t kAccBytes = int64_t{1} << 20;  // of the compact output block: half of a 2 MB L2
 
 // First position in [lo, hi) whose output row is >= row.
 static inline int64_t first_at_least(const int32_t* scatter, int64_t lo, int64_t hi, int64_t row) {
@@ -257,22 +258,10 @@ template <class T> bool run_scatter_gemm(const ScatterGemm<T>& g) {
   if (!g.rows_out || !g.N) return true;
   advise_huge_pages(g.out, static_cast<size_t>(g.rows_out * g.out_stride) * sizeof(T));
   const int64_t threads = larger(1, g.n_threads);
-  const int64_t vectors = ceil_div(g.N, VL);
-  // A block of c columns reads every row of A once, a chunk of tokens packs every weight once: with r rows per expert and
-  // chunk the overhead goes as 1/c + 1/r, and c * tokens is what fits in L2.
-  int64_t chunks = 1;
-  const auto columns_that_fit = [&](int64_t n) {
-    return lesser(vectors, larger<int64_t>(2, kAccBytes / (4 * VL * ceil_div(g.rows_out, n))));
-  };
-  if (g.scatter_ascends)
-    while (columns_that_fit(chunks) < vectors && columns_that_fit(chunks) * VL < g.offsets[g.E] / g.E / chunks)
-      chunks *= 2;
-  int64_t blocks = ceil_div(vectors, columns_that_fit(chunks));
-  if (chunks % threads) blocks = lesser(vectors, round_up(blocks, threads));  // an equal share for each thread
-  if (g.scatter_ascends && chunks * blocks < threads) chunks = lesser(g.rows_out, ceil_div(threads, blocks));
-  const int64_t most_columns = ceil_div(vectors, blocks) * VL, most_rows = ceil_div(g.rows_out, chunks);
+  const ScatterSplit split = split_scatter(g.rows_out, g.N, g.offsets[g.E], g.E, g.scatter_ascends, threads);
+  const int64_t most_columns = split.most_columns(), most_rows = split.most_rows();
   int failed = 0;
-#pragma omp parallel num_threads(static_cast<int>(lesser(threads, chunks * blocks)))
+#pragma omp parallel num_threads(static_cast<int>(lesser(threads, split.pieces())))
   {
     const int64_t row_words = larger(g.matrices() * words<T>(g.K), words<T>(g.extra_K));
     const TilesInUse<T> tiles;
@@ -289,11 +278,9 @@ template <class T> bool run_scatter_gemm(const ScatterGemm<T>& g) {
       failed = 1;
     }
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t u = 0; u < chunks * blocks; u++) {
+    for (int64_t u = 0; u < split.pieces(); u++) {
       if (!ready) continue;
-      const int64_t chunk = u / blocks, block = u % blocks;
-      scatter_block(g, g.rows_out * chunk / chunks, g.rows_out * (chunk + 1) / chunks,
-                    vectors * block / blocks * VL, lesser(g.N, vectors * (block + 1) / blocks * VL), pa, pb, made,
+      scatter_block(g, split.first_row(u), split.last_row(u), split.first_column(u), split.last_column(u), pa, pb, made,
                     acc, &next);
     }
   }
@@ -307,5 +294,6 @@ template <class T> bool run_scatter_gemm(const ScatterGemm<T>& g) {
 SPARSE_FFN_DEFINE(float)
 SPARSE_FFN_DEFINE(bf16)
 SPARSE_FFN_DEFINE(fp16)
+SPARSE_FFN_WITH_TILED(SPARSE_FFN_DEFINE)
 
 SPARSE_FFN_END

@@ -53,6 +53,7 @@ void scatter_direct(int mr, int64_t k, int64_t columns, const float* pa, const T
 SPARSE_FFN_DECLARE(float)
 SPARSE_FFN_DECLARE(bf16)
 SPARSE_FFN_DECLARE(fp16)
+SPARSE_FFN_WITH_TILED(SPARSE_FFN_DECLARE)
 #undef SPARSE_FFN_DECLARE
 
 SPARSE_FFN_END

@@ -6,7 +6,7 @@ SPARSE_FFN_BEGIN
 
 // Units of 32 bits that hold k elements of T in an operand for this product.
 template <class T, Product kProduct = kPackedProduct<T>> static ALWAYS_INLINE int64_t words(int64_t k) {
-  if constexpr (kProduct == Product::kTiles) return round_up(ceil_div(k, 2), kTileSide);
+  if constexpr (on_tiles(kProduct)) return round_up(ceil_div(k, 2), kTileSide);
   return kProduct == Product::kPaired ? ceil_div(k, 2) : k;
 }
 
@@ -18,27 +18,27 @@ template <class T> static ALWAYS_INLINE void widen(float* dst, const T* src, int
 }
 
 // VL pairs of neighbours in a row of which n elements are left; past the end they are zero.
-static ALWAYS_INLINE V load_pairs(const bf16* p, int64_t n) {
+template <class T> static ALWAYS_INLINE V load_pairs(const T* p, int64_t n) {
   if (n >= 2 * VL) return load(reinterpret_cast<const float*>(p));
 #if defined(__AVX512F__)
   const __mmask32 lanes = n > 0 ? (__mmask32{1} << n) - 1 : 0;
   return V(_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(lanes, p)));
 #else
   alignas(64) uint16_t elements[2 * VL] = {};
-  if (n > 0) memcpy(elements, p, static_cast<size_t>(n) * sizeof(bf16));
+  if (n > 0) memcpy(elements, p, static_cast<size_t>(n) * sizeof(T));
   return load(reinterpret_cast<const float*>(elements));
 #endif
 }
 
 // VL columns, of which n are left, of two rows as pairs, a's in the low halves. The rest and a null row are zero. Each row
 // is scaled first when scale is not null.
-static ALWAYS_INLINE V pair_rows(const bf16* a, const bf16* b, int64_t n, const float* scale) {
+template <class T> static ALWAYS_INLINE V pair_rows(const T* a, const T* b, int64_t n, const float* scale) {
 #if defined(__AVX512F__)
   const __mmask16 lanes = n >= VL ? 0xffff : n > 0 ? first(static_cast<int>(n)) : 0;
   __m256i low = _mm256_maskz_loadu_epi16(a ? lanes : 0, a), high = _mm256_maskz_loadu_epi16(b ? lanes : 0, b);
   if (scale) {
-    if (a) low = narrow_bf16(widen_bf16(low) * scale[0]);
-    if (b) high = narrow_bf16(widen_bf16(high) * scale[1]);
+    if (a) low = narrow(a, widen(a, low) * scale[0]);
+    if (b) high = narrow(b, widen(b, high) * scale[1]);
   }
   return V(_mm512_castsi512_ps(
       _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16))));
@@ -47,7 +47,7 @@ static ALWAYS_INLINE V pair_rows(const bf16* a, const bf16* b, int64_t n, const 
   for (int i = 0; i < 2; i++)
     if (const bf16* row = i ? b : a)
       for (int64_t j = 0; j < lesser<int64_t>(n, VL); j++) {
-        bf16 v = row[j];
+        T v = row[j];
         if (scale) from_float(to_float(v) * scale[i], &v);
         pairs[2 * j + i] = v.bits;
       }

@@ -310,7 +310,7 @@ template <class T, int kBits> static int product(const sparse_ffn_quantized& q, 
 }
 
 int quantized_cvmm(const sparse_ffn_quantized& q, void* out) {
-  return with_dtype(q.cvmm.dtype, [&](auto example) {
+  return with_packed_dtype(q.cvmm.dtype, [&](auto example) {
     using T = decltype(example);
     return q.codes.bits == 4 ? product<T, 4>(q, static_cast<T*>(out)) : product<T, 8>(q, static_cast<T*>(out));
   });

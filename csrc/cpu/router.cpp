@@ -218,5 +218,8 @@ const T* score_gradient(const sparse_ffn_experts& p, const RouterGradient& g, co
 template const float* score_gradient<float>(const sparse_ffn_experts&, const RouterGradient&, const float*);
 template const bf16* score_gradient<bf16>(const sparse_ffn_experts&, const RouterGradient&, const float*);
 template const fp16* score_gradient<fp16>(const sparse_ffn_experts&, const RouterGradient&, const float*);
+#if defined(SPARSE_FFN_AMX)
+template const tiled_fp16* score_gradient<tiled_fp16>(const sparse_ffn_experts&, const RouterGradient&, const float*);
+#endif
 
 SPARSE_FFN_END

@@ -6,6 +6,7 @@
 #include <cstring>
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace sparse_ffn {
@@ -28,6 +29,13 @@ struct Buffers {
 };
 thread_local Buffers buffers;
 
+#if defined(__linux__) && defined(MADV_POPULATE_WRITE)
+bool several_memory_nodes() {
+  static const bool several = !access("/sys/devices/system/node/node1", F_OK);
+  return several;
+}
+#endif
+
 }  // namespace
 
 void advise_huge_pages(void* p, size_t bytes) {
@@ -38,8 +46,9 @@ void advise_huge_pages(void* p, size_t bytes) {
   // advice only: failure is harmless
   madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #if defined(MADV_POPULATE_WRITE)
-  // All pages in one call: threads that fault side by side wait for each other.
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_POPULATE_WRITE);
+  // All pages in one call: threads that fault side by side wait for each other. Of several nodes each page is to lie with the
+  // thread that writes it.
+  if (!several_memory_nodes()) madvise(reinterpret_cast<void*>(first), last - first, MADV_POPULATE_WRITE);
 #endif
 #else
   (void)p;

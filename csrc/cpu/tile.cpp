@@ -79,7 +79,7 @@ static void tile(int, int64_t k_words, const float* a, int64_t a_stride, const f
 
 #if defined(SPARSE_FFN_AMX)
 // M x N tiles of C, numbered 0 to 3, in two's of A (4, 5) and B (6, 7).
-template <Finish kFinish, Layout kLayout, int M, int N>
+template <bool kFp16, Finish kFinish, Layout kLayout, int M, int N>
 static void matrix_tile(int mr, int64_t k_words, const float* a, int64_t a_stride, const float* b, const TileOut& out,
                         Lines lines) {
   constexpr bool kPacked = kLayout == Layout::kTiles;
@@ -100,16 +100,16 @@ static void matrix_tile(int mr, int64_t k_words, const float* a, int64_t a_strid
   for (int64_t k = 0; k < k_words; k += kTileSide, a += step, b += kTileSide * N * VL) {
     tile_load<6>(b, N * kTileBytes);
     tile_load<4>(a, row);
-    tile_dot<0, 4, 6>();
+    tile_dot<kFp16, 0, 4, 6>();
     if constexpr (N > 1) {
       tile_load<7>(b + VL, N * kTileBytes);
-      tile_dot<1, 4, 7>();
+      tile_dot<kFp16, 1, 4, 7>();
     }
     if constexpr (M > 1) {
       tile_load<5>(a + second, row);
-      tile_dot<2, 5, 6>();
+      tile_dot<kFp16, 2, 5, 6>();
     }
-    if constexpr (M > 1 && N > 1) tile_dot<3, 5, 7>();
+    if constexpr (M > 1 && N > 1) tile_dot<kFp16, 3, 5, 7>();
   }
   alignas(64) float c[M * kTileSide][N * VL];
   tile_store<0>(c[0], N * kTileBytes);
@@ -123,10 +123,17 @@ static void matrix_tile(int mr, int64_t k_words, const float* a, int64_t a_strid
   }
 }
 
-template <Finish kFinish, Layout kLayout> static TileFn matrix_tile_for(int mr, int64_t columns) {
+template <bool kFp16, Finish kFinish, Layout kLayout> static TileFn matrix_tile_for(int mr, int64_t columns) {
   if (columns > VL)
-    return mr > kTileSide ? matrix_tile<kFinish, kLayout, 2, 2> : matrix_tile<kFinish, kLayout, 1, 2>;
-  return mr > kTileSide ? matrix_tile<kFinish, kLayout, 2, 1> : matrix_tile<kFinish, kLayout, 1, 1>;
+    return mr > kTileSide ? matrix_tile<kFp16, kFinish, kLayout, 2, 2> : matrix_tile<kFp16, kFinish, kLayout, 1, 2>;
+  return mr > kTileSide ? matrix_tile<kFp16, kFinish, kLayout, 2, 1> : matrix_tile<kFp16, kFinish, kLayout, 1, 1>;
+}
+template <bool kFp16> static TileFn find_matrix_tile(Finish finish, Layout layout, int mr, int64_t columns) {
+  if (finish == Finish::kScatter)
+    return layout == Layout::kRows ? matrix_tile_for<kFp16, Finish::kScatter, Layout::kRows>(mr, columns)
+                                   : matrix_tile_for<kFp16, Finish::kScatter, Layout::kTiles>(mr, columns);
+  return finish == Finish::kAdd ? matrix_tile_for<kFp16, Finish::kAdd, Layout::kTiles>(mr, columns)
+                                : matrix_tile_for<kFp16, Finish::kStore, Layout::kTiles>(mr, columns);
 }
 #endif
 
@@ -209,13 +216,8 @@ template <Finish kFinish, Layout kLayout> static TileFn tile_for(Product product
 TileFn find_tile(Finish finish, Layout layout, Product product, int mr, int64_t columns) {
   // Those of the combinations that are in use.
 #if defined(SPARSE_FFN_AMX)
-  if (product == Product::kTiles) {
-    if (finish == Finish::kScatter)
-      return layout == Layout::kRows ? matrix_tile_for<Finish::kScatter, Layout::kRows>(mr, columns)
-                                     : matrix_tile_for<Finish::kScatter, Layout::kTiles>(mr, columns);
-    return finish == Finish::kAdd ? matrix_tile_for<Finish::kAdd, Layout::kTiles>(mr, columns)
-                                  : matrix_tile_for<Finish::kStore, Layout::kTiles>(mr, columns);
-  }
+  if (product == Product::kTiles) return find_matrix_tile<false>(finish, layout, mr, columns);
+  if (product == Product::kTilesFp16) return find_matrix_tile<true>(finish, layout, mr, columns);
 #endif
   if (finish == Finish::kScatter)
     return layout == Layout::kRows ? tile_for<Finish::kScatter, Layout::kRows>(product, mr, columns)
@@ -242,5 +244,8 @@ template <class T> DirectFn<T> find_direct(int mr, int nv) {
 template DirectFn<float> find_direct<float>(int, int);
 template DirectFn<bf16> find_direct<bf16>(int, int);
 template DirectFn<fp16> find_direct<fp16>(int, int);
+#if defined(SPARSE_FFN_AMX)
+template DirectFn<tiled_fp16> find_direct<tiled_fp16>(int, int);
+#endif
 
 SPARSE_FFN_END

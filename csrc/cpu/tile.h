@@ -4,7 +4,8 @@
 // Paired: one word is two neighbouring bf16 k, multiplied by vdpbf16ps. Which one bf16 uses is a matter of the CPU:
 // on AMD Zen4 vdpbf16ps does twice the work of an fp32 FMA, on Intel Sapphire Rapids half of it (measured), so there
 // are two AVX-512 builds and dispatch.cpp chooses. In the build for AMX packed bf16 words are pairs too, multiplied by
-// matrix tiles and padded with zeros to whole tiles along k; rows that are too few to be packed are widened there.
+// matrix tiles and padded with zeros to whole tiles along k; rows that are too few to be packed are widened there. Where the
+// tiles multiply fp16 too, its storage type is tiled_fp16.
 #pragma once
 #include "amx.h"
 #include "vec.h"
@@ -12,16 +13,18 @@
 SPARSE_FFN_BEGIN
 
 // How packed operands of T are multiplied, and those that are not packed.
-enum class Product { kPlain, kPaired, kTiles };
+enum class Product { kPlain, kPaired, kTiles, kTilesFp16 };
 template <class T> constexpr Product kPackedProduct = Product::kPlain;
 template <class T> constexpr Product kDirectProduct = Product::kPlain;
 #if defined(SPARSE_FFN_AMX)
 template <> constexpr Product kPackedProduct<bf16> = Product::kTiles;
+template <> constexpr Product kPackedProduct<tiled_fp16> = Product::kTilesFp16;
 #elif defined(__AVX512BF16__)
 template <> constexpr Product kPackedProduct<bf16> = Product::kPaired;
 template <> constexpr Product kDirectProduct<bf16> = Product::kPaired;
 #endif
-template <class T> constexpr bool kOnTiles = kPackedProduct<T> == Product::kTiles;
+constexpr bool on_tiles(Product product) { return product == Product::kTiles || product == Product::kTilesFp16; }
+template <class T> constexpr bool kOnTiles = on_tiles(kPackedProduct<T>);
 
 #if defined(__AVX512F__)
 constexpr int kMr = 12;  // 12 x 2 accumulators + 2 of B + 1 broadcast = 27 of 32 registers
@@ -89,5 +92,8 @@ template <class T> DirectFn<T> find_direct(int mr, int nv);
 extern template DirectFn<float> find_direct<float>(int, int);
 extern template DirectFn<bf16> find_direct<bf16>(int, int);
 extern template DirectFn<fp16> find_direct<fp16>(int, int);
+#if defined(SPARSE_FFN_AMX)
+extern template DirectFn<tiled_fp16> find_direct<tiled_fp16>(int, int);
+#endif
 
 SPARSE_FFN_END

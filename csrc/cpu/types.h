@@ -19,6 +19,13 @@ SPARSE_FFN_BEGIN
 
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
+#if defined(SPARSE_FFN_AMX)
+struct tiled_fp16 : fp16 {};  // where the tiles multiply fp16 too
+bool tiles_multiply_fp16();   // whether they do here
+#define SPARSE_FFN_WITH_TILED(X) X(tiled_fp16)
+#else
+#define SPARSE_FFN_WITH_TILED(X)
+#endif
 
 // f of an example of the storage type that a dtype stands for.
 template <class F> static ALWAYS_INLINE int with_dtype(int32_t dtype, const F& f) {
@@ -28,6 +35,14 @@ template <class F> static ALWAYS_INLINE int with_dtype(int32_t dtype, const F& f
     case SPARSE_FFN_FP16: return f(fp16{});
   }
   __builtin_trap();  // csrc/interface has refused all others
+}
+
+// The same for what multiplies packed operands.
+template <class F> static ALWAYS_INLINE int with_packed_dtype(int32_t dtype, const F& f) {
+#if defined(SPARSE_FFN_AMX)
+  if (dtype == SPARSE_FFN_FP16 && tiles_multiply_fp16()) return f(tiled_fp16{});
+#endif
+  return with_dtype(dtype, f);
 }
 
 template <class A> static ALWAYS_INLINE A lesser(A a, A b) { return b < a ? b : a; }

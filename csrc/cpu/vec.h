@@ -173,9 +173,15 @@ template <class T> static __attribute__((noinline)) void store_n(T* p, V v, int 
 }
 #endif
 
-static ALWAYS_INLINE void stream(bf16* p, V low, V high) {  // 2 VL numbers, like stream(float*, V)
 #if defined(__AVX512F__)
-  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(narrow_bf16(low)), narrow_bf16(high), 1);
+static ALWAYS_INLINE V widen(const bf16*, __m256i h) { return widen_bf16(h); }
+static ALWAYS_INLINE V widen(const fp16*, __m256i h) { return V(_mm512_cvtph_ps(h)); }
+static ALWAYS_INLINE __m256i narrow(const bf16*, V v) { return narrow_bf16(v); }
+static ALWAYS_INLINE __m256i narrow(const fp16*, V v) { return narrow_fp16(v); }
+#endif
+template <class T> static ALWAYS_INLINE void stream(T* p, V low, V high) {  // 2 VL numbers, like stream(float*, V)
+#if defined(__AVX512F__)
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(narrow(p, low)), narrow(p, high), 1);
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), both);
 #else
   store(p, low);

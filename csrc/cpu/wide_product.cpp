@@ -77,7 +77,7 @@ int wide_product(const sparse_ffn_wide_product& p, float* out, float* scale) {
   int32_t* offsets = scratch_of<int32_t>(kBufferOffsets, p.B + 1);
   int32_t* place = scratch_of<int32_t>(kBufferOrder, p.B * p.M + 1);
   if (!offsets || !place) return SPARSE_FFN_NO_MEMORY;
-  return with_dtype(p.dtype, [&](auto example) {
+  return with_packed_dtype(p.dtype, [&](auto example) {
     return product<decltype(example)>(p, offsets, place, out, scale) ? SPARSE_FFN_OK : SPARSE_FFN_NO_MEMORY;
   });
 }
