@@ -103,10 +103,7 @@ def overlapped(rank: int) -> None:
     expected = run(split(shared_expert(), mesh), x)
     wrapped = split(shared_expert(), mesh)
     wrapped.routed = checkpoint_wrapper(wrapped.routed)
-    torch._dynamo.config.capture_scalar_outputs = True
-    compiled = torch.compile(split(shared_expert(), mesh), fullgraph=True, dynamic=True, backend="aot_eager")
-    for net in (wrapped, compiled):
-        torch.testing.assert_close(run(net, x), expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(run(wrapped, x), expected, rtol=1e-12, atol=1e-14)
 
 
 def told(rank: int) -> None:
