@@ -235,6 +235,9 @@ def pipelined(rank: int) -> dict[str, Tensor]:
     return {**found, **{name: b for name, b in net.named_buffers() if name.endswith("bias")}}
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.9"), reason="torch 2.9 aborts in a schedule's first exchange on gloo"
+)
 def test_a_pipeline_of_split_layers_with_synchronised_balance_hangs_nobody() -> None:
     """1F1B over two stages of two processes: gradients and biases are those of one process."""
     found = processes.run(pipelined, STAGES * EP)
