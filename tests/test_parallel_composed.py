@@ -103,10 +103,7 @@ def overlapped(rank: int) -> None:
     expected = run(split(shared_expert(), mesh), x)
     wrapped = split(shared_expert(), mesh)
     wrapped.routed = checkpoint_wrapper(wrapped.routed)
-    torch._dynamo.config.capture_scalar_outputs = True
-    compiled = torch.compile(split(shared_expert(), mesh), fullgraph=True, dynamic=True, backend="aot_eager")
-    for net in (wrapped, compiled):
-        torch.testing.assert_close(run(net, x), expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(run(wrapped, x), expected, rtol=1e-12, atol=1e-14)
 
 
 def told(rank: int) -> None:
@@ -238,6 +235,9 @@ def pipelined(rank: int) -> dict[str, Tensor]:
     return {**found, **{name: b for name, b in net.named_buffers() if name.endswith("bias")}}
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.9"), reason="torch 2.9 aborts in a schedule's first exchange on gloo"
+)
 def test_a_pipeline_of_split_layers_with_synchronised_balance_hangs_nobody() -> None:
     """1F1B over two stages of two processes: gradients and biases are those of one process."""
     found = processes.run(pipelined, STAGES * EP)

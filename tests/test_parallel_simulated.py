@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,6 +35,25 @@ def test_eight_ranks(exchange: str) -> None:
 def test_many_ranks(exchange: str, ranks: int) -> None:
     with fake_group(ranks):
         assert simulated_ranks.simulate(exchange, ranks).error < 1e-12
+
+
+def test_one_rank_computes_as_the_layer_does() -> None:
+    """To the bit and in one op, as long as its router is plain."""
+    found = []
+    for rest in (None, "leave", "replicate"):
+        torch.manual_seed(2)
+        layer, x = sf.SigmaMoE(D, 5, 4, 2, glu=True), torch.randn(7, D, requires_grad=True)
+        with fake_group(1):
+            if rest is not None:
+                parallelize_module(layer, init_device_mesh("cpu", (1,)), ExpertParallel(rest=rest))
+            y = layer(x)
+            (y.square().sum() + sf.aux_loss(layer)).backward()
+            grads: list[Any] = [p.grad for p in layer.parameters()]
+            found.append([y, x.grad, *(g.to_local() if isinstance(g, DTensor) else g for g in grads)])
+            assert ("routed_ffn" in str(y.grad_fn)) == (rest != "replicate")
+    for tensors in found[1:]:
+        torch.testing.assert_close(tensors, found[0])
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
 
 
 # ------------------------------------------------------------------------------------------------ collectives

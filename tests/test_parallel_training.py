@@ -244,8 +244,9 @@ def compiled(rank: int, exchange: str) -> int:
     world = dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ep",))
     torch._dynamo.config.capture_scalar_outputs = True
-    layer = mixture(False)
-    parallelize_module(layer, mesh, ExpertParallel(exchange=exchange))
+    layer: nn.Module = parallelize_module(mixture(False), mesh, ExpertParallel(exchange=exchange))
+    if exchange == "tokens":  # with a shared expert, which is computed while these travel
+        layer = SharedExpertMoE(layer, sf.DenseFFN(D, 8, dtype=torch.float64))
     counter = testing.CompileCounterWithBackend("aot_eager")
     call = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
     for count in (6, 9, 11, 5):
@@ -256,6 +257,8 @@ def compiled(rank: int, exchange: str) -> int:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("exchange", ["gather", "slots", "tokens"])
 def test_an_exchange_is_one_graph_and_after_two_token_counts_others_compile_nothing(exchange: str) -> None:
+    if exchange != "slots" and not TWO_MESHES:
+        pytest.skip("torch 2.9 cannot compile slices by the rows that others send")
     assert max(processes.run(compiled, 2, exchange, timeout=800)) <= 2
 
 

@@ -95,11 +95,12 @@ class DenseFFN(UnitsFFN):
 
     def _skips_zeros(self, x: Tensor, units: ops.Units) -> bool:
         """Whether the CPU core computes this: few tokens, no gradient, and zeros whose rows are worth not reading."""
+        # the gradient first: a compiled training then has no guard on the number of tokens
         return (
-            x.shape[0] <= DECODE_TOKENS
+            not (torch.is_grad_enabled() or self.training or ops.under_transforms())
+            and x.shape[0] <= DECODE_TOKENS
             and self.activation in GIVE_ZEROS
             and units.values.numel() >= DECODE_WEIGHTS
-            and not (torch.is_grad_enabled() or self.training or ops.under_transforms())
             and all(t is None or (t.dtype == x.dtype and not is_traceable_wrapper_subclass(t)) for t in units)
             and choose(x) == "cpu"
         )

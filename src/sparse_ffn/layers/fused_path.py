@@ -30,8 +30,12 @@ class FusedPath(Routed, UnitsFFN):
 
     def _fused(self, x_TD: Tensor, mask_T: Tensor | None, units: ops.Units, n_sequences: int | None) -> Tensor | None:
         """The output, with all that a forward leaves behind, if ``ops.routed_ffn`` computes this call; else None."""
-        if self._split is not None or isinstance(units.values, ExpertRows):
+        if isinstance(units.values, ExpertRows):
             return None
+        if self._split is not None:
+            if not self._split.alone:
+                return None
+            units = self._split.units(units)
         if self.training and (self.aux == "inject" or self._needs_logits()):
             return None
         router = self.router

@@ -112,6 +112,21 @@ def shares(size: int, world: int) -> list[int]:
     return [max(0, min(most, size - rank * most)) for rank in range(world)]
 
 
+class NoExchange(Exchange):
+    """For a group of one process, which holds all experts."""
+
+    def dispatch(self, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Callable[[], Arrivals]:
+        """As ``Exchange``."""
+        return lambda: (x_TD, index_TK, gate_TK, None)
+
+    def combine(self, y_RO: Tensor, state: Any) -> Tensor:
+        """As ``Exchange``."""
+        return y_RO
+
+    def fail(self) -> None:
+        """As ``Exchange``."""
+
+
 EXCHANGES: dict[str, type[Exchange]] = {}
 
 
@@ -138,6 +153,8 @@ def choose(exchange: Any, world: int, k: int) -> type[Exchange]:
     if isinstance(exchange, type) and issubclass(exchange, Exchange):
         return exchange
     check_choice("exchange", exchange, ("auto", *EXCHANGES))
+    if exchange == "auto" and world == 1:
+        return NoExchange
     if exchange == "auto":
         # the share of the processes that a token needs, of experts drawn evenly
         exchange = "gather" if 1 - (1 - 1 / world) ** k > 0.9 else "tokens"

@@ -13,7 +13,7 @@ from sparse_ffn import ops
 from sparse_ffn.checks import is_dtensor, shown
 from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.parallel.collectives import scale_gradient
-from sparse_ffn.parallel.exchange import Exchange, shares
+from sparse_ffn.parallel.exchange import Exchange, NoExchange, shares
 
 T = TypeVar("T")
 UNITS = ("keys", "values", "gate_keys", "key_bias")
@@ -34,6 +34,11 @@ class Split:
         """Whether this process has sent its numbers in a forward that has not ended: nobody waits for them then."""
         self.errand: Callable[[], None] | None = None
         """What else the process has to compute, if tokens travel in this forward: while they do."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether this process is the only one."""
+        return isinstance(self.exchange, NoExchange)
 
     def local(self, tensor: Tensor) -> Tensor:
         """This process's rows or columns of a parameter."""

@@ -65,7 +65,7 @@ def traffic(
     off, beyond = (ranks - 1) / ranks, max(0, ranks - ranks_per_node) / ranks
     if isinstance(layer, MoE):
         sent = _expert_bytes(layer, ranks, size)
-        auto = next(name for name in sent if sent_by(name, layer, ranks))
+        auto = next((name for name in sent if sent_by(name, layer, ranks)), "gather")  # of one process: nothing travels
         split = [p for p in (layer.keys, layer.values, layer.gate_keys, layer.key_bias) if p is not None]
         share = shares(layer.n_experts, ranks)[0] / layer.n_experts
     else:
