@@ -21,7 +21,7 @@ LAYERS = ("moe", "moe-glu", "pkm", "pkm-query", "topk")
 
 def main(argv: Sequence[str] | None = None) -> Report:
     """Run from the command line."""
-    arguments = parser(__doc__ or "", seconds=4)
+    arguments = parser(__doc__ or "", seconds=3)
     add_shapes(arguments)
     arguments.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS), help="default: all")
     options = arguments.parse_args(argv)

@@ -18,7 +18,7 @@ from benchmarks.shapes import SERVED, WIDE_SINGLE, MoEShape
 
 def main(argv: Sequence[str] | None = None) -> Report:
     """Run from the command line."""
-    arguments = parser(__doc__ or "", seconds=3)
+    arguments = parser(__doc__ or "", seconds=6)
     add = arguments.add_argument
     add("--single", type=MoEShape.parse, default=WIDE_SINGLE, metavar="T,D,E,G,k", help="with ReLU; default one token")
     add("--served", type=MoEShape.parse, default=SERVED, metavar="T,D,E,G,k", help="the GLU, in 16 bits")

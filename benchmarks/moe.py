@@ -263,8 +263,9 @@ def served_case(shape: MoEShape, dtype: str, device: torch.device) -> Case:
     p = Problem(shape, dtype, device, glu=True)
 
     def checked_on_few(build: Callable[[], Contender]) -> Contender:
-        require_memory(2 * 8 * sum(parameter.numel() for parameter in p.layer.parameters()), device)
-        p.oracle.loss = None
+        if "oracle" not in p.__dict__:  # its parameters and one set of gradients, for all contenders
+            require_memory(2 * 8 * sum(parameter.numel() for parameter in p.layer.parameters()), device)
+            p.oracle.loss = None
         contender = build()
         return replace(contender, loss=None, unchecked_loss=contender.loss, tokens=moe_peers.CHECKED_TOKENS)
 

@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> list[Passes]:
     add = arguments.add_argument
     add("--shapes", nargs="+", type=MoEShape.parse, default=list(MOE_SHAPES), metavar="T,D,E,G,k")
     add("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    add("--seconds", type=float, default=4, help="for one shape, about; default 4")
+    add("--seconds", type=float, default=3, help="for one shape, about; default 3")
     add("--json", type=Path, help="write all numbers to this file")
     options = arguments.parse_args(argv)
     facts = machine.describe(torch.device("cpu"))

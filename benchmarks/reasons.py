@@ -56,7 +56,7 @@ REASONS = (
         STEP.format("1,512,16,128,4"),
     ),
     Reason(
-        r"moe 1,512,16,128,4 \S+ fwdbwd elements kept",
+        r"moe 1,(512,16|1024,32),128,4 \S+ fwdbwd elements kept",
         ZEN5 + XEON,
         "2·E + 1 numbers are kept for the experts of a call, however few tokens there are.",
         "python -m benchmarks.bench_layers --layers moe --shapes 1,512,16,128,4 --pass fwdbwd",
