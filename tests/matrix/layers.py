@@ -27,7 +27,7 @@ LAYERS: dict[str, Callable[..., Layer]] = {
     "SBaseMoE": lambda **o: sf.SBaseMoE(D, 9, 4, 3, balance="z", **o),
     "NoisyTopKMoE": lambda **o: sf.NoisyTopKMoE(D, 9, 4, 3, **o),
     "LatentMoE": lambda **o: LatentMoE(D, 5, 9, 4, 3, **o),
-    "SwitchHeadAttention": lambda **o: SwitchHeadAttention(D, 2, 3, 2, **o),
+    "SwitchHeadAttention": lambda **o: SwitchHeadAttention(D, 2, 4, 3, **o),
     "MoE": lambda **o: sf.MoE(D, 9, 4, 3, router="unweighted", balance="bias", **o),  # the loads of bias balancing
 }
 ALL = tuple(LAYERS)
