@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sparse_ffn as sf
+from benchmarks import bench_chain
+from examples.language_model.configs import DEMO
 from sparse_ffn.routing import RouterChain
 
 D, P, N = 8, 5, 3
@@ -114,3 +118,8 @@ def test_a_wrong_layer_or_state_is_named() -> None:
             c(x, wrong, 0)
     with pytest.raises(ValueError, match=r"x must have shape \[..., d_model = 8\], got \[2, 4, 5\]"):
         c(normal(2, 4, P), None, 0)
+
+
+def test_its_benchmark_compares_models_that_both_train() -> None:
+    small = replace(DEMO, d_model=16, n_layers=2, n_heads=1, d_head=16, d_ff=32, expert_size=4, context=8, batch_size=2)
+    assert bench_chain.ratio(4, small, 0.05).median > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -54,6 +55,18 @@ def test_train_with_trainer(tmp_path: Path) -> None:
     before, after = train_with_trainer.main(["--steps", "20", "--out", str(tmp_path)])
     assert after < before - 1
     assert (tmp_path / "config.json").is_file()
+
+
+@pytest.mark.exhaustive
+def test_moeut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"d_model": 32, "n_heads": 2, "d_head": 16, "d_ff": 128, "expert_size": 8, "context": 16, "batch_size": 8}
+    small = {"evaluations": 1, "eval_windows": 8, "final_windows": 8}
+    monkeypatch.setattr(moeut, "DEMO", replace(moeut.DEMO, **sizes, **small))
+    (tmp_path / "text").write_bytes(Path(moeut.__file__).read_bytes() * 4)
+    found = moeut.main(["--steps", "30", "--data", str(tmp_path / "text"), "--out", str(tmp_path)])
+    (dense, dense_bits), (shared, shared_bits) = found["dense"], found["MoEUT"]
+    assert 0.95 * dense < shared <= dense
+    assert max(dense_bits, shared_bits) < 7.5  # of 8: both have learned something
 
 
 @pytest.mark.exhaustive

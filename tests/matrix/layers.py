@@ -30,7 +30,7 @@ LAYERS: dict[str, Callable[..., Layer]] = {
     "LatentMoE": lambda **o: LatentMoE(D, 5, 9, 4, 3, **o),
     "MixedMoE": lambda **o: MixedMoE(D, [(5, 4), (4, 7)], 3, glu=True, activation="silu", balance_cost=True, **o),
     "LowRankMoE": lambda **o: LowRankMoE(D, 9, 16, 3, 2, bias=True, **o),
-    "SwitchHeadAttention": lambda **o: SwitchHeadAttention(D, 2, 3, 2, **o),
+    "SwitchHeadAttention": lambda **o: SwitchHeadAttention(D, 2, 4, 3, **o),
     "MoE": lambda **o: sf.MoE(D, 9, 4, 3, router="unweighted", balance="bias", **o),  # the loads of bias balancing
 }
 ALL = tuple(LAYERS)

@@ -19,6 +19,7 @@ from sparse_ffn.checks import (
     check_flag,
     check_mask,
     check_parameters,
+    check_places,
     check_positive,
     check_rate,
     shape_error,
@@ -283,6 +284,14 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
             wanted = {"weight": (weight, (rows, *size)), "router.weight": (router, (rows, self.d_model))}
             if any(tensor.shape != shape for tensor, shape in wanted.values()):
                 raise shape_error({f"{name}.{part}": pair for part, pair in wanted.items()})
+        dense = (self.n_heads * self.d_head, self.d_model)
+        for name in ("query", "key"):
+            projection = getattr(self, name)
+            if type(projection) is not nn.Linear:  # others may store their weight packed
+                continue
+            check_places(x, (projection.weight,))
+            if projection.weight.shape != dense:
+                raise shape_error({f"{name}.weight": (projection.weight, dense)})
         return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
     @property
