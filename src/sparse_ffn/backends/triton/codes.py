@@ -45,14 +45,25 @@ def numbers(
     group = (start // GROUP)[None, :]
     known = row_ok[:, None] & (start < C)[None, :]
     factor = tl.load(scale + row * stride_s + group, mask=known, other=0.0).to(tl.float32)
-    code = tl.reshape(code, [code.shape[0], COLUMNS // SHARED, SHARED])
     if ZERO:
         zero = tl.load(zero_point + row * stride_z + group, mask=known, other=0).to(tl.int32)
-        code -= tl.expand_dims(zero, 2) - (0 if BITS == 4 else 128)
+        code -= spread(zero - (0 if BITS == 4 else 128), SHARED, COLUMNS)
     elif BITS == 4:
         code -= 8
-    number = code.to(tl.float32) * tl.expand_dims(factor, 2)
-    return tl.reshape(number, [code.shape[0], COLUMNS])
+    return code.to(tl.float32) * spread(factor, SHARED, COLUMNS)
+
+
+@triton.jit
+def spread(x, SHARED: tl.constexpr, COLUMNS: tl.constexpr):
+    """Each column SHARED times: [rows, COLUMNS // SHARED] to [rows, COLUMNS].
+
+    Not the numbers are reshaped, but what they are made of: a reshape just before a tl.dot made Triton 3.9 fail.
+    """
+    if SHARED == COLUMNS:
+        return tl.broadcast_to(x, [x.shape[0], COLUMNS])
+    else:
+        every = tl.broadcast_to(tl.expand_dims(x, 2), [x.shape[0], COLUMNS // SHARED, SHARED])
+        return tl.reshape(every, [x.shape[0], COLUMNS])
 
 
 @triton.jit
