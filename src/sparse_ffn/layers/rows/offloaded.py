@@ -107,7 +107,7 @@ class OffloadedRows(ExpertRows):
         _leave_out_of_graphs()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         _leave_out_of_graphs()
 
     @property
@@ -211,7 +211,7 @@ class OffloadedRows(ExpertRows):
 @functools.cache
 def _leave_out_of_graphs() -> None:
     """Let torch.compile break its graph at ``ffn``. Not when this is imported, for it loads the compiler."""
-    OffloadedRows.ffn = torch.compiler.disable(OffloadedRows.ffn)  # type: ignore[method-assign]
+    OffloadedRows.ffn = torch.compiler.disable(OffloadedRows.ffn)  # type: ignore[method-assign, no-untyped-call]
 
 
 class _WithoutGradient(torch.autograd.Function):
