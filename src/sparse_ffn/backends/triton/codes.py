@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,8 +18,9 @@ from sparse_ffn.backends.triton.grouped import store_products, tile_of
 from sparse_ffn.backends.triton.launch import cdiv, launch
 from sparse_ffn.backends.triton.routing import Plan
 from sparse_ffn.backends.triton.tile import Tile
-from sparse_ffn.ops.codes import Codes
 
+Codes = tuple[Tensor, Tensor, "Tensor | None"]
+"""qdata, scale and zero_point of rows [E, G, C]: int8 codes, or uint8 of two 4-bit codes a byte."""
 BLOCK_ROWS, BLOCK_COLUMNS = 16, 128  # of a slot taken by itself
 
 
@@ -189,7 +191,7 @@ def multiply(
         partner: rows [*, N] and int32 [S] that says which: their dot product with the unweighted product goes to dots.
         dots: fp32 [blocks of N, S] in slot order, to be summed over the first dimension.
     """
-    _, G, C = codes.shape
+    _, G, C = _shape(codes)
     S, N = out.shape
     partners, partner_rows = (None, None) if partner is None else partner
     launch(
@@ -209,7 +211,7 @@ def multiply_slots(
 
     Shapes: as ``multiply``; gather and expert int64 [S], contiguous, as y [S, N].
     """
-    E, G, C = codes.shape
+    E, G, C = _shape(codes)
     N, K = (C, G) if down else (G, C)
     launch(
         slot_codes_kernel, y.shape[0] * cdiv(N, BLOCK_COLUMNS if down else BLOCK_ROWS), x, gather, expert, weight,
@@ -219,9 +221,18 @@ def multiply_slots(
     )  # fmt: skip
 
 
+def _bits(codes: Codes) -> int:
+    return 4 if codes[0].dtype == torch.uint8 else 8
+
+
+def _shape(codes: Codes) -> tuple[int, int, int]:
+    E, G, width = codes[0].shape
+    return E, G, width * 8 // _bits(codes)
+
+
 def _group(codes: Codes) -> int:
     """Columns of a group."""
-    return codes.shape[-1] // codes.scale.shape[-1]
+    return _shape(codes)[2] // codes[1].shape[-1]
 
 
 def _strides(codes: Codes) -> tuple[int, ...]:
@@ -231,5 +242,5 @@ def _strides(codes: Codes) -> tuple[int, ...]:
 def _kind(codes: Codes, columns: int) -> dict[str, Any]:
     """What a kernel is compiled for: the codes, and how many of a tile's columns surely share a group."""
     group = _group(codes)
-    shared = columns if group == codes.shape[-1] else min(columns, group & -group)
-    return {"BITS": codes.bits, "ZERO": codes.zero_point is not None, "SHARED": shared}
+    shared = columns if codes[1].shape[-1] == 1 else min(columns, group & -group)
+    return {"BITS": _bits(codes), "ZERO": codes[2] is not None, "SHARED": shared}
