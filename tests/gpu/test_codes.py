@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
-from net import Case, compare, cvmm_case, fp32_first, gradient, guarded, magnitudes, results, traps
+from net import Case, compare, cvmm_case, gradient, guarded, magnitudes, results, traps
 from test_quantized import KINDS, stacks
 from torch import Tensor
 
@@ -28,7 +29,7 @@ def _small_slots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def coded_case(
-    kind: str, down: bool, dtype: torch.dtype, routing: str, form: str, sizes: tuple[int, int] = (37, 48)
+    kind: str, down: bool, dtype: torch.dtype, routing: str, form: str, sizes: tuple[int, int] = (19, 48)
 ) -> tuple[Case, Codes]:
     """CVMM by the numbers of rows [E, G, C] of codes, G, C = sizes."""
     (G, C), config = sizes, KINDS[kind]
@@ -62,9 +63,6 @@ def check_codes(case: Case, codes: Codes, down: bool, device: str, *, train: boo
     compare(case.dtype, narrow, actual, expected, scales)
 
 
-few = pytest.mark.parametrize("few", [False, True], ids=["sorted", "decode"])
-
-
 @pytest.mark.parametrize(
     ("kind", "down", "few"),
     [("4 bits", False, True), ("4 bits", True, False), ("8 bits", False, False), ("8 bits", True, True)],
@@ -76,18 +74,21 @@ def test_products(kind: str, down: bool, few: bool, device: str, monkeypatch: py
     check_codes(case, codes, down, device)
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EVERY = [
+    pytest.param(*of, DTYPES[i % 3], FORMS[(i + i // 4) % 4], id=", ".join(map(str, of)))
+    for i, of in enumerate(itertools.product(KINDS, (False, True), (False, True)))  # kind, down, few
+]
+
+
 @pytest.mark.exhaustive
-@fp32_first
-@few
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("down", [False, True], ids=["up", "down"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "down", "few", "dtype", "form"), EVERY)
 def test_products_of_every_kind(
-    kind: str, down: bool, form: str, few: bool, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, down: bool, few: bool, dtype: torch.dtype, form: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Experts without tokens, void slots, each expert once, no token at all."""
     monkeypatch.setattr(quantized_cvmm, "use_decode", lambda n_slots, n_experts: few)
-    routing = {"plain": "no token", "gather": "k = E", "scatter": "ragged"}.get(form, "half of the slots void")
+    routing = dict(zip(FORMS, ("no token", "k = E", "ragged", "half of the slots void"), strict=True))[form]
     case, codes = coded_case(kind, down, dtype, routing, form)
     check_codes(case, codes, down, device, train=not few)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import test_bag
+import test_codes
 import test_large
 import test_product_keys
 import test_topk
@@ -22,6 +23,7 @@ from nobody import check_nobody
 
 from sparse_ffn.backends.triton import (
     bag,
+    codes,
     columns,
     combine,
     config,
@@ -135,6 +137,11 @@ def selections() -> None:
     test_topk.test_nan_ranks_first_and_infinity_next(torch.float32, "cpu")
 
 
+def coded() -> None:
+    case, rows = test_codes.coded_case("4 bits", False, torch.float32, "one token, void slots", "plain")
+    test_codes.check_codes(case, rows, False, "cpu")
+
+
 FAULTS: dict[str, tuple[ModuleType, str, str, Callable[[], Any]]] = {
     # the nine classes of faults that any grouped product can have
     "row mask one too far": (grouped, "p, p < end, n", "p, p <= end, n", plain),
@@ -219,6 +226,10 @@ FAULTS: dict[str, tuple[ModuleType, str, str, Callable[[], Any]]] = {
     ),
     "all ties at the threshold taken": (topk, "(equal & (n_equal <= wanted))", "equal", selections),
     "dropout left out of the score": (topk, "    if SCALE:", "    if False:", selections),
+    # rows of codes
+    "zero points left out": (codes, "    if ZERO:\n        zero = ", "    if False:\n        zero = ", coded),
+    "one scale for all groups": (codes, "(start // GROUP)[None, :]", "(start * 0)[None, :]", coded),
+    "void slots of codes at work": (codes, "K if known else 0", "K", coded),
     # blocks of columns, all experts at once
     "every block of columns the first": (columns, "slice(begin, min(begin + width", "slice(0, min(width", wide_sums),
     "an expert's last gate only": (masked, "weight += part", "weight = part", repeated),
@@ -273,11 +284,7 @@ def swap(module: ModuleType, path: Path) -> None:
     for name, value in vars(module).items():
         if name.isupper():
             setattr(faulty, name, value)  # the small blocks of this test
-    users = [
-        m
-        for n, m in sys.modules.items()
-        if n.startswith("sparse_ffn.") or n in ("test_bag", "test_large", "test_product_keys", "test_topk", __name__)
-    ]
+    users = [m for n, m in sys.modules.items() if n.startswith(("sparse_ffn.", "test_"))]
     for user in users:
         for name, value in list(vars(user).items()):
             if value is module:

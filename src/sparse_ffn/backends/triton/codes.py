@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,8 +18,9 @@ from sparse_ffn.backends.triton.grouped import store_products, tile_of
 from sparse_ffn.backends.triton.launch import cdiv, launch
 from sparse_ffn.backends.triton.routing import Plan
 from sparse_ffn.backends.triton.tile import Tile
-from sparse_ffn.ops.codes import Codes
 
+Codes = tuple[Tensor, Tensor, "Tensor | None"]
+"""qdata, scale and zero_point of rows [E, G, C]: int8 codes, or uint8 of two 4-bit codes a byte."""
 BLOCK_ROWS, BLOCK_COLUMNS = 16, 128  # of a slot taken by itself
 
 
@@ -45,14 +47,25 @@ def numbers(
     group = (start // GROUP)[None, :]
     known = row_ok[:, None] & (start < C)[None, :]
     factor = tl.load(scale + row * stride_s + group, mask=known, other=0.0).to(tl.float32)
-    code = tl.reshape(code, [code.shape[0], COLUMNS // SHARED, SHARED])
     if ZERO:
         zero = tl.load(zero_point + row * stride_z + group, mask=known, other=0).to(tl.int32)
-        code -= tl.expand_dims(zero, 2) - (0 if BITS == 4 else 128)
+        code -= spread(zero - (0 if BITS == 4 else 128), SHARED, COLUMNS)
     elif BITS == 4:
         code -= 8
-    number = code.to(tl.float32) * tl.expand_dims(factor, 2)
-    return tl.reshape(number, [code.shape[0], COLUMNS])
+    return code.to(tl.float32) * spread(factor, SHARED, COLUMNS)
+
+
+@triton.jit
+def spread(x, SHARED: tl.constexpr, COLUMNS: tl.constexpr):
+    """Each column SHARED times: [rows, COLUMNS // SHARED] to [rows, COLUMNS].
+
+    Not the numbers are reshaped, but what they are made of: a reshape just before a tl.dot made Triton 3.9 fail.
+    """
+    if SHARED == COLUMNS:
+        return tl.broadcast_to(x, [x.shape[0], COLUMNS])
+    else:
+        every = tl.broadcast_to(tl.expand_dims(x, 2), [x.shape[0], COLUMNS // SHARED, SHARED])
+        return tl.reshape(every, [x.shape[0], COLUMNS])
 
 
 @triton.jit
@@ -178,7 +191,7 @@ def multiply(
         partner: rows [*, N] and int32 [S] that says which: their dot product with the unweighted product goes to dots.
         dots: fp32 [blocks of N, S] in slot order, to be summed over the first dimension.
     """
-    _, G, C = codes.shape
+    _, G, C = _shape(codes)
     S, N = out.shape
     partners, partner_rows = (None, None) if partner is None else partner
     launch(
@@ -198,7 +211,7 @@ def multiply_slots(
 
     Shapes: as ``multiply``; gather and expert int64 [S], contiguous, as y [S, N].
     """
-    E, G, C = codes.shape
+    E, G, C = _shape(codes)
     N, K = (C, G) if down else (G, C)
     launch(
         slot_codes_kernel, y.shape[0] * cdiv(N, BLOCK_COLUMNS if down else BLOCK_ROWS), x, gather, expert, weight,
@@ -208,9 +221,18 @@ def multiply_slots(
     )  # fmt: skip
 
 
+def _bits(codes: Codes) -> int:
+    return 4 if codes[0].dtype == torch.uint8 else 8
+
+
+def _shape(codes: Codes) -> tuple[int, int, int]:
+    E, G, width = codes[0].shape
+    return E, G, width * 8 // _bits(codes)
+
+
 def _group(codes: Codes) -> int:
     """Columns of a group."""
-    return codes.shape[-1] // codes.scale.shape[-1]
+    return _shape(codes)[2] // codes[1].shape[-1]
 
 
 def _strides(codes: Codes) -> tuple[int, ...]:
@@ -220,5 +242,5 @@ def _strides(codes: Codes) -> tuple[int, ...]:
 def _kind(codes: Codes, columns: int) -> dict[str, Any]:
     """What a kernel is compiled for: the codes, and how many of a tile's columns surely share a group."""
     group = _group(codes)
-    shared = columns if group == codes.shape[-1] else min(columns, group & -group)
-    return {"BITS": codes.bits, "ZERO": codes.zero_point is not None, "SHARED": shared}
+    shared = columns if codes[1].shape[-1] == 1 else min(columns, group & -group)
+    return {"BITS": _bits(codes), "ZERO": codes[2] is not None, "SHARED": shared}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -104,6 +104,11 @@ class OffloadedRows(ExpertRows):
     def __init__(self, cache: ExpertCache, name: str) -> None:
         super().__init__()
         self.cache, self.name = cache, name
+        _leave_out_of_graphs()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _leave_out_of_graphs()
 
     @property
     def _host(self) -> Any:
@@ -140,7 +145,6 @@ class OffloadedRows(ExpertRows):
         """Bytes in host memory."""
         return sum(t.nbytes for t in _tensors(self._host))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def ffn(
         self,
         x: Tensor,
@@ -168,7 +172,7 @@ class OffloadedRows(ExpertRows):
             y: Tensor = ffn(x, here, by_slot, gate, dropout_mask=dropout_mask, activation=activation)
             return y
 
-        compute = partial(self.cache.compute, index, of_slots)
+        compute = functools.partial(self.cache.compute, index, of_slots)
         y: Tensor = _WithoutGradient.apply(compute, x, gate, bias)  # type: ignore[no-untyped-call]
         return y
 
@@ -202,6 +206,12 @@ class OffloadedRows(ExpertRows):
         """The shape, how it is stored and how much of it is on the device."""
         bits = f", bits={self._host.bits}" if isinstance(self._host, Codes) else ""
         return f"{list(self.shape)}{bits}, dtype={self.dtype}, cache={self.cache.lru.n_slots} on {self.device}"
+
+
+@functools.cache
+def _leave_out_of_graphs() -> None:
+    """Let torch.compile break its graph at ``ffn``. Not when this is imported, for it loads the compiler."""
+    OffloadedRows.ffn = torch.compiler.disable(OffloadedRows.ffn)  # type: ignore[method-assign, no-untyped-call]
 
 
 class _WithoutGradient(torch.autograd.Function):

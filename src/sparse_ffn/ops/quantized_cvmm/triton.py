@@ -52,7 +52,9 @@ def _grouped(
     (E, G, C), S, how, a, codes = codes.shape, expert.shape[0], precision(a), rows(a), codes.in_rows()
     kind = "fp32" if a.dtype == torch.float32 and how != "tf32" else "odd"  # codes take the registers, as addresses do
     order, offsets = routing.sort_slots(expert, E)
-    plan = routing.plan(order, offsets, 1, config.block_m(a.device, kind, S / max(E, 1)), inverse=False)
+    block_m = config.block_m(a.device, kind, S / max(E, 1))
+    block_m = min(block_m, 32) if kind == "fp32" else block_m  # a taller tile spills
+    plan = routing.plan(order, offsets, 1, block_m, inverse=False)
     width = C if down else G
     tile = config.tile(a.device, "one", kind, width, plan.block_m)
     read, weight = scattered.sources(gather, order), None if reduction is None else reduction.contiguous()
