@@ -102,8 +102,6 @@ template <class T> bool run_outer_gemm(const OuterGemm<T>& g) {
   int64_t blocks = ceil_div(g.N, kOuterColumns);
   if (g.E * blocks < 4 * threads) blocks = lesser(vectors, ceil_div(4 * threads, g.E));  // few experts: cut finer
   const int64_t most_columns = ceil_div(vectors, blocks) * VL;
-  for (int i = 0; i < 2; i++)
-    if (g.out[i]) advise_huge_pages(g.out[i], static_cast<size_t>(g.E * g.M * g.N) * sizeof(T));
   int failed = 0;
 #pragma omp parallel num_threads(static_cast<int>(threads))
   {

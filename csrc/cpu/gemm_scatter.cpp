@@ -255,7 +255,6 @@ static void scatter_block(const ScatterGemm<T>& g, int64_t t0, int64_t t1, int64
 
 template <class T> bool run_scatter_gemm(const ScatterGemm<T>& g) {
   if (!g.rows_out || !g.N) return true;
-  advise_huge_pages(g.out, static_cast<size_t>(g.rows_out * g.out_stride) * sizeof(T));
   const int64_t threads = larger(1, g.n_threads);
   const int64_t vectors = ceil_div(g.N, VL);
   // A block of c columns reads every row of A once, a chunk of tokens packs every weight once: with r rows per expert and
