@@ -115,9 +115,7 @@ print(*[w.message for w in caught if w.category is sf.SparseFFNWarning], sep="\\
 @compiled
 @pytest.mark.parametrize("missing", ["sparse_ffn_moe_forward", "sparse_ffn_isa", "sparse_ffn_allocate"])
 def test_a_library_without_all_symbols_is_not_used_and_the_reason_is_told(missing: str, tmp_path: Path) -> None:
-    names = {
-        f"sparse_ffn_{name}" for name in (*cpu.OPTIONS, "isa", "isas", "error", "allocate", "free", "advise_huge_pages")
-    } - {missing}
+    names = {f"sparse_ffn_{name}" for name in (*cpu.OPTIONS, "isa", "isas", "error", "allocate", "free")} - {missing}
     source = f"int sparse_ffn_abi_version(void) {{ return {cpu.ABI_VERSION}; }}\n"
     path = library(tmp_path / "old.so", source + "\n".join(f"int {name}(void) {{ return 0; }}" for name in names))
     result = run(STEP, SPARSE_FFN_LIBRARY=str(path))

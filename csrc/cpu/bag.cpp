@@ -16,35 +16,46 @@ static constexpr int64_t kChunkTokens = 512 * 1024 / (kBlock * 4);  // tokens wh
 static constexpr int64_t kListAhead = 4;                  // value rows fetched before their turn
 static constexpr int64_t kSharing = 4;                    // slots a row, from which sorting pays
 static constexpr int64_t kSmallTable = 4 << 20;           // bytes, up to which rows come from L2 often enough
-static constexpr int64_t kGatherColumns = 8 * VL;         // columns summed in registers at a time by gathering
+static constexpr int kGatherVectors = 8;                  // of a row, summed in registers at a time by gathering
 
-template <class T> static void gather_row(const sparse_ffn_bag& p, int64_t t, int64_t first, int64_t columns, T* out) {
+// kVectors whole vectors of columns from `first` on; 0: any number of columns up to kGatherVectors vectors.
+template <class T, int kVectors>
+static void gather_row(const sparse_ffn_bag& p, int64_t t, int64_t first, int64_t columns, T* out) {
   const T* values = static_cast<const T*>(p.values) + first;
   const T* weight = static_cast<const T*>(p.weight) + t * p.J;
   const int64_t* index = p.index + t * p.J;
-  V acc[8] = {};
+  V acc[kVectors ? kVectors : kGatherVectors] = {};
   for (int64_t j = 0; j < p.J; j++) {
-    if (j + 4 < p.J)
+    if (j + kListAhead < p.J)
       for (int64_t i = 0; i < columns * static_cast<int64_t>(sizeof(T)); i += 64)
-        prefetch(reinterpret_cast<const char*>(values + index[j + 4] * p.O) + i);
+        prefetch(reinterpret_cast<const char*>(values + index[j + kListAhead] * p.O) + i);
     const V w = splat(to_float(weight[j]));
     const T* row = values + index[j] * p.O;
-    if (columns == kGatherColumns) {
+    if constexpr (kVectors > 0) {
 #pragma GCC unroll 8
-      for (int v = 0; v < 8; v++) acc[v] = fma(w, load(row + v * VL), acc[v]);
+      for (int v = 0; v < kVectors; v++) acc[v] = fma(w, load(row + v * VL), acc[v]);
     } else {
       for (int64_t i = 0; i < columns; i += VL) acc[i / VL] = fma(w, load_upto(row + i, columns - i), acc[i / VL]);
     }
   }
   for (int64_t i = 0; i < columns; i += VL) store_upto(out + i, acc[i / VL], columns - i);
 }
+template <class T> using GatherRowFn = void (*)(const sparse_ffn_bag&, int64_t, int64_t, int64_t, T*);
+template <class T> static GatherRowFn<T> gather_row_for(int64_t columns) {
+  static constexpr GatherRowFn<T> whole[] = {gather_row<T, 1>, gather_row<T, 2>, gather_row<T, 3>, gather_row<T, 4>,
+                                             gather_row<T, 5>, gather_row<T, 6>, gather_row<T, 7>, gather_row<T, 8>};
+  return columns % VL ? gather_row<T, 0> : whole[columns / VL - 1];
+}
 
 template <class T> static void forward_gather(const sparse_ffn_bag& p, T* out) {
-  const int64_t columns = ceil_div(p.O, kGatherColumns);
-#pragma omp parallel for num_threads(larger(1, p.n_threads)) schedule(static)
-  for (int64_t i = 0; i < p.T * columns; i++) {  // of a single token threads take columns
-    const int64_t t = i / columns, first = i % columns * kGatherColumns;
-    gather_row(p, t, first, lesser(kGatherColumns, p.O - first), out + t * p.O + first);
+  const int64_t threads = larger(1, p.n_threads), vectors = ceil_div(p.O, VL);
+  int64_t pieces = ceil_div(vectors, kGatherVectors);
+  if (p.T < threads) pieces = lesser(vectors, round_up(pieces, threads));  // of few tokens threads take equal columns
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
+  for (int64_t i = 0; i < p.T * pieces; i++) {
+    const int64_t t = i / pieces, piece = i % pieces;
+    const int64_t first = vectors * piece / pieces * VL, last = lesser(p.O, vectors * (piece + 1) / pieces * VL);
+    gather_row_for<T>(last - first)(p, t, first, last - first, out + t * p.O + first);
   }
 }
 
@@ -99,7 +110,6 @@ static void forward_block(const sparse_ffn_bag& p, const SortedSlots& s, int64_t
 }
 
 template <class T> static int forward(const sparse_ffn_bag& p, T* out) {
-  advise_huge_pages(out, static_cast<size_t>(p.T * p.O) * sizeof(T));
   int failed = 0;
   for (int64_t t0 = 0; t0 < p.T; t0 += kChunkTokens) {
     sparse_ffn_bag c = p;
@@ -157,29 +167,47 @@ static ALWAYS_INLINE void backward_block(const int32_t* token, const float* weig
   }
 }
 
-// All slots of value rows n0 .. n1-1. packed: [T, kBlock] of scratch; dots [S] by sorted position, or null.
+// Blocks of columns for which one pass over the value rows is made: of few tokens all, so that a row is written at once.
+static int64_t blocks_in_pass(const sparse_ffn_bag& p) {
+  return larger<int64_t>(1, lesser(ceil_div(p.O, kBlock), kChunkTokens / larger<int64_t>(1, p.T)));
+}
+
+// All slots of value rows n0 .. n1-1. packed: [blocks_in_pass, T, kBlock] of scratch; dots [S] by sorted position, or null.
 template <class T>
 static void backward_rows(const sparse_ffn_bag& p, const SortedSlots& s, int64_t n0, int64_t n1, const T* dout,
                           T* dvalues, const int32_t* place, float* packed, float* dots) {
   const T* values = static_cast<const T*>(p.values);
-  for (int64_t first = 0; first < p.O; first += kBlock) {
-    const int64_t columns = lesser(kBlock, p.O - first);
+  const int64_t pass = blocks_in_pass(p) * kBlock;
+  for (int64_t first = 0; first < p.O; first += pass) {
+    const int64_t last = lesser(p.O, first + pass);
     V v[kBlockVectors];
-    for (int64_t t = 0; t < p.T; t++) {
-      load_block(dout + t * p.O + first, columns, v);
-      store_block(packed + t * kBlock, kBlock, v);
-    }
-    for (int64_t n = n0; n < n1; n++) {
-      if (dots && n + kListAhead < n1) prefetch_block(values + (n + kListAhead) * p.O + first);
-      const int64_t begin = s.begin[n], slots = s.begin[n + 1] - begin;
-      V sums[kBlockVectors] = {};
-      if (dots && slots) {
-        load_block(values + n * p.O + first, columns, v);
-        backward_block<T, true>(s.token + begin, s.weight + begin, slots, packed, v, sums, dots + begin, first > 0);
-      } else {
-        backward_block<T, false>(s.token + begin, s.weight + begin, slots, packed, v, sums, nullptr, false);
+    for (int64_t c = first; c < last; c += kBlock)
+      for (int64_t t = 0; t < p.T; t++) {
+        load_block(dout + t * p.O + c, lesser(kBlock, last - c), v);
+        store_block(packed + (c - first) * p.T + t * kBlock, kBlock, v);
       }
-      if (dvalues && (slots || !place)) store_block(dvalues + (place ? place[n] : n) * p.O + first, columns, sums);
+    for (int64_t n = n0; n < n1; n++) {
+      const int64_t begin = s.begin[n], slots = s.begin[n + 1] - begin;
+      T* dvalue = dvalues && (slots || !place) ? dvalues + (place ? place[n] : n) * p.O : nullptr;
+      const int64_t ahead = lesser(n + kListAhead, n1 - 1);
+      if (dots && s.begin[ahead + 1] > s.begin[ahead])
+        for (int64_t c = first; c < last; c += kBlock) prefetch_block(values + ahead * p.O + c);
+      if (!slots) {
+        if (dvalue) memset(dvalue + first, 0, static_cast<size_t>(last - first) * sizeof(T));
+        continue;
+      }
+      for (int64_t c = first; c < last; c += kBlock) {
+        const int64_t columns = lesser(kBlock, last - c);
+        const float* d = packed + (c - first) * p.T;
+        V sums[kBlockVectors] = {};
+        if (dots) {
+          load_block(values + n * p.O + c, columns, v);
+          backward_block<T, true>(s.token + begin, s.weight + begin, slots, d, v, sums, dots + begin, c > 0);
+        } else {
+          backward_block<T, false>(s.token + begin, s.weight + begin, slots, d, v, sums, nullptr, false);
+        }
+        if (dvalue) store_block(dvalue + c, columns, sums);
+      }
     }
   }
 }
@@ -193,7 +221,6 @@ static int backward(const sparse_ffn_bag& p, const T* dout, T* dweight, T* dvalu
   float* dots = dweight ? scratch_of<float>(kBufferDgate, S + 1) : nullptr;
   const SortedSlots s = SortedSlots::reserve(p);
   if ((rows && !place) || (dweight && !dots) || !s.ready()) return SPARSE_FFN_NO_MEMORY;
-  if (dvalues && !rows) advise_huge_pages(dvalues, static_cast<size_t>(p.N * p.O) * sizeof(T));
   sort_bag_slots<T>(p, s);
   if (rows) {
     int64_t used = 0;
@@ -209,7 +236,7 @@ static int backward(const sparse_ffn_bag& p, const T* dout, T* dweight, T* dvalu
   {
     const int64_t i = thread_index(), n = thread_count();
     const int64_t n0 = s.part(p.N, i, n), n1 = s.part(p.N, i + 1, n);
-    float* packed = scratch_of<float>(kBufferAcc, p.T * kBlock + 1);
+    float* packed = scratch_of<float>(kBufferAcc, blocks_in_pass(p) * p.T * kBlock + 1);
     if (packed && p.O) {
       backward_rows(p, s, n0, n1, dout, dvalues, place, packed, dots);
       if (dweight)

@@ -30,7 +30,6 @@ static bool one_slot_each(const sparse_ffn_cvmm& p) {
 
 // For few rows, weights that lie as [E, L, M]: rows times rows, without packing.
 template <class T> static bool forward_rows(const sparse_ffn_cvmm& p, T* out) {
-  advise_huge_pages(out, static_cast<size_t>(p.S * p.L) * sizeof(T));
   RowGemm<T> g{};
   g.a = static_cast<const T*>(p.x);
   g.a_stride = p.x_stride;

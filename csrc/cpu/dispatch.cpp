@@ -108,10 +108,5 @@ void sparse_ffn_release_memory(void) {
 }
 void* sparse_ffn_allocate(int64_t bytes) { return bytes > 0 ? take_memory(static_cast<size_t>(bytes)) : nullptr; }
 void sparse_ffn_free(void* memory, int64_t bytes) { free_memory(memory, static_cast<size_t>(bytes)); }
-int sparse_ffn_advise_huge_pages(void* p, int64_t bytes) {
-  if (bytes < 0 || (bytes > 0 && !p)) return refuse(SPARSE_FFN_BAD_ARGUMENT, "there is no memory to find pages for");
-  advise_huge_pages(p, static_cast<size_t>(bytes));
-  return SPARSE_FFN_OK;
-}
 
 }  // extern "C"

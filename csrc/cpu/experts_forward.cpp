@@ -13,7 +13,6 @@ template <class T> static int forward(const sparse_ffn_experts& p, T* out, T* sa
   if (!fill_slot_tables(p, &slots)) return SPARSE_FFN_NO_MEMORY;
   T* hidden = shared ? saved_up : scratch_of<T>(kBufferHidden, S * p.G);
   if (!hidden) return SPARSE_FFN_NO_MEMORY;
-  if (saved_up) advise_huge_pages(saved_up, static_cast<size_t>(S * p.G) * sizeof(T));
 
   RowGemm<T> up{};
   up.a = static_cast<const T*>(p.x);

@@ -103,8 +103,6 @@ template <class T> bool run_outer_gemm(const OuterGemm<T>& g) {
   if (!first_piece) return false;
   int64_t most_columns;
   const OuterSplit split = split_outer(g.N, g.offsets, g.E, threads, first_piece, &most_columns);
-  for (int i = 0; i < 2; i++)
-    if (g.out[i]) advise_huge_pages(g.out[i], static_cast<size_t>(g.E * g.M * g.N) * sizeof(T));
   int failed = 0;
 #pragma omp parallel num_threads(static_cast<int>(threads))
   {

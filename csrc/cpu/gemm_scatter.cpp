@@ -256,7 +256,6 @@ static void scatter_block(const ScatterGemm<T>& g, int64_t t0, int64_t t1, int64
 
 template <class T> bool run_scatter_gemm(const ScatterGemm<T>& g) {
   if (!g.rows_out || !g.N) return true;
-  advise_huge_pages(g.out, static_cast<size_t>(g.rows_out * g.out_stride) * sizeof(T));
   const int64_t threads = larger(1, g.n_threads);
   const ScatterSplit split = split_scatter(g.rows_out, g.N, g.offsets[g.E], g.E, g.scatter_ascends, threads);
   const int64_t most_columns = split.most_columns(), most_rows = split.most_rows();

@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <mutex>
 
+#include "scratch.h"
+
 namespace sparse_ffn {
 namespace {
 
@@ -50,7 +52,9 @@ void* take_memory(size_t bytes) {
       if (k.size[i] == size) return k.remove(i);
   }
   void* memory = nullptr;
-  return posix_memalign(&memory, kHugePage, size) ? nullptr : memory;
+  if (posix_memalign(&memory, kHugePage, size)) return nullptr;
+  advise_huge_pages(memory, bytes);
+  return memory;
 }
 
 void free_memory(void* memory, size_t bytes) {

@@ -4,7 +4,7 @@
 
 namespace sparse_ffn {
 
-// At least `bytes` bytes that start at a huge page. Null when there are none. Any thread may free what another took.
+// At least `bytes` bytes that start at a huge page, mapped. Null when there are none. Any thread may free what another took.
 void* take_memory(size_t bytes);
 // `bytes` as they were asked for.
 void free_memory(void* memory, size_t bytes);

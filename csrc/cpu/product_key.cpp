@@ -89,7 +89,6 @@ int product_key_topk(const sparse_ffn_product_keys& p, const float* scores, int6
 
 int product_key_topk_backward(const sparse_ffn_product_keys& p, const float* dsums, const int64_t* index,
                               float* dscores) {
-  advise_huge_pages(dscores, static_cast<size_t>(p.T * p.H * 2 * p.n) * 4);
 #pragma omp parallel for num_threads(larger(1, p.n_threads)) schedule(static)
   for (int64_t r = 0; r < p.T * p.H; r++) {
     float* first = dscores + r / p.H * p.stride_t + r % p.H * p.stride_h;

@@ -73,7 +73,6 @@ static bool product(const sparse_ffn_wide_product& p, int32_t* offsets, int32_t*
 }
 
 int wide_product(const sparse_ffn_wide_product& p, float* out, float* scale) {
-  advise_huge_pages(out, static_cast<size_t>(p.B * p.M * p.N) * 4);
   int32_t* offsets = scratch_of<int32_t>(kBufferOffsets, p.B + 1);
   int32_t* place = scratch_of<int32_t>(kBufferOrder, p.B * p.M + 1);
   if (!offsets || !place) return SPARSE_FFN_NO_MEMORY;
@@ -86,7 +85,6 @@ int normalised_backward(const sparse_ffn_normalised& p, const float* dout, const
                         void* dproduct) {
   return with_dtype(p.dtype, [&](auto example) {
     auto* dz = static_cast<decltype(example)*>(dproduct);
-    advise_huge_pages(dz, static_cast<size_t>(p.M * p.pieces * p.width) * sizeof(*dz));
 #pragma omp parallel for num_threads(larger(1, p.n_threads)) schedule(static)
     for (int64_t r = 0; r < p.M * p.pieces; r++)
       normalise_backward(dout + r / p.pieces * p.stride_m + r % p.pieces * p.stride_piece, out + r * p.width, scale[r],

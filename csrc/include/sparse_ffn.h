@@ -75,13 +75,11 @@ SPARSE_FFN_API const char* sparse_ffn_isa(void);
 SPARSE_FFN_API const char* sparse_ffn_isas(void);
 /* Frees the scratch of the calling thread and the outputs' memory that is kept for the next ones. */
 SPARSE_FFN_API void sparse_ffn_release_memory(void);
-/* Memory for a large output: it starts at a huge page (2 MiB). Null when there is none. Up to 256 MiB of what is freed,
- * with the number of bytes that was asked for, is kept for outputs of the same size. */
+/* Memory for a large output: it starts at a huge page (2 MiB), and is mapped, with huge pages where the system has them.
+ * Null when there is none. Up to 256 MiB of what is freed, with the number of bytes that was asked for, is kept for
+ * outputs of the same size. */
 SPARSE_FFN_API void* sparse_ffn_allocate(int64_t bytes);
 SPARSE_FFN_API void sparse_ffn_free(void* memory, int64_t bytes);
-/* Maps the memory behind a fresh buffer that others will write, with huge pages where the system has them. All functions
- * here do so for their own large outputs. */
-SPARSE_FFN_API int sparse_ffn_advise_huge_pages(void* p, int64_t bytes);
 
 /* ---- Expert FFN -------------------------------------------------------------------------------------------------
  * y_t = sum_j gate[t,j] * h(t,j) @ values[e],  e = index[t,j]

@@ -104,7 +104,7 @@ def rows(x: Tensor) -> Tensor:
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    """torch.empty on the CPU; a large one begins at a huge page, so that the core finds its memory in few page faults.
+    """torch.empty on the CPU; a large one begins at a huge page and is mapped when it is first taken.
 
     Faults of small pages would cost as much as the arithmetic that fills a fresh weight gradient.
     """
@@ -116,14 +116,6 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     # not at exit: tensors may outlive the interpreter
     weakref.finalize(memory, _library.sparse_ffn_free, address, size).atexit = False
     return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-
-def empty_for_torch(*shape: int, dtype: torch.dtype) -> Tensor:
-    """``empty`` for an output that torch's kernels write and not the core, which finds its outputs' memory itself."""
-    out = empty(*shape, dtype=dtype)
-    if out.nbytes >= HUGE_PAGE:
-        _library.sparse_ffn_advise_huge_pages(out.data_ptr(), out.nbytes)
-    return out
 
 
 def instruction_set() -> str:
@@ -157,7 +149,6 @@ def _load() -> tuple[Any, dict[str, Callable[..., int]], str | None]:
         address, n_bytes = ctypes.c_void_p, ctypes.c_int64
         library.sparse_ffn_allocate.restype, library.sparse_ffn_allocate.argtypes = address, (n_bytes,)
         library.sparse_ffn_free.restype, library.sparse_ffn_free.argtypes = None, (address, n_bytes)
-        library.sparse_ffn_advise_huge_pages.argtypes = (address, n_bytes)
     except (OSError, AttributeError) as error:
         return None, {}, f"{path} cannot be loaded: {error}"
     return library, functions, None

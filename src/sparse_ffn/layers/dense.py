@@ -78,7 +78,8 @@ class DenseFFN(UnitsFFN):
         return (self.d_ff,)
 
     def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
-        x, units = x.reshape(-1, self.d_model).to(autocast_dtype(x)), self._units()
+        x_TD = x if x.dim() == 2 else x.reshape(-1, self.d_model)
+        x, units = x_TD.to(autocast_dtype(x)), self._units()
         return self._compute(x, units) if self._split is None else self._split.compute(self, x, units)
 
     def _compute(self, x: Tensor, units: ops.Units) -> Tensor:

@@ -19,7 +19,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """The product of a [..., M, K] and b [..., K, N] as torch multiplies it: [..., M, N]."""
     if _widens(a, b.shape[-1]):
         return torch.matmul(a.float(), b.float()).to(a.dtype)
-    out = cpu.empty_for_torch(*a.shape[:-1], b.shape[-1], dtype=a.dtype)
+    if a.numel() // max(a.shape[-1], 1) * b.shape[-1] * a.itemsize < cpu.HUGE_PAGE:
+        return torch.matmul(a, b)
+    out = cpu.empty(*a.shape[:-1], b.shape[-1], dtype=a.dtype)
     return torch.matmul(a, b, out=out)
 
 

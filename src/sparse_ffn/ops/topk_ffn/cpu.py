@@ -21,28 +21,33 @@ from sparse_ffn.ops.weighted_bag import cpu as bag
 
 # T tokens, K selected units, F hidden units, D d_model, O d_out
 
-# Measured of one thread. Multiply-adds per second: gathering, in either pass; torch's products, of fp32 on Zen 5 and on
-# Sapphire Rapids (54e9, 75e9), of 16 bits on the one and, with AMX, on the other. Bytes per second from the last cache.
-GATHER, GATHER_BACK = 22e9, 50e9
-PRODUCTS = {"fp32": 60e9, "half": 240e9, "amx": 480e9}
-ROWS, TABLE = 50e9, 70e9
+# Measured of one thread, with T from 1 to 1024. Multiply-adds per second of torch's products, of fp32 on Zen 5 and on
+# Sapphire Rapids (54e9, 75e9), of 16 bits on the one and, with AMX, on the other; and bytes per second at which these
+# bring a matrix into their own layout, which is most of their time with few tokens.
+PRODUCTS, LAYOUT = {"fp32": 60e9, "half": 240e9, "amx": 480e9}, 13e9
+# Bytes per second of gathered rows; in the backward pass multiply-adds, bytes written for every unit, and seconds that
+# its calls take beyond those of dense products.
+GATHER = 75e9
+GATHER_BACK, WRITE, CALLS = 35e9, 32e9, 75e-6
 FEW = 1 << 17
 """Multiply-adds of a gather up to which it is taken in any case: it takes less time than a call."""
 
 
 def gathers(T: int, n_units: int, k: int, width: int, dtype: torch.dtype) -> bool:
     """Whether reading the k selected rows of each token is predicted to be faster than a dense product."""
-    if T * k * width <= FEW:
-        return True
-    dense = max(T * n_units / _rate(dtype), n_units * dtype.itemsize / TABLE)
-    return max(T * k / GATHER, min(n_units, T * k) * dtype.itemsize / ROWS) < dense
+    return T * k * width <= FEW or T * k * dtype.itemsize / GATHER < _dense(T, n_units, dtype)
 
 
 def gathers_back(T: int, n_units: int, k: int, width: int, dtype: torch.dtype) -> bool:
     """The same for the backward pass, which writes a row for every unit in any case."""
     if T * k * width <= FEW:
         return True
-    return T * k / GATHER_BACK + n_units * dtype.itemsize / TABLE < T * n_units / _rate(dtype)
+    return T * k / GATHER_BACK + n_units * dtype.itemsize / WRITE + CALLS / width < _dense(T, n_units, dtype)
+
+
+def _dense(T: int, n_units: int, dtype: torch.dtype) -> float:
+    """Seconds of a dense product for a column of the matrix."""
+    return T * n_units / _rate(dtype) + n_units * dtype.itemsize / LAYOUT
 
 
 @functools.cache
