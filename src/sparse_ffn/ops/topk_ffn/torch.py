@@ -28,8 +28,9 @@ def forward(
     up_TF = F.linear(x, keys, key_bias)
     glu_gate_TF = None if gate_keys is None else F.linear(x, gate_keys)
     h_TF = hidden(activation, up_TF, glu_gate_TF, dropout_mask)
-    by_gate = rank_by == "gate" and glu_gate_TF is not None
-    ranked_TF = hidden(activation, glu_gate_TF, None, dropout_mask) if by_gate else h_TF
+    ranked_TF = h_TF
+    if rank_by == "gate" and glu_gate_TF is not None:
+        ranked_TF = hidden(activation, glu_gate_TF, None, dropout_mask)
     index = eager_stable_topk(rank(ranked_TF, values, norm_aware), k)
     glu_gate_TK = None if glu_gate_TF is None else glu_gate_TF.gather(1, index)
     saved = Saved(index.to(torch.int32), up_TF.gather(1, index), glu_gate_TK)

@@ -105,8 +105,10 @@ def _sorted(
 ) -> tuple[Tensor, Saved]:
     """The same beyond ``topk.MAX_F`` units: torch sorts them."""
     h_TF = hidden(activation, up_TF, glu_gate_TF, scale)
-    by_gate = rank_by == "gate" and glu_gate_TF is not None
-    score = (hidden(activation, glu_gate_TF, None, scale) if by_gate else h_TF).abs()
+    ranked_TF = h_TF
+    if rank_by == "gate" and glu_gate_TF is not None:
+        ranked_TF = hidden(activation, glu_gate_TF, None, scale)
+    score = ranked_TF.abs()
     index = stable_topk(score if norm is None else score * norm, k)
     glu_gate_TK = None if glu_gate_TF is None else glu_gate_TF.gather(1, index)
     return h_TF.gather(1, index), Saved(index.to(torch.int32), up_TF.gather(1, index), glu_gate_TK)
