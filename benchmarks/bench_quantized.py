@@ -13,6 +13,7 @@ from torch import Tensor
 import sparse_ffn as sf
 from benchmarks.machine import describe
 from benchmarks.timing import Quartiles, Run, race
+from sparse_ffn.ops.products import supported
 
 BARS = {1: (0.60, 0.42), 4: (0.70, 0.55), 32: (0.90, 0.90), 256: (1.15, 1.15)}
 """Tokens -> the most that int8 and int4 may take of bf16's time, at D = 2048, E = 16, G = 1024, K = 8, a GLU."""
@@ -95,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, tuple[Quartil
         torch.set_num_threads(options.threads)
     for name, fact in describe(torch.device("cpu")).items():
         print(f"{name}: {fact}")
+    if not supported("amx_tile"):
+        print("kt-kernel: needs AMX")
     made = layers(*options.sizes)
     runs: dict[str, Callable[[Tensor], Tensor]] = {**made, **of_torch(made["bf16"])}
     found = {}

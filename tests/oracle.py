@@ -58,19 +58,30 @@ def dense(p: Params, x_TD: Tensor, *, activation: str = "relu") -> Tensor:
     return _stack(outputs, x_TD, p["values"].shape[-1])
 
 
-def topk_scores(p: Params, x: Tensor, *, activation: str, norm_aware: bool) -> Tensor:
-    """What Top-K ranks the hidden units of one token by: |unit|, times the norm (not squared) of its value row."""
-    u = hidden_units(x, p["keys"], p.get("key_bias"), p.get("gate_keys"), activation).detach().abs()
+def topk_scores(p: Params, x: Tensor, *, activation: str, norm_aware: bool, rank_by: str = "hidden") -> Tensor:
+    """What Top-K ranks the hidden units of one token by: |unit| or |act(gate)|, times the norm of its value row."""
+    if rank_by == "gate":
+        u = ACTIVATIONS[activation](p["gate_keys"] @ x).detach().abs()
+    else:
+        u = hidden_units(x, p["keys"], p.get("key_bias"), p.get("gate_keys"), activation).detach().abs()
     return u * p["values"].detach().norm(dim=1) if norm_aware else u
 
 
-def topk(p: Params, x_TD: Tensor, k: int, *, activation: str = "relu", norm_aware: bool = False) -> Tensor:
-    """Paper Eq. 6-7: the sum over the k units that contribute most."""
+def topk(
+    p: Params,
+    x_TD: Tensor,
+    k: int,
+    *,
+    activation: str = "relu",
+    norm_aware: bool = False,
+    rank_by: str = "hidden",
+) -> Tensor:
+    """Paper Eq. 6-7: the sum over the k units that contribute most, or whose gates are largest."""
     outputs = []
     for x in x_TD:
         u = hidden_units(x, p["keys"], p.get("key_bias"), p.get("gate_keys"), activation)
         y = p["out_bias"] if "out_bias" in p else torch.zeros_like(p["values"][0])
-        for i in ranked(topk_scores(p, x, activation=activation, norm_aware=norm_aware), k):
+        for i in ranked(topk_scores(p, x, activation=activation, norm_aware=norm_aware, rank_by=rank_by), k):
             y = y + u[i] * p["values"][i]
         outputs.append(y)
     return _stack(outputs, x_TD, p["values"].shape[-1])

@@ -111,7 +111,7 @@ WRONG: dict[str, Sequence[Any] | Callable[[Any], list[Any]]] = {
     "null_experts": (-1, 1.5, math.nan, "2", True, [2], torch.tensor(2), None),
     "null_share": (*RATE, 0.0, 1.0),
     **dict.fromkeys(("activation", "value_init", "query_norm", "balance_over", "aux", "init", "null_kind"), WORD),
-    **dict.fromkeys(("cluster_by", "router_init", "gradients", "rest", "shard"), WORD),
+    **dict.fromkeys(("cluster_by", "router_init", "gradients", "rest", "shard", "rank_by"), WORD),
     **dict.fromkeys(("glu", "bias", "norm_aware", "sparse_grad", "sync_balance", "selection_bias", "gated"), FLAG),
     **dict.fromkeys(("projection_bias", "forced", "prefetch", "normalize", "fused", "sync", "mode", "pin"), FLAG),
     **dict.fromkeys(("query_bias", "norm_affine", "balance_cost", "experts", "causal"), FLAG),

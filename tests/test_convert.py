@@ -107,6 +107,7 @@ def test_configs_survive_json(kind: type[config.FFNConfig]) -> None:
 SIZES = {"d_ff", "k", "n_sub_keys", "n_experts", "expert_size", "rank"}
 CHOICES: dict[str, Any] = {
     "activation": "gelu", "dropout": 0.1, "init_scale": 0.5, "d_ff": 20, "k": 3, "glu": True, "norm_aware": True,
+    "rank_by": "gate",
     "n_sub_keys": 5, "n_heads": 2, "query_dim": 4, "query_norm": "layer", "value_init": "standard", "sparse_grad": True,
     "query_bias": True, "norm_affine": True,
     "n_experts": 5, "expert_size": 8, "expert_dropout": 0.2, "balance": ("switch", "bias"),

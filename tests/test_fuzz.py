@@ -318,6 +318,7 @@ def topk_ffn_cases(draw: Callable[..., Any]) -> Case:
         "k": width if activation in SMOOTH else draw(st.integers(1, width)),  # how these are rounded is anyone's
         "activation": activation,
         "norm_aware": draw(st.booleans()),
+        "rank_by": draw(st.sampled_from(["hidden", "gate"] if "gate_keys" in tensors else ["hidden"])),
     }
 
     def known(t: dict[str, Tensor]) -> dict[str, Any]:
@@ -328,7 +329,7 @@ def topk_ffn_cases(draw: Callable[..., Any]) -> Case:
             up = t["x"].double() @ t["keys"].double().t() + t.get("key_bias", torch.zeros(())).double()
             h = up if "gate_keys" not in t else t["x"].double() @ t["gate_keys"].double().t()
             h = exact_activation(activation, h.to(n.dtype))
-            h = h if "gate_keys" not in t else h * up.to(n.dtype)
+            h = h if "gate_keys" not in t or options["rank_by"] == "gate" else h * up.to(n.dtype)
             score = (h if "dropout_mask" not in t else h * t["dropout_mask"]).abs()
             if options["norm_aware"]:
                 wide = torch.promote_types(n.dtype, torch.float32)

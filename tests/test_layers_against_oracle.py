@@ -85,6 +85,10 @@ def gap(scores: Tensor, k: int) -> float:
     return math.inf if best[k - 1] == 0 else (best[k - 1] - best[k]).item()
 
 
+def topk_options(options: dict) -> dict:
+    return {"norm_aware": options.get("norm_aware", False), "rank_by": options.get("rank_by", "hidden")}
+
+
 def distance_to_doubt(layer: torch.nn.Module, x: Tensor, router_input: Tensor, options: dict) -> float:
     """Of one token, the smallest distance to a tie in a selection or to the kink of an activation."""
     p = {name: value.detach().double() for name, value in layer.named_parameters()}
@@ -103,7 +107,7 @@ def distance_to_doubt(layer: torch.nn.Module, x: Tensor, router_input: Tensor, o
         logits = p["router.weight"] @ router_input
         distances.append(gap(logits - logits.min() + 1, layer.k))
     if isinstance(layer, sf.TopKFFN):
-        how = {"activation": options.get("activation", "relu"), "norm_aware": options.get("norm_aware", False)}
+        how = {"activation": options.get("activation", "relu")} | topk_options(options)
         distances.append(gap(oracle.topk_scores(p, x, **how), layer.k))
     return min(distances)
 
@@ -158,7 +162,7 @@ def compute_oracle(case: Case, layer, x, router_input, mask, weight, options, au
     if case.layer is sf.DenseFFN:
         y = oracle.dense(p, x_TD, activation=activation)
     elif case.layer is sf.TopKFFN:
-        y = oracle.topk(p, x_TD, layer.k, activation=activation, norm_aware=options.get("norm_aware", False))
+        y = oracle.topk(p, x_TD, layer.k, activation=activation, **topk_options(options))
     elif case.layer is sf.ProductKeyMemory:
         y = oracle.product_key(p, x_TD, layer.k, activation=activation, query_norm=options.get("query_norm"))
     else:
@@ -257,6 +261,15 @@ def test_options_of_dense_and_topk(case, options, dtype, backend):
 @BACKENDS
 def test_norm_aware_topk(options, activation, dtype, backend):
     check(FFN["TopKFFN"], dtype, backend=backend, activation=activation, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"activation": "silu"}, {"activation": "relu", "bias": False, "norm_aware": True, "d_out": 3}], ids=str
+)
+@DTYPES
+@BACKENDS
+def test_topk_by_gate(options, dtype, backend):
+    check(FFN["TopKFFN"], dtype, backend=backend, glu=True, rank_by="gate", **options)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,13 @@ def test_norm_aware_topk_uses_the_norm_and_not_its_square():
     assert oracle.topk(p, row(1), 1, norm_aware=True).tolist() == [[6.0]]
 
 
+def test_topk_by_gate_takes_no_notice_of_what_it_gates():
+    # units 1*5 and 2*1: by themselves the first is larger, by their gates the second
+    p = {"keys": matrix((5,), (1,)), "gate_keys": matrix((1,), (2,)), "values": matrix((1,), (10,))}
+    assert oracle.topk(p, row(1), 1).tolist() == [[5.0]]
+    assert oracle.topk(p, row(1), 1, rank_by="gate").tolist() == [[20.0]]
+
+
 def test_topk_ranks_by_magnitude():
     p = {"keys": matrix((1,), (-3,)), "values": matrix((1,), (1,))}
     assert oracle.topk(p, row(1), 1, activation="identity").tolist() == [[-3.0]]

@@ -189,6 +189,7 @@ def dense(name: str, units: int, **options: Any) -> sf.SparseFFN:
         "dense glu": lambda: sf.DenseFFN(D, units, glu=True, activation="silu", d_out=6, **options),
         "topk": lambda: sf.TopKFFN(D, units, units // 2, **options),
         "topk norms": lambda: sf.TopKFFN(D, units, 3, glu=True, activation="gelu", norm_aware=True, **options),
+        "topk gates": lambda: sf.TopKFFN(D, units, 3, glu=True, activation="gelu", rank_by="gate", **options),
         "experts": lambda: sf.SoftmaxMoE(D, 4, units, 2, glu=True, activation="silu", balance_weight=1.0, **options),
     }[name]()
     for bias in (layer.key_bias, layer.out_bias):
@@ -215,7 +216,7 @@ def by_units(rank: int, cases: list[tuple[str, int, float]]) -> dict[Any, float]
     return found
 
 
-NAMES = ("dense", "dense glu", "topk", "topk norms", "experts")
+NAMES = ("dense", "dense glu", "topk", "topk norms", "topk gates", "experts")
 
 
 def test_units_of_several_processes_compute_what_one_computes() -> None:

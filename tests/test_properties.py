@@ -49,6 +49,7 @@ def dense_layers(draw):
 def topk_layers(draw):
     d_ff = draw(st.integers(1, 12))
     options = draw(two_layer_options()) | {"norm_aware": draw(st.booleans())}
+    options["rank_by"] = draw(st.sampled_from(["hidden", "gate"] if options["glu"] else ["hidden"]))
     layer = sf.TopKFFN(draw(st.integers(1, 7)), d_ff, draw(st.integers(1, d_ff)), **options)
     return oracle.randomise(layer, draw(SEEDS))
 
@@ -240,7 +241,8 @@ def test_layers_without_a_router_ignore_a_mask_and_refuse_a_router_input(layer, 
 def test_topk_of_all_units_is_dense(data, options, seed):
     d_model, d_ff = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 12))
     dense = oracle.randomise(sf.DenseFFN(d_model, d_ff, **options), seed)
-    topk = sf.TopKFFN(d_model, d_ff, d_ff, norm_aware=data.draw(st.booleans()), **options)
+    rank_by = data.draw(st.sampled_from(["hidden", "gate"] if options["glu"] else ["hidden"]))
+    topk = sf.TopKFFN(d_model, d_ff, d_ff, norm_aware=data.draw(st.booleans()), rank_by=rank_by, **options)
     topk.load_state_dict(dense.state_dict())
     x = normal(data.draw(TOKENS), d_model, seed=seed)
     close(topk(x), dense(x))
@@ -397,7 +399,7 @@ def test_topk_gradient_is_the_dense_one_of_the_selected_units(layer, n_tokens, s
     x = inputs(layer, n_tokens, seed=seed)
     layer(x).sum().backward()
     p = {name: value.detach() for name, value in layer.named_parameters()}
-    how = {"activation": layer.activation, "norm_aware": layer.norm_aware}
+    how = {"activation": layer.activation, "norm_aware": layer.norm_aware, "rank_by": layer.rank_by}
     selected = {i for token in x for i in oracle.ranked(oracle.topk_scores(p, token, **how), layer.k)}
     others = [i for i in range(layer.d_ff) if i not in selected]
     for name in ("keys", "values", "gate_keys", "key_bias"):

@@ -234,7 +234,7 @@ CALLS: dict[str, tuple[tuple[Operand, ...], tuple[int, ...]]] = {
         ),
         (0,),
     ),
-    "bag_forward": ((*TABLE, *outputs(Operand("out", "TO"))), ()),
+    "bag_forward": ((*TABLE, *outputs(Operand("out", "TO"))), (0,)),
     "bag_backward": (
         (*TABLE, Operand("dout", "TO"), *maybe(*outputs(Operand("dweight", "TJ"), Operand("dvalues", "NO")))),
         (),

@@ -132,6 +132,51 @@ def test_a_dense_ffn_skips_them_too(glu: bool, dtype: torch.dtype) -> None:
         assert not many.isnan().any()
 
 
+def topk_units(glu: bool, dtype: torch.dtype, F: int = 300, D: int = 500) -> ops.Units:
+    rows = [torch.randn(F, width).to(dtype) for width in (D, O, D)]
+    return ops.Units(rows[0], rows[1], rows[2] if glu else None, torch.randn(F).to(dtype))
+
+
+@torch.no_grad()
+def run_topk(x: Tensor, units: ops.Units, k: int, backend: str = "cpu", **options: str) -> Tensor:
+    with sf.backend(backend):
+        return ops.topk_ffn(x, units, k, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("glu", [False, True])
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_a_topk_ffn_does_not_read_selected_units_that_are_zero(tokens: int, glu: bool, dtype: torch.dtype) -> None:
+    """Of a GLU and one token neither the keys behind a closed gate. More units are selected than are not zero."""
+    units, x, k = topk_units(glu, dtype), torch.randn(1, 500).repeat(tokens, 1).to(dtype), 180
+    x[1:] += torch.randn(tokens - 1, 500).to(dtype) / 8  # alike, so that there are units that all of them close
+    wide = ops.Units(*(None if t is None else t.double() for t in units))
+    closing = x.double() @ (wide.gate_keys if glu else wide.keys).T + (0 if glu else wide.key_bias)
+    idle = (closing < -0.1).all(0)
+    assert idle.any()
+    y = run_topk(x, units, k)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]
+    expected = run_topk(x.double(), wide, k, "reference")
+    assert (y.double() - expected).abs().max() <= tolerance * expected.abs().max()
+    poisoned = ops.Units(*(None if t is None else t.clone() for t in units))
+    poisoned.values[idle] = torch.nan
+    if glu and tokens == 1:
+        poisoned.keys[idle] = torch.inf
+    assert torch.equal(run_topk(x, poisoned, k), y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_by_gate_keys_and_values_of_the_selected_units_alone_are_read(dtype: torch.dtype) -> None:
+    units, x, k = topk_units(True, dtype), torch.randn(2, 500).to(dtype), 40
+    y = run_topk(x, units, k, activation="silu", rank_by="gate")
+    assert units.gate_keys is not None
+    gate = torch.nn.functional.silu(x.double() @ units.gate_keys.double().T).abs()
+    never = (gate < gate.topk(k + 5).values[:, -1:]).all(0)
+    units.values[never] = torch.nan
+    units.keys[never] = torch.inf
+    assert torch.equal(run_topk(x, units, k, activation="silu", rank_by="gate"), y)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("isa", cpu.instruction_sets() if "cpu" in BACKENDS else ())
 def test_on_every_instruction_set(isa: str) -> None:

@@ -368,9 +368,9 @@ def selections(dtype: torch.dtype, n_units: int, activation: str, form: str, wei
     if form == "full":
         units = Units(keys, values, empty(n_units, D).to(dtype=weights), empty(n_units).to(dtype=weights))
         scale = empty(T, n_units)
-    for sparse in (True, False):
+    for sparse, rank_by in ((True, "gate" if form == "full" else "hidden"), (False, "hidden")):
         topk_ffn.use_gather = lambda *sizes, sparse=sparse: sparse
-        _, saved = topk_ffn.forward(x, units, k, scale, activation, form == "full")
+        _, saved = topk_ffn.forward(x, units, k, scale, activation, form == "full", rank_by)
         topk_ffn.backward(empty(T, D), x, units, scale, saved, activation)
 
 

@@ -17,16 +17,18 @@ static constexpr int64_t kListAhead = 4;                  // value rows fetched 
 static constexpr int64_t kSharing = 4;                    // slots a row, from which sorting pays
 static constexpr int64_t kSmallTable = 4 << 20;           // bytes, up to which rows come from L2 often enough
 static constexpr int kGatherVectors = 8;                  // of a row, summed in registers at a time by gathering
+static constexpr int64_t kDotSlots = 64;                  // a thread's share, of the weights' gradient by gathering
 
-// kVectors whole vectors of columns from `first` on; 0: any number of columns up to kGatherVectors vectors.
+// The first `slots` of token t; kVectors whole vectors of columns from `first` on, 0: any number of columns up to
+// kGatherVectors vectors.
 template <class T, int kVectors>
-static void gather_row(const sparse_ffn_bag& p, int64_t t, int64_t first, int64_t columns, T* out) {
+static void gather_row(const sparse_ffn_bag& p, int64_t t, int64_t slots, int64_t first, int64_t columns, T* out) {
   const T* values = static_cast<const T*>(p.values) + first;
   const T* weight = static_cast<const T*>(p.weight) + t * p.J;
   const int64_t* index = p.index + t * p.J;
   V acc[kVectors ? kVectors : kGatherVectors] = {};
-  for (int64_t j = 0; j < p.J; j++) {
-    if (j + kListAhead < p.J)
+  for (int64_t j = 0; j < slots; j++) {
+    if (j + kListAhead < slots)
       for (int64_t i = 0; i < columns * static_cast<int64_t>(sizeof(T)); i += 64)
         prefetch(reinterpret_cast<const char*>(values + index[j + kListAhead] * p.O) + i);
     const V w = splat(to_float(weight[j]));
@@ -40,14 +42,36 @@ static void gather_row(const sparse_ffn_bag& p, int64_t t, int64_t first, int64_
   }
   for (int64_t i = 0; i < columns; i += VL) store_upto(out + i, acc[i / VL], columns - i);
 }
-template <class T> using GatherRowFn = void (*)(const sparse_ffn_bag&, int64_t, int64_t, int64_t, T*);
+template <class T> using GatherRowFn = void (*)(const sparse_ffn_bag&, int64_t, int64_t, int64_t, int64_t, T*);
 template <class T> static GatherRowFn<T> gather_row_for(int64_t columns) {
   static constexpr GatherRowFn<T> whole[] = {gather_row<T, 1>, gather_row<T, 2>, gather_row<T, 3>, gather_row<T, 4>,
                                              gather_row<T, 5>, gather_row<T, 6>, gather_row<T, 7>, gather_row<T, 8>};
   return columns % VL ? gather_row<T, 0> : whole[columns / VL - 1];
 }
 
-template <class T> static void forward_gather(const sparse_ffn_bag& p, T* out) {
+static ALWAYS_INLINE bool is_zero(float x) { return x == 0; }
+template <class T> static ALWAYS_INLINE bool is_zero(T x) { return !(x.bits & 0x7fff); }
+
+// The same bags with each token's slots of weight zero behind its others, of which there are slots[t].
+template <class T> static bool leave_zeros_out(sparse_ffn_bag* p, const int32_t** slots) {
+  int64_t* index = scratch_of<int64_t>(kBufferOrder, p->T * p->J + 1);
+  T* weight = scratch_of<T>(kBufferGate, p->T * p->J + 1);
+  int32_t* counts = scratch_of<int32_t>(kBufferOffsets, p->T + 1);
+  if (!index || !weight || !counts) return false;
+  const T* given = static_cast<const T*>(p->weight);
+  for (int64_t t = 0; t < p->T; t++) {
+    int64_t used = t * p->J;
+    for (int64_t s = t * p->J; s < (t + 1) * p->J; s++) {
+      index[used] = p->index[s], weight[used] = given[s];
+      used += !is_zero(given[s]);
+    }
+    counts[t] = static_cast<int32_t>(used - t * p->J);
+  }
+  p->index = index, p->weight = weight, *slots = counts;
+  return true;
+}
+
+template <class T> static void forward_gather(const sparse_ffn_bag& p, const int32_t* slots, T* out) {
   const int64_t threads = larger(1, p.n_threads), vectors = ceil_div(p.O, VL);
   int64_t pieces = ceil_div(vectors, kGatherVectors);
   if (p.T < threads) pieces = lesser(vectors, round_up(pieces, threads));  // of few tokens threads take equal columns
@@ -55,7 +79,7 @@ template <class T> static void forward_gather(const sparse_ffn_bag& p, T* out) {
   for (int64_t i = 0; i < p.T * pieces; i++) {
     const int64_t t = i / pieces, piece = i % pieces;
     const int64_t first = vectors * piece / pieces * VL, last = lesser(p.O, vectors * (piece + 1) / pieces * VL);
-    gather_row_for<T>(last - first)(p, t, first, last - first, out + t * p.O + first);
+    gather_row_for<T>(last - first)(p, t, slots ? slots[t] : p.J, first, last - first, out + t * p.O + first);
   }
 }
 
@@ -109,6 +133,10 @@ static void forward_block(const sparse_ffn_bag& p, const SortedSlots& s, int64_t
   }
 }
 
+template <class T> static bool gathers(const sparse_ffn_bag& p) {
+  return p.T * p.J < kSharing * p.N || p.N * p.O * static_cast<int64_t>(sizeof(T)) <= kSmallTable;
+}
+
 template <class T> static int forward(const sparse_ffn_bag& p, T* out) {
   int failed = 0;
   for (int64_t t0 = 0; t0 < p.T; t0 += kChunkTokens) {
@@ -117,8 +145,10 @@ template <class T> static int forward(const sparse_ffn_bag& p, T* out) {
     c.index += t0 * p.J;
     c.weight = static_cast<const T*>(p.weight) + t0 * p.J;
     T* chunk = out + t0 * p.O;
-    if (c.T * p.J < kSharing * p.N || p.N * p.O * static_cast<int64_t>(sizeof(T)) <= kSmallTable) {
-      forward_gather(c, chunk);
+    if (gathers<T>(c)) {
+      const int32_t* slots = nullptr;
+      if (p.skip_zeros && !leave_zeros_out<T>(&c, &slots)) return SPARSE_FFN_NO_MEMORY;
+      forward_gather(c, slots, chunk);
       continue;
     }
     const SortedSlots s = SortedSlots::reserve(c);
@@ -212,10 +242,50 @@ static void backward_rows(const sparse_ffn_bag& p, const SortedSlots& s, int64_t
   }
 }
 
+// Slots j0 .. j1-1 of token t: the dot products of their rows with its output gradient.
+template <class T>
+static void gather_dots(const sparse_ffn_bag& p, int64_t t, int64_t j0, int64_t j1, const T* dout, T* dweight) {
+  const T* values = static_cast<const T*>(p.values);
+  const int64_t* index = p.index + t * p.J;
+  for (int64_t j = j0; j < j1; j += 4) {
+    const T *row[4], *ahead[4];
+    for (int64_t r = 0; r < 4; r++) {
+      row[r] = values + index[lesser(j + r, j1 - 1)] * p.O;
+      ahead[r] = values + index[lesser(j + r + 4, p.J - 1)] * p.O;
+    }
+    V acc[4] = {};
+    int64_t i = 0;
+    for (; i + VL <= p.O; i += VL) {
+      const V d = load(dout + t * p.O + i);
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; r++) {
+        acc[r] = fma(d, load(row[r] + i), acc[r]);
+        prefetch(ahead[r] + i);
+      }
+    }
+    if (const int left = static_cast<int>(p.O - i))
+      for (int r = 0; r < 4; r++) acc[r] = fma(load_n(dout + t * p.O + i, left), load_n(row[r] + i, left), acc[r]);
+    for (int64_t r = 0; r < 4 && j + r < j1; r++) from_float(sum(acc[r]), dweight + t * p.J + j + r);
+  }
+}
+
+template <class T> static void backward_gather(const sparse_ffn_bag& p, const T* dout, T* dweight) {
+  const int64_t parts = ceil_div(p.J, kDotSlots);
+#pragma omp parallel for num_threads(larger(1, p.n_threads)) schedule(static)
+  for (int64_t i = 0; i < p.T * parts; i++) {
+    const int64_t t = i / parts, j = i % parts * kDotSlots;
+    gather_dots(p, t, j, lesser(p.J, j + kDotSlots), dout, dweight);
+  }
+}
+
 // rows null: dvalues is [N, O]; else row-sparse, see sparse_ffn_bag_backward_sparse.
 template <class T>
 static int backward(const sparse_ffn_bag& p, const T* dout, T* dweight, T* dvalues, int64_t* rows, int64_t* n_rows) {
   const int64_t S = p.T * p.J;
+  if (!rows && !dvalues && gathers<T>(p)) {
+    if (dweight) backward_gather(p, dout, dweight);
+    return SPARSE_FFN_OK;
+  }
   // value row -> its row in the sparse gradient
   int32_t* place = rows ? scratch_of<int32_t>(kBufferAux, p.N + 1) : nullptr;
   float* dots = dweight ? scratch_of<float>(kBufferDgate, S + 1) : nullptr;

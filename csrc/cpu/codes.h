@@ -29,46 +29,92 @@ static ALWAYS_INLINE VI load_codes(const int8_t* p) {
 #endif
 }
 
-// Scale and zero of a group, and what they make of kStep codes from an even column on: two vectors, of consecutive columns
-// after order(). That of 4 bits makes them of the even and of the odd columns.
+// Code less zero, for all codes and zero points of 4 bits, in the dtype of N.
+template <class N, int kCodes> struct Differences {
+  alignas(64) N of[16][kCodes] = {};
+  constexpr Differences() {
+    for (int zero = 0; zero < 16; zero++)
+      for (int code = 0; code < kCodes; code++) set(code % 16 - zero, &of[zero][code]);
+  }
+  static constexpr void set(int n, float* out) { *out = static_cast<float>(n); }
+  static constexpr void set(int n, uint16_t* out) {  // the bits of bf16, which has integers of 8 bits
+    const int size = n < 0 ? -n : n;
+    int exponent = 0;
+    while (size >> exponent > 1) exponent++;
+    const int bits = (127 + exponent) << 7 | (size << (7 - exponent) & 127);
+    *out = static_cast<uint16_t>(size ? bits | (n < 0 ? 0x8000 : 0) : 0);
+  }
+};
+
+// The zero point of a stored one: 4 bits as they are, and of 8 bits less 128, as the codes are stored.
+template <int kBits> static ALWAYS_INLINE int zero_of(uint8_t stored) { return kBits == 4 ? stored & 15 : stored - 128; }
+constexpr uint8_t kMiddle[2] = {8, 128};  // what 4 and 8 bits without zero points have in their place
+
+// Codes less the zero point of their group, kStep of them from an even column on: two vectors, of consecutive columns after
+// order(). That of 4 bits makes them of the even and of the odd columns. Small integers: the scale multiplies what they sum to.
 constexpr int kStep = 2 * VL;
+template <int kBits> constexpr int kStepBytes = kStep * kBits / 8;
 template <int kBits> struct Group;
 
 template <> struct Group<8> {
-  V scale, zero;
+  VI zero;
   ALWAYS_INLINE Group() {}
-  ALWAYS_INLINE Group(const float* s, const float* z) : scale(broadcast(s)), zero(broadcast(z)) {}
-  ALWAYS_INLINE void numbers(const void* row, int64_t column, V (&n)[2]) const {
-    const int8_t* p = static_cast<const int8_t*>(row) + column;
-    n[0] = (__builtin_convertvector(load_codes(p), V) - zero) * scale;
-    n[1] = (__builtin_convertvector(load_codes(p + VL), V) - zero) * scale;
+  explicit ALWAYS_INLINE Group(int z) : zero(VI{} + z) {}
+  ALWAYS_INLINE void numbers(const uint8_t* codes, V (&n)[2]) const {
+    const int8_t* p = reinterpret_cast<const int8_t*>(codes);
+    n[0] = __builtin_convertvector(load_codes(p) - zero, V);
+    n[1] = __builtin_convertvector(load_codes(p + VL) - zero, V);
   }
 };
 
 template <> struct Group<4> {
 #if defined(__AVX512F__)
+  static constexpr Differences<float, 16> kTable{};
   __m512 table;
   ALWAYS_INLINE Group() {}
-  ALWAYS_INLINE Group(const float* s, const float* z) {
-    const __m512 codes = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    table = _mm512_mul_ps(_mm512_sub_ps(codes, _mm512_set1_ps(*z)), _mm512_set1_ps(*s));
-  }
-  ALWAYS_INLINE void numbers(const void* row, int64_t column, V (&n)[2]) const {
-    const __m512i bytes = __m512i(load_codes(static_cast<const uint8_t*>(row) + column / 2));
+  explicit ALWAYS_INLINE Group(int z) : table(_mm512_load_ps(kTable.of[z])) {}
+  ALWAYS_INLINE void numbers(const uint8_t* codes, V (&n)[2]) const {
+    const __m512i bytes = __m512i(load_codes(codes));
     n[0] = V(_mm512_permutexvar_ps(bytes, table));  // looks at four bits of an index
     n[1] = V(_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table));
   }
 #else
-  V scale, zero;
+  VI zero;
   ALWAYS_INLINE Group() {}
-  ALWAYS_INLINE Group(const float* s, const float* z) : scale(broadcast(s)), zero(broadcast(z)) {}
-  ALWAYS_INLINE void numbers(const void* row, int64_t column, V (&n)[2]) const {
-    const VI bytes = load_codes(static_cast<const uint8_t*>(row) + column / 2);
-    n[0] = (__builtin_convertvector(bytes & 15, V) - zero) * scale;
-    n[1] = (__builtin_convertvector(bytes >> 4, V) - zero) * scale;
+  explicit ALWAYS_INLINE Group(int z) : zero(VI{} + z) {}
+  ALWAYS_INLINE void numbers(const uint8_t* codes, V (&n)[2]) const {
+    const VI bytes = load_codes(codes);
+    n[0] = __builtin_convertvector((bytes & 15) - zero, V);
+    n[1] = __builtin_convertvector((bytes >> 4) - zero, V);
   }
 #endif
 };
+
+#if defined(__AVX512BF16__)
+// The same as bf16, which is exact, of consecutive columns.
+template <int kBits> struct GroupOfPairs;
+
+template <> struct GroupOfPairs<8> {
+  Group<8> group;
+  explicit ALWAYS_INLINE GroupOfPairs(int z) : group(z) {}
+  ALWAYS_INLINE __m512bh numbers(const uint8_t* codes) const {
+    V n[2];
+    group.numbers(codes, n);
+    return _mm512_cvtne2ps_pbh(__m512(n[1]), __m512(n[0]));
+  }
+};
+
+template <> struct GroupOfPairs<4> {
+  static constexpr Differences<uint16_t, 32> kTable{};  // twice: five bits of an index are looked at
+  __m512i table;
+  explicit ALWAYS_INLINE GroupOfPairs(int z) : table(_mm512_load_si512(kTable.of[z])) {}
+  ALWAYS_INLINE __m512bh numbers(const uint8_t* codes) const {
+    const __m512i bytes = __m512i(load_codes(codes));
+    const __m512i halves = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
+    return reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(halves, table));
+  }
+};
+#endif
 
 // Vectors of even and of odd columns to vectors of consecutive ones.
 static ALWAYS_INLINE void interleave(V (&n)[2]) {
@@ -99,35 +145,38 @@ template <class T> struct CodeRows {
   const sparse_ffn_codes& c;
 
   int64_t group() const { return c.columns / c.groups; }
-  const void* row(int64_t e, int64_t g) const {
+  const uint8_t* row(int64_t e, int64_t g) const {
     return static_cast<const uint8_t*>(c.qdata) + e * c.qdata_strides.expert + g * c.qdata_strides.row;
   }
-  // Scales and zeros of groups p0 .. p1-1 of a row, widened.
-  void factors(int64_t e, int64_t g, int64_t p0, int64_t p1, float* scale, float* zero) const {
-    const T* s = static_cast<const T*>(c.scale) + e * c.scale_strides.expert + g * c.scale_strides.row;
-    const uint8_t* z = static_cast<const uint8_t*>(c.zero_point) + e * c.zero_strides.expert + g * c.zero_strides.row;
-    int64_t p = p0;
-    for (; p + VL <= p1; p += VL) store(scale + p - p0, load(s + p));
-    for (; p < p1; p++) scale[p - p0] = to_float(s[p]);
-    const float offset = c.bits == 8 ? 128 : 0, absent = c.bits == 8 ? 0 : 8;
-    for (p = p0; p < p1; p++) zero[p - p0] = c.zero_point ? static_cast<float>(z[p]) - offset : absent;
+  const T* scales(int64_t e, int64_t g) const {
+    return static_cast<const T*>(c.scale) + e * c.scale_strides.expert + g * c.scale_strides.row;
   }
-  // Columns first .. last-1 of a row, whose groups' factors are given from the group of `first` on.
+  // Of group p; without zero points all have one.
+  const uint8_t* zero(int64_t e, int64_t g, int64_t p) const {
+    if (!c.zero_point) return kMiddle + (c.bits == 8);
+    return static_cast<const uint8_t*>(c.zero_point) + e * c.zero_strides.expert + g * c.zero_strides.row + p;
+  }
+  // Columns first .. last-1 of a row.
   template <int kBits, class Out>
-  void numbers(const void* from, int64_t first, int64_t last, const float* scale, const float* zero, Out* to) const {
+  void numbers(int64_t e, int64_t g, int64_t first, int64_t last, Out* to) const {
+    const uint8_t* from = row(e, g);
+    const T* scale = scales(e, g);
     const int64_t size = group();
-    for (int64_t p = first / size; p * size < last; p++, scale++, zero++) {
+    for (int64_t p = first / size; p * size < last; p++) {
       const int64_t end = lesser(last, (p + 1) * size);
       int64_t column = larger(first, p * size);
-      const Group<kBits> numbers_of(scale, zero);
+      const float s = to_float(scale[p]);
+      const int z = zero_of<kBits>(*zero(e, g, p));
+      const Group<kBits> group(z);
       if (!(column & (kBits == 4)))
         for (; column + kStep <= end; column += kStep) {
           V n[2];
-          numbers_of.numbers(from, column, n);
+          group.numbers(from + column * kBits / 8, n);
           order<kBits>(n);
-          store(to + column - first, n[0]), store(to + column - first + VL, n[1]);
+          store(to + column - first, n[0] * s), store(to + column - first + VL, n[1] * s);
         }
-      for (; column < end; column++) from_float((code_at(from, column, kBits) - *zero) * *scale, to + column - first);
+      for (; column < end; column++)
+        from_float((code_at(from, column, kBits) - static_cast<float>(z)) * s, to + column - first);
     }
   }
 };

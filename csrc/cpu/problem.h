@@ -69,6 +69,7 @@ struct sparse_ffn_bag {
   const void* values;        // [N, O]
   const int64_t* index;      // [T, J]
   const void* weight;        // [T, J]
+  bool skip_zeros;           // rows of weight zero need not be read
 };
 
 struct sparse_ffn_wide_product {

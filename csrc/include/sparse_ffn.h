@@ -213,7 +213,8 @@ typedef struct sparse_ffn_bag_forward_args {
   sparse_ffn_table table;
   sparse_ffn_tensor out;               /* [T, O] */
 } sparse_ffn_bag_forward_args;
-SPARSE_FFN_API int sparse_ffn_bag_forward(const sparse_ffn_bag_forward_args* args, int32_t n_threads);
+/* skip_zeros: rows of weight zero need not be read; what is not finite there may not be met. */
+SPARSE_FFN_API int sparse_ffn_bag_forward(const sparse_ffn_bag_forward_args* args, int32_t skip_zeros, int32_t n_threads);
 
 typedef struct sparse_ffn_bag_backward_args {
   sparse_ffn_table table;

@@ -23,9 +23,10 @@ using namespace sparse_ffn;
 
 extern "C" {
 
-int sparse_ffn_bag_forward(const sparse_ffn_bag_forward_args* a, int32_t n_threads) {
+int sparse_ffn_bag_forward(const sparse_ffn_bag_forward_args* a, int32_t skip_zeros, int32_t n_threads) {
   Operands o;
-  const sparse_ffn_bag p = take_table(o, a->table, n_threads);
+  sparse_ffn_bag p = take_table(o, a->table, n_threads);
+  p.skip_zeros = skip_zeros != 0;
   void* out = o.take<void>("out", a->out, "TO");
   return o.status() ? o.status() : done(PHASE("bag", kernels().bag_forward(p, out)));
 }

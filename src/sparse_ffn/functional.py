@@ -13,6 +13,7 @@ from sparse_ffn import ops
 from sparse_ffn.checks import check_choice, check_count, check_flag, check_floating, check_positive, check_tensor
 from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.autocast import autocast_enabled
+from sparse_ffn.ops.topk_ffn.reference import RANK_BY
 
 
 def cvmm(
@@ -173,6 +174,7 @@ def topk_ffn(
     key_bias: Tensor | None = None,
     activation: str = "relu",
     norm_aware: bool = False,
+    rank_by: str = "hidden",
 ) -> Tensor:
     """Two-layer FFN of which only the k hidden units of the largest |h| count (arXiv 2310.10837, Eq. 6-7).
 
@@ -185,19 +187,24 @@ def topk_ffn(
         key_bias: [F].
         activation: ``relu gelu gelu_tanh silu identity square squared_relu``.
         norm_aware: rank by |h|·‖values‖.
+        rank_by: ``"hidden"``, or with ``gate_keys`` ``"gate"``: rank by |act(gate_keys x)| in the place of |h|.
 
     Returns:
         [T, O] in x's dtype (autocast's under autocast).
 
     Raises:
         TypeError: no dense tensor, or a wrong dtype.
-        ValueError: a wrong shape or device, an unknown activation, or k out of range.
+        ValueError: a wrong shape or device, an unknown activation or ``rank_by``, ``"gate"`` without ``gate_keys``, or
+            k out of range.
     """
     units = ops.Units(keys, values, gate_keys, key_bias)
     _check_units(x, units, 2, activation)
+    check_choice("rank_by", rank_by, RANK_BY)
+    if rank_by == "gate" and gate_keys is None:
+        raise ValueError('rank_by = "gate" needs gate_keys')
     k = check_positive("k", k, at_most=keys.shape[0], limit="d_ff")
     norm_aware = check_flag("norm_aware", norm_aware)
-    return ops.topk_ffn(x, units, k, activation=activation, norm_aware=norm_aware)
+    return ops.topk_ffn(x, units, k, activation=activation, norm_aware=norm_aware, rank_by=rank_by)
 
 
 Shape = tuple[int | None, ...]

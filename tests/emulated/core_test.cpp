@@ -142,7 +142,7 @@ void bag(int64_t dtype, int64_t T, int64_t J, int64_t N, int64_t O) {
   }
   sparse_ffn_bag_forward_args f{};
   f.table = {values, index, weight}, f.out = out;
-  fine(name, sparse_ffn_bag_forward(&f, 1));
+  fine(name, sparse_ffn_bag_forward(&f, 0, 1));
   same(name, out, y);
 }
 

@@ -51,6 +51,7 @@ def topk_case(
     form: str = "plain",
     activation: str = "relu",
     norm_aware: bool = False,
+    rank_by: str = "hidden",
 ) -> Case:
     """T, D, F, O, k = sizes. Small whole numbers: products are exact in every dtype, and ties are everywhere.
 
@@ -65,12 +66,15 @@ def topk_case(
     if form == "everything":
         t |= {"gate_keys": whole(n_units, D), "key_bias": whole(n_units), "dropout_mask": 2 * whole(T, n_units).abs()}
     narrow_values = t["values"].to(dtype).double()
-    index = stable_topk(rank(hidden_units(t, activation), narrow_values, norm_aware), k)
+    ranked = hidden_units(t, activation)
+    if rank_by == "gate":
+        ranked = hidden(activation, t["x"] @ t["gate_keys"].t(), None, t.get("dropout_mask"))
+    index = stable_topk(rank(ranked, narrow_values, norm_aware), k)
     selected = torch.zeros(T, n_units, dtype=torch.bool).scatter(1, index, True)
 
     def op(activation: str, **tensors: Tensor) -> Tensor:
         if tensors["x"].dtype != torch.float64:
-            return flat.topk_ffn(k=k, activation=activation, norm_aware=norm_aware, **tensors)
+            return flat.topk_ffn(k=k, activation=activation, norm_aware=norm_aware, rank_by=rank_by, **tensors)
         return torch.where(selected.to(tensors["x"].device), hidden_units(tensors, activation), 0) @ tensors["values"]
 
     return Case(op, t, dtype, {"activation": activation}, tuple(n for n in t if n != "dropout_mask"))
@@ -83,6 +87,8 @@ def test_topk_ffn(form: str, dtype: torch.dtype, sparse: bool, device: str, monk
     choose(sparse, monkeypatch)
     check(topk_case(dtype=dtype, form=form), device)
     check(topk_case(dtype=dtype, form=form, activation="squared_relu", norm_aware=True), device)
+    if form == "everything":
+        check(topk_case(dtype=dtype, form=form, rank_by="gate"), device)
 
 
 @ways
@@ -150,6 +156,7 @@ def test_many_units_are_sorted_by_torch(device: str, monkeypatch: pytest.MonkeyP
     for sparse in (True, False):
         choose(sparse, monkeypatch)
         check(topk_case(form="everything", norm_aware=True), device)
+        check(topk_case(form="everything", norm_aware=True, rank_by="gate"), device)
 
 
 class Sizes(TorchDispatchMode):

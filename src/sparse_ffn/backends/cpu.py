@@ -33,7 +33,7 @@ OPTIONS = {
     "cvmm_forward": 0,
     "cvmm_backward": 0,
     "quantized_cvmm": 1,
-    "bag_forward": 0,
+    "bag_forward": 1,
     "bag_backward": 0,
     "bag_backward_sparse": 0,
     "wide_product_forward": 1,

@@ -60,11 +60,14 @@ class FFNConfig:
                 check_positive(field.name, value)
             if value is not None or not (field.name in SIZES or field.default is None):
                 given[field.name] = value
+        self.layer(d_model=2, **self._trial(given), device="meta")  # the layer checks its arguments
+
+    def _trial(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a layer with these fields and the least sizes that fit them."""
         k = given.get("k", 1)
         least = {"d_ff": k, "n_sub_keys": 1 + math.isqrt(k - 1), "n_experts": k, "expert_size": 1, "k": k, "rank": 1}
         arguments = {name: size for name, size in least.items() if hasattr(self, name)} | given
-        arguments = {name: value for name, value in arguments.items() if name not in OF_CONVERSION}
-        self.layer(d_model=2, **arguments, device="meta")  # the layer checks its arguments
+        return {name: value for name, value in arguments.items() if name not in OF_CONVERSION}
 
     def resolve(self: Self, ffn: FFNWeights) -> Self:
         """This config with every None replaced by what the FFN says.
@@ -132,6 +135,8 @@ class TopKFFNConfig(DenseFFNConfig):
 
     Args:
         k: units kept; None for a quarter of them.
+        norm_aware: as the layer's.
+        rank_by: as the layer's; ``"gate"`` is for the FFNs that are GLUs.
     """
 
     layer = layers.TopKFFN
@@ -140,6 +145,10 @@ class TopKFFNConfig(DenseFFNConfig):
     init: str = "topk"
     k: int | None = None
     norm_aware: bool = False
+    rank_by: str = "hidden"
+
+    def _trial(self, given: dict[str, Any]) -> dict[str, Any]:
+        return super()._trial({"glu": True, **given} if self.rank_by == "gate" else given)
 
     def _sizes(self, ffn: FFNWeights) -> dict[str, Any]:
         sizes = super()._sizes(ffn)

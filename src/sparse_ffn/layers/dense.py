@@ -13,12 +13,9 @@ from sparse_ffn import ops
 from sparse_ffn.backends.choice import choose
 from sparse_ffn.checks import check_positive
 from sparse_ffn.layers.units import UnitsFFN
-from sparse_ffn.ops.activations import hidden
+from sparse_ffn.ops.activations import DECODE_TOKENS, GIVE_ZEROS, hidden
 from sparse_ffn.ops.autocast import autocast_dtype
 
-GIVE_ZEROS = ("relu", "squared_relu")
-DECODE_TOKENS = 8
-"""At most: the more tokens, the fewer units are zero for all of them."""
 DECODE_WEIGHTS = 1 << 18
 """Values, at least: smaller ones are read faster than a call costs."""
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from sparse_ffn import ops
-from sparse_ffn.checks import check_flag, check_positive
+from sparse_ffn.checks import check_choice, check_flag, check_positive
 from sparse_ffn.layers.dense import DenseFFN
+from sparse_ffn.ops.topk_ffn.reference import RANK_BY
 
 
 class TopKFFN(DenseFFN):
@@ -26,6 +27,8 @@ class TopKFFN(DenseFFN):
         glu: gate the hidden units.
         bias: ``key_bias`` and ``out_bias``.
         norm_aware: rank by |h_i|·‖values_i‖, the unit's contribution to the output.
+        rank_by: ``"hidden"``, or with ``glu`` ``"gate"``: by |act(gate_keys_i x)| in the place of |h_i|, so that of
+            ``keys`` too only k rows are needed (CATS, arXiv 2404.08763, with k in the place of a threshold).
         d_out: output width.
         dropout: on the hidden units, before the selection.
         init_scale: c; see ``DenseFFN``.
@@ -34,7 +37,7 @@ class TopKFFN(DenseFFN):
         dtype: their dtype.
 
     Raises:
-        ValueError: k > d_ff, or an argument outside its range.
+        ValueError: k > d_ff, ``rank_by="gate"`` without ``glu``, or an argument outside its range.
     """
 
     _any_kind = ()
@@ -49,6 +52,7 @@ class TopKFFN(DenseFFN):
         glu: bool = False,
         bias: bool = True,
         norm_aware: bool = False,
+        rank_by: str = "hidden",
         d_out: int | None = None,
         dropout: float = 0.0,
         init_scale: float = 1.0,
@@ -58,11 +62,14 @@ class TopKFFN(DenseFFN):
     ) -> None:
         k = check_positive("k", k, at_most=check_positive("d_ff", d_ff), limit="d_ff")  # before weights are drawn
         norm_aware = check_flag("norm_aware", norm_aware)
+        check_choice("rank_by", rank_by, RANK_BY)
+        if rank_by == "gate" and not check_flag("glu", glu):
+            raise ValueError('rank_by = "gate" needs a gate: glu=True')
         super().__init__(
             d_model, d_ff, activation=activation, glu=glu, bias=bias, d_out=d_out, dropout=dropout,
             init_scale=init_scale, n_layers=n_layers, device=device, dtype=dtype,
         )  # fmt: skip
-        self.k, self.norm_aware = k, norm_aware
+        self.k, self.norm_aware, self.rank_by = k, norm_aware, rank_by
 
     @property
     def k(self) -> int:
@@ -81,6 +88,7 @@ class TopKFFN(DenseFFN):
             dropout_mask=self._dropout_mask(x, x.shape[0], self.d_ff),
             activation=self.activation,
             norm_aware=self.norm_aware,
+            rank_by=self.rank_by,
         )
 
     @property
@@ -89,10 +97,13 @@ class TopKFFN(DenseFFN):
         return self.k / self.d_ff
 
     def flops_per_token(self) -> int:
-        """2·d_ff·d_model (twice for a GLU) for all keys, 2·k·d_out for the values."""
+        """2·d_ff·d_model (twice for a GLU) for all keys, 2·k·d_out for the values; by gate 2·k·d_model for keys."""
+        if self.rank_by == "gate":
+            return 2 * (self.d_ff * self.d_model + self.k * (self.d_model + self.d_out))
         return self._flops(self.d_ff, self.k)
 
     def extra_repr(self) -> str:
         """Sizes and what differs from the defaults."""
         text = super().extra_repr().replace(f"d_ff={self.d_ff}", f"d_ff={self.d_ff}, k={self.k}", 1)
-        return text + (", norm_aware=True" if self.norm_aware else "")
+        text += ", norm_aware=True" if self.norm_aware else ""
+        return text + (", rank_by='gate'" if self.rank_by == "gate" else "")

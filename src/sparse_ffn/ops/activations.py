@@ -22,6 +22,9 @@ class Activation:
 FAR = 1000.0
 """From here on each smooth activation is ReLU to the last bit, in value and derivative, in every dtype."""
 SMOOTH = ("gelu", "gelu_tanh", "silu")
+GIVE_ZEROS = ("relu", "squared_relu")
+DECODE_TOKENS = 8
+"""Up to so many the rows of hidden units that are zero are left out: the more tokens, the fewer are zero for all."""
 
 
 def _gelu_tanh(z: Tensor) -> Tensor:
@@ -69,6 +72,24 @@ def hidden(name: str, up: Tensor, glu_gate: Tensor | None, scale: Tensor | None)
 def hidden_anywhere(name: str, up: Tensor, glu_gate: Tensor | None, scale: Tensor | None) -> Tensor:
     """The same by ``activate``."""
     return _hidden(partial(activate, name), up, glu_gate, scale)
+
+
+_INTO: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "gelu": _aten.gelu_,
+    "gelu_tanh": partial(_aten.gelu_, approximate="tanh"),
+    "silu": _aten.silu_,
+    "identity": lambda z: z,
+    "squared_relu": lambda z: torch.relu_(z).square_(),
+}
+
+
+def hidden_into(name: str, up: Tensor, glu_gate: Tensor | None, scale: Tensor | None) -> Tensor:
+    """Its values in the memory of up and glu_gate, where no gradient is wanted: these need no more than a bound."""
+    z = up if glu_gate is None else glu_gate
+    h = _INTO[name](z.clamp_(min=-FAR) if name in SMOOTH else z)
+    h = h if glu_gate is None else h.mul_(up)
+    return h if scale is None else h.mul_(scale)
 
 
 def _hidden(act: Callable[[Tensor], Tensor], up: Tensor, glu_gate: Tensor | None, scale: Tensor | None) -> Tensor:

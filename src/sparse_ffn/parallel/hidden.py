@@ -117,7 +117,11 @@ class _UnitsTopK(_Units):
         glu_gate_TF = None if gate_keys is None else F.linear(x, gate_keys)
         mask_TF = layer._dropout_mask(x, x.shape[0], layer.d_ff)
         h_TF = hidden_anywhere(layer.activation, F.linear(x, keys, key_bias), glu_gate_TF, mask_TF)
-        score_TF = rank(h_TF, values, layer.norm_aware)
+        ranked_TF = h_TF
+        if layer.rank_by == "gate":
+            assert glu_gate_TF is not None
+            ranked_TF = hidden_anywhere(layer.activation, glu_gate_TF, None, mask_TF)
+        score_TF = rank(ranked_TF, values, layer.norm_aware)
         best = stable_topk(score_TF, min(layer.k, score_TF.shape[1]))
         missing = layer.k - best.shape[1]
         told = F.pad(score_TF.gather(1, best), (0, missing), value=-torch.inf)

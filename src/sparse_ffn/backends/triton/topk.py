@@ -111,21 +111,26 @@ def select(
     saved_glu_gate: Tensor | None,
     h: Tensor,
     activation: str,
+    by_gate: bool = False,
 ) -> None:
     """The k units of the largest |h| · norm of each token, ties to the lower unit.
 
-    h is act(up), of a GLU act(glu_gate) · up, times scale. Shapes: up, glu_gate and scale [T, F] with unit stride in
-    their rows, norm fp32 [F]; into index int32 [T, k] ascending, and into saved_up, saved_glu_gate and h [T, k] those
-    numbers there.
+    h is act(up), of a GLU act(glu_gate) · up, times scale; with by_gate a GLU's units go by act(glu_gate) · scale.
+    Shapes: up, glu_gate and scale [T, F] with unit stride in their rows, norm fp32 [F]; into index int32 [T, k]
+    ascending, and into saved_up, saved_glu_gate and h [T, k] those numbers there.
     """
     (T, F), k = up.shape, index.shape[1]
     block = max(power_of_two(F), 16)
     first = (up, up if glu_gate is None else glu_gate, up if scale is None else scale)
     strides = tuple(0 if x is None else x.stride(0) for x in (up, glu_gate, scale))
     units = {"ACTIVATION": activation, "GLU": glu_gate is not None, "SCALE": scale is not None}
+    ranked, ranked_strides, ranked_units = first, strides, units
+    if by_gate:  # which then is what an FFN without a GLU activates
+        ranked, ranked_strides = (first[1], *first[1:]), (strides[1], *strides[1:])
+        ranked_units = units | {"GLU": False}
     launch(
-        select_kernel, T, *first, norm, index, F, k, 0 if norm is not None else LOWEST_BIT[up.dtype], *strides,
-        **units, NORM=norm is not None, BLOCK=block, num_warps=min(max(block // 512, 1), 16),
+        select_kernel, T, *ranked, norm, index, F, k, 0 if norm is not None else LOWEST_BIT[up.dtype], *ranked_strides,
+        **ranked_units, NORM=norm is not None, BLOCK=block, num_warps=min(max(block // 512, 1), 16),
     )  # fmt: skip
     block = max(min(power_of_two(k), CHOSEN), 16)
     launch(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_ffn import ops
-from sparse_ffn.ops.activations import hidden_anywhere
+from sparse_ffn.ops.activations import hidden_anywhere, hidden_into
 from sparse_ffn.ops.units import Units
 
 FROZEN = "stored rows are frozen: dequantize_experts_ makes parameters of them again, which train"
@@ -71,7 +71,8 @@ class ExpertRows(nn.Module):
         if units.key_bias is not None:
             up = up + F.pad(units.key_bias.to(up.dtype), (0, 0, 0, 1))[expert]  # of no expert: zero
         glu_gate = None if gate_keys is None else gate_keys.up(x, expert, token)
-        h = hidden_anywhere(activation, up, glu_gate, None if dropout_mask is None else dropout_mask.flatten(0, 1))
+        act = hidden_anywhere if torch.is_grad_enabled() else hidden_into
+        h = act(activation, up, glu_gate, None if dropout_mask is None else dropout_mask.flatten(0, 1))
         out: Tensor = values.down(h, expert, token, gate.reshape(-1), tokens)
         return out
 

@@ -31,12 +31,26 @@ class Backend(Protocol):
     """Shapes are those of ``sparse_ffn.ops.topk_ffn``."""
 
     def forward(
-        self, x: Tensor, units: Units, k: int, dropout_mask: Tensor | None, activation: str, norm_aware: bool
+        self,
+        x: Tensor,
+        units: Units,
+        k: int,
+        dropout_mask: Tensor | None,
+        activation: str,
+        norm_aware: bool,
+        rank_by: str,
     ) -> tuple[Tensor, Saved]:
         """The output [T, O], and what the backward pass needs."""
 
     def inference(
-        self, x: Tensor, units: Units, k: int, dropout_mask: Tensor | None, activation: str, norm_aware: bool
+        self,
+        x: Tensor,
+        units: Units,
+        k: int,
+        dropout_mask: Tensor | None,
+        activation: str,
+        norm_aware: bool,
+        rank_by: str,
     ) -> Tensor:
         """The output, nothing kept."""
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparse_ffn.backends import cpu
 from sparse_ffn.backends.cpu import ACTIVATIONS, contiguous
+from sparse_ffn.ops.activations import DECODE_TOKENS, GIVE_ZEROS
 from sparse_ffn.ops.products import linear, product, slow_dtypes, supported
 from sparse_ffn.ops.topk_ffn import by_products
 from sparse_ffn.ops.topk_ffn.backend import Gradients, Saved
@@ -58,7 +59,7 @@ def _rate(dtype: torch.dtype) -> float:
 
 
 def forward(
-    x: Tensor, units: Units, k: int, dropout_mask: Tensor | None, activation: str, norm_aware: bool
+    x: Tensor, units: Units, k: int, dropout_mask: Tensor | None, activation: str, norm_aware: bool, rank_by: str
 ) -> tuple[Tensor, Saved]:
     """The output, and what the backward pass needs."""
     T, F = x.shape[0], units.keys.shape[0]
@@ -67,14 +68,14 @@ def forward(
         cpu.empty(T, k, dtype=x.dtype),
         None if units.gate_keys is None else cpu.empty(T, k, dtype=x.dtype),
     )
-    return _output(x, units, k, dropout_mask, activation, norm_aware, saved), saved
+    return _output(x, units, k, dropout_mask, activation, norm_aware, rank_by, saved), saved
 
 
 def inference(
-    x: Tensor, units: Units, k: int, dropout_mask: Tensor | None, activation: str, norm_aware: bool
+    x: Tensor, units: Units, k: int, dropout_mask: Tensor | None, activation: str, norm_aware: bool, rank_by: str
 ) -> Tensor:
     """The output, nothing kept."""
-    return _output(x, units, k, dropout_mask, activation, norm_aware, (None, None, None))
+    return _output(x, units, k, dropout_mask, activation, norm_aware, rank_by, (None, None, None))
 
 
 def _output(
@@ -84,21 +85,67 @@ def _output(
     dropout_mask: Tensor | None,
     activation: str,
     norm_aware: bool,
+    rank_by: str,
     saved: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> Tensor:
     keys, values, gate_keys, key_bias = units
     T, (F, O) = x.shape[0], values.shape
-    up_TF = linear(x, keys, key_bias)
     glu_gate_TF = None if gate_keys is None else linear(x, gate_keys)
     norm_F = values.float().norm(dim=1) if norm_aware else None
+    skips = T <= DECODE_TOKENS and activation in GIVE_ZEROS and saved[0] is None
+    if rank_by == "gate":
+        assert glu_gate_TF is not None
+        ranked = (glu_gate_TF, None, contiguous(dropout_mask), norm_F)
+        index, h_TK = _by_gate(x, keys, key_bias, ranked, k, activation, saved)
+        if gathers(T, F, k, O, x.dtype):
+            return bag.forward(values, index, h_TK, skips=skips)
+        return product(by_products.matrix(h_TK, index, F), values)
+    up_TF = _up(x, keys, key_bias, glu_gate_TF if skips else None)
     selected = (up_TF, glu_gate_TF, contiguous(dropout_mask), norm_F)
     if gathers(T, F, k, O, x.dtype):
         index, kept = cpu.empty(T, k, dtype=torch.int64), cpu.empty(T, k, dtype=x.dtype)
         cpu.call("topk_hidden_forward", (*selected, index, kept, None, *saved), ACTIVATIONS[activation], k)
-        return bag.forward(values, index, kept)
+        return bag.forward(values, index, kept, skips=skips)
     h_TF = cpu.empty(T, F, dtype=x.dtype)
     cpu.call("topk_hidden_forward", (*selected, None, None, h_TF, *saved), ACTIVATIONS[activation], k)
     return product(h_TF, values)
+
+
+def _by_gate(
+    x: Tensor,
+    keys: Tensor,
+    key_bias: Tensor | None,
+    ranked: tuple[Tensor | None, ...],
+    k: int,
+    activation: str,
+    saved: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    """The units of the largest gates, ascending, and their h: the core takes gates for the units of a plain FFN."""
+    T = x.shape[0]
+    bits, up, glu_gate = saved
+    index, gate_TK = cpu.empty(T, k, dtype=torch.int64), cpu.empty(T, k, dtype=x.dtype)
+    cpu.call("topk_hidden_forward", (*ranked, index, gate_TK, None, bits, glu_gate, None), ACTIVATIONS[activation], k)
+    up_TK = _selected_up(x, keys, key_bias, index)
+    if up is not None:
+        up.copy_(up_TK)
+    return index, gate_TK.mul_(up_TK)
+
+
+def _selected_up(x: Tensor, keys: Tensor, key_bias: Tensor | None, index: Tensor) -> Tensor:
+    """What the units ``index`` [T, K] see, keys x + key_bias."""
+    T, (F, D) = x.shape[0], keys.shape
+    if not gathers(T, F, index.shape[1], D, x.dtype):
+        return linear(x, keys, key_bias).gather(1, index)
+    up_TK = bag.dot_products(x, keys, index)
+    return up_TK if key_bias is None else up_TK.add_(key_bias[index])
+
+
+def _up(x: Tensor, keys: Tensor, key_bias: Tensor | None, closing: Tensor | None) -> Tensor:
+    """What all units see [T, F]. Of one token 0 where ``closing``, a gate that may give zero, does: it is not read."""
+    if x.shape[0] != 1 or closing is None or keys.numel() <= FEW:
+        return linear(x, keys, key_bias)
+    index = (~(closing <= 0)).nonzero()[:, 1].unsqueeze(0)
+    return torch.zeros_like(closing).scatter_(1, index, _selected_up(x, keys, key_bias, index))
 
 
 def backward(

@@ -24,8 +24,11 @@ def topk_ffn(
     dropout_mask: Tensor | None = None,
     activation: str = "relu",
     norm_aware: bool = False,
+    rank_by: str = "hidden",
 ) -> Tensor:
     """Two-layer FFN of which only the k hidden units of the largest |h| count; arguments are trusted to fit.
+
+    With ``rank_by="gate"``, of a GLU, those whose activated gate alone is the largest count.
 
     Shapes: x [T, D], units of keys [F, D] and values [F, O], dropout_mask [T, F] (dropout's multiplier, applied before
     the selection, no gradient); result [T, O] in x's dtype or autocast's.
@@ -35,8 +38,8 @@ def topk_ffn(
     chosen = choose(x)
     units = units if casts_inside(chosen) else units.to(dtype)
     if chosen == "reference":
-        return reference.topk_ffn(x, units, k, dropout_mask, activation, norm_aware)
-    arguments = (x, *units, k, dropout_mask, activation, norm_aware, chosen)
+        return reference.topk_ffn(x, units, k, dropout_mask, activation, norm_aware, rank_by)
+    arguments = (x, *units, k, dropout_mask, activation, norm_aware, rank_by, chosen)
     out: Tensor = _op.forward(*arguments)[0] if wanted(x, *units) else _op.inference(*arguments)
     return out
 

@@ -10,9 +10,12 @@ from sparse_ffn.ops.activations import hidden_anywhere
 from sparse_ffn.ops.select import stable_topk
 from sparse_ffn.ops.units import Units
 
+RANK_BY = ("hidden", "gate")
+"""What hidden units may be ranked by: themselves, or in a GLU their gate alone, so that few keys have to be read."""
+
 
 def rank(h: Tensor, values: Tensor, norm_aware: bool) -> Tensor:
-    """What hidden units are ranked by: |h|, times the norm of the unit's value if norm-aware. No gradient."""
+    """The ranks of hidden units: |h|, times the norm of the unit's value if norm-aware. No gradient."""
     score = h.detach().abs()
     if norm_aware:
         wide = torch.promote_types(h.dtype, torch.float32)
@@ -27,11 +30,19 @@ def topk_ffn(
     dropout_mask: Tensor | None,
     activation: str,
     norm_aware: bool,
+    rank_by: str,
 ) -> Tensor:
-    """y = sum of h[i]·values[i] over the k units of the largest |h[i]|; shapes as in ``ops.topk_ffn``."""
+    """y = sum of h[i]·values[i] over the k units of the largest |h[i]|; shapes as in ``ops.topk_ffn``.
+
+    With ``rank_by="gate"`` they are those of the largest |act(gate_keys[i] x)|, times dropout's multiplier.
+    """
     keys, values, gate_keys, key_bias = units
     glu_gate_TF = None if gate_keys is None else F.linear(x, gate_keys)
     h_TF = hidden_anywhere(activation, F.linear(x, keys, key_bias), glu_gate_TF, dropout_mask)
-    index = stable_topk(rank(h_TF, values, norm_aware), k)
+    ranked_TF = h_TF
+    if rank_by == "gate":
+        assert glu_gate_TF is not None
+        ranked_TF = hidden_anywhere(activation, glu_gate_TF, None, dropout_mask)
+    index = stable_topk(rank(ranked_TF, values, norm_aware), k)
     selected = torch.zeros_like(h_TF, dtype=torch.bool).scatter(1, index, True)
     return torch.where(selected, h_TF, 0) @ values

@@ -21,24 +21,27 @@ from sparse_ffn.ops.weighted_bag import torch as bag
 
 
 def forward(
-    x: Tensor, units: Units, k: int, dropout_mask: Tensor | None, activation: str, norm_aware: bool
+    x: Tensor, units: Units, k: int, dropout_mask: Tensor | None, activation: str, norm_aware: bool, rank_by: str
 ) -> tuple[Tensor, Saved]:
     """The output, and what the backward pass needs."""
     keys, values, gate_keys, key_bias = units.to(x.dtype)
     up_TF = F.linear(x, keys, key_bias)
     glu_gate_TF = None if gate_keys is None else F.linear(x, gate_keys)
     h_TF = hidden(activation, up_TF, glu_gate_TF, dropout_mask)
-    index = eager_stable_topk(rank(h_TF, values, norm_aware), k)
+    ranked_TF = h_TF
+    if rank_by == "gate" and glu_gate_TF is not None:
+        ranked_TF = hidden(activation, glu_gate_TF, None, dropout_mask)
+    index = eager_stable_topk(rank(ranked_TF, values, norm_aware), k)
     glu_gate_TK = None if glu_gate_TF is None else glu_gate_TF.gather(1, index)
     saved = Saved(index.to(torch.int32), up_TF.gather(1, index), glu_gate_TK)
     return bag.forward(values, index, h_TF.gather(1, index)), saved
 
 
 def inference(
-    x: Tensor, units: Units, k: int, dropout_mask: Tensor | None, activation: str, norm_aware: bool
+    x: Tensor, units: Units, k: int, dropout_mask: Tensor | None, activation: str, norm_aware: bool, rank_by: str
 ) -> Tensor:
     """The output."""
-    return forward(x, units, k, dropout_mask, activation, norm_aware)[0]
+    return forward(x, units, k, dropout_mask, activation, norm_aware, rank_by)[0]
 
 
 def backward(

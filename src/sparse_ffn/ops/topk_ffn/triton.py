@@ -53,7 +53,7 @@ def blocks(x: Tensor, n_units: int) -> Iterator[slice]:
 
 @on_device
 def forward(
-    x: Tensor, units: Units, k: int, dropout_mask: Tensor | None, activation: str, norm_aware: bool
+    x: Tensor, units: Units, k: int, dropout_mask: Tensor | None, activation: str, norm_aware: bool, rank_by: str
 ) -> tuple[Tensor, Saved]:
     """The output, and what the backward pass needs."""
     keys, values, gate_keys, key_bias = units
@@ -67,7 +67,7 @@ def forward(
         scale = None if dropout_mask is None else dropout_mask[part]
         up_TF = F.linear(x[part], keys, key_bias)
         glu_gate_TF = None if gate_keys is None else F.linear(x[part], gate_keys)
-        h_TK, of_part = select(up_TF, glu_gate_TF, scale, norm_F, k, activation)
+        h_TK, of_part = select(up_TF, glu_gate_TF, scale, norm_F, k, activation, rank_by)
         del up_TF, glu_gate_TF  # before the next block's
         outputs.append(_product(values, of_part.selected, h_TK, sparse))
         saved.append(of_part)
@@ -77,32 +77,48 @@ def forward(
 
 
 def _select(
-    up_TF: Tensor, glu_gate_TF: Tensor | None, scale: Tensor | None, norm: Tensor | None, k: int, activation: str
+    up_TF: Tensor,
+    glu_gate_TF: Tensor | None,
+    scale: Tensor | None,
+    norm: Tensor | None,
+    k: int,
+    activation: str,
+    rank_by: str,
 ) -> tuple[Tensor, Saved]:
     """The selected units of some tokens."""
     up_TK = up_TF.new_empty(up_TF.shape[0], k)
     index, h_TK = up_TK.new_empty(up_TK.shape, dtype=torch.int32), torch.empty_like(up_TK)
     glu_gate_TK = None if glu_gate_TF is None else torch.empty_like(up_TK)
     scale = None if scale is None else rows(scale)
-    topk.select(rows(up_TF), glu_gate_TF, scale, norm, index, up_TK, glu_gate_TK, h_TK, activation)
+    topk.select(rows(up_TF), glu_gate_TF, scale, norm, index, up_TK, glu_gate_TK, h_TK, activation, rank_by == "gate")
     return h_TK, Saved(index, up_TK, glu_gate_TK)
 
 
 def _sorted(
-    up_TF: Tensor, glu_gate_TF: Tensor | None, scale: Tensor | None, norm: Tensor | None, k: int, activation: str
+    up_TF: Tensor,
+    glu_gate_TF: Tensor | None,
+    scale: Tensor | None,
+    norm: Tensor | None,
+    k: int,
+    activation: str,
+    rank_by: str,
 ) -> tuple[Tensor, Saved]:
     """The same beyond ``topk.MAX_F`` units: torch sorts them."""
     h_TF = hidden(activation, up_TF, glu_gate_TF, scale)
-    index = stable_topk(h_TF.abs() if norm is None else h_TF.abs() * norm, k)
+    ranked_TF = h_TF
+    if rank_by == "gate" and glu_gate_TF is not None:
+        ranked_TF = hidden(activation, glu_gate_TF, None, scale)
+    score = ranked_TF.abs()
+    index = stable_topk(score if norm is None else score * norm, k)
     glu_gate_TK = None if glu_gate_TF is None else glu_gate_TF.gather(1, index)
     return h_TF.gather(1, index), Saved(index.to(torch.int32), up_TF.gather(1, index), glu_gate_TK)
 
 
 def inference(
-    x: Tensor, units: Units, k: int, dropout_mask: Tensor | None, activation: str, norm_aware: bool
+    x: Tensor, units: Units, k: int, dropout_mask: Tensor | None, activation: str, norm_aware: bool, rank_by: str
 ) -> Tensor:
     """The output."""
-    return forward(x, units, k, dropout_mask, activation, norm_aware)[0]
+    return forward(x, units, k, dropout_mask, activation, norm_aware, rank_by)[0]
 
 
 @on_device

@@ -9,11 +9,20 @@ from sparse_ffn.backends import cpu
 from sparse_ffn.ops.weighted_bag.backend import Gradients
 
 
-def forward(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The bags [N, O], in the dtype of values."""
+def forward(
+    values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype | None = None, *, skips: bool = False
+) -> Tensor:
+    """The bags [N, O], in the dtype of values. With ``skips`` rows of weight 0 are not read, whatever lies there."""
     out = cpu.empty(index.shape[0], values.shape[-1], dtype=values.dtype)
-    cpu.call("bag_forward", (*_table(values, index, weight), out))
+    cpu.call("bag_forward", (*_table(values, index, weight), out), int(skips))
     return out
+
+
+def dot_products(x: Tensor, values: Tensor, index: Tensor) -> Tensor:
+    """x[n] · values[index[n, k]] as [N, K], in the dtype of values: what a bag's weights have as their gradient."""
+    dots = cpu.empty(*index.shape, dtype=values.dtype)
+    cpu.call("bag_backward", (*_table(values, index, dots), x.contiguous(), dots, None))
+    return dots
 
 
 def backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> Gradients:
