@@ -117,7 +117,7 @@ def search(runner: Made, seconds: float = 1e9, **options: object) -> Search:
 
 
 def test_the_best_tile_of_each_class_is_chosen() -> None:
-    wide = Tile.parse("128x256x64/8/3")
+    wide = Tile.parse("128x256x64/8/5")
     runner = Made({BEST: 10.0, GOOD: 7.0, wide: 12.0})
     decided = search(runner)
     assert decided.run([PROBLEM])
@@ -263,7 +263,7 @@ def test_what_was_measured_goes_before_the_tables(folder: Path, card: torch.devi
     # and where nothing was measured the tables do
     assert config.block_m(card, "half", 20) == 32
     assert config.tile(card, "one", "half", 64, 64) == Tile.parse("64x64x64/4/4")
-    assert config.tile(card, "outer", "half", 900, side=128) == Tile.parse("128x128x64/8/4")
+    assert config.tile(card, "outer", "half", 900, side=128) == Tile.parse("128x128x64/8/5")
 
 
 def test_every_height_that_tuning_may_choose_has_a_tile_for_every_kernel(card: torch.device, folder: Path) -> None:

@@ -6,7 +6,9 @@ The library's own host code runs on CPU tensors under a driver that stands in fo
 launch would have run, with the same block sizes, dtypes and specialisations, and launches nothing. Of each kernel the
 gate reads registers, spills, shared memory and instructions from the assembly.
 
-It fails on a spill, on more shared memory than the target has, and on a missing tensor-core instruction.
+It fails on a spill, on more shared memory than the target has, on a missing tensor-core instruction, and where the
+gradient of the matrices has fewer than three buffers on an NVIDIA target, or a tile fewer buffers or programs a
+processor than it promises: those that the compiler made, for loads that depend on each other share a declared depth.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -59,16 +61,24 @@ class Target:
     gpu: GPUTarget
     table: str
     shared: int
+    threads: int  # of a multiprocessor
     matrix: str  # the tensor-core instruction
     wide_matrix: str  # and that of tiles with at least 64 rows and 4 warps
 
 
 TARGETS = {
     # 99 KiB, not an A100's 163: the table also serves sm_86, sm_89 and sm_120
-    "sm_80": Target(GPUTarget("cuda", 80, 32), "sm_80", 99 * KIB, "mma.sync", "mma.sync"),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), "sm_90", 227 * KIB, "mma.sync", "wgmma.mma_async"),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), "sm_100", 227 * KIB, "mma.sync", "tcgen05.mma"),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), "gfx942", 64 * KIB, "v_mfma", "v_mfma"),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), "sm_80", 99 * KIB, 1536, "mma.sync", "mma.sync"),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), "sm_90", 227 * KIB, 2048, "mma.sync", "wgmma.mma_async"),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), "sm_100", 227 * KIB, 2048, "mma.sync", "tcgen05.mma"),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), "gfx942", 64 * KIB, 2048, "v_mfma", "v_mfma"),
+}
+
+
+# buffers and programs a processor of the tiles that do most of the work, as the tables' tiles are meant to have them
+PROMISED = {
+    ("sm_90", "outer", "128x128x64, 8 warps, 5 stages"): (3, 2),
+    ("sm_90", "pair", "128x128x64, 8 warps, 5 stages"): (3, 1),
 }
 
 
@@ -84,6 +94,8 @@ class Compiled:
     registers: int
     spilled: int
     shared: int
+    buffers: int
+    programs: int
     instruction: str
     problem: str
 
@@ -420,10 +432,33 @@ def judge(name: str, function: JITFunction, arguments: dict[str, Any], kernel: A
         problems.append("spills")
     if kernel.metadata.shared > target.shared:
         problems.append("too much shared memory")
-    return Compiled(
+    buffers, programs = buffers_of(kernel), programs_of(target, registers, kernel.metadata)
+    found = Compiled(
         name, function.__name__.removesuffix("_kernel"), " ".join(flags), dtype, tile, registers, spilled,
-        kernel.metadata.shared, instruction, ", ".join(problems),
+        kernel.metadata.shared, buffers, programs, instruction, "",
     )  # fmt: skip
+    least = PROMISED.get((name, _kind(found), tile), (1, 1))
+    if found.kernel == "outer" and stages > 2 and target.gpu.backend == "cuda":
+        least = (max(least[0], 3), least[1])
+    if buffers < least[0] or (programs < least[1] and target.gpu.backend == "cuda"):
+        problems.append(f"{buffers} buffers, {programs} programs a processor instead of {least[0]}, {least[1]}")
+    return replace(found, problem=", ".join(problems))
+
+
+def buffers_of(kernel: Any) -> int:
+    """The fewest buffers that an operand of a pipelined loop has in shared memory; 1 without such a loop."""
+    depths = re.findall(r"local_alloc[^\n]*memdesc<(\d+)x\d+x\d+x", kernel.asm["ttgir"])
+    return min(map(int, depths), default=1)
+
+
+def programs_of(target: Target, registers: int, metadata: Any) -> int:
+    """Programs that are on an NVIDIA multiprocessor at once; 0 elsewhere."""
+    if target.gpu.backend != "cuda":
+        return 0
+    threads = 32 * metadata.num_warps
+    by_registers = (1 << 16) // (-(-registers // 8) * 8 * threads)
+    by_memory = (target.shared + KIB) // (metadata.shared + KIB)  # the system takes 1 KiB of each
+    return min(by_registers, by_memory, target.threads // threads)
 
 
 def work(job: tuple[int, str, str, int, int]) -> list[Compiled]:
@@ -446,8 +481,8 @@ def table(results: set[Compiled]) -> str:
         groups.setdefault(
             (r.kernel, "fp16, bf16" if r.dtype in ("fp16", "bf16") else r.dtype, r.tile, r.target), []
         ).append(r)
-    lines = ["| kernel | operands | tile | target | forms | registers | spilled | shared, KiB | instruction |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+    header = ("kernel", "operands", "tile", "target", "forms", "registers", "spilled", "shared, KiB", "buffers")
+    lines = [f"| {' | '.join((*header, 'programs a processor', 'instruction'))} |", "|---" * 11 + "|"]
     for (kernel, dtype, tile, target), rs in sorted(
         groups.items(), key=lambda g: (g[0][:2], _numbers(g[0][2]), g[0][3])
     ):
@@ -455,14 +490,14 @@ def table(results: set[Compiled]) -> str:
         spilled, registers = max(r.spilled for r in rs), max(r.registers for r in rs)
         lines.append(
             f"| `{kernel}` | {dtype} | {tile} | {target} | {len(rs)} | {registers} | {spilled} | {shared:.4g} "
-            f"| {rs[0].instruction or '-'} |"
+            f"| {min(r.buffers for r in rs)} | {min(r.programs for r in rs)} | {rs[0].instruction or '-'} |"
         )
     return "\n".join(lines)
 
 
 def unlaunched(results: set[Compiled], targets: list[str], what: str) -> list[str]:
     """The tiles that no case took: nothing that may be launched may go unseen."""
-    seen = {(r.target, r.kernel == "outer", r.dtype, r.tile) for r in results}
+    seen = {(r.target, _kind(r), r.dtype, r.tile) for r in results}
     missing = []
     for target in targets:
         present = config.launchable(TARGETS[target].table)
@@ -473,9 +508,14 @@ def unlaunched(results: set[Compiled], targets: list[str], what: str) -> list[st
         for kernel, kind, t in present:
             dtype = {"half": "bf16", "odd": "bf16"}.get(kind, kind)
             text = f"{t.m}x{t.n}x{t.k}, {t.warps} warps, {t.stages} stages"
-            if (target, kernel == "outer", dtype, text) not in seen:
+            if (target, kernel if kernel in ("outer", "pair") else "", dtype, text) not in seen:
                 missing.append(f"never launched: {kernel} {kind} {text} for {target}")
     return missing
+
+
+def _kind(r: Compiled) -> str:
+    """Which rows of the tables a kernel takes, as far as its name says."""
+    return "" if r.kernel != "outer" else "pair" if "second" in r.form.split() else "outer"
 
 
 def _numbers(text: str) -> list[int]:

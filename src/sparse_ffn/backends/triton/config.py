@@ -52,30 +52,37 @@ SORT = Sort()
 BAG = Bag()
 
 # Kernels by what they hold in registers: "one" accumulator (rows, plain up and hidden gradient), "two" or as much as
-# that (up and hidden gradient of a GLU or under dropout); "outer" is the gradient of the matrices, m and n their sides.
+# that (up and hidden gradient of a GLU or under dropout); "outer" is the gradient of the matrices, m and n their sides,
+# "pair" that of a GLU's two stacks, with two accumulators. Their rows are found by a load, and the pipeliner gives that
+# load a part of the stages: three buffers are left of 5 for wgmma, of 7 for the others (`make gate` looks).
 # "half" is bf16 and fp16; "odd" is either of them or tf32 where a size, a stride or an address is no multiple of 16:
 # loads are narrow there, and their addresses take the registers.
 _SM80 = table("""
     one    half   16x64x64/4/4   16x128x64/4/4   32x64x64/4/3   32x128x64/4/3
     one    half   64x64x64/4/3   64x128x64/4/3   128x64x64/4/3  128x128x32/8/4
     two    half   16x64x64/4/4   32x64x64/4/3    64x64x32/4/4   128x64x32/8/4
-    outer  half   64x64x64/4/3   64x128x32/4/4   128x64x32/4/4  128x128x32/8/4
+    outer  half   64x64x64/4/7   64x128x32/4/7   128x64x32/4/7  128x128x32/8/7
+    pair   half   64x64x32/4/7   128x64x32/8/7
     one    tf32   16x64x32/4/4   16x128x32/4/4   32x64x32/4/4   32x128x32/4/3
     one    tf32   64x64x32/4/3   64x128x32/4/3   128x64x32/4/3  128x128x16/8/4
     two    tf32   16x64x32/4/3   32x64x32/4/3    64x64x16/4/4   128x64x16/8/4
-    outer  tf32   64x64x32/4/3   64x128x16/4/4   128x64x16/4/4  128x128x16/8/4
+    outer  tf32   64x64x32/4/7   64x128x16/4/7   128x64x16/4/7  128x128x16/8/7
+    pair   tf32   64x64x16/4/7   128x64x16/8/7
     one    odd    16x64x32/4/2   32x64x32/4/2    64x64x32/8/2
     two    odd    16x64x32/4/2   32x64x32/4/2    64x32x32/8/2
     outer  odd    64x64x32/4/2
+    pair   odd    64x32x32/4/2
     one    fp32   16x64x16/4/2   32x64x16/4/2    64x64x16/8/3
     two    fp32   16x32x16/8/2   32x32x16/4/2    64x32x16/4/2
     outer  fp32   32x64x16/4/2   64x64x16/8/2
+    pair   fp32   32x32x16/4/2   64x32x16/8/2
 """)
 _SM90 = _SM80 | table("""
     one    half   16x64x64/4/4   16x128x64/4/4   32x64x64/4/4   32x128x64/4/4
     one    half   64x64x64/4/4   64x128x64/4/4   128x64x64/4/4  128x128x64/8/4
     two    half   16x64x64/4/4   32x64x64/4/4    64x64x64/4/4   128x64x64/8/4
-    outer  half   64x64x64/4/4   64x128x64/4/4   128x64x64/4/4  128x128x64/8/4
+    outer  half   64x64x64/4/5   64x128x64/4/5   128x64x64/4/5  128x128x64/8/5
+    pair   half   64x64x64/4/5   128x128x64/8/5
 """)
 _SM100 = _SM90 | table("""
     one    tf32   16x64x32/4/4   16x128x32/4/4   32x64x32/4/4   32x128x32/4/3
@@ -186,11 +193,11 @@ def tile(device: torch.device, kernel: str, kind: str, n: int, m: int | None = N
 
     Args:
         device: where it runs.
-        kernel: "one", "two" or "outer", see above the tables.
+        kernel: "one", "two", "outer" or "pair", see above the tables.
         kind: what ``arithmetic`` says.
         n: columns of the product.
-        m: rows of the tile as ``block_m`` says (not for "outer").
-        side: rows of the product ("outer").
+        m: rows of the tile as ``block_m`` says (not for "outer" and "pair").
+        side: rows of the product ("outer" and "pair").
     """
     if _fixed is not None:
         return _fixed

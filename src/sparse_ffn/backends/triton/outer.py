@@ -20,8 +20,9 @@ MAX_PARTS, ROWS_OF_A_PART, SUM_BLOCK_S, SUM_BLOCK_N = 16, 256, 64, 64
 
 @triton.jit
 def outer_kernel(
-    left, left_rows, right, right_rows, scale, order, offsets, out, M, N, E, n_parts, stride_left, stride_right,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    left, left2, left_rows, right, right_rows, scale, order, offsets, out, out2,
+    M, N, E, n_parts, stride_left, stride_left2, stride_right,
+    LEFT: tl.constexpr, SECOND: tl.constexpr, RIGHT: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of one part of one expert's left.T @ right; see ``outer``."""
@@ -38,6 +39,8 @@ def outer_kernel(
     begin += part * length
     end = tl.minimum(end, begin + length)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if SECOND:
+        acc2 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(begin, end, BLOCK_K):
         p = start + tl.arange(0, BLOCK_K)
         ok = p < end
@@ -52,9 +55,14 @@ def outer_kernel(
             factor = tl.load(scale + slot, mask=ok, other=0.0).to(tl.float32)
             r_tile = (r_tile.to(tl.float32) * factor[:, None]).to(right.dtype.element_ty)
         acc = tl.dot(l_tile, r_tile, acc, input_precision=PRECISION)
-    matrix = (part.to(tl.int64) * E + expert) * M
-    at = out + (matrix + m[:, None]) * N + n[None, :]
-    tl.store(at, acc.to(out.dtype.element_ty), mask=m_ok[:, None] & n_ok[None, :])
+        if SECOND:
+            l2_at = left2 + l_row.to(tl.int64)[None, :] * stride_left2 + m[:, None]
+            l2_tile = tl.load(l2_at, mask=m_ok[:, None] & ok[None, :], other=0.0)
+            acc2 = tl.dot(l2_tile, r_tile, acc2, input_precision=PRECISION)
+    at = ((part.to(tl.int64) * E + expert) * M + m[:, None]) * N + n[None, :]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=m_ok[:, None] & n_ok[None, :])
+    if SECOND:
+        tl.store(out2 + at, acc2.to(out2.dtype.element_ty), mask=m_ok[:, None] & n_ok[None, :])
 
 
 @triton.jit
@@ -87,6 +95,7 @@ def outer(
     tile: Tile,
     precision: str,
     *,
+    second: tuple[Tensor, Tensor] | None = None,
     left_rows: Tensor | None = None,
     right_rows: Tensor | None = None,
     scale: Tensor | None = None,
@@ -95,19 +104,25 @@ def outer(
 
     Shapes: left [*, M] and right [*, N] with unit stride in their rows, offsets int32 [E + 1], order, left_rows and
     right_rows int32 [S] (None: row p), scale [S] (None: 1), out [E, M, N] contiguous: zero where e has no position.
+    ``second`` is another left and its out, for which the right rows are not read again.
     """
+    left2, out2 = (None, None) if second is None else second
     E, M, N = out.shape
     tiles = E * cdiv(M, tile.m) * cdiv(N, tile.n)
     parts = n_parts(out.device, tiles, order.shape[0] // max(E, 1))
-    split = out if parts == 1 else out.new_empty(parts, E, M, N, dtype=torch.float32)
+
+    outs = [out] if out2 is None else [out, out2]
+    splits = outs if parts == 1 else [out.new_empty(parts, *out.shape, dtype=torch.float32) for out in outs]
     launch(
-        outer_kernel, tiles * parts, left, left_rows, right, right_rows, scale, order, offsets, split, M, N, E, parts,
-        left.stride(0), right.stride(0),
-        LEFT=left_rows is not None, RIGHT=right_rows is not None, SCALE=scale is not None, PRECISION=precision,
-        **tile.meta,
+        outer_kernel, tiles * parts, left, left2, left_rows, right, right_rows, scale, order, offsets,
+        splits[0], None if out2 is None else splits[1],
+        M, N, E, parts, left.stride(0), 0 if left2 is None else left2.stride(0), right.stride(0),
+        LEFT=left_rows is not None, SECOND=second is not None, RIGHT=right_rows is not None, SCALE=scale is not None,
+        PRECISION=precision, **tile.meta,
     )  # fmt: skip
     if parts > 1:
-        combine.add_parts(split, out)
+        for split, out in zip(splits, outs, strict=True):
+            combine.add_parts(split, out)
 
 
 def sum_rows(x: Tensor, offsets: Tensor, out: Tensor) -> None:

@@ -133,16 +133,18 @@ def backward(
     )  # fmt: skip
     dgate = dgates.sum(0).to(gate.dtype).view(T, K)
 
-    def to_matrix(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
+    def to_matrix(left: Tensor, right: Tensor, weight: Tensor, second: tuple[Tensor, Tensor] | None = None) -> Tensor:
         out = weight.new_empty(weight.shape)
-        tile = config.tile(x.device, "outer", kind, weight.shape[2], side=G)
-        outer.outer(left, right, offsets, order, out, tile, how, right_rows=plan.rows)
+        tile = config.tile(x.device, "outer" if second is None else "pair", kind, weight.shape[2], side=G)
+        outer.outer(left, right, offsets, order, out, tile, how, second=second, right_rows=plan.rows)
         return out
 
-    dvalues, dkeys = to_matrix(weighted_SG, grad, values), to_matrix(dup_SG, x, keys)
-    dgate_keys, glu = None, None
+    dvalues = to_matrix(weighted_SG, grad, values)
+    dgate_keys, glu, second = None, None, None
     if gate_keys is not None and dglu_gate_SG is not None:
-        dgate_keys, glu = to_matrix(dglu_gate_SG, x, gate_keys), (dglu_gate_SG, matrices(gate_keys, x.dtype))
+        dgate_keys, glu = gate_keys.new_empty(gate_keys.shape), (dglu_gate_SG, matrices(gate_keys, x.dtype))
+        second = (dglu_gate_SG, dgate_keys)
+    dkeys = to_matrix(dup_SG, x, keys, second)
     dkey_bias = None if key_bias is None else key_bias.new_empty(E, G)
     if dkey_bias is not None:
         outer.sum_rows(dup_SG, offsets, dkey_bias)
