@@ -58,6 +58,12 @@ template <class T, int kBits> static bool packed(const sparse_ffn_quantized& q, 
   return run_scatter_gemm(g);
 }
 
+// Few slots are not packed, so that tiles do not multiply them.
+template <class T> struct Unpacked { using Type = T; };
+#if defined(SPARSE_FFN_AMX)
+template <> struct Unpacked<tiled_fp16> { using Type = fp16; };
+#endif
+
 template <class T, int kBits> static int product(const sparse_ffn_quantized& q, T* out) {
   const sparse_ffn_cvmm& p = q.cvmm;
   if (!p.M || !q.codes.columns || !q.codes.rows) {
@@ -66,7 +72,8 @@ template <class T, int kBits> static int product(const sparse_ffn_quantized& q, 
   }
   int64_t touched = 0;
   for (int64_t e = 0; e < p.E; e++) touched += p.offsets[e] < p.offsets[e + 1];
-  const bool done = p.offsets[p.E] <= kFewSlots * touched ? quantized_few<T, kBits>(q, out) : packed<T, kBits>(q, out);
+  const bool few = p.offsets[p.E] <= kFewSlots * touched;
+  const bool done = few ? quantized_few<typename Unpacked<T>::Type, kBits>(q, out) : packed<T, kBits>(q, out);
   return done ? SPARSE_FFN_OK : SPARSE_FFN_NO_MEMORY;
 }
 
