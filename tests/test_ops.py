@@ -358,11 +358,12 @@ def test_opcheck_holds_for_every_op(backend: str) -> None:
         units = tuple(None if t is None else t[0] for t in (gate_keys, key_bias))
         dropped = None if dropout_mask is None else torch.rand(6, G)
         xg, kg, vg, ug, bg = grad(x, first_keys, first_values, *units)
-        call = (xg, kg, vg, ug, bg, 3, dropped, "silu", True, backend)
-        torch.library.opcheck(library.topk_ffn.default, call)
-        saved = [t.detach() for t in library.topk_ffn(*call)[1:]]
-        back = (torch.randn(6, O), x, first_keys, first_values, *units, dropped, *saved, "silu", backend)
-        torch.library.opcheck(library.topk_ffn_backward.default, back)
+        for rank_by in ("hidden",) if ug is None else ("hidden", "gate"):
+            call = (xg, kg, vg, ug, bg, 3, dropped, "silu", True, rank_by, backend)
+            torch.library.opcheck(library.topk_ffn.default, call)
+            saved = [t.detach() for t in library.topk_ffn(*call)[1:]]
+            back = (torch.randn(6, O), x, first_keys, first_values, *units, dropped, *saved, "silu", backend)
+            torch.library.opcheck(library.topk_ffn_backward.default, back)
 
     table = torch.randn(9, O)
     vg, gg = grad(table, gate)

@@ -193,7 +193,7 @@ def test_blocks_of_tokens_bound_the_temporaries(
     monkeypatch.setattr(bag, "launch", lambda *a, **meta: None)  # what kernels allocate is seen, not what they do
     monkeypatch.setattr(topk, "launch", lambda kernel, grid, *a, **meta: [x.zero_() for x in a if is_index(x)])
     with Sizes() as sizes:
-        _, saved = topk_ffn.forward(t["x"], units, k, None, "relu", True)
+        _, saved = topk_ffn.forward(t["x"], units, k, None, "relu", True, "hidden")
         topk_ffn.backward(t["x"].new_ones(T, 6), t["x"], units, None, saved, "relu")
     assert sizes.largest <= most < T * n_units
 
@@ -232,7 +232,7 @@ def test_it_never_waits_for_the_device(form: str, sparse: bool, monkeypatch: pyt
     with FakeTensorMode() as mode:
         t = {n: mode.from_tensor(x) for n, x in t.items()}
         units = Units(t["keys"], t["values"], t.get("gate_keys"), t.get("key_bias"))
-        out, saved = topk_ffn.forward(t["x"], units, 6, t.get("dropout_mask"), "relu", True)
+        out, saved = topk_ffn.forward(t["x"], units, 6, t.get("dropout_mask"), "relu", True, "hidden")
         dx, dunits = topk_ffn.backward(out, t["x"], units, t.get("dropout_mask"), saved, "relu")
     assert (dx.shape, dunits.keys.shape, dunits.values.shape) == (t["x"].shape, units.keys.shape, units.values.shape)
     gathered = {"bag_kernel", "bag_gradient_kernel", "hot_rows_kernel"}

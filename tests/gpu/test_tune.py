@@ -22,6 +22,7 @@ TILES = {
     "one": ("16x16x16/4/2", "16x32x16/4/2"),
     "two": ("16x16x16/4/2", "16x32x16/4/2"),
     "outer": ("16x16x16/4/2", "32x16x16/4/2"),
+    "pair": ("16x16x16/4/2", "32x16x16/4/2"),
 }
 ENTRIES = [(kernel, "fp32", Tile.parse(t)) for kernel, tiles in TILES.items() for t in tiles]
 

@@ -129,7 +129,7 @@ class LowRankMoE(Routed):
         def of_slots(base_GD: Tensor, down_ERD: Tensor, up_EGR: Tensor) -> Tensor:
             low_SR = ops.cvmm(x_TD, down_ERD.mT, expert_S, gather=token_S)
             own_SG = ops.cvmm(low_SR, up_EGR.mT, expert_S)
-            return (F.linear(x_TD, base_GD).unsqueeze(1) + own_SG.view(tokens, k, -1)).flatten(0, 1)
+            return (F.linear(x_TD, base_GD).unsqueeze(1) + own_SG.view(tokens, k, base_GD.shape[0])).flatten(0, 1)
 
         up_SG = of_slots(p["keys"], p["key_down"], p["key_up"])
         if p["key_bias"] is not None:
@@ -141,7 +141,7 @@ class LowRankMoE(Routed):
         y_TO = ops.cvmm(own_SR, p["value_up"], expert_S, scatter=token_S, reduction=gate_TK.reshape(-1), n_out=tokens)
         # a void slot's units are the base's, and count nothing
         gate_T1K = torch.where(index_TK < self.n_experts, gate_TK, 0).to(h_SG.dtype).unsqueeze(1)
-        mixed_TG = torch.bmm(gate_T1K, h_SG.view(tokens, k, -1)).squeeze(1)
+        mixed_TG = torch.bmm(gate_T1K, h_SG.view(tokens, k, h_SG.shape[1])).squeeze(1)
         return y_TO + F.linear(mixed_TG, p["values"].t())
 
     def flops_per_token(self) -> int:
