@@ -41,7 +41,7 @@ fi
 values() {  # of set(NAME VALUES) in a CMakeLists.txt, on however many lines; the last if there are several
   tr '\n' ' ' <"$here/$1" | grep -o "set($2 [^)]*)" | tail -n1 | sed "s/^set($2 *//; s/ *)\$//"
 }
-flags="-std=c++17 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -fopenmp $(values CMakeLists.txt warnings)"
+flags="-std=c++17 -O2 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -fopenmp $(values CMakeLists.txt warnings)"
 names=generic flags_generic="" flags_neon="" x86=""
 if [ "$(uname -m)" = aarch64 ] || [ "$(uname -m)" = arm64 ]; then names=neon; fi
 if [ "$(uname -m)" = x86_64 ]; then

@@ -22,6 +22,9 @@ template <class T, int kBits> struct Numbers {
   ALWAYS_INLINE V times(const float* x) const { return fma(load(x + VL), n[1], load(x) * n[0]); }
 };
 template <class T> constexpr bool kPairs = kDirectProduct<T> == Product::kPaired;
+// What rows of T are multiplied as: one code for all that are widened.
+template <class T, bool = kPairs<T>> struct Multiplied { using Type = float; };
+template <class T> struct Multiplied<T, true> { using Type = T; };
 #if defined(__AVX512BF16__) && !defined(SPARSE_FFN_AMX)
 // In pairs of bf16, by rows of x as they are.
 template <int kBits> struct Numbers<bf16, kBits> {
@@ -64,10 +67,10 @@ static ALWAYS_INLINE void dot_steps(const typename Numbers<T, kBits>::X* const* 
   }
 }
 
-// sums[slot][row] over all steps.
+// sums[slot][row] over all steps. Not inlined, as add is not: all types share it, and compiling it takes long.
 template <class T, int kBits, int kCount>
-static ALWAYS_INLINE void dot(const typename Numbers<T, kBits>::X* const* x, const FewRows& rows, int64_t ahead,
-                              int64_t steps, float (*sums)[kRows]) {
+__attribute__((noinline)) static void dot(const typename Numbers<T, kBits>::X* const* x, const FewRows& rows,
+                                          int64_t ahead, int64_t steps, float (*sums)[kRows]) {
   V acc[kCount][kRows] = {};
   int64_t i = 0;
   for (; i + 4 <= steps; i += 4) dot_steps<T, kBits, kCount, 4>(x, rows, ahead, i, acc);
@@ -103,7 +106,8 @@ static ALWAYS_INLINE void add_steps(const float* factors, const FewRows& rows, i
 }
 
 template <int kBits, int kCount>
-static ALWAYS_INLINE void add(const float* factors, const FewRows& rows, int64_t ahead, int64_t steps, float* const* acc) {
+__attribute__((noinline)) static void add(const float* factors, const FewRows& rows, int64_t ahead, int64_t steps,
+                                          float* const* acc) {
   int64_t i = 0;
   for (; i + 4 <= steps; i += 4) add_steps<kBits, kCount, 4>(factors, rows, ahead, steps, i, acc);
   for (; i < steps; i++) add_steps<kBits, kCount, 1>(factors, rows, ahead, steps, i, acc);
@@ -175,7 +179,8 @@ static FewRows take_rows(const CodeRows<T>& rows, int64_t e, int64_t g, int64_t 
 
 template <class T, int kBits>
 static void few_up(const sparse_ffn_quantized& q, const Work& w, int64_t n0, int64_t n1) {
-  using X = typename Numbers<T, kBits>::X;
+  using M = typename Multiplied<T>::Type;
+  using X = typename Numbers<M, kBits>::X;
   const sparse_ffn_cvmm& p = q.cvmm;
   const CodeRows<T> rows{q.codes};
   const int64_t columns = q.codes.columns, ahead = kAhead * q.codes.qdata_strides.row;
@@ -194,7 +199,7 @@ static void few_up(const sparse_ffn_quantized& q, const Work& w, int64_t n0, int
           const X* x[kSlots];
           for (int64_t r = 0; r < count; r++) x[r] = from + p.gather[s + r] * x_stride;
           with_count(count, [&](auto c) {
-            dot<T, kBits, decltype(c)::value>(x, taken, ahead, columns / kStep, sums);
+            dot<M, kBits, decltype(c)::value>(x, taken, ahead, columns / kStep, sums);
           });
         } else {
           for (int j = 0; j < n; j++) {
