@@ -260,6 +260,18 @@ def test_codes_of_a_strided_stack_are_read_as_they_are(on_backend: str) -> None:
     torch.testing.assert_close(quantized_cvmm(x, half, expert, down=False), whole[:, 4:])
 
 
+@pytest.mark.skipif(cpu.PROBLEM is not None, reason="no compiler when the package was installed")
+def test_an_expert_that_is_packed_in_parts_gives_all_columns() -> None:
+    """The CPU core packs 4 MiB at a time: of rows of 2048 numbers in fp32, 512."""
+    codes = quantize(torch.randn(1, 520, 2048), 8, 2048, True, "max")
+    x = torch.randn(40, 2048)
+    with sf.backend("cpu"):
+        y = quantized_cvmm(x, codes, torch.tensor([0, 1]).repeat(20), down=False)
+    expected = x.double() @ codes.to(torch.float64).dense()[0].T
+    expected[1::2] = 0
+    assert (y.double() - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 EVERYWHERE = """
 import itertools, torch
 import test_quantized as here
@@ -277,7 +289,7 @@ for kind, (dtype, tolerance) in itertools.product(here.KINDS.values(), here.TOLE
         continue
     for bits, group in ((kind.bits, 128 if kind.group_size is None else 4), (kind.bits, 64), (kind.bits, 8)):
         codes = quantize(rows.to(dtype), bits, group, kind.symmetric_at(bits), "max")
-        for side, down, n in itertools.product(("before", "after"), (False, True), (1, 5, 200)):
+        for side, down, n in itertools.product(("before", "after"), (False, True), (1, 5, 30, 200)):
             placed = Codes(*(at_a_fence(t, side) for t in codes))
             x, expert = torch.randn(n, 6 if down else 128).to(dtype), torch.randint(0, 4, (n,))
             with backend("cpu"):

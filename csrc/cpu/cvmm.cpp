@@ -3,6 +3,7 @@
 #include "gemm_outer.h"
 #include "gemm_scatter.h"
 #include "ops.h"
+#include "slot_rows.h"
 
 SPARSE_FFN_BEGIN
 
@@ -15,17 +16,6 @@ template <class T> static ScatterGemm<T> product(const sparse_ffn_cvmm& p) {
   g.scale = p.scale;
   g.n_threads = p.n_threads;
   return g;
-}
-
-// Whether every row of the output belongs to exactly one slot. False too when there is no memory to tell.
-static bool one_slot_each(const sparse_ffn_cvmm& p) {
-  if (p.rows_out != p.S) return false;
-  if (!p.scatter) return true;
-  char* seen = scratch_of<char>(kBufferC, p.S);
-  if (!seen) return false;
-  memset(seen, 0, static_cast<size_t>(p.S));
-  for (int64_t s = 0; s < p.S; s++) seen[p.scatter[s]] = 1;
-  return !memchr(seen, 0, static_cast<size_t>(p.S));
 }
 
 // For few rows, weights that lie as [E, L, M]: rows times rows, without packing.
@@ -42,13 +32,7 @@ template <class T> static bool forward_rows(const sparse_ffn_cvmm& p, T* out) {
   g.offsets = p.offsets;
   g.E = p.E;
   g.n_threads = p.n_threads;
-  for (int64_t s = p.offsets[p.E]; s < p.S; s++)
-    memset(out + (p.scatter ? p.scatter[s] : s) * p.L, 0, static_cast<size_t>(p.L) * sizeof(T));
-  return run_row_gemm(g, [&](int64_t, int64_t s, const float* row) {
-    T* to = out + (p.scatter ? p.scatter[s] : s) * p.L;
-    const V scale = splat(p.scale ? p.scale[s] : 1.0f);
-    for (int64_t j = 0; j < p.L; j += VL) store_upto(to + j, load_upto(row + j, p.L - j) * scale, p.L - j);
-  });
+  return run_slot_rows(p, g, out);
 }
 
 template <class T> static int forward(const sparse_ffn_cvmm& p, T* out) {

@@ -21,6 +21,9 @@ template <class T> struct RowGemm {
   int64_t K;
   const T* w[2];          // one or two (GLU) weight tensors [E, N, K], the second may be null
   int64_t w_stride_expert, w_stride_row;
+  // Or, with w null: writes rows n0 .. n0+rows-1 of W[e] to `to`, as [rows, K]. They are then always packed.
+  void (*fill)(const void* source, int64_t e, int64_t n0, int64_t rows, T* to);
+  const void* source;
   int64_t N;
   const int32_t* offsets;
   int64_t E;
@@ -146,13 +149,23 @@ static void queue_next(const RowGemm<T>& g, int64_t e, int64_t s, int64_t i, int
   for (; s < last; s++) next->add(g.row(s), g.K * static_cast<int64_t>(sizeof(T)));
   e++;
   while (e < g.E && g.offsets[e + 1] == g.offsets[e]) e++;
-  if (e < g.E)
+  if (e < g.E && !g.fill)
     for (int64_t m = 0; m < g.matrices(); m++) {
       const int64_t n0 = g.N * i / count, n1 = g.N * (i + 1) / count;
       for (int64_t n = n0; n < n1; n++)
         next->add(g.w[m] + e * g.w_stride_expert + n * g.w_stride_row, g.K * static_cast<int64_t>(sizeof(T)));
     }
   next->seal();
+}
+
+// The next `width` rows from j on of matrix m of expert e, packed; made: room for them as they are filled.
+template <class T>
+static void pack_rows(const RowGemm<T>& g, int64_t e, int64_t m, int64_t j, int64_t width, T* made, float* to) {
+  const T* w = made;
+  int64_t stride = g.K;
+  if (g.fill) g.fill(g.source, e, j, lesser(width, g.N - j), made);
+  else w = g.w[m] + e * g.w_stride_expert + j * g.w_stride_row, stride = g.w_stride_row;
+  pack_transposed(to, w, stride, g.K, g.N - j, width);
 }
 
 // finish(expert, s, row): row holds the products of sorted position s. False when out of memory.
@@ -167,21 +180,21 @@ template <class T, class Finisher> static bool run_row_gemm(const RowGemm<T>& g,
     float* pa = scratch_of<float>(kBufferA, kPanels<T> * panel_size<T>(g.K));
     float* pb = scratch_of<float>(kBufferB, c_stride * k_words);
     float* c = scratch_of<float>(kBufferC, kPanels<T> * kPanelRows<T> * c_stride);
+    T* made = g.fill ? scratch_of<T>(kBufferAcc, kNr * g.K + 1) : nullptr;
     LineQueue next;
     const bool queue = next.reserve((kMr + g.matrices() * g.N) * ceil_div(g.K * static_cast<int64_t>(sizeof(T)), 64));
-    if (!pa || !pb || !c || !queue) {
+    if (!pa || !pb || !c || !queue || (g.fill && !made)) {
 #pragma omp atomic write
       failed = 1;
     } else {
       share_panels<T>(g.offsets, g.E, panels, thread_index(), thread_count(), [&](int64_t e, int64_t lo, int64_t hi,
                                                                                   int64_t count) {
         const int64_t rows = g.offsets[e + 1] - g.offsets[e];
-        const bool packed = rows >= kPackMinRows<T>;
+        const bool packed = rows >= kPackMinRows<T> || g.fill;
         if (packed)
           for (int64_t m = 0; m < g.matrices(); m++)
             for (int64_t j = 0; j < g.padded(); j += kNr)
-              pack_transposed(pb + (m * g.padded() + j) * k_words, g.w[m] + e * g.w_stride_expert + j * g.w_stride_row,
-                              g.w_stride_row, g.K, g.N - j, lesser<int64_t>(kNr, g.padded() - j));
+              pack_rows(g, e, m, j, lesser<int64_t>(kNr, g.padded() - j), made, pb + (m * g.padded() + j) * k_words);
         for (int64_t i = lo; i < hi; i += kPanels<T>) {
           const int64_t s0 = g.offsets[e] + panel_start<T>(rows, i, count);
           const int64_t s1 = g.offsets[e] + panel_start<T>(rows, lesser(hi, i + kPanels<T>), count);
