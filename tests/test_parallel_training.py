@@ -250,7 +250,14 @@ def compiled(rank: int, exchange: str) -> int:
     counter = testing.CompileCounterWithBackend("aot_eager")
     call = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
     for count in (6, 9, 11, 5):
-        torch.testing.assert_close(call(tokens(rank, count + rank)), layer(tokens(rank, count + rank)))
+        found = []
+        for function in (call, layer):
+            layer.zero_grad()
+            x = tokens(rank, count + rank).requires_grad_()
+            y = function(x)
+            y.square().mean().backward()
+            found.append([y.detach(), x.grad, *(full(p.grad) for p in layer.parameters())])
+        torch.testing.assert_close(*found)
     return counter.frame_count
 
 
