@@ -33,7 +33,9 @@ def gather(x: Tensor, mesh: DeviceMesh) -> Tensor:
 
 def arrived(x: Tensor) -> Tensor:
     """What ``send`` or ``gather`` returned, when it is there."""
-    done: Tensor = functional.wait_tensor(x)  # type: ignore[no-untyped-call]
+    # in a graph torch 2.9's wait ends the path of gradients, with no more than a warning
+    waiting = _Arrived.apply if torch.compiler.is_compiling() else functional.wait_tensor
+    done: Tensor = waiting(x)  # type: ignore[no-untyped-call]
     return done
 
 
@@ -72,6 +74,17 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 def _summed(x: Tensor, mesh: DeviceMesh) -> Tensor:
     return arrived(functional.all_reduce(x.contiguous(), "sum", mesh.get_group()))
+
+
+class _Arrived(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        done: Tensor = functional.wait_tensor(x)  # type: ignore[no-untyped-call]
+        return done
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 class _SumForward(torch.autograd.Function):

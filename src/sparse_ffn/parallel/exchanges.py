@@ -25,13 +25,15 @@ class GatherExchange(Exchange):
     def gathered(self, *filled: tuple[Tensor, int]) -> tuple[list[Tensor], list[int]]:
         """Rows of all processes, on their way, and how many each has: it fills up with a number to the longest."""
         tokens, device = filled[0][0].shape[0], filled[0][0].device
-        (all_tokens,) = self._numbers(self._tell(torch.full((self.mesh.size(),), tokens, device=device)))
-        missing = (0, 0, 0, max(all_tokens) - tokens)
+        told_W = self._tell(torch.full((self.mesh.size(),), tokens, device=device))
+        # the longest as a number of its own: torch 2.9 compiles no shape that is a maximum of several
+        (longest, *_), all_tokens = self._numbers(told_W.max().expand_as(told_W), told_W)
+        missing = (0, 0, 0, longest - tokens)
         return [gather(F.pad(t, missing, value=number), self.mesh) for t, number in filled], all_tokens
 
     def combine(self, y_RO: Tensor, state: Any) -> Tensor:
         """As ``Exchange``."""
-        return reduce_scatter(y_RO, self.mesh)[:state]
+        return reduce_scatter(y_RO, self.mesh).narrow(0, 0, state)
 
 
 class SlotsExchange(Exchange):
@@ -75,7 +77,7 @@ class TokensExchange(Exchange):
         sent, received = self._numbers(sent_W, self._tell(sent_W))
         # wanted pairs first, by process and then by token; and where each pair went
         order_A = needs_TW.t().reshape(-1).logical_not().to(torch.int8).argsort(stable=True)
-        order_P = order_A[: sum(sent)]
+        order_P = order_A.narrow(0, 0, sum(sent))  # torch 2.9 compiles no slice up to a number of the data's
         owner_P, source_P = order_P // max(tokens, 1), order_P % max(tokens, 1)
         copies = Copies(source_P, *_places(needs_TW, _inverse(order_A), min(index_TK.shape[1], world)))
         here_PK = owner_TK.index_select(0, source_P) == owner_P.unsqueeze(1)
