@@ -53,7 +53,6 @@ template <class T, int kBits> static bool packed_up(const sparse_ffn_quantized& 
   g.offsets = p.offsets;
   g.E = p.E;
   g.n_threads = p.n_threads;
-  advise_huge_pages(out, static_cast<size_t>(p.S * p.L) * sizeof(T));
   const int64_t most = larger<int64_t>(kNr, kPackedBytes / (4 * words<T>(p.M)) / kNr * kNr);
   for (int64_t& n0 = source.first; n0 < p.L; n0 += most) {
     g.N = lesser(most, p.L - n0);
