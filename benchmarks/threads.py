@@ -30,7 +30,7 @@ ROUTINGS = {"uniform": 0.0, "skewed": 1.0}
 
 def flags(instruction_set: str) -> list[str]:
     """The compiler's, by which the core's code for an instruction set is built."""
-    values = dict(re.findall(r"set\((flags_\w+) ([^)]*)\)", (CSRC / "CMakeLists.txt").read_text()))
+    values = dict(re.findall(r"set\((flags_\w+) ([^)]*)\)", (CSRC / "CMakeLists.txt").read_text().replace('""', "")))
     found = values.get(f"flags_{instruction_set}", "")
     while "${" in found:
         found = re.sub(r"\$\{(\w+)\}", lambda match: values[match[1]], found)

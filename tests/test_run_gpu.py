@@ -110,5 +110,5 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert "tiles in" in (out / "tune.log").read_text()
     assert "passed" in (out / "tests-compiled.log").read_text()
     if outcomes["page"]["status"] == "ok":
-        assert "**rehearsal**: " in (out / "page" / "benchmarks-targets.md").read_text()
+        assert "**rehearsal** (" in (out / "page" / "benchmarks-targets.md").read_text()
     assert not (tmp_path / "none").exists()

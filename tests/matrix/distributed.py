@@ -19,11 +19,11 @@ from sparse_ffn.layers import LatentMoE
 from sparse_ffn.parallel import ExpertParallel, HiddenParallel, MemoryParallel, clip_grad_norm_, ddp_ignore
 
 from .feature import EVERY_BACKEND, Case, feature
-from .layers import ALL, LAST, MIXTURES, assert_near, build, loss, step, tokens
+from .layers import ALL, FFNS, LAST, MIXTURES, assert_near, build, loss, step, tokens
 
 WORLD = 2
 WITH_A_LOSS = tuple(name for name in MIXTURES if name != "MoE")
-SPLIT = tuple(name for name in ALL if name not in LAST)
+SPLIT = tuple(name for name in FFNS if name not in LAST)
 
 
 def _batch() -> Tensor:

@@ -22,6 +22,7 @@ from sparse_ffn.checks import (
     check_places,
     check_positive,
     check_rate,
+    is_dtensor,
     shape_error,
 )
 from sparse_ffn.layers.balanced import Balanced
@@ -85,6 +86,7 @@ class HeadExperts(Balanced):
 
     def forward(self, x: Tensor, seen_TD: Tensor, mask_T: Tensor | None, n_sequences: int | None) -> Tensor:
         """Project x [T, d_in] to [T·H, d_out], or x [T·H, d_in] to [T, d_out]."""
+        check_parameters(x, {"weight": self.weight})
         routing: Routing = self.router(seen_TD, mask_T)
         loss, gate_TK = self._balance_loss(routing, mask_T, n_sequences), routing.gate_TK
         if loss is not None and self.aux == "inject":
@@ -279,7 +281,9 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
             check_mask(mask, x)
         for name, size in self._projections.items():
             weight, router = getattr(self, name).weight, getattr(self, name).router.weight
-            check_parameters(x, {f"{name}.weight": weight})
+            check_parameters(
+                x, {f"{name}.weight": weight}, split=True
+            )  # a part that is sharded by itself checks itself
             rows = self.n_heads * self.n_experts
             wanted = {"weight": (weight, (rows, *size)), "router.weight": (router, (rows, self.d_model))}
             if any(tensor.shape != shape for tensor, shape in wanted.values()):
@@ -289,7 +293,8 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
             projection = getattr(self, name)
             if type(projection) is not nn.Linear:  # others may store their weight packed
                 continue
-            check_places(x, (projection.weight,))
+            if not is_dtensor(projection.weight):
+                check_places(x, (projection.weight,))
             if projection.weight.shape != dense:
                 raise shape_error({f"{name}.weight": (projection.weight, dense)})
         return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
