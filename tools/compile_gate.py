@@ -46,6 +46,7 @@ from sparse_ffn.ops.expert_ffn import triton as expert_ffn
 from sparse_ffn.ops.product_key_topk import triton as product_key_topk
 from sparse_ffn.ops.quantized_cvmm import triton as quantized_cvmm
 from sparse_ffn.ops.route import triton as route
+from sparse_ffn.ops.route.op import MAX_ROWS
 from sparse_ffn.ops.topk_ffn import triton as topk_ffn
 from sparse_ffn.ops.weighted_bag import triton as weighted_bag
 
@@ -181,7 +182,8 @@ def cases(target: str, quick: bool) -> Iterator[Callable[[], None]]:
         (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)
     ):  # fmt: skip
         gates = (("sigmoid", "plain"), ("softmax", "full"), ("softmax_topk", "full"))
-        for rows in (64, 512) if quick else (8, 64, 128, 256, 512):
+        most = MAX_ROWS[dtype]
+        for rows in (64, most) if quick else sorted({8, 64, 128, min(256, most), most}):
             for gate, form in gates[: 2 if quick else 3]:
                 yield partial(routes, dtype, weights, rows, 8, gate, form)
         yield partial(routes, dtype, weights, 64, 1, "unweighted", "plain", 1)

@@ -32,12 +32,12 @@ class Blocks(NamedTuple):
     def of(cls, n_tokens: int, n_rows: int, dtype: torch.dtype, weights: torch.dtype) -> Blocks:
         """For groups of so many tokens in a dtype, and the router's."""
         rows = max(power_of_two(n_rows), 16)
-        scores = SCORES if dtype != torch.float32 else SCORES // 2  # without tensor cores operands take registers, too
+        scores = SCORES if dtype != torch.float32 else SCORES // 4  # without tensor cores operands take registers, too
         tokens = max(min(MAX_TOKENS, scores // rows, power_of_two(n_tokens)), 16)
         if dtype == torch.float32:
-            return cls(tokens, rows, 16, 8 if rows <= 256 else 16)
+            return cls(tokens, rows, 16, 8)
         depth = max(min(SCORES // (rows * weights.itemsize), 64), 16)
-        return cls(tokens, rows, depth, 4 if tokens * rows <= 2048 else 8)
+        return cls(tokens, rows, depth, 4 if tokens * rows <= 512 else 8)
 
 
 @triton.jit

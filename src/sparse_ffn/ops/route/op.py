@@ -11,17 +11,18 @@ from sparse_ffn.backends.choice import choose
 from sparse_ffn.ops.operator import Operator, wanted
 from sparse_ffn.ops.route.backend import Backend, Routed
 
-MAX_ROWS = 512  # a program of the kernel has all scores of its tokens in registers
+# a program of the kernel has all scores of its tokens in registers, and in fp32 the operands of its products
+MAX_ROWS = {torch.bfloat16: 512, torch.float32: 128}
 
 
 def route_available(x: Tensor, router_weight: Tensor, router_bias: Tensor | None) -> bool:
     """Whether the op computes this input now: tokens in bf16 or fp32, a router of that dtype or of fp32, on Triton."""
     return (
-        x.dtype in (torch.float32, torch.bfloat16)
+        x.dtype in MAX_ROWS
         and router_weight.dtype in (x.dtype, torch.float32)
         and (router_bias is None or router_bias.dtype == torch.float32)
         and x.shape[0] > 0
-        and router_weight.shape[0] <= MAX_ROWS
+        and router_weight.shape[0] <= MAX_ROWS[x.dtype]
         and choose(x) == "triton"
     )
 
