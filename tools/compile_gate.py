@@ -442,7 +442,8 @@ def judge(name: str, function: JITFunction, arguments: dict[str, Any], kernel: A
     )  # fmt: skip
     least = PROMISED.get((name, _kind(found), tile), (1, 1))
     if found.kernel == "outer" and stages > 2 and target.gpu.backend == "cuda":
-        least = (max(least[0], 3), least[1])
+        # where the rows of both operands are found by loads, each of these takes stages
+        least = (2, 1) if {"left", "right"} <= set(flags) else (max(least[0], 3), least[1])
     if buffers < least[0] or (programs < least[1] and target.gpu.backend == "cuda"):
         problems.append(f"{buffers} buffers, {programs} programs a processor instead of {least[0]}, {least[1]}")
     return replace(found, problem=", ".join(problems))
