@@ -8,8 +8,10 @@
 
 SPARSE_FFN_BEGIN
 
-// Up to so many slots of an expert on average their numbers are made in registers.
-constexpr int64_t kFewSlots = 16;
+// Up to so many slots of a touched expert, on average, its numbers are made in registers.
+constexpr int64_t kFewSlots = 8;
+// From so many on the rows of x that slots name are packed once, and the weights' numbers are made once for all of them.
+constexpr int64_t kManySlots = 40;
 
 // Whether the slots of each expert ascend in their rows of the output.
 static bool scatter_ascends(const sparse_ffn_cvmm& p) {
@@ -61,9 +63,9 @@ template <class T, int kBits> static bool packed_up(const sparse_ffn_quantized& 
   return true;
 }
 
-template <class T, int kBits> static bool packed(const sparse_ffn_quantized& q, T* out) {
+template <class T, int kBits> static bool packed(const sparse_ffn_quantized& q, bool many, T* out) {
   const sparse_ffn_cvmm& p = q.cvmm;
-  if (!q.down && one_slot_each(p)) return packed_up<T, kBits>(q, out);
+  if (!q.down && many && one_slot_each(p)) return packed_up<T, kBits>(q, out);
   const Source<T> source{{q.codes}, q.down, 0};
   ScatterGemm<T> g{};
   g.a = static_cast<const T*>(p.x);
@@ -101,8 +103,9 @@ template <class T, int kBits> static int product(const sparse_ffn_quantized& q, 
   }
   int64_t touched = 0;
   for (int64_t e = 0; e < p.E; e++) touched += p.offsets[e] < p.offsets[e + 1];
-  const bool few = p.offsets[p.E] <= kFewSlots * touched;
-  const bool done = few ? quantized_few<typename Unpacked<T>::Type, kBits>(q, out) : packed<T, kBits>(q, out);
+  const int64_t slots = p.offsets[p.E];
+  const bool done = slots <= kFewSlots * touched ? quantized_few<typename Unpacked<T>::Type, kBits>(q, out)
+                                                 : packed<T, kBits>(q, slots > kManySlots * touched, out);
   return done ? SPARSE_FFN_OK : SPARSE_FFN_NO_MEMORY;
 }
 
