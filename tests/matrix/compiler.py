@@ -86,7 +86,7 @@ def ahead_of_time(name: str) -> None:
 
 @feature(
     "`torch.jit.trace`",
-    {"reference": tuple(name for name in FFNS if name not in ("TopKFFN", "LowRankMoE")), "torch": FFNS, "cpu": ALL},
+    {"reference": FFNS, "torch": FFNS, "cpu": ALL},
 )
 def jit_trace(name: str) -> None:
     """In evaluation, without gradients: the trace computes what the layer computes, for another token count too."""

@@ -30,8 +30,13 @@ def check_indices(*arguments: Indices) -> None:
 
 
 def checked(name: str, index: Tensor | None, limit: int, void: bool) -> Any:
-    """The indices, once they have been checked: for code outside of the ops, which may be traced or transformed."""
-    return index if index is None or not index.is_cpu else _checked(index, limit, void, name)
+    """The indices, once they have been checked: for code outside of the ops, which may be traced or transformed.
+
+    torch.jit.trace would keep the example's limit as a constant: its traces check nothing.
+    """
+    if index is None or not index.is_cpu or torch._C._get_tracing_state():
+        return index
+    return _checked(index, limit, void, name)
 
 
 def _kernel(index: Tensor, limit: int, void: bool, name: str) -> Tensor:

@@ -44,5 +44,5 @@ def topk_ffn(
         assert glu_gate_TF is not None
         ranked_TF = hidden_anywhere(activation, glu_gate_TF, None, dropout_mask)
     index = stable_topk(rank(ranked_TF, values, norm_aware), k)
-    selected = torch.zeros_like(h_TF, dtype=torch.bool).scatter(1, index, True)
+    selected = torch.zeros_like(h_TF, dtype=torch.bool).scatter(1, index, 1)  # torch.jit takes no True
     return torch.where(selected, h_TF, 0) @ values
