@@ -70,7 +70,5 @@ def test_loads_without_a_driver(built: tuple[Path, str]) -> None:
     assert status in (1035, 1100)  # the driver is missing, or sees no device
     assert count.value == 0
     assert b"driver" in library.sparse_ffn_cuda_status_text(1035).lower()
-    bag = cuda.Bag(1, 1, 1, 1, 1, 0, 0, None, None, 0, 1, 1, 1)
-    assert (
-        library.sparse_ffn_cuda_bag_forward(ctypes.byref(bag), ctypes.c_void_p(1)) == status
-    )  # refused before any launch
+    bag = cuda.Bag(1, 1, 1, 1, 0, 0, None, 1, 1, 1, 1)
+    assert library.sparse_ffn_cuda_bag_sums(ctypes.byref(bag)) == status  # refused before any launch

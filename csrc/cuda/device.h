@@ -1,8 +1,9 @@
-// device.h - the few things of CUDA that the kernels use: storage types, asynchronous copies, tensor-core products, a
-// warp's sum, and launches. emulated.h gives the same names on the CPU.
+// device.h - the few things of CUDA that the kernels use: storage types, tensor-core products, a warp's sum, launches.
+// emulated.h gives the same names on the CPU.
 #pragma once
 #include <cstdint>
 
+#include "../include/sparse_ffn_cuda.h"
 #include "tiles.h"
 
 #if defined(SPARSE_FFN_CUDA_EMULATED)
@@ -26,16 +27,6 @@ __device__ inline float to_float(fp16 v) { return __half2float(v); }
 __device__ inline void from_float(float v, float& out) { out = v; }
 __device__ inline void from_float(float v, bf16& out) { out = __float2bfloat16(v); }
 __device__ inline void from_float(float v, fp16& out) { out = __float2half(v); }
-
-// Copies `bytes` (0..16) to shared memory, filled up to 16 with zeros; past L1, which gathered rows would only thrash.
-__device__ inline void copy_async(void* shared, const void* global, int bytes) {
-  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(global), "r"(bytes) : "memory");
-}
-__device__ inline void close_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
-template <int LATEST> __device__ inline void wait_for_copies() {  // for all groups but the latest ones
-  asm volatile("cp.async.wait_group %0;\n" ::"n"(LATEST) : "memory");
-}
 
 template <class Fragment> __device__ inline void round_to_tf32(Fragment& f) {
 #pragma unroll
@@ -61,16 +52,18 @@ inline cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, void* strea
 
 namespace sparse_ffn_cuda {
 
-// W numbers that are written in as few instructions as their alignment allows.
+// W numbers that are read and written in as few instructions as their address allows; `left` of them exist.
 template <class T, int W> struct alignas(W * sizeof(T) < 16 ? W * sizeof(T) : 16) Run {
   T v[W];
 };
-template <class T, int W>
-__device__ inline void store_run(T* to, const Run<float, W>& from, int64_t left, bool aligned) {
+template <class T, int W> __device__ inline bool whole(const T* at, int64_t left) {
+  return left >= W && reinterpret_cast<uintptr_t>(at) % alignof(Run<T, W>) == 0;
+}
+template <class T, int W> __device__ inline void store_run(T* to, const Run<float, W>& from, int64_t left) {
   Run<T, W> narrow;
 #pragma unroll
   for (int i = 0; i < W; i++) from_float(from.v[i], narrow.v[i]);
-  if (aligned && left >= W) {
+  if (whole<T, W>(to, left)) {
     *reinterpret_cast<Run<T, W>*>(to) = narrow;
   } else {
 #pragma unroll
@@ -78,20 +71,13 @@ __device__ inline void store_run(T* to, const Run<float, W>& from, int64_t left,
       if (i < left) to[i] = narrow.v[i];
   }
 }
-template <class T, int W> __device__ inline Run<T, W> load_run(const T* from, int64_t left, bool aligned) {
-  Run<T, W> run;
-  if (aligned && left >= W) return *reinterpret_cast<const Run<T, W>*>(from);
+template <class T, int W> __device__ inline Run<T, W> load_run(const T* from, int64_t left) {
+  if (whole<T, W>(from, left)) return *reinterpret_cast<const Run<T, W>*>(from);
+  Run<T, W> run{};
 #pragma unroll
-  for (int i = 0; i < W; i++) {
+  for (int i = 0; i < W; i++)
     if (i < left) run.v[i] = from[i];
-    else from_float(0.0f, run.v[i]);
-  }
   return run;
-}
-
-// Whether rows at this pointer and stride can be read and written 16 bytes at a time.
-template <class T> inline bool aligned16(const T* pointer, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
 }
 
 }  // namespace sparse_ffn_cuda

@@ -1,11 +1,10 @@
 // emulated.h - device.h's names on the CPU, so that the very same kernels run in tests where there is no GPU.
 // A block's threads are fibers that take turns at barriers, in an order that changes from turn to turn; blocks run one
-// after the other, the last one first. An asynchronous copy shows NaN until it is waited for. Slow, and for tests only.
+// after the other, the last one first. Slow, and for tests only.
 #pragma once
 #include <ucontext.h>
 
 #include <cstring>
-#include <limits>
 #include <vector>
 
 #define __global__ static
@@ -35,13 +34,10 @@ inline void from_float(float v, bf16& out) {
 }
 inline void from_float(float v, fp16& out) { const _Float16 h = static_cast<_Float16>(v); memcpy(&out, &h, 2); }
 
-struct Copy { char* to; const char* from; int bytes; };
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   bool done = false;
-  int64_t waits = 0;                              // barriers passed
-  std::vector<std::vector<Copy>> groups{1};       // asynchronous copies; the last group is still open
 };
 struct Block {
   ucontext_t scheduler;
@@ -59,7 +55,6 @@ inline ThreadIndex threadIdx;
 
 // Both barriers wait for the whole block: no kernel has a warp pass one that another warp does not.
 inline void __syncthreads() {
-  block->fibers[current].waits++;
   swapcontext(&block->fibers[current].context, &block->scheduler);
 }
 inline void __syncwarp() { __syncthreads(); }
@@ -73,22 +68,6 @@ inline float warp_sum(float v) {
   for (int step = kLanes / 2; step > 0; step /= 2)
     for (int i = 0; i < step; i++) value[i] += value[i + step];
   return value[0];
-}
-
-inline void copy_async(void* shared, const void* global, int bytes) {
-  memset(shared, 0xff, 16);  // NaN in every storage type
-  block->fibers[current].groups.back().push_back({static_cast<char*>(shared), static_cast<const char*>(global), bytes});
-}
-inline void close_copies() { block->fibers[current].groups.emplace_back(); }
-template <int LATEST> void wait_for_copies() {
-  auto& groups = block->fibers[current].groups;
-  while (groups.size() > LATEST + 1) {
-    for (const Copy& c : groups.front()) {
-      memset(c.to, 0, 16);
-      memcpy(c.to, c.from, static_cast<size_t>(c.bytes));
-    }
-    groups.erase(groups.begin());
-  }
 }
 
 namespace wmma {
@@ -161,8 +140,6 @@ cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, void*, const Argum
   for (blockIdx.x = gridDim.x - 1; blockIdx.x >= 0; blockIdx.x--) {
     for (Fiber& f : state.fibers) {
       f.done = false;
-      f.waits = 0;
-      f.groups.assign(1, {});
       getcontext(&f.context);
       f.context.uc_stack.ss_sp = f.stack.data();
       f.context.uc_stack.ss_size = f.stack.size();

@@ -58,7 +58,7 @@ def _crossovers() -> list[str]:
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         table = crossovers.table_of(device)
         found.append(f"{device}: {'measured' if table else 'built in; python -m sparse_ffn.tune measures them'}")
-        found += [f"  {' '.join(map(str, layer))}: {crossover}" for layer, crossover in table.items()]
+        found += [f"  {' '.join(map(str, layer))}: decoded up to {most} tokens" for layer, most in table.items()]
     return found
 
 

@@ -17,12 +17,11 @@ else:
     sys.path.insert(0, os.path.dirname(__file__))
     import interpreter
 
-    interpreter.install(seed=0)
+    interpreter.install()
     torch.set_num_threads(1)  # test_seeded_bugs forks
 
 import sparse_ffn as sf  # noqa: E402
-from sparse_ffn.backends.triton import columns, config, masked, routing  # noqa: E402
-from sparse_ffn.ops.expert_ffn import dense  # noqa: E402
+from sparse_ffn.backends.triton import columns, config, routing  # noqa: E402
 
 
 @pytest.fixture
@@ -32,9 +31,7 @@ def device() -> str:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Blocks of 16 everywhere: two or three on every axis of a small problem, and ragged tails; experts sorted."""
-    monkeypatch.setattr(dense, "use_dense", lambda n_experts, k: False)
-    monkeypatch.setattr(masked, "BLOCK_G", 16)
+    """Blocks of 16 everywhere: two or three on every axis of a small problem, and ragged tails."""
     monkeypatch.setattr(columns, "MAX_BYTES", 1)  # one tile's columns at a time
     monkeypatch.setattr(routing, "SORT", config.Sort(block=16, part=8, scan=16, columns=16, positions=16, tiles=4))
     with config.fixed(config.Tile(16, 16, 16, 4, 2)):

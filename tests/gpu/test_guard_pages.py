@@ -17,7 +17,6 @@ from test_seeded_bugs import alarm
 import sparse_ffn as sf
 from sparse_ffn import ops
 from sparse_ffn.backends.triton import outer
-from sparse_ffn.ops.expert_ffn import dense
 from sparse_ffn.ops.topk_ffn import triton as topk_ffn
 
 pytestmark = [
@@ -31,12 +30,6 @@ def experts() -> None:
     check(expert_case("ragged", form="everything", activation="gelu", sizes=(24, 20, 33)))
     check(expert_case("random", torch.float16, sizes=(16, 16, 32)))
     check(expert_case("one token", form="everything", train=False))
-
-
-def every_expert() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dense, "use_dense", lambda n_experts, k: True)
-        check(expert_case("random", form="everything", activation="gelu"))
 
 
 def in_parts() -> None:
@@ -82,7 +75,7 @@ def check_scores(scores: torch.Tensor, k: int) -> None:
         torch.autograd.grad(best, leaf, guarded(torch.ones_like(best)))
 
 
-CALLS = (experts, every_expert, in_parts, masters, cvmm, bags, selected, product_keys)
+CALLS = (experts, in_parts, masters, cvmm, bags, selected, product_keys)
 
 
 @pytest.mark.parametrize("side", ["before", "after"])

@@ -29,7 +29,6 @@ from torch import Tensor
 import sparse_ffn as sf
 from sparse_ffn.backends.triton import columns, config, grouped, outer
 from sparse_ffn.ops.activations import ACTIVATIONS
-from sparse_ffn.ops.expert_ffn import dense
 from sparse_ffn.ops.expert_ffn import triton as expert_ffn
 
 routings = pytest.mark.parametrize("routing", ROUTINGS)
@@ -52,17 +51,15 @@ def test_expert_ffn_with_every_activation(activation: str, form: str, device: st
 
 
 @fp32_first
-@pytest.mark.parametrize("n_experts", [pytest.param(1, marks=pytest.mark.exhaustive), 3], ids=["dense", "sorted"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_and_their_derivatives_are_right_everywhere(
-    activation: str, n_experts: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+    activation: str, dtype: torch.dtype, device: str
 ) -> None:
-    monkeypatch.setattr(dense, "use_dense", lambda experts, k: experts == 1)
     z = numbers(dtype)
     if dtype == torch.bfloat16:  # hosts' products may take numbers below the normal ones as zero
         z = z[(z == 0) | ~(z.abs() < torch.finfo(dtype).tiny)]
     x = z.to(device).unsqueeze(1).requires_grad_()
-    one = torch.ones(n_experts, 1, 1, dtype=dtype, device=device)
+    one = torch.ones(3, 1, 1, dtype=dtype, device=device)
     gate = x.new_ones(len(z), 1)
     with sf.backend("triton"):
         y = flat.expert_ffn(x, one, one, gate.long() - 1, gate, activation=activation)
@@ -273,12 +270,11 @@ def test_what_belongs_to_void_slots_is_not_read(routing: str, train: bool, devic
     check_void(cvmm_case(routing, form="reduction", train=train), device)
 
 
-@pytest.mark.parametrize("way", ["sorted", "dense", "sorted by torch"])
+@pytest.mark.parametrize("way", ["sorted", "sorted by torch"])
 @pytest.mark.parametrize("routing", VOID)
 def test_slots_of_nobody_are_void(
     routing: str, way: str, device: str, small_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dense, "use_dense", lambda n_experts, k: way == "dense")
     if way == "sorted by torch":
         monkeypatch.setattr(expert_ffn.routing, "SORT", config.Sort(experts=1))
     check_nobody(expert_case(routing, form="everything"), device)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 import sparse_ffn as sf
 from sparse_ffn import ops
-from sparse_ffn.ops.expert_ffn import dense
 from sparse_ffn.ops.expert_ffn import triton as expert_ffn
 
 WEIGHTS = ("keys", "values", "gate_keys", "key_bias", "weight")
@@ -34,11 +33,9 @@ def not_rounded(gradient: Tensor, dtype: torch.dtype) -> bool:
 
 @dtypes
 @pytest.mark.parametrize("form", ["plain", "everything"])
-@pytest.mark.parametrize("every", [False, True], ids=["sorted", "dense"])
-def test_expert_ffn(every: bool, form: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "use_dense", lambda n_experts, k: every)
+def test_expert_ffn(form: str, dtype: torch.dtype, device: str) -> None:
     actual = check(masters(expert_case("ragged", dtype, form=form, activation="silu", sizes=(24, 20, 17))), device)
-    assert every or all(not_rounded(actual[n], dtype) for n in ("dkeys", "dvalues"))
+    assert all(not_rounded(actual[n], dtype) for n in ("dkeys", "dvalues"))
 
 
 @dtypes
@@ -89,15 +86,13 @@ def test_row_sparse_gradient(device: str) -> None:
 LAYERS: dict[str, tuple[Callable[..., torch.nn.Module], int]] = {  # and the bytes that a token of 16 numbers may keep
     # x, the hidden units of 3 experts, and for each slot gate, index, sorted slot
     "moe": (lambda **o: sf.SigmaMoE(16, 9, 20, 3, balance="none", **o), 2 * 16 + 2 * 3 * 20 + 3 * (4 + 8 + 4)),
-    "moe, dense": (lambda **o: sf.SigmaMoE(16, 6, 20, 3, balance="none", **o), 2 * 16 + 2 * 3 * 20 + 3 * (4 + 8 + 4)),
     "topk": (lambda **o: sf.TopKFFN(16, 40, 5, **o), 2 * 16 + 5 * (2 + 4)),
 }
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_what_is_kept_for_the_backward_pass(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_kept_for_the_backward_pass(name: str, device: str) -> None:
     """No copy of a weight, nothing of the size [tokens, k, d_model]."""
-    monkeypatch.setattr(dense, "use_dense", lambda n_experts, k: name.endswith("dense"))
     make, bytes_of_a_token = LAYERS[name]
     layer = make(device=device)
     parameters = {p.data_ptr() for p in layer.parameters()}

@@ -12,7 +12,6 @@ from net import TOLERANCE, check, cvmm_case, expert_case, random, tf32
 from torch.utils.checkpoint import checkpoint
 
 import sparse_ffn as sf
-from sparse_ffn.ops.expert_ffn import dense
 from sparse_ffn.ops.topk_ffn import torch as topk_ffn
 
 pytestmark = [
@@ -26,9 +25,7 @@ TOKENS = (1, 7, 40, 80, 300, 5000)  # of which each chooses 3 of 5 experts: tile
 
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("every", [False, True], ids=["sorted", "dense"])
-def test_real_tiles(tokens: int, dtype: torch.dtype, every: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "use_dense", lambda n_experts, k: every)
+def test_real_tiles(tokens: int, dtype: torch.dtype) -> None:
     for sizes in ((256, 128, 256), (100, 60, 36)):
         for form in ("plain", "everything"):
             case = expert_case("random", dtype, form=form, activation="silu", sizes=sizes)
@@ -42,10 +39,9 @@ def test_real_tiles(tokens: int, dtype: torch.dtype, every: bool, monkeypatch: p
     check(cvmm_case("ragged", dtype, form="gather, scatter, reduction", sizes=(256, 128)), "cuda")
 
 
-@pytest.mark.parametrize("op", ["sorted", "dense", "cvmm"])
+@pytest.mark.parametrize("op", ["expert_ffn", "cvmm"])
 def test_tf32_where_torch_allows_it(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without an activation each number comes of two products at most, each of two rounded factors."""
-    monkeypatch.setattr(dense, "use_dense", lambda n_experts, k: op == "dense")
     case = cvmm_case("ragged", form="gather, scatter, reduction", sizes=(256, 128))
     if op != "cvmm":
         case = expert_case("random", activation="identity", sizes=(256, 128, 256))
@@ -71,7 +67,7 @@ def test_tf32_where_torch_allows_it(op: str, monkeypatch: pytest.MonkeyPatch) ->
         lambda: sf.TopKFFN(64, 256, 16, device="cuda"),
         lambda: sf.ProductKeyMemory(64, 16, 8, n_heads=2, device="cuda"),
     ],
-    ids=["sorted", "dense", "topk", "pkm"],
+    ids=["moe", "glu", "topk", "pkm"],
 )
 def test_a_training_step_in_a_cuda_graph(make: Callable[[], sf.SparseFFN], tokens: int) -> None:
     layer = make()

@@ -15,7 +15,6 @@ from sparse_ffn.backends.triton import combine, config, decode, grouped, outer, 
 from sparse_ffn.ops import Units
 from sparse_ffn.ops.cvmm import triton as cvmm
 from sparse_ffn.ops.cvmm.backend import Slots
-from sparse_ffn.ops.expert_ffn import dense
 from sparse_ffn.ops.expert_ffn import triton as expert_ffn
 
 INDICES: dict[str, Callable[[], tuple[int, torch.Tensor]]] = {
@@ -111,7 +110,6 @@ def test_a_layer_of_many_experts_meets_the_reference(
 def test_expert_ffn_never_waits_for_the_device(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under FakeTensorMode a number that only the device knows cannot be read: .item() and its kin raise."""
     launched = without_launches(monkeypatch)
-    monkeypatch.setattr(dense, "use_dense", lambda n_experts, k: False)
     t = {n: x.float() if x.is_floating_point() else x for n, x in expert_case(form=form).tensors.items()}
     with FakeTensorMode() as mode:
         t = {n: mode.from_tensor(x) for n, x in t.items()}

@@ -29,13 +29,11 @@ from sparse_ffn.backends.triton import (
     config,
     decode,
     grouped,
-    masked,
     outer,
     product_keys,
     routing,
     topk,
 )
-from sparse_ffn.ops.expert_ffn import dense
 
 pytestmark = [
     pytest.mark.exhaustive,
@@ -107,12 +105,6 @@ def far_bags() -> None:
 
 def wide_sums() -> None:
     check(expert_case("ragged", sizes=(33, 20, 40)))
-
-
-def repeated() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dense, "use_dense", lambda n_experts, k: True)
-        check(expert_case("an expert named twice", form="everything"))
 
 
 def gradient_of_pairs() -> None:
@@ -230,10 +222,8 @@ FAULTS: dict[str, tuple[ModuleType, str, str, Callable[[], Any]]] = {
     "zero points left out": (codes, "    if ZERO:\n        zero = ", "    if False:\n        zero = ", coded),
     "one scale for all groups": (codes, "(start // GROUP)[None, :]", "(start * 0)[None, :]", coded),
     "void slots of codes at work": (codes, "K if known else 0", "K", coded),
-    # blocks of columns, all experts at once
+    # blocks of columns
     "every block of columns the first": (columns, "slice(begin, min(begin + width", "slice(0, min(width", wide_sums),
-    "an expert's last gate only": (masked, "weight += part", "weight = part", repeated),
-    "the gate left out of the gradient": (masked, "slope *= weight", "slope *= 1", repeated),
     # reads outside that change no result: only guard pages see them
     "columns read past the last row's end": (
         bag, "mask=ok[:, None] & (o < O)[None, :], other=0.0).to(tl.float32) * factor",

@@ -1,8 +1,8 @@
-"""Up to how many tokens each way of computing an expert FFN is the fastest, as ``python -m sparse_ffn.tune`` measured.
+"""Up to how many tokens an expert FFN is decoded in inference, as ``python -m sparse_ffn.tune`` measured.
 
-There are three ways: ``decode`` reads the rows of experts where they lie, ``sorted`` sorts the slots by expert and then
-packs or tiles, and ``dense``, on GPUs, computes all experts. Where they cross depends on the machine and the layer
-(EPS-MoE, 2410.12247). Without a measurement constants count.
+There are two ways: ``decode`` reads the rows of experts where they lie, ``sorted`` sorts the slots by expert and then
+packs or tiles. Where they cross depends on the machine and the layer (EPS-MoE, 2410.12247). Without a measurement
+constants count.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sparse_ffn.backends import cpu
 from sparse_ffn.backends.kept import directory
 from sparse_ffn.backends.warning import SparseFFNWarning
 
-FORMAT = 1
+FORMAT = 2
 DECODE_TOKENS = 32
 """Of the CPU core, unmeasured: up to here reading the touched weights is the whole cost, and decoding packs nothing."""
 
@@ -45,24 +45,16 @@ class Layer(NamedTuple):
         return cls(str(dtype).removeprefix("torch."), *(1 << max(n - 1, 0).bit_length() for n in (D, E, G, K)))
 
 
-class Crossover(NamedTuple):
-    """Where the ways cross."""
-
-    decode: int
-    """The most tokens that are decoded, in inference; 0: none are."""
-    dense: int | None
-    """The fewest tokens for which all experts are computed; None: never."""
-
-
-Table = Mapping[Layer, Crossover]
-_forced: Crossover | None = None
+Table = Mapping[Layer, int]
+"""The most tokens that are decoded; 0: none are."""
+_forced: int | None = None
 
 
 @contextmanager
-def using(crossover: Crossover) -> Iterator[None]:
-    """Compute by these numbers whatever was measured (tuning, tests). A backward pass must see its forward pass's."""
+def using(most: int) -> Iterator[None]:
+    """Decode so many tokens whatever was measured (tuning, tests)."""
     global _forced
-    previous, _forced = _forced, crossover
+    previous, _forced = _forced, most
     try:
         yield
     finally:
@@ -72,17 +64,17 @@ def using(crossover: Crossover) -> Iterator[None]:
 def decode_tokens(dtype: torch.dtype, keys: Tensor, k: int) -> int:
     """Of the CPU core, for keys [E, G, D]."""
     found = _find("cpu", dtype, keys, k)
-    return DECODE_TOKENS if found is None else found.decode
+    return DECODE_TOKENS if found is None else found
 
 
-def on_gpu(x: Tensor, keys: Tensor, k: int) -> Crossover | None:
+def decode_tokens_on_gpu(x: Tensor, keys: Tensor, k: int) -> int | None:
     """Of the Triton kernels, for keys [E, G, D]; None where nothing was measured."""
     if x.is_cpu and _forced is None:  # interpreted
         return None
     return _find(str(x.device), x.dtype, keys, k)
 
 
-def _find(device: str, dtype: torch.dtype, keys: Tensor, k: int) -> Crossover | None:
+def _find(device: str, dtype: torch.dtype, keys: Tensor, k: int) -> int | None:
     if _forced is not None:
         return _forced
     table = table_of(device)
@@ -124,7 +116,7 @@ def save(found: Table, device: torch.device) -> Path:
         every = {**table_of.__wrapped__(str(device)), **found}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
-    rows = [[*layer, *crossover] for layer, crossover in every.items()]
+    rows = [[*layer, most] for layer, most in every.items()]
     partial.write_text(json.dumps({**_key(device), "crossovers": rows}) + "\n")
     partial.replace(path)
     table_of.cache_clear()
@@ -142,13 +134,12 @@ def _parse(text: str, device: torch.device) -> Table:
         if not isinstance(data, dict) or data.get(name) != value:
             raise ValueError(f"its {name} is not {value}")
     try:
-        rows = [(Layer(str(row[0]), *map(int, row[1:5])), *row[5:]) for row in data["crossovers"]]
-        found = {layer: Crossover(decode, dense) for layer, decode, dense in rows}
+        found = {Layer(str(name), *map(int, sizes)): most for name, *sizes, most in data["crossovers"]}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"it is damaged ({error})") from error
-    for decode, dense in found.values():
-        if not isinstance(decode, int) or decode < 0 or not (dense is None or (isinstance(dense, int) and dense >= 0)):
-            raise ValueError(f"it is damaged: {decode!r} and {dense!r} are no numbers of tokens")
+    for most in found.values():
+        if not isinstance(most, int) or most < 0:
+            raise ValueError(f"it is damaged: {most!r} is no number of tokens")
     return found
 
 

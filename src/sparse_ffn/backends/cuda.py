@@ -18,26 +18,22 @@ from sparse_ffn.backends.libraries import DTYPES as DTYPES
 
 LIBRARY_NAME = "libsparse_ffn_cuda.so"
 LIBRARY_VARIABLE = "SPARSE_FFN_CUDA_LIBRARY"
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 _p, _i64, _i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
-class Cvmm(ctypes.Structure):
-    """``sparse_ffn_cuda_cvmm`` of csrc/include/sparse_ffn_cuda.h."""
+class Product(ctypes.Structure):
+    """``sparse_ffn_cuda_product`` of csrc/include/sparse_ffn_cuda.h."""
 
     _fields_ = (
-        *((name, _i64) for name in ("rows_x", "rows_out", "S", "E", "M", "L")),
+        *((name, _i64) for name in ("S", "E", "K", "N")),
         *((name, _i32) for name in ("dtype", "tf32", "device", "reserved")),
         ("stream", _p),
-        ("workspace", _p),
-        ("workspace_bytes", _i64),
-        ("x", _p),
-        ("x_stride", _i64),
+        *(field for name in ("x", "y") for field in ((name, _p), (f"{name}_stride", _i64))),
         ("w", _p),
-        *((name, _i64) for name in ("w_stride_e", "w_stride_m", "w_stride_l")),
-        *((name, _p) for name in ("offsets", "gather", "scatter", "scale")),
-        *((name, _p) for name in ("out_members", "out_offsets", "x_members", "x_offsets")),
+        *((name, _i64) for name in ("w_stride_e", "w_stride_k", "w_stride_n")),
+        *((name, _p) for name in ("offsets", "x_rows", "y_rows", "scale")),
     )
 
 
@@ -45,12 +41,9 @@ class Bag(ctypes.Structure):
     """``sparse_ffn_cuda_bag``."""
 
     _fields_ = (
-        *((name, _i64) for name in ("T", "J", "N", "O", "rows")),
+        *((name, _i64) for name in ("T", "J", "N", "O")),
         *((name, _i32) for name in ("dtype", "device")),
-        ("stream", _p),
-        ("workspace", _p),
-        ("workspace_bytes", _i64),
-        *((name, _p) for name in ("values", "index", "weight", "members", "offsets")),
+        *((name, _p) for name in ("stream", "bags", "values", "weight", "index", "members", "offsets")),
     )
 
 
@@ -58,13 +51,8 @@ _POINTER = ctypes.POINTER
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "device_count": (_POINTER(_i32),),
     "status_text": (_i32,),
-    "cvmm_forward_workspace": (_POINTER(Cvmm),),
-    "cvmm_forward": (_POINTER(Cvmm), _p),
-    "cvmm_backward_workspace": (_POINTER(Cvmm),),
-    "cvmm_backward": (_POINTER(Cvmm), _p, _i64, _p, _p, _p),
-    "bag_forward": (_POINTER(Bag), _p),
-    "bag_backward_workspace": (_POINTER(Bag),),
-    "bag_backward": (_POINTER(Bag), _p, _p, _p),
+    **dict.fromkeys(("product_rows", "product_matrices"), (_POINTER(Product),)),
+    **dict.fromkeys(("bag_sums", "bag_weights", "bag_values"), (_POINTER(Bag),)),
 }
 
 
@@ -94,7 +82,7 @@ def library() -> Library:
         return Library({}, f"{path} has ABI version {version}, this package needs {ABI_VERSION}")
     for name, function in functions.items():
         function.argtypes = _SIGNATURES[name]
-        function.restype = _i64 if name.endswith("_workspace") else _i32
+        function.restype = _i32
     functions["status_text"].restype = ctypes.c_char_p
     return Library(functions, None, emulated)
 
@@ -118,26 +106,63 @@ def call(name: str, *arguments: Any) -> None:
         raise (RuntimeError if status >= 1000 else ValueError)(f"sparse_ffn CUDA kernels, {name}: {_text(status)}")
 
 
-def give_workspace(arguments: Any, name: str, like: Tensor) -> Tensor:
-    """Allocate the workspace of a function and enter it into its argument block; keep what this returns alive."""
-    size = library().functions[f"{name}_workspace"](arguments)
-    workspace = like.new_empty(-(-size // 4), dtype=torch.float32)
-    arguments.workspace, arguments.workspace_bytes = workspace.data_ptr(), size
-    return workspace
+def multiply(
+    name: str,
+    x: Tensor,
+    y: Tensor,
+    w: Tensor,
+    offsets: Tensor,
+    x_rows: Tensor | None,
+    y_rows: Tensor | None,
+    scale: Tensor | None,
+) -> None:
+    """Call ``product_rows``, which writes y, or ``product_matrices``, which writes w.
+
+    Shapes: x [*, K] and y [*, N] with unit stride inside their rows, w [E, K, N] with one unit stride, offsets int32
+    [E + 1], x_rows and y_rows int64 [S], scale fp32 [S]; without x_rows or y_rows slot s has row s.
+    """
+    slots = len(y if y_rows is None else y_rows)
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    arguments = Product(
+        *(slots, *w.shape, DTYPES[x.dtype], tf32, _device(x), 0, _stream(x)),
+        *(x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), w.data_ptr(), *w.stride()),
+        *(_pointer(t) for t in (offsets, x_rows, y_rows, scale)),
+    )
+    call(name, ctypes.byref(arguments))
 
 
-def pointer(x: Tensor | None) -> int | None:
-    """The address of a tensor's data; null for None."""
+def bag(
+    name: str,
+    bags: Tensor,
+    values: Tensor,
+    weight: Tensor | None,
+    *,
+    k: int = 1,
+    index: Tensor | None = None,
+    members: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> None:
+    """Call ``bag_sums``, ``bag_weights`` or ``bag_values``, which writes bags, weight or values.
+
+    Shapes, all contiguous: bags [T, O], values [N, O], weight fp32 [T, k], index int64 [T, k] (the last function reads
+    members, int32 [T·k], and offsets, int32 [N + 1], instead).
+    """
+    arguments = Bag(
+        *(bags.shape[0], k, *values.shape, DTYPES[values.dtype], _device(values), _stream(values)),
+        *(_pointer(t) for t in (bags, values, weight, index, members, offsets)),
+    )
+    call(name, ctypes.byref(arguments))
+
+
+def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def device_number(x: Tensor) -> int:
-    """The number of a tensor's device, as the library wants it."""
+def _device(x: Tensor) -> int:
     return x.device.index or 0
 
 
-def stream(x: Tensor) -> int | None:
-    """The stream that is current on a tensor's device."""
+def _stream(x: Tensor) -> int | None:
     return torch.cuda.current_stream(x.device).cuda_stream if x.device.type == "cuda" else None
 
 

@@ -90,7 +90,7 @@ def _crossovers(options: argparse.Namespace) -> int:
     ends = [time.monotonic() + options.seconds * (i + 1) / len(cases) for i in range(len(cases))]
     if options.dry_run:
         counts = ", ".join(map(str, crossings.tokens(device)))
-        print(f"Would time {', '.join(crossings.ways(device))} at {counts} tokens:")
+        print(f"Would time {', '.join(crossings.WAYS)} at {counts} tokens:")
     stopwatch = GPUStopwatch(device) if device.type == "cuda" else on_the_host
     for ((D, E, G, K), dtype), end in zip(cases, ends, strict=True):
         layer = crossovers.Layer.of(dtype, D, E, G, K)
@@ -102,7 +102,7 @@ def _crossovers(options: argparse.Namespace) -> int:
         for n in next(iter(times.values())):
             print(f"  {n:6} tokens: " + ", ".join(f"{way} {of[n] * 1e6:.0f} µs" for way, of in times.items()))
         path = crossovers.save({layer: found}, device)
-        print(f"  {found}, in {path}")
+        print(f"  decoded up to {found} tokens, in {path}")
     return 0
 
 

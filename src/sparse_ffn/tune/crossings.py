@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from sparse_ffn import ops
 from sparse_ffn.backends.choice import backend
-from sparse_ffn.backends.crossovers import Crossover, using
+from sparse_ffn.backends.crossovers import using
 
 Times = Mapping[str, Mapping[int, float]]
 """Seconds by way and number of tokens."""
 MANY = 1 << 30
-WAYS = {"decode": Crossover(MANY, None), "sorted": Crossover(0, None), "dense": Crossover(0, 0)}
+WAYS = {"decode": MANY, "sorted": 0}
+"""The most tokens that are decoded, for either way to be the only one."""
 ROUNDS, SECONDS = 20, 0.2  # most rounds for a number of tokens, and about how long they may take
-
-
-def ways(device: torch.device) -> tuple[str, ...]:
-    """What a device can do."""
-    return ("decode", "sorted") if device.type == "cpu" else ("decode", "sorted", "dense")
 
 
 def tokens(device: torch.device) -> Iterator[int]:
@@ -58,7 +53,7 @@ def measure(
     options: dict[str, Any] = {"device": device, "generator": random}
     keys, values = ((torch.randn(E, G, D, **options) * n**-0.5).to(dtype) for n in (D, G))
     units = ops.Units(keys, values, None, None)
-    found: dict[str, dict[int, float]] = {way: {} for way in ways(device)}
+    found: dict[str, dict[int, float]] = {way: {} for way in WAYS}
     with torch.no_grad(), backend("cpu" if device.type == "cpu" else "triton"):
         for n in tokens(device):
             if clock() > end:
@@ -82,21 +77,17 @@ def measure(
     return found
 
 
-def choose(times: Times) -> Crossover:
-    """The crossings whose choice is nearest to the best way at each number of tokens that was measured."""
-    measured = sorted(next(iter(times.values())))
+def choose(times: Times) -> int:
+    """The most tokens to decode: the choice that is nearest to the best way at each number of tokens measured."""
+    measured = sorted(times["decode"])
 
-    def losses(crossover: Crossover) -> list[float]:
+    def losses(most: int) -> list[float]:
         best = [min(of[n] for of in times.values()) for n in measured]
-        return [times[way_of(crossover, n)][n] / b for n, b in zip(measured, best, strict=True)]
+        return [times[way_of(most, n)][n] / b for n, b in zip(measured, best, strict=True)]
 
-    dense: Sequence[int | None] = (None, *reversed(measured)) if "dense" in times else (None,)
-    candidates = (Crossover(*pair) for pair in itertools.product((0, *measured), dense))
-    return min(candidates, key=lambda crossover: (max(losses(crossover)), sum(losses(crossover))))
+    return min((0, *measured), key=lambda most: (max(losses(most)), sum(losses(most))))
 
 
-def way_of(crossover: Crossover, tokens: int) -> str:
+def way_of(most: int, tokens: int) -> str:
     """What inference takes."""
-    if tokens <= crossover.decode:
-        return "decode"
-    return "dense" if crossover.dense is not None and tokens >= crossover.dense else "sorted"
+    return "decode" if tokens <= most else "sorted"

@@ -54,7 +54,8 @@ def count_kernel(index, counts, S, E, BLOCK: tl.constexpr, BINS: tl.constexpr):
     block = tl.program_id(0)
     slot = block * BLOCK + tl.arange(0, BLOCK)
     expert = experts_of(index, slot, S, E)
-    seen = tl.histogram(expert, BINS, mask=expert < E)
+    # Triton 3.5's interpreter counts in 64 bits and calls them 32: a store would write past them
+    seen = tl.histogram(expert, BINS, mask=expert < E).to(tl.int64).to(tl.int32)
     bins = tl.arange(0, BINS)
     tl.store(counts + block.to(tl.int64) * E + bins, seen, mask=bins < E)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from sparse_ffn.backends import cuda
 from sparse_ffn.backends.cpu import rows
-from sparse_ffn.backends.cuda import DTYPES, Cvmm, pointer
 from sparse_ffn.backends.device import on_device
 from sparse_ffn.backends.sort import sort_by_expert
 from sparse_ffn.ops.cvmm.backend import Gradients, Slots
@@ -21,44 +18,56 @@ from sparse_ffn.ops.segments import is_transposed, unsort
 @on_device
 def forward(x: Tensor, weight: Tensor, slots: Slots, n_out: int) -> Tensor:
     """The output."""
-    weight, (expert, gather, scatter, reduction) = weight.to(x.dtype), slots
+    weight, (expert, gather, scatter, reduction) = _matrices(weight, x), slots
     order, offsets = sort_by_expert(expert, weight.shape[0])
-    targets = _rows(scatter, order)
-    arguments, _keep = _arguments(x, weight, offsets, _rows(gather, order), targets, _scale(reduction, order), n_out)
-    if scatter is not None:
-        members, bounds = sort_by_expert(_void_last(targets, offsets, n_out), n_out)
-        arguments.out_members, arguments.out_offsets = members.data_ptr(), bounds.data_ptr()
+    sources, targets, scale = _rows(gather, order), _rows(scatter, order), _scale(reduction, order)
     out = x.new_zeros(n_out, weight.shape[2])  # nothing writes the rows of void slots
-    _workspace = cuda.give_workspace(arguments, "cvmm_forward", x)
-    cuda.call("cvmm_forward", ctypes.byref(arguments), out.data_ptr())
+    if scatter is None:
+        cuda.multiply("product_rows", rows(x), out, weight, offsets, sources, targets, scale)
+        return out
+    of_slots = x.new_empty(order.shape[0], weight.shape[2])
+    cuda.multiply("product_rows", rows(x), of_slots, weight, offsets, sources, None, None)
+    _add_up(of_slots, _void_last(targets, offsets, n_out), scale, out)
     return out
 
 
 @on_device
 def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> Gradients:
     """The gradients."""
-    dtype, weight, (expert, gather, scatter, reduction) = weight.dtype, weight.to(x.dtype), slots
+    dtype, weight, (expert, gather, scatter, reduction) = weight.dtype, _matrices(weight, x), slots
     order, offsets = sort_by_expert(expert, weight.shape[0])
-    sources, scale = _rows(gather, order), _scale(reduction, order)
-    arguments, _keep = _arguments(x, weight, offsets, sources, _rows(scatter, order), scale, grad.shape[0])
-    if gather is not None or reduction is not None:  # else every row of x has one slot
-        members, bounds = sort_by_expert(_void_last(sources, offsets, x.shape[0]), x.shape[0])
-        arguments.x_members, arguments.x_offsets = members.data_ptr(), bounds.data_ptr()
-    grad = rows(grad)
-    dx, dweight = x.new_zeros(x.shape), x.new_empty(weight.shape)
-    dscale = None if scale is None else torch.empty_like(scale)
-    _workspace = cuda.give_workspace(arguments, "cvmm_backward", x)
-    cuda.call(
-        "cvmm_backward",
-        ctypes.byref(arguments),
-        *(grad.data_ptr(), grad.stride(0), dx.data_ptr(), dweight.data_ptr(), pointer(dscale)),
-    )
+    sources, targets, scale = _rows(gather, order), _rows(scatter, order), _scale(reduction, order)
+    x, grad, to_x = rows(x), rows(grad), weight.transpose(1, 2)
+    dx, dscale = x.new_zeros(x.shape), None
+    if gather is None and reduction is None:  # every row of x has one slot
+        cuda.multiply("product_rows", grad, dx, to_x, offsets, targets, sources, None)
+    else:
+        of_slots, sources_or_void = x.new_empty(order.shape[0], x.shape[1]), _void_last(sources, offsets, x.shape[0])
+        cuda.multiply("product_rows", grad, of_slots, to_x, offsets, targets, None, None)
+        _add_up(of_slots, sources_or_void, scale, dx)
+        if scale is not None:
+            dscale = torch.empty_like(scale)
+            cuda.bag("bag_weights", of_slots, x.contiguous(), dscale, index=sources_or_void)
+    dweight = x.new_empty(weight.shape)
+    cuda.multiply("product_matrices", x, grad, dweight, offsets, sources, targets, scale)
     dweight = dweight.to(dtype)
     if is_transposed(weight):
         dweight = dweight.transpose(1, 2).contiguous().transpose(1, 2)
     if reduction is None or dscale is None:
         return Gradients(dx, dweight, None)
     return Gradients(dx, dweight, unsort(dscale.unsqueeze(1), order).squeeze(1).to(reduction.dtype))
+
+
+def _matrices(weight: Tensor, x: Tensor) -> Tensor:
+    """The matrices in x's dtype, with one unit stride."""
+    weight = weight.to(x.dtype)
+    return weight if weight.stride(1) == 1 or weight.stride(2) == 1 else weight.contiguous()
+
+
+def _add_up(of_slots: Tensor, row: Tensor, scale: Tensor | None, out: Tensor) -> None:
+    """Write into each row of out the sum of its slots' rows, times their scale, in the order of the slots."""
+    members, bounds = sort_by_expert(row, out.shape[0])
+    cuda.bag("bag_values", of_slots, out, scale, members=members, offsets=bounds)
 
 
 def _rows(index: Tensor | None, order: Tensor) -> Tensor:
@@ -73,20 +82,3 @@ def _void_last(rows: Tensor, offsets: Tensor, n: int) -> Tensor:
 
 def _scale(reduction: Tensor | None, order: Tensor) -> Tensor | None:
     return None if reduction is None else reduction.index_select(0, order).float()
-
-
-def _arguments(
-    x: Tensor, weight: Tensor, offsets: Tensor, sources: Tensor, targets: Tensor, scale: Tensor | None, n_out: int
-) -> tuple[Cvmm, tuple[Tensor | None, ...]]:
-    """The argument block, and the tensors whose memory it points to."""
-    if weight.stride(1) != 1 and weight.stride(2) != 1:
-        weight = weight.contiguous()
-    x = rows(x)
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    arguments = Cvmm(
-        *(x.shape[0], n_out, sources.shape[0], *weight.shape),
-        *(DTYPES[x.dtype], tf32, cuda.device_number(x), 0, cuda.stream(x), None, 0),
-        *(x.data_ptr(), x.stride(0), weight.data_ptr(), *weight.stride()),
-        *(pointer(t) for t in (offsets, sources, targets, scale)),
-    )
-    return arguments, (x, weight, offsets, sources, targets, scale)

@@ -1,7 +1,4 @@
-"""Expert FFN out of the Triton kernels: sort, grouped products, sums over a token's slots; no host wait.
-
-Where ``dense.use_dense`` all experts are computed instead: there the slots keep their own order.
-"""
+"""Expert FFN out of the Triton kernels: sort, grouped products, sums over a token's slots; no host wait."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ from sparse_ffn.backends.device import on_device
 from sparse_ffn.backends.triton import columns, combine, config, decode, grouped, outer, routing
 from sparse_ffn.backends.triton.decode import use_decode
 from sparse_ffn.backends.triton.launch import cdiv, matrices, precision, rows
-from sparse_ffn.ops.expert_ffn import dense
 from sparse_ffn.ops.expert_ffn.backend import Gradients, Saved
 from sparse_ffn.ops.units import Units
 
@@ -26,8 +22,6 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """The output, and what the backward pass needs."""
     E, G, _ = experts.keys.shape
-    if computes_all(x, experts, index.shape[1]):
-        return dense.forward(x, experts, index, gate, dropout_mask, activation)
     order, offsets = routing.sort_slots(index, E)
     up_SG = x.new_empty(order.shape[0], G)
     saved = Saved(order, offsets, up_SG, None if experts.gate_keys is None else torch.empty_like(up_SG))
@@ -40,10 +34,8 @@ def inference(
 ) -> Tensor:
     """The output, nothing kept."""
     keys, values, gate_keys, key_bias = experts
-    measured = crossovers.on_gpu(x, keys, index.shape[1])
-    if not (use_decode(index.numel(), keys.shape[0]) if measured is None else x.shape[0] <= measured.decode):
-        if computes_all(x, experts, index.shape[1]):
-            return dense.inference(x, experts, index, gate, dropout_mask, activation)
+    most = crossovers.decode_tokens_on_gpu(x, keys, index.shape[1])
+    if not (use_decode(index.numel(), keys.shape[0]) if most is None else x.shape[0] <= most):
         order, offsets = routing.sort_slots(index, keys.shape[0])
         return _forward(x, experts, gate, dropout_mask, activation, order, offsets, None, None)
     index = index.contiguous()
@@ -55,14 +47,6 @@ def inference(
     decode.down_rows(h_SG, index, gate.contiguous(), values, y_SO)
     combine.combine(y_SO, None, None, out, index.shape[1])
     return out
-
-
-def computes_all(x: Tensor, experts: Units, k: int) -> bool:
-    """Whether all experts are computed, in training too; asked again by the backward pass."""
-    measured = crossovers.on_gpu(x, experts.keys, k)
-    if measured is None:
-        return dense.use_dense(experts.keys.shape[0], k)
-    return measured.dense is not None and x.shape[0] >= measured.dense
 
 
 def _forward(
@@ -112,8 +96,6 @@ def backward(
 ) -> Gradients:
     """The gradients."""
     keys, values, gate_keys, key_bias = experts
-    if computes_all(x, experts, gate.shape[1]):
-        return dense.backward(grad, x, experts, gate, dropout_mask, saved, activation)
     order, offsets, up_SG, glu_gate_SG = saved
     (E, G, D), (T, K), S = keys.shape, gate.shape, order.shape[0]
     how, x, grad = precision(x), rows(x), rows(grad)
