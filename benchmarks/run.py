@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import replay
 from benchmarks.check import errors
 from benchmarks.contender import Case, Contender, Entry, NotInstalled, TooLarge, backward
 from benchmarks.memory import peak_bytes, saved_for_backward
@@ -99,11 +100,16 @@ def _time(
                 run.call()
             peak, first[name] = peak_bytes(run, case.x.device)
             saved = saved_for_backward(contender.module, case.x) if mode == "fwdbwd" else None
+            results[name] = replace(results[name], peak_bytes=peak, saved=saved)
+            if case.x.device.type == "cuda":
+                results[name] = replace(results[name], host=replay.host_seconds(run), clock="events")
+                graph = replay.captured(run)
+                if graph is not None:
+                    run, results[name] = graph, replace(results[name], clock="graph")
         except Exception as error:
             results[name] = replace(results[name], status="failed", note=_first_line(error))
             continue
         runs[name] = run
-        results[name] = replace(results[name], peak_bytes=peak, saved=saved)
         run.prepare()
     ours = case.entries[0].name
     samples = race(runs, seconds, lead=(ours, case.baseline), first=first, stopwatch=stopwatch(case.x.device))

@@ -573,6 +573,7 @@ def test_layers_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str], n
     result = bench_layers.main([*what, "--json", str(files["layers.json"]), "--plot", str(files["layers.png"])])
     assert Report.load(files["layers.json"]) == result
     assert [(row.shape, row.mode) for row in result.rows] == [(shape, "fwd"), (shape, "fwdbwd")]
+    assert bench_layers.main([*what, "--json", str(files["layers.json"]), "--resume"]).rows == result.rows
     printed = capsys.readouterr().out
     for words in (
         machine.OTHERS,
