@@ -14,8 +14,7 @@ NOTHING = """\
 ## On a GPU
 
 **No GPU was at hand.** There are kernels in Triton and CUDA, tested in emulators, and none of them has been timed: we
-claim no speed on a GPU. One command proves and measures all of this, in three calls (`--help`) of nine minutes at most. A
-call whose time was too short has proven nothing, and says so (status 3); made once more it goes on.
+claim no speed on a GPU. One command proves and measures all of this in three calls of nine minutes; see its `--help`.
 
 ```sh
 benchmarks/fetch_gpu_peers.sh                        # before, with a network: the libraries to compare with

@@ -4,8 +4,8 @@ Each part has its own share of a call's time. One that takes longer is stopped; 
 others go on, and it is not proven: the same call made once more goes on where this one stopped. What a part leaves of
 its share goes to those after it. ``summary.json`` says how each ended.
 
-Results lie in runs/gpu/<card>-<code>, so that those of another state of the code are never taken for this one's. What is
-to be carried away lies in runs/gpu/out, or in $OUT: an archive of all, the summary and pictures, at most eight files.
+Results lie in runs/gpu/<card>-<code>: those of another state of the code are never taken for this one's. What is to be
+carried away lies in runs/gpu/out, or in $OUT: an archive of all, the summary and pictures, at most eight files.
 """
 
 from __future__ import annotations
