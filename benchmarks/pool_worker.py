@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,11 +119,21 @@ class Worker:
             self.broken = self.outcome == FAILED and not memory and POISON.search(self.why) is not None
             write(self.folder, report.nodeid, NO_MEMORY if memory else self.outcome, self.seconds, self.why)
             self.running.unlink()
+            if not self.broken:
+                _give_memory_back()
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Tell the pool that tests are left for another process."""
         if self.broken:
             session.exitstatus = BROKEN
+
+
+def _give_memory_back() -> None:
+    """What torch keeps for later is the other processes' memory, too."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -105,7 +105,9 @@ class Report:
     def save(self, path: Path) -> None:
         """Write the JSON, folders included."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_json())
+        partial = path.with_suffix(".partial")  # whole or not at all: a run may be stopped at any time
+        partial.write_text(self.to_json())
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Report:

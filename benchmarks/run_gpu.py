@@ -107,7 +107,9 @@ class Stage:
                 outcomes.append(self._run(part, min(end, self.begin + LIMIT - RESERVE)))
                 anew = True
             self.summary[self.name] = [asdict(o) for o in outcomes]
-            self.file.write_text(json.dumps(self.summary, indent=1) + "\n")
+            partial = self.file.with_suffix(".partial")
+            partial.write_text(json.dumps(self.summary, indent=1) + "\n")
+            partial.replace(self.file)
             self.keep()
         return outcomes
 
@@ -133,7 +135,7 @@ def start(part: Part, seconds: float, log: Path) -> int | None:
     """Run a part as a process of its own, its children included when it is stopped."""
     # a library that could not be built must not stand before one that is installed
     added = {n: v for n, v in part.environment.items() if not v.endswith(".so") or Path(v).is_file()}
-    environment = os.environ | added
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | added
     with log.open("wb") as file:
         options = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
         process = subprocess.Popen(part.command, cwd=ROOT, env=environment, **options)  # type: ignore[call-overload]
@@ -152,7 +154,8 @@ def code(*facts: str) -> str:
     digest = hashlib.sha256("\n".join(facts).encode())
     for folder in ("src", "csrc", "tests", "tools", "benchmarks"):
         for file in sorted((ROOT / folder).rglob("*")):
-            if file.suffix in (".py", ".cpp", ".cu", ".h", ".txt", ".sh") and "build" not in file.parts:
+            known = file.suffix in (".py", ".cpp", ".cu", ".h", ".sh") or file.name == "CMakeLists.txt"
+            if known and "build" not in file.parts:
                 digest.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:8]
 
