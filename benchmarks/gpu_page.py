@@ -27,8 +27,8 @@ MEASURED = """\
 
 Measured by `benchmarks/run_gpu.sh`. Times are the device's own (CUDA events), of a call that was captured in a CUDA
 graph and is replayed. Before each the second-level cache is overwritten. A contender that waits for the device within a
-call cannot be captured. It is timed as it runs, waits included; the device is kept busy for about half a millisecond
-before, which hides some of its launching. `python -m benchmarks.rows` says of each row which of the two it is.
+call cannot be captured. It is timed as it runs, waits included; the device is kept busy for about two milliseconds
+before, which hides its launching up to the first wait. `python -m benchmarks.rows` says of each which of the two it is.
 
 Without a graph a call takes at least as long as the host needs to launch it. Milliseconds of the device, and of the
 host until a call returns:

@@ -6,13 +6,13 @@ A call whose host waits for the device, or reads what it computed, cannot be cap
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
 from benchmarks.timing import Quartiles, Run
 
-WARM_UPS, SAMPLES = 3, 10
+WARM_UPS, SAMPLES, SECONDS = 3, 10, 0.2
 
 
 def leave_the_default_stream(device: torch.device) -> None:
@@ -32,6 +32,25 @@ def waits(call: Callable[[], object]) -> bool:
     return False
 
 
+def graphs(runs: Mapping[str, Run], peaks: Mapping[str, int], free: Callable[[], int]) -> dict[str, Run]:
+    """The same passes, replayed from graphs, of those that can be captured.
+
+    A graph keeps the memory of its pass. So much of it stays free that any pass can still run by itself.
+
+    Args:
+        runs: the passes.
+        peaks: bytes that each takes.
+        free: how many bytes are free now.
+    """
+    found, largest = {}, max(peaks.values(), default=0)
+    for name, run in runs.items():
+        torch.cuda.empty_cache()
+        graph = captured(run) if free() > 2 * largest + peaks[name] else None
+        if graph is not None:
+            found[name] = graph
+    return found
+
+
 def captured(run: Run) -> Run | None:
     """The same, replayed from a graph, in the stream that is current; None if it cannot be.
 
@@ -40,13 +59,13 @@ def captured(run: Run) -> Run | None:
     run.prepare()
     if waits(run.call):
         return None
-    for _ in range(WARM_UPS):
-        run.prepare()
-        run.call()
-    run.prepare()
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
     try:
+        for _ in range(WARM_UPS):
+            run.prepare()
+            run.call()
+        run.prepare()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             run.call()
     except RuntimeError:  # a library that waits in a way of its own; or there is no memory for the graph
@@ -64,5 +83,7 @@ def host_seconds(run: Run, samples: int = SAMPLES) -> Quartiles:
         begin = time.perf_counter()
         run.call()
         found.append(time.perf_counter() - begin)
+        if sum(found) > SECONDS:
+            break
     torch.cuda.synchronize()
     return Quartiles.of(found)

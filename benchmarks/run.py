@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks import replay
 from benchmarks.check import errors
 from benchmarks.contender import Case, Contender, Entry, NotInstalled, TooLarge, backward
-from benchmarks.memory import peak_bytes, saved_for_backward
+from benchmarks.memory import available_bytes, peak_bytes, saved_for_backward
 from benchmarks.records import Result, Row
 from benchmarks.timing import Run, race, stopwatch
 
@@ -103,14 +103,15 @@ def _time(
             results[name] = replace(results[name], peak_bytes=peak, saved=saved)
             if case.x.device.type == "cuda":
                 results[name] = replace(results[name], host=replay.host_seconds(run), clock="events")
-                graph = replay.captured(run)
-                if graph is not None:
-                    run, results[name] = graph, replace(results[name], clock="graph")
         except Exception as error:
             results[name] = replace(results[name], status="failed", note=_first_line(error))
             continue
         runs[name] = run
         run.prepare()
+    if case.x.device.type == "cuda":
+        peaks = {name: results[name].peak_bytes or 0 for name in runs}
+        for name, graph in replay.graphs(runs, peaks, lambda: available_bytes(case.x.device)).items():
+            runs[name], results[name] = graph, replace(results[name], clock="graph")
     ours = case.entries[0].name
     samples = race(runs, seconds, lead=(ours, case.baseline), first=first, stopwatch=stopwatch(case.x.device))
     for name in runs:
