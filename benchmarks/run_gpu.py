@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks import delivery
@@ -102,7 +102,8 @@ class Stage:
             before = self.before.get(part.name)
             done = before is not None and before.status == "ok" and all(path.exists() for path in part.makes)
             if before is not None and done and not (part.sums_up and anew):
-                outcomes.append(replace(before, note="in an earlier call"))
+                print(f"[{self.clock() - self.begin:5.0f} s] {part.name}: done in an earlier call", flush=True)
+                outcomes.append(before)
             else:
                 outcomes.append(self._run(part, min(end, self.begin + LIMIT - RESERVE)))
                 anew = True
@@ -124,11 +125,20 @@ class Stage:
         log = self.work / f"{part.name}.log"
         code = self.start(part, end - since, log)
         seconds = round(self.clock() - since, 1)
+        last = _last_line(log)
         if code == 0:
-            return Outcome(part.name, "ok", seconds)
-        if code in (None, SHORT):
-            return Outcome(part.name, "not proven", seconds, f"the time was too short, see {log.name}")
-        return Outcome(part.name, "failed", seconds, f"exit status {code}, see {log.name}")
+            return Outcome(part.name, "ok", seconds, last)
+        short = code in (None, SHORT)
+        why = "the time was too short" if short else f"exit status {code}"
+        note = ": ".join(filter(None, (f"{why}, see {log.name}", last)))
+        return Outcome(part.name, "not proven" if short else "failed", seconds, note)
+
+
+def _last_line(log: Path) -> str:
+    """What a part said last; a short one: some end with a table."""
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return last if len(last) <= 100 else ""
 
 
 def start(part: Part, seconds: float, log: Path) -> int | None:

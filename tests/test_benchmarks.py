@@ -578,7 +578,6 @@ def test_layers_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str], n
     result = bench_layers.main([*what, "--json", str(files["layers.json"]), "--plot", str(files["layers.png"])])
     assert Report.load(files["layers.json"]) == result
     assert [(row.shape, row.mode) for row in result.rows] == [(shape, "fwd"), (shape, "fwdbwd")]
-    assert bench_layers.main([*what, "--json", str(files["layers.json"]), "--resume"]).rows == result.rows
     printed = capsys.readouterr().out
     for words in (
         machine.OTHERS,
@@ -598,10 +597,24 @@ def test_layers_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str], n
 
 
 @pytest.mark.exhaustive
-def test_cvmm_end_to_end() -> None:
-    result = bench_cvmm.main(["--shapes", str(TINY), "--dtype", "fp32", "--pass", "fwdbwd", "--seconds", "0.02"])
+def test_cvmm_end_to_end(tmp_path: Path) -> None:
+    what = [
+        "--dtype",
+        "fp32",
+        "--pass",
+        "fwdbwd",
+        "--seconds",
+        "0.02",
+        "--json",
+        str(tmp_path / "cvmm.json"),
+        "--resume",
+    ]
+    result = bench_cvmm.main(["--shapes", str(TINY), *what])
     assert [row.group for row in result.rows] == ["cvmm-up", "cvmm-down"]
     assert all(r.status == "timed" for row in result.rows for r in row.results if r.name != "torch grouped_mm")
+    more = bench_cvmm.main(["--shapes", str(TINY), "4,8,4,8,2", *what])  # goes on after what the file has
+    assert more.rows[:2] == result.rows
+    assert [row.shape for row in more.rows[2:]] == ["4,8,4,8,2"] * 2
 
 
 @pytest.mark.exhaustive
