@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sparse_ffn as sf
 from benchmarks import gpu_peers
-from benchmarks.contender import DTYPES, Case, Contender, Entry, Oracle, require
+from benchmarks.contender import DTYPES, Case, Contender, Entry, Oracle
 from benchmarks.moe import grouped_mm
 from benchmarks.shapes import MoEShape
 
@@ -78,7 +78,7 @@ class ScatterMoE(Product):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.package = require("scattermoe.parallel_experts", "git+https://github.com/shawntan/scattermoe")
+        self.package = gpu_peers.peer("scattermoe.parallel_experts")
 
     def forward(self, x: Tensor) -> Tensor:
         """The product."""
@@ -143,8 +143,8 @@ def cvmm_case(
     def of(product: Callable[..., Product]) -> Contender:
         return Contender(product(weight, index_TK, scale), oracle)
 
-    def authors(variable: str, module: str) -> Contender:
-        return of(partial(AuthorsCVMM, gpu_peers.from_folder(variable, module)))
+    def authors(module: str) -> Contender:
+        return of(partial(AuthorsCVMM, gpu_peers.peer(module)))
 
     def dense() -> Contender:
         wide = (shape.k * M, L) if down else (M, shape.k * L)
@@ -166,8 +166,8 @@ def cvmm_case(
         entries += (
             Entry("ScatterMoE", "peer", "scattermoe's parallel_linear", lambda: of(ScatterMoE)),
             Entry("moe_layer", "peer", "the author's published cvmm; fp16 inside for bf16",
-                  lambda: authors(gpu_peers.MOE_LAYER, "moe_layer.cvmm")),
-            Entry("cvmm, 2026", "peer", "the author's rewrite of it", lambda: authors(gpu_peers.CVMM, "cvmm")),
+                  lambda: authors(gpu_peers.MOE_LAYER)),
+            Entry("cvmm, 2026", "peer", "the author's rewrite of it", lambda: authors(gpu_peers.CVMM)),
         )  # fmt: skip
     x = torch.randn(rows_in, M, **factory).requires_grad_()
     return Case("cvmm-down" if down else "cvmm-up", str(shape), dtype, x, (rows_out, L), DENSE, entries)

@@ -7,25 +7,31 @@ from collections.abc import Sequence
 from benchmarks import predict, report
 from benchmarks.bars import TO_DENSE
 from benchmarks.machines import Machine
+from benchmarks.records import Result
 from benchmarks.shapes import GPU_FINE, GPU_MEMORY, GPU_SHAPES, GPU_WIDE
 
 NOTHING = """\
 ## On a GPU
 
 **No GPU was at hand.** There are kernels in Triton and CUDA, tested in emulators, and none of them has been timed: we
-claim no speed on a GPU. One command measures all of this on a machine that has one (one H100: less than ten minutes),
-tests first:
+claim no speed on a GPU. One command proves and measures all of this in three calls of nine minutes; see its `--help`.
 
 ```sh
-benchmarks/run_gpu.sh                         # JSON, logs and pages in runs/gpu/<card>
-python -m benchmarks.publish runs/gpu/<card>  # adds the card to these pages
+benchmarks/fetch_gpu_peers.sh                        # before, with a network: the libraries to compare with
+benchmarks/run_gpu.sh tests                          # then bench, and tune
+python -m benchmarks.publish runs/gpu/<card>-<code>  # adds the card to these pages
 ```
 """
 MEASURED = """\
 ## On a GPU
 
-Measured by `benchmarks/run_gpu.sh`. Times are the device's own (CUDA events). Before each call the second-level cache
-is overwritten and the device is kept busy for about half a millisecond, which hides the host's launching.
+Measured by `benchmarks/run_gpu.sh`. Times are the device's own (CUDA events), of a call that was captured in a CUDA
+graph and is replayed. Before each the second-level cache is overwritten. A contender that waits for the device within a
+call cannot be captured. It is timed as it runs, waits included; the device is kept busy for about two milliseconds
+before, which hides its launching up to the first wait. `python -m benchmarks.rows` says of each which of the two it is.
+
+Without a graph a call takes at least as long as the host needs to launch it. Milliseconds of the device, and of the
+host until a call returns:
 """
 PREDICTED = """\
 ## Predicted for a GPU, not measured
@@ -42,7 +48,24 @@ cache" is what it would be if rows that are gathered or handed from kernel to ke
 
 def section(cards: Sequence[Machine]) -> str:
     """What stands before the tables of cards, or in their place."""
-    return MEASURED if cards else NOTHING
+    return f"{MEASURED}\n{report.markdown(hosts(cards))}\n" if cards else NOTHING
+
+
+def hosts(cards: Sequence[Machine]) -> report.Table:
+    """The device's and the host's time of our layers and of the network that a row is compared with."""
+    header = ("card", "", "shape", "dtype", "pass", "device", "host", "by", "dense: device", "host")
+    body = []
+    for card in cards:
+        for row in card.rows():
+            (ours, name), dense = (row.results[0], report.GROUPS[row.group]), row.of(row.baseline)
+            if ours.host is not None:
+                cells = [*_times(ours), ours.clock, *_times(dense)]
+                body.append([card.title, name.partition(" (")[0], row.shape, row.dtype, row.mode, *cells])
+    return header, body
+
+
+def _times(result: Result) -> list[str]:
+    return ["-" if q is None else report.digits(q.median * 1e3) for q in (result.seconds, result.host)]
 
 
 def predicted() -> str:

@@ -6,7 +6,6 @@ that cannot be imported, or that refuses a shape or a dtype, is a line in the ta
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -19,15 +18,34 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparse_ffn as sf
-from benchmarks.contender import Entry, Gradients, NotInstalled, imported, require
+from benchmarks.contender import Entry, Gradients, imported
 
 # T tokens, D d_model, E experts, G units of an expert, K selected. Ours: keys, gate_keys and values [E, G, D]
 
-MOE_LAYER, CVMM = "MOE_LAYER_PATH", "CVMM_PATH"
-"""Where the author's code lies, which no package ships: the folder that holds ``moe_layer/`` (``triton_src`` of
-RobertCsordas/moe_layer), and the one that holds the rewritten ``cvmm.py`` (RobertCsordas/cvmm_codex)."""
+PEERS = Path(__file__).parents[1] / "runs" / "gpu-peers"
+"""Where ``benchmarks/fetch_gpu_peers.sh`` puts them."""
+MOE_LAYER, CVMM = "moe_layer.cvmm", "cvmm_codex.cvmm"
 
 Experts = Callable[[sf.MoE], nn.Module]
+
+
+def peer(module: str) -> ModuleType:
+    """Import a peer's module out of ``PEERS``, or where it is installed.
+
+    Raises:
+        NotInstalled: it cannot be found, or its import fails.
+    """
+    if str(PEERS) not in sys.path:
+        sys.path.insert(0, str(PEERS))  # for good: some import more of themselves at their first call
+    # their kernels that are tuned at a first call would be so at every shape, for minutes
+    os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")
+    return imported(module, "benchmarks/fetch_gpu_peers.sh fetches it")
+
+
+def versions() -> str:
+    """The pinned states that were fetched."""
+    file = PEERS / "versions.txt"
+    return ", ".join(file.read_text().splitlines()) if file.is_file() else "none fetched"
 
 
 class PeerExperts(nn.Module):
@@ -48,7 +66,7 @@ class ScatterMoE(PeerExperts):
 
     def __init__(self, layer: sf.MoE) -> None:
         super().__init__()
-        mlp = require("scattermoe.mlp", "git+https://github.com/shawntan/scattermoe")
+        mlp = peer("scattermoe.mlp")
         E, G, D = layer.keys.shape
         glu = layer.gate_keys is not None
         made = (mlp.GLUMLP if glu else mlp.MLP)(D, G, E, layer.k, activation=F.silu if glu else F.relu)
@@ -75,24 +93,21 @@ class ScatterMoE(PeerExperts):
 
 
 class SonicMoE(PeerExperts):
-    """sonicmoe's general routing: rows of gate and up interleaved [E, 2G, D], the other matrix [E, D, G]; bf16 only."""
+    """sonicmoe's general routing, a SwiGLU in bf16: rows of gate and up in turn [E, 2G, D], the other one [E, D, G]."""
 
     def __init__(self, layer: sf.MoE) -> None:
         super().__init__()
-        self.functional = require("sonicmoe.functional", "sonic-moe")
-        kinds = require("sonicmoe.enums", "sonic-moe").ActivationType
-        self.glu = layer.gate_keys is not None
-        self.kind = kinds.SWIGLU if self.glu else kinds.RELU
-        first = layer.keys
-        if layer.gate_keys is not None:
-            first = torch.stack([layer.gate_keys, layer.keys], dim=2).flatten(1, 2)
+        self.function = peer("sonicmoe.functional").moe_general_routing_inputs
+        self.kind = peer("sonicmoe.enums").ActivationType.SWIGLU
+        assert layer.gate_keys is not None
+        first = torch.stack([layer.gate_keys, layer.keys], dim=2).flatten(1, 2)
         self.up = nn.Parameter(first.detach().clone().contiguous())
         self.down = nn.Parameter(layer.values.detach().transpose(1, 2).contiguous())
 
     def forward(self, x: Tensor, index: Tensor, gate: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
         token = torch.arange(len(x), dtype=torch.int32, device=x.device).repeat_interleave(index.shape[1])
-        y, _ = self.functional.moe_general_routing_inputs(
+        y, _ = self.function(
             x=x, router_scores=gate.flatten().float(), token_indices=token, expert_indices=index.flatten().int(),
             w1=self.up.permute(1, 2, 0), b1=None, w2=self.down.permute(1, 2, 0), b2=None, E=len(self.up),
             stream_id=_stream(x), activation_type=self.kind, is_inference_mode_enabled=not torch.is_grad_enabled(),
@@ -101,47 +116,12 @@ class SonicMoE(PeerExperts):
 
     def gradients(self) -> Gradients:
         """See the base class."""
-        up, found = gradient(self.up), {"values": gradient(self.down).transpose(1, 2)}
-        return {"keys": up[:, 1::2], "gate_keys": up[:, ::2], **found} if self.glu else {"keys": up, **found}
+        up = gradient(self.up)
+        return {"keys": up[:, 1::2], "gate_keys": up[:, ::2], "values": gradient(self.down).transpose(1, 2)}
 
 
 def _stream(x: Tensor) -> int:
     return int(torch.cuda.current_stream(x.device).cuda_stream) if x.device.type == "cuda" else 0
-
-
-class MegaBlocks(PeerExperts):
-    """megablocks' dropless experts: matrices [E·G, D]; of a GLU w1 is the gate and v1 the other half."""
-
-    def __init__(self, layer: sf.MoE) -> None:
-        super().__init__()
-        arguments = require("megablocks.layers.arguments", "megablocks")
-        dmoe = require("megablocks.layers.dmoe", "megablocks")
-        E, G, D = layer.keys.shape
-        self.glu = layer.gate_keys is not None
-        made = dmoe.ParallelDroplessMLP(
-            arguments.Arguments(
-                hidden_size=D, ffn_hidden_size=G, moe_num_experts=E, moe_top_k=layer.k, moe_loss_weight=0.0,
-                bias=False, return_bias=False, activation_fn=F.silu if self.glu else F.relu,
-                mlp_type="glu" if self.glu else "mlp", mlp_impl="grouped", fp16=False,
-                bf16=layer.keys.dtype == torch.bfloat16, device=layer.keys.device,
-            )
-        )  # fmt: skip
-        self.experts = made.to(layer.keys.device, layer.keys.dtype)
-        names = {"keys": "v1", "gate_keys": "w1", "values": "w2"} if self.glu else {"keys": "w1", "values": "w2"}
-        self.weights = {ours: getattr(self.experts.mlp, theirs) for ours, theirs in names.items()}
-        with torch.no_grad():
-            for ours, weight in self.weights.items():
-                weight.copy_(getattr(layer, ours).view_as(weight))
-        self.sizes = (E, G, D)
-
-    def forward(self, x: Tensor, index: Tensor, gate: Tensor) -> Tensor:
-        """[T, D] -> [T, D]."""
-        y: Tensor = self.experts(x.unsqueeze(0), None, gate, index)
-        return y.squeeze(0)
-
-    def gradients(self) -> Gradients:
-        """See the base class."""
-        return {ours: gradient(weight).view(self.sizes) for ours, weight in self.weights.items()}
 
 
 class Liger(PeerExperts):
@@ -149,7 +129,7 @@ class Liger(PeerExperts):
 
     def __init__(self, layer: sf.MoE) -> None:
         super().__init__()
-        self.function = require("liger_kernel.ops.fused_moe", "liger-kernel").LigerFusedMoEFunction
+        self.function = peer("liger_kernel.ops.fused_moe").LigerFusedMoEFunction
         assert layer.gate_keys is not None
         self.up = nn.Parameter(torch.cat([layer.gate_keys, layer.keys], dim=1).detach().clone())
         self.down = nn.Parameter(layer.values.detach().transpose(1, 2).contiguous())
@@ -197,48 +177,25 @@ class AuthorsCVMM(PeerExperts):
         return found if self.gate_up is None else {**found, "gate_keys": gradient(self.gate_up).transpose(1, 2)}
 
 
-def from_folder(variable: str, module: str) -> ModuleType:
-    """Import a module that lies in the folder which an environment variable names.
-
-    Raises:
-        NotInstalled: the variable is not set, or the import fails.
-    """
-    folder = os.environ.get(variable)
-    if not folder:
-        raise NotInstalled(f"{variable} does not say where it lies")
-    with _first_on_the_path(str(Path(folder).resolve())):
-        return imported(module, f"{variable} is {folder}")
-
-
-@contextlib.contextmanager
-def _first_on_the_path(folder: str) -> Any:
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
-
-
 def moe_layer(layer: sf.MoE) -> PeerExperts:
     """The author's published kernels."""
-    return AuthorsCVMM(layer, from_folder(MOE_LAYER, "moe_layer.cvmm"))
+    return AuthorsCVMM(layer, peer(MOE_LAYER))
 
 
 def cvmm_rewrite(layer: sf.MoE) -> PeerExperts:
     """The author's rewrite of them."""
-    return AuthorsCVMM(layer, from_folder(CVMM, "cvmm"))
+    return AuthorsCVMM(layer, peer(CVMM))
 
 
 EXPERTS: dict[str, tuple[Experts, str]] = {
     "ScatterMoE": (ScatterMoE, "scattermoe's MLP, our router"),
-    "SonicMoE": (SonicMoE, "sonicmoe's general routing, our router"),
-    "MegaBlocks": (MegaBlocks, "megablocks' dropless experts by grouped GEMM, our router"),
     "moe_layer": (moe_layer, "the author's published cvmm twice, our router; fp16 inside for bf16"),
     "cvmm, 2026": (cvmm_rewrite, "the author's rewritten cvmm twice, our router"),
 }
 """Peers with ReLU and with SwiGLU experts: how to build them from our layer, and what they are."""
 GLU_EXPERTS: dict[str, tuple[Experts, str]] = {
     **EXPERTS,
+    "SonicMoE": (SonicMoE, "sonicmoe's general routing, our router"),
     "Liger": (Liger, "liger_kernel's fused MoE, our router"),
 }
 

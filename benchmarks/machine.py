@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import gpu_peers
 from sparse_ffn import info
 from sparse_ffn.backends import cpu
 from sparse_ffn.ops.products import supported
@@ -33,6 +34,7 @@ def describe(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         facts["GPU"] = torch.cuda.get_device_name(device)
         facts["CUDA"] = str(torch.version.cuda)
+        facts["peers"] = gpu_peers.versions()
     return facts
 
 

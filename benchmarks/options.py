@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import machine, report, targets
+from benchmarks import machine, replay, report, targets
 from benchmarks.contender import DTYPES, Case
 from benchmarks.records import MODES, Report, Row
 from benchmarks.run import run_case
@@ -30,6 +30,7 @@ def parser(description: str, *, seconds: float) -> argparse.ArgumentParser:
     add("--peers", nargs="+", metavar="NAME", default=["all"], help="all (the default), none, or names from the table")
     add("--seconds", type=float, default=seconds, help=f"to time one row for, about; default {seconds:g}")
     add("--json", type=Path, help="write all numbers to this file")
+    add("--resume", action="store_true", help="leave out the cases that the file of --json has, and keep their numbers")
     add("--plot", type=Path, help="draw them to this file; needs matplotlib")
     return found
 
@@ -51,9 +52,16 @@ def collect(
     peers = None if options.peers == ["all"] else options.peers
     torch.manual_seed(0)
     rows: list[Row] = []
+    if options.resume and options.json and options.json.is_file():
+        rows += Report.load(options.json).rows
+    done = {(row.group, row.shape, row.dtype) for row in rows}
     names = {"all", "none"}
+    if options.device.type == "cuda":
+        replay.leave_the_default_stream(options.device)
     for case in cases():
         names.update(entry.name for entry in case.entries)
+        if (case.group, case.shape, case.dtype) in done:
+            continue
         found = run_case(case, modes, options.seconds, peers=peers)
         for row in found:
             print(f"\n{report.title(row)}\n\n{report.text(report.contenders(row))}", flush=True)

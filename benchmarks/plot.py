@@ -1,7 +1,8 @@
-"""Pictures of the results (needs matplotlib)."""
+"""Pictures of the results: `python -m benchmarks.plot FOLDER` draws those of a run. Needs matplotlib."""
 
 from __future__ import annotations
 
+import argparse
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,3 +111,20 @@ def growth(report: Report, path: Path) -> None:
         left.set_title(f"{GROUPS[group]}, {rows[0].dtype}", loc="left", fontsize=10)
         left.legend(fontsize=7)
     save(picture, path)
+
+
+PICTURES = {"layers": ratios, "cvmm": ratios, "sweeps": growth}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("folder", type=Path, help="of one run, as runs/bench is")
+    folder = arguments.parse_args(argv).folder
+    for part, draw in PICTURES.items():
+        if (folder / f"{part}.json").is_file():
+            draw(Report.load(folder / f"{part}.json"), folder / f"{part}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -26,11 +26,14 @@ class Result:
         status: one of ``STATUSES``; only ``"timed"`` has times.
         note: why it has none.
         errors: relative errors of the check.
-        seconds: of a call.
+        seconds: of a call; on a GPU the device's.
         ratio: to the row's baseline.
         slowdown: time over ours.
         saved: what a forward pass keeps for the backward pass.
         peak_bytes: the highest memory during the pass.
+        clock: on a GPU ``"graph"`` where a captured call was replayed, ``"events"`` where the host launched it, since
+            it waits for the device or cannot be captured: there the device's time includes gaps that the host left.
+        host: on a GPU the host's seconds until a call returns.
     """
 
     name: str
@@ -44,6 +47,8 @@ class Result:
     slowdown: Quartiles | None = None
     saved: Saved | None = None
     peak_bytes: int | None = None
+    clock: str = ""
+    host: Quartiles | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,9 @@ class Report:
     def save(self, path: Path) -> None:
         """Write the JSON, folders included."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_json())
+        partial = path.with_suffix(".partial")  # whole or not at all: a run may be stopped at any time
+        partial.write_text(self.to_json())
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Report:
@@ -142,5 +149,5 @@ def _row(data: dict[str, Any]) -> Row:
 
 
 def _result(data: dict[str, Any]) -> Result:
-    kinds = {"seconds": Quartiles, "ratio": Quartiles, "slowdown": Quartiles, "saved": Saved}
+    kinds = {"seconds": Quartiles, "host": Quartiles, "ratio": Quartiles, "slowdown": Quartiles, "saved": Saved}
     return Result(**{name: kinds[name](*value) if name in kinds else value for name, value in data.items()})

@@ -29,7 +29,10 @@ GROUPS = {
 def contenders(row: Row) -> Table:
     """One row's contenders."""
     header = ("", "ms [quartiles]", f"of {row.baseline}", "over ours", "rounds", "kept", "peak", "error of y")
-    return header, [_contender(result) for result in row.results]
+    if row.device != "cuda":
+        return header, [_contender(result) for result in row.results]
+    body = [[*_contender(r), spread(r.host, 1e3) if r.host else "", r.clock] for r in row.results]
+    return (*header, "host, ms", "by"), body
 
 
 def _contender(result: Result) -> list[str]:

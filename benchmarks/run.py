@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import replay
 from benchmarks.check import errors
 from benchmarks.contender import Case, Contender, Entry, NotInstalled, TooLarge, backward
-from benchmarks.memory import peak_bytes, saved_for_backward
+from benchmarks.memory import available_bytes, peak_bytes, saved_for_backward
 from benchmarks.records import Result, Row
 from benchmarks.timing import Run, race, stopwatch
 
@@ -99,12 +100,18 @@ def _time(
                 run.call()
             peak, first[name] = peak_bytes(run, case.x.device)
             saved = saved_for_backward(contender.module, case.x) if mode == "fwdbwd" else None
+            results[name] = replace(results[name], peak_bytes=peak, saved=saved)
+            if case.x.device.type == "cuda":
+                results[name] = replace(results[name], host=replay.host_seconds(run), clock="events")
         except Exception as error:
             results[name] = replace(results[name], status="failed", note=_first_line(error))
             continue
         runs[name] = run
-        results[name] = replace(results[name], peak_bytes=peak, saved=saved)
         run.prepare()
+    if case.x.device.type == "cuda":
+        peaks = {name: results[name].peak_bytes or 0 for name in runs}
+        for name, graph in replay.graphs(runs, peaks, lambda: available_bytes(case.x.device)).items():
+            runs[name], results[name] = graph, replace(results[name], clock="graph")
     ours = case.entries[0].name
     samples = race(runs, seconds, lead=(ours, case.baseline), first=first, stopwatch=stopwatch(case.x.device))
     for name in runs:

@@ -1,13 +1,18 @@
-"""Runs all parts of a GPU's proof and measurement, each with its own share of the time, and keeps what each has found.
+"""Proves and measures the library on a card, in three calls of at most nine minutes each: tests, bench and tune.
 
-Tests come first. A part that takes longer than its share is stopped, what it has written by then stays, and the others
-go on; what a part leaves of its share goes to those after it. ``summary.json`` says how each ended.
+Each part has its own share of a call's time. One that takes longer is stopped; what it has found by then stays, the
+others go on, and it is not proven: the same call made once more goes on where this one stopped. What a part leaves of
+its share goes to those after it. ``summary.json`` says how each ended.
+
+Results lie in runs/gpu/<card>-<code>: those of another state of the code are never taken for this one's. What is to be
+carried away lies in runs/gpu/out, or in $OUT: an archive of all, the summary and pictures, at most eight files.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib.util
 import json
 import os
@@ -17,39 +22,31 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from benchmarks import delivery
+from benchmarks.gpu_parts import KERNELS, LIBRARIES, ROOT, STAGES, Part, parts
+
+RUNS = ROOT / "runs" / "gpu"
+LIMIT = 540.0
+"""Seconds that a call may take, from its first line to its last."""
+RESERVE = 25.0
+"""Of these, for stopping the last part and packing."""
+SHORT = 3
+"""Exit status of a part whose time was too short, and of a call with such a part."""
 CARD = """
-import torch
+import torch, triton
+from sparse_ffn.backends.triton import config
 from sparse_ffn.backends.triton.tuned import Card
-print(Card.of(torch.device("cuda")).path.stem, end="")
+device = torch.device("cuda")
+print(Card.of(device).path.stem, config.architecture(device), torch.__version__, triton.__version__)
 """
 
 
 @dataclass(frozen=True)
-class Part:
-    """A command, its share of the time, and what it needs to run at all.
-
-    Attributes:
-        name: its name; its log is ``<name>.log``.
-        seconds: its share.
-        command: what is run.
-        needs: what must be there: "python:<module>" or the name of a program.
-        environment: added to the environment.
-    """
-
-    name: str
-    seconds: float
-    command: tuple[str, ...]
-    needs: tuple[str, ...] = ()
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Outcome:
-    """How a part ended: "ok", "failed", "out of time" or "skipped"."""
+    """How a part ended: "ok", "failed", "not proven" (its time was too short) or "skipped" (one can do without it)."""
 
     name: str
     status: str
@@ -68,40 +65,87 @@ def missing(needs: Iterable[str]) -> str | None:
     return None
 
 
-def run(
-    parts: Sequence[Part], out: Path, start: Callable[[Part, float, Path], int | None], clock: Callable[[], float]
-) -> list[Outcome]:
-    """Run the parts one after the other.
+class Stage:
+    """Runs the parts of a stage one after the other.
 
     Args:
-        parts: what to run.
-        out: where the logs and the summary go.
+        name: of the stage.
+        work: where logs and the summary go, and where those of an earlier call lie.
+        begin: when the call began, by ``clock``.
         start: runs a part for at most so many seconds with its log in a file: its exit status, None if it was stopped.
         clock: seconds.
+        keep: called after each part.
     """
-    outcomes: list[Outcome] = []
-    end = begin = clock()
-    for part in parts:
-        end += part.seconds  # by then this part is over, however long those before took
+
+    def __init__(
+        self,
+        name: str,
+        work: Path,
+        begin: float,
+        start: Callable[[Part, float, Path], int | None],
+        clock: Callable[[], float] = time.monotonic,
+        keep: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.name, self.work, self.begin, self.start, self.clock, self.keep = name, work, begin, start, clock, keep
+        self.file = work / "summary.json"
+        self.summary: dict[str, list[dict[str, object]]] = {}
+        with contextlib.suppress(FileNotFoundError):
+            self.summary = json.loads(self.file.read_text())
+        self.before = {str(o["name"]): Outcome(**o) for o in self.summary.get(name, ())}  # type: ignore[arg-type]
+
+    def run(self, todo: Sequence[Part]) -> list[Outcome]:
+        """All parts that an earlier call has not done."""
+        outcomes: list[Outcome] = []
+        end, anew = self.begin, False
+        for part in todo:
+            end += part.seconds  # by then this part is over, however long those before took
+            before = self.before.get(part.name)
+            done = before is not None and before.status == "ok" and all(path.exists() for path in part.makes)
+            if before is not None and done and not (part.sums_up and anew):
+                print(f"[{self.clock() - self.begin:5.0f} s] {part.name}: done in an earlier call", flush=True)
+                outcomes.append(before)
+            else:
+                outcomes.append(self._run(part, min(end, self.begin + LIMIT - RESERVE)))
+                anew = True
+            self.summary[self.name] = [asdict(o) for o in outcomes]
+            partial = self.file.with_suffix(".partial")
+            partial.write_text(json.dumps(self.summary, indent=1) + "\n")
+            partial.replace(self.file)
+            self.keep()
+        return outcomes
+
+    def _run(self, part: Part, end: float) -> Outcome:
         lacking = missing(part.needs)
         if lacking is not None:
-            outcomes.append(Outcome(part.name, "skipped", 0.0, lacking))
-        else:
-            print(f"[{clock() - begin:5.0f} s] {part.name}, at most {end - clock():.0f} s", flush=True)
-            since, log = clock(), out / f"{part.name}.log"
-            code = start(part, max(end - clock(), 1.0), log)
-            status = "out of time" if code is None else "ok" if code == 0 else "failed"
-            note = "" if code == 0 else f"{'stopped' if code is None else f'exit status {code}'}, see {log.name}"
-            outcomes.append(Outcome(part.name, status, round(clock() - since, 1), note))
-        (out / "summary.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
-    return outcomes
+            return Outcome(part.name, "skipped" if part.optional else "not proven", 0.0, lacking)
+        since = self.clock()
+        if since >= end:
+            return Outcome(part.name, "not proven", 0.0, "no time was left")
+        print(f"[{since - self.begin:5.0f} s] {part.name}, at most {end - since:.0f} s", flush=True)
+        log = self.work / f"{part.name}.log"
+        code = self.start(part, end - since, log)
+        seconds = round(self.clock() - since, 1)
+        last = _last_line(log)
+        if code == 0:
+            return Outcome(part.name, "ok", seconds, last)
+        short = code in (None, SHORT)
+        why = "the time was too short" if short else f"exit status {code}"
+        note = ": ".join(filter(None, (f"{why}, see {log.name}", last)))
+        return Outcome(part.name, "not proven" if short else "failed", seconds, note)
+
+
+def _last_line(log: Path) -> str:
+    """What a part said last; a short one: some end with a table."""
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return last if len(last) <= 100 else ""
 
 
 def start(part: Part, seconds: float, log: Path) -> int | None:
     """Run a part as a process of its own, its children included when it is stopped."""
     # a library that could not be built must not stand before one that is installed
     added = {n: v for n, v in part.environment.items() if not v.endswith(".so") or Path(v).is_file()}
-    environment = os.environ | added
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | added
     with log.open("wb") as file:
         options = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
         process = subprocess.Popen(part.command, cwd=ROOT, env=environment, **options)  # type: ignore[call-overload]
@@ -115,89 +159,57 @@ def start(part: Part, seconds: float, log: Path) -> int | None:
             return None
 
 
-def parts(out: Path, *, rehearse: bool) -> list[Part]:
-    """All parts: on a GPU at their real sizes, in a rehearsal at tiny ones on the CPU."""
-    python, untuned, tuned = sys.executable, {"SPARSE_FFN_TUNED": str(out / "none")}, {"SPARSE_FFN_TUNED": str(out)}
-    libraries = {
-        "SPARSE_FFN_LIBRARY": str(out / "core" / "libsparse_ffn_cpu.so"),
-        "SPARSE_FFN_CUDA_LIBRARY": str(out / "core" / "libsparse_ffn_cuda.so"),
-    }
-    # without what only the whole suite needs: options, plugins, the conftest for the documentation
-    pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "--confcutdir", "tests")
-    workers = ("-n", "8") if importlib.util.find_spec("xdist") and not rehearse else ()
-
-    def bench(name: str, program: str, *arguments: str) -> tuple[str, ...]:
-        where = ("--device", "cpu", "--seconds", "0.01", "--peers", "none") if rehearse else ("--device", "cuda")
-        return (python, "-m", f"benchmarks.{program}", *where, *arguments, "--json", str(out / f"{name}.json"))
-
-    if rehearse:
-        tiny = ("--shapes", "16,8,4,8,2", "--dtype", "fp32", "--pass", "fwdbwd")
-        interpreted = {"TRITON_INTERPRET": "1"}
-        routing = ("tests/gpu/test_routing_kernels.py", "-k", "too_many or (covers or cover) and one and 16")
-        return [
-            Part("info", 200, (python, "-m", "sparse_ffn.info")),
-            Part("build", 200, ("csrc/build.sh", "--dry-run", str(out / "core"))),
-            Part("tests-gpu", 200, (*pytest, "tests/gpu", "-m", "gpu"), ("python:pytest",), interpreted),
-            Part("tests-compiled", 200, (*pytest, *routing), ("python:pytest",), interpreted),
-            Part("layers", 200, bench("layers", "bench_layers", *tiny, "--layers", "moe")),
-            Part("cvmm", 200, bench("cvmm", "bench_cvmm", *tiny)),
-            Part("sweeps", 200, bench("sweeps", "sweeps", "--tokens", "8", "--points", "1", "--sweeps", "e")),
-            Part("tune", 200, (python, "-m", "sparse_ffn.tune", "--dry-run", "--dtype", "bf16"), (), tuned),
-            Part("page", 200, _page(out), ("python:matplotlib",)),
-        ]
-    chosen = "test_cvmm_of_any_size or test_expert_ffn_of_any_size or test_weighted_bag or stable_topk"
-    chosen += " or of_nobody or outside_of_the_table"
-
-    def checked(tool: str) -> tuple[str, ...]:
-        return ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *pytest, "tests/gpu", "-k", chosen)
-
-    targets = ("--shapes", "16384,1024,64,256,8", "16384,1024,64,128,8", "--dtype", "bf16", "--layers", "moe")
-    marked, built = ("tests/gpu", "tests/test_cuda.py", "-m", "gpu"), untuned | libraries
-    uncached = untuned | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else a write past a tensor lands in torch's own pool
-    both = ("--dtype", "bf16", "fp32")  # if the time is up, the half that counts is there
-    return [
-        Part("info", 15, (python, "-m", "sparse_ffn.info")),
-        Part("build", 60, ("csrc/build.sh", str(out / "core"))),
-        Part("tests-gpu", 60, (*pytest, *marked), ("python:pytest",), built),
-        Part("tests-compiled", 90, (*pytest, *workers, "tests/gpu", "-m", "not gpu"), ("python:pytest",), untuned),
-        Part("layers", 130, bench("layers", "bench_layers", "--seconds", "1", *both), (), built),
-        Part("cvmm", 50, bench("cvmm", "bench_cvmm", "--seconds", "0.7", *both), (), untuned),
-        Part("sweeps", 60, bench("sweeps", "sweeps", "--seconds", "0.7", "--dtype", "bf16"), (), untuned),
-        Part("tune", 50, (python, "-m", "sparse_ffn.tune", "--seconds", "40", "--dtype", "bf16"), (), tuned),
-        Part("tuned", 20, bench("tuned", "bench_layers", "--seconds", "1", "--peers", "none", *targets), (), tuned),
-        Part("sanitizer", 25, checked("memcheck"), ("compute-sanitizer", "python:pytest"), uncached),
-        Part("races", 20, checked("racecheck"), ("compute-sanitizer", "python:pytest"), untuned),
-        Part("page", 15, _page(out), ("python:matplotlib",)),
-    ]
+def code(*facts: str) -> str:
+    """Eight digits of all code that a result depends on, and of these facts: results of two states never mix."""
+    digest = hashlib.sha256("\n".join(facts).encode())
+    for folder in ("src", "csrc", "tests", "tools", "benchmarks"):
+        for file in sorted((ROOT / folder).rglob("*")):
+            known = file.suffix in (".py", ".cpp", ".cu", ".h", ".sh") or file.name == "CMakeLists.txt"
+            if known and "build" not in file.parts:
+                digest.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:8]
 
 
-def _page(out: Path) -> tuple[str, ...]:
-    """The documentation's pages with these results beside the published ones."""
-    folders = ("--results", str(ROOT / "benchmarks" / "results"), str(out), "--docs", str(out / "page"))
-    return (sys.executable, "-m", "benchmarks.document", *folders)
+def status(outcomes: Iterable[Outcome]) -> int:
+    """The exit status: 1 if a part failed, 3 if one is not proven, 0 otherwise."""
+    ended = {outcome.status for outcome in outcomes}
+    return 1 if "failed" in ended else SHORT if "not proven" in ended else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; 1 if a part failed (out of time is no failure), 2 if there is no GPU."""
+    """Run from the command line; 0 if all is done, 1 if a part failed, 3 if one is not proven, 2 without a GPU."""
+    begin = time.monotonic()
     arguments = argparse.ArgumentParser(prog="benchmarks/run_gpu.sh", description=__doc__)
-    arguments.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU, for a machine without a GPU")
+    add = arguments.add_argument
+    add("stage", choices=STAGES, help="tests: on the card; bench: times, beside other libraries; tune: block sizes")
+    add("--rehearse", action="store_true", help="tiny sizes on the CPU, for a machine without a GPU")
+    add("--archive", type=Path, help="what an earlier call on another machine of the kind brought home, to go on with")
     options = arguments.parse_args(argv)
-    base = Path(os.environ.get("OUT") or ROOT / "runs" / "gpu").resolve()
-    name = "rehearsal"
+    card, architecture, *versions = "rehearsal", None
     if not options.rehearse:
         found = subprocess.run((sys.executable, "-c", CARD), capture_output=True, text=True)
         if found.returncode:
             reason = (found.stderr.strip().splitlines() or ["no reason given"])[-1]
             print(f"no GPU that torch can use: {reason}. --rehearse needs none.", file=sys.stderr)
             return 2
-        name = found.stdout
-    out = base / name
-    out.mkdir(parents=True, exist_ok=True)
-    outcomes = run(parts(out, rehearse=options.rehearse), out, start, time.monotonic)
+        card, architecture, *versions = found.stdout.split()
+    work = RUNS / f"{card}-{code(*versions)}"
+    work.mkdir(parents=True, exist_ok=True)
+    if options.archive is not None:
+        try:
+            delivery.unpack(options.archive, RUNS, work.name)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
+    out = Path(os.environ.get("OUT") or RUNS / "out" / work.name).resolve()
+    stage = Stage(options.stage, work, begin, start, keep=lambda: delivery.deliver(work, out, (LIBRARIES, KERNELS)))
+    outcomes = stage.run(parts(options.stage, work, architecture))
     for o in outcomes:
-        print(f"{o.name:15} {o.status:12} {o.seconds:6.1f} s  {o.note}")
-    print(f"results in {out}")
-    return int(any(o.status == "failed" for o in outcomes))
+        print(f"{o.name:12} {o.status:12} {o.seconds:6.1f} s  {o.note}")
+    wrong = delivery.beyond(out)
+    print("\n".join([f"results in {work}; to carry away: {out}", *(f"beyond the limits: {line}" for line in wrong)]))
+    print(f"{time.monotonic() - begin:.0f} s of {LIMIT:.0f}")
+    return 1 if wrong else status(outcomes)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
-# All that a machine with a GPU can prove or measure, in one call of less than ten minutes; see benchmarks/run_gpu.py.
+# A card's proof and numbers, in three calls of at most nine minutes each; see benchmarks/run_gpu.py.
 #
-#   benchmarks/run_gpu.sh                 # results in runs/gpu/<card>, or in $OUT/<card>
-#   benchmarks/run_gpu.sh --rehearse      # the same parts at tiny sizes on a machine without a GPU
+#   benchmarks/run_gpu.sh tests             # everything that is tested, on the card
+#   benchmarks/run_gpu.sh bench             # times, beside dense networks and the libraries in runs/gpu-peers
+#   benchmarks/run_gpu.sh tune              # block sizes and crossovers, and the layers with them
+#   benchmarks/run_gpu.sh tests --rehearse  # the same parts at tiny sizes on a machine without a GPU; so for each stage
 #
-# It needs torch, triton and einops, no network and no installation: the code runs from this folder. PYTHON names the
-# interpreter; MOE_LAYER_PATH and CVMM_PATH say where the author's own kernels lie, to be compared with.
+# Made once more, a call goes on where it stopped; --archive FILE goes on with what another machine has brought home.
+# Results lie in runs/gpu/<card>-<code>; at most eight files to carry away in runs/gpu/out, or in $OUT.
+#
+# It needs torch, triton, einops and pytest, no network and no installation: the code runs from this folder. PYTHON names
+# the interpreter. benchmarks/fetch_gpu_peers.sh prepares the libraries to compare with, on a machine with a network.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}

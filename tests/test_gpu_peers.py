@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import enum
+import inspect
+import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -116,45 +119,6 @@ def moe_general_routing_inputs(
     return y, torch.bincount(expert_indices, minlength=E)
 
 
-@dataclass
-class Arguments:
-    hidden_size: int
-    ffn_hidden_size: int
-    moe_num_experts: int
-    moe_top_k: int
-    moe_loss_weight: float
-    bias: bool
-    return_bias: bool
-    activation_fn: Any
-    mlp_type: str
-    mlp_impl: str
-    fp16: bool
-    bf16: bool
-    device: torch.device
-
-
-class ParallelDroplessMLP(nn.Module):
-    """megablocks': matrices [E·G, D]."""
-
-    def __init__(self, args: Arguments) -> None:
-        super().__init__()
-        assert not args.return_bias
-        self.args, self.mlp = args, nn.Module()
-        for name in ("w1", "v1", "w2") if args.mlp_type == "glu" else ("w1", "w2"):
-            rows = args.moe_num_experts * args.ffn_hidden_size
-            self.mlp.register_parameter(name, nn.Parameter(torch.randn(rows, args.hidden_size)))
-
-    def forward(self, x: Tensor, scores: Tensor | None, expert_weights: Tensor, top_experts: Tensor) -> Tensor:
-        _, _, D = x.shape
-        w = {n: p.view(self.args.moe_num_experts, -1, D) for n, p in self.mlp.named_parameters()}
-
-        def expert(row: Tensor, e: int) -> Tensor:
-            hidden: Tensor = self.args.activation_fn(w["w1"][e] @ row)
-            return (hidden * (w["v1"][e] @ row) if "v1" in w else hidden) @ w["w2"][e]
-
-        return mixture(x[0], top_experts, expert_weights, expert).unsqueeze(0)
-
-
 class LigerFusedMoEFunction:
     @staticmethod
     def apply(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -211,35 +175,29 @@ STAND_INS = {
     **module("scattermoe.parallel_experts", flatten_sort_count=flatten_sort_count, parallel_linear=parallel_linear),
     **module("sonicmoe.functional", moe_general_routing_inputs=moe_general_routing_inputs),
     **module("sonicmoe.enums", ActivationType=ActivationType),
-    **module("megablocks.layers.arguments", Arguments=Arguments),
-    **module("megablocks.layers.dmoe", ParallelDroplessMLP=ParallelDroplessMLP),
     **module("liger_kernel.ops.fused_moe", LigerFusedMoEFunction=LigerFusedMoEFunction),
 }
 
 
+PACKAGES = ("scattermoe", "sonicmoe", "liger_kernel", "moe_layer", "cvmm_codex")
+
+
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if all peers were there."""
     for name, found in STAND_INS.items():
         monkeypatch.setitem(sys.modules, name, found)
-    (tmp_path / "original" / "moe_layer").mkdir(parents=True)
-    (tmp_path / "original" / "moe_layer" / "__init__.py").write_text("")
-    for place in ("original/moe_layer/cvmm.py", "cvmm.py"):
-        (tmp_path / place).write_text(CVMM_SOURCE)
-    for name in ("moe_layer", "moe_layer.cvmm", "cvmm"):  # imported anew from these folders, and forgotten afterwards
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-        del sys.modules[name]
-    monkeypatch.setenv(gpu_peers.MOE_LAYER, str(tmp_path / "original"))
-    monkeypatch.setenv(gpu_peers.CVMM, str(tmp_path))
+    for name in (gpu_peers.MOE_LAYER, gpu_peers.CVMM):
+        for part, found in module(name).items():
+            monkeypatch.setitem(sys.modules, part, found)
+        exec(CVMM_SOURCE, vars(sys.modules[name]))
 
 
 @pytest.fixture
 def absent(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if none were."""
-    for name in ("scattermoe", "sonicmoe", "megablocks", "liger_kernel"):
+    for name in PACKAGES:
         monkeypatch.setitem(sys.modules, name, None)
-    for variable in (gpu_peers.MOE_LAYER, gpu_peers.CVMM):
-        monkeypatch.delenv(variable, raising=False)
 
 
 def wrong(contender: Contender, x: Tensor) -> list[str]:
@@ -273,23 +231,68 @@ def test_cvmm_peers_compute_what_ours_does(down: bool, installed: None, monkeypa
     assert len(row.results) == 5
 
 
-def test_an_absent_peer_is_a_line_that_says_why(absent: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_absent_peer_is_a_line_that_says_why(absent: None) -> None:
     p = Problem(TINY, "fp32", CPU, glu=True)
     entries = gpu_peers.entries(p.peer_experts, glu=True)
-    assert [e.name for e in entries] == ["ScatterMoE", "SonicMoE", "MegaBlocks", "moe_layer", "cvmm, 2026", "Liger"]
+    assert [e.name for e in entries] == ["ScatterMoE", "moe_layer", "cvmm, 2026", "SonicMoE", "Liger"]
     case = Case("moe-glu", str(TINY), "fp32", p.x, (TINY.T, TINY.D), "none", entries)
     (row,) = run_case(case, ["fwdbwd"], 0.01)
     assert {r.status for r in row.results} == {"not importable"}
-    assert "pip install sonic-moe" in row.of("SonicMoE").note
-    assert row.of("moe_layer").note == "MOE_LAYER_PATH does not say where it lies"
+    assert all("benchmarks/fetch_gpu_peers.sh" in r.note for r in row.results)
 
 
-def test_a_peer_whose_import_fails_is_one_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "cvmm.py").write_text("raise RuntimeError('no CUDA here')")
-    monkeypatch.setenv(gpu_peers.CVMM, str(tmp_path))
+def test_a_peer_is_taken_from_the_folder_and_one_whose_import_fails_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cvmm_codex").mkdir()
+    (tmp_path / "cvmm_codex" / "cvmm.py").write_text("raise RuntimeError('no CUDA here')")
+    (tmp_path / "versions.txt").write_text("cvmm_codex d43cedc\nscattermoe 47b5e15\n")
+    monkeypatch.setattr(gpu_peers, "PEERS", tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("cvmm_codex", gpu_peers.CVMM):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(NotInstalled, match="RuntimeError: no CUDA here"):
-        gpu_peers.from_folder(gpu_peers.CVMM, "cvmm")
-    assert str(tmp_path) not in sys.path
+        gpu_peers.peer(gpu_peers.CVMM)
+    assert gpu_peers.versions() == "cvmm_codex d43cedc, scattermoe 47b5e15"
+
+
+FETCHED = pytest.mark.skipif(not gpu_peers.PEERS.is_dir(), reason="benchmarks/fetch_gpu_peers.sh has not been run")
+
+
+@FETCHED
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("where", ["interpreted", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_the_packages_themselves_compute_what_our_layer_does(where: str) -> None:
+    if (where == "gpu") != torch.cuda.is_available():
+        pytest.skip(f"not {where} here")
+    found = subprocess.run([sys.executable, Path(__file__).with_name("real_peers.py")], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr[-1000:]
+    for name in ("ScatterMoE, GLU", "moe_layer, cvmm-down", "cvmm, 2026, ReLU", "Liger, GLU"):
+        assert f"{name}, fp32 right" in found.stdout
+
+
+@FETCHED
+def test_sonic_moe_is_called_as_its_release_says(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its source is read and not imported: that needs packages which are not here."""
+    source = gpu_peers.PEERS / "sonicmoe" / "functional" / "__init__.py"
+    name = moe_general_routing_inputs.__name__
+    (function,) = (f for f in ast.parse(source.read_text()).body if isinstance(f, ast.FunctionDef) and f.name == name)
+    function.body, contents = [ast.Pass()], dict[str, Any]()
+    future = "from __future__ import annotations\n"  # its annotations name what is not here
+    exec(compile(future + ast.unparse(function), str(source), "exec"), contents)
+    signature, calls = inspect.signature(contents[name]), []
+
+    def bound(**arguments: Any) -> tuple[Tensor, Tensor]:
+        calls.append(signature.bind(**arguments))
+        return moe_general_routing_inputs(**arguments)
+
+    monkeypatch.setattr(sys.modules["sonicmoe.functional"], name, bound)
+    p = Problem(TINY, "bf16", CPU, glu=True)
+    assert wrong(p.peer_experts(gpu_peers.SonicMoE), p.x) == []
+    assert calls
+    w1 = calls[0].arguments["w1"]  # "Shape (2*I, H, E), stride order (2, 0, 1)"
+    assert w1.shape == (2 * TINY.G, TINY.D, TINY.E)
+    assert w1.stride() == (TINY.D, 1, 2 * TINY.G * TINY.D)
 
 
 def test_gpu_peers_take_part_on_a_gpu_only() -> None:

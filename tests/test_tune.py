@@ -7,6 +7,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,24 @@ def test_what_was_measured_before_the_time_was_up_is_kept() -> None:
     assert kept[-1].tiles["one", "half", 128, 1024] == BEST
 
 
+def test_a_search_goes_on_where_another_was_stopped(folder: Path) -> None:
+    whole = Made({BEST: 10.0})
+    expected = search(whole)
+    expected.run([PROBLEM])
+    first = search(Made({BEST: 10.0}), seconds=len(whole.checked) * 2 // 3)
+    assert not first.run([PROBLEM])
+    tuned.save(first.found, CARD)
+    rest = Made({BEST: 10.0})
+    second = search(rest, before=tuned.load(CARD, ENTRIES))
+    assert second.run([PROBLEM])
+    assert second.found == expected.found
+    assert len(rest.checked) <= len(whole.checked) * 2 // 3  # half of the classes had been decided
+    tuned.save(second.found, CARD)
+    third = Made({})
+    assert search(third, before=tuned.load(CARD, ENTRIES)).run([PROBLEM])
+    assert third.checked == []
+
+
 def test_an_earlier_run_counts_where_this_one_measured_nothing() -> None:
     a, b = ("one", "half", 64, 128), ("one", "half", 64, 1024)
     before = Tuned({("half", 64): 64}, {a: Tile(64, 64, 64, 4, 4), b: Tile(64, 64, 64, 4, 4)})
@@ -351,6 +370,13 @@ def test_the_command_stores_what_it_finds(
     assert stored.heights == {("tf32", 16): 16, ("half", 128): 128}
     config._from_file.cache_clear()
     assert config.tile(card, "one", "half", 1024, 128) == BEST  # a later launch takes it
+    n = len(made.checked)
+    assert command.main(["--dtype", "bf16", "--seconds", "600", "--resume"]) == 0
+    assert len(made.checked) == n  # nothing was left
+    made.per_call = 1.0
+    monkeypatch.setattr(command, "Search", partial(Search, clock=lambda: made.now))
+    assert command.main(["--dtype", "bf16", "--seconds", "3"]) == 3
+    assert "--resume goes on" in capsys.readouterr().out
 
 
 def test_the_gpus_stopwatch_hides_the_launches_and_empties_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; 0 if all was measured or shown, 2 if there is no GPU."""
+    """Run from the command line; 0 if all was measured or shown, 2 if there is no GPU, 3 if the time was too short."""
     options = _parser().parse_args(argv)
     device: torch.device = options.device
     for _, E, _, K in options.layer or ():
@@ -63,15 +63,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds=options.seconds,
         kernels=options.kernels,
         say=say,
+        before=before if options.resume else None,
     )
     facts = {"torch": torch.__version__, "command": " ".join(sys.argv)}
-    search.run(found, lambda result: tuned.save(merged(before, result), card, **facts))
+    whole = search.run(found, lambda result: tuned.save(merged(before, result), card, **facts))
     for (kernel, kind, m, n), tile in search.found.tiles.items():
         print(f"{kernel:6} {kind:5} rows {m:4} columns {n:5}: {tile}")
     for (kind, rows), height in search.found.heights.items():
         print(f"height {kind:5} rows {rows:4}: {height}")
     print(f"written to {card.path}; classes that are not listed keep the built-in tiles")
-    return 0
+    if not whole:
+        print("--resume goes on with the classes that were not reached")
+    return 0 if whole else 3
 
 
 def _crossovers(options: argparse.Namespace) -> int:
@@ -92,18 +95,20 @@ def _crossovers(options: argparse.Namespace) -> int:
         counts = ", ".join(map(str, crossings.tokens(device)))
         print(f"Would time {', '.join(crossings.WAYS)} at {counts} tokens:")
     stopwatch = GPUStopwatch(device) if device.type == "cuda" else on_the_host
+    whole = True
     for ((D, E, G, K), dtype), end in zip(cases, ends, strict=True):
         layer = crossovers.Layer.of(dtype, D, E, G, K)
         print(f"d_model {D}, {E} experts of {G} units, {K} for a token, {layer.dtype}")
         if options.dry_run:
             continue
         times = crossings.measure((D, E, G, K), dtype, device, stopwatch, end)
+        whole &= len(times["sorted"]) == len(list(crossings.tokens(device)))
         found = crossings.choose(times)
         for n in next(iter(times.values())):
             print(f"  {n:6} tokens: " + ", ".join(f"{way} {of[n] * 1e6:.0f} µs" for way, of in times.items()))
         path = crossovers.save({layer: found}, device)
         print(f"  decoded up to {found} tokens, in {path}")
-    return 0
+    return 0 if whole else 3
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of which layer to measure the crossovers: width, experts, units of one, experts of a token; may be "
         f"repeated; default: {'; '.join(' '.join(map(str, sizes)) for sizes in LAYERS)}")  # fmt: skip
     add("--seconds", type=_seconds, default=600, help="the budget, default 600; what was measured by then is kept")
+    add("--resume", action="store_true", help="go on with what earlier runs on this card have not decided")
     add("--dry-run", action="store_true", help="say what would be measured, and stop")
     add("--verbose", action="store_true", help="print every time")
     return found

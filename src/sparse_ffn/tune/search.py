@@ -38,6 +38,7 @@ class Search:
         kernels: which kernels to choose tiles for.
         say: takes lines about what is going on.
         clock: seconds.
+        before: what an earlier search had decided, to go on with.
     """
 
     def __init__(
@@ -49,11 +50,11 @@ class Search:
         kernels: Collection[str] = KERNELS,
         say: Callable[[str], None] = print,
         clock: Callable[[], float] = time.monotonic,
+        before: Tuned | None = None,
     ) -> None:
         self.entries, self.runner, self.kernels, self.say, self.clock = list(entries), runner, kernels, say, clock
         self.end = clock() + seconds
-        self.found = Tuned()
-        self.done: set[Coordinate] = set()
+        self.found = Tuned() if before is None else copy.deepcopy(before)
 
     def run(self, problems: Iterable[Problem], keep: Callable[[Tuned], object] = lambda found: None) -> bool:
         """Decide all classes of the problems; ``keep`` gets the result after each.
@@ -74,7 +75,7 @@ class Search:
     def _decide(self, problem: Problem) -> None:
         key = rows_class(problem)
         options = [self.found.heights[key]] if key in self.found.heights else heights(self.entries, problem)
-        if key in self.found.heights and all(c in self.done for c in self._coordinates(problem, options[0])):
+        if key in self.found.heights and all(c in self.found.decided for c in self._coordinates(problem, options[0])):
             return
         self.say(str(problem))
         best: tuple[float, int] | None = None
@@ -85,7 +86,7 @@ class Search:
             if seconds is None:
                 continue
             for coordinate in self._coordinates(problem, m):
-                if coordinate not in self.done:
+                if coordinate not in self.found.decided:
                     seconds = self._choose(problem, table, coordinate, seconds)
             if best is None or seconds < best[0] * (1 - GAIN):
                 best = seconds, m
@@ -105,7 +106,7 @@ class Search:
                 found = self._try(problem, trial, f"{' '.join(map(str, coordinate))}: {tile}")
                 if found is not None and found < seconds * (1 - GAIN):
                     seconds, chosen = found, tile
-            self.done.add(coordinate)
+            self.found.decided.add(coordinate)
         finally:  # out of time or not: what was measured to be better is
             if chosen is not None:
                 table.tiles[coordinate] = self.found.tiles[coordinate] = chosen
@@ -128,4 +129,5 @@ def merged(before: Tuned | None, found: Tuned) -> Tuned:
     """What an earlier run measured, and what this one did, which goes first."""
     if before is None:
         return found
-    return Tuned({**before.heights, **found.heights}, {**before.tiles, **found.tiles})
+    tiles = {**before.tiles, **found.tiles}
+    return Tuned({**before.heights, **found.heights}, tiles, before.decided | found.decided)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 CACHE = 256 << 20  # bytes, more than any second-level cache holds
-AHEAD = 1_000_000  # cycles, some half a millisecond
+AHEAD = 4_000_000  # cycles, some two milliseconds, in which the host launches a step
 
 
 class GPUStopwatch:

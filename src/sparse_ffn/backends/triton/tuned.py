@@ -43,10 +43,12 @@ class Tuned:
     Attributes:
         heights: rows of a tile by arithmetic and class of an expert's mean rows.
         tiles: by kernel, arithmetic, rows of the tile ("outer": class of the product's rows) and class of its columns.
+        decided: classes of tiles of which everything was tried, the built-in tile being the best of it or not.
     """
 
     heights: dict[tuple[str, int], int] = field(default_factory=dict)
     tiles: dict[tuple[str, str, int, int], Tile] = field(default_factory=dict)
+    decided: set[tuple[str, str, int, int]] = field(default_factory=set, compare=False)
 
     def height(self, kind: str, mean_rows: float) -> int | None:
         """Rows of a tile for experts of so many rows."""
@@ -62,6 +64,7 @@ class Tuned:
         return {
             "heights": [[*key, height] for key, height in self.heights.items()],
             "tiles": [[*key, str(tile)] for key, tile in self.tiles.items()],
+            "decided": sorted(map(list, self.decided)),
         }
 
     @classmethod
@@ -82,6 +85,7 @@ class Tuned:
                 (str(kernel), str(kind), int(rows), int(columns)): Tile.parse(text)
                 for kernel, kind, rows, columns, text in data["tiles"]
             }
+            decided = {(str(kernel), str(kind), int(m), int(n)) for kernel, kind, m, n in data.get("decided", ())}
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"not a table of tiles ({type(error).__name__}: {error})") from error
         tall = {(kind, tile.m) for kernel, kind, tile in known if kernel == "one"}
@@ -93,7 +97,7 @@ class Tuned:
         bad += [f"{kind} of {height} rows" for (kind, _), height in heights.items() if (kind, height) not in tall]
         if bad:
             raise ValueError(f"not among the tiles that this version may launch: {', '.join(bad)}")
-        return cls(heights, tiles)
+        return cls(heights, tiles, decided)
 
 
 @dataclass(frozen=True)

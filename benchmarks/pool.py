@@ -1,0 +1,138 @@
+"""Runs tests in several processes, which share one card: `python -m benchmarks.pool --folder F -- ARGUMENTS`.
+
+The kernels that the tests need are compiled on all cores that way, too. Each verdict is written down at once: a call
+that was stopped, or that lost a process, is gone on with by the next one on the same folder. A test that ends its
+process has failed. One that ran out of memory beside the others is run once more, alone on the card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.pool_worker import BROKEN, CLAIMS, FAILED, FOLDER, NO_MEMORY, PASSED, SKIPPED, verdicts, write
+
+ROOT = Path(__file__).parents[1]
+UNPROVEN = 3
+"""Exit status where tests are left, or none has passed."""
+
+
+class Unusable(Exception):
+    """The tests cannot be run at all."""
+
+
+class Pool:
+    """Processes that run the tests of ``arguments`` between them.
+
+    Args:
+        folder: of the verdicts and of the processes' logs.
+        arguments: pytest's.
+    """
+
+    def __init__(self, folder: Path, arguments: Sequence[str]) -> None:
+        self.folder, self.arguments = folder, arguments
+        self.workers: dict[subprocess.Popen[bytes], int] = {}
+
+    def run(self, jobs: int) -> None:
+        """Run what has no verdict yet, in so many processes.
+
+        Raises:
+            Unusable: a process ended before it had begun a test.
+        """
+        with tempfile.TemporaryDirectory() as name:
+            claims = Path(name)
+            for n in range(jobs):
+                self._start(n, claims)
+            while self.workers:
+                for process in [p for p in self.workers if p.poll() is not None]:
+                    n = self.workers.pop(process)
+                    if process.returncode in (0, 1):
+                        continue
+                    if process.returncode != BROKEN:
+                        self._blame(process, n, claims)
+                    self._start(n, claims)
+                time.sleep(0.05)
+
+    def _start(self, n: int, claims: Path) -> None:
+        environment = os.environ | {FOLDER: str(self.folder), CLAIMS: str(claims), "OMP_NUM_THREADS": "1"}
+        command = (sys.executable, "-m", "pytest", "-p", "benchmarks.pool_worker", *self.arguments)
+        with (self.folder / f"worker-{n}.log").open("ab") as log:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        self.workers[process] = n
+
+    def _blame(self, process: subprocess.Popen[bytes], n: int, claims: Path) -> None:
+        """The test that was running when its process ended has failed; what the process had taken beside is free."""
+        try:
+            test = (claims / f"pid-{process.pid}").read_text()
+        except FileNotFoundError:
+            raise Unusable(f"exit status {process.returncode} before any test, see worker-{n}.log") from None
+        write(self.folder, test, FAILED, 0.0, f"its process ended with status {process.returncode}")
+        known = verdicts(self.folder)
+        for claim in claims.glob("*"):
+            with contextlib.suppress(ValueError, FileNotFoundError):
+                owner, taken = claim.read_text().split(" ", 1)
+                if owner == str(process.pid) and taken not in known:
+                    claim.unlink()
+
+    def stop(self) -> None:
+        """End the processes that are left."""
+        for process in self.workers:
+            process.kill()
+        for process in self.workers:
+            process.wait()
+
+    def report(self) -> int:
+        """Print what came out; the exit status."""
+        known = verdicts(self.folder)
+        with contextlib.suppress(FileNotFoundError):
+            tests = json.loads((self.folder / "collected.json").read_text())
+            known = {test: known.get(test, {"outcome": "left"}) for test in tests}
+        for test, verdict in known.items():
+            if verdict["outcome"] in (FAILED, NO_MEMORY):
+                print(f"\n{verdict['outcome']}: {test}\n{verdict['why']}")
+        skipped = Counter(v["why"] for v in known.values() if v["outcome"] == SKIPPED)
+        print("".join(f"\nskipped {n}: {why}" for why, n in skipped.items()))
+        count = Counter(verdict["outcome"] for verdict in known.values())
+        outcomes = (PASSED, FAILED, NO_MEMORY, SKIPPED, "left")
+        print(", ".join(f"{count[what]} {what}" for what in outcomes if count[what]))
+        if count[FAILED] or count[NO_MEMORY]:
+            return 1
+        return UNPROVEN if count["left"] or not count[PASSED] else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line; 0 if all passed or were skipped, 1 if some failed, 3 if some are left."""
+    arguments = argparse.ArgumentParser(prog="python -m benchmarks.pool", description=__doc__)
+    arguments.add_argument("--folder", type=Path, required=True, help="of the verdicts")
+    arguments.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 16), help="processes, default: cores")
+    arguments.add_argument("arguments", nargs="+", metavar="ARGUMENT", help="pytest's, after --")
+    options = arguments.parse_args(argv)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    pool = Pool(options.folder, options.arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(UNPROVEN))
+    try:
+        pool.run(options.jobs)
+        if any(verdict["outcome"] == NO_MEMORY for verdict in verdicts(options.folder).values()):
+            pool.run(1)
+    except Unusable as error:
+        print(f"no verdict: {error}")
+        return 1
+    except SystemExit:
+        print("stopped before the end")
+    finally:
+        pool.stop()
+    return pool.report()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
