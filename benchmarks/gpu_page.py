@@ -42,6 +42,8 @@ at {compute:.0%} of {operations:.0f} TF/s or its bytes at {stream:.0%} of {memor
 predicts the forward rate that is reported there, and 1.2 times that of both passes. So these are bounds rather than
 forecasts. "Of dense" is the rate of both passes over that of the dense FFN of equal arithmetic, predicted likewise. "In
 cache" is what it would be if rows that are gathered or handed from kernel to kernel never left the second-level cache.
+"Whole layer" counts the router, too, and the blocks of columns that this card gets, which stay in its cache, and reads
+gathered rows from memory once; `python -m benchmarks.predict` prints what each decision of the design changes in it.
 "Kept" is for the backward pass, with x. The targets with ReLU are {wide} for the first shape and {fine} for the second.
 """
 
@@ -86,7 +88,8 @@ def _predicted() -> str:
 
 def predictions() -> report.Table:
     """Of the experts, beside the dense network of equal compute."""
-    header = ("T,D,E,G,k", "", "forward, TF/s", "backward, TF/s", "of dense", "of dense, in cache", "kept, MiB")
+    rates, ratios = ("forward, TF/s", "backward, TF/s"), ("of dense", "of dense, in cache", "of dense, whole layer")
+    header = ("T,D,E,G,k", "", *rates, *ratios, "kept, MiB")
     body = []
     for shape in GPU_SHAPES:
         if shape.T < 1024:  # there the launches count, not the rates
@@ -96,6 +99,7 @@ def predictions() -> report.Table:
             forward, backward = (f"{rate / 1e12:.0f}" for rate in step.rates)
             kept = f"{predict.kept_bytes(shape, glu=glu) / 2**20:.0f}"
             best = predict.experts(shape, glu=glu, cached=True)
-            ratios = [f"{s.rate / baseline.rate:.2f}" for s in (step, best)]
-            body.append([str(shape), "GLU" if glu else "ReLU", forward, backward, *ratios, kept])
+            whole = predict.layer(shape, glu=glu)
+            found = [f"{s.rate / baseline.rate:.2f}" for s in (step, best, whole)]
+            body.append([str(shape), "GLU" if glu else "ReLU", forward, backward, *found, kept])
     return header, body

@@ -34,10 +34,19 @@ ONLY_MEMORY = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_s
 
 @dataclass
 class Work:
-    """Launches by name, in order, and the bytes that they read and write."""
+    """The name of each launch, in order, and the bytes that it reads and writes."""
 
-    launches: list[str] = field(default_factory=list)
-    bytes: int = 0
+    kernels: list[tuple[str, int]] = field(default_factory=list)
+
+    @property
+    def launches(self) -> list[str]:
+        """The names."""
+        return [name for name, _ in self.kernels]
+
+    @property
+    def bytes(self) -> int:
+        """Of all launches."""
+        return sum(moved for _, moved in self.kernels)
 
 
 class Recorder(TorchDispatchMode):
@@ -73,8 +82,7 @@ class Recorder(TorchDispatchMode):
     def add(self, name: str, operands: Sequence[Any]) -> None:
         """A launch that reads and writes these."""
         tensors = {id(t): t for t in operands if isinstance(t, Tensor)}
-        self.work.launches.append(name)
-        self.work.bytes += sum(t.nbytes for t in tensors.values())
+        self.work.kernels.append((name, sum(t.nbytes for t in tensors.values())))
 
 
 @contextmanager

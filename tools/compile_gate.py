@@ -366,7 +366,7 @@ def routes(
 
 def sorts(n_experts: int) -> None:
     """The sort of slots by that many experts."""
-    routing.sort_slots(torch.zeros(1000, dtype=torch.int64), n_experts)
+    routing.sort_slots(torch.zeros(1000, dtype=torch.int64), n_experts, 2, 128, inverse=True)
 
 
 def selections(dtype: torch.dtype, n_units: int, activation: str, form: str, weights: torch.dtype, k: int = 32) -> None:

@@ -32,7 +32,8 @@ def device() -> str:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Blocks of 16 everywhere: two or three on every axis of a small problem, and ragged tails."""
-    monkeypatch.setattr(columns, "MAX_BYTES", 1)  # one tile's columns at a time
+    monkeypatch.setattr(columns, "MAX_BYTES", 1)  # as few columns at a time as there may be
+    monkeypatch.setattr(columns, "STEP", 16)
     monkeypatch.setattr(routing, "SORT", config.Sort(block=16, part=8, scan=16, columns=16, positions=16, tiles=4))
     with config.fixed(config.Tile(16, 16, 16, 4, 2)):
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import flat
@@ -218,13 +219,45 @@ def test_blocks_of_columns_change_no_bit(device: str, monkeypatch: pytest.Monkey
             assert all(torch.equal(found[0][n], other[n]) for n in other)
 
 
-def test_the_buffer_holds_what_the_rule_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "MAX_BYTES", 64 << 20)
+H100, A100, B200, MI300X = 50 << 20, 40 << 20, 126 << 20, 4 << 20  # second-level caches
+
+
+@pytest.mark.parametrize(
+    ("cache", "n_rows", "depth", "widths"),
+    [
+        (H100, 1 << 17, 128, [128] * 8),  # 32 MiB a block, and an eighth of the rows' columns are read seven times more
+        (H100, 1 << 17, 256, [1024]),  # deep rows: never
+        (B200, 1 << 15, 256, [1024]),
+        (A100, 1 << 17, 128, [1024]),  # no block of a tile's width fits
+        (B200, 1 << 17, 128, [256] * 4),
+        (B200, 1 << 17, 255, [256] * 4),
+        (H100, 25_000, 128, [512, 512]),  # 640 would fit
+        (H100, 1 << 16, 200, [256] * 4),
+        (H100, 100_000, 160, [1024]),  # seven times 160 are more than 1024
+        (H100, 1 << 10, 128, [1024]),  # all of it fits
+        (MI300X, 1 << 17, 64, [1024]),
+        (H100, 1 << 19, 256, [512, 512]),  # 512 MiB are the most that a buffer takes
+    ],
+)
+def test_columns_come_in_blocks_where_the_cache_then_holds_them(
+    cache: int, n_rows: int, depth: int, widths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the small blocks of these tests
     like = torch.empty(0, dtype=torch.bfloat16, device="meta")
-    for n_rows, n_columns, widths in ((1 << 17, 1024, [256] * 4), (1 << 20, 200, [128, 72]), (1000, 1024, [1024])):
-        found = list(columns.blocks(like, n_rows, n_columns, 128))
-        assert [y.shape for _, y in found] == [(n_rows, w) for w in widths]
-        assert [part.start for part, _ in found] == [sum(widths[:i]) for i in range(len(widths))]
+    width = columns.fitting(cache, 2, n_rows, 1024, depth, 128)
+    found = list(columns.blocks(like, n_rows, 1024, width))
+    assert [y.shape for _, y in found] == [(n_rows, w) for w in widths]
+    assert [part.start for part, _ in found] == [sum(widths[:i]) for i in range(len(widths))]
+
+
+def test_the_cache_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    properties = SimpleNamespace(L2_cache_size=H100)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: asked.append(device) or properties)
+    card = torch.device("cuda", 77)
+    assert [columns.cache_bytes(card) for _ in range(3)] == [H100] * 3
+    assert asked == [card]
+    assert columns.cache_bytes(torch.device("cpu")) == A100  # the interpreter's and the compile gate's
 
 
 def test_experts_without_tokens_get_exactly_zero(device: str) -> None:

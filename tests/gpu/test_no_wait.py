@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_ffn as sf
+from sparse_ffn.backends.triton import combine, decode, grouped, outer, router, routing
+from sparse_ffn.backends.triton.launch import launch
 from sparse_ffn.routing import routers
 
 BALANCE = ("entropy", "switch", "cv2", "z")
@@ -65,6 +67,36 @@ def test_layer_never_waits_for_the_device(name: str, masked: bool, device: str) 
             assert all(p.grad is not None for p in layer.parameters())
         with NoHostNumbers(), torch.no_grad():
             assert layer.eval()(x, mask=mask).shape == x.shape
+
+
+@pytest.mark.parametrize(("tokens", "train"), [(1, False), (9, True)], ids=["one token", "training"])
+def test_a_cuda_graph_may_route_anew(
+    tokens: int, train: bool, device: str, monkeypatch: pytest.MonkeyPatch, small_blocks: None
+) -> None:
+    """A replay launches what was recorded: nothing in a launch depends on where tokens go, or on the step before."""
+    launches: list[tuple[Any, ...]] = []
+
+    def recorded(kernel: Any, grid: int, *arguments: Any, **meta: Any) -> None:
+        sizes = [(a.dtype, a.shape, a.stride()) if isinstance(a, Tensor) else a for a in arguments]
+        launches.append((kernel.fn.__name__, grid, sizes, meta))
+        launch(kernel, grid, *arguments, **meta)
+
+    for module in (combine, decode, grouped, outer, router, routing):
+        monkeypatch.setattr(module, "launch", recorded)
+    layer, found = sf.SigmaMoE(16, 6, 16, 2, device=device).train(train), []
+    for x in (torch.randn(tokens, 16), torch.ones(tokens, 16)):  # the second goes to the same experts, all of it
+        leaf = x.to(device).requires_grad_(train)
+        with sf.backend("triton"), torch.set_grad_enabled(train):
+            y = layer(leaf)
+            if train:
+                (y.sum() + sf.aux_loss(layer)).backward()
+                layer.zero_grad()
+        found.append((launches.copy(), sf.routing_stats(layer)[""]["busiest"]))
+        launches.clear()
+    (first, busiest), (second, busiest_of_all) = found
+    assert len(first) >= 4
+    assert first == second
+    assert tokens == 1 or busiest < busiest_of_all
 
 
 def test_a_wait_would_raise() -> None:

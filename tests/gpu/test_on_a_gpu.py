@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from net import TOLERANCE, check, cvmm_case, expert_case, random, tf32
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import sparse_ffn as sf
@@ -92,6 +93,45 @@ def test_a_training_step_in_a_cuda_graph(make: Callable[[], sf.SparseFFN], token
     assert torch.equal(y, expected)
     for got, parameter in zip(captured, layer.parameters(), strict=True):
         assert torch.equal(got, parameter.grad)
+
+
+def test_a_graph_routes_anew_at_every_replay() -> None:
+    """bf16, the width of a real layer: tokens that are all alike overload k experts, and others none at all."""
+    layer = sf.SigmaMoE(1024, 64, 128, 8, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(2048, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def step() -> Tensor:
+        loss = layer(x).float().square().mean() + sf.aux_loss(layer)
+        loss.backward()
+        return loss.detach()
+
+    def gradients() -> list[Tensor]:
+        return [t.grad for t in (x, *layer.parameters()) if t.grad is not None]
+
+    def forget() -> None:
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    forget()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    recorded = gradients()
+    batches = [torch.randn_like(x), torch.randn_like(x[:1]).expand_as(x), torch.zeros_like(x), torch.randn_like(x)]
+    for batch in batches:
+        with torch.no_grad():
+            x.copy_(batch)
+        graph.replay()
+        found = [loss.clone(), *(t.clone() for t in recorded)]
+        forget()
+        expected = [step(), *gradients()]
+        assert all(map(torch.equal, found, expected))
 
 
 def test_layer_compiles_whole() -> None:

@@ -224,7 +224,7 @@ def test_what_a_step_launches() -> None:
     """At most four for the routing in each pass, beside those of the loss; four for a layer of one token."""
     shape = MoEShape(64, 32, 16, 16, 2)
     forward, backward = launches.step(shape, fused=True)
-    loss, slope = ["div", "special_entr", "sum", "mul"], ["clamp_min", "log_", "add_", "mul", "mul_"]
+    loss, slope = ["div", "special_entr", "sum", "mul"], ["clamp_min", "log_", "mul", "addcmul"]
     assert forward.routing.launches == ["route_kernel", "sum", *loss]
     assert backward.routing.launches == [*slope, "route_gradient_kernel", "mm", "add"]
     (alone,) = launches.step(MoEShape(1, 32, 16, 16, 2), fused=True, train=False)

@@ -33,8 +33,8 @@ def test_sort_is_the_stable_sort(name: str, blocks: str, device: str, request: p
     E, index = INDICES[name]()
     flat = index.flatten()
     with traps():
-        order, offsets = routing.sort_slots(guarded(flat.to(device)), E)
-    check_sorted(order, offsets, flat, E)
+        plan = routing.sort_slots(guarded(flat.to(device)), E, 1, 16, inverse=False)
+    check_sorted(plan, flat, E)
 
 
 def test_every_thread_of_a_scan_has_its_own_number(small_blocks: None) -> None:
@@ -44,21 +44,22 @@ def test_every_thread_of_a_scan_has_its_own_number(small_blocks: None) -> None:
         assert sort.scan * sort.columns >= threads
 
 
-def check_sorted(order: torch.Tensor, offsets: torch.Tensor, flat: torch.Tensor, E: int) -> None:
-    assert torch.equal(order.long().cpu(), flat.sort(stable=True).indices)
+def check_sorted(plan: routing.Plan, flat: torch.Tensor, E: int) -> None:
+    assert torch.equal(plan.order.long().cpu(), flat.sort(stable=True).indices)
     counts = torch.bincount(flat, minlength=E)[:E]
-    assert torch.equal(offsets.long().cpu(), torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+    assert torch.equal(plan.offsets.long().cpu(), torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
 
 
 @pytest.mark.parametrize("E", [4097, 100_000])
 def test_more_experts_than_a_program_can_count_are_sorted_by_torch(
     E: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(routing, "launch", None)
+    launched = without_launches(monkeypatch)
     index = torch.randint(0, E, (200, 2))
-    order, offsets = routing.sort_slots(index.to(device), E)
-    assert (order.dtype, offsets.dtype) == (torch.int32, torch.int32)
-    check_sorted(order, offsets, index.flatten(), E)
+    plan = routing.sort_slots(index.to(device), E, 2, 16, inverse=True)
+    assert launched == {"plan_kernel"}
+    assert (plan.order.dtype, plan.offsets.dtype) == (torch.int32, torch.int32)
+    check_sorted(plan, index.flatten(), E)
 
 
 @pytest.mark.parametrize("name", INDICES)
@@ -66,13 +67,16 @@ def test_more_experts_than_a_program_can_count_are_sorted_by_torch(
 def test_tiles_cover_every_position_once(name: str, block_m: int, device: str) -> None:
     E, index = INDICES[name]()
     k = index.shape[1]
-    order, offsets = routing.sort_slots(index.to(device), E)
     with traps():
-        plan = routing.plan(order, offsets, k, block_m, inverse=True)
-    assert torch.equal(plan.rows.cpu(), order.cpu() // k)
-    bounds, position = offsets.tolist(), order.long().cpu().argsort()
+        plan = routing.sort_slots(index.to(device), E, k, block_m, inverse=True)
+        again = routing.plan(plan.order, plan.offsets, k, block_m, inverse=True)
+    assert torch.equal(plan.rows.cpu(), plan.order.cpu() // k)
+    assert all(map(torch.equal, plan.tensors[:5], again.tensors))
+    busy = plan.tile_expert >= 0
+    assert torch.equal(plan.tile_row[busy], again.tile_row[busy])
+    bounds, position = plan.offsets.tolist(), plan.order.long().cpu().argsort()
     assert torch.equal(plan.inverse.long().cpu(), position.masked_fill(position >= bounds[-1], -1))
-    seen = torch.zeros(order.shape[0], dtype=torch.int64)
+    seen = torch.zeros(plan.order.shape[0], dtype=torch.int64)
     for e, row in zip(plan.tile_expert.tolist(), plan.tile_row.tolist(), strict=True):
         if e >= 0:
             assert bounds[e] <= row < bounds[e + 1]
@@ -88,15 +92,16 @@ def test_slots_of_unknown_experts_come_last(
     monkeypatch.setattr(routing, "SORT", replace(routing.SORT, experts=most))
     index = torch.tensor([3, -1, 0, 5, 9, 0, 3] * 5, device=device)
     with traps():
-        order, offsets = routing.sort_slots(index, 5)
+        plan = routing.sort_slots(index, 5, 1, 16, inverse=True)
     known = [i for e in range(5) for i, x in enumerate(index.tolist()) if x == e]
-    assert order.tolist() == known + [i for i in range(35) if i not in known]
-    assert offsets[-1] == len(known)
+    assert plan.order.tolist() == known + [i for i in range(35) if i not in known]
+    assert plan.offsets[-1] == len(known)
+    assert [i for i, p in enumerate(plan.inverse.tolist()) if p < 0] == plan.order.tolist()[len(known) :]
 
 
 def test_too_many_slots_are_refused() -> None:
     with pytest.raises(ValueError, match="fewer than 2"):
-        routing.sort_slots(torch.empty(1, dtype=torch.int64).expand(1 << 30), 2)
+        routing.sort_slots(torch.empty(1, dtype=torch.int64).expand(1 << 30), 2, 1, 16, inverse=False)
 
 
 def test_a_layer_of_many_experts_meets_the_reference(

@@ -54,8 +54,8 @@ def plain() -> None:
 def sort() -> None:
     index = torch.randint(0, 5, (200,))
     with traps():
-        order, _ = routing.sort_slots(guarded(index), 5)
-    assert torch.equal(order.long(), index.sort(stable=True).indices)
+        plan = routing.sort_slots(guarded(index), 5, 1, 16, inverse=False)
+    assert torch.equal(plan.order.long(), index.sort(stable=True).indices)
 
 
 def void() -> None:
@@ -183,8 +183,12 @@ FAULTS: dict[str, tuple[ModuleType, str, str, Callable[[], Any]]] = {
         routing, "mask=known, other=0), n_void)", "mask=known, other=0), 0)", void,
     ),
     "void slots forgotten in a token's sum": (combine, "live = (position >= 0) & (t < T)", "live = t < T", void),
-    "void slots have a position": (
+    "void slots have a position": (routing, "tl.where(known, position, -1)", "position", void),
+    "void slots have a position in the backward pass": (
         routing, "tl.where(position < tl.load(offsets + E), position, -1)", "position", void,
+    ),
+    "void slots have a gate's gradient": (
+        combine, "live = tl.load(inverse + slot, mask=t < T, other=-1) >= 0", "live = t < T", void,
     ),
     "experts known by their lower 32 bits": (
         routing, "tl.where((expert >= 0) & (expert < E), expert, E).to(tl.int32)", "expert.to(tl.int32)", nobody,

@@ -134,8 +134,8 @@ class _MeanNegativeEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (p_BE,) = ctx.saved_tensors
-        slope_BE = p_BE.clamp_min(torch.finfo(p_BE.dtype).tiny).log_().add_(1)
-        return slope_BE.mul_(grad * ctx.factor), None, None
+        log_BE, scale = p_BE.clamp_min(torch.finfo(p_BE.dtype).tiny).log_(), grad * ctx.factor
+        return torch.addcmul(scale, log_BE, scale), None, None
 
 
 def switch(routing: AnyRouting, pool: Pool, weight: Weight) -> Tensor:

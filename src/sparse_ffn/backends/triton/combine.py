@@ -16,10 +16,10 @@ BLOCK_T, BLOCK_S, BLOCK_N, SPLIT_BLOCK = 4, 32, 256, 1024
 
 @triton.jit
 def combine_kernel(
-    y, inverse, gate, out, T, N, K, stride_y, stride_out,
-    WEIGHTED: tl.constexpr, SORTED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    y, inverse, gate, out, dots, dot_sums, T, N, K, n_dots, stride_y, stride_out,
+    WEIGHTED: tl.constexpr, SORTED: tl.constexpr, DOTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out[t] = sum over j of gate[t, j] · y[position of slot t·K + j], where it has one."""
+    """out[t] = sum over j of gate[t, j] · y[position of slot t·K + j], where it has one; see ``combine``."""
     n_blocks = tl.cdiv(N, BLOCK_N)
     t = (tl.program_id(0) // n_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
     n = (tl.program_id(0) % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -36,6 +36,23 @@ def combine_kernel(
         total += row
     at = out + t.to(tl.int64)[:, None] * stride_out + n[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=mask)
+    if DOTS:  # noqa: SIM102 (the outer one is decided when this is compiled)
+        if tl.program_id(0) % n_blocks == 0:
+            sum_dots(dots, inverse, dot_sums, t, T, K, n_dots, BLOCK_T)
+
+
+@triton.jit
+def sum_dots(dots, inverse, sums, t, T, K, n_parts, BLOCK_T: tl.constexpr):
+    """sums[slot] = dots[0, slot] + dots[1, slot] + ... for the slots of some tokens; 0 for void ones."""
+    for j in range(0, K):
+        slot = t * K + j
+        live = tl.load(inverse + slot, mask=t < T, other=-1) >= 0
+        total = tl.zeros([BLOCK_T], tl.float32)
+        at = dots + slot
+        for _ in range(0, n_parts):
+            total += tl.load(at, mask=live, other=0.0)
+            at += T * K
+        tl.store(sums + slot, total.to(sums.dtype.element_ty), mask=t < T)
 
 
 @triton.jit
@@ -74,17 +91,28 @@ def add_parts_kernel(parts, out, size, n_parts, BLOCK: tl.constexpr):
     tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
 
 
-def combine(y: Tensor, inverse: Tensor | None, gate: Tensor | None, out: Tensor, k: int) -> None:
+def combine(
+    y: Tensor,
+    inverse: Tensor | None,
+    gate: Tensor | None,
+    out: Tensor,
+    k: int,
+    *,
+    dots: tuple[Tensor, Tensor] | None = None,
+) -> None:
     """out[t] = sum over j of gate[t, j] · y[inverse[t·k + j]]; without inverse y is in slot order, without gate 1.
 
     Slots whose inverse is -1 are void: they add 0.
     Shapes: y [S, N], inverse int32 [S], gate [T, k] contiguous, out [T, N]; y and out have
-    unit stride in their rows.
+    unit stride in their rows. ``dots`` are numbers of the slots in parts, fp32 [P, S], and what receives their sums,
+    [S] and 0 for void slots, which takes no launch of its own here; both contiguous.
     """
     T, N = out.shape
+    parts, sums = (None, None) if dots is None else dots
     launch(
-        combine_kernel, cdiv(T, BLOCK_T) * cdiv(N, BLOCK_N), y, inverse, gate, out, T, N, k, y.stride(0),
-        out.stride(0), WEIGHTED=gate is not None, SORTED=inverse is not None, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N,
+        combine_kernel, cdiv(T, BLOCK_T) * cdiv(N, BLOCK_N), y, inverse, gate, out, parts, sums, T, N, k,
+        0 if parts is None else parts.shape[0], y.stride(0), out.stride(0),
+        WEIGHTED=gate is not None, SORTED=inverse is not None, DOTS=dots is not None, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N,
         num_warps=2 * y.element_size(),  # a thread loads 16 bytes at once; with more, ptxas spilled
     )  # fmt: skip
 

@@ -36,6 +36,11 @@ class Plan:
     block_m: int
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of it, as kernels take it."""
+        return self.order, self.offsets, self.rows, self.inverse, self.tile_expert, self.tile_row
+
+    @property
     def n_tiles(self) -> int:
         """An upper bound that needs no look at the device."""
         return self.tile_expert.shape[0]
@@ -76,14 +81,48 @@ def scan_kernel(counts, totals, n_blocks, E, BLOCK: tl.constexpr, COLUMNS: tl.co
 
 
 @triton.jit
+def store_tiles(
+    tile, totals, offsets, tile_expert, tile_row, E, n_tiles,
+    COUNTED: tl.constexpr, BLOCK_M: tl.constexpr, TILES: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """The experts and first rows of some tiles, out of the experts' numbers of slots or, if not COUNTED, offsets."""
+    expert = tl.zeros([TILES], tl.int32)  # experts that end at or before the tile: its own one's number
+    first = tl.zeros([TILES], tl.int32)  # how many tiles they have
+    begin = tl.zeros([TILES], tl.int32)  # and how many slots
+    carry = 0
+    for start in range(0, E, PART):
+        e = start + tl.arange(0, PART)
+        if COUNTED:
+            length = tl.load(totals + e, mask=e < E, other=0)
+        else:
+            length = tl.load(offsets + e + 1, mask=e < E, other=0) - tl.load(offsets + e, mask=e < E, other=0)
+        tiles = (length + BLOCK_M - 1) // BLOCK_M
+        passed = ((carry + tl.cumsum(tiles, 0))[None, :] <= tile[:, None]) & (e < E)[None, :]
+        expert += tl.sum(passed.to(tl.int32), 1)
+        first += tl.sum(tl.where(passed, tiles[None, :], 0), 1)
+        begin += tl.sum(tl.where(passed, length[None, :], 0), 1)
+        carry += tl.sum(tiles, 0)
+    busy = tile < carry
+    tl.store(tile_expert + tile, tl.where(busy, expert, -1), mask=tile < n_tiles)
+    tl.store(tile_row + tile, begin + (tile - first) * BLOCK_M, mask=tile < n_tiles)
+
+
+@triton.jit
 def place_kernel(
-    index, counts, totals, order, offsets, S, E, BLOCK: tl.constexpr, PART: tl.constexpr, BINS: tl.constexpr
-):
+    index, counts, totals, order, offsets, rows, inverse, tile_expert, tile_row, S, E, K, n_blocks, n_tiles,
+    BLOCK_M: tl.constexpr, INVERSE: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, BINS: tl.constexpr,
+    TILES: tl.constexpr,
+):  # fmt: skip
     """order[position] = slot: the expert's begin + its slots in blocks before + its slots before in this block.
 
-    Void slots are counted as what the experts' slots leave over: no column of counts is theirs.
+    Void slots are counted as what the experts' slots leave over: no column of counts is theirs. The programs behind
+    those of the slots' blocks make the tiles.
     """
     block = tl.program_id(0)
+    if block >= n_blocks:
+        tile = (block - n_blocks) * TILES + tl.arange(0, TILES)
+        store_tiles(tile, totals, offsets, tile_expert, tile_row, E, n_tiles, True, BLOCK_M, TILES, PART)
+        return
     bins = tl.arange(0, BINS)
     total = tl.load(totals + bins, mask=bins < E, other=0)
     end = tl.cumsum(total, 0)
@@ -105,7 +144,11 @@ def place_kernel(
     n_void = block * BLOCK - tl.sum(tl.load(row + bins, mask=bins < E, other=0), 0)  # in blocks before
     earlier = tl.where(known, tl.load(row + expert, mask=known, other=0), n_void)
     begin = tl.where(known, tl.gather(end - total, tl.where(known, expert, 0), 0), n_live)
-    tl.store(order + begin + earlier + rank, slot, mask=slot < S)
+    position = begin + earlier + rank
+    tl.store(order + position, slot, mask=slot < S)
+    tl.store(rows + position, slot // K, mask=slot < S)
+    if INVERSE:
+        tl.store(inverse + slot, tl.where(known, position, -1), mask=slot < S)
 
 
 @triton.jit
@@ -123,39 +166,26 @@ def plan_kernel(
 
     if program * TILES < n_tiles:
         tile = program * TILES + tl.arange(0, TILES)
-        expert = tl.zeros([TILES], tl.int32)  # experts that end at or before the tile: its own one's number
-        first = tl.zeros([TILES], tl.int32)  # and how many tiles they have
-        carry = 0
-        for start in range(0, E, PART):
-            e = start + tl.arange(0, PART)
-            begin = tl.load(offsets + e, mask=e < E, other=0)
-            end = tl.load(offsets + e + 1, mask=e < E, other=0)
-            tiles = (end - begin + BLOCK_M - 1) // BLOCK_M
-            passed = ((carry + tl.cumsum(tiles, 0))[None, :] <= tile[:, None]) & (e < E)[None, :]
-            expert += tl.sum(passed.to(tl.int32), 1)
-            first += tl.sum(tl.where(passed, tiles[None, :], 0), 1)
-            carry += tl.sum(tiles, 0)
-        busy = tile < carry
-        row = tl.load(offsets + expert, mask=busy, other=0) + (tile - first) * BLOCK_M
-        tl.store(tile_expert + tile, tl.where(busy, expert, -1), mask=tile < n_tiles)
-        tl.store(tile_row + tile, row, mask=tile < n_tiles)
+        store_tiles(tile, None, offsets, tile_expert, tile_row, E, n_tiles, False, BLOCK_M, TILES, PART)
 
 
-def sort_slots(index: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
-    """Stable counting sort of int64 [S] by expert: order int32 [S], offsets int32 [E + 1].
+def sort_slots(index: Tensor, n_experts: int, k: int, block_m: int, *, inverse: bool) -> Plan:
+    """Sort the slots of int64 [S], ``k`` of them a token, by expert, stably; those outside [0, E) come last.
 
-    Beyond ``SORT.experts`` torch sorts. Slots whose expert is outside [0, E) come last.
+    A counting sort; beyond ``SORT.experts`` torch sorts.
     """
     S = index.numel()
     if S >= 1 << 30:
         raise ValueError(f"one call takes fewer than 2**30 slots (tokens times k), got {S}")
-    order = index.new_empty(S, dtype=torch.int32)
     if S == 0:
-        return order, index.new_zeros(n_experts + 1, dtype=torch.int32)
+        order, offsets = (index.new_zeros(n, dtype=torch.int32) for n in (0, n_experts + 1))
+        return plan(order, offsets, k, block_m, inverse=inverse)
     if n_experts > SORT.experts:
-        return sort_by_expert(index.flatten().clamp(-1, n_experts).to(torch.int32), n_experts)
+        order, offsets = sort_by_expert(index.flatten().clamp(-1, n_experts).to(torch.int32), n_experts)
+        return plan(order, offsets, k, block_m, inverse=inverse)
     index = index.contiguous()
-    offsets = index.new_empty(n_experts + 1, dtype=torch.int32)
+    order, offsets = (index.new_empty(n, dtype=torch.int32) for n in (S, n_experts + 1))
+    made = _unmade(order, offsets, block_m, inverse)
     n_blocks, bins = cdiv(S, SORT.block), max(power_of_two(n_experts), 16)
     counts = index.new_empty(n_blocks, n_experts, dtype=torch.int32)
     totals = index.new_empty(n_experts, dtype=torch.int32)
@@ -165,21 +195,27 @@ def sort_slots(index: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
         BLOCK=SORT.scan, COLUMNS=SORT.columns,
     )  # fmt: skip
     launch(
-        place_kernel, n_blocks, index, counts, totals, order, offsets, S, n_experts,
-        BLOCK=SORT.block, PART=SORT.part, BINS=bins,
+        place_kernel, n_blocks + cdiv(made.n_tiles, SORT.tiles), index, counts, totals, *made.tensors,
+        S, n_experts, k, n_blocks, made.n_tiles,
+        BLOCK_M=block_m, INVERSE=inverse, BLOCK=SORT.block, PART=SORT.part, BINS=bins, TILES=SORT.tiles,
     )  # fmt: skip
-    return order, offsets
+    return made
 
 
 def plan(order: Tensor, offsets: Tensor, k: int, block_m: int, *, inverse: bool) -> Plan:
-    """The plan for slots in sorted order, ``k`` of them a token."""
-    S, E = order.shape[0], offsets.shape[0] - 1
-    n_tiles = S // block_m + min(E, S)
-    tile_expert, tile_row = order.new_empty(n_tiles), order.new_empty(n_tiles)
-    rows, inverted = torch.empty_like(order), order.new_empty(S if inverse else 0)
-    grid = max(cdiv(S, SORT.positions), cdiv(n_tiles, SORT.tiles))
+    """The plan for slots that are in order already, ``k`` of them a token: what a forward pass kept."""
+    S, E, made = order.shape[0], offsets.shape[0] - 1, _unmade(order, offsets, block_m, inverse)
     launch(
-        plan_kernel, grid, order, offsets, rows, inverted, tile_expert, tile_row, S, E, k, n_tiles,
+        plan_kernel, max(cdiv(S, SORT.positions), cdiv(made.n_tiles, SORT.tiles)), *made.tensors,
+        S, E, k, made.n_tiles,
         BLOCK_M=block_m, INVERSE=inverse, BLOCK=SORT.positions, TILES=SORT.tiles, PART=SORT.part,
     )  # fmt: skip
-    return Plan(order, offsets, rows, inverted, tile_expert, tile_row, block_m)
+    return made
+
+
+def _unmade(order: Tensor, offsets: Tensor, block_m: int, inverse: bool) -> Plan:
+    """A plan of tensors that nothing has written yet."""
+    S, E = order.shape[0], offsets.shape[0] - 1
+    n_tiles = S // block_m + min(E, S)
+    rows, inverted = order.new_empty(S), order.new_empty(S if inverse else 0)
+    return Plan(order, offsets, rows, inverted, order.new_empty(n_tiles), order.new_empty(n_tiles), block_m)

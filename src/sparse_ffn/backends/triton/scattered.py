@@ -17,16 +17,26 @@ def sources(index: Tensor | None, order: Tensor) -> Tensor:
 
 
 def sums(
-    like: Tensor, product: Callable[[slice, Tensor], None], target: Tensor | None, S: int, n: int, width: int, step: int
+    like: Tensor,
+    product: Callable[[slice, Tensor], None],
+    target: Tensor | None,
+    S: int,
+    n: int,
+    width: int,
+    depth: int,
+    step: int,
 ) -> Tensor:
-    """out[target[s]] += y[s] into n rows; ``product`` writes columns of y [S, width]. No target: y itself."""
+    """out[target[s]] += y[s] into n rows; ``product`` writes columns of y [S, width]. No target: y itself.
+
+    ``depth`` is how many numbers of a row are multiplied, ``step`` the columns of a tile.
+    """
     if target is None:
         out = like.new_empty(S, width)
         product(slice(0, width), out)
         return out
     members, offsets = sort_by_expert(target, n)
     out = like.new_empty(n, width)
-    for part, y in columns.blocks(like, S, width, step):
+    for part, y in columns.blocks(like, S, width, columns.width(like, S, width, depth, step)):
         product(part, y)
         combine.add_segments(y, members, offsets, out[:, part])
     return out

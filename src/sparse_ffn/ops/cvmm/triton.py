@@ -18,18 +18,17 @@ from sparse_ffn.ops.segments import is_transposed
 def forward(x: Tensor, weight: Tensor, slots: Slots, n_out: int) -> Tensor:
     """The output."""
     expert, gather, scatter, reduction = slots
-    (E, _, L), S, how, x = weight.shape, expert.shape[0], precision(x), rows(x)
+    (E, M, L), S, how, x = weight.shape, expert.shape[0], precision(x), rows(x)
     kind = config.arithmetic(x.dtype, how, x, weight)
-    order, offsets = routing.sort_slots(expert, E)
-    plan = routing.plan(order, offsets, 1, config.block_m(x.device, kind, S / max(E, 1)), inverse=False)
+    plan = routing.sort_slots(expert, E, 1, config.block_m(x.device, kind, S / max(E, 1)), inverse=False)
     tile = config.tile(x.device, "one", kind, L, plan.block_m)
-    b, sources = matrices(weight, x.dtype), scattered.sources(gather, order)
+    b, sources = matrices(weight, x.dtype), scattered.sources(gather, plan.order)
     scale = None if reduction is None else reduction.contiguous()
 
     def product(part: slice, y: Tensor) -> None:
         grouped.multiply(plan, x, b[:, :, part], y, tile, how, rows=sources, scale=scale, unsort=True)
 
-    return scattered.sums(x, product, scatter, S, n_out, L, tile.n)
+    return scattered.sums(x, product, scatter, S, n_out, L, M, tile.n)
 
 
 @on_device
@@ -38,9 +37,8 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> Gradients
     expert, gather, scatter, reduction = slots
     (E, M, L), S, how, x, grad = weight.shape, expert.shape[0], precision(x), rows(x), rows(grad)
     kind = config.arithmetic(x.dtype, how, x, grad, weight)
-    order, offsets = routing.sort_slots(expert, E)
-    plan = routing.plan(order, offsets, 1, config.block_m(x.device, kind, S / max(E, 1)), inverse=False)
-    x_rows, grad_rows = scattered.sources(gather, order), scattered.sources(scatter, order)
+    plan = routing.sort_slots(expert, E, 1, config.block_m(x.device, kind, S / max(E, 1)), inverse=False)
+    x_rows, grad_rows = scattered.sources(gather, plan.order), scattered.sources(scatter, plan.order)
     scale = None if reduction is None else reduction.contiguous()
 
     tile = config.tile(x.device, "one", kind, M, plan.block_m)
@@ -54,19 +52,19 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> Gradients
             dots=None if dots is None else dots[part.start // tile.n :],
         )  # fmt: skip
 
-    dx = scattered.sums(x, product, gather, S, x.shape[0], M, tile.n)
+    dx = scattered.sums(x, product, gather, S, x.shape[0], M, L, tile.n)
     dreduction = None if reduction is None or dots is None else dots.sum(0).to(reduction.dtype)
     if is_transposed(weight):
         dweight = weight.new_empty(E, L, M)
         outer.outer(
-            grad, x, offsets, order, dweight, config.tile(x.device, "outer", kind, M, side=L), how,
+            grad, x, plan.offsets, plan.order, dweight, config.tile(x.device, "outer", kind, M, side=L), how,
             left_rows=grad_rows, right_rows=x_rows, scale=scale,
         )  # fmt: skip
         dweight = dweight.transpose(1, 2)
     else:
         dweight = weight.new_empty(E, M, L)
         outer.outer(
-            x, grad, offsets, order, dweight, config.tile(x.device, "outer", kind, L, side=M), how,
+            x, grad, plan.offsets, plan.order, dweight, config.tile(x.device, "outer", kind, L, side=M), how,
             left_rows=x_rows, right_rows=grad_rows, scale=scale,
         )  # fmt: skip
     return Gradients(dx, dweight, dreduction)

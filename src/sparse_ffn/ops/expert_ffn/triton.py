@@ -21,11 +21,11 @@ def forward(
     x: Tensor, experts: Units, index: Tensor, gate: Tensor, dropout_mask: Tensor | None, activation: str
 ) -> tuple[Tensor, Saved]:
     """The output, and what the backward pass needs."""
-    E, G, _ = experts.keys.shape
-    order, offsets = routing.sort_slots(index, E)
-    up_SG = x.new_empty(order.shape[0], G)
-    saved = Saved(order, offsets, up_SG, None if experts.gate_keys is None else torch.empty_like(up_SG))
-    return _forward(x, experts, gate, dropout_mask, activation, *saved), saved
+    G = experts.keys.shape[1]
+    up_SG = x.new_empty(index.numel(), G)
+    glu_gate_SG = None if experts.gate_keys is None else torch.empty_like(up_SG)
+    out, plan = _forward(x, experts, index, gate, dropout_mask, activation, up_SG, glu_gate_SG)
+    return out, Saved(plan.order, plan.offsets, up_SG, glu_gate_SG)
 
 
 @on_device
@@ -36,8 +36,7 @@ def inference(
     keys, values, gate_keys, key_bias = experts
     most = crossovers.decode_tokens_on_gpu(x, keys, index.shape[1])
     if not (use_decode(index.numel(), keys.shape[0]) if most is None else x.shape[0] <= most):
-        order, offsets = routing.sort_slots(index, keys.shape[0])
-        return _forward(x, experts, gate, dropout_mask, activation, order, offsets, None, None)
+        return _forward(x, experts, index, gate, dropout_mask, activation, None, None)[0]
     index = index.contiguous()
     h_SG = x.new_empty(index.numel(), keys.shape[1], dtype=torch.float32)
     y_SO = x.new_empty(index.numel(), values.shape[2], dtype=torch.float32)
@@ -52,36 +51,36 @@ def inference(
 def _forward(
     x: Tensor,
     experts: Units,
+    index: Tensor,
     gate: Tensor,
     dropout_mask: Tensor | None,
     activation: str,
-    order: Tensor,
-    offsets: Tensor,
     up_SG: Tensor | None,
     glu_gate_SG: Tensor | None,
-) -> Tensor:
-    """The output; into up and glu_gate, if given, what the backward pass needs of the units."""
+) -> tuple[Tensor, routing.Plan]:
+    """The output, and the slots' plan; into up and glu_gate, if given, what the backward pass needs of the units."""
     keys, values, gate_keys, key_bias = experts
-    (E, G, _), (T, K), O = keys.shape, gate.shape, values.shape[2]
+    (E, G, _), (T, K), O, S = keys.shape, gate.shape, values.shape[2], index.numel()
     how, x, gate = precision(x), rows(x), gate.contiguous()
     kind = config.arithmetic(x.dtype, how, x, keys, values, gate_keys)
-    block_m = config.block_m(x.device, kind, order.shape[0] / E)
-    plan = routing.plan(order, offsets, K, block_m, inverse=True)
+    block_m = config.block_m(x.device, kind, S / E)
+    plan = routing.sort_slots(index, E, K, block_m, inverse=True)
 
     # ReLU's saved activations are the hidden units themselves
     is_up = up_SG is not None and activation == "relu" and gate_keys is None and dropout_mask is None
-    h_SG = up_SG if is_up and up_SG is not None else x.new_empty(order.shape[0], G)
+    h_SG = up_SG if is_up and up_SG is not None else x.new_empty(S, G)
     tile = config.tile(x.device, "one" if gate_keys is None else "two", kind, G, block_m)
     scale = None if dropout_mask is None else dropout_mask.contiguous()
     cast = (matrices(keys, x.dtype), None if gate_keys is None else matrices(gate_keys, x.dtype), key_bias)
     grouped.up(plan, x, *cast, scale, up_SG, glu_gate_SG, h_SG, activation, tile, how)
     del cast  # copies of fp32 weights
-    values, tile = matrices(values, x.dtype), config.tile(x.device, "one", kind, O, block_m)
-    out = x.new_empty(T, O)
-    for part, y in columns.blocks(x, order.shape[0], O, tile.n):
+    values, out = matrices(values, x.dtype), x.new_empty(T, O)
+    width = columns.width(x, S, O, G, columns.STEP)
+    tile = config.tile(x.device, "one", kind, width, block_m)
+    for part, y in columns.blocks(x, S, O, width):
         grouped.multiply(plan, h_SG, values[:, :, part], y, tile, how)
         combine.combine(y, plan.inverse, gate, out[:, part], K)
-    return out
+    return out, plan
 
 
 @on_device
@@ -107,13 +106,12 @@ def backward(
     dglu_gate_SG = None if glu_gate_SG is None else torch.empty_like(up_SG)
     simple = gate_keys is None and dropout_mask is None
     tile = config.tile(x.device, "one" if simple else "two", kind, G, block_m)
-    dgates = x.new_zeros(cdiv(G, tile.n), S, dtype=torch.float32)  # void slots keep 0
+    dgates = x.new_empty(cdiv(G, tile.n), S, dtype=torch.float32)
     grouped.hidden_gradient(
         plan, grad, matrices(values, x.dtype), up_SG, glu_gate_SG,
         None if dropout_mask is None else dropout_mask.contiguous(), gate.contiguous(),
         dup_SG, dglu_gate_SG, weighted_SG, dgates, activation, tile, how,
     )  # fmt: skip
-    dgate = dgates.sum(0).to(gate.dtype).view(T, K)
 
     def to_matrix(left: Tensor, right: Tensor, weight: Tensor, second: tuple[Tensor, Tensor] | None = None) -> Tensor:
         out = weight.new_empty(weight.shape)
@@ -131,10 +129,11 @@ def backward(
     if dkey_bias is not None:
         outer.sum_rows(dup_SG, offsets, dkey_bias)
 
-    keys = matrices(keys, x.dtype)
-    dx, tile = x.new_empty(T, D), config.tile(x.device, "one", kind, D, block_m)
-    for part, y in columns.blocks(x, S, D, tile.n):
+    keys, dx, dgate = matrices(keys, x.dtype), x.new_empty(T, D), gate.new_empty(T, K)
+    width = columns.width(x, S, D, G if glu is None else 2 * G, columns.STEP)
+    tile = config.tile(x.device, "one", kind, width, block_m)
+    for part, y in columns.blocks(x, S, D, width):
         second = None if glu is None else (glu[0], glu[1][:, :, part])
         grouped.multiply(plan, dup_SG, keys[:, :, part], y, tile, how, second=second)
-        combine.combine(y, plan.inverse, None, dx[:, part], K)
+        combine.combine(y, plan.inverse, None, dx[:, part], K, dots=None if part.start else (dgates, dgate))
     return Gradients(dx, Units(dkeys, dvalues, dgate_keys, dkey_bias), dgate)
