@@ -1,11 +1,9 @@
-"""A hidden unit that is zero for all of an expert's few tokens is not read: the same sums, whatever lies there."""
+"""A hidden unit that is zero for all of an expert's few tokens is not read: the same sums, whatever lies there.
+
+``.ci/run`` runs these tests on every instruction set.
+"""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -175,12 +173,3 @@ def test_by_gate_keys_and_values_of_the_selected_units_alone_are_read(dtype: tor
     units.values[never] = torch.nan
     units.keys[never] = torch.inf
     assert torch.equal(run_topk(x, units, k, activation="silu", rank_by="gate"), y)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("isa", cpu.instruction_sets() if "cpu" in BACKENDS else ())
-def test_on_every_instruction_set(isa: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not exhaustive", str(Path(__file__))]
-    result = subprocess.run(command, env={**os.environ, "SPARSE_FFN_ISA": isa}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
-    assert "100%" in result.stdout

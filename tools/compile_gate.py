@@ -145,17 +145,22 @@ def compiling(number: int, target: Target, seen: dict[int, tuple[JITFunction, di
 def cases(target: str, quick: bool) -> Iterator[Callable[[], None]]:
     """Calls that together launch every kernel in every configuration.
 
-    Quick: without fp16, which takes bf16's tables, and of the newer and rarer targets only the forms that fuse most.
+    Quick: every tile of the tables with the form that fuses most, and every form with the highest tiles; the smallest
+    and the largest blocks; sizes of 1 in bf16. Without fp16, which takes bf16's tables, and of the newer and rarer
+    targets only the forms that fuse most.
     """
     every = [(torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"), (torch.float16, "ieee")]
     plain = ["relu"] if target in ("sm_80", "sm_90") or not quick else []
     for dtype, switch in every[: 3 if quick else 4]:
         for block_m in (16, 32, 64, 128):
+            for width in (64, 256, 100):  # the last is off every grid
+                yield partial(experts, dtype, switch, block_m, width, "full")
+            if quick and block_m < 128:
+                continue
             for width in (64, 256):
-                for form in ("full", *plain):
+                for form in plain:
                     yield partial(experts, dtype, switch, block_m, width, form)
                 yield partial(cvmms, dtype, switch, block_m, width)
-            yield partial(experts, dtype, switch, block_m, 100, "full")  # sizes off every grid
             for form in ("full", *plain):
                 yield partial(experts, dtype, switch, block_m, 256, form, gap=1)  # strides off every grid
             yield partial(cvmms, dtype, switch, block_m, 256, gap=1)
@@ -163,6 +168,8 @@ def cases(target: str, quick: bool) -> Iterator[Callable[[], None]]:
             yield partial(experts, dtype, switch, 128, 256, form)
         for width, depth in ((64, 256), (256, 64), (32, 64)):
             yield partial(experts, dtype, switch, 128, width, "relu", depth)
+        if dtype == torch.float32:
+            yield partial(experts, dtype, switch, 128, 32, "full")  # the smallest tile of the matrices' gradient
         yield partial(experts, dtype, switch, 512, 64, "relu")  # weight gradients in parts
         yield partial(experts, dtype, switch, 128, 100, "relu")
         yield partial(cvmms, dtype, switch, 128, 100)
@@ -188,7 +195,7 @@ def cases(target: str, quick: bool) -> Iterator[Callable[[], None]]:
         yield partial(routes, dtype, weights, 1, 1, "softmax", "full", 4096, 1)
         yield partial(routes, dtype, weights, 60, 3, "softmax", "full", 4096, 100)
     for dtype in (torch.bfloat16, torch.float32) if quick else (torch.bfloat16, torch.float32, torch.float16):
-        for width in (1, 100, 256, 1024):
+        for width in (1, 1024) if quick else (1, 100, 256, 1024):
             yield partial(bags, dtype, width, dtype)
             if dtype != torch.float32:
                 yield partial(bags, dtype, width, torch.float32)
@@ -197,12 +204,13 @@ def cases(target: str, quick: bool) -> Iterator[Callable[[], None]]:
             *((256, 32), (512, 32), (1024, 64), (2000, 1), (2000, 64)),
         ):
             yield partial(product_keys, dtype, n, k)
-        for n_units in (100, 1024, 4096, 8192):
+        for n_units in (100, 8192) if quick else (100, 1024, 4096, 8192):
             for activation, form in (("relu", "plain"), ("gelu", "full"), ("gelu_tanh", "full")):
                 yield partial(selections, dtype, n_units, activation, form, dtype)
             if dtype != torch.float32:
                 yield partial(selections, dtype, n_units, "gelu", "full", torch.float32)
-        yield from ones(dtype)
+        if dtype == torch.bfloat16 or not quick:
+            yield from ones(dtype)
 
 
 def ones(dtype: torch.dtype) -> Iterator[Callable[[], None]]:
@@ -528,7 +536,7 @@ def main() -> int:
     """Compile, print what is wrong, and the table if asked to; 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--target", nargs="*", choices=TARGETS, default=list(TARGETS))
-    quick = "without fp16, which takes the same tiles as bf16, and without the tiles for tuning"
+    quick = "every tile and every form, not each with each; without fp16, which takes bf16's, and the tiles for tuning"
     parser.add_argument("--quick", dest="what", action="store_const", const="quick", default="all", help=quick)
     tuning = "only the tiles for tuning"
     parser.add_argument("--candidates", dest="what", action="store_const", const="candidates", help=tuning)
