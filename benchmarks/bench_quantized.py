@@ -1,4 +1,4 @@
-"""Speed of quantised experts beside the same layer in bf16 and torch's own products with int8 and int4 weights."""
+"""Speed of quantised experts beside the same layer in bf16, torch's and torchao's products, and kt-kernel's experts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import sparse_ffn as sf
+from benchmarks.contender import NotInstalled, require
+from benchmarks.kt_kernel import KTExperts
 from benchmarks.machine import describe
+from benchmarks.quantized_profile import HEAD, bandwidth, profile
+from benchmarks.shapes import MoEShape
 from benchmarks.timing import Quartiles, Run, race
-from sparse_ffn.ops.products import supported
 
 BARS = {1: (0.60, 0.42), 4: (0.70, 0.55), 32: (0.90, 0.90), 256: (1.15, 1.15)}
 """Tokens -> the most that int8 and int4 may take of bf16's time, at D = 2048, E = 16, G = 1024, K = 8, a GLU."""
@@ -31,36 +34,72 @@ def layers(d: int, e: int, g: int, k: int) -> dict[str, sf.MoE]:
 
 
 def of_torch(layer: sf.MoE) -> dict[str, Callable[[Tensor], Tensor]]:
-    """The experts one after the other by torch's products, without the gates: what a loop over its kernels takes."""
-    gate_keys: Any = layer.gate_keys
-    stacks = [gate_keys, layer.keys, layer.values.mT]
+    """The experts one after the other by torch's products."""
     eights, fours = [], []
-    for stack in stacks:
-        matrices = stack.detach().float().contiguous()  # [E, out, in]
+    for matrices in _matrices(layer):
         scale = matrices.abs().amax(-1, keepdim=True) / 127
         eights.append(
             [((m / s).round().to(torch.int8), s.flatten().bfloat16()) for m, s in zip(matrices, scale, strict=True)]
         )
         fours.append([_int4(m) for m in matrices])
-
-    def run(product: Callable[[Tensor, Any], Tensor], packed: list[list[Any]]) -> Callable[[Tensor], Tensor]:
-        def call(x: Tensor) -> Tensor:
-            index = layer.router(x).index_TK
-            out = torch.zeros_like(x)
-            for e in range(layer.n_experts):
-                rows = (index == e).any(1).nonzero().squeeze(1)
-                if len(rows):
-                    part = x[rows]
-                    h = torch.nn.functional.silu(product(part, packed[0][e])) * product(part, packed[1][e])
-                    out.index_add_(0, rows, product(h, packed[2][e]))
-            return out
-
-        return call
-
     return {
-        "torch int8pack": run(lambda x, m: torch._weight_int8pack_mm(x, *m), eights),
-        "torch int4pack": run(lambda x, m: torch._weight_int4pack_mm_for_cpu(x, m[0], 32, m[1]), fours),
+        "torch int8pack": _loop(layer, lambda x, m: torch._weight_int8pack_mm(x, *m), eights),
+        "torch int4pack": _loop(layer, lambda x, m: torch._weight_int4pack_mm_for_cpu(x, m[0], 32, m[1]), fours),
     }
+
+
+def of_torchao(layer: sf.MoE) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The same by torchao's linear maps, where it is installed."""
+    try:
+        quantization = require("torchao.quantization", "torchao")
+    except NotInstalled as error:
+        print(f"torchao: {error}")
+        return {}
+    linears = [[_linear(m) for m in matrices] for matrices in _matrices(layer)]
+    for stack in linears:
+        for linear in stack:
+            quantization.quantize_(linear, quantization.Int8WeightOnlyConfig())
+    return {"torchao int8": _loop(layer, lambda x, linear: linear(x), linears)}
+
+
+def _matrices(layer: sf.MoE) -> list[Tensor]:
+    """A GLU's gate keys, keys and values as [E, out, in] in fp32."""
+    stacks: Any = (layer.gate_keys, layer.keys, layer.values.mT)
+    return [stack.detach().float().contiguous() for stack in stacks]
+
+
+def _linear(matrix: Tensor) -> nn.Linear:
+    linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta", dtype=torch.bfloat16)
+    linear.weight = nn.Parameter(matrix.bfloat16(), requires_grad=False)
+    return linear
+
+
+def _loop(
+    layer: sf.MoE, product: Callable[[Tensor, Any], Tensor], packed: list[list[Any]]
+) -> Callable[[Tensor], Tensor]:
+    """A loop over experts, without the gates: what it takes to have no kernel for a mixture."""
+
+    def call(x: Tensor) -> Tensor:
+        index = layer.router(x).index_TK
+        out = torch.zeros_like(x)
+        for e in range(layer.n_experts):
+            rows = (index == e).any(1).nonzero().squeeze(1)
+            if len(rows):
+                part = x[rows]
+                h = nn.functional.silu(product(part, packed[0][e])) * product(part, packed[1][e])
+                out.index_add_(0, rows, product(h, packed[2][e]))
+        return out
+
+    return call
+
+
+def of_kt_kernel(layer: sf.MoE, shape: MoEShape) -> dict[str, Callable[[Tensor], Tensor]]:
+    """kt-kernel's experts of 8 and 4 bits where they run; their activations are quantised, too."""
+    try:
+        return {f"kt-kernel int{bits}": KTExperts(layer, shape, f"AMXInt{bits}_MOE") for bits in (8, 4)}
+    except NotInstalled as error:
+        print(f"kt-kernel: {error}")
+        return {}
 
 
 def _int4(matrix: Tensor, group: int = 32) -> tuple[Tensor, Tensor]:
@@ -91,15 +130,23 @@ def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, tuple[Quartil
     parser.add_argument("--sizes", type=int, nargs=4, default=[2048, 16, 1024, 8], metavar=("D", "E", "G", "K"))
     parser.add_argument("--seconds", type=float, default=20, help="for a number of tokens")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--profile", action="store_true", help="where the time goes, beside the floor that bytes set")
     options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
     for name, fact in describe(torch.device("cpu")).items():
         print(f"{name}: {fact}")
-    if not supported("amx_tile"):
-        print("kt-kernel: needs AMX")
     made = layers(*options.sizes)
-    runs: dict[str, Callable[[Tensor], Tensor]] = {**made, **of_torch(made["bf16"])}
+    if options.profile:
+        _print_profiles(made, options.tokens, options.seconds)
+        return {}
+    base, shape = made["bf16"], MoEShape(max(options.tokens), *options.sizes)
+    runs: dict[str, Callable[[Tensor], Tensor]] = {
+        **made,
+        **of_torch(base),
+        **of_torchao(base),
+        **of_kt_kernel(base, shape),
+    }
     found = {}
     for tokens in options.tokens:
         found[tokens] = row(runs, tokens, options.sizes[0], options.seconds)
@@ -112,6 +159,15 @@ def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, tuple[Quartil
                 flush=True,
             )
     return found
+
+
+def _print_profiles(made: dict[str, sf.MoE], tokens: Sequence[int], seconds: float) -> None:
+    bytes_a_second = bandwidth()
+    print(f"memory is read with {bytes_a_second / 1e9:.1f} GB/s; call in ms, its parts in shares of it")
+    print(HEAD)
+    for n in tokens:
+        for name in ("int8", "int4"):
+            print(f"{n:<5} {name} {profile(made[name], n, seconds / 2).line(bytes_a_second)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""kt-kernel's experts in bf16, with our weights: kernels for serving on AMX or AVX-512, without a backward pass."""
+"""kt-kernel's experts, with our weights: kernels for serving on AMX or AVX-512, without a backward pass."""
 
 from __future__ import annotations
 
@@ -15,11 +15,24 @@ ABOUT = "AMXBF16_MOE with weights that it packed when it was built, our router; 
 
 
 class KTExperts(nn.Module):
-    """Experts of a gated layer of ours in kt-kernel, behind its router."""
+    """Experts of a gated layer of ours in kt-kernel, behind its router.
 
-    def __init__(self, layer: sf.MoE, shape: MoEShape, extension: Any) -> None:
+    Args:
+        layer: in bf16.
+        shape: its sizes and the most tokens.
+        kind: the name of kt-kernel's class.
+
+    Raises:
+        NotInstalled: the package is missing, or has no such experts for this processor.
+    """
+
+    def __init__(self, layer: sf.MoE, shape: MoEShape, kind: str = "AMXBF16_MOE") -> None:
         super().__init__()
         assert layer.gate_keys is not None
+        # it asks for a torch of its own, which it does not need for this
+        extension = require("kt_kernel", "--no-deps kt-kernel gguf").kt_kernel_ext
+        if not hasattr(extension.moe, kind):
+            raise NotInstalled(f"{kind} needs AMX or AVX-512")
         self.router, self.k = layer.router, shape.k
         self.pool = extension.CPUInfer(torch.get_num_threads())
         config = extension.moe.MOEConfig(shape.E, shape.k, shape.D, shape.G, 0)
@@ -30,7 +43,7 @@ class KTExperts(nn.Module):
         config.gate_proj, config.up_proj = layer.gate_keys.data_ptr(), layer.keys.data_ptr()
         config.down_proj = down.data_ptr()
         config.gate_scale = config.up_scale = config.down_scale = 0
-        self.experts = extension.moe.AMXBF16_MOE(config)
+        self.experts = getattr(extension.moe, kind)(config)
         places = torch.arange(shape.E)  # of the experts: none is moved
         self._run(self.experts.load_weights_task(places.data_ptr()))
 
@@ -54,8 +67,4 @@ def contender(layer: sf.MoE, oracle: Oracle, shape: MoEShape) -> Contender:
     Raises:
         NotInstalled: the package is missing, or has no such experts for this processor.
     """
-    # it asks for a torch of its own, which it does not need for this
-    extension = require("kt_kernel", "--no-deps kt-kernel gguf").kt_kernel_ext
-    if not hasattr(extension.moe, "AMXBF16_MOE"):
-        raise NotInstalled("its experts in bf16 need AMX or AVX512-BF16")
-    return Contender(KTExperts(layer, shape, extension), oracle, inference=True)
+    return Contender(KTExperts(layer, shape), oracle, inference=True)

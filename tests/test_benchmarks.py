@@ -805,15 +805,23 @@ def test_low_rank_experts_and_null_experts_have_their_benchmarks(
 
 
 @pytest.mark.exhaustive
-def test_quantised_experts_are_timed_beside_bf16_and_torch() -> None:
+def test_quantised_experts_are_timed_beside_bf16_and_torch(capsys: pytest.CaptureFixture[str]) -> None:
     from benchmarks import bench_quantized
 
-    found = bench_quantized.main(["--tokens", "1", "5", "--sizes", "64", "4", "32", "2", "--seconds", "0.05"])
+    small = ["--tokens", "1", "5", "--sizes", "64", "4", "32", "2", "--seconds", "0.05"]
+    found = bench_quantized.main(small)
+    others = {"torchao int8", "kt-kernel int8", "kt-kernel int4"}
     for times in found.values():
-        assert times.keys() == {"bf16", "int8", "int4", "torch int8pack", "torch int4pack"}
+        assert times.keys() - others == {"bf16", "int8", "int4", "torch int8pack", "torch int4pack"}
+    capsys.readouterr()
+    bench_quantized.main([*small, "--profile"])
+    table = capsys.readouterr().out.splitlines()[-5:]
+    assert [row.split()[:2] for row in table[1:]] == [[t, f"int{bits}"] for t in "15" for bits in (8, 4)]
+    assert {len(row) for row in table} == {len(table[0])}
 
 
-def test_torchs_int4_products_in_the_benchmark_compute_the_same() -> None:
+@pytest.mark.parametrize("whose", ["torch", pytest.param("torchao", marks=pytest.mark.exhaustive)])
+def test_others_products_in_the_benchmark_compute_the_same(whose: str) -> None:
     from benchmarks import bench_quantized
 
     layer = bench_quantized.layers(64, 4, 32, 4)["bf16"]
@@ -822,6 +830,6 @@ def test_torchs_int4_products_in_the_benchmark_compute_the_same() -> None:
     layer.router.weight.data.zero_()  # all gates are 1/4
     assert gates.shape == (5, 4)
     expected = 4 * layer(x).float()
-    for name, call in bench_quantized.of_torch(layer).items():
+    for name, call in getattr(bench_quantized, f"of_{whose}")(layer).items():
         error = (call(x).float() - expected).norm() / expected.norm()
         assert error < (0.2 if "4" in name else 0.03), name

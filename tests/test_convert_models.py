@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -224,3 +225,14 @@ def test_ffns_that_are_more_than_two_linear_maps_are_listed(name: str, sizes: An
     for at, reason in report.unknown.items():
         assert at.endswith(up)
         assert why in reason
+
+
+def test_gemma_3ns_statistical_topk_is_left_as_it_is() -> None:
+    """Its cutoff is made of all gates of a token: no function of a unit's own rows. Without it the FFN is a GLU."""
+    gemma = pytest.importorskip("transformers.models.gemma3n.modeling_gemma3n")
+    config = SimpleNamespace(hidden_size=8, intermediate_size=[16, 16], hidden_activation="gelu_pytorch_tanh")
+    config.activation_sparsity_pattern = [0.95, 0.0]
+    model = nn.Sequential(*(gemma.Gemma3nTextMLP(config, layer) for layer in range(2)))
+    report = sf.sparsify_(model, sf.TopKFFNConfig(k=4, rank_by="gate"))
+    assert report.names == ["1"]
+    assert list(report.unknown) == ["0"]

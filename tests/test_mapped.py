@@ -72,6 +72,21 @@ def test_a_mapped_model_gives_the_loaded_ones_outputs(
     assert model.a.keys.grad is not None
 
 
+def test_codes_are_mapped_as_they_are(kind: str, tmp_path: Path) -> None:
+    def make(device: str) -> sf.MoE:
+        layer = sf.SigmaMoE(32, 6, 5, 2, device=device)
+        sf.quantize_experts_(layer)
+        return layer.eval()
+
+    loaded, model, x = make("cpu"), make("meta"), torch.randn(3, 32)
+    path = save(loaded.state_dict(), tmp_path / "model", kind)
+    sf.map_experts_(model, path)
+    assert all(buffer.device.type == "cpu" for buffer in model.buffers())
+    model.router = loaded.router
+    with torch.no_grad():
+        assert torch.equal(model(x), loaded(x))
+
+
 def test_the_file_is_never_written(kind: str, tmp_path: Path) -> None:
     model = Model()
     path = save(model.state_dict(), tmp_path / "model", kind)

@@ -221,6 +221,15 @@ def test_a_compiled_model_breaks_its_graph_there() -> None:
         torch.testing.assert_close(torch.compile(layer, backend="eager")(x), layer(x))
 
 
+def test_the_banks_of_a_mixed_layer_have_a_cache_each() -> None:
+    layer = sf.layers.MixedMoE(D, [(3, 4), (2, 8)], K).eval()
+    twin, x = copy.deepcopy(layer), torch.randn(9, D)
+    sf.offload_experts_(twin, cache=2, device="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x), layer(x))
+    assert list(sf.offload_stats(twin)) == ["banks.0", "banks.1"]
+
+
 def split(layer: sf.MoE) -> sf.MoE:
     layer._split = object()
     return layer

@@ -109,6 +109,13 @@ def test_ffns_with_lora_are_left_and_listed_by_conversion() -> None:
     assert sf.sparsify_(model.merge_and_unload(), sf.SigmaMoEConfig(n_experts=4)).names == ["1"]
 
 
+def test_codes_are_no_parameters_to_adapt() -> None:
+    layer = layer_of()
+    sf.quantize_experts_(layer, sf.ExpertQuantization(bits=8))
+    with pytest.raises((TypeError, ValueError)):
+        adapted(layer, "keys")
+
+
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_parametrized_weights_are_what_every_path_computes_with(backend: str) -> None:
     class Double(nn.Module):

@@ -29,6 +29,7 @@ from sparse_ffn.compress import quantization_error
 from sparse_ffn.compress.quantizer import quantize
 from sparse_ffn.layers.rows import QuantizedRows
 from sparse_ffn.ops import Codes, quantized_cvmm
+from sparse_ffn.ops.activations import ACTIVATIONS
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
@@ -183,6 +184,17 @@ def test_a_layer_computes_what_the_numbers_of_its_codes_compute(
     for name, (found, right) in pairs.items():
         error = (found.grad.double() - right.grad).abs().max() / right.grad.abs().max()
         assert error < 2 * TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("glu", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_is_the_same_without_gradients(activation: str, glu: bool) -> None:
+    layer = sf.MoE(D, E, G, 2, glu=glu, activation=activation)
+    quantize_experts_(layer, ExpertQuantization(bits=8))
+    x = torch.randn(5, D)
+    expected = layer(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize("form", ["plain", "gathered", "scattered", "everything"])

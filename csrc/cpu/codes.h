@@ -47,8 +47,20 @@ template <class N, int kCodes> struct Differences {
 };
 
 // The zero point of a stored one: 4 bits as they are, and of 8 bits less 128, as the codes are stored.
-template <int kBits> static ALWAYS_INLINE int zero_of(uint8_t stored) { return kBits == 4 ? stored & 15 : stored - 128; }
+template <int kBits> static constexpr int zero_of(uint8_t stored) { return kBits == 4 ? stored & 15 : stored - 128; }
 constexpr uint8_t kMiddle[2] = {8, 128};  // what 4 and 8 bits without zero points have in their place
+template <int kBits> constexpr int kMiddleZero = zero_of<kBits>(kMiddle[kBits == 8]);
+
+// The middle less the zero points of n groups, or of VL.
+template <int kBits> static ALWAYS_INLINE V shifts_of(const uint8_t* stored, int64_t n) {
+  if (n >= VL) {
+    const VI zero = load_codes(stored);
+    return __builtin_convertvector(kBits == 4 ? 8 - (zero & 15) : 128 - zero, V);
+  }
+  float shifts[VL] = {};
+  for (int64_t p = 0; p < n; p++) shifts[p] = static_cast<float>(kMiddleZero<kBits> - zero_of<kBits>(stored[p]));
+  return load(shifts);
+}
 
 // Codes less the zero point of their group, kStep of them from an even column on: two vectors, of consecutive columns after
 // order(). That of 4 bits makes them of the even and of the odd columns. Small integers: the scale multiplies what they sum to.

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparse_ffn.backends.warning import SparseFFNWarning
 from sparse_ffn.checks import check_device, check_flag, check_module, plain, shown
-from sparse_ffn.compress.stacks import Stack, stacks_of_moe
+from sparse_ffn.compress.stacks import Stack, experts_of, tell, untaught
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.rows import OffloadedRows, QuantizedRows
 from sparse_ffn.layers.rows.offloaded import ExpertCache
@@ -22,7 +22,7 @@ from sparse_ffn.ops import Codes
 
 @torch.no_grad()
 def offload_experts_(model: nn.Module, *, cache: float, device: Any = "cuda", pin: bool = True) -> None:
-    """Keep the experts of a model's MoE layers in host memory, in place, and copy them to a GPU as tokens select them.
+    """Keep a model's experts in host memory, in place, and copy them to a GPU as tokens select them.
 
     Each layer has a cache on the device; the expert that was not used for longest makes place. A forward pass waits
     for the routing, copies what is missing on a stream of its own and computes. Where a call selects more experts than
@@ -32,31 +32,32 @@ def offload_experts_(model: nn.Module, *, cache: float, device: Any = "cuda", pi
     makes parameters of them again, in host memory.
 
     Args:
-        model: its layers' ``keys``, ``gate_keys`` and ``values`` become ``OffloadedRows``; rows of
-            ``quantize_experts_`` stay codes.
-        cache: experts of each layer on the device, an int; or their share, a float in (0, 1], rounded up.
+        model: the stacks of its ``MoE`` layers, and with ``sparse_ffn.integrations.transformers`` imported those of
+            transformers' models, become ``OffloadedRows``; rows of ``quantize_experts_`` stay codes.
+        cache: experts of each layer (of a ``MixedMoE`` of each bank) on the device, an int; or their share, a float in
+            (0, 1], rounded up.
         device: where the layers compute: a CUDA device, or ``"cpu"`` for trials.
         pin: put the experts into page-locked memory, from which copies overlap with computing.
 
     Raises:
         TypeError: an argument of a wrong type.
-        ValueError: the model has no MoE layer, a cache would hold fewer experts than k, the device is of another kind,
-            or a layer's stacks are offloaded already, on meta, parametrised, or distributed. Nothing was changed then.
+        ValueError: the model has no experts, the cache of a ``MoE`` would hold fewer than its k, the device is of
+            another kind, or a layer's stacks are offloaded already, on meta, parametrised, or distributed. Nothing was
+            changed then.
         RuntimeError: there is no such device, or it has too little memory.
     """
     check_module("model", model)
     pin = check_flag("pin", pin)
     size, place = _check_cache(cache), _check_place(device)
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
-    if not layers:
-        raise ValueError("the model has no MoE layer")
+    found = list(experts_of(model))
+    if not found:
+        raise ValueError(f"the model has no MoE layer{untaught(model)}")
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError("model holds a DistributedDataParallel, which trains: offload the module that it wraps")
-    slots = {id(layer): _slots(name, layer, size) for name, layer in layers}
-    found = [(layer, stacks_of_moe(layer)) for _, layer in layers]
-    for (name, layer), (_, stacks) in zip(layers, found, strict=True):
+    slots = [_slots(name, module, stacks[0].held.shape[0], size) for name, module, stacks in found]
+    for name, _, stacks in found:
         for stack in stacks:
-            _check(f"{name}.{stack.name}" if name else stack.name, layer, stack)
+            _check(f"{name}.{stack.name}" if name else stack.name, stack)
     pinned: dict[int, Tensor] = {}  # tied stacks are pinned once
 
     def host(t: Tensor) -> Tensor:
@@ -65,16 +66,17 @@ def offload_experts_(model: nn.Module, *, cache: float, device: Any = "cuda", pi
         return pinned[id(t)]
 
     made = []
-    for layer, stacks in found:
+    for (_, _, stacks), n_slots in zip(found, slots, strict=True):
         hosts: dict[str, Tensor | Codes] = {}
         for stack in stacks:
             rows = stack.held
             hosts[stack.name] = rows.codes.each(host) if isinstance(rows, QuantizedRows) else host(rows)
-        made.append((stacks, ExpertCache(hosts, slots[id(layer)], place)))
+        made.append((stacks, ExpertCache(hosts, n_slots, place)))
     for stacks, experts in made:
         for stack in stacks:
-            training = stack.module.training
-            stack.store(OffloadedRows(experts, stack.name).train(training))
+            transposed = stack.transposed and not isinstance(stack.held, QuantizedRows)  # whose rows are rows
+            stack.store(OffloadedRows(experts, stack.name, transposed).train(stack.module.training))
+    tell(model)
 
 
 def offload_stats(model: nn.Module) -> dict[str, dict[str, int]]:
@@ -88,11 +90,8 @@ def offload_stats(model: nn.Module) -> dict[str, dict[str, int]]:
         TypeError: the model is no module.
     """
     check_module("model", model)
-    caches = {
-        name: layer.values.cache
-        for name, layer in model.named_modules()
-        if isinstance(layer, MoE) and isinstance(layer.values, OffloadedRows)
-    }
+    found = {name: stacks[0].held for name, _, stacks in experts_of(model)}
+    caches = {name: rows.cache for name, rows in found.items() if isinstance(rows, OffloadedRows)}
     return {name: {"hits": c.hits, "misses": c.misses, "bytes": c.bytes} for name, c in caches.items()}
 
 
@@ -117,23 +116,24 @@ def _check_place(device: Any) -> torch.device:
     return place
 
 
-def _slots(name: str, layer: MoE, cache: int | float) -> int:
-    """Experts of a layer on the device."""
+def _slots(name: str, module: nn.Module, n_experts: int, cache: int | float) -> int:
+    """Experts of a module on the device."""
     share = isinstance(cache, float)
-    n = math.ceil(cache * layer.n_experts - 1e-9) if share else min(int(cache), layer.n_experts)
-    if n < min(layer.k, layer.n_experts):
-        holds = f", {n} experts of {layer.n_experts}," if share else ""
-        raise ValueError(f"cache = {cache}{holds} is less than the k = {layer.k} of {name or 'the layer'}")
+    n = math.ceil(cache * n_experts - 1e-9) if share else min(int(cache), n_experts)
+    k = module.k if isinstance(module, MoE) else 1  # others do not know it
+    if n < min(k, n_experts):
+        holds = f", {n} experts of {n_experts}," if share else ""
+        raise ValueError(f"cache = {cache}{holds} is less than the k = {k} of {name or 'the layer'}")
     return n
 
 
-def _check(where: str, layer: MoE, stack: Stack) -> None:
+def _check(where: str, stack: Stack) -> None:
     """Raise ValueError unless a stack can be offloaded."""
     rows = stack.held
     if isinstance(rows, OffloadedRows):
         raise ValueError(f"{where} are offloaded already: call dequantize_experts_ first, or load the model anew")
-    plain_parameter = stack.name in layer._parameters and not is_traceable_wrapper_subclass(rows)
-    if layer._split is not None or not (plain_parameter or isinstance(rows, QuantizedRows)):
+    plain_parameter = stack.name in stack.module._parameters and not is_traceable_wrapper_subclass(rows)
+    if getattr(stack.module, "_split", None) is not None or not (plain_parameter or isinstance(rows, QuantizedRows)):
         raise ValueError(
             f"{where} must be a plain parameter or rows of quantize_experts_, got {type(rows).__name__} that something "
             "computes or distributes: offload the experts of a model that is whole"

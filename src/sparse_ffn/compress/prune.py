@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from sparse_ffn.checks import check_choice, check_module, check_positive, check_type, plain, shown
 from sparse_ffn.compress.keep import SCORES, Score, best_of_all, best_of_each, check_kept, n_groups_of, score_of
 from sparse_ffn.compress.report import PrunedLayer, PruningReport
-from sparse_ffn.compress.statistics import ExpertStats, experts_of
+from sparse_ffn.compress.statistics import Experts, ExpertStats
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.ops import Units
 from sparse_ffn.routing.base import Router
@@ -136,7 +136,7 @@ def _check_stats(model: nn.Module, stats: Mapping[str, ExpertStats], pruned: Map
                 raise ValueError(
                     f"stats[{name!r}] are of {list(of.moment.shape)} [experts, d_out], the layer has {list(shape)}"
                 )
-        elif module is not None and experts_of(module) is not None:
+        elif module is not None and Experts.of(module) is not None:
             raise ValueError(f"{name} is a {type(module).__name__}: only MoE layers are pruned. For a block of "
                              "transformers see sparse_ffn.integrations.from_transformers")  # fmt: skip
         else:

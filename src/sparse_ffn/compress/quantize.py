@@ -15,7 +15,7 @@ from sparse_ffn.compress.config import ExpertQuantization
 from sparse_ffn.compress.output_error import output_errors
 from sparse_ffn.compress.quantizer import empty, quantize
 from sparse_ffn.compress.report import QuantizationReport, QuantizedLayer
-from sparse_ffn.compress.stacks import CHANGED, Stack, experts_of
+from sparse_ffn.compress.stacks import Stack, experts_of, tell, untaught
 from sparse_ffn.layers.rows import ExpertRows, QuantizedRows
 
 Filter = Callable[[nn.Module, str], bool]
@@ -61,7 +61,9 @@ def quantize_experts_(
         check_function("filter_fn", filter_fn, "module and name")
     found = [place for place in experts_of(model) if filter_fn is None or filter_fn(place[1], place[0])]
     if not found:
-        raise ValueError(_nothing(model))
+        raise ValueError(
+            f"model has no MoE layer whose experts could be quantised (or filter_fn leaves none){untaught(model)}"
+        )
     for name, _, stacks in found:
         for stack in stacks:
             _check(name, stack, config)
@@ -72,7 +74,7 @@ def quantize_experts_(
             _make(stacks, config, made)
         errors = output_errors(model, found, {of: rows for of, (rows, _, _) in made.items()}, batches)
     reports = [_quantize(name, stacks, config, made, errors.get(name)) for name, _, stacks in found]
-    _tell(model)
+    tell(model)
     return QuantizationReport(tuple(reports))
 
 
@@ -95,7 +97,7 @@ def dequantize_experts_(model: nn.Module, filter_fn: Filter | None = None) -> No
             for stack in stacks:
                 if isinstance(stack.held, ExpertRows):
                     stack.restore()
-    _tell(model)
+    tell(model)
 
 
 def _make(stacks: list[Stack], config: ExpertQuantization, made: Made) -> None:
@@ -173,15 +175,3 @@ def _near(columns: int, group: int, bits: int) -> list[int]:
     fit = [n for n in range(1, columns + 1) if columns % n == 0 and (bits == 8 or n % 2 == 0)]
     below, above = [n for n in fit if n < group], [n for n in fit if n > group]
     return [*below[-2:], *above[:2]]
-
-
-def _tell(model: nn.Module) -> None:
-    for told in CHANGED:
-        told(model)
-
-
-def _nothing(model: nn.Module) -> str:
-    hint = ""
-    if any(hasattr(module, "is_transposed") for module in model.modules()):
-        hint = "; for the experts of transformers' models import sparse_ffn.integrations.transformers first"
-    return f"model has no MoE layer whose experts could be quantised (or filter_fn leaves none){hint}"

@@ -66,7 +66,20 @@ KINDS: list[Kind] = [Kind(lambda module: isinstance(module, (MoE, Bank)), stacks
 
 
 CHANGED: list[Callable[[nn.Module], None]] = []
-"""Called with a model in which experts were quantised, or made dense again."""
+"""Called with a model in which experts were quantised, offloaded, or made dense again."""
+
+
+def tell(model: nn.Module) -> None:
+    """Say that a model's experts are stored in another form now."""
+    for told in CHANGED:
+        told(model)
+
+
+def untaught(model: nn.Module) -> str:
+    """What to add to the words that a model has no experts: perhaps it has some that nobody has taught."""
+    if any(hasattr(module, "is_transposed") for module in model.modules()):
+        return "; for the experts of transformers' models import sparse_ffn.integrations.transformers first"
+    return ""
 
 
 def experts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Stack]]]:

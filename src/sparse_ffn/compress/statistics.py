@@ -115,7 +115,7 @@ def expert_stats(
         check_function("filter_fn", filter_fn, "module and name")
     if ops.under_transforms():
         raise RuntimeError("expert_stats keeps sums on the side, which torch.func's transforms lose: call it outside")
-    found = {name: experts for name, module in model.named_modules() if (experts := experts_of(module)) is not None}
+    found = {name: experts for name, module in model.named_modules() if (experts := Experts.of(module)) is not None}
     if filter_fn is not None:
         found = {name: experts for name, experts in found.items() if filter_fn(experts.module, name)}
     if not found:
@@ -143,22 +143,22 @@ class Experts:
     apply: Callable[[Tensor, Tensor], Tensor]
     """f_e(x) for x [S, D], e [S]: [S, O]."""
 
+    @classmethod
+    def of(cls, module: nn.Module) -> Experts | None:
+        """A module as one with experts, if it is one."""
+        if isinstance(module, MoE):
+            return cls(module, partial(route, module), partial(apply, module))
+        names = ("hidden_states", "top_k_index", "top_k_weights")
+        if hasattr(module, "num_experts") and tuple(inspect.signature(module.forward).parameters) == names:
+            return cls(module, _given, partial(_ask, module))
+        return None
+
     @property
     def n_experts(self) -> int:
         """Those that compute: an index from here on names none of them."""
         if isinstance(self.module, MoE):
             return self.module.n_experts
         return int(self.module.num_experts)  # type: ignore[arg-type]
-
-
-def experts_of(module: nn.Module) -> Experts | None:
-    """The module as one with experts, if it is one."""
-    if isinstance(module, MoE):
-        return Experts(module, partial(route, module), partial(apply, module))
-    names = ("hidden_states", "top_k_index", "top_k_weights")
-    if hasattr(module, "num_experts") and tuple(inspect.signature(module.forward).parameters) == names:
-        return Experts(module, _given, partial(_ask, module))
-    return None
 
 
 def route(

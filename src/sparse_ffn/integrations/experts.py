@@ -16,7 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from sparse_ffn import ops
 from sparse_ffn.backends.warning import SparseFFNWarning
-from sparse_ffn.layers.rows.base import ExpertRows
+from sparse_ffn.layers.rows import ExpertRows, OffloadedRows
 
 NAME = "sparse_ffn"
 MOE = re.compile(r"(Experts|Mo[eE](Block|Layer)?|SparseMLP)$")
@@ -73,30 +73,45 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     if top_k_weights.shape != top_k_index.shape:
         raise ValueError(f"top_k_weights must have the shape of top_k_index, {list(top_k_index.shape)}, "
                          f"got {list(top_k_weights.shape)}")  # fmt: skip
-    (tokens, k), expert, weight = top_k_index.shape, top_k_index.reshape(-1), top_k_weights.reshape(-1, 1)
+    names = ("gate_up_proj" if _flag(experts, "has_gate", True) else "up_proj"), "down_proj"
+    stacks = {name: getattr(experts, name) for name in names}
+    biases = {name: getattr(experts, f"{name}_bias") for name in names if experts.has_bias}
+    down = stacks["down_proj"]
+    if not isinstance(down, OffloadedRows):
+        return _ffn(experts, stacks, biases, hidden_states, top_k_index, top_k_weights)
+
+    def of_cache(stacks: dict[str, Any], place: Tensor, expert: Tensor) -> Tensor:
+        here = {name: bias[expert] for name, bias in biases.items()}
+        return _ffn(experts, stacks, here, hidden_states, place, top_k_weights)
+
+    return down.in_waves(top_k_index, of_cache, hidden_states, top_k_weights, *biases.values())
+
+
+def _ffn(
+    experts: Any, stacks: dict[str, Any], biases: dict[str, Tensor], x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor
+) -> Tensor:
+    """The experts' function with these stacks and biases in the place of their own: [T, D]."""
+    (tokens, k), expert, weight = index_TK.shape, index_TK.reshape(-1), weight_TK.reshape(-1, 1)
     token = torch.arange(tokens * k, device=expert.device) // k
-    if _flag(experts, "has_gate", True):
-        h = experts._apply_gate(_product(experts, "gate_up_proj", hidden_states, expert, token))
+
+    def product(name: str, x: Tensor, rows: Tensor | None) -> Tensor:
+        """Each slot's row of x times its expert's matrix, plus its bias: [slots, out]."""
+        matrices = stacks[name]
+        if isinstance(matrices, ExpertRows):
+            up = name != "down_proj"
+            y = matrices.up(x, expert, rows) if up else matrices.down(x, expert, None, None, expert.shape[0])
+        else:
+            y = ops.cvmm(x.to(matrices.dtype), matrices if experts.is_transposed else matrices.mT, expert, gather=rows)
+        return y + F.pad(biases[name], (0, 0, 0, 1))[expert] if name in biases else y  # of no expert: zero
+
+    if "gate_up_proj" in stacks:
+        h = experts._apply_gate(product("gate_up_proj", x_TD, token))
     else:
-        h = experts.act_fn(_product(experts, "up_proj", hidden_states, expert, token))
-    y = _product(experts, "down_proj", h, expert, None)
+        h = experts.act_fn(product("up_proj", x_TD, token))
+    y = product("down_proj", h, None)
     if _flag(experts, "has_post_expert_norm", False):
         y = experts.post_expert_norm(y)
-    return (y * weight).view(tokens, k, y.shape[1]).sum(1).to(hidden_states.dtype)
-
-
-def _product(experts: Any, name: str, x: Tensor, expert: Tensor, rows: Tensor | None) -> Tensor:
-    """Each slot's row of x times its expert's matrix, plus its bias: [slots, out]."""
-    matrices: Any = getattr(experts, name)
-    if isinstance(matrices, ExpertRows):
-        up = name != "down_proj"
-        y = matrices.up(x, expert, rows) if up else matrices.down(x, expert, None, None, expert.shape[0])
-    else:
-        y = ops.cvmm(x.to(matrices.dtype), matrices if experts.is_transposed else matrices.mT, expert, gather=rows)
-    if not experts.has_bias:
-        return y
-    bias = F.pad(getattr(experts, f"{name}_bias"), (0, 0, 0, 1))  # of no expert: zero
-    return y + bias[expert]
+    return (y * weight).view(tokens, k, y.shape[1]).sum(1).to(x_TD.dtype)
 
 
 def _flag(experts: Any, name: str, default: bool) -> bool:

@@ -1,4 +1,4 @@
-"""The experts of transformers' models quantised: where their stacks are, and how a config says what is stored."""
+"""The experts of transformers' models quantised or offloaded: where they are, and how a config says what is stored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEY = "sparse_ffn_experts"  # of the record in config.json
 
 
 def teach() -> None:
-    """Let ``quantize_experts_`` find these experts too. Calling this again changes nothing."""
+    """Let ``quantize_experts_`` and ``offload_experts_`` find these experts too. Calling this again changes nothing."""
     if EXPERTS not in KINDS:
         KINDS.append(EXPERTS)
         CHANGED.append(prepare)
@@ -66,11 +66,12 @@ def facts(model: nn.Module) -> dict[str, dict[str, dict[str, Any]]]:
     for name, _, stacks in experts_of(model):
         for stack in stacks:
             rows = stack.held
-            if isinstance(rows, QuantizedRows):
-                group = rows.shape[-1] // rows.scale.shape[-1]
-                fact = {"bits": rows.codes.bits, "group_size": group, "symmetric": rows.zero_point is None}
+            codes = rows.codes if isinstance(rows, ExpertRows) else None
+            if codes is not None:
+                group = codes.shape[-1] // codes.scale.shape[-1]
+                fact = {"bits": codes.bits, "group_size": group, "symmetric": codes.zero_point is None}
                 found.setdefault(name, {})[stack.name] = fact
-                rows._is_hf_initialized = True  # type: ignore[assignment] # transformers draws no weights for it
+                rows._is_hf_initialized = True  # transformers draws no weights for it
     return found
 
 

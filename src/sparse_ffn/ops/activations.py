@@ -80,6 +80,7 @@ _INTO: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(_aten.gelu_, approximate="tanh"),
     "silu": _aten.silu_,
     "identity": lambda z: z,
+    "square": torch.square_,
     "squared_relu": lambda z: torch.relu_(z).square_(),
 }
 

@@ -38,6 +38,11 @@ class ExpertRows(nn.Module):
         """Where they are."""
         raise NotImplementedError
 
+    @property
+    def codes(self) -> ops.Codes | None:
+        """What is stored, if it is codes."""
+        return None
+
     def dense(self, experts: int | slice | Tensor | None = None) -> Tensor:
         """The rows as numbers, [E, G, C], or those of some experts by an index of the first dimension."""
         raise NotImplementedError

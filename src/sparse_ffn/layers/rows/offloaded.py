@@ -9,21 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_ffn import ops
-from sparse_ffn.layers.rows.base import ExpertRows
+from sparse_ffn.layers.rows.base import ExpertRows, rows_ffn
 from sparse_ffn.layers.rows.copies import Copies, StreamedCopies
 from sparse_ffn.layers.rows.lru import LRU
 from sparse_ffn.layers.rows.quantized import QuantizedRows
 from sparse_ffn.ops import Codes, Units
 
 Stack = Tensor | Codes
+FFN = Callable[[dict[str, Any], Tensor, Tensor], Tensor]
+"""From the stacks of some experts by name, as a layer holds them, which of them each slot of a token takes, and their
+numbers among all experts: the sum over the slots."""
 
 
 class ExpertCache:
     """The experts of one layer in host memory, and slots for some of them on a device.
 
     Args:
-        stacks: by name the rows [E, G, C], or their codes, in host memory.
+        stacks: by name a layer's stack [E, ...], or the codes of its rows, in host memory.
         n_slots: experts on the device.
         device: which one.
     """
@@ -50,13 +52,14 @@ class ExpertCache:
             self.bytes += len(missing) * sum(host[0].nbytes for host, _ in self.copies.pairs)
         return [slot for slot, _ in taken]
 
-    def compute(self, index: Tensor, ffn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The sum over waves of experts of an FFN out of the slots, of which those of other waves are void.
+    def compute(self, index: Tensor, ffn: FFN) -> Tensor:
+        """The sum over waves of experts of an FFN out of the cache, in which the experts of other waves are void.
 
         Args:
             index: experts in [0, E]; E is none.
-            ffn: from the same index by slots, in [0, n_slots], and the expert of each slot.
+            ffn: called with the cache's stacks and places in it, in [0, n_slots].
         """
+        here = {name: QuantizedRows(stack) if isinstance(stack, Codes) else stack for name, stack in self.slots.items()}
         waves = self.lru.waves(e for e, count in enumerate(self.count(index)) if count) or [[]]
         total: Tensor | None = None
         for wave in waves:
@@ -68,7 +71,7 @@ class ExpertCache:
                 slot_of[expert], expert_of[slot] = slot, expert
             by_slot = torch.tensor(slot_of, device=index.device)[index]
             self.copies.wait(slots)
-            y = ffn(by_slot, torch.tensor(expert_of, device=index.device))
+            y = ffn(here, by_slot, torch.tensor(expert_of, device=index.device))
             self.copies.used()
             if len(waves) == 1:
                 return y
@@ -99,11 +102,12 @@ class OffloadedRows(ExpertRows):
     Args:
         cache: the layer's, which all its stacks share.
         name: of the stack.
+        transposed: whether the stack [E, C, G] has the units' rows as its columns.
     """
 
-    def __init__(self, cache: ExpertCache, name: str) -> None:
+    def __init__(self, cache: ExpertCache, name: str, transposed: bool = False) -> None:
         super().__init__()
-        self.cache, self.name = cache, name
+        self.cache, self.name, self.transposed = cache, name, transposed
         _leave_out_of_graphs()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -117,15 +121,15 @@ class OffloadedRows(ExpertRows):
     @property
     def shape(self) -> torch.Size:
         """(E, G, C)."""
-        shape: torch.Size = self._host.shape
+        host = self._host
+        shape: torch.Size = (host.mT if self.transposed else host).shape
         return shape
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the numbers."""
-        dtype: torch.dtype = (
-            _tensors(self._host)[-1].dtype if isinstance(self._host, Tensor) else self._host.scale.dtype
-        )
+        host = self._host
+        dtype: torch.dtype = host.scale.dtype if isinstance(host, Codes) else host.dtype
         return dtype
 
     @property
@@ -133,13 +137,18 @@ class OffloadedRows(ExpertRows):
         """The cache's, which computes."""
         return self.cache.device
 
+    @property
+    def codes(self) -> Codes | None:
+        """Those in host memory, if they are codes."""
+        return self._host if isinstance(self._host, Codes) else None
+
     def dense(self, experts: int | slice | Tensor | None = None) -> Tensor:
         """The numbers, [E, G, C], or those of some experts, in host memory."""
         host = self._host
         if isinstance(host, Codes):
             return (host if experts is None else host.of(experts)).dense()
         numbers: Tensor = host if experts is None else host[experts]
-        return numbers
+        return numbers.mT if self.transposed else numbers
 
     def n_bytes(self) -> int:
         """Bytes in host memory."""
@@ -160,20 +169,28 @@ class OffloadedRows(ExpertRows):
         Raises:
             RuntimeError: the layer is in training.
         """
-        self._check_mode()
         bias = units.key_bias
 
-        def of_slots(by_slot: Tensor, expert_of_slot: Tensor) -> Tensor:
-            slots = self.cache.slots
-            stacks: dict[str, Any] = {n: QuantizedRows(s) if isinstance(s, Codes) else s for n, s in slots.items()}
-            here = Units(**stacks, key_bias=None if bias is None else bias[expert_of_slot])
-            values = stacks["values"]
-            ffn = values.ffn if isinstance(values, ExpertRows) else ops.expert_ffn
-            y: Tensor = ffn(x, here, by_slot, gate, dropout_mask=dropout_mask, activation=activation)
-            return y
+        def of_cache(stacks: dict[str, Any], place: Tensor, expert: Tensor) -> Tensor:
+            here = Units(**stacks, key_bias=None if bias is None else bias[expert])
+            return rows_ffn(x, here, place, gate, dropout_mask=dropout_mask, activation=activation)
 
-        compute = functools.partial(self.cache.compute, index, of_slots)
-        y: Tensor = _WithoutGradient.apply(compute, x, gate, bias)  # type: ignore[no-untyped-call]
+        return self.in_waves(index, of_cache, x, gate, bias)
+
+    def in_waves(self, index: Tensor, ffn: FFN, *operands: Tensor | None) -> Tensor:
+        """An FFN out of the cache that the layer's stacks share, in waves of experts that fit into it.
+
+        Args:
+            index: [T, K], experts in [0, E]; E is none.
+            ffn: the sum over a token's slots, of which those without an expert here add nothing.
+            operands: what else it computes with, to which there are no gradients.
+
+        Raises:
+            RuntimeError: the layer is in training.
+        """
+        self._check_mode()
+        compute = functools.partial(self.cache.compute, index, ffn)
+        y: Tensor = _WithoutGradient.apply(compute, *operands)  # type: ignore[no-untyped-call]
         return y
 
     def prefetch(self, index: Tensor) -> None:
@@ -210,8 +227,8 @@ class OffloadedRows(ExpertRows):
 
 @functools.cache
 def _leave_out_of_graphs() -> None:
-    """Let torch.compile break its graph at ``ffn``. Not when this is imported, for it loads the compiler."""
-    OffloadedRows.ffn = torch.compiler.disable(OffloadedRows.ffn)  # type: ignore[method-assign, no-untyped-call]
+    """Let torch.compile break its graph at ``in_waves``. Not when this is imported, for it loads the compiler."""
+    OffloadedRows.in_waves = torch.compiler.disable(OffloadedRows.in_waves)  # type: ignore[method-assign, no-untyped-call]
 
 
 class _WithoutGradient(torch.autograd.Function):

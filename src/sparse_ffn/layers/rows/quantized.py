@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparse_ffn import ops
 from sparse_ffn.layers.rows.base import ExpertRows
+from sparse_ffn.module import tensors_of
 
 
 class QuantizedRows(ExpertRows):
@@ -32,7 +33,7 @@ class QuantizedRows(ExpertRows):
     @property
     def codes(self) -> ops.Codes:
         """The buffers as the ops take them."""
-        return ops.Codes(self.qdata, self.scale, self.zero_point)
+        return ops.Codes(*tensors_of(self, "qdata", "scale", "zero_point"))
 
     @property
     def shape(self) -> torch.Size:
