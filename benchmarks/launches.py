@@ -174,6 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for fused in (False, True):
             for found in step(GPU_WIDE, fused=fused):
                 print("fused:" if fused else "called:", ", ".join(found.routing.launches), "\n")
+                if fused:
+                    print("experts:", ", ".join(found.experts.launches), "\n")
     return 0
 
 

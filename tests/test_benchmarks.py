@@ -448,6 +448,21 @@ def test_predictions_are_the_studys(shape: str, rates: tuple[int, int], cached: 
     assert predict.kept_bytes(sizes, glu=False) < predict.kept_bytes(sizes, glu=True)
 
 
+@pytest.mark.exhaustive
+def test_the_hosts_time_is_measured_without_a_card() -> None:
+    pytest.importorskip("triton")
+    root = Path(__file__).parents[1]
+    code = """
+import benchmarks.host as host
+host.REPEATS, launched = 2, []
+step = host.steps(False)["inference, one token"]
+host.step_in(step, launched)
+print(*launched, *(host.microseconds(step, call=call) > 0 for call in (True, False)))
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root).stdout
+    assert out.split() == ["route_kernel", "up_rows_kernel", "down_rows_kernel", "combine_kernel", "True", "True"]
+
+
 def test_without_a_card_the_page_says_that_nothing_was_measured() -> None:
     assert "No GPU was at hand" in gpu_page.section([])
     text = gpu_page.predicted()

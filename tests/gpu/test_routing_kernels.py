@@ -19,7 +19,7 @@ from sparse_ffn.ops.expert_ffn import triton as expert_ffn
 
 INDICES: dict[str, Callable[[], tuple[int, torch.Tensor]]] = {
     **ROUTINGS,
-    "many experts": lambda: (300, torch.randint(0, 300, (500, 2))),  # and blocks for several steps of a scan
+    "many experts": lambda: (100, torch.randint(0, 100, (200, 2))),  # and blocks for several steps of a scan
     "two of many": lambda: (70, torch.randint(0, 2, (90, 1)) * 69),
     "1 of 16": lambda: (16, torch.tensor([[15]])),
 }
