@@ -1,5 +1,6 @@
 """The core's bf16 products on matrix tiles (AMX), their instructions emulated in plain C++: csrc/cpu/amx_emulated.h.
 
+``make sanitize`` builds the core with them and runs the tests of the ops and layers on it, and this file as a program.
 What the emulation cannot show is whether a processor does what the manual says. The core asks that of each processor
 that has AMX, before it uses it: csrc/cpu/amx_check.h.
 """
@@ -10,7 +11,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,9 +23,7 @@ from sparse_ffn.backends import cpu
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
-CMAKE = shutil.which("cmake")
 COMPILER = shutil.which(os.environ.get("CXX") or "c++")
-EMULATED = {"SPARSE_FFN_ISA": "amx_emulated", "OMP_WAIT_POLICY": "passive"}
 compiled = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 
@@ -34,54 +32,7 @@ def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str
     return subprocess.run([*map(str, command)], env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)
 
 
-@pytest.fixture(scope="module")
-def core(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The library with the tiles emulated. Where the processor has AVX-512, all else is as in the build for AMX."""
-    if CMAKE is None or COMPILER is None:
-        pytest.skip("no C++ compiler or no cmake")
-    folder = tmp_path_factory.mktemp("emulated")
-    flags = "avx512" if cpu.PROBLEM is None and "avx512" in cpu.instruction_sets() else "generic"
-    options = ("-DCMAKE_BUILD_TYPE=Release", "-DSPARSE_FFN_WERROR=ON", "-DSPARSE_FFN_CUDA=OFF")
-    tiles = ("-DSPARSE_FFN_ISAS=generic", f"-DSPARSE_FFN_EMULATE_AMX={flags}")
-    for command in (
-        (CMAKE, "-S", CSRC, "-B", folder, *options, *tiles),
-        (CMAKE, "--build", folder, "--target", "sparse_ffn_cpu", "--parallel", "2"),
-    ):
-        result = run(*command)
-        assert result.returncode == 0, result.stdout + result.stderr
-    return str(folder / cpu.LIBRARY_NAME)
-
-
-@pytest.mark.exhaustive
-def test_the_emulation_is_never_chosen_by_itself(core: str) -> None:
-    code = "from sparse_ffn.backends import cpu; print(cpu.instruction_set(), *cpu.instruction_sets())"
-    result = run(sys.executable, "-c", code, SPARSE_FFN_LIBRARY=core, SPARSE_FFN_ISA="")
-    assert result.stdout.split() == ["generic", "amx_emulated", "generic"], result.stderr
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    ("files", "chosen"),
-    [
-        ("test_ops.py test_void_slots.py", ""),
-        ("test_nonfinite.py", ""),  # make sanitize runs the fuzz tests on it
-        ("test_matrix.py test_layers_against_oracle.py", " and bf16 and auto"),
-    ],
-)  # fmt: skip
-def test_the_tests_of_the_ops_and_layers_pass_on_it(core: str, files: str, chosen: str) -> None:
-    tests = [ROOT / "tests" / name for name in files.split()]
-    without = ("-k", "not compiled and not distributed and not opcheck" + chosen)
-    pytest_ = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--override-ini=addopts=-q --strict-markers")
-    result = run(*pytest_, *without, *tests, SPARSE_FFN_LIBRARY=core, **EMULATED)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert " passed" in result.stdout
-
-
-@pytest.mark.exhaustive
-def test_sizes_around_those_of_tiles_give_the_exact_result_on_any_number_of_threads(core: str) -> None:
-    result = run(sys.executable, __file__, SPARSE_FFN_LIBRARY=core, **EMULATED)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.split() == ["amx_emulated", str(len(SIZES))]
+# ----------------------------------------------------------------------- sizes around those of tiles, for .ci/sanitize
 
 
 ROWS = (1, 7, 8, 15, 16, 17, 0, 31, 32, 33, 48, 129, 515)
@@ -129,6 +80,7 @@ def assert_nothing_else_is_read(
 
 
 def sweep() -> None:
+    """The exact result on any number of threads, at sizes around those of tiles."""
     torch.manual_seed(0)
     for i, size in enumerate(SIZES):
         dtype = torch.float16 if i % 3 == 2 else torch.bfloat16
