@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -145,7 +147,6 @@ def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, tuple[Quartil
         **made,
         **of_torch(base),
         **of_torchao(base),
-        **of_kt_kernel(base, shape),
     }
     found = {}
     for tokens in options.tokens:
@@ -153,12 +154,24 @@ def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, tuple[Quartil
         bars = dict(zip(("int8", "int4"), BARS.get(tokens, ()), strict=False))
         for name, (time, ratio) in found[tokens].items():
             bar = f"  bar {bars[name]:.2f}" if name in bars and options.sizes == [2048, 16, 1024, 8] else ""
-            print(
-                f"T {tokens:5} {name:15} {time.median * 1e3:9.3f} ms  {ratio.median:5.2f} of bf16 "
-                f"({ratio.low:.2f} to {ratio.high:.2f}, {ratio.rounds} rounds){bar}",
-                flush=True,
-            )
+            _print_row(tokens, name, time, ratio, bar)
+    peers = of_kt_kernel(base, shape)
+    for tokens, name in itertools.product(options.tokens, peers):  # alone: its threads do not sleep between calls
+        x = torch.randn(tokens, options.sizes[0], dtype=torch.bfloat16)
+        time = race({name: Run(lambda: None, functools.partial(peers[name], x))}, options.seconds / 4).time(name)
+        bf16 = found[tokens]["bf16"][0].median
+        ratio = Quartiles(time.low / bf16, time.median / bf16, time.high / bf16, time.rounds)
+        found[tokens][name] = time, ratio
+        _print_row(tokens, name, time, ratio)
     return found
+
+
+def _print_row(tokens: int, name: str, time: Quartiles, ratio: Quartiles, bar: str = "") -> None:
+    print(
+        f"T {tokens:5} {name:15} {time.median * 1e3:9.3f} ms  {ratio.median:5.2f} of bf16 "
+        f"({ratio.low:.2f} to {ratio.high:.2f}, {ratio.rounds} rounds){bar}",
+        flush=True,
+    )
 
 
 def _print_profiles(made: dict[str, sf.MoE], tokens: Sequence[int], seconds: float) -> None:

@@ -36,7 +36,7 @@ class KTExperts(nn.Module):
         self.router, self.k = layer.router, shape.k
         self.pool = extension.CPUInfer(torch.get_num_threads())
         config = extension.moe.MOEConfig(shape.E, shape.k, shape.D, shape.G, 0)
-        config.max_len = shape.T
+        config.max_len = -(-shape.T // 32) * 32  # whole tiles
         config.pool = self.pool.backend_
         with torch.no_grad():
             down = layer.values.transpose(1, 2).contiguous()

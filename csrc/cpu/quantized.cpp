@@ -8,8 +8,8 @@
 
 SPARSE_FFN_BEGIN
 
-// Up to so many slots of a touched expert, on average, its numbers are made in registers.
-constexpr int64_t kFewSlots = 8;
+// Up to so many slots of a touched expert, on average, its numbers are made in registers, again for every four of them.
+template <class T> constexpr int64_t kFewSlots = kDirectProduct<T> == Product::kPaired ? 20 : 8;
 // From so many on the rows of x that slots name are packed once, and the weights' numbers are made once for all of them.
 constexpr int64_t kManySlots = 40;
 
@@ -104,8 +104,8 @@ template <class T, int kBits> static int product(const sparse_ffn_quantized& q, 
   int64_t touched = 0;
   for (int64_t e = 0; e < p.E; e++) touched += p.offsets[e] < p.offsets[e + 1];
   const int64_t slots = p.offsets[p.E];
-  const bool done = slots <= kFewSlots * touched ? quantized_few<typename Unpacked<T>::Type, kBits>(q, out)
-                                                 : packed<T, kBits>(q, slots > kManySlots * touched, out);
+  const bool done = slots <= kFewSlots<T> * touched ? quantized_few<typename Unpacked<T>::Type, kBits>(q, out)
+                                                    : packed<T, kBits>(q, slots > kManySlots * touched, out);
   return done ? SPARSE_FFN_OK : SPARSE_FFN_NO_MEMORY;
 }
 
