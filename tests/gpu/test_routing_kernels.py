@@ -11,7 +11,7 @@ import torch
 from net import ROUTINGS, check, cvmm_case, expert_case, guarded, traps
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparse_ffn.backends.triton import combine, config, decode, grouped, outer, routing
+from sparse_ffn.backends.triton import combine, config, decode, grouped, hidden, outer, routing
 from sparse_ffn.ops import Units
 from sparse_ffn.ops.cvmm import triton as cvmm
 from sparse_ffn.ops.cvmm.backend import Slots
@@ -74,10 +74,11 @@ def test_tiles_cover_every_position_once(name: str, block_m: int, device: str) -
     bounds, position = offsets.tolist(), order.long().cpu().argsort()
     assert torch.equal(plan.inverse.long().cpu(), position.masked_fill(position >= bounds[-1], -1))
     seen = torch.zeros(order.shape[0], dtype=torch.int64)
-    for e, row in zip(plan.tile_expert.tolist(), plan.tile_row.tolist(), strict=True):
-        if e >= 0:
-            assert bounds[e] <= row < bounds[e + 1]
-            seen[row : min(row + block_m, bounds[e + 1])] += 1
+    n_live, *tiles = plan.tiles.tolist() if plan.n_tiles else [0]
+    assert n_live <= plan.n_tiles
+    for e, row in zip(tiles[0 : 2 * n_live : 2], tiles[1 : 2 * n_live : 2], strict=True):
+        assert bounds[e] <= row < bounds[e + 1]
+        seen[row : min(row + block_m, bounds[e + 1])] += 1
     assert torch.equal(seen, (torch.arange(len(seen)) < bounds[-1]).long())  # void slots are in no tile
 
 
@@ -147,6 +148,6 @@ def without_launches(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         assert isinstance(grid, int)
         names.add(kernel.fn.__name__)
 
-    for module in (routing, grouped, outer, combine, decode):
+    for module in (routing, grouped, hidden, outer, combine, decode):
         monkeypatch.setattr(module, "launch", launch)
     return names

@@ -23,22 +23,21 @@ class Plan:
     """What a grouped product needs to know of the routing, all int32 on the device.
 
     ``rows[p]`` is the token at position p, ``inverse[slot]`` the position of a slot, -1 if it is void (empty if not
-    asked for). Tile i is the expert ``tile_expert[i]`` (-1: idle) and its ``block_m`` rows from position
-    ``tile_row[i]``, cut off where the expert ends.
+    asked for). ``tiles[0]`` tiles hold a row: tile i is the expert ``tiles[2i + 1]`` and its ``block_m`` rows from
+    position ``tiles[2i + 2]`` on, cut off where the expert ends. What is behind them is not written.
     """
 
     order: Tensor
     offsets: Tensor
     rows: Tensor
     inverse: Tensor
-    tile_expert: Tensor
-    tile_row: Tensor
+    tiles: Tensor
     block_m: int
 
     @property
     def n_tiles(self) -> int:
         """An upper bound that needs no look at the device."""
-        return self.tile_expert.shape[0]
+        return self.tiles.shape[0] // 2
 
 
 @triton.jit
@@ -109,7 +108,7 @@ def place_kernel(
 
 @triton.jit
 def plan_kernel(
-    order, offsets, rows, inverse, tile_expert, tile_row, S, E, K, n_tiles,
+    order, offsets, rows, inverse, tiles, S, E, K, n_tiles,
     BLOCK_M: tl.constexpr, INVERSE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """The tokens and the inverse of a block of positions, and the experts and rows of a block of tiles."""
@@ -129,15 +128,17 @@ def plan_kernel(
             e = start + tl.arange(0, PART)
             begin = tl.load(offsets + e, mask=e < E, other=0)
             end = tl.load(offsets + e + 1, mask=e < E, other=0)
-            tiles = (end - begin + BLOCK_M - 1) // BLOCK_M
-            passed = ((carry + tl.cumsum(tiles, 0))[None, :] <= tile[:, None]) & (e < E)[None, :]
+            count = (end - begin + BLOCK_M - 1) // BLOCK_M
+            passed = ((carry + tl.cumsum(count, 0))[None, :] <= tile[:, None]) & (e < E)[None, :]
             expert += tl.sum(passed.to(tl.int32), 1)
-            first += tl.sum(tl.where(passed, tiles[None, :], 0), 1)
-            carry += tl.sum(tiles, 0)
+            first += tl.sum(tl.where(passed, count[None, :], 0), 1)
+            carry += tl.sum(count, 0)
         busy = tile < carry
         row = tl.load(offsets + expert, mask=busy, other=0) + (tile - first) * BLOCK_M
-        tl.store(tile_expert + tile, tl.where(busy, expert, -1), mask=tile < n_tiles)
-        tl.store(tile_row + tile, row, mask=tile < n_tiles)
+        tl.store(tiles + 2 * tile + 1, expert, mask=busy)
+        tl.store(tiles + 2 * tile + 2, row, mask=busy)
+        if program == 0:
+            tl.store(tiles, carry)
 
 
 def sort_slots(index: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
@@ -174,11 +175,11 @@ def plan(order: Tensor, offsets: Tensor, k: int, block_m: int, *, inverse: bool)
     """The plan for slots in sorted order, ``k`` of them a token."""
     S, E = order.shape[0], offsets.shape[0] - 1
     n_tiles = S // block_m + min(E, S)
-    tile_expert, tile_row = order.new_empty(n_tiles), order.new_empty(n_tiles)
+    tiles = order.new_empty(2 * n_tiles + 1)
     rows, inverted = torch.empty_like(order), order.new_empty(S if inverse else 0)
     grid = max(cdiv(S, SORT.positions), cdiv(n_tiles, SORT.tiles))
     launch(
-        plan_kernel, grid, order, offsets, rows, inverted, tile_expert, tile_row, S, E, k, n_tiles,
+        plan_kernel, grid, order, offsets, rows, inverted, tiles, S, E, k, n_tiles,
         BLOCK_M=block_m, INVERSE=inverse, BLOCK=SORT.positions, TILES=SORT.tiles, PART=SORT.part,
     )  # fmt: skip
-    return Plan(order, offsets, rows, inverted, tile_expert, tile_row, block_m)
+    return Plan(order, offsets, rows, inverted, tiles, block_m)

@@ -22,7 +22,7 @@ def forward(x: Tensor, weight: Tensor, slots: Slots, n_out: int) -> Tensor:
     kind = config.arithmetic(x.dtype, how, x, weight)
     order, offsets = routing.sort_slots(expert, E)
     plan = routing.plan(order, offsets, 1, config.block_m(x.device, kind, S / max(E, 1)), inverse=False)
-    tile = config.tile(x.device, "one", kind, L, plan.block_m)
+    tile = config.tile(x.device, "one", kind, L, plan.block_m, depth=weight.shape[1])
     b, sources = matrices(weight, x.dtype), scattered.sources(gather, order)
     scale = None if reduction is None else reduction.contiguous()
 
@@ -43,7 +43,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> Gradients
     x_rows, grad_rows = scattered.sources(gather, order), scattered.sources(scatter, order)
     scale = None if reduction is None else reduction.contiguous()
 
-    tile = config.tile(x.device, "one", kind, M, plan.block_m)
+    tile = config.tile(x.device, "one", kind, M, plan.block_m, depth=0 if reduction is not None else L)
     dots = None if scale is None else x.new_zeros(cdiv(M, tile.n), S, dtype=torch.float32)
     b = matrices(weight, x.dtype).transpose(1, 2)
 
