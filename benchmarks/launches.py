@@ -88,7 +88,7 @@ class Recorder(TorchDispatchMode):
 @contextmanager
 def recorded() -> Iterator[Recorder]:
     """Record what runs inside; kernels of ours are not run."""
-    from sparse_ffn.backends.triton import combine, decode, grouped, outer, router, routing
+    from sparse_ffn.backends.triton import combine, decode, grouped, hidden, outer, router, routing
     from sparse_ffn.ops.expert_ffn import triton as expert_ffn
     from sparse_ffn.ops.route import triton as route
 
@@ -99,7 +99,7 @@ def recorded() -> Iterator[Recorder]:
             recorder.add(kernel.__name__, arguments)
 
     with ExitStack() as stack, sf.backend("triton"):
-        for module in (combine, decode, grouped, outer, router, routing):
+        for module in (combine, decode, grouped, hidden, outer, router, routing):
             stack.enter_context(patch.object(module, "launch", launch))
         for module in (expert_ffn, route):
             for name in ("forward", "inference", "backward"):

@@ -27,7 +27,7 @@ from sparse_ffn.tune.search import Search, merged
 CPU, CARD = torch.device("cpu"), Card("NVIDIA H100 80GB HBM3", "sm_90")
 ENTRIES = list(config.launchable("sm_90"))
 PROBLEM = Problem("half", 2048, 64, 8, 128, 1024, glu=False)
-BEST, GOOD = Tile.parse("128x128x32/8/5"), Tile.parse("128x128x64/8/3")
+BEST, GOOD = Tile.parse("128x128x32/8/5"), Tile.parse("128x128x64/8/4")
 
 
 @pytest.fixture

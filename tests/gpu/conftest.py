@@ -21,7 +21,7 @@ else:
     torch.set_num_threads(1)  # test_seeded_bugs forks
 
 import sparse_ffn as sf  # noqa: E402
-from sparse_ffn.backends.triton import columns, config, routing  # noqa: E402
+from sparse_ffn.backends.triton import columns, config, routing, schedule  # noqa: E402
 
 
 @pytest.fixture
@@ -31,11 +31,16 @@ def device() -> str:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Blocks of 16 everywhere: two or three on every axis of a small problem, and ragged tails."""
+    """Blocks of 16 everywhere: two or three on every axis of a small problem, and ragged tails.
+
+    Products are computed as on sm_90, by few programs: each walks several blocks.
+    """
     monkeypatch.setattr(columns, "MAX_BYTES", 1)  # as few columns at a time as there may be
     monkeypatch.setattr(columns, "STEP", 16)
     monkeypatch.setattr(routing, "SORT", config.Sort(block=16, part=8, scan=16, columns=16, positions=16, tiles=4))
-    with config.fixed(config.Tile(16, 16, 16, 4, 2)):
+    monkeypatch.setattr(schedule, "at_once", lambda *sizes: 3)
+    monkeypatch.setattr(config, "n_processors", lambda device: 1)
+    with config.fixed(config.Tile(16, 16, 16, 4, 2), architecture="sm_90"):
         yield
 
 

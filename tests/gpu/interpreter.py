@@ -86,7 +86,7 @@ def _bf16() -> None:
 def _poison() -> None:
     load = Builder.create_masked_load
 
-    def create_masked_load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any) -> Any:
+    def create_masked_load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any, **options: Any) -> Any:
         if other is None:
             kind = pointers.get_element_ty()
             dtype = interpreter._get_np_dtype(kind)
@@ -95,7 +95,7 @@ def _poison() -> None:
             else:
                 poison = np.nan if np.issubdtype(dtype, np.floating) else np.iinfo(dtype).max // 3
             other = Handle(np.full(pointers.data.shape, poison, dtype=dtype), kind)
-        return load(self, pointers, mask, other, *rest)
+        return load(self, pointers, mask, other, *rest, **options)
 
     Builder.create_masked_load = create_masked_load
 

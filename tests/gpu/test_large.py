@@ -17,7 +17,7 @@ from net import random
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
 
-from sparse_ffn.backends.triton import combine, config, decode, grouped, outer, product_keys, routing
+from sparse_ffn.backends.triton import combine, config, decode, grouped, hidden, outer, product_keys, routing
 
 pytestmark = [
     pytest.mark.usefixtures("small_blocks"),
@@ -58,7 +58,7 @@ def test_rows_and_experts_far_apart() -> None:
     expected = torch.stack([keys[2 - i].double() @ x[i].double() for i in range(3)])
     z, other, h = (torch.empty(3, 18, dtype=torch.float16) for _ in range(3))
     far = spread(keys)
-    grouped.up(plan, spread(x), far, far, None, None, z, other, h, "identity", TILE, "ieee")
+    hidden.up(plan, spread(x), far, far, None, None, z, other, h, "identity", TILE, "ieee")
     close(z[plan.inverse.long()], expected)
     close(other, z)
 
@@ -95,7 +95,7 @@ def test_hidden_gradient_of_experts_far_apart() -> None:
     grad, values, plan = random(3, 20).half(), random(3, 18, 20).half(), plan_of([2, 1, 0], 3)
     z, dz, weighted = (torch.ones(3, 18, dtype=torch.float16) for _ in range(3))
     dgate = torch.empty(2, 3)
-    grouped.hidden_gradient(
+    hidden.hidden_gradient(
         plan, spread(grad), spread(values), z, None, None, torch.ones(3), dz, None, weighted, dgate,
         "relu", TILE, "ieee",
     )  # fmt: skip
@@ -116,14 +116,14 @@ def test_hidden_units_past_two_billion() -> None:
     z, h, dz, weighted = (torch.empty(S, G, dtype=torch.float16) for _ in range(4))
     expected, every = x[-16:].double() @ keys[0].double().t().expand(16, 16), keys.expand(1, G, 16)
     last = (S // 16) * (G // 16) - 1
-    with only(grouped, last):
-        grouped.up(plan, x, every, None, None, None, z, None, h, "identity", TILE, "ieee")
+    with only(hidden, last):
+        hidden.up(plan, x, every, None, None, None, z, None, h, "identity", TILE, "ieee")
     close(z[-16:, -16:], expected)
     close(h[-16:, -16:], expected)
     dgate = torch.empty(G // 16, S)
     z[-16:, -16:] = 1
-    with only(grouped, last):
-        grouped.hidden_gradient(
+    with only(hidden, last):
+        hidden.hidden_gradient(
             plan, x, every, z, None, None, torch.ones(S), dz, None, weighted, dgate, "identity", TILE, "ieee"
         )
     close(dz[-16:, -16:], expected)
@@ -133,7 +133,7 @@ def test_experts_of_too_many_units_are_refused() -> None:
     """Inside a tile offsets have 32 bits."""
     keys = torch.empty(1, 1, 1).expand(1, 1 << 24, 1)
     with pytest.raises(ValueError, match="fewer than 2"):
-        grouped.up(plan_of([0], 1), torch.empty(1, 1), keys, None, None, None, None, None, keys, "relu", TILE, "ieee")
+        hidden.up(plan_of([0], 1), torch.empty(1, 1), keys, None, None, None, None, None, keys, "relu", TILE, "ieee")
 
 
 def test_gradients_of_scores_far_apart() -> None:

@@ -11,7 +11,7 @@ import torch
 from net import ROUTINGS, check, cvmm_case, expert_case, guarded, traps
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparse_ffn.backends.triton import combine, config, decode, grouped, outer, routing
+from sparse_ffn.backends.triton import combine, config, decode, grouped, hidden, outer, routing
 from sparse_ffn.ops import Units
 from sparse_ffn.ops.cvmm import triton as cvmm
 from sparse_ffn.ops.cvmm.backend import Slots
@@ -71,16 +71,17 @@ def test_tiles_cover_every_position_once(name: str, block_m: int, device: str) -
         plan = routing.sort_slots(index.to(device), E, k, block_m, inverse=True)
         again = routing.plan(plan.order, plan.offsets, k, block_m, inverse=True)
     assert torch.equal(plan.rows.cpu(), plan.order.cpu() // k)
-    assert all(map(torch.equal, plan.tensors[:5], again.tensors))
-    busy = plan.tile_expert >= 0
-    assert torch.equal(plan.tile_row[busy], again.tile_row[busy])
+    assert all(map(torch.equal, plan.tensors[:4], again.tensors))
+    n_live = int(plan.tiles[0]) if plan.n_tiles else 0
+    assert n_live <= plan.n_tiles
+    tiles = plan.tiles[1 : 2 * n_live + 1].tolist()
+    assert tiles == again.tiles[1 : 2 * n_live + 1].tolist()
     bounds, position = plan.offsets.tolist(), plan.order.long().cpu().argsort()
     assert torch.equal(plan.inverse.long().cpu(), position.masked_fill(position >= bounds[-1], -1))
     seen = torch.zeros(plan.order.shape[0], dtype=torch.int64)
-    for e, row in zip(plan.tile_expert.tolist(), plan.tile_row.tolist(), strict=True):
-        if e >= 0:
-            assert bounds[e] <= row < bounds[e + 1]
-            seen[row : min(row + block_m, bounds[e + 1])] += 1
+    for e, row in zip(tiles[::2], tiles[1::2], strict=True):
+        assert bounds[e] <= row < bounds[e + 1]
+        seen[row : min(row + block_m, bounds[e + 1])] += 1
     assert torch.equal(seen, (torch.arange(len(seen)) < bounds[-1]).long())  # void slots are in no tile
 
 
@@ -150,6 +151,6 @@ def without_launches(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         assert isinstance(grid, int)
         names.add(kernel.fn.__name__)
 
-    for module in (routing, grouped, outer, combine, decode):
+    for module in (routing, grouped, hidden, outer, combine, decode):
         monkeypatch.setattr(module, "launch", launch)
     return names

@@ -29,9 +29,12 @@ from sparse_ffn.backends.triton import (
     config,
     decode,
     grouped,
+    hidden,
+    operands,
     outer,
     product_keys,
     routing,
+    schedule,
     topk,
 )
 
@@ -136,18 +139,18 @@ def coded() -> None:
 
 FAULTS: dict[str, tuple[ModuleType, str, str, Callable[[], Any]]] = {
     # the nine classes of faults that any grouped product can have
-    "row mask one too far": (grouped, "p, p < end, n", "p, p <= end, n", plain),
-    "no mask on the tail of K": (grouped, "k_ok = k < K - start", "k_ok = k < K", plain),
+    "row mask one too far": (schedule, "p < tl.load(offsets", "p <= tl.load(offsets", plain),
+    "no mask on the tail of K": (operands, "(k < K)", "(k < K + start)", plain),
     "no mask on stored columns": (
         grouped, "mask = ok[:, None] & n_ok[None, :]", "mask = ok[:, None] & (n >= 0)[None, :]", plain,
     ),
     "rows addressed in 32 bits": (
-        grouped, "row.to(tl.int64)[:, None] * stride_a", "row[:, None] * stride_a", far,
+        operands, "row.to(tl.int64)[:, None] * stride", "row[:, None] * stride", far,
     ),
-    "swapped strides": (grouped, "g, g_ok, stride_kd, stride_kg, D", "g, g_ok, stride_kg, stride_kd, D", plain),
+    "swapped strides": (hidden, "stride_ke, stride_kd, stride_kg,\n", "stride_ke, stride_kg, stride_kd,\n", plain),
     "last block of K dropped": (grouped, "in range(0, K, BLOCK_K)", "in range(0, K - 15, BLOCK_K)", plain),
     "masked load without other": (
-        grouped, "mask=row_ok[:, None] & k_ok[None, :], other=0.0)", "mask=row_ok[:, None] & k_ok[None, :])", plain,
+        operands, "mask=ok[:, None] & (k < K)[None, :], other=0.0)", "mask=ok[:, None] & (k < K)[None, :])", plain,
     ),
     "expert 0 skipped": (routing, "busy = tile < carry", "busy = (tile < carry) & (expert > 0)", plain),
     "another program's output read": (
@@ -156,20 +159,21 @@ FAULTS: dict[str, tuple[ModuleType, str, str, Callable[[], Any]]] = {
     ),
     # and some of our own
     "experts addressed in 32 bits": (
-        grouped, "tl.load(tile_expert + tile).to(tl.int64)", "tl.load(tile_expert + tile)",
-        far,
+        operands, "expert.to(tl.int64) * stride_e", "expert * stride_e", far,
     ),
     "sort not stable": (routing, "before[None, :] < slot[:, None]", "before[None, :] > slot[:, None]", sort),
     "blocks before not counted": (routing, "begin + earlier + rank", "begin + rank", sort),
     "tile's rows not from its expert's begin": (routing, "(tile - first) * BLOCK_M", "tile * BLOCK_M", plain),
-    "idle tiles at work": (grouped, "    if expert < 0:\n        return\n    g_ok", "    g_ok", plain),
-    "bias left out": (grouped, "    if BIAS:", "    if False:", everything),
-    "halves of a GLU swapped": (grouped, "(dh * active).to(dup", "(dh * factor).to(dup", everything),
-    "dropout left out of the gradient": (grouped, "        dh *= scale", "        dh *= 1", everything),
+    "idle tiles at work": (schedule, "return tl.load(tiles) *", "return (tl.load(tiles) + 1) *", plain),
+    "a program's first block only": (schedule, "return tl.load(tiles) *", "return tl.num_programs(0) + 0 *", plain),
+    "a group of tiles as high as any": (schedule, "tl.minimum(tl.load(tiles) - first_tile, GROUP)", "GROUP", wide_sums),
+    "bias left out": (hidden, "        if BIAS:", "        if False:", everything),
+    "halves of a GLU swapped": (hidden, "(dh * active).to(dup", "(dh * factor).to(dup", everything),
+    "dropout left out of the gradient": (hidden, "        dh *= scale", "        dh *= 1", everything),
     "parts of the gate's gradient in one place": (
-        grouped, "(tl.program_id(0) % tl.cdiv(G, BLOCK_N)).to(tl.int64) * S", "0", everything,
+        hidden, "block.to(tl.int64) * S", "0", everything,
     ),
-    "derivative at the wrong place": (grouped, "gradient(dh, pre, ACTIVATION)", "gradient(dh, dh, ACTIVATION)", plain),
+    "derivative at the wrong place": (hidden, "gradient(dh, pre, ACTIVATION)", "gradient(dh, dh, ACTIVATION)", plain),
     "gate left out of the sum": (combine, "        if WEIGHTED:", "        if False:", plain),
     "a token's sum cut short": (combine, "for j in range(0, K)", "for j in range(0, K - 1)", one_sum),
     "parts that overlap": (outer, "end = tl.minimum(end, begin + length)", "end = end", in_parts),
@@ -234,7 +238,7 @@ FAULTS: dict[str, tuple[ModuleType, str, str, Callable[[], Any]]] = {
         "mask=ok[:, None], other=0.0).to(tl.float32) * factor", fenced,
     ),
     "units read past the last expert's end": (
-        grouped, "b_tile = tl.load(b_at, mask=n_ok[None, :], other=0.0)", "b_tile = tl.load(b_at)", fenced,
+        operands, "tl.load(at, mask=(n < N)[None, :], other=0.0)", "tl.load(at)", fenced,
     ),
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from sparse_ffn.backends.triton import config, grouped, tuned
+from sparse_ffn.backends.triton import config, grouped, hidden, tuned
 from sparse_ffn.backends.triton.tile import Tile
 from sparse_ffn.backends.triton.tuned import Card, Tuned
 from sparse_ffn.tune import runner as module
@@ -37,7 +37,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Tile]:
         tiles.append(Tile(*sizes))
         launch(kernel, grid, *arguments, **meta)
 
-    monkeypatch.setattr(grouped, "launch", spy)
+    for products in (grouped, hidden):
+        monkeypatch.setattr(products, "launch", spy)
     return tiles
 
 
@@ -98,7 +99,8 @@ def test_a_candidate_that_does_not_compile_ends_nothing(
             raise failure
         launch(kernel, grid, *arguments, **meta)
 
-    monkeypatch.setattr(grouped, "launch", fails)
+    for products in (grouped, hidden):
+        monkeypatch.setattr(products, "launch", fails)
     lines: list[str] = []
     runner = DeviceRunner(torch.device(device), lambda call: 1.0)
     search = Search(ENTRIES, runner, seconds=1e9, kernels=("two",), say=lines.append)

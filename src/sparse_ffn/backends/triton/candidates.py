@@ -10,24 +10,19 @@ from __future__ import annotations
 from sparse_ffn.backends.triton.tile import Table, table
 
 _SM80 = table("""
-    one    half   16x64x128/4/2   16x128x32/4/5   32x64x32/4/5    32x128x32/4/5
-    one    half   64x64x32/4/5    64x128x32/4/4   64x256x32/8/3   128x64x32/4/4
-    one    half   128x128x32/8/3  128x128x64/8/3
-    two    half   16x64x32/4/5    32x64x32/4/4    64x64x64/4/3    64x64x32/8/4    128x64x32/8/3
-    outer  half   64x128x64/4/7   128x128x32/4/7  128x128x64/8/7
-    one    tf32   64x128x16/4/4   64x128x32/8/3   128x128x16/8/3  128x128x32/8/3
-    two    tf32   64x64x32/8/3    128x64x16/8/3
-    outer  tf32   64x128x32/8/7   128x128x32/8/7
+    one    half   64x256x32/8/3   128x64x32/4/4   128x128x32/8/3  128x128x64/8/3
+    two    half   64x64x64/4/3    128x64x32/8/3
+    outer  half   128x128x64/8/7
+    one    tf32   64x128x32/8/3   128x128x32/8/3
+    two    tf32   128x64x16/8/3
+    outer  tf32   128x128x32/8/7
 """)
 _SM90 = table("""
-    one    half   16x64x128/4/3   32x64x128/4/3   32x128x128/4/3
-    one    half   64x64x128/4/3   64x128x64/4/3   64x128x128/4/3  64x256x64/8/3
-    one    half   128x64x64/8/4   128x128x64/8/3  128x128x32/8/5
-    two    half   16x64x128/4/3   32x64x128/4/3   64x64x64/4/3    64x64x128/4/2   64x128x64/8/3
-    two    half   128x64x64/8/3
-    outer  half   64x128x128/4/5  128x128x64/4/5  128x128x64/8/7  128x128x32/8/5  128x256x64/8/5
-    one    tf32   64x128x32/8/4   64x256x32/8/3   128x128x32/8/3  128x128x32/8/4
-    two    tf32   64x64x32/4/3    64x64x32/8/3    128x64x32/8/3
-    outer  tf32   64x128x32/4/7   128x128x32/8/7
+    one    half   64x128x64/4/3   64x256x64/8/3   128x128x64/8/4  128x128x32/8/5
+    two    half   64x128x64/8/3   128x64x64/8/4
+    outer  half   128x128x32/8/5  128x256x64/8/5
+    one    tf32   64x256x32/8/3   128x128x32/8/4
+    two    tf32   128x64x32/8/3
+    outer  tf32   128x128x32/8/7
 """)
 TABLES: dict[str, Table] = {"sm_80": _SM80, "sm_90": _SM90}

@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_ffn.backends.triton import combine
-from sparse_ffn.backends.triton.grouped import store_products, tile_of
+from sparse_ffn.backends.triton import combine, schedule
+from sparse_ffn.backends.triton.grouped import store_products
 from sparse_ffn.backends.triton.launch import cdiv, launch
 from sparse_ffn.backends.triton.routing import Plan
+from sparse_ffn.backends.triton.schedule import n_blocks_at_work, place
 from sparse_ffn.backends.triton.tile import Tile
 
 Codes = tuple[Tensor, Tensor, "Tensor | None"]
@@ -71,45 +72,44 @@ def spread(x, SHARED: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def codes_kernel(
     a, rows, qdata, scale, zero_point, weight, partner, partner_rows, out, dots,
-    order, offsets, tile_expert, tile_row, begin, N, K, S, C, GROUP, stride_a, stride_partner,
+    order, offsets, tiles, begin, N, K, S, C, GROUP, stride_a, stride_partner,
     stride_qe, stride_q, stride_se, stride_s, stride_ze, stride_z,
     DOWN: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, SHARED: tl.constexpr,
     WEIGHTED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Each position's row times its expert's matrix, and what comes after; see ``multiply``."""
-    expert, _, p, ok, n = tile_of(tile_expert, tile_row, offsets, N, BLOCK_M, BLOCK_N)
-    if expert < 0:
-        return
-    n_ok = n < N
-    row = tl.load(rows + p, mask=ok, other=0)
-    qdata += expert * stride_qe
-    scale += expert * stride_se
-    if ZERO:
-        zero_point += expert * stride_ze
     k = tl.arange(0, BLOCK_K)
-    a_at = a + row.to(tl.int64)[:, None] * stride_a + k[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        k_ok = start + k < K
-        a_tile = tl.load(a_at, mask=ok[:, None] & k_ok[None, :], other=0.0)
-        if DOWN:
-            first = begin + (tl.program_id(0) % tl.cdiv(N, BLOCK_N)) * BLOCK_N
-            b_tile = numbers(
-                qdata, scale, zero_point, start + k, k_ok, first, C, GROUP, stride_q, stride_s, stride_z,
-                BITS, ZERO, SHARED, BLOCK_N,
-            )  # fmt: skip
-        else:
-            b_tile = tl.trans(numbers(
-                qdata, scale, zero_point, begin + n, n_ok, start, C, GROUP, stride_q, stride_s, stride_z,
-                BITS, ZERO, SHARED, BLOCK_K,
-            ))  # fmt: skip
-        acc = tl.dot(a_tile, b_tile.to(a_tile.dtype), acc, input_precision=PRECISION)
-        a_at += BLOCK_K
-    store_products(
-        acc, p, ok, n, n_ok, order, weight, partner, partner_rows, out, dots, N, S, stride_partner,
-        WEIGHTED, DOT, True, BLOCK_N,
-    )  # fmt: skip
+    work = n_blocks_at_work(tiles, N, BLOCK_N)
+    for at in tl.range(tl.program_id(0), work, tl.num_programs(0)):
+        expert, _, p, ok, block = place(at, tiles, offsets, N, BLOCK_M, BLOCK_N)
+        expert = expert.to(tl.int64)
+        n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        n_ok = n < N
+        row = tl.load(rows + p, mask=ok, other=0)
+        its_qdata, its_scale = qdata + expert * stride_qe, scale + expert * stride_se
+        its_zero_point = zero_point + expert * stride_ze if ZERO else zero_point
+        a_at = a + row.to(tl.int64)[:, None] * stride_a + k[None, :]
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, K, BLOCK_K):
+            k_ok = start + k < K
+            a_tile = tl.load(a_at, mask=ok[:, None] & k_ok[None, :], other=0.0)
+            if DOWN:
+                b_tile = numbers(
+                    its_qdata, its_scale, its_zero_point, start + k, k_ok, begin + block * BLOCK_N, C, GROUP,
+                    stride_q, stride_s, stride_z, BITS, ZERO, SHARED, BLOCK_N,
+                )  # fmt: skip
+            else:
+                b_tile = tl.trans(numbers(
+                    its_qdata, its_scale, its_zero_point, begin + n, n_ok, start, C, GROUP,
+                    stride_q, stride_s, stride_z, BITS, ZERO, SHARED, BLOCK_K,
+                ))  # fmt: skip
+            acc = tl.dot(a_tile, b_tile.to(a_tile.dtype), acc, input_precision=PRECISION)
+            a_at += BLOCK_K
+        store_products(
+            acc, p, ok, block, n, n_ok, order, weight, partner, partner_rows, out, dots, N, S, stride_partner,
+            WEIGHTED, DOT, True,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -194,9 +194,10 @@ def multiply(
     _, G, C = _shape(codes)
     S, N = out.shape
     partners, partner_rows = (None, None) if partner is None else partner
+    programs, _ = schedule.grid(plan, out, N, tile)
     launch(
-        codes_kernel, plan.n_tiles * cdiv(N, tile.n), a, rows, *codes, weight, partners, partner_rows, out, dots,
-        plan.order, plan.offsets, plan.tile_expert, plan.tile_row, part.start, N, G if down else C, S,
+        codes_kernel, programs, a, rows, *codes, weight, partners, partner_rows, out, dots,
+        plan.order, plan.offsets, plan.tiles, part.start, N, G if down else C, S,
         C, _group(codes), a.stride(0), 0 if partners is None else partners.stride(0), *_strides(codes),
         DOWN=down, **_kind(codes, tile.n if down else tile.k), WEIGHTED=weight is not None, DOT=partner is not None,
         PRECISION=precision, **tile.meta,

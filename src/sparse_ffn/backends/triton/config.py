@@ -50,6 +50,7 @@ class Bag:
 
 SORT = Sort()
 BAG = Bag()
+DEEP, MOST = 512, 128 * 128
 
 # Kernels by what they hold in registers: "one" accumulator (rows, plain up and hidden gradient), "two" or as much as
 # that (up and hidden gradient of a GLU or under dropout); "outer" is the gradient of the matrices, m and n their sides,
@@ -79,19 +80,18 @@ _SM80 = table("""
 """)
 _SM90 = _SM80 | table("""
     one    half   16x64x64/4/4   16x128x64/4/4   32x64x64/4/4   32x128x64/4/4
-    one    half   64x64x64/4/4   64x128x64/4/4   128x64x64/4/4  128x128x64/8/4
-    two    half   16x64x64/4/4   32x64x64/4/4    64x64x64/4/4   128x64x64/8/4
+    one    half   64x64x64/4/4   64x128x64/4/4   128x64x64/4/4  128x128x64/8/3  128x256x64/8/3
+    two    half   16x64x64/4/4   32x64x64/4/4    64x64x64/4/4   128x64x64/8/3
     outer  half   64x64x64/4/5   64x128x64/4/5   128x64x64/4/5  128x128x64/8/5
     pair   half   64x64x64/4/5   128x128x64/8/5
-""")
-_SM100 = _SM90 | table("""
     one    tf32   16x64x32/4/4   16x128x32/4/4   32x64x32/4/4   32x128x32/4/3
     one    tf32   64x64x32/8/3   64x128x32/4/3   128x64x32/4/3  128x128x16/8/4
     one    fp32   16x64x16/4/2   32x64x16/4/2
     two    fp32   16x32x16/8/2   32x32x16/4/2
 """)
 _GFX942 = {key: tuple(Tile(t.m, t.n, min(t.k, 32), t.warps, 2) for t in tiles) for key, tiles in _SM80.items()}
-TABLES: dict[str, Table] = {"sm_80": _SM80, "sm_90": _SM90, "sm_100": _SM100, "gfx942": _GFX942}
+SHARED = {"sm_80": 99, "sm_90": 227, "gfx942": 64}  # KiB; sm_80's tiles also serve sm_86 and sm_120
+TABLES: dict[str, Table] = {"sm_80": _SM80, "sm_90": _SM90, "gfx942": _GFX942}
 
 _fixed: Tile | None = None
 _architecture: str | None = None
@@ -151,11 +151,21 @@ def architecture(device: torch.device) -> str:
     return "sm_80" if device.type != "cuda" else _of_device(device)
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes that the programs on a processor share, as the table for the device counts on."""
+    return SHARED[architecture(device)] << 10
+
+
+def has_descriptors(device: torch.device) -> bool:
+    """Whether products read their operands by tensor descriptors there."""
+    return architecture(device) == "sm_90"
+
+
 @functools.cache
 def _of_device(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "gfx942"
-    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
+    return "sm_90" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "sm_80"
 
 
 def arithmetic(dtype: torch.dtype, precision: str, *operands: Tensor | None) -> str:
@@ -188,7 +198,15 @@ def block_m(device: torch.device, kind: str, mean_rows: float) -> int:
     return next((m for m in heights if mean_rows <= m), heights[-1])
 
 
-def tile(device: torch.device, kernel: str, kind: str, n: int, m: int | None = None, side: int | None = None) -> Tile:
+def tile(
+    device: torch.device,
+    kernel: str,
+    kind: str,
+    n: int,
+    m: int | None = None,
+    side: int | None = None,
+    depth: int = 0,
+) -> Tile:
     """The tile of a kernel for n columns.
 
     Args:
@@ -198,17 +216,21 @@ def tile(device: torch.device, kernel: str, kind: str, n: int, m: int | None = N
         n: columns of the product.
         m: rows of the tile as ``block_m`` says (not for "outer" and "pair").
         side: rows of the product ("outer" and "pair").
+        depth: what the product sums over, where nothing but the sum is in registers. Only with at least ``DEEP`` a
+            tile has more than ``MOST`` numbers: it leaves no room for a second program on a processor.
     """
     if _fixed is not None:
         return _fixed
     measured, rows = _tuned(device), m if side is None else side
     found = None if measured is None or rows is None else measured.tile(kernel, kind, rows, n)
-    if found is not None:
+    if found is not None and (depth >= DEEP or side is not None or found.m * found.n <= MOST):
         return found
     choices = TABLES[architecture(device)][kernel, kind]
     if side is not None:
         m = max((t.m for t in choices if t.m < 2 * side), default=min(t.m for t in choices))
     choices = tuple(t for t in choices if t.m == m)
+    if depth < DEEP and side is None:
+        choices = tuple(t for t in choices if t.m * t.n <= MOST)
     return next((t for t in choices if n <= t.n), choices[-1])
 
 

@@ -23,27 +23,26 @@ class Plan:
     """What a grouped product needs to know of the routing, all int32 on the device.
 
     ``rows[p]`` is the token at position p, ``inverse[slot]`` the position of a slot, -1 if it is void (empty if not
-    asked for). Tile i is the expert ``tile_expert[i]`` (-1: idle) and its ``block_m`` rows from position
-    ``tile_row[i]``, cut off where the expert ends.
+    asked for). ``tiles[0]`` tiles hold a row: tile i is the expert ``tiles[2i + 1]`` and its ``block_m`` rows from
+    position ``tiles[2i + 2]`` on, cut off where the expert ends. What is behind them is not written.
     """
 
     order: Tensor
     offsets: Tensor
     rows: Tensor
     inverse: Tensor
-    tile_expert: Tensor
-    tile_row: Tensor
+    tiles: Tensor
     block_m: int
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All of it, as kernels take it."""
-        return self.order, self.offsets, self.rows, self.inverse, self.tile_expert, self.tile_row
+        return self.order, self.offsets, self.rows, self.inverse, self.tiles
 
     @property
     def n_tiles(self) -> int:
         """An upper bound that needs no look at the device."""
-        return self.tile_expert.shape[0]
+        return self.tiles.shape[0] // 2
 
 
 @triton.jit
@@ -82,10 +81,11 @@ def scan_kernel(counts, totals, n_blocks, E, BLOCK: tl.constexpr, COLUMNS: tl.co
 
 @triton.jit
 def store_tiles(
-    tile, totals, offsets, tile_expert, tile_row, E, n_tiles,
+    program, totals, offsets, tiles, E,
     COUNTED: tl.constexpr, BLOCK_M: tl.constexpr, TILES: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """The experts and first rows of some tiles, out of the experts' numbers of slots or, if not COUNTED, offsets."""
+    """Some of the tiles, out of the experts' numbers of slots or, if not COUNTED, offsets; their number once."""
+    tile = program * TILES + tl.arange(0, TILES)
     expert = tl.zeros([TILES], tl.int32)  # experts that end at or before the tile: its own one's number
     first = tl.zeros([TILES], tl.int32)  # how many tiles they have
     begin = tl.zeros([TILES], tl.int32)  # and how many slots
@@ -96,20 +96,22 @@ def store_tiles(
             length = tl.load(totals + e, mask=e < E, other=0)
         else:
             length = tl.load(offsets + e + 1, mask=e < E, other=0) - tl.load(offsets + e, mask=e < E, other=0)
-        tiles = (length + BLOCK_M - 1) // BLOCK_M
-        passed = ((carry + tl.cumsum(tiles, 0))[None, :] <= tile[:, None]) & (e < E)[None, :]
+        count = (length + BLOCK_M - 1) // BLOCK_M
+        passed = ((carry + tl.cumsum(count, 0))[None, :] <= tile[:, None]) & (e < E)[None, :]
         expert += tl.sum(passed.to(tl.int32), 1)
-        first += tl.sum(tl.where(passed, tiles[None, :], 0), 1)
+        first += tl.sum(tl.where(passed, count[None, :], 0), 1)
         begin += tl.sum(tl.where(passed, length[None, :], 0), 1)
-        carry += tl.sum(tiles, 0)
+        carry += tl.sum(count, 0)
     busy = tile < carry
-    tl.store(tile_expert + tile, tl.where(busy, expert, -1), mask=tile < n_tiles)
-    tl.store(tile_row + tile, begin + (tile - first) * BLOCK_M, mask=tile < n_tiles)
+    tl.store(tiles + 2 * tile + 1, expert, mask=busy)
+    tl.store(tiles + 2 * tile + 2, begin + (tile - first) * BLOCK_M, mask=busy)
+    if program == 0:
+        tl.store(tiles, carry)
 
 
 @triton.jit
 def place_kernel(
-    index, counts, totals, order, offsets, rows, inverse, tile_expert, tile_row, S, E, K, n_blocks, n_tiles,
+    index, counts, totals, order, offsets, rows, inverse, tiles, S, E, K, n_blocks,
     BLOCK_M: tl.constexpr, INVERSE: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, BINS: tl.constexpr,
     TILES: tl.constexpr,
 ):  # fmt: skip
@@ -120,8 +122,7 @@ def place_kernel(
     """
     block = tl.program_id(0)
     if block >= n_blocks:
-        tile = (block - n_blocks) * TILES + tl.arange(0, TILES)
-        store_tiles(tile, totals, offsets, tile_expert, tile_row, E, n_tiles, True, BLOCK_M, TILES, PART)
+        store_tiles(block - n_blocks, totals, offsets, tiles, E, True, BLOCK_M, TILES, PART)
         return
     bins = tl.arange(0, BINS)
     total = tl.load(totals + bins, mask=bins < E, other=0)
@@ -153,7 +154,7 @@ def place_kernel(
 
 @triton.jit
 def plan_kernel(
-    order, offsets, rows, inverse, tile_expert, tile_row, S, E, K, n_tiles,
+    order, offsets, rows, inverse, tiles, S, E, K, n_tiles,
     BLOCK_M: tl.constexpr, INVERSE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """The tokens and the inverse of a block of positions, and the experts and rows of a block of tiles."""
@@ -165,8 +166,7 @@ def plan_kernel(
         tl.store(inverse + slot, tl.where(position < tl.load(offsets + E), position, -1), mask=position < S)
 
     if program * TILES < n_tiles:
-        tile = program * TILES + tl.arange(0, TILES)
-        store_tiles(tile, None, offsets, tile_expert, tile_row, E, n_tiles, False, BLOCK_M, TILES, PART)
+        store_tiles(program, None, offsets, tiles, E, False, BLOCK_M, TILES, PART)
 
 
 def sort_slots(index: Tensor, n_experts: int, k: int, block_m: int, *, inverse: bool) -> Plan:
@@ -196,7 +196,7 @@ def sort_slots(index: Tensor, n_experts: int, k: int, block_m: int, *, inverse: 
     )  # fmt: skip
     launch(
         place_kernel, n_blocks + cdiv(made.n_tiles, SORT.tiles), index, counts, totals, *made.tensors,
-        S, n_experts, k, n_blocks, made.n_tiles,
+        S, n_experts, k, n_blocks,
         BLOCK_M=block_m, INVERSE=inverse, BLOCK=SORT.block, PART=SORT.part, BINS=bins, TILES=SORT.tiles,
     )  # fmt: skip
     return made
@@ -218,4 +218,4 @@ def _unmade(order: Tensor, offsets: Tensor, block_m: int, inverse: bool) -> Plan
     S, E = order.shape[0], offsets.shape[0] - 1
     n_tiles = S // block_m + min(E, S)
     rows, inverted = order.new_empty(S), order.new_empty(S if inverse else 0)
-    return Plan(order, offsets, rows, inverted, order.new_empty(n_tiles), order.new_empty(n_tiles), block_m)
+    return Plan(order, offsets, rows, inverted, order.new_empty(2 * n_tiles + 1), block_m)

@@ -21,7 +21,7 @@ def forward(x: Tensor, weight: Tensor, slots: Slots, n_out: int) -> Tensor:
     (E, M, L), S, how, x = weight.shape, expert.shape[0], precision(x), rows(x)
     kind = config.arithmetic(x.dtype, how, x, weight)
     plan = routing.sort_slots(expert, E, 1, config.block_m(x.device, kind, S / max(E, 1)), inverse=False)
-    tile = config.tile(x.device, "one", kind, L, plan.block_m)
+    tile = config.tile(x.device, "one", kind, L, plan.block_m, depth=M)
     b, sources = matrices(weight, x.dtype), scattered.sources(gather, plan.order)
     scale = None if reduction is None else reduction.contiguous()
 
@@ -41,7 +41,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> Gradients
     x_rows, grad_rows = scattered.sources(gather, plan.order), scattered.sources(scatter, plan.order)
     scale = None if reduction is None else reduction.contiguous()
 
-    tile = config.tile(x.device, "one", kind, M, plan.block_m)
+    tile = config.tile(x.device, "one", kind, M, plan.block_m, depth=0 if reduction is not None else L)
     dots = None if scale is None else x.new_zeros(cdiv(M, tile.n), S, dtype=torch.float32)
     b = matrices(weight, x.dtype).transpose(1, 2)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparse_ffn.backends import crossovers
 from sparse_ffn.backends.device import on_device
-from sparse_ffn.backends.triton import columns, combine, config, decode, grouped, outer, routing
+from sparse_ffn.backends.triton import columns, combine, config, decode, grouped, hidden, outer, routing
 from sparse_ffn.backends.triton.decode import use_decode
 from sparse_ffn.backends.triton.launch import cdiv, matrices, precision, rows
 from sparse_ffn.ops.expert_ffn.backend import Gradients, Saved
@@ -72,11 +72,11 @@ def _forward(
     tile = config.tile(x.device, "one" if gate_keys is None else "two", kind, G, block_m)
     scale = None if dropout_mask is None else dropout_mask.contiguous()
     cast = (matrices(keys, x.dtype), None if gate_keys is None else matrices(gate_keys, x.dtype), key_bias)
-    grouped.up(plan, x, *cast, scale, up_SG, glu_gate_SG, h_SG, activation, tile, how)
+    hidden.up(plan, x, *cast, scale, up_SG, glu_gate_SG, h_SG, activation, tile, how)
     del cast  # copies of fp32 weights
     values, out = matrices(values, x.dtype), x.new_empty(T, O)
     width = columns.width(x, S, O, G, columns.STEP)
-    tile = config.tile(x.device, "one", kind, width, block_m)
+    tile = config.tile(x.device, "one", kind, width, block_m, depth=G)
     for part, y in columns.blocks(x, S, O, width):
         grouped.multiply(plan, h_SG, values[:, :, part], y, tile, how)
         combine.combine(y, plan.inverse, gate, out[:, part], K)
@@ -107,7 +107,7 @@ def backward(
     simple = gate_keys is None and dropout_mask is None
     tile = config.tile(x.device, "one" if simple else "two", kind, G, block_m)
     dgates = x.new_empty(cdiv(G, tile.n), S, dtype=torch.float32)
-    grouped.hidden_gradient(
+    hidden.hidden_gradient(
         plan, grad, matrices(values, x.dtype), up_SG, glu_gate_SG,
         None if dropout_mask is None else dropout_mask.contiguous(), gate.contiguous(),
         dup_SG, dglu_gate_SG, weighted_SG, dgates, activation, tile, how,
@@ -131,7 +131,7 @@ def backward(
 
     keys, dx, dgate = matrices(keys, x.dtype), x.new_empty(T, D), gate.new_empty(T, K)
     width = columns.width(x, S, D, G if glu is None else 2 * G, columns.STEP)
-    tile = config.tile(x.device, "one", kind, width, block_m)
+    tile = config.tile(x.device, "one", kind, width, block_m, depth=G)
     for part, y in columns.blocks(x, S, D, width):
         second = None if glu is None else (glu[0], glu[1][:, :, part])
         grouped.multiply(plan, dup_SG, keys[:, :, part], y, tile, how, second=second)
