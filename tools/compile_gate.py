@@ -195,6 +195,8 @@ def judge(name: str, function: JITFunction, arguments: dict[str, Any], kernel: A
         kernel.metadata.shared, buffers, programs, instruction, "",
     )  # fmt: skip
     least = PROMISED.get((name, _kind(found) or found.kernel, tile), (1, 1))
+    if "dot" in flags:  # partners take registers, too
+        least = (least[0], 1)
     if found.kernel == "outer" and stages > 2 and target.gpu.backend == "cuda":
         # where the rows of both operands are found by loads, each of these takes stages
         least = (2, 1) if {"left", "right"} <= set(flags) else (max(least[0], 3), least[1])
