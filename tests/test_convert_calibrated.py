@@ -28,9 +28,9 @@ OPEN = sf.MoEConfig(router="unweighted", expert_size=4)
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
-@pytest.mark.parametrize("init", ["split", "cluster"])
+@pytest.mark.parametrize("init", ["split", pytest.param("cluster", marks=pytest.mark.exhaustive)])
 def test_units_that_are_always_active_and_all_others_are_the_dense_ffn(kind: type[Any], init: str) -> None:
-    for dense in (Mlp("gelu"), Mlp("relu", bias=(False, True)), Gated(bias=True)):
+    for dense in (Mlp("gelu", bias=(False, True)), Gated(bias=True)):
         made = sf.from_dense(dense, kind(expert_size=4, k=3, shared_size=4, init=init)).eval()
         layer = made if isinstance(made, SharedExpertMoE) else made[1]  # after a constant input
         assert (layer.routed.n_experts, layer.shared.d_ff, layer.d_ff) == (3, 4, 16)
@@ -174,13 +174,13 @@ def stacked(*scales: float) -> nn.Sequential:
 
 
 def test_ffns_share_out_the_active_units_by_what_the_outputs_lose() -> None:
-    model, batches = stacked(1.0, 0.01, 1.0, 0.01), [torch.randn(8, 10, 6) for _ in range(3)]
+    model, batches = stacked(1.0, 0.01), [torch.randn(8, 10, 6) for _ in range(2)]
     dense = copy.deepcopy(model)
     chosen = dataclasses.replace(OPEN, active=0.5, init="cluster")
     report = sf.sparsify_(model, chosen, calibration=iter(batches))
     k = [new.config.k for new in report.replacements]
-    assert sum(k) == 16
-    assert min(k[0], k[2]) > max(k[1], k[3])
+    assert sum(k) == 8
+    assert k[0] > k[1]
     for new in report.replacements:
         shares = [point.active for point in new.curve]
         assert shares == [0.25, 0.375, 0.5, 0.625, 0.75]
@@ -223,7 +223,7 @@ def test_logits_are_compared_as_distributions() -> None:
 
 
 def test_auto_is_no_worse_on_new_tokens_than_what_it_chooses_from() -> None:
-    dense, x = Mlp("relu", d_ff=32), torch.randn(600, 6)
+    dense, x = Mlp("relu", d_ff=32), torch.randn(200, 6)
     fresh = torch.randn(600, 6)
     with torch.no_grad():
         dense.a.bias[:8] = 3.0  # always on
