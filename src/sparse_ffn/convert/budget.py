@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_ffn.convert.config_experts import ExpertsConfig
+from sparse_ffn.convert.config_base import FFNConfig
+from sparse_ffn.convert.config_experts import DEALT, ExpertsConfig
 from sparse_ffn.convert.curve import Curve, Point, allocate, experts_to_try
 from sparse_ffn.convert.group import Group
 from sparse_ffn.convert.init.build import Trial
@@ -29,7 +30,7 @@ def share_out(model: nn.Module, groups: list[Group], places: Places, batches: It
         places: of the model's modules.
         batches: what the model's outputs are compared on.
     """
-    sharing = [g for g in groups if isinstance(g.config, ExpertsConfig) and g.config.active not in (None, 1)]
+    sharing = [group for group in groups if _shares(group.config)]
     if len(sharing) < 2:
         return
     judge, curves, budget, chosen = Judge(model, batches), [], 0.0, []
@@ -42,6 +43,11 @@ def share_out(model: nn.Module, groups: list[Group], places: Places, batches: It
         chosen.append(ways)
     for group, ways, share in zip(sharing, chosen, allocate(curves, budget), strict=True):
         group.config = ways.of(round(share * ways.n))
+
+
+def _shares(config: FFNConfig) -> bool:
+    """Whether FFNs of this config take part in the budget."""
+    return isinstance(config, ExpertsConfig) and config.init in DEALT and config.active not in (None, 1)
 
 
 class _Ways:
@@ -57,7 +63,9 @@ class _Ways:
         assert isinstance(config, ExpertsConfig)
         assert config.active is not None
         scaled = given.shared_size is None
-        self.config, self.active, self.size = config, config.active, config.resolve(ffn).expert_size or 1
+        self.config, self.active = config, config.active
+        with group.named():
+            self.size = config.resolve(ffn).expert_size or 1
         self.n = ffn.d_ff // self.size
         shared = config.shared_size or 0
         self.ratio = shared / (config.active * ffn.d_ff) if scaled else None
@@ -76,7 +84,8 @@ def _curve(model: nn.Module, group: Group, ways: _Ways, places: Places, judge: J
     rows = group.rows
     assert rows is not None
     trial = Trial(group.members[0].weights(), rows)
-    tried = {n: trial.build(ways.of(n)) for n in experts_to_try(ways.active, ways.n, ways.least)}
+    with group.named():
+        tried = {n: trial.build(ways.of(n)) for n in experts_to_try(ways.active, ways.n, ways.least)}
     new, error = tried[max(ways.least, round(ways.active * ways.n))]
     undo = put(model, [(f, new) for f in group.members], places)
     try:
