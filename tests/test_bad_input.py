@@ -108,13 +108,14 @@ WRONG: dict[str, Sequence[Any] | Callable[[Any], list[Any]]] = {
     "sizes": (3, "nonsense", [], [3], [(3,)], [(0, 2)], [(3, 1.5)], [("3", 4)], {}, None),
     "scale": (*SCALE, 0.0),
     "active": (*SCALE, 0.0, 7.0),
+    "shared_size": (-1, 1.5, math.nan, "2", True, [2], torch.tensor(2)),
     "null_experts": (-1, 1.5, math.nan, "2", True, [2], torch.tensor(2), None),
     "null_share": (*RATE, 0.0, 1.0),
     **dict.fromkeys(("activation", "value_init", "query_norm", "balance_over", "aux", "init", "null_kind"), WORD),
     **dict.fromkeys(("cluster_by", "router_init", "gradients", "rest", "shard", "rank_by"), WORD),
     **dict.fromkeys(("glu", "bias", "norm_aware", "sparse_grad", "sync_balance", "selection_bias", "gated"), FLAG),
     **dict.fromkeys(("projection_bias", "forced", "prefetch", "normalize", "fused", "sync", "mode", "pin"), FLAG),
-    **dict.fromkeys(("query_bias", "norm_affine", "balance_cost", "experts", "causal"), FLAG),
+    **dict.fromkeys(("query_bias", "norm_affine", "balance_cost", "experts", "causal", "refit"), FLAG),
     **dict.fromkeys(("title", "prefix", "package"), TEXT),
     **dict.fromkeys(("dropout", "rotary"), RATE),
     "expert_dropout": (*RATE, 1.0),
@@ -360,7 +361,7 @@ def entries() -> dict[str, Entry]:
         "model": nn.Sequential(Mlp()), "config": OPEN, "calibration": {"0": torch.randn(9, 4)},
     }, wrong={
         "config": (None, 3, "SigmaMoEConfig", sf.SigmaMoEConfig, {"0": 3}, {"nowhere": OPEN}, [OPEN]),
-        "calibration": (3, [torch.ones(9, 4)], torch.ones(9, 4), {"0": [1.0]}, *(
+        "calibration": (3, "nonsense", torch.ones(9, 4), {"0": [1.0]}, *(
             {"0": value} for value in WRONG["inputs"](torch.randn(9, 4)) if isinstance(value, Tensor))),  # type: ignore[operator]
     })  # fmt: skip
     add("from_dense", sf.from_dense, lambda: {"ffn": Mlp(), "config": OPEN, "inputs": torch.randn(9, 4)},
@@ -510,6 +511,7 @@ EXEMPT = {
     "FFNConfig": "the configs' base: what it checks is tried on each of them",
     "ExpertsConfig": "as FFNConfig",
     "Routing": "a result of routers; the layer and balance_loss check it",
+    **{f"{name}(example_inputs)": "the model's own business, if it is asked" for name in ("sparsify_", "calibrate")},
     "SparseFFN.forward": "tried on each layer",
     "SparseFFN(extra_activations)": "for subclasses",
     **{
@@ -546,6 +548,7 @@ HOOKS = {
     "add_load": "as count",
     "adapt": "called by update_router_bias with what the router counted",
     "resolve": "called by sparsify_ with what it found",
+    "make": "as resolve",
 }
 
 

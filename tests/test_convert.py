@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 import sparse_ffn as sf
-from sparse_ffn.convert import ConstantInput, LowRankMoEConfig, config, config_from_dict, config_of, sparsify
+from sparse_ffn.convert import ConstantInput, LowRankMoEConfig, config, config_from_dict, config_of, places
 from sparse_ffn.convert.calibrate import Reservoir
 from sparse_ffn.convert.init.partition import balanced_assignment, balanced_kmeans
 from sparse_ffn.layers.shared_expert import SharedExpertMoE
@@ -201,7 +201,9 @@ def test_sizes_are_asked_for_where_none_is_sensible(d_ff: int) -> None:
 
 
 def test_configs_refuse_what_does_not_fit() -> None:
-    with pytest.raises(ValueError, match="init must be one of 'split', 'cluster', 'upcycle', 'fresh', got 'topk'"):
+    with pytest.raises(
+        ValueError, match="init must be one of 'split', 'cluster', 'auto', 'upcycle', 'fresh', got 'topk'"
+    ):
         sf.SigmaMoEConfig(init="topk")
     with pytest.raises(ValueError, match=r"activation = 'gelu' contradicts the FFN, which has 'relu'"):
         sf.from_dense(Mlp(), sf.MoEConfig(activation="gelu", expert_size=4))
@@ -925,7 +927,7 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -
     def fails(*args: Any) -> Any:
         raise RuntimeError("in the middle")
 
-    monkeypatch.setattr(sparsify, "apply", fails)  # the first two are in place by then
+    monkeypatch.setattr(places, "apply", fails)  # the first two are in place by then
     with pytest.raises(RuntimeError, match="in the middle"):
         sf.sparsify_(model, sf.MoEConfig(n_experts=2))
     assert state(model) == before

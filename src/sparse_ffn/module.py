@@ -183,9 +183,8 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def run_batch(model: nn.Module, batch: Any) -> None:
+def run_batch(model: nn.Module, batch: Any) -> Any:
     """Call a model with a mapping (keyword arguments), a tuple or list (positional arguments), or one argument."""
     if isinstance(batch, Mapping):
-        model(**batch)
-    else:
-        model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
+        return model(**batch)
+    return model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))

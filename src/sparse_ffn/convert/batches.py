@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -49,6 +50,28 @@ def run(model: nn.Module, batches: Iterable[Any], watched: Iterable[tuple[nn.Mod
     finally:
         for handle in handles:
             handle.remove()
+
+
+class Batches:
+    """Batches that are iterated over once, of which the first ones stay.
+
+    Args:
+        batches: as ``run``'s.
+        n_kept: how many stay.
+
+    Raises:
+        TypeError: ``batches`` cannot be iterated over.
+    """
+
+    def __init__(self, batches: Iterable[Any], n_kept: int = 1) -> None:
+        check_type("batches", batches, Iterable, "batches to iterate over")
+        self._rest = iter(batches)
+        self.first = list(itertools.islice(self._rest, n_kept))
+        """The first ones, fewer if there are no more."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.first
+        yield from self._rest
 
 
 def _decoder(model: nn.Module) -> set[nn.Module]:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.checks import check_function, check_positive
-from sparse_ffn.convert.batches import run
+from sparse_ffn.checks import check_function, check_module, check_positive
+from sparse_ffn.convert.batches import Batches, run
+from sparse_ffn.convert.find.examples import Examples
 from sparse_ffn.convert.find.find import find
+from sparse_ffn.convert.find.found import Found
 from sparse_ffn.convert.find.probe import first_of
 
 Filter = Callable[[nn.Module, str], bool]
@@ -43,7 +45,12 @@ class Reservoir:
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, batches: Iterable[Any], filter_fn: Filter | None = None, *, max_tokens: int = 4096
+    model: nn.Module,
+    batches: Iterable[Any],
+    filter_fn: Filter | None = None,
+    *,
+    max_tokens: int = 4096,
+    example_inputs: Any = None,
 ) -> dict[str, Tensor]:
     """Run a model on batches and keep a sample of what each of its FFNs gets.
 
@@ -54,6 +61,7 @@ def calibrate(
             ``decoder_attention_mask`` in the decoder of an encoder-decoder of transformers.
         filter_fn: as ``sparsify_``'s: only these FFNs.
         max_tokens: rows kept for each FFN, a uniform sample.
+        example_inputs: as ``sparsify_``'s; None for the first batch.
 
     Returns:
         By name, what ``sparsify_(calibration=...)`` takes: [at most max_tokens, d_model] on the CPU. An FFN that saw no
@@ -66,9 +74,19 @@ def calibrate(
     max_tokens = check_positive("max_tokens", max_tokens)
     if filter_fn is not None:
         check_function("filter_fn", filter_fn, "module and name")
-    found = [f for f in find(model)[0] if filter_fn is None or filter_fn(f.module, f.name)]
+    check_module("model", model)
+    batches = Batches(batches)
+    if example_inputs is None:
+        example_inputs = next(iter(batches.first), None)
+    every = find(model, Examples(model, example_inputs))[0]
+    found = [f for f in every if filter_fn is None or filter_fn(f.module, f.name)]
     if not found:
         raise ValueError("the model has no FFN that sparsify_ would find (and filter_fn admit)")
+    return sample(model, found, batches, max_tokens)
+
+
+def sample(model: nn.Module, found: list[Found], batches: Iterable[Any], max_tokens: int = 4096) -> dict[str, Tensor]:
+    """What FFNs of a model get on batches: ``calibrate`` of those that are found."""
     samples = {f.name: Reservoir(max_tokens) for f in found}
 
     def keep(sample: Reservoir, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor | None) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from sparse_ffn.convert.config import CONFIGS, FFNConfig
+from sparse_ffn.convert.config_base import Converted
+from sparse_ffn.convert.config_experts import ExpertsConfig
 from sparse_ffn.layers import SparseFFN
 from sparse_ffn.layers.routed import Routed
+from sparse_ffn.layers.shared_expert import SharedExpertMoE
 from sparse_ffn.routing import ROUTERS, Router
 
 
-def config_of(layer: SparseFFN) -> FFNConfig:
+def config_of(layer: Converted) -> FFNConfig:
     """The config that makes layers of a layer's sizes and options, as they are now, with fresh weights.
 
     Args:
@@ -20,8 +24,11 @@ def config_of(layer: SparseFFN) -> FFNConfig:
 
     Raises:
         TypeError: no layer of this library, or one of a class that no config is for.
-        ValueError: the layer has a router that its config does not make, or null experts.
+        ValueError: the layer has a router that its config does not make, null experts, or a shared expert of another
+            kind than its own or with a gate.
     """
+    if isinstance(layer, SharedExpertMoE):
+        return _beside_shared(layer)
     if not isinstance(layer, SparseFFN):
         raise TypeError(f"layer must be a layer of sparse_ffn, got {type(layer).__name__}")
     kind: Any = next((kind for kind in CONFIGS if kind.layer is _own_class(layer)), None)
@@ -38,6 +45,19 @@ def config_of(layer: SparseFFN) -> FFNConfig:
         if _function(router) != _function(twin.router):
             raise ValueError(f"no {kind.__name__} makes a layer with this router, {router}")
     return config
+
+
+def _beside_shared(layer: SharedExpertMoE) -> FFNConfig:
+    """The routed experts' config, with the size of the shared one, which has to be what that config makes."""
+    config, shared = config_of(layer._own_routed()), config_of(layer._own_shared())
+    names = ("activation", "glu", "bias", "dropout", "init_scale")
+    differing = [name for name in names if getattr(config, name, None) != getattr(shared, name)]
+    if not isinstance(config, ExpertsConfig):
+        raise ValueError(f"no {type(config).__name__} makes a layer with a shared expert")
+    if layer.gate is not None or differing:
+        why = f"whose {', '.join(differing)} differ" if differing else "with a gate"
+        raise ValueError(f"no {type(config).__name__} makes a layer with a shared expert {why}")
+    return replace(config, shared_size=layer.shared.d_ff)
 
 
 def _option(layer: SparseFFN, router: Router | None, name: str, default: Any) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from torch import nn
 
-from sparse_ffn.convert.config import FFNConfig
+from sparse_ffn.convert.config_base import FFNConfig
+from sparse_ffn.convert.find.edits import apply, set_attribute, switch_off_fast_path
+from sparse_ffn.convert.find.examples import Examples
 from sparse_ffn.convert.find.found import Found
 from sparse_ffn.convert.find.match import rejection
 from sparse_ffn.convert.init.weights import FFNWeights
@@ -49,14 +51,19 @@ def mixed(ffn: FFNWeights) -> str | None:
 
 
 def replaceable(
-    model: nn.Module, wanted: list[Found], groups: Mapping[str, object], places: Places, unknown: dict[str, str]
+    model: nn.Module,
+    wanted: list[Found],
+    groups: Mapping[str, object],
+    places: Places,
+    unknown: dict[str, str],
+    examples: Examples,
 ) -> list[Found]:
     """The FFNs that a layer can stand for, by the groups of ``twins``; the others become unknown, with the reason."""
     owners: dict[int, set[nn.Module]] = defaultdict(set)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)].add(module)
-    left = {f.name: why for f in wanted if (why := _unfit(f, places)) is not None}
+    left = {f.name: why for f in wanted if (why := _unfit(f, places, examples)) is not None}
     while True:
         unknown.update(left)
         wanted = [f for f in wanted if f.name not in left]
@@ -67,12 +74,12 @@ def replaceable(
             return wanted
 
 
-def _unfit(f: Found, places: Places) -> str | None:
+def _unfit(f: Found, places: Places, examples: Examples) -> str | None:
     """Why an FFN cannot be replaced, whatever becomes of the others."""
     holders = {place.owner: place.attribute for place in places[f.module]}
     if "_orig_mod" in holders.values():
         return "it is compiled by itself, and would go on as it was: convert first, then compile"
-    reasons = (mixed(f.weights()), *(rejection(f, holder) for holder in holders))
+    reasons = (mixed(f.weights()), *(rejection(f, holder, examples) for holder in holders))
     return next((why for why in reasons if why is not None), None)
 
 
@@ -96,3 +103,31 @@ def _use_elsewhere(
         elif any(len(owners[id(p)] & own) > 1 for p in parameters):
             why = f"parameters of {linear.name} are tied to other ones of the same FFN"
     return why
+
+
+def put(model: nn.Module, plan: Iterable[tuple[Found, nn.Module]], places: Places) -> list[Callable[[], None]]:
+    """Put new modules in the places of FFNs; on any error take all out again.
+
+    Returns:
+        What takes them out, to be called in reverse.
+    """
+    undo: list[Callable[[], None]] = []
+    try:
+        for f, new in plan:
+            undo += [set_attribute(place.owner, place.attribute, new) for place in places[f.module]]
+            if f.edits:
+                enclosing = model.get_submodule(f.enclosing)
+                undo += apply(enclosing, f.edits)
+                for module in model.modules():
+                    if any(inner is enclosing for inner in module.modules()):
+                        undo += switch_off_fast_path(module)
+    except BaseException:
+        take_out(undo)
+        raise
+    return undo
+
+
+def take_out(undo: list[Callable[[], None]]) -> None:
+    """Undo what ``put`` did."""
+    for step in reversed(undo):
+        step()

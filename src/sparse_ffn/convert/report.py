@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sparse_ffn.convert.config import FFNConfig
+from sparse_ffn.convert.config_base import FFNConfig
+from sparse_ffn.convert.curve import Point
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Replacement:
     """Relative error of the output on the calibration data, None without: ‖new - old‖ / ‖old‖."""
     tied: str | None = None
     """The earlier place whose layer this is too, for FFNs that had the same parameters."""
+    curve: tuple[Point, ...] = ()
+    """What is lost with fewer and with more active units, where ``sparsify_`` gave each FFN its own k."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class Report:
             lines[0] += f": parameters {_change(*parameters)}, FLOPs/token {_change(*flops)}"
             widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
             lines += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        curves = [f"{r.name}: {', '.join(map(str, r.curve))}" for r in self.replacements if r.curve and r.tied is None]
+        lines += _section("active units: error of the FFN, change of the model's outputs", curves)
         lines += _section("left: looked like an FFN", [f"{name}: {why}" for name, why in self.unknown.items()])
         lines += _section("left: not selected", self.skipped)
         lines += _section("left: no FFN", [f"{count} x {name}" for name, count in self.others.items()])

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.checks import check_floating, check_function, check_type
-from sparse_ffn.convert.calibrate import Filter
-from sparse_ffn.convert.config import FFNConfig
-from sparse_ffn.convert.find.edits import apply, set_attribute, switch_off_fast_path
+from sparse_ffn.checks import check_floating, check_function, check_module, check_type
+from sparse_ffn.convert.batches import Batches
+from sparse_ffn.convert.budget import share_out
+from sparse_ffn.convert.calibrate import Filter, sample
+from sparse_ffn.convert.config_base import Converted, FFNConfig
+from sparse_ffn.convert.find.examples import Examples
 from sparse_ffn.convert.find.find import find, find_one, without_numbers
 from sparse_ffn.convert.find.found import Found
 from sparse_ffn.convert.find.linear import as_linear
-from sparse_ffn.convert.init.build import Built, build, evaluating
+from sparse_ffn.convert.group import Group
+from sparse_ffn.convert.init.build import Built
+from sparse_ffn.convert.init.evaluating import evaluating
 from sparse_ffn.convert.init.weights import relative_error
-from sparse_ffn.convert.places import Places, mixed, places_of, replaceable, twins
+from sparse_ffn.convert.places import mixed, places_of, put, replaceable, twins
 from sparse_ffn.convert.report import Replacement, Report
 from sparse_ffn.layers import LowRankMoE, MoE
+from sparse_ffn.layers.shared_expert import SharedExpertMoE
 
 
 def sparsify_(
@@ -27,7 +33,8 @@ def sparsify_(
     config: FFNConfig | Mapping[str, FFNConfig],
     filter_fn: Filter | None = None,
     *,
-    calibration: Mapping[str, Tensor] | None = None,
+    calibration: Mapping[str, Tensor] | Iterable[Any] | None = None,
+    example_inputs: Any = None,
 ) -> Report:
     """Replace the feed-forward blocks of a model by sparse layers, in place.
 
@@ -38,14 +45,18 @@ def sparsify_(
         model: any module. Device, dtype, training mode, ``requires_grad`` and sharing of modules are kept.
         config: what the FFNs become; or a mapping from the names of some of them to the config of each.
         filter_fn: ``filter_fn(module, name) -> bool`` says which FFNs are replaced; it gets what is at ``name`` now.
-        calibration: what ``calibrate`` returned for this model: it must hold every FFN that is replaced.
+        calibration: batches, as ``calibrate``'s; or what ``calibrate`` returned for this model, which must hold every
+            FFN that is replaced. With batches the FFNs whose configs give ``active`` share out the units that a token
+            uses in all: each gets its own k, by what the model's outputs lose on the first batch.
+        example_inputs: a batch that the model can run on, for FFNs in modules that do not run on tokens, a memory and a
+            mask alone: what these are called with is tried then. None for the first of the batches.
 
     Returns:
         What was replaced and what was left, with parameters, FLOPs and what was done with the weights.
 
     Raises:
         TypeError: ``model`` is no module, ``config`` no config of this library, ``filter_fn`` no function or
-            ``calibration`` no mapping to tensors.
+            ``calibration`` neither a mapping to tensors nor batches.
         ValueError: the config does not fit an FFN, or names one that is not there; the calibration lacks one, or is of
             another width; a lazy module has not run yet. The model is as it was.
     """
@@ -53,9 +64,12 @@ def sparsify_(
         _check_config(one)
     if filter_fn is not None:
         check_function("filter_fn", filter_fn, "module and name")
-    if calibration is not None:
-        _check_calibration(calibration)
-    found, unknown = find(model)
+    check_module("model", model)
+    batches = _check_calibration(calibration)
+    if example_inputs is None and batches is not None:
+        example_inputs = next(iter(batches.first), None)
+    examples = Examples(model, example_inputs)
+    found, unknown = find(model, examples)
     configs = dict(config) if isinstance(config, Mapping) else {f.name: config for f in found}
     names = [f.name for f in found]
     if missing := [name for name in configs if name not in names]:
@@ -63,23 +77,24 @@ def sparsify_(
     wanted = [f for f in found if f.name in configs and (filter_fn is None or filter_fn(f.module, f.name))]
     skipped = tuple(f.name for f in found if f not in wanted)
     places = places_of(model)
-    groups = {f.name: twins(f, configs[f.name]) for f in wanted}
-    wanted = replaceable(model, wanted, groups, places, unknown)
+    keys = {f.name: twins(f, configs[f.name]) for f in wanted}
+    wanted = replaceable(model, wanted, keys, places, unknown, examples)
+    if batches is not None:
+        calibration = sample(model, wanted, batches) if wanted else {}
     samples = {} if calibration is None else {f.name: _sample(f, calibration) for f in wanted}
+    groups: dict[object, Group] = {}
+    for f in wanted:
+        groups.setdefault(keys[f.name], Group(configs[f.name])).add(f, samples.get(f.name))
+    if batches is not None:
+        share_out(model, list(groups.values()), places, batches.first)
     every_name: dict[nn.Module, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         every_name[module].append(name)
-    made: dict[object, tuple[Built, str]] = {}
-    plan, replacements = [], []
-    for f in wanted:
-        group = groups[f.name]
-        if group not in made:
-            rows = [samples[g.name] for g in wanted if g.name in samples and groups[g.name] == group]
-            made[group] = _make(f, configs[f.name], torch.cat(rows) if rows else None), f.name
-        plan.append((f, made[group][0]))
-        replacements.append(_replacement(f, *made[group], samples.get(f.name), every_name[f.module]))
-    _replace(model, plan, places)
-    return Report(tuple(replacements), unknown, skipped, _others(model, [new.module for _, new in plan]))
+    made = {key: group.make() for key, group in groups.items()}
+    of_each = [(f, groups[keys[f.name]], made[keys[f.name]]) for f in wanted]
+    replacements = [_replacement(f, new, group, every_name[f.module]) for f, group, new in of_each]
+    put(model, [(f, new.module) for f, _, new in of_each], places)
+    return Report(tuple(replacements), unknown, skipped, _others(model, [new.module for new in made.values()]))
 
 
 def from_dense(ffn: nn.Module, config: FFNConfig, *, inputs: Tensor | None = None) -> nn.Module:
@@ -104,7 +119,9 @@ def from_dense(ffn: nn.Module, config: FFNConfig, *, inputs: Tensor | None = Non
     f = find_one(ffn)
     if (why := mixed(f.weights())) is not None:
         raise ValueError(f"the FFN: {why}")
-    return _make(f, config, None if inputs is None else _rows(f, inputs)).module
+    group = Group(config)
+    group.add(f, None if inputs is None else _rows(f, inputs))
+    return group.make().module
 
 
 def _check_config(config: object) -> None:
@@ -112,13 +129,23 @@ def _check_config(config: object) -> None:
         raise TypeError(f"config must be a config of sparse_ffn, such as SigmaMoEConfig(k=4), got {config!r}")
 
 
-def _check_calibration(calibration: object) -> None:
+def _check_calibration(calibration: object) -> Batches | None:
+    """The batches, if it is some; what ``calibrate`` returned is checked."""
+    if calibration is None:
+        return None
+    if (
+        not isinstance(calibration, Mapping)
+        and isinstance(calibration, Iterable)
+        and not isinstance(calibration, (Tensor, str))
+    ):
+        return Batches(calibration)
     values = list(calibration.values()) if isinstance(calibration, Mapping) else [calibration]
     if not isinstance(calibration, Mapping) or not all(isinstance(value, Tensor) for value in values):
         kinds = ", ".join(sorted({type(value).__name__ for value in values}))
-        raise TypeError(f"calibration must map names to tensors, as calibrate returns, got {kinds}")
+        raise TypeError(f"calibration must map names to tensors, as calibrate returns, or hold batches, got {kinds}")
     for name, value in calibration.items():
         check_floating(f"calibration[{name!r}]", value)
+    return None
 
 
 def _sample(f: Found, calibration: Mapping[str, Tensor]) -> Tensor:
@@ -144,35 +171,19 @@ def _rows(f: Found, inputs: Tensor) -> Tensor:
     return inputs.reshape(-1, ffn.d_model).to(ffn.keys)
 
 
-def _make(f: Found, config: FFNConfig, rows: Tensor | None) -> Built:
-    """Build what replaces an FFN, without touching the model."""
-    ffn = f.weights()
-    try:
-        built = build(config, ffn, rows, f.out_dropout)
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"{f.name or 'the FFN'} ({f.pattern}, d_ff = {ffn.d_ff}): {error}") from error
-    built.module.train(f.module.training)
-    return built
-
-
 @torch.no_grad()
-def _replacement(f: Found, new: Built, first: str, rows: Tensor | None, names: list[str]) -> Replacement:
-    """The report's line on an FFN, whose new layer was made for the place ``first``."""
-    ffn, layer = f.weights(), new.layer
-    error = None
+def _replacement(f: Found, new: Built, group: Group, names: list[str]) -> Replacement:
+    """The report's line on an FFN, whose new layer may stand for others too."""
+    ffn, layer, first = f.weights(), new.layer, group.members[0].name
+    error, rows = None, group.rows_of(f)
     if rows is not None:
         with evaluating(new.module):
             error = relative_error(new.module(rows), ffn.output(rows))
-    sizes = (
-        f"E={layer.n_experts} G={layer.expert_size} k={layer.k}"
-        if isinstance(layer, (MoE, LowRankMoE))
-        else f"k={layer.k}"
-    )
     tied = None if f.name == first else first
     return Replacement(
         name=f.name,
         pattern=f.pattern,
-        layer=f"{type(layer).__name__} {sizes}",
+        layer=_in_words(layer),
         config=new.config,
         parameters=(ffn.n_parameters(), layer.n_parameters),
         flops=(ffn.flops_per_token(), layer.flops_per_token()),
@@ -180,25 +191,16 @@ def _replacement(f: Found, new: Built, first: str, rows: Tensor | None, names: l
         shared=tuple(name for name in names if name != f.name),
         relative_error=error,
         tied=tied,
+        curve=group.curve,
     )
 
 
-def _replace(model: nn.Module, plan: list[tuple[Found, Built]], places: Places) -> None:
-    """Put all new modules in; on any error take all out again."""
-    undo: list[Callable[[], None]] = []
-    try:
-        for f, new in plan:
-            undo += [set_attribute(place.owner, place.attribute, new.module) for place in places[f.module]]
-            if f.edits:
-                enclosing = model.get_submodule(f.enclosing)
-                undo += apply(enclosing, f.edits)
-                for module in model.modules():
-                    if any(inner is enclosing for inner in module.modules()):
-                        undo += switch_off_fast_path(module)
-    except BaseException:
-        for step in reversed(undo):
-            step()
-        raise
+def _in_words(layer: Converted) -> str:
+    """Its class and sizes."""
+    if isinstance(layer, SharedExpertMoE):
+        return f"{_in_words(layer._own_moe())} beside {layer.shared.d_ff} shared"
+    sizes = f"E={layer.n_experts} G={layer.expert_size} " if isinstance(layer, (MoE, LowRankMoE)) else ""
+    return f"{type(layer).__name__} {sizes}k={layer.k}"
 
 
 def _others(model: nn.Module, new: list[nn.Module]) -> dict[str, int]:

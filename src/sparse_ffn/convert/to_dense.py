@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.convert.init.build import copy_weights, freeze, gate_at_zero
+from sparse_ffn.convert.config_base import Converted
+from sparse_ffn.convert.init.build import freeze
+from sparse_ffn.convert.init.experts import copy_weights, gate_at_zero
 from sparse_ffn.convert.init.partition import product_keys
 from sparse_ffn.convert.init.weights import FFNWeights
 from sparse_ffn.layers import DenseFFN, MoE, ProductKeyMemory, SparseFFN
 from sparse_ffn.layers.rows.base import check_dense
+from sparse_ffn.layers.shared_expert import SharedExpertMoE
 from sparse_ffn.routing.deepseek import DeepSeekRouter
 from sparse_ffn.routing.routers import ROUTERS, UnweightedRouter
 
@@ -21,22 +24,24 @@ KNOWN = (*ROUTERS.values(), DeepSeekRouter)
 
 
 @torch.no_grad()
-def to_dense(layer: SparseFFN) -> DenseFFN:
+def to_dense(layer: Converted) -> DenseFFN:
     """The dense FFN that computes what a layer computes in evaluation.
 
     Args:
         layer: one whose k selects everything, with gates that do not depend on the token: ``TopKFFN`` at k = d_ff,
-            ``MoE`` at k = n_experts with an unweighted or a zero router, ``ProductKeyMemory`` at k = n_sub_keys²
-            without ``query_norm`` and softmax.
+            ``MoE`` at k = n_experts with an unweighted or a zero router, ``SharedExpertMoE`` of such a one,
+            ``ProductKeyMemory`` at k = n_sub_keys² without ``query_norm`` and softmax.
 
     Returns:
         A new ``DenseFFN`` of the same device, dtype, training mode and ``requires_grad``. Its units are in the layer's
-        order.
+        order, a shared expert's first.
 
     Raises:
         TypeError: no layer of this library.
         ValueError: no dense FFN computes the same; the message says why.
     """
+    if isinstance(layer, SharedExpertMoE):
+        return _with_shared(layer)
     if not isinstance(layer, SparseFFN):
         modules = layer.named_modules() if isinstance(layer, nn.Module) else ()
         inside = [name for name, module in modules if isinstance(module, SparseFFN)]
@@ -52,13 +57,45 @@ def to_dense(layer: SparseFFN) -> DenseFFN:
         weights = _weights(layer)
     else:
         raise _no_dense(layer, "its function is unknown here")
-    options: dict[str, Any] = {"activation": layer.activation, "dropout": layer.dropout}
+    return _dense(replace(weights, dropout=layer.dropout, trainable=_trainable(layer))).train(layer.training)
+
+
+def _dense(weights: FFNWeights) -> DenseFFN:
+    options: dict[str, Any] = {"activation": weights.activation, "dropout": weights.dropout}
     options |= {"glu": weights.gate_keys is not None, "bias": weights.key_bias is not None}
     options |= {"device": weights.keys.device, "dtype": weights.keys.dtype}
     dense = DenseFFN(weights.d_model, weights.d_ff, d_out=weights.d_out, **options)
     copy_weights(dense, weights)
-    freeze(dense, replace(weights, trainable=_trainable(layer)))
-    return dense.train(layer.training)
+    freeze(dense, weights)
+    return dense
+
+
+def _with_shared(layer: SharedExpertMoE) -> DenseFFN:
+    """The units of the shared expert and of all others in one."""
+    routed, shared = to_dense(layer._own_moe()), layer._own_shared()
+    if layer._own_moe() is not layer._own_routed():
+        raise _no_dense(layer, "its routed experts lie between two projections")
+    if layer.gate is not None:
+        raise _no_dense(layer, "the shared expert's weight depends on the token (gated = True)")
+    differing = [n for n in ("activation", "dropout") if getattr(shared, n) != getattr(routed, n)]
+    if differing or (shared.gate_keys is None) != (routed.gate_keys is None):
+        raise _no_dense(layer, f"its shared expert is of another kind ({', '.join(differing) or 'glu'})")
+    parts = [_weights(shared), _weights(routed)]
+    if any(part.key_bias is not None for part in parts):
+        parts = [part if part.key_bias is not None else _with_zero_biases(part) for part in parts]
+    ours, theirs = (part.tensors() for part in parts)
+    joined: dict[str, Any] = {name: torch.cat([ours[name], theirs[name]]) for name in ours if name != "out_bias"}
+    if "out_bias" in ours:
+        joined["out_bias"] = ours["out_bias"] + theirs["out_bias"]
+    trainable = {
+        n: any(getattr(own, n).requires_grad for own in (shared, routed) if getattr(own, n) is not None) for n in joined
+    }
+    weights = FFNWeights(**joined, activation=shared.activation, dropout=shared.dropout, trainable=trainable)
+    return _dense(weights).train(layer.training)
+
+
+def _with_zero_biases(ffn: FFNWeights) -> FFNWeights:
+    return replace(ffn, key_bias=ffn.keys.new_zeros(ffn.d_ff), out_bias=ffn.values.new_zeros(ffn.d_out))
 
 
 def _weights(layer: DenseFFN | MoE) -> FFNWeights:
@@ -74,7 +111,7 @@ def _trainable(layer: SparseFFN) -> dict[str, bool]:
     return trainable | ({"keys": any(keys), "key_bias": any(bias)} if keys else {})
 
 
-def _no_dense(layer: SparseFFN, why: str) -> ValueError:
+def _no_dense(layer: Converted, why: str) -> ValueError:
     return ValueError(f"no dense FFN computes what this {type(layer).__name__} does: {why}")
 
 

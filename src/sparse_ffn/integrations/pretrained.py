@@ -18,6 +18,7 @@ from sparse_ffn.convert import Report, config_from_dict, config_of, sparsify_
 from sparse_ffn.integrations import quantized
 from sparse_ffn.layers import SparseFFN
 from sparse_ffn.layers.rows.base import ExpertRows
+from sparse_ffn.layers.shared_expert import SharedExpertMoE
 
 KEY = "sparse_ffn"  # of the record in config.json
 WHERE = (
@@ -88,7 +89,7 @@ def _present(model: Any, names: Iterable[str]) -> dict[str, Any]:
     """The config of the layer that is now at each of these places, if there is one."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if name not in names or not (layers := [m for m in module.modules() if isinstance(m, SparseFFN)]):
+        if name not in names or not (layers := _layers(module)):
             continue
         try:
             if len(layers) > 1:
@@ -97,6 +98,13 @@ def _present(model: Any, names: Iterable[str]) -> dict[str, Any]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} cannot be recorded: {error}") from error
     return found
+
+
+def _layers(module: Any) -> list[SparseFFN | SharedExpertMoE]:
+    """The layers in what took the place of an FFN, one with a shared expert as a whole."""
+    whole = [m for m in module.modules() if isinstance(m, SharedExpertMoE)]
+    parts = {part for m in whole for part in m.modules()}
+    return whole + [m for m in module.modules() if isinstance(m, SparseFFN) and m not in parts]
 
 
 def from_pretrained(path: str, model_class: type[Any] | None = None, **options: Any) -> Any:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from torch import nn
 
 from sparse_ffn.checks import check_module
+from sparse_ffn.convert.find.examples import Examples
 from sparse_ffn.convert.find.found import Found
 from sparse_ffn.convert.find.linear import Linear, hooks, linear_maps
 from sparse_ffn.convert.find.match import match_block, match_dense, match_pair
@@ -20,8 +21,12 @@ from sparse_ffn.layers.shared_expert import SharedExpertMoE
 ROOT = "the model itself is the FFN: from_dense makes a layer of it"
 
 
-def find(model: nn.Module) -> tuple[list[Found], dict[str, str]]:
+def find(model: nn.Module, examples: Examples) -> tuple[list[Found], dict[str, str]]:
     """All FFNs of a model, in its order, and the names and reasons of what looked like one and is none.
+
+    Args:
+        model: any.
+        examples: what modules are called with that do not run by themselves.
 
     Raises:
         TypeError: the model is no module.
@@ -30,7 +35,7 @@ def find(model: nn.Module) -> tuple[list[Found], dict[str, str]]:
     check_module("model", model)
     linears = linear_maps(model)
     shared = {m.shared for m in model.modules() if isinstance(m, SharedExpertMoE)}
-    search = _Search()
+    search = _Search(examples)
     loose: list[tuple[Linear, Linear, str]] = []
     for name, module in reversed(list(model.named_modules())):  # from the inside out
         if module in linears or module in shared:
@@ -75,7 +80,8 @@ def find_one(module: nn.Module) -> Found:
 class _Search:
     """What is found while modules come from the inside out; each linear map is decided about once."""
 
-    def __init__(self) -> None:
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
         self.found: list[Found] = []
         self.unknown: dict[str, str] = {}
         self.decided: set[nn.Module] = set()
@@ -132,7 +138,7 @@ class _Search:
             if not self.undecided(up, down):
                 continue
             try:
-                self.found.append(match_pair(name, module, up, down))
+                self.found.append(match_pair(name, module, up, down, self.examples))
             except Unknown as why:
                 reasons.append(str(why))
                 if up.n_out > up.n_in:

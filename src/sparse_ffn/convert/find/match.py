@@ -5,7 +5,9 @@ A match that fails raises Unknown with the reason.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn.convert.find.edits import Edit, apply, set_attribute
+from sparse_ffn.convert.find.examples import Examples
 from sparse_ffn.convert.find.found import Formula, Found, find_formula
 from sparse_ffn.convert.find.linear import Linear, hooks
 from sparse_ffn.convert.find.probe import (
@@ -59,7 +62,7 @@ def _match_block(name: str, module: nn.Module, ups: list[Linear], down: Linear) 
     buffers = ", ".join(name for name, _ in module.named_buffers())
     refuse(*(linear.obstacle for linear in linears), hooks(module), f"it has buffers: {buffers}" if buffers else None)
     x = probe_input(ups[0].n_in)
-    seen = observe(module, [linear.within(name) for linear in linears], [(x,)])
+    seen = observe(module, [linear.within(name) for linear in linears], [Arguments((x,))])
     y = seen.down.output
     if not seen.trace.bare:
         raise Unknown("it returns something else than a tensor")
@@ -80,15 +83,16 @@ def _match_block(name: str, module: nn.Module, ups: list[Linear], down: Linear) 
     return Found(name, module, tuple(ups), down, formula, dropout, out_dropout)
 
 
-def match_pair(name: str, module: nn.Module, up: Linear, down: Linear) -> Found:
+def match_pair(name: str, module: nn.Module, up: Linear, down: Linear, examples: Examples) -> Found:
     """Two linear maps in a larger module: BERT's pairs of modules, torch.nn's Transformer layers, OPT's."""
     refuse(up.obstacle, down.obstacle)
     a, b = up.within(name), down.within(name)
-    module = _between(module, a, b)
+    whole, module = module, _between(module, a, b)
     patched = [type(m).__name__ for m in module.modules() if "forward" in vars(m)]
     if patched:
         raise Unknown(f"forward of {patched[0]} is patched, so that a copy cannot be probed")
-    seen = observe(module, [a, b], probe_arguments(up.n_in))
+    more = examples.of(module) if module is whole else ()
+    seen = observe(module, [a, b], itertools.chain(probe_arguments(up.n_in), more))
     formula = seen.formula()
     trained, h = seen.train(formula)
     (up_owner, _, _), (owner, _, attribute) = a.rpartition("."), b.rpartition(".")
@@ -149,7 +153,7 @@ class Seen:
         return trained, formula.hidden([call.output for call in calls[:-1]])
 
 
-def observe(module: nn.Module, names: list[str], choices: list[Arguments]) -> Seen:
+def observe(module: nn.Module, names: list[str], choices: Iterable[Arguments]) -> Seen:
     """Run a copy of a module with the first arguments that it takes, and watch its linear maps of these names."""
     copied = probe_copy(module)
     linears = [copied.get_submodule(name) for name in names]
@@ -227,7 +231,7 @@ def _verify(found: Found, module: nn.Module, up: str, seen: Seen, trained: Trace
         raise Unknown(f"{type(module).__name__} does not compute the same with the FFN replaced")
 
 
-def rejection(found: Found, holder: nn.Module) -> str | None:
+def rejection(found: Found, holder: nn.Module, examples: Examples) -> str | None:
     """Why the module that holds an FFN does not accept a layer in its place; None if it does or does not run by itself.
 
     It may pass more than the tokens, read a weight, go through the FFN's parts, or hold the FFN a second time.
@@ -240,7 +244,8 @@ def rejection(found: Found, holder: nn.Module) -> str | None:
     try:
         copied = probe_copy(holder, numbers=False)
         used = copied.get_submodule(names[0]).get_submodule(part)
-        trace, args = run_first(copied, probe_arguments(found.ups[0].n_in), [used])
+        choices = itertools.chain(probe_arguments(found.ups[0].n_in), examples.of(holder))
+        trace, args = run_first(copied, choices, [used])
         copied = probe_copy(holder, numbers=False)
     except Unknown:
         return None

@@ -6,10 +6,10 @@ The weights of the copy are random, so that a model whose weights are zero or on
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,13 @@ from torch.overrides import TorchFunctionMode
 
 from sparse_ffn.convert.find.edits import switch_off_fast_path
 
-Arguments = tuple[Tensor | None, ...]
+
+class Arguments(NamedTuple):
+    """What a module is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = {}
+
 
 TOLERANCE = 1e-6  # constants of an activation that are rounded differently differ less; gelu and gelu_tanh far more
 FP64: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # whatever the default device is
@@ -134,9 +140,7 @@ def first_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
-def run(
-    copied: nn.Module, args: Iterable[Tensor | None], watch: Iterable[nn.Module] = (), train: bool = False
-) -> Trace:
+def run(copied: nn.Module, given: Arguments, watch: Iterable[nn.Module] = (), train: bool = False) -> Trace:
     """Run what ``probe_copy`` returned, in training mode if asked, and note the calls of the modules to watch."""
     from torch.utils._pytree import tree_leaves  # here: it would double the library's import time
 
@@ -166,7 +170,7 @@ def run(
         if train:
             torch.manual_seed(0)
             stack.enter_context(_Dropouts(trace.dropouts))
-        output = copied(*args)
+        output = copied(*given.args, **given.kwargs)
     trace.bare = isinstance(output, Tensor)
     trace.outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
     return trace
@@ -186,11 +190,11 @@ def probe_input(width: int, seed: int = 1) -> Tensor:
 def probe_arguments(width: int) -> list[Arguments]:
     """What a block or a layer may take: tokens alone, with empty places for masks, with a memory, with a mask."""
     x, mask = probe_input(width), torch.ones(2, 1, 3, 3, **FP64)
-    return [(x,), (x, None), (x, None, None), (x, x), (x, mask)]
+    return [Arguments(args) for args in ((x,), (x, None), (x, None, None), (x, x), (x, mask))]
 
 
 def run_first(
-    copied: nn.Module, choices: list[Arguments], watch: Iterable[nn.Module], train: bool = False
+    copied: nn.Module, choices: Iterable[Arguments], watch: Iterable[nn.Module], train: bool = False
 ) -> tuple[Trace, Arguments]:
     """Run with the first of some arguments that the copy takes; returns them too."""
     failed: list[str] = []

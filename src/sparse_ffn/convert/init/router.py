@@ -5,6 +5,8 @@ T tokens, D d_model, E experts, G units of an expert, O d_out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,16 +28,41 @@ def contributions(ffn: FFNWeights, n_experts: int, x_TD: Tensor) -> Tensor:
     return torch.stack([wide(h_TEG[:, e] @ values_EGO[e]).norm(dim=1) for e in range(n_experts)], dim=1)
 
 
-def fit_router(ffn: FFNWeights, n_experts: int, inputs: Tensor, n_steps: int = 20) -> Tensor:
+def fit_router(ffn: FFNWeights, n_experts: int, inputs: Tensor) -> Tensor:
     """Weights [E, D] whose logits rank the experts as their contributions do.
 
-    A softmax regression on each token's shares of the squared contributions, over all inputs [T, D] at once. Few steps
-    of L-BFGS do better than many on tokens that were not seen. The units of ``ffn`` are in the experts' order.
+    A softmax regression on each token's shares of the squared contributions, over all inputs [T, D] at once. The units
+    of ``ffn`` are in the experts' order.
     """
-    x_TD = inputs.to(ffn.keys)
-    part_TE = contributions(ffn, n_experts, x_TD).square()
+    part_TE = contributions(ffn, n_experts, inputs.to(ffn.keys)).square()
     share_TE = part_TE / part_TE.sum(1, keepdim=True).clamp_min(1e-30)
-    x_TD = wide(x_TD)
+    return _regression(ffn, n_experts, inputs, lambda logits_TE: F.cross_entropy(logits_TE, share_TE))
+
+
+def fit_ranking(ffn: FFNWeights, n_experts: int, k: int, inputs: Tensor) -> Tensor:
+    """Weights [E, D] whose k largest logits are those of the k largest contributions.
+
+    A logistic regression of whether an expert is among them, over all inputs [T, D] at once. A decision weighs as much
+    as what it is about: how far the contribution is from the middle between the k-th and the next. Biases of the logits
+    change nothing: what real FFNs see has a mean, which the weights rank by.
+    """
+    part_TE = contributions(ffn, n_experts, inputs.to(ffn.keys))
+    middle_T1 = part_TE.topk(k + 1, dim=1).values[:, -2:].mean(1, keepdim=True)
+    above_TE = (part_TE > middle_T1).to(part_TE.dtype)
+    weight_TE = (part_TE - middle_T1).abs()
+    weight_TE = weight_TE / weight_TE.mean().clamp_min(1e-30)
+
+    def loss(logits_TE: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits_TE, above_TE, weight_TE)
+
+    return _regression(ffn, n_experts, inputs, loss)
+
+
+def _regression(
+    ffn: FFNWeights, n_experts: int, inputs: Tensor, loss: Callable[[Tensor], Tensor], n_steps: int = 20
+) -> Tensor:
+    """Weights whose logits have the least loss. Few steps of L-BFGS do better than many on tokens not seen."""
+    x_TD = wide(inputs.to(ffn.keys))
     scale = x_TD.square().mean().sqrt().clamp_min(1e-12)
     x_TD = x_TD / scale
     weight = x_TD.new_zeros(n_experts, x_TD.shape[1]).requires_grad_()
@@ -43,9 +70,9 @@ def fit_router(ffn: FFNWeights, n_experts: int, inputs: Tensor, n_steps: int = 2
 
     def loss_and_gradient() -> float:
         with torch.enable_grad():
-            loss = F.cross_entropy(F.linear(x_TD, weight), share_TE)
-            weight.grad = torch.autograd.grad(loss, weight)[0]
-        return float(loss.detach())
+            found = loss(F.linear(x_TD, weight))
+            weight.grad = torch.autograd.grad(found, weight)[0]
+        return float(found.detach())
 
     optimizer.step(loss_and_gradient)  # type: ignore[no-untyped-call]
     return (weight.detach() / scale).to(ffn.keys.dtype)

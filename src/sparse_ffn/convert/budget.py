@@ -1,0 +1,135 @@
+"""The budget of a model: its FFNs share out the units that a token uses in all, by what each loses with fewer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparse_ffn.convert.config_experts import ExpertsConfig
+from sparse_ffn.convert.curve import Curve, Point, allocate, experts_to_try
+from sparse_ffn.convert.group import Group
+from sparse_ffn.convert.init.evaluating import evaluating
+from sparse_ffn.convert.init.weights import relative_error, wide
+from sparse_ffn.convert.places import Places, put, take_out
+from sparse_ffn.module import in_evaluation, run_batch
+
+
+@torch.no_grad()
+def share_out(model: nn.Module, groups: list[Group], places: Places, batches: Iterable[Any]) -> None:
+    """Give each group whose config says a share of active units its own share of all of theirs, and its curve.
+
+    Args:
+        model: before any is replaced; it is put back as it was.
+        groups: all that are to be replaced.
+        places: of the model's modules.
+        batches: what the model's outputs are compared on.
+    """
+    sharing = [g for g in groups if isinstance(g.config, ExpertsConfig) and g.config.active not in (None, 1)]
+    if len(sharing) < 2:
+        return
+    judge, curves, budget, chosen = Judge(model, batches), [], 0.0, []
+    for group in sharing:
+        ffn, ways = group.members[0].weights(), _Ways(group)
+        units = ffn.d_ff * len(group.members)
+        budget += ways.active * units
+        group.curve = tuple(
+            _point(model, group, group.make(ways.of(n)).module, places, judge, n / ways.n)
+            for n in experts_to_try(ways.active, ways.n, ways.least)
+        )
+        curves.append(Curve(group.curve, 1 / ways.n, units))
+        chosen.append(ways)
+    for group, ways, share in zip(sharing, chosen, allocate(curves, budget), strict=True):
+        group.config = ways.of(round(share * ways.n))
+
+
+class _Ways:
+    """A group's configs for each number of active experts, the shared expert's units counted in experts.
+
+    Where the shared expert's size was left open, it stays in proportion.
+    """
+
+    def __init__(self, group: Group) -> None:
+        scaled = group.config.shared_size is None
+        group.settle()
+        ffn, config = group.members[0].weights(), group.config
+        assert isinstance(config, ExpertsConfig)
+        assert config.active is not None
+        self.config, self.active, self.size = config, config.active, config.resolve(ffn).expert_size or 1
+        self.n = ffn.d_ff // self.size
+        shared = config.shared_size or 0
+        self.ratio = shared / (config.active * ffn.d_ff) if scaled else None
+        self.least = 1 if scaled else 1 + shared // self.size
+
+    def of(self, n: int) -> ExpertsConfig:
+        """Where n experts are active."""
+        shared = self.config.shared_size or 0
+        if self.ratio is not None:
+            shared = self.size * min(n - 1, round(self.ratio * n))
+        return replace(self.config, active=n / self.n, expert_size=self.size, n_experts=None, shared_size=shared)
+
+
+def _point(model: nn.Module, group: Group, new: nn.Module, places: Places, judge: Judge, active: float) -> Point:
+    """What is lost where a new layer stands in the places of a group."""
+    rows = group.rows
+    assert rows is not None
+    with evaluating(new):
+        error = relative_error(new(rows), group.members[0].weights().output(rows))
+    undo = put(model, [(f, new) for f in group.members], places)
+    try:
+        change = judge.change()
+    finally:
+        take_out(undo)
+    return Point(active, error, change)
+
+
+class Judge:
+    """How far the outputs of a model are from what they were, on a few batches.
+
+    Args:
+        model: as it was.
+        batches: as ``calibrate``'s.
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterable[Any]) -> None:
+        self.model, self.batches = model, list(batches)
+        self.before = self._outputs()
+
+    def change(self) -> float:
+        """Of the outputs, as ``Point`` has it."""
+        lost = whole = 0.0
+        for (old, is_logits), (new, _) in zip(self.before, self._outputs(), strict=True):
+            if is_logits:
+                lost += F.kl_div(
+                    F.log_softmax(new, -1), F.log_softmax(old, -1), reduction="sum", log_target=True
+                ).item()
+                whole += len(old)
+            else:
+                lost, whole = lost + (new - old).square().sum().item(), whole + old.square().sum().item()
+        return lost / max(whole, 1e-30)
+
+    @torch.no_grad()
+    def _outputs(self) -> list[tuple[Tensor, bool]]:
+        """Of each batch the real tokens' rows [T, n], and whether they are logits."""
+        with in_evaluation(self.model):
+            return [_rows(run_batch(self.model, batch), batch) for batch in self.batches]
+
+
+def _rows(output: Any, batch: Any) -> tuple[Tensor, bool]:
+    from torch.utils._pytree import tree_leaves  # here: it would double the library's import time
+
+    y = getattr(output, "logits", None)
+    is_logits = isinstance(y, Tensor)
+    if not is_logits:
+        tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point() and t.dim()]
+        if not tensors:
+            raise ValueError("the model's outputs hold no floating tensor to compare: give every FFN its k")
+        y = tensors[0]
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if isinstance(mask, Tensor) and mask.shape == y.shape[:-1]:
+        return wide(y[mask.bool()]), is_logits
+    return wide(y.reshape(-1, y.shape[-1])), is_logits

@@ -1,0 +1,56 @@
+"""Group: the FFNs of a model that become one layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_ffn.convert.config_base import FFNConfig
+from sparse_ffn.convert.curve import Point
+from sparse_ffn.convert.find.found import Found
+from sparse_ffn.convert.init.build import Built, build, settle
+
+
+class Group:
+    """FFNs of the same parameters, with what they become: most often one FFN.
+
+    Args:
+        config: what they become.
+    """
+
+    def __init__(self, config: FFNConfig) -> None:
+        self.config = config
+        self.members: list[Found] = []
+        self.curve: tuple[Point, ...] = ()
+        """What they lose with fewer or more units, if that was measured."""
+        self._rows: dict[str, Tensor] = {}
+
+    def add(self, f: Found, rows: Tensor | None) -> None:
+        """A member, with its calibration [T, d_model]."""
+        self.members.append(f)
+        if rows is not None:
+            self._rows[f.name] = rows
+
+    def rows_of(self, f: Found) -> Tensor | None:
+        """A member's calibration."""
+        return self._rows.get(f.name)
+
+    @property
+    def rows(self) -> Tensor | None:
+        """The calibration of all."""
+        return torch.cat(list(self._rows.values())) if self._rows else None
+
+    def settle(self) -> None:
+        """Replace what the config leaves to calibration, but the shares of the units."""
+        self.config = settle(self.config, self.members[0].weights(), self.rows)
+
+    def make(self, config: FFNConfig | None = None) -> Built:
+        """The layer, of another config if one is given, without touching the model."""
+        f = self.members[0]
+        ffn = f.weights()
+        try:
+            built = build(self.config if config is None else config, ffn, self.rows, f.out_dropout)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{f.name or 'the FFN'} ({f.pattern}, d_ff = {ffn.d_ff}): {error}") from error
+        built.module.train(f.module.training)
+        return built

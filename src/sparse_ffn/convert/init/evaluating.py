@@ -1,0 +1,23 @@
+"""evaluating: run a layer that is being made, without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from sparse_ffn.layers.balanced import Balanced
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a new module, which keeps nothing of what runs in it."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        for inner in module.train(training).modules():
+            if isinstance(inner, Balanced):
+                inner._last = None

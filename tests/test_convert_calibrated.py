@@ -1,0 +1,315 @@
+"""Conversion by calibration: always-active units, routers fitted to a ranking, a share for each FFN, init="auto"."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+from typing import Any
+
+import pytest
+import torch
+from test_convert import Block, Gated, Mlp, same
+from torch import Tensor, nn
+
+import sparse_ffn as sf
+from sparse_ffn.convert import config, config_from_dict, config_of
+from sparse_ffn.convert.curve import Curve, Point, allocate
+from sparse_ffn.convert.init.router import fit_ranking
+from sparse_ffn.convert.init.weights import FFNWeights
+from sparse_ffn.layers import SharedExpertMoE
+
+MIXTURES = [kind for kind in config.CONFIGS if issubclass(kind, config.ExpertsConfig)]
+OPEN = sf.MoEConfig(router="unweighted", expert_size=4)
+
+
+# ------------------------------------------------------------------------------------------------- a shared expert
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("init", ["split", "cluster"])
+def test_units_that_are_always_active_and_all_others_are_the_dense_ffn(kind: type[Any], init: str) -> None:
+    for dense in (Mlp("gelu"), Mlp("relu", bias=(False, True)), Gated(bias=True)):
+        made = sf.from_dense(dense, kind(expert_size=4, k=3, shared_size=4, init=init)).eval()
+        layer = made if isinstance(made, SharedExpertMoE) else made[1]  # after a constant input
+        assert (layer.routed.n_experts, layer.shared.d_ff, layer.d_ff) == (3, 4, 16)
+        same(made, dense, rtol=1e-4)
+        same(sf.to_dense(layer), layer, width=layer.d_model, rtol=1e-4)
+
+
+def test_the_always_active_units_are_the_largest_on_the_calibration_data() -> None:
+    dense = Mlp("relu", d_ff=16)
+    x = torch.randn(200, 6)
+    size = (torch.relu(dense.a(x)).mean(0) * dense.b.weight.norm(dim=0)).argsort(descending=True)
+    layer = sf.from_dense(dense, dataclasses.replace(OPEN, k=1, shared_size=8), inputs=x)
+    expected = dense.a.weight[size[:8].sort().values]
+    torch.testing.assert_close(layer.shared.keys, expected)
+    assert layer.active_fraction == 12 / 16
+    torch.testing.assert_close(layer.eval()(x).mean(0), dense(x).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_with_a_shared_expert_is_reported_saved_and_made_again() -> None:
+    model = nn.Sequential(Block(), Block(Mlp("gelu"))).eval()
+    dense = copy.deepcopy(model)
+    report = sf.sparsify_(model, dataclasses.replace(OPEN, active=0.75, shared_size=4))
+    assert "MoE E=3 G=4 k=2 beside 4 shared" in str(report)
+    for new in report.replacements:
+        assert config_of(model.get_submodule(new.name)) == dataclasses.replace(new.config, init="fresh")
+    again = copy.deepcopy(dense)
+    configs = {name: config_from_dict(c) for name, c in json.loads(json.dumps(report.to_dict())).items()}
+    sf.sparsify_(again, {name: dataclasses.replace(c, init="fresh") for name, c in configs.items()})
+    again.load_state_dict(model.state_dict())
+    same(again, model)
+
+
+def test_what_no_config_says_of_a_shared_expert_is_an_error() -> None:
+    routed = sf.MoE(6, 4, 3, 2, activation="gelu")
+    with pytest.raises(ValueError, match="no MoEConfig makes a layer with a shared expert whose activation differ"):
+        config_of(SharedExpertMoE(routed, sf.DenseFFN(6, 8, bias=False)))
+    gated = SharedExpertMoE(routed, sf.DenseFFN(6, 8, activation="gelu", bias=False), gated=True)
+    with pytest.raises(ValueError, match="no MoEConfig makes a layer with a shared expert with a gate"):
+        config_of(gated)
+    routed.k = 4
+    nn.init.zeros_(routed.router.weight)
+    for layer, why in (
+        (gated, "depends on the token"),
+        (SharedExpertMoE(routed, sf.DenseFFN(6, 8, bias=False)), "another kind"),
+    ):
+        with pytest.raises(ValueError, match=f"no dense FFN computes what this SharedExpertMoE does: .*{why}"):
+            sf.to_dense(layer)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"active": 0.5, "k": 2}, r"active = 0\.5: k = 2 says the same"),
+        ({"active": 0.0}, r"active = 0\.0: it must be above 0"),
+        ({"active": 1.5}, r"active must be in \[0, 1\], got 1\.5"),
+        ({"shared_size": -1}, "shared_size must be at least 0, got -1"),
+        ({"init": "upcycle", "expert_size": None, "shared_size": 4}, "shared_size = 4 is not for init = .upcycle"),
+        ({"init": "upcycle", "expert_size": None, "active": 0.5}, r"active = 0\.5 is not for init = .upcycle"),
+        ({"active": 0.25, "shared_size": 4}, r"shared_size = 4 leaves no expert of 4 units of active = 0\.25"),
+        ({"shared_size": 16}, r"n_experts·expert_size = 0·4 must be d_ff = 16 - shared_size = 16"),
+        ({"shared_size": 6}, r"n_experts·expert_size = 2·4 must be d_ff = 16 - shared_size = 6"),
+    ],
+)
+def test_shares_and_sizes_that_do_not_fit_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sf.from_dense(Mlp(), dataclasses.replace(OPEN, **options))
+
+
+# ------------------------------------------------------------------------------------------------------ the routers
+
+
+def test_a_ranked_router_selects_the_largest_experts() -> None:
+    """Of four experts of one unit the outputs of which have the same distribution, but for one that is always small."""
+    x = torch.randn(600, 4, dtype=torch.float64) + 3
+    keys = torch.eye(4, dtype=torch.float64)
+    ffn = FFNWeights(keys, keys * x.new_tensor([1.0, 1.0, 1.0, 0.1]), "relu")
+    expected = (torch.relu(x) * ffn.values.diag()).topk(2).indices.sort().values
+    selected = (x @ fit_ranking(ffn, 4, 2, x).t()).topk(2).indices.sort().values
+    assert (selected == expected).double().mean() > 0.95
+
+
+@pytest.mark.parametrize("kind", [sf.MoEConfig, sf.SigmaMoEConfig])
+@pytest.mark.parametrize("shared_size", [0, 8])
+def test_refitted_values_lose_less_on_new_tokens(kind: type[Any], shared_size: int) -> None:
+    dense = Gated(bias=True)
+    mixed = torch.randn(6, 6)
+    x, fresh = (torch.randn(400, 6) @ mixed for _ in range(2))
+    chosen = kind(expert_size=2, active=0.75, shared_size=shared_size)
+    errors = []
+    for refit in (False, True):
+        layer = sf.from_dense(dense, dataclasses.replace(chosen, refit=refit), inputs=x).eval()
+        errors.append((layer(fresh) - dense(fresh)).norm() / dense(fresh).norm())
+        torch.testing.assert_close(layer(x).mean(0), dense(x).mean(0), rtol=1e-4, atol=1e-4)
+    assert errors[1] < errors[0]
+    with pytest.raises(ValueError, match="refit = True needs calibration"):
+        sf.from_dense(dense, dataclasses.replace(chosen, refit=True))
+
+
+# --------------------------------------------------------------------------------------------- a share for each FFN
+
+
+def curve(*changes: float, units: int = 8) -> Curve:
+    """Of shares 1/4, 2/4, ... in steps of 1/4."""
+    points = [Point(i / 4, 0.0, change) for i, change in enumerate(changes, 1)]
+    return Curve(points, 0.25, units)
+
+
+def test_the_budget_goes_where_it_helps_most() -> None:
+    generator = torch.Generator().manual_seed(0)
+    curves = [curve(*torch.rand(4, generator=generator).sort(descending=True).values.tolist()) for _ in range(4)]
+    convex = [curve(*(sum(sorted((p.change for p in c.points), reverse=True)[i:]) for i in range(4))) for c in curves]
+
+    def lost(shares: Any) -> float:
+        return sum(c.points[round(4 * share) - 1].change for c, share in zip(convex, shares, strict=True))
+
+    for budget in (8, 14, 20, 24, 32):
+        shares = allocate(convex, budget)
+        assert sum(8 * share for share in shares) == budget
+        every = itertools.product((0.25, 0.5, 0.75, 1.0), repeat=4)
+        least = min(lost(choice) for choice in every if sum(8 * share for share in choice) <= budget)
+        assert lost(shares) == pytest.approx(least)
+
+
+def test_a_budget_is_not_overrun_and_a_step_that_helps_later_is_seen() -> None:
+    late = curve(1.0, 1.0, 1.0, 0.0)  # only all units help
+    early = curve(0.4, 0.35, 0.3, 0.25)
+    assert allocate([late, early], 12) == [1.0, 0.5]
+    assert allocate([late, early], 8)[0] > 0.5
+    assert allocate([curve(1, 0.5, 0.2, 0.1, units=16), curve(1, 0.5, 0.2, 0.1)], 11) == [0.25, 0.75]
+    assert allocate([curve(1.0), curve(1.0)], 1) == [0.25, 0.25]  # no less than what was tried
+
+
+def stacked(*scales: float) -> nn.Sequential:
+    """Blocks whose FFNs add more or less to the output."""
+    torch.manual_seed(1)
+    model = nn.Sequential(*(Block(Mlp("relu", d_ff=32)) for _ in scales)).eval()
+    with torch.no_grad():
+        for block, scale in zip(model, scales, strict=True):
+            block.ffn.b.weight.mul_(scale)
+    return model
+
+
+def test_ffns_share_out_the_active_units_by_what_the_outputs_lose() -> None:
+    model, batches = stacked(1.0, 0.01, 1.0, 0.01), [torch.randn(8, 10, 6) for _ in range(3)]
+    dense = copy.deepcopy(model)
+    chosen = dataclasses.replace(OPEN, active=0.5, init="cluster")
+    report = sf.sparsify_(model, chosen, calibration=iter(batches))
+    k = [new.config.k for new in report.replacements]
+    assert sum(k) == 16
+    assert min(k[0], k[2]) > max(k[1], k[3])
+    for new in report.replacements:
+        shares = [point.active for point in new.curve]
+        assert shares == [0.25, 0.375, 0.5, 0.625, 0.75]
+        assert new.curve[-1].error < new.curve[0].error
+        assert str(new.curve[0]) in str(report)
+    same_k = copy.deepcopy(dense)
+    sf.sparsify_(same_k, chosen, calibration=sf.calibrate(dense, batches))
+    assert {module.k for module in same_k.modules() if isinstance(module, sf.MoE)} == {4}
+    x = torch.randn(20, 10, 6)
+    ours, theirs = ((m(x) - dense(x)).norm() for m in (model, same_k))
+    assert ours < theirs
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_logits_are_compared_as_distributions() -> None:
+    class Output:
+        def __init__(self, logits: Tensor) -> None:
+            self.logits = logits
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = stacked(1.0, 0.01)
+            self.shift = 0.0
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Output:
+            return Output(self.blocks(x) + self.shift * (1 + 9 * torch.randn(6) * (1 - attention_mask.unsqueeze(-1))))
+
+    from sparse_ffn.convert.budget import Judge
+
+    model = Model()
+    judge = Judge(model, [{"x": torch.randn(2, 3, 6), "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}])
+    model.shift = 5.0  # of all logits alike, and of padding by chance
+    assert judge.change() < 1e-6
+    nn.init.zeros_(model.blocks[0].ffn.b.weight)
+    assert judge.change() > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------------- auto
+
+
+def test_auto_is_no_worse_on_new_tokens_than_what_it_chooses_from() -> None:
+    dense, x = Mlp("relu", d_ff=32), torch.randn(600, 6)
+    fresh = torch.randn(600, 6)
+    with torch.no_grad():
+        dense.a.bias[:8] = 3.0  # always on
+
+    def error(chosen: config.ExpertsConfig) -> float:
+        layer = sf.from_dense(dense, chosen, inputs=x).eval()
+        return ((layer(fresh) - dense(fresh)).norm() / dense(fresh).norm()).item()
+
+    auto = dataclasses.replace(OPEN, active=0.5, init="auto")
+    plain = dataclasses.replace(auto, init="cluster")
+    assert error(auto) < 0.8 * error(plain)
+    layer = sf.from_dense(dense, auto, inputs=x)
+    assert isinstance(layer, SharedExpertMoE)
+    assert layer.active_fraction == 0.5
+    kept = sf.from_dense(dense, dataclasses.replace(auto, shared_size=0, cluster_by="keys"), inputs=x)
+    assert isinstance(kept, sf.MoE)
+    assert kept.k == 4
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_auto_is_exact_at_all_experts_and_needs_no_calibration(kind: type[Any]) -> None:
+    dense, x = Gated(), torch.randn(60, 6)
+    for inputs in (None, x):
+        same(sf.from_dense(dense, kind(expert_size=4, k=4, init="auto"), inputs=inputs).eval(), dense, rtol=1e-4)
+    layer = sf.from_dense(dense, kind(expert_size=4, k=2, init="auto"))
+    assert (type(layer), layer.k) == (kind.layer, 2)
+
+
+# --------------------------------------------------------------------------------------------------- example inputs
+
+
+class Window(nn.Module):
+    """A layer that does not run on tokens alone, as those of LED and LXMERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 6)
+
+    def forward(self, x: Tensor, *, size: int, weights: Tensor) -> Tensor:
+        assert x.shape[1] % size == 0
+        return x + self.down(self.act(self.up(x * weights)))
+
+
+class Windows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Window(), Window()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, size=4, weights=torch.linspace(0, 1, x.shape[1]).view(1, -1, 1))
+        return x
+
+
+def test_a_layer_that_needs_more_arguments_is_found_by_an_example() -> None:
+    model, x = Windows().eval(), torch.randn(2, 8, 6)
+    dense = copy.deepcopy(model)
+    exact = dataclasses.replace(OPEN, k=4)
+    report = sf.sparsify_(model, exact)
+    assert not report.replacements
+    assert "does not run by itself" in report.unknown["layers.0.up"]
+    assert sf.sparsify_(model, exact, example_inputs=x).names == ["layers.0.up", "layers.1.up"]
+    torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-5)
+    assert list(sf.calibrate(dense, [x])) == ["layers.0.up", "layers.1.up"]  # the first batch is an example
+    assert sf.sparsify_(dense, exact, calibration=[x]).names == ["layers.0.up", "layers.1.up"]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", ["LED", "Lxmert"])
+def test_led_and_lxmert_are_converted_by_an_example(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    ids = torch.randint(3, 20, (2, 8))
+    if kind == "LED":
+        sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "attention_window": 4}
+        model = transformers.LEDModel(transformers.LEDConfig(vocab_size=20, d_model=8, **sizes, **heads)).eval()
+        batch = {"input_ids": ids, "decoder_input_ids": ids}
+        count = 2
+    else:
+        layers = {"l_layers": 1, "x_layers": 1, "r_layers": 1}
+        shape = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "visual_feat_dim": 5}
+        model = transformers.LxmertModel(transformers.LxmertConfig(vocab_size=20, **shape, **layers)).eval()
+        batch = {"input_ids": ids, "visual_feats": torch.randn(2, 3, 5), "visual_pos": torch.rand(2, 3, 4)}
+        count = 4
+    dense = copy.deepcopy(model)
+    report = sf.sparsify_(model, dataclasses.replace(OPEN, k=4), example_inputs=batch)
+    assert len(report.replacements) == count, report
+    ours, theirs = model(**batch), dense(**batch)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-5)
