@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ class Method:
         config: what ``sparsify_`` gets for a percentage of active units.
         k: of that percentage, where nothing else depends on it: all percentages are then converted at once.
         calibrated: whether it also gets calibration, and so has an error bar.
+        shared_out: whether that is the batches themselves, so that the FFNs share out the active units.
         shares: percentages of active units.
         tuned: those of them at which it is fine-tuned.
     """
@@ -39,6 +41,7 @@ class Method:
     config: Callable[[int], FFNConfig | Mapping[str, FFNConfig]]
     k: Callable[[int], int] | None = None
     calibrated: bool = True
+    shared_out: bool = False
     shares: Sequence[int] = (75, 50, 25)
     tuned: Sequence[int] = ()
 
@@ -62,6 +65,14 @@ def experts(share: int, **options: str) -> FFNConfig:
     return sf.MoEConfig(router="unweighted", balance="none", init="cluster", n_experts=24, k=k, **options)
 
 
+def beside(share: int) -> FFNConfig:
+    """Half of the active units are a shared expert's. The router ranks, and values make up for what is left out."""
+    return sf.MoEConfig(
+        router="unweighted", balance="none", init="cluster", router_init="ranked", refit=True, bias=True,
+        expert_size=64, active=share / 100, shared_size=64 * k_of(12)(share),
+    )  # fmt: skip
+
+
 def units(share: int) -> FFNConfig:
     """The largest hidden units, and no router."""
     return sf.TopKFFNConfig(k=k_of(1536)(share))
@@ -70,9 +81,14 @@ def units(share: int) -> FFNConfig:
 METHODS = (
     Method("experts, not calibrated", experts, k_of(24), calibrated=False),
     Method("experts, calibrated", experts, k_of(24), tuned=(50, 25)),
+    Method("experts and a shared one, calibrated", beside, tuned=(50, 25)),
     Method("TopKFFN", units, k_of(1536), calibrated=False, shares=(75, 50, 25, 10), tuned=(25, 10)),
 )
-"""Another way to convert is another line."""
+"""Another way to convert is another line. One that takes long on a processor, up to an hour for each cell:
+
+``Method("auto", lambda share: sf.MoEConfig(router="unweighted", balance="none", init="auto", active=share / 100),
+shared_out=True)``
+"""
 
 
 class Decoding:
@@ -144,16 +160,20 @@ class Decoding:
     ) -> Iterator[Cell]:
         """A cell for each method, share and sample, with what is measured of the converted model."""
         for sample in range(samples or self.sizes.samples):
-            calibration = cache(partial(self._calibrate, sample, n_pieces))
+            batches = cache(partial(self._calibration, sample, n_pieces))
+            calibration = cache(partial(self._calibrate, batches))
             for method in self.methods:
-                convert = cache(partial(self._convert, method, calibration))
+                convert = cache(partial(self._convert, method, batches if method.shared_out else calibration))
                 for share in shares(method) if method.calibrated or sample == 0 else ():
                     yield Cell(method.cell(share, sample), partial(_measured, convert, method, share, measure))
 
-    def _calibrate(self, sample: int, n_pieces: int | None) -> dict[str, Tensor]:
-        return sf.calibrate(self.decoder.model, self.text.calibration[sample][:n_pieces].split(4))
+    def _calibration(self, sample: int, n_pieces: int | None) -> list[dict[str, Tensor]]:
+        return [{"input_ids": some} for some in self.text.calibration[sample][:n_pieces].split(4)]
 
-    def _convert(self, method: Method, calibration: Callable[[], Mapping[str, Tensor]], share: int) -> nn.Module:
+    def _calibrate(self, batches: Callable[[], Sequence[Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+        return sf.calibrate(self.decoder.model, batches())
+
+    def _convert(self, method: Method, calibration: Callable[[], Any], share: int) -> nn.Module:
         """A copy whose FFNs are its own, and converted."""
         model = with_own(self.decoder.model, ".mlp.")
         sf.sparsify_(model, method.config(share), calibration=calibration() if method.calibrated else None)

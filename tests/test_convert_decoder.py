@@ -39,8 +39,13 @@ def experts(share: int) -> sf.MoEConfig:
     return sf.MoEConfig(router="unweighted", balance="none", init="cluster", n_experts=4, k=k_of(4)(share))
 
 
+def shared_out(share: int) -> sf.MoEConfig:
+    return sf.MoEConfig(router="unweighted", balance="none", init="split", expert_size=8, active=share / 100)
+
+
 METHODS = (
     Method("experts", experts, k_of(4), shares=(100, 50), tuned=(50,)),
+    Method("shared out", shared_out, shared_out=True, shares=(50,)),
     Method("TopKFFN", lambda share: sf.TopKFFNConfig(k=k_of(32)(share)), calibrated=False, shares=(100, 25)),
 )
 
@@ -53,19 +58,20 @@ def decoding() -> Decoding:
 def test_every_sample_of_calibration_text_gives_a_cell_and_all_units_the_dense_loss(decoding: Decoding) -> None:
     cells = {cell.name: cell.compute() for cell in decoding.quality()}
     assert [*cells] == [
-        DENSE, "experts, 100%, sample 0", "experts, 50%, sample 0", "TopKFFN, 100%", "TopKFFN, 25%",
-        "experts, 100%, sample 1", "experts, 50%, sample 1",
+        DENSE, "experts, 100%, sample 0", "experts, 50%, sample 0", "shared out, 50%, sample 0", "TopKFFN, 100%",
+        "TopKFFN, 25%", "experts, 100%, sample 1", "experts, 50%, sample 1", "shared out, 50%, sample 1",
     ]  # fmt: skip
     for name, cell in cells.items():
         if "100%" in name:
             assert cell["over dense"] == pytest.approx(0, abs=1e-6)
     assert abs(cells["TopKFFN, 25%"]["over dense"]) > 1e-3
+
     assert cells["experts, 50%, sample 0"] != cells["experts, 50%, sample 1"]
-    anew = Decoding(SIZES, [replace(METHODS[0], k=None)], lambda: decoding.decoder)
+    anew = Decoding(SIZES, [replace(METHODS[0], k=None)], lambda: decoding.decoder)  # each share by itself
     assert all(cell.compute() == cells[cell.name] for cell in anew.quality())
     table = decoder_rows.quality_table(Record({}, {}, cells), METHODS)
     assert table[0] == "| active | 100% | 50% | 25% |"
-    assert [row.count("±") for row in table[2:4]] == [2, 0]
+    assert [row.count("±") for row in table[2:5]] == [2, 1, 0]
 
 
 def test_texts_are_disjoint_and_always_the_same(decoding: Decoding) -> None:
@@ -109,7 +115,7 @@ def test_a_copy_shares_all_but_a_part() -> None:
 
 def test_speed_is_of_a_token_and_of_a_prompt(decoding: Decoding) -> None:
     cells = {cell.name: cell.compute() for cell in decoding.speed(0.01)}
-    assert [*cells] == ["experts, 100%, sample 0", "experts, 50%, sample 0", "TopKFFN, 100%", "TopKFFN, 25%"]
+    assert len(cells) == 5
     assert all(number > 0 for cell in cells.values() for number in cell.values())
     table = decoder_rows.speed_table(Record({}, {}, cells), METHODS)
     assert table[2].count(" / ") == 2
