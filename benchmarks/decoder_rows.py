@@ -35,6 +35,7 @@ class Method:
         shared_out: whether that is the batches themselves, so that the FFNs share out the active units.
         shares: percentages of active units.
         tuned: those of them at which it is fine-tuned.
+        timed: those of them at which it is timed; None for all.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Method:
     shared_out: bool = False
     shares: Sequence[int] = (75, 50, 25)
     tuned: Sequence[int] = ()
+    timed: Sequence[int] | None = None
 
     def cell(self, share: int, sample: int) -> str:
         """What its cell for a share and a sample of calibration text is called."""
@@ -79,7 +81,7 @@ def units(share: int) -> FFNConfig:
 
 
 METHODS = (
-    Method("experts, not calibrated", experts, k_of(24), calibrated=False),
+    Method("experts, not calibrated", experts, k_of(24), calibrated=False, timed=()),
     Method("experts, calibrated", experts, k_of(24), tuned=(50, 25)),
     Method("experts and a shared one, calibrated", beside, tuned=(50, 25)),
     Method("TopKFFN", units, k_of(1536), calibrated=False, shares=(75, 50, 25, 10), tuned=(25, 10)),
@@ -149,7 +151,7 @@ class Decoding:
         A little text calibrates: how it is dealt out hardly matters to the time.
         """
         times = partial(self._times, seconds=seconds)
-        yield from self._converted(lambda method: method.shares, times, samples=1, n_pieces=4)
+        yield from self._converted(_timed, times, samples=1, n_pieces=4)
 
     def _converted(
         self,
@@ -199,6 +201,10 @@ class Decoding:
             found[name] = samples.ratio("converted", DENSE).median
             found[f"{name} of dense"] = samples.time(DENSE).median
         return found
+
+
+def _timed(method: Method) -> Sequence[int]:
+    return method.shares if method.timed is None else method.timed
 
 
 def _measured(
