@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_ffn.convert.config_experts import ExpertsConfig
+from sparse_ffn.convert.config_base import FFNConfig
+from sparse_ffn.convert.config_experts import DEALT, ExpertsConfig
 from sparse_ffn.convert.curve import Curve, Point, allocate, experts_to_try
 from sparse_ffn.convert.group import Group
-from sparse_ffn.convert.init.evaluating import evaluating
-from sparse_ffn.convert.init.weights import relative_error, wide
+from sparse_ffn.convert.init.build import Trial
+from sparse_ffn.convert.init.weights import wide
 from sparse_ffn.convert.places import Places, put, take_out
 from sparse_ffn.module import in_evaluation, run_batch
 
@@ -29,7 +30,7 @@ def share_out(model: nn.Module, groups: list[Group], places: Places, batches: It
         places: of the model's modules.
         batches: what the model's outputs are compared on.
     """
-    sharing = [g for g in groups if isinstance(g.config, ExpertsConfig) and g.config.active not in (None, 1)]
+    sharing = [group for group in groups if _shares(group.config)]
     if len(sharing) < 2:
         return
     judge, curves, budget, chosen = Judge(model, batches), [], 0.0, []
@@ -37,14 +38,16 @@ def share_out(model: nn.Module, groups: list[Group], places: Places, batches: It
         ffn, ways = group.members[0].weights(), _Ways(group)
         units = ffn.d_ff * len(group.members)
         budget += ways.active * units
-        group.curve = tuple(
-            _point(model, group, group.make(ways.of(n)).module, places, judge, n / ways.n)
-            for n in experts_to_try(ways.active, ways.n, ways.least)
-        )
+        group.curve = _curve(model, group, ways, places, judge)
         curves.append(Curve(group.curve, 1 / ways.n, units))
         chosen.append(ways)
     for group, ways, share in zip(sharing, chosen, allocate(curves, budget), strict=True):
         group.config = ways.of(round(share * ways.n))
+
+
+def _shares(config: FFNConfig) -> bool:
+    """Whether FFNs of this config take part in the budget."""
+    return isinstance(config, ExpertsConfig) and config.init in DEALT and config.active not in (None, 1)
 
 
 class _Ways:
@@ -54,12 +57,15 @@ class _Ways:
     """
 
     def __init__(self, group: Group) -> None:
-        scaled = group.config.shared_size is None
+        given: Any = group.config
         group.settle()
         ffn, config = group.members[0].weights(), group.config
         assert isinstance(config, ExpertsConfig)
         assert config.active is not None
-        self.config, self.active, self.size = config, config.active, config.resolve(ffn).expert_size or 1
+        scaled = given.shared_size is None
+        self.config, self.active = config, config.active
+        with group.named():
+            self.size = config.resolve(ffn).expert_size or 1
         self.n = ffn.d_ff // self.size
         shared = config.shared_size or 0
         self.ratio = shared / (config.active * ffn.d_ff) if scaled else None
@@ -73,18 +79,21 @@ class _Ways:
         return replace(self.config, active=n / self.n, expert_size=self.size, n_experts=None, shared_size=shared)
 
 
-def _point(model: nn.Module, group: Group, new: nn.Module, places: Places, judge: Judge, active: float) -> Point:
-    """What is lost where a new layer stands in the places of a group."""
+def _curve(model: nn.Module, group: Group, ways: _Ways, places: Places, judge: Judge) -> tuple[Point, ...]:
+    """What is lost where layers of fewer or more active experts stand in the places of a group."""
     rows = group.rows
     assert rows is not None
-    with evaluating(new):
-        error = relative_error(new(rows), group.members[0].weights().output(rows))
+    trial = Trial(group.members[0].weights(), rows)
+    with group.named():
+        tried = {n: trial.build(ways.of(n)) for n in experts_to_try(ways.active, ways.n, ways.least)}
+    new, error = tried[max(ways.least, round(ways.active * ways.n))]
     undo = put(model, [(f, new) for f in group.members], places)
     try:
         change = judge.change()
     finally:
         take_out(undo)
-    return Point(active, error, change)
+    scale = change / max(error, 1e-30) ** 2
+    return tuple(Point(n / ways.n, e, scale * e**2) for n, (_, e) in tried.items())
 
 
 class Judge:
@@ -122,7 +131,7 @@ class Judge:
 def _rows(output: Any, batch: Any) -> tuple[Tensor, bool]:
     from torch.utils._pytree import tree_leaves  # here: it would double the library's import time
 
-    y = getattr(output, "logits", None)
+    y: Any = getattr(output, "logits", None)
     is_logits = isinstance(y, Tensor)
     if not is_logits:
         tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point() and t.dim()]

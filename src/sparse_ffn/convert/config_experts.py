@@ -58,7 +58,7 @@ class ExpertsConfig(MixtureConfig):
         shared_size: units that all tokens use, beside the mixture: the layer is then a ``SharedExpertMoE``. 0 for none;
             None for what ``"auto"`` chooses, else none. They are those of the largest mean abs(h)·‖v‖ on the
             calibration data, h the hidden unit and v its value; without calibration those of the largest keys and
-            values.
+            values. (CMoE, arXiv 2502.04416, has such experts, chosen by how often their units are among the largest.)
         init: ``"split"`` cuts the hidden units into experts in their order, ``"cluster"`` groups units that belong
             together; both give the dense output at k = n_experts. ``"auto"`` tries these, the routers and sizes of the
             shared expert on the calibration data and takes what loses least on a part of it that was kept back; without

@@ -49,7 +49,8 @@ def config_of(layer: Converted) -> FFNConfig:
 
 def _beside_shared(layer: SharedExpertMoE) -> FFNConfig:
     """The routed experts' config, with the size of the shared one, which has to be what that config makes."""
-    config, shared = config_of(layer._own_routed()), config_of(layer._own_shared())
+    routed: Any = layer._own_routed()  # a LatentMoE is no layer that has a config
+    config, shared = config_of(routed), config_of(layer._own_shared())
     names = ("activation", "glu", "bias", "dropout", "init_scale")
     differing = [name for name in names if getattr(config, name, None) != getattr(shared, name)]
     if not isinstance(config, ExpertsConfig):

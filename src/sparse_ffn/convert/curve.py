@@ -1,8 +1,8 @@
 """Curves: what FFNs lose with fewer units, and which of them get how many of those that a token may use in all.
 
-An FFN's curve says what the model's outputs lose where it alone is converted, for a few shares. Losses add up to a good
-approximation, so that the units go, an expert at a time, where the curve falls most (greedily; curves are made convex
-first, and then that is the best there is).
+An FFN's curve says how much the model's outputs change where it alone is converted, for a few shares. Changes add up to
+a good approximation, so that the units go, an expert at a time, where the curve falls most (greedily; curves are made
+convex first, and then that is the best there is).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ class Point(NamedTuple):
     active: float
     """The share."""
     error: float
-    """Relative error of the FFN's output on its calibration: ‖new - old‖ / ‖old‖."""
+    """Relative error of the FFN's output on calibration that was kept back: ‖new - old‖ / ‖old‖."""
     change: float
     """Of the model's outputs on a batch, this FFN alone being converted: mean KL divergence in nats if they are
-    logits, else the squared relative error."""
+    logits, else the squared relative error. Measured at the wished share; elsewhere as the squared error goes."""
 
     def __str__(self) -> str:
         return f"{self.active:.0%} {self.error:.2%} {self.change:.2g}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -40,17 +43,25 @@ class Group:
         """The calibration of all."""
         return torch.cat(list(self._rows.values())) if self._rows else None
 
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Errors within say which FFN they are about."""
+        f = self.members[0]
+        try:
+            yield
+        except (ValueError, TypeError) as error:
+            what = f"{f.name or 'the FFN'} ({f.pattern}, d_ff = {f.weights().d_ff})"
+            raise type(error)(f"{what}: {error}") from error
+
     def settle(self) -> None:
         """Replace what the config leaves to calibration, but the shares of the units."""
-        self.config = settle(self.config, self.members[0].weights(), self.rows)
+        with self.named():
+            self.config = settle(self.config, self.members[0].weights(), self.rows)
 
-    def make(self, config: FFNConfig | None = None) -> Built:
-        """The layer, of another config if one is given, without touching the model."""
+    def make(self) -> Built:
+        """The layer, without touching the model."""
         f = self.members[0]
-        ffn = f.weights()
-        try:
-            built = build(self.config if config is None else config, ffn, self.rows, f.out_dropout)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"{f.name or 'the FFN'} ({f.pattern}, d_ff = {ffn.d_ff}): {error}") from error
+        with self.named():
+            built = build(self.config, f.weights(), self.rows, f.out_dropout)
         built.module.train(f.module.training)
         return built

@@ -79,9 +79,10 @@ def sparsify_(
     places = places_of(model)
     keys = {f.name: twins(f, configs[f.name]) for f in wanted}
     wanted = replaceable(model, wanted, keys, places, unknown, examples)
+    inputs: Any = calibration
     if batches is not None:
-        calibration = sample(model, wanted, batches) if wanted else {}
-    samples = {} if calibration is None else {f.name: _sample(f, calibration) for f in wanted}
+        inputs = sample(model, wanted, batches) if wanted else {}
+    samples = {} if inputs is None else {f.name: _sample(f, inputs) for f in wanted}
     groups: dict[object, Group] = {}
     for f in wanted:
         groups.setdefault(keys[f.name], Group(configs[f.name])).add(f, samples.get(f.name))

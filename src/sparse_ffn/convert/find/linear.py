@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
-from sparse_ffn.convert.find.probe import HOOKS, close, probe_copy, probe_input, run
+from sparse_ffn.convert.find.probe import HOOKS, Arguments, close, probe_copy, probe_input, run
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _plain(name: str, module: nn.Module) -> Linear | None:
         try:
             copied = probe_copy(module)
             x = probe_input(n_in)
-            y = run(copied, (x,)).outputs
+            y = run(copied, Arguments((x,))).outputs
         except Exception:  # it takes no such input, so it is no linear map this way round
             continue
         found = Linear(copied, name, transposed)

@@ -46,7 +46,7 @@ def _shared_sizes(config: ExpertsConfig, d_ff: int) -> list[dict[str, Any]]:
     router_init = config.router_init or "ranked"
     size, sizes = config.expert_size, [config.shared_size or 0]
     if config.shared_size is None and config.n_experts is None and config.active is not None and size is not None:
-        n = round(config.active * d_ff / size)
+        n = max(1, round(config.active * d_ff / size))
         sizes = sorted({size * min(round(share * n), n - 1) for share in SHARED})
     return [{"shared_size": shared, "router_init": router_init} for shared in sizes]
 

@@ -19,7 +19,7 @@ from sparse_ffn.convert.init.partition import product_grid, product_keys
 from sparse_ffn.convert.init.weights import PAD, FFNWeights, relative_error
 from sparse_ffn.layers import DenseFFN, LowRankMoE, ProductKeyMemory
 
-FOR_A_CHOICE = 2048  # tokens that init="auto" looks at
+FOR_A_CHOICE = 1024  # tokens that a Trial looks at: a fit of a thousand ranks ways as one of four thousand does
 
 
 @dataclass(frozen=True)
@@ -89,22 +89,35 @@ def build(config: FFNConfig, ffn: FFNWeights, inputs: Tensor | None = None, out_
     return Built(nn.Sequential(*before, layer, *after) if before or after else layer, layer, config, note)
 
 
+class Trial:
+    """Layers that are made of a part of the calibration, to be judged on the rest of it: to choose between configs.
+
+    Args:
+        ffn: what becomes a layer.
+        inputs: what it sees, [T, d_model]; a few of them are looked at.
+    """
+
+    def __init__(self, ffn: FFNWeights, inputs: Tensor) -> None:
+        few = inputs[:: -(-len(inputs) // FOR_A_CHOICE)]
+        held = torch.arange(len(few), device=few.device) % 4 == 3
+        self.ffn = ffn
+        self.fitted, self.judged = (few[~held], few[held]) if len(few) > 4 else (few, few)
+
+    def build(self, config: ExpertsConfig) -> tuple[nn.Module, float]:
+        """A layer without refitted values, and the relative error of its output."""
+        new = build(replace(config, refit=False), self.ffn, self.fitted).module
+        with evaluating(new):
+            return new, relative_error(new(self.judged), self.ffn.output(self.judged))
+
+
 def settle(config: FFNConfig, ffn: FFNWeights, inputs: Tensor | None) -> FFNConfig:
     """The config with what ``init="auto"`` stands for, if it has that."""
     if not isinstance(config, ExpertsConfig) or config.init != "auto":
         return config
     if inputs is None:
         return replace(config, init="split" if ffn.keys.is_meta else "cluster")
-    few = inputs[:: -(-len(inputs) // FOR_A_CHOICE)]
-    held = torch.arange(len(few), device=few.device) % 4 == 3
-    fitted, judged = (few[~held], few[held]) if len(few) > 4 else (few, few)
-
-    def lost(tried: ExpertsConfig) -> float:
-        new = build(tried, ffn, fitted).module
-        with evaluating(new):
-            return relative_error(new(judged), ffn.output(judged))
-
-    return choose(config, ffn, lost)
+    trial = Trial(ffn, inputs)
+    return choose(config, ffn, lambda tried: trial.build(tried)[1])
 
 
 def _memory(layer: ProductKeyMemory, ffn: FFNWeights) -> str:

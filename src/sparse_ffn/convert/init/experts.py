@@ -95,10 +95,12 @@ def _route(
 
 def sizes_of_units(ffn: FFNWeights, inputs: Tensor | None) -> Tensor:
     """The mean of |h|·‖v‖ over the inputs, h a hidden unit and v its value; without inputs ‖key‖·‖v‖: [F]."""
-    values = wide(ffn.values).norm(dim=1)
     if inputs is None:
-        return wide(ffn.keys).norm(dim=1) * values
-    return wide(ffn.hidden(inputs.to(ffn.keys))).abs().mean(0) * values
+        sizes = wide(ffn.keys).norm(dim=1)
+    else:
+        sizes = wide(ffn.hidden(inputs.to(ffn.keys))).abs().mean(0)
+    found: Tensor = sizes * wide(ffn.values).norm(dim=1)
+    return found
 
 
 def coactivation(ffn: FFNWeights, inputs: Tensor, n_tokens: int = 2048) -> Tensor:

@@ -39,7 +39,7 @@ def refit(layer: Converted, moe: MoE, ffn: FFNWeights, inputs: Tensor) -> str:
     units_TF = active_units(layer, moe, x)
     held = torch.arange(len(x), device=x.device) % 4 == 3
     fitted = _Fit(units_TF[~held], missing_TO[~held], centred=moe.out_bias is not None)
-    lost = {None: missing_TO[held].square().sum().item()}
+    lost: dict[float | None, float] = {None: missing_TO[held].square().sum().item()}
     lost |= {r: fitted.error(r, units_TF[held], missing_TO[held]) for r in RIDGES}
     ridge = min(lost, key=lost.__getitem__)
     if ridge is None:
@@ -59,7 +59,7 @@ def active_units(layer: Converted, moe: MoE, x: Tensor) -> Tensor:
         routing = moe.router(x)
     gate_TE = routing.gate_TK.new_zeros(len(x), moe.n_experts + 1)  # the last for slots without an expert
     gate_TE = gate_TE.scatter(1, routing.index_TK, routing.gate_TK)[:, :-1]
-    units_TF = wide(_hidden(moe, x)) * gate_TE.repeat_interleave(moe.expert_size, 1)
+    units_TF: Tensor = wide(_hidden(moe, x)) * gate_TE.repeat_interleave(moe.expert_size, 1)
     if not isinstance(layer, SharedExpertMoE):
         return units_TF
     return torch.cat([wide(_hidden(layer.shared, x)), units_TF], 1)
