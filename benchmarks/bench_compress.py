@@ -10,7 +10,8 @@ from pathlib import Path
 import sparse_ffn as sf
 from benchmarks import byte_model
 from benchmarks.byte_model import ByteModel
-from benchmarks.encoder import EVALUATION, Encoder, pairs
+from benchmarks.encoder import Encoder
+from benchmarks.texts import EVALUATION, pairs
 from sparse_ffn import ExpertQuantization
 
 FORMS: dict[str, ExpertQuantization] = {

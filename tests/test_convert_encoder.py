@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 import sparse_ffn as sf
-from benchmarks.bench_convert import MARKS, SHARES, WAYS, converted
-from benchmarks.encoder import CALIBRATION, EVALUATION, Encoder, pairs, reciprocal_ranks
+from benchmarks.encoder import Encoder, reciprocal_ranks
+from benchmarks.encoder_rows import WAYS, converted
+from benchmarks.texts import CALIBRATION, EVALUATION, pairs
 
 Encoded = tuple[Encoder, list[str], list[str]]
 
@@ -50,11 +49,3 @@ def test_at_half_the_experts_clusters_lose_less(encoded: Encoded) -> None:
         model, _ = converted(encoder, way, 50, calibration)
         lost[way.experts] = 1 - (encoder.embed(model, heads) * dense).sum(1).mean().item()
     assert lost["clusters of co-activation"] < 0.7 * lost["contiguous"]
-
-
-def test_the_page_holds_the_benchmarks_table() -> None:
-    begin, end = MARKS
-    written = Path("docs/convert.md").read_text().partition(begin)[2].partition(end)[0]
-    for share in (100, *SHARES):
-        for way in WAYS[:1] if share == 100 else WAYS:
-            assert f"| {share}% | {1536 // way.expert_size} {way.experts} | {way.router} |" in written

