@@ -32,7 +32,7 @@ def visits_kernel(tiles, offsets, seen, N, BLOCK_N: tl.constexpr):
 def test_every_block_of_every_row_is_visited_once(counts: tuple[int, ...], programs: int, device: str) -> None:
     """Few programs and many, groups of tiles that are full and one that is not, void slots behind."""
     experts = torch.repeat_interleave(torch.arange(4), torch.tensor([*counts, 3])).to(device)
-    plan = routing.plan(*routing.sort_slots(experts, 3), 1, 16, inverse=False)
+    plan = routing.sort_slots(experts, 3, 1, 16, inverse=False)
     seen = torch.zeros(3, 200, dtype=torch.int32, device=device)
     visits_kernel[(programs,)](plan.tiles, plan.offsets, seen, 40, BLOCK_N=16)
     expected = (torch.arange(200) < sum(counts)).int().expand(3, -1)
@@ -44,7 +44,7 @@ def test_the_grid_depends_on_sizes_only() -> None:
     like, tile = torch.empty(0, dtype=torch.bfloat16), Tile.parse("128x128x64/8/3")
 
     def grid(index: Tensor, n_columns: int, tile: Tile) -> tuple[int, bool]:
-        plan = routing.plan(*routing.sort_slots(index, 4), 1, 128, inverse=False)
+        plan = routing.sort_slots(index, 4, 1, 128, inverse=False)
         return schedule.grid(plan, like, n_columns, tile)
 
     with config.fixed(architecture="sm_90"):
