@@ -87,7 +87,8 @@ def checkpoint(name: str) -> None:
 
 @feature("`checkpoint(use_reentrant=True)`")
 def checkpoint_reentrant(name: str) -> None:
-    """As above with `aux="inject"`; with `aux="attach"`, whose loss then has no gradient, `aux_loss` warns."""
+    """As above with `aux="inject"`, up to the rounding of a forward pass that keeps nothing; with `aux="attach"`, whose
+    loss then has no gradient, `aux_loss` warns."""
     _checkpointed(name, reentrant=True, **({"aux": "inject"} if name in BALANCED else {}))
     layer = build(name)
     if (moe := mixture(layer)) is not None and moe.balance != ("bias",):
@@ -103,7 +104,9 @@ def _checkpointed(name: str, reentrant: bool, **options: Any) -> None:
     loads = _loads(layer)
     torch.manual_seed(3)
     actual = step(layer, tokens(2, 6), lambda x: checkpointing.checkpoint(layer, x, use_reentrant=reentrant))
-    assert all(torch.equal(actual[key], e) for key, e in expected.items())
+    if reentrant:
+        assert_near(actual, expected)
+    assert reentrant or all(torch.equal(actual[key], e) for key, e in expected.items())
     assert sf.aux_loss(layer) == 0
     assert torch.equal(_loads(layer), loads)
 
@@ -166,7 +169,8 @@ def defaults(name: str) -> None:
     """`torch.set_default_dtype` and a default device change nothing for a layer and tokens that exist."""
     layer, x = build(name), tokens(12)
     expected = step(layer, x)
-    outputs = [layer.eval()(x[:n]).detach() for n in (1, 12)]
+    with torch.no_grad():
+        outputs = [layer.eval()(x[:n]) for n in (1, 12)]
     for dtype, device in ((torch.float64, "cpu"), (torch.bfloat16, "cpu"), (torch.float32, "meta")):
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
