@@ -293,7 +293,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--table", action="store_true", help="print registers, shared memory, instruction of each")
     arguments = parser.parse_args()
-    start, parts = time.perf_counter(), 8
+    start, parts = time.perf_counter(), max(8, arguments.jobs)
     names = arguments.target
     jobs = [(i, name, arguments.what, part, parts) for i, name in enumerate(names) for part in range(parts)]
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:

@@ -85,8 +85,9 @@ _SM90 = _SM80 | table("""
     outer  half   64x64x64/4/5   64x128x64/4/5   128x64x64/4/5  128x128x64/8/5
     pair   half   64x64x64/4/5   128x128x64/8/5
     one    tf32   16x64x32/4/4   16x128x32/4/4   32x64x32/4/4   32x128x32/4/3
-    one    tf32   64x64x32/8/3   64x128x32/4/3   128x64x32/4/3  128x128x16/8/4
-    one    fp32   16x64x16/4/2   32x64x16/4/2
+    one    tf32   64x64x32/8/3   64x128x32/8/3   128x64x32/4/3  128x128x16/8/4
+    one    odd    16x64x32/4/2   32x64x32/8/2    64x64x32/8/2
+    one    fp32   16x64x16/4/2   32x64x16/8/2
     two    fp32   16x32x16/8/2   32x32x16/4/2
 """)
 _GFX942 = {key: tuple(Tile(t.m, t.n, min(t.k, 32), t.warps, 2) for t in tiles) for key, tiles in _SM80.items()}
