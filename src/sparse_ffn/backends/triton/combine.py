@@ -29,6 +29,9 @@ def combine_kernel(
         slot = t * K + j
         position = tl.load(inverse + slot, mask=t < T, other=-1) if SORTED else slot
         live = (position >= 0) & (t < T)
+        if DOTS:  # noqa: SIM102 (the outer one is decided when this is compiled)
+            if tl.program_id(0) % n_blocks == 0:
+                sum_dots(dots + slot, dot_sums + slot, live, t < T, T * K, n_dots, BLOCK_T)
         at = y + position.to(tl.int64)[:, None] * stride_y + n[None, :]
         row = tl.load(at, mask=mask & live[:, None], other=0.0).to(tl.float32)
         if WEIGHTED:
@@ -36,23 +39,16 @@ def combine_kernel(
         total += row
     at = out + t.to(tl.int64)[:, None] * stride_out + n[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=mask)
-    if DOTS:  # noqa: SIM102 (the outer one is decided when this is compiled)
-        if tl.program_id(0) % n_blocks == 0:
-            sum_dots(dots, inverse, dot_sums, t, T, K, n_dots, BLOCK_T)
 
 
 @triton.jit
-def sum_dots(dots, inverse, sums, t, T, K, n_parts, BLOCK_T: tl.constexpr):
-    """sums[slot] = dots[0, slot] + dots[1, slot] + ... for the slots of some tokens; 0 for void ones."""
-    for j in range(0, K):
-        slot = t * K + j
-        live = tl.load(inverse + slot, mask=t < T, other=-1) >= 0
-        total = tl.zeros([BLOCK_T], tl.float32)
-        at = dots + slot
-        for _ in range(0, n_parts):
-            total += tl.load(at, mask=live, other=0.0)
-            at += T * K
-        tl.store(sums + slot, total.to(sums.dtype.element_ty), mask=t < T)
+def sum_dots(at, to, live, ok, stride, n_parts, BLOCK_T: tl.constexpr):
+    """The sum of ``n_parts`` numbers that lie ``stride`` apart, for each slot of a block; 0 for void ones."""
+    total = tl.zeros([BLOCK_T], tl.float32)
+    for _ in range(0, n_parts):
+        total += tl.load(at, mask=live, other=0.0)
+        at += stride
+    tl.store(to, total.to(to.dtype.element_ty), mask=ok)
 
 
 @triton.jit

@@ -60,7 +60,7 @@ DEEP, MOST = 512, 128 * 128
 # loads are narrow there, and their addresses take the registers.
 _SM80 = table("""
     one    half   16x64x64/4/4   16x128x64/4/4   32x64x64/4/3   32x128x64/4/3
-    one    half   64x64x64/4/3   64x128x64/4/3   128x64x64/4/3  128x128x32/8/4
+    one    half   64x64x64/4/3   64x128x64/8/3   128x64x64/4/3  128x128x32/8/4
     two    half   16x64x64/4/4   32x64x64/4/3    64x64x32/4/4   128x64x32/8/4
     outer  half   64x64x64/4/7   64x128x32/4/7   128x64x32/4/7  128x128x32/8/7
     pair   half   64x64x32/4/7   128x64x32/8/7
@@ -73,7 +73,7 @@ _SM80 = table("""
     two    odd    16x64x32/4/2   32x64x32/4/2    64x32x32/8/2
     outer  odd    64x64x32/4/2
     pair   odd    64x32x32/4/2
-    one    fp32   16x64x16/4/2   32x64x16/4/2    64x64x16/8/3
+    one    fp32   16x64x16/4/2   32x64x16/8/2    64x64x16/8/3
     two    fp32   16x32x16/8/2   32x32x16/4/2    64x32x16/4/2
     outer  fp32   32x64x16/4/2   64x64x16/8/2
     pair   fp32   32x32x16/4/2   64x32x16/8/2

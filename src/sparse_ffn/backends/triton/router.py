@@ -36,8 +36,9 @@ class Blocks(NamedTuple):
         tokens = max(min(MAX_TOKENS, scores // rows, power_of_two(n_tokens)), 16)
         if dtype == torch.float32:
             return cls(tokens, rows, 16, 8)
-        depth = max(min(SCORES // (rows * weights.itemsize), 64), 16)
-        return cls(tokens, rows, depth, 4 if tokens * rows <= 512 else 8)
+        split = weights != dtype  # into three numbers, all of them in registers
+        depth = max(min(SCORES // (rows * (8 if split else 2)), 64), 16)
+        return cls(tokens, rows, depth, 4 if tokens * rows <= 512 else 16 if split and tokens * rows == SCORES else 8)
 
 
 @triton.jit

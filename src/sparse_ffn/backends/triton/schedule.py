@@ -58,7 +58,9 @@ def grid(plan: Plan, like: Tensor, n_columns: int, tile: Tile, accumulators: int
 
     Two programs on a processor hide each other's stores. One alone has to load its next tile meanwhile, for which the
     compiler fuses the loop over tiles with the one inside, and keeps memory for what is stored apart from the operands.
+    Where operands are addressed by pointers, registers are too few for that.
     """
     fit = at_once(tile, like.element_size(), config.shared_memory(like.device), accumulators)
     most = plan.n_tiles * cdiv(n_columns, tile.n)
-    return min(most, fit * config.n_processors(like.device)), fit == 1
+    fused = fit == 1 and config.has_descriptors(like.device)
+    return min(most, fit * config.n_processors(like.device)), fused
