@@ -832,7 +832,7 @@ def test_quantised_experts_are_timed_beside_bf16_and_torch(capsys: pytest.Captur
     bench_quantized.main([*small, "--profile"])
     table = capsys.readouterr().out.splitlines()[-5:]
     assert [row.split()[:2] for row in table[1:]] == [[t, f"int{bits}"] for t in "15" for bits in (8, 4)]
-    assert {len(row) for row in table} == {len(table[0])}
+    assert {len(row.split()) for row in table} == {len(table[0].split())}, table
 
 
 @pytest.mark.parametrize("whose", ["torch", pytest.param("torchao", marks=pytest.mark.exhaustive)])

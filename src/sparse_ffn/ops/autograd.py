@@ -51,7 +51,7 @@ def differentiable(op: Any, backward: Callable[..., Any], setup_context: Callabl
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return op(*args)
-        if torch.is_grad_enabled() or under_transforms():
+        if torch.is_grad_enabled() or under_transforms() or torch._C._get_tracing_state():
             return (transformed if torch._C._are_functorch_transforms_active() else function).apply(*args)
         with torch._C._AutoDispatchBelowAutograd():  # nothing is recorded: a third of a small op's time
             return op(*args)
