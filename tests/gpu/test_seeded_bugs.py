@@ -192,7 +192,7 @@ FAULTS: dict[str, tuple[ModuleType, str, str, Callable[[], Any]]] = {
         routing, "tl.where(position < tl.load(offsets + E), position, -1)", "position", void,
     ),
     "void slots have a gate's gradient": (
-        combine, "live = tl.load(inverse + slot, mask=t < T, other=-1) >= 0", "live = t < T", void,
+        combine, "total += tl.load(at, mask=live, other=0.0)", "total += tl.load(at)", void,
     ),
     "experts known by their lower 32 bits": (
         routing, "tl.where((expert >= 0) & (expert < E), expert, E).to(tl.int32)", "expert.to(tl.int32)", nobody,
@@ -287,5 +287,7 @@ def swap(module: ModuleType, path: Path) -> None:
         for name, value in list(vars(user).items()):
             if value is module:
                 setattr(user, name, faulty)
-            elif getattr(value, "__module__", None) == module.__name__ and user is not module and hasattr(faulty, name):
+                continue
+            home = getattr(getattr(value, "fn", value), "__module__", None)  # a kernel's is that of its function
+            if home == module.__name__ and user is not module and hasattr(faulty, name):
                 setattr(user, name, getattr(faulty, name))
