@@ -68,10 +68,10 @@ def experts(share: int, **options: str) -> FFNConfig:
 
 
 def beside(share: int) -> FFNConfig:
-    """Half of the active units are a shared expert's. The router ranks, and values make up for what is left out."""
+    """Three quarters of the active units are a shared expert's. Routers rank; values make up for what is left out."""
     return sf.MoEConfig(
         router="unweighted", balance="none", init="cluster", router_init="ranked", refit=True, bias=True,
-        expert_size=64, active=share / 100, shared_size=64 * k_of(12)(share),
+        expert_size=64, active=share / 100, shared_size=64 * k_of(18)(share),
     )  # fmt: skip
 
 
