@@ -226,6 +226,22 @@ def test_the_product_is_cvmm_by_the_numbers(kind: str, down: bool, form: str, on
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@dtypes
+@pytest.mark.parametrize(("columns", "group"), [(576, 96), (640, 320), (288, 96)])
+def test_nothing_is_left_of_an_earlier_call(columns: int, group: int, dtype: torch.dtype) -> None:
+    """Groups that are no whole number of vectors, after a call whose scales were NaN: they share memory."""
+
+    def first_row(columns: int, group: int, scale: float) -> tuple[Tensor, Tensor]:
+        codes, x = quantize(torch.randn(2, 40, columns), 4, group, False, "max"), torch.randn(1, columns).to(dtype)
+        codes = codes._replace(scale=(scale * codes.scale).to(dtype))
+        with sf.backend("auto"):
+            return quantized_cvmm(x, codes, torch.tensor([0]), down=False), x.double() @ codes.dense()[0].double().T
+
+    assert first_row(1024, 32, torch.nan)[0].isnan().all()
+    y, expected = first_row(columns, group, 1.0)
+    torch.testing.assert_close(y.double(), expected, rtol=TOLERANCE[dtype], atol=4 * TOLERANCE[dtype])
+
+
 def test_rows_of_experts_without_slots_are_not_read(on_backend: str) -> None:
     if on_backend == "reference":
         pytest.skip("which computes all")

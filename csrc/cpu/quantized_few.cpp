@@ -30,7 +30,8 @@ template <class F> static ALWAYS_INLINE void fetch_factors(const F* factors, int
   for (int64_t p = 0; p < groups; p += 64 / static_cast<int64_t>(sizeof(F))) prefetch(factors + p);
 }
 
-// The scale and the shift of each step of one row, from those of its groups on; may write a vector too much.
+// The scale and the shift of each step of one row, from those of its groups on, to whole vectors of steps: what is behind the
+// last one meets zeros, and must be a number. May write a vector too much.
 template <class T, int kBits>
 static void take_factors(const T* scale, const uint8_t* zero, int64_t steps, int64_t in_group, float* scales,
                          float* shifts) {
@@ -45,7 +46,8 @@ static void take_factors(const T* scale, const uint8_t* zero, int64_t steps, int
   }
   for (int64_t p = 0; p < groups; p++) {
     const V s = splat(to_float(scale[p]));
-    for (int64_t i = p * in_group; i < lesser(steps, (p + 1) * in_group); i += VL) {
+    const int64_t end = p + 1 < groups ? (p + 1) * in_group : round_up(steps, VL);
+    for (int64_t i = p * in_group; i < end; i += VL) {
       store(scales + i, s);
       if (shifts) store(shifts + i, s * static_cast<float>(kMiddleZero<kBits> - zero_of<kBits>(zero[p])));
     }
