@@ -36,9 +36,10 @@ def choose(config: ExpertsConfig, ffn: FFNWeights, lost: Callable[[ExpertsConfig
     for choices in (_shared_sizes(config, ffn.d_ff), _routers(config), _deals(config)):
         for choice in choices:
             tried = replace(best or config, **choice)
-            if (found := lost(tried)) < least:
+            found = lost(tried)
+            if best is None or found < least:  # the first may have overflowed
                 best, least = tried, found
-    assert best is not None, "what is lost is finite"
+    assert best is not None, "sizes of a shared expert are always tried"
     return replace(best, refit=True)
 
 
