@@ -71,6 +71,13 @@ def test_activations_and_their_derivatives_are_right_everywhere(
 
 
 @pytest.mark.parametrize("form", ["plain", "everything"])
+@pytest.mark.parametrize("sizes", [(0, 20, 33), (24, 0, 33), (24, 20, 0)])
+def test_expert_ffn_of_no_size(sizes: tuple[int, int, int], form: str, device: str) -> None:
+    """Nothing is left as it lay in memory: gates have gradients without a row of x, zeros without units."""
+    check(expert_case("half of the slots void", form=form, sizes=sizes, activation="silu"), device)
+
+
+@pytest.mark.parametrize("form", ["plain", "everything"])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (16, 16, 16), (32, 16, 48), (33, 17, 1), (1, 40, 17)])
 def test_expert_ffn_of_any_size(sizes: tuple[int, int, int], form: str, device: str) -> None:
     check(expert_case(form=form, sizes=sizes, activation="silu"), device)

@@ -20,7 +20,7 @@ def combine_kernel(
     WEIGHTED: tl.constexpr, SORTED: tl.constexpr, DOTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out[t] = sum over j of gate[t, j] · y[position of slot t·K + j], where it has one; see ``combine``."""
-    n_blocks = tl.cdiv(N, BLOCK_N)
+    n_blocks = tl.maximum(tl.cdiv(N, BLOCK_N), 1)  # without columns there are dots
     t = (tl.program_id(0) // n_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
     n = (tl.program_id(0) % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (t < T)[:, None] & (n < N)[None, :]
@@ -106,7 +106,7 @@ def combine(
     T, N = out.shape
     parts, sums = (None, None) if dots is None else dots
     launch(
-        combine_kernel, cdiv(T, BLOCK_T) * cdiv(N, BLOCK_N), y, inverse, gate, out, parts, sums, T, N, k,
+        combine_kernel, cdiv(T, BLOCK_T) * max(cdiv(N, BLOCK_N), 1), y, inverse, gate, out, parts, sums, T, N, k,
         0 if parts is None else parts.shape[0], y.stride(0), out.stride(0),
         WEIGHTED=gate is not None, SORTED=inverse is not None, DOTS=dots is not None, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N,
         num_warps=2 * y.element_size(),  # a thread loads 16 bytes at once; with more, ptxas spilled

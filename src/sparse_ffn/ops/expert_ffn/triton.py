@@ -136,4 +136,6 @@ def backward(
         second = None if glu is None else (glu[0], glu[1][:, :, part])
         grouped.multiply(plan, dup_SG, keys[:, :, part], y, tile, how, second=second)
         combine.combine(y, plan.inverse, None, dx[:, part], K, dots=None if part.start else (dgates, dgate))
+    if not D:  # there was no block
+        combine.combine(dup_SG[:, :0], plan.inverse, None, dx, K, dots=(dgates, dgate))
     return Gradients(dx, Units(dkeys, dvalues, dgate_keys, dkey_bias), dgate)
