@@ -88,8 +88,9 @@ class Recorder(TorchDispatchMode):
 @contextmanager
 def recorded() -> Iterator[Recorder]:
     """Record what runs inside; kernels of ours are not run."""
-    from sparse_ffn.backends.triton import combine, decode, grouped, hidden, outer, router, routing
+    from sparse_ffn.backends.triton import combine, decode, entropy, grouped, hidden, outer, router, routing
     from sparse_ffn.ops.expert_ffn import triton as expert_ffn
+    from sparse_ffn.ops.negative_entropy import triton as negative_entropy
     from sparse_ffn.ops.route import triton as route
 
     recorder = Recorder()
@@ -99,10 +100,10 @@ def recorded() -> Iterator[Recorder]:
             recorder.add(kernel.__name__, arguments)
 
     with ExitStack() as stack, sf.backend("triton"):
-        for module in (combine, decode, grouped, hidden, outer, router, routing):
+        for module in (combine, decode, entropy, grouped, hidden, outer, router, routing):
             stack.enter_context(patch.object(module, "launch", launch))
-        for module in (expert_ffn, route):
-            for name in ("forward", "inference", "backward"):
+        for module in (expert_ffn, negative_entropy, route):
+            for name in vars(module).keys() & {"forward", "inference", "backward"}:
                 inner = recorder.inside(getattr(module, name), module is expert_ffn)
                 stack.enter_context(patch.object(module, name, inner))
         with recorder:

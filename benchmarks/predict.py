@@ -165,9 +165,9 @@ def router(shape: MoEShape) -> Passes:
     T, D, E, k = shape.T, shape.D, shape.E, shape.k
     product, x, weight, scores, slots = 2 * T * D * E, SIZE * T * D, SIZE * E * D, 4 * T * E, 12 * T * k
     return (
-        [Kernel("route", product, x + weight + scores + slots), Kernel("sum"), Kernel("loss", launches=4)],
+        [Kernel("route", product, x + weight + scores + slots), Kernel("sum"), Kernel("loss")],
         [
-            Kernel("loss", launches=4),
+            Kernel("loss"),
             Kernel("route", product, weight + scores + slots + 4 * T * k + scores / 2 + x),
             Kernel("weight", product, scores / 2 + x + weight),
             Kernel("add", 0, 3 * x),

@@ -15,6 +15,7 @@ from sparse_ffn.ops import Codes, Units
 from sparse_ffn.ops.cvmm import triton as cvmm
 from sparse_ffn.ops.cvmm.backend import Slots
 from sparse_ffn.ops.expert_ffn import triton as expert_ffn
+from sparse_ffn.ops.negative_entropy import triton as negative_entropy
 from sparse_ffn.ops.product_key_topk import triton as product_key_topk
 from sparse_ffn.ops.quantized_cvmm import triton as quantized_cvmm
 from sparse_ffn.ops.route import triton as route
@@ -255,6 +256,9 @@ def routes(
     route.inference(x, weight, bias, mask, k, gate, groups)
     route.inference(x[:1], weight, bias, mask, k, gate, groups)
     route.backward(gates, sums, x, weight, mask, gates, selected, logits, gate)
+    if mask is None:
+        loss = negative_entropy.forward(sums, tokens // groups, 1e-3)
+        negative_entropy.backward(loss, sums, tokens // groups, 1e-3)
 
 
 def sorts(n_experts: int) -> None:

@@ -206,8 +206,8 @@ def called_ops(layer: nn.Module, x: Tensor, **arguments: Any) -> set[str]:
 def test_which_routers_take_the_kernel(device: str) -> None:
     with FakeTensorMode(), torch.device(device), sf.backend("triton"):
         x, plain = torch.empty(3, 16), sf.SigmaMoE(16, 6, 8, 2)
-        assert called_ops(plain, x) == {"route", "expert_ffn"}
-        assert called_ops(plain, x, router_input=x.clone()) == {"route", "expert_ffn"}
+        assert called_ops(plain, x) == {"route", "negative_entropy", "expert_ffn"}
+        assert called_ops(plain, x, router_input=x.clone()) == {"route", "negative_entropy", "expert_ffn"}
         with torch.no_grad():
             assert called_ops(plain.eval(), x) == {"route_inference", "expert_ffn_inference"}
         for other in (
@@ -221,12 +221,11 @@ def test_which_routers_take_the_kernel(device: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts on CPU tensors, which only the interpreter takes")
 def test_what_a_step_launches() -> None:
-    """At most four for the routing in each pass, beside those of the loss; four for a layer of one token."""
+    """At most four for the routing in each pass, the balance loss included; four for a layer of one token."""
     shape = MoEShape(64, 32, 16, 16, 2)
     forward, backward = launches.step(shape, fused=True)
-    loss, slope = ["div", "special_entr", "sum", "mul"], ["clamp_min", "log_", "mul", "addcmul"]
-    assert forward.routing.launches == ["route_kernel", "sum", *loss]
-    assert backward.routing.launches == [*slope, "route_gradient_kernel", "mm", "add"]
+    assert forward.routing.launches == ["route_kernel", "sum", "entropy_kernel"]
+    assert backward.routing.launches == ["entropy_gradient_kernel", "route_gradient_kernel", "mm", "add"]
     (alone,) = launches.step(MoEShape(1, 32, 16, 16, 2), fused=True, train=False)
     assert alone.routing.launches == ["route_kernel"]
     assert alone.experts.launches == ["up_rows_kernel", "down_rows_kernel", "combine_kernel"]

@@ -21,6 +21,7 @@ _TYPES: dict[Any, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
     int: "SymInt",
+    float: "float",
     Sequence[int]: "SymInt[]",
     str: "str",
     bool: "bool",

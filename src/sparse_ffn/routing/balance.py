@@ -28,6 +28,7 @@ from torch import Tensor
 from sparse_ffn.checks import check_choice, check_count, check_finite, check_mask, check_type, shown
 from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.ops.library import under_transforms
+from sparse_ffn.ops.negative_entropy.op import negative_entropy, negative_entropy_available
 from sparse_ffn.routing.base import AnyRouting, FusedRouting, Routing
 from sparse_ffn.routing.distributed import Sync, all_reduce_sum, check_sync
 
@@ -107,10 +108,12 @@ class Pool:
 
 def entropy(routing: AnyRouting, pool: Pool, weight: Weight) -> Tensor:
     """Negative entropy of the mean softmax, or with targets its divergence from them, less log E."""
-    plain = pool.targets is None and not isinstance(pool.count_B1, Tensor) and not under_transforms()
-    if isinstance(routing, FusedRouting) and plain:
-        count = pool.count_B1
-        found: Tensor = _MeanNegativeEntropy.apply(routing.softmax_BE, count, weight)  # type: ignore[no-untyped-call]
+    count, plain = pool.count_B1, pool.targets is None and not under_transforms()
+    if isinstance(routing, FusedRouting) and plain and not isinstance(count, Tensor):
+        sums_BE = routing.softmax_BE
+        if not isinstance(weight, Tensor) and negative_entropy_available(sums_BE):
+            return negative_entropy(sums_BE, count, weight)
+        found: Tensor = _MeanNegativeEntropy.apply(sums_BE, count, weight)  # type: ignore[no-untyped-call]
         return found
     p_BE = pool.mean_softmax(routing)
     # clamped: at p = 0 the logarithm's infinite slope would meet the softmax's zero one
