@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from sparse_ffn.checks import check_choice
 from sparse_ffn.layers.last_forward import LastForward
 from sparse_ffn.ops.library import in_backward
-from sparse_ffn.routing.balance import LOSSES, Targets, Terms, check_balance, weighted_losses
+from sparse_ffn.routing.balance import LOSSES, Terms, check_balance, weighted_losses
 from sparse_ffn.routing.base import AnyRouting, Router, Routing
 from sparse_ffn.routing.distributed import SharedGroup, Sync, check_sync
 from sparse_ffn.routing.relu import ReLURouter
+from sparse_ffn.routing.targets import Targets
 
 T = TypeVar("T", bound="Balanced")
 

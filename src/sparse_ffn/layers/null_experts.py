@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparse_ffn import ops
 from sparse_ffn.checks import check_choice, check_count, check_rate, shown
 from sparse_ffn.module import tensors_of
-from sparse_ffn.routing.balance import Targets
+from sparse_ffn.routing.targets import Targets
 
 # T tokens, D d_model, O d_out, E experts with hidden units, N null experts, K selected experts
 

@@ -20,7 +20,7 @@ T tokens, E experts (null experts among them), K selected experts, B groups of t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,27 +31,10 @@ from sparse_ffn.ops.library import under_transforms
 from sparse_ffn.ops.negative_entropy.op import negative_entropy, negative_entropy_available
 from sparse_ffn.routing.base import AnyRouting, FusedRouting, Routing
 from sparse_ffn.routing.distributed import Sync, all_reduce_sum, check_sync
+from sparse_ffn.routing.targets import Targets
 
 Weight = float | Tensor
 Terms = tuple[tuple[str, Weight], ...]
-
-
-class Targets(NamedTuple):
-    """The shares of the slots that are wished on a router's experts, where they are not equal."""
-
-    runs: tuple[tuple[int, float], ...]
-    """Experts that follow each other, and the share wished on each of them; all shares sum to 1."""
-    null_experts: int
-    """The last ones, which have no hidden units."""
-
-    def times_experts(self, like: Tensor) -> Tensor:
-        """E times the share that is wished on each expert: [E]."""
-        every = sum(experts for experts, _ in self.runs)
-        return torch.cat([like.new_full((experts,), every * share) for experts, share in self.runs])
-
-    def own(self, x_E: Tensor) -> Tensor:
-        """Of numbers [..., E] those of the experts that have hidden units."""
-        return x_E[..., : x_E.shape[-1] - self.null_experts]
 
 
 class Pool:

@@ -5,7 +5,7 @@ T tokens, D d_model, E experts, K selected experts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,7 @@ from sparse_ffn.module import CheckedOptions, normal_
 from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.ops.library import in_backward, under_transforms
 from sparse_ffn.ops.select import stable_topk
-
-if TYPE_CHECKING:
-    from sparse_ffn.routing.balance import Targets
+from sparse_ffn.routing.targets import Targets
 
 
 class Routing(NamedTuple):

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from sparse_ffn.checks import check_finite, check_flag, shown
 from sparse_ffn.module import Unpack
-from sparse_ffn.routing.balance import Targets
 from sparse_ffn.routing.base import Router, RouterOptions
+from sparse_ffn.routing.targets import Targets
 
 START, FACTOR = 1e-8, 1.2
 
