@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # to run as a script, too
 
 import sparse_ffn as sf
 from benchmarks import machine
-from benchmarks.timing import Quartiles, Run, race
+from benchmarks.measuring.timing import Quartiles, Run, race
 from examples.language_model.configs import DEMO, Config
 from examples.language_model.model import N_BYTES, ByteTransformer
 from examples.language_model.variants import sigma_moe

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import sparse_ffn as sf
-from benchmarks import byte_model
-from benchmarks.byte_model import ByteModel
-from benchmarks.encoder import Encoder
-from benchmarks.texts import EVALUATION, pairs
+from benchmarks.pretrained import byte_model
+from benchmarks.pretrained.byte_model import ByteModel
+from benchmarks.pretrained.encoder import Encoder
+from benchmarks.pretrained.texts import EVALUATION, pairs
 from sparse_ffn import ExpertQuantization
 
 FORMS: dict[str, ExpertQuantization] = {

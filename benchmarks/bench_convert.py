@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import decoder_rows, encoder_rows, machine
-from benchmarks.cells import Cell, Record, finish
-from benchmarks.decoder_rows import Decoding
-from benchmarks.encoder_rows import Encoding
-from benchmarks.machines import PUBLISHED
+from benchmarks import machine
+from benchmarks.pages.machines import PUBLISHED
+from benchmarks.pretrained import decoder_rows, encoder_rows
+from benchmarks.pretrained.cells import Cell, Record, finish
+from benchmarks.pretrained.decoder_rows import Decoding
+from benchmarks.pretrained.encoder_rows import Encoding
 
 RESULTS = PUBLISHED / "conversion"
 PAGE = Path(__file__).parents[1] / "docs" / "convert.md"

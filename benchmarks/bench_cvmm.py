@@ -9,10 +9,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # to run as a script, too
 
 from benchmarks import plot
-from benchmarks.contender import Case
-from benchmarks.cvmm import cvmm_case
+from benchmarks.contenders.cvmm import cvmm_case
+from benchmarks.measuring.contender import Case
+from benchmarks.measuring.records import Report
 from benchmarks.options import add_shapes, collect, parser
-from benchmarks.records import Report
 from benchmarks.shapes import moe_shapes
 
 

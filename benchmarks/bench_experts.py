@@ -13,9 +13,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))  # to run as a script, too
 
 from benchmarks import machine
-from benchmarks.contender import DTYPES
+from benchmarks.measuring.contender import DTYPES
+from benchmarks.measuring.timing import Quartiles, Run, race, stopwatch
 from benchmarks.shapes import MoEShape
-from benchmarks.timing import Quartiles, Run, race, stopwatch
 
 SHAPES = (MoEShape(512, 512, 8, 1024, 2), MoEShape(512, 512, 64, 256, 8), MoEShape(1, 512, 64, 256, 8))
 OURS = "sparse_ffn"

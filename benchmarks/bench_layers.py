@@ -9,11 +9,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # to run as a script, too
 
 from benchmarks import plot
-from benchmarks.contender import Case
-from benchmarks.memories import memory_case, topk_case
-from benchmarks.moe import glu_case, moe_case
+from benchmarks.contenders.memories import memory_case, topk_case
+from benchmarks.contenders.moe import glu_case, moe_case
+from benchmarks.measuring.contender import Case
+from benchmarks.measuring.records import Report
 from benchmarks.options import add_shapes, collect, parser
-from benchmarks.records import Report
 from benchmarks.shapes import memory_shape, moe_shapes, topk_shape
 
 LAYERS = ("moe", "moe-glu", "pkm", "pkm-query", "topk")

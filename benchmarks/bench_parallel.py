@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import sparse_ffn as sf
 from benchmarks import machine, simulated_ranks
-from benchmarks.timing import Run, race
+from benchmarks.measuring.timing import Run, race
 from sparse_ffn import functional
 from sparse_ffn.parallel import ExpertParallel, traffic
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import sparse_ffn as sf
-from benchmarks.contender import NotInstalled, require
-from benchmarks.kt_kernel import KTExperts
+from benchmarks.contenders.kt_kernel import KTExperts
 from benchmarks.machine import describe
+from benchmarks.measuring.contender import NotInstalled, require
+from benchmarks.measuring.timing import Quartiles, Run, race
 from benchmarks.quantized_profile import HEAD, bandwidth, profile
 from benchmarks.shapes import MoEShape
-from benchmarks.timing import Quartiles, Run, race
 
 BARS = {1: (0.60, 0.42), 4: (0.70, 0.55), 32: (0.90, 0.90), 256: (1.15, 1.15)}
 """Tokens -> the most that int8 and int4 may take of bf16's time, at D = 2048, E = 16, G = 1024, K = 8, a GLU."""

@@ -10,10 +10,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # to run as a script, too
 
 from benchmarks import plot
-from benchmarks.contender import Case, checked_on
-from benchmarks.memories import topk_case
+from benchmarks.contenders.memories import topk_case
+from benchmarks.measuring.contender import Case, checked_on
+from benchmarks.measuring.records import Report
 from benchmarks.options import collect, parser
-from benchmarks.records import Report
 from benchmarks.shapes import TOPK_TOKENS, topk_sweep
 
 NAMES = ("sparse-ffn", "dense")  # bench_layers has the others

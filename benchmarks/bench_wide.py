@@ -9,10 +9,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # to run as a script, too
 
 from benchmarks import plot
-from benchmarks.contender import Case
-from benchmarks.moe import moe_case, served_case
+from benchmarks.contenders.moe import moe_case, served_case
+from benchmarks.measuring.contender import Case
+from benchmarks.measuring.records import Report
 from benchmarks.options import collect, parser
-from benchmarks.records import Report
 from benchmarks.shapes import SERVED, WIDE_SINGLE, MoEShape
 
 

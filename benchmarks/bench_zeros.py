@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # to run as a script, too
 
 import sparse_ffn as sf
 from benchmarks import machine
-from benchmarks.timing import Quartiles, Run, race, wall_clock
+from benchmarks.measuring.timing import Quartiles, Run, race, wall_clock
 
 D_MODEL, N_EXPERTS, EXPERT_SIZE, K = 2048, 16, 1024, 8
 

@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import comparison, gpu_page, machine, machines, targets
-from benchmarks.machines import PUBLISHED, Machine
-from benchmarks.report import markdown
+from benchmarks import machine, targets
+from benchmarks.measuring.report import markdown
+from benchmarks.pages import comparison, gpu_page, machines
+from benchmarks.pages.machines import PUBLISHED, Machine
 from benchmarks.shapes import LARGE, PERCENTS
 
 INTRODUCTION = """\
@@ -176,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--results", nargs="+", type=Path, default=[PUBLISHED], help="folders of machines; default: the published ones")
     add("--docs", type=Path, default=Path("docs"), help="where the pages go; the README is looked for beside it")
     options = arguments.parse_args(argv)
-    from benchmarks import pictures  # it needs matplotlib, the texts do not
+    from benchmarks.pages import pictures  # it needs matplotlib, the texts do not
 
     found = machines.load(options.results)
     if not found:

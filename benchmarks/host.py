@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 import sparse_ffn as sf
-from benchmarks import report
+from benchmarks.measuring import report
 from benchmarks.shapes import MoEShape
 from sparse_ffn.backends import choice
 from sparse_ffn.backends.triton import combine, decode, grouped, outer, router, routing

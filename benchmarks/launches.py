@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sparse_ffn as sf
-from benchmarks import report
+from benchmarks.measuring import report
 from benchmarks.shapes import GPU_FINE, GPU_WIDE, MoEShape
 
 MIB = 2**20

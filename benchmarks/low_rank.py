@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # to run as a script, too
 
 import sparse_ffn as sf
-from benchmarks.byte_model import FOLDER, LAYERS, ByteModel, fresh, train, trained
+from benchmarks.pretrained.byte_model import FOLDER, LAYERS, ByteModel, fresh, train, trained
 from sparse_ffn.compress import compress_experts_
 
 N_EXPERTS, D_FF, K = 8, 256, 2

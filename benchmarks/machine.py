@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_peers
+from benchmarks.contenders import gpu_peers
 from sparse_ffn import info
 from sparse_ffn.backends import cpu
 from sparse_ffn.ops.products import supported

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import machine, replay, report, targets
-from benchmarks.contender import DTYPES, Case
-from benchmarks.records import MODES, Report, Row
-from benchmarks.run import run_case
+from benchmarks import machine, targets
+from benchmarks.measuring import replay, report
+from benchmarks.measuring.contender import DTYPES, Case
+from benchmarks.measuring.records import MODES, Report, Row
+from benchmarks.measuring.run import run_case
 from benchmarks.shapes import MoEShape
 
 Draw = Callable[[Report, Path], None]

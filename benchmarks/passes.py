@@ -30,10 +30,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))  # to run as a script, too
 
 import sparse_ffn as sf
-from benchmarks import machine, report
-from benchmarks.contender import DTYPES
-from benchmarks.memories import PACKAGE_HALF, BagMemory
-from benchmarks.records import MODES, dump
+from benchmarks import machine
+from benchmarks.contenders.memories import PACKAGE_HALF, BagMemory
+from benchmarks.measuring import report
+from benchmarks.measuring.contender import DTYPES
+from benchmarks.measuring.records import MODES, dump
 from benchmarks.shapes import MOE_SHAPES, MemoryShape, MoEShape
 
 ROOT = Path(__file__).parents[1]

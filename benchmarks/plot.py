@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.records import MODES, Report, Row
-from benchmarks.report import GROUPS
+from benchmarks.measuring.records import MODES, Report, Row
+from benchmarks.measuring.report import GROUPS
 from sparse_ffn.backends.warning import how_to_install
 
 if TYPE_CHECKING:

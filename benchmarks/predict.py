@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks import report
+from benchmarks.measuring import report
 from benchmarks.shapes import GPU_FINE, GPU_WIDE, MemoryShape, MoEShape
 from sparse_ffn.backends.triton import columns, config
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))  # to run as a script, too
 
 import sparse_ffn as sf
-from benchmarks.byte_model import FOLDER, trained
+from benchmarks.pretrained.byte_model import FOLDER, trained
 from sparse_ffn.compress import ExpertStats
 
 

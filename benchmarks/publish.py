@@ -8,9 +8,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import document, machines
-from benchmarks.machines import PARTS, PUBLISHED, Machine
-from benchmarks.records import dump
+from benchmarks import document
+from benchmarks.measuring.records import dump
+from benchmarks.pages import machines
+from benchmarks.pages.machines import PARTS, PUBLISHED, Machine
 
 
 def slug(found: Machine) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import sparse_ffn as sf
-from benchmarks.timing import Run, race
+from benchmarks.measuring.timing import Run, race
 from sparse_ffn.layers.rows import QuantizedRows
 
 

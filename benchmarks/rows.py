@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import machines, report
-from benchmarks.machines import PARTS, PUBLISHED, Machine
-from benchmarks.records import MODES
+from benchmarks.measuring import report
+from benchmarks.measuring.records import MODES
+from benchmarks.pages import machines
+from benchmarks.pages.machines import PARTS, PUBLISHED, Machine
 
 PASSES = "passes"  # of the CPU core; not rows, but asked for in the same way
 

@@ -25,8 +25,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks import delivery
-from benchmarks.gpu_parts import KERNELS, LIBRARIES, ROOT, STAGES, Part, parts
+from benchmarks.card import delivery
+from benchmarks.card.gpu_parts import KERNELS, LIBRARIES, ROOT, STAGES, Part, parts
 
 RUNS = ROOT / "runs" / "gpu"
 LIMIT = 540.0

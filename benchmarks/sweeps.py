@@ -17,10 +17,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # to run as a script, too
 
 from benchmarks import plot
-from benchmarks.contender import Case, checked_on
-from benchmarks.moe import moe_case
+from benchmarks.contenders.moe import moe_case
+from benchmarks.measuring.contender import Case, checked_on
+from benchmarks.measuring.records import Report
 from benchmarks.options import collect, parser
-from benchmarks.records import Report
 from benchmarks.shapes import MoEShape
 
 SIZE, K, FIXED_WIDTH, FIXED_EXPERTS = 128, 4, 512, 32

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks import bars, machines, reasons, report
 from benchmarks.machine import has_amx
-from benchmarks.machines import Machine
-from benchmarks.reasons import Reason
-from benchmarks.records import Result, Row
+from benchmarks.measuring import report
+from benchmarks.measuring.records import Result, Row
+from benchmarks.pages import bars, machines, reasons
+from benchmarks.pages.machines import Machine
+from benchmarks.pages.reasons import Reason
 from benchmarks.shapes import TOPK_TOKENS, topk_sweep
 
 TO, PEERS = "time relative to ", "times faster than "

@@ -17,8 +17,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import report
-from benchmarks.contender import DTYPES
+from benchmarks.measuring import report
+from benchmarks.measuring.contender import DTYPES
 from benchmarks.shapes import MOE_SHAPES, MoEShape
 from sparse_ffn.backends import cpu
 

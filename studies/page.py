@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import markdown
+from benchmarks.measuring.report import markdown
 
 from . import paper, picture, plan
 from .results import RESULTS, Record, load_all

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean
 
-from benchmarks.report import markdown
+from benchmarks.measuring.report import markdown
 
 from . import paper
 from .results import Record

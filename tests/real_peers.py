@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from triton.runtime.autotuner import Autotuner  # noqa: E402
 
 import sparse_ffn as sf  # noqa: E402
-from benchmarks import cvmm, gpu_peers  # noqa: E402
-from benchmarks.check import errors  # noqa: E402
-from benchmarks.contender import Contender, NotInstalled  # noqa: E402
-from benchmarks.moe import Problem  # noqa: E402
+from benchmarks.contenders import cvmm, gpu_peers  # noqa: E402
+from benchmarks.contenders.moe import Problem  # noqa: E402
+from benchmarks.measuring.check import errors  # noqa: E402
+from benchmarks.measuring.contender import Contender, NotInstalled  # noqa: E402
 from benchmarks.shapes import MoEShape  # noqa: E402
 
 SHAPE = MoEShape(24, 16, 4, 16, 2)

@@ -19,36 +19,30 @@ from torch import Tensor, nn
 
 import sparse_ffn as sf
 from benchmarks import (
-    bars,
     bench_cvmm,
     bench_layers,
     bench_topk,
     bench_wide,
-    check,
-    contender,
     document,
-    gpu_page,
     machine,
-    machines,
-    memory,
     passes,
     predict,
     prune,
     publish,
-    reasons,
-    report,
     rows,
     sweeps,
     targets,
 )
-from benchmarks.contender import Case, Contender, Entry, Oracle
-from benchmarks.memories import memory_case, topk_case
-from benchmarks.moe import glu_case, moe_case, served_case
-from benchmarks.reasons import Reason
-from benchmarks.records import Report, Result, Row
-from benchmarks.run import run_case
+from benchmarks.contenders.memories import memory_case, topk_case
+from benchmarks.contenders.moe import glu_case, moe_case, served_case
+from benchmarks.measuring import check, contender, memory, report
+from benchmarks.measuring.contender import Case, Contender, Entry, Oracle
+from benchmarks.measuring.records import Report, Result, Row
+from benchmarks.measuring.run import run_case
+from benchmarks.measuring.timing import Quartiles, Run, Samples, race, wall_clock
+from benchmarks.pages import bars, gpu_page, machines, reasons
+from benchmarks.pages.reasons import Reason
 from benchmarks.shapes import MemoryShape, MoEShape, TopKShape, topk_sweep
-from benchmarks.timing import Quartiles, Run, Samples, race, wall_clock
 
 TINY = MoEShape(24, 16, 4, 8, 2)
 CPU = torch.device("cpu")

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 import sparse_ffn as sf
-from benchmarks import bench_convert, decoder_rows
-from benchmarks.cells import Cell, Record, Spread, finish
-from benchmarks.decoder import Decoder, Sizes, losses, tune, with_own
-from benchmarks.decoder_rows import DENSE, Decoding, Method, k_of
+from benchmarks import bench_convert
+from benchmarks.pretrained import decoder_rows
+from benchmarks.pretrained.cells import Cell, Record, Spread, finish
+from benchmarks.pretrained.decoder import Decoder, Sizes, losses, tune, with_own
+from benchmarks.pretrained.decoder_rows import DENSE, Decoding, Method, k_of
 
 SIZES = Sizes(held_out=3, samples=2, calibration=2, training=4, length=16)
 

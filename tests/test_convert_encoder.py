@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import sparse_ffn as sf
-from benchmarks.encoder import Encoder, reciprocal_ranks
-from benchmarks.encoder_rows import WAYS, converted
-from benchmarks.texts import CALIBRATION, EVALUATION, pairs
+from benchmarks.pretrained.encoder import Encoder, reciprocal_ranks
+from benchmarks.pretrained.encoder_rows import WAYS, converted
+from benchmarks.pretrained.texts import CALIBRATION, EVALUATION, pairs
 
 Encoded = tuple[Encoder, list[str], list[str]]
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparse_ffn as sf
-from benchmarks import cvmm, gpu_peers
-from benchmarks.check import errors
-from benchmarks.contender import Case, Contender, Experts, NotInstalled
-from benchmarks.memory import saved_for_backward
-from benchmarks.moe import ExpertsAlone, Problem, moe_case, sonic_bytes
-from benchmarks.run import run_case
+from benchmarks.contenders import cvmm, gpu_peers
+from benchmarks.contenders.moe import ExpertsAlone, Problem, moe_case, sonic_bytes
+from benchmarks.measuring.check import errors
+from benchmarks.measuring.contender import Case, Contender, Experts, NotInstalled
+from benchmarks.measuring.memory import saved_for_backward
+from benchmarks.measuring.run import run_case
 from benchmarks.shapes import MoEShape
 
 TINY, CPU = MoEShape(24, 16, 4, 8, 2), torch.device("cpu")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import pool
-from benchmarks.pool_worker import verdicts, write
+from benchmarks.card import pool
+from benchmarks.card.pool_worker import verdicts, write
 
 ROOT = Path(__file__).parents[1]
 TESTS = """
@@ -85,7 +85,7 @@ def test_every_test_is_run_once_and_one_that_ends_its_process_has_failed(
 def test_one_that_was_stopped_is_gone_on_with_and_is_no_pass_before(tmp_path: Path) -> None:
     slow = "import time\ndef test_a(): pass\ndef test_b(): time.sleep({})\ndef test_c(): pass\n"
     found = tmp_path / "found"
-    command = [sys.executable, "-m", "benchmarks.pool", "--folder", str(found), "--jobs", "1", "--"]
+    command = [sys.executable, "-m", "benchmarks.card.pool", "--folder", str(found), "--jobs", "1", "--"]
     tests = arguments(tmp_path, slow.format(1000))
     with subprocess.Popen([*command, *tests], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         until = time.monotonic() + 60

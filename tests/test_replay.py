@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from benchmarks import replay
-from benchmarks.timing import Run
+from benchmarks.measuring import replay
+from benchmarks.measuring.timing import Run
 
 
 class Card:

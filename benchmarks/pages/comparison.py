@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from benchmarks.machine import OTHERS
-from benchmarks.machines import Machine
-from benchmarks.records import Result, Row
-from benchmarks.report import Table, digits
+from benchmarks.measuring.records import Result, Row
+from benchmarks.measuring.report import Table, digits
+from benchmarks.pages.machines import Machine
 from benchmarks.shapes import MoEShape
 
 COMPUTE, PARAMETERS = "dense, equal compute", "dense, equal parameters"

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from benchmarks import comparison, drawings
-from benchmarks.drawings import DARK, LIGHT, Ink
-from benchmarks.machines import Machine
-from benchmarks.records import Row
+from benchmarks.measuring.records import Row
+from benchmarks.pages import comparison, drawings
+from benchmarks.pages.drawings import DARK, LIGHT, Ink
+from benchmarks.pages.machines import Machine
 from benchmarks.shapes import LARGE
 
 if TYPE_CHECKING:

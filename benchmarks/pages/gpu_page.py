@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks import predict, report
-from benchmarks.bars import TO_DENSE
-from benchmarks.machines import Machine
-from benchmarks.records import Result
+from benchmarks import predict
+from benchmarks.measuring import report
+from benchmarks.measuring.records import Result
+from benchmarks.pages.bars import TO_DENSE
+from benchmarks.pages.machines import Machine
 from benchmarks.shapes import GPU_FINE, GPU_MEMORY, GPU_SHAPES, GPU_WIDE
 
 NOTHING = """\

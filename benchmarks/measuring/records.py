@@ -8,8 +8,8 @@ from dataclasses import astuple, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory import Saved
-from benchmarks.timing import Quartiles
+from benchmarks.measuring.memory import Saved
+from benchmarks.measuring.timing import Quartiles
 
 STATUSES = ("timed", "wrong", "failed", "not importable", "too large", "inference only")
 MODES = {"fwd": "forward, no grad", "fwdbwd": "forward + backward"}

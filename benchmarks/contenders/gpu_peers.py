@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparse_ffn as sf
-from benchmarks.contender import Entry, Gradients, imported
+from benchmarks.measuring.contender import Entry, Gradients, imported
 
 # T tokens, D d_model, E experts, G units of an expert, K selected. Ours: keys, gate_keys and values [E, G, D]
 
-PEERS = Path(__file__).parents[1] / "runs" / "gpu-peers"
+PEERS = Path(__file__).parents[2] / "runs" / "gpu-peers"
 """Where ``benchmarks/fetch_gpu_peers.sh`` puts them."""
 MOE_LAYER, CVMM = "moe_layer.cvmm", "cvmm_codex.cvmm"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.shapes import GPU_FINE, GPU_WIDE
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STAGES = ("tests", "bench", "tune")
 LIBRARIES, KERNELS = "core", "triton"
 """Folders of what is compiled on the spot: of use on this machine only."""
@@ -148,7 +148,7 @@ class _Parts:
 
     def pool(self, seconds: float, *what: str) -> Part:
         """Tests on all cores."""
-        command = module("benchmarks.pool", "--folder", str(self.work / "tests"))
+        command = module("benchmarks.card.pool", "--folder", str(self.work / "tests"))
         environment = self.untuned | self.libraries
         if self.rehearsal:
             command, environment = (*command, "--jobs", "2"), environment | {"TRITON_INTERPRET": "1"}

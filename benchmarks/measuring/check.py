@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contender import Contender, backward
+from benchmarks.measuring.contender import Contender, backward
 
 OUTPUT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 GRADIENT = {torch.float32: 3e-3, torch.bfloat16: 3e-2}

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import sparse_ffn as sf
-from benchmarks.cells import Cell, Numbers, Record
-from benchmarks.encoder import Encoder, reciprocal_ranks
-from benchmarks.texts import CALIBRATION, EVALUATION, pairs
-from benchmarks.timing import Run, race
+from benchmarks.measuring.timing import Run, race
+from benchmarks.pretrained.cells import Cell, Numbers, Record
+from benchmarks.pretrained.encoder import Encoder, reciprocal_ranks
+from benchmarks.pretrained.texts import CALIBRATION, EVALUATION, pairs
 
 SHARES = (75, 50, 25)
 SAMPLES = 5

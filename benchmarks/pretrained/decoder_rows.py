@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import sparse_ffn as sf
-from benchmarks.cells import Cell, Numbers, Record
-from benchmarks.decoder import Decoder, Sizes, Text, losses, tune, with_own
-from benchmarks.timing import Run, race
+from benchmarks.measuring.timing import Run, race
+from benchmarks.pretrained.cells import Cell, Numbers, Record
+from benchmarks.pretrained.decoder import Decoder, Sizes, Text, losses, tune, with_own
 from sparse_ffn.convert import FFNConfig
 
 DENSE = "dense"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.records import MODES, Report, Result, Row
-from benchmarks.timing import Quartiles
+from benchmarks.measuring.records import MODES, Report, Result, Row
+from benchmarks.measuring.timing import Quartiles
 
 Table = tuple[Sequence[str], list[list[str]]]  # header and body
 

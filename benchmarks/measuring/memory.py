@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import Run
+from benchmarks.measuring.timing import Run
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")

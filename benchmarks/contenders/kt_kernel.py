@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import sparse_ffn as sf
-from benchmarks.contender import Contender, NotInstalled, Oracle, require
+from benchmarks.measuring.contender import Contender, NotInstalled, Oracle, require
 from benchmarks.shapes import MoEShape
 
 ABOUT = "AMXBF16_MOE with weights that it packed when it was built, our router; forward only"

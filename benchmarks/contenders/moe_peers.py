@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparse_ffn as sf
-from benchmarks.contender import Contender, Gradients, Oracle, own_gradients, require, require_memory
+from benchmarks.measuring.contender import Contender, Gradients, Oracle, own_gradients, require, require_memory
 from benchmarks.shapes import MoEShape
 
 CHECKED_TOKENS = 64  # of the peers whose memory traffic is far above their arithmetic

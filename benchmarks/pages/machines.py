@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import passes
-from benchmarks.records import Report, Row
+from benchmarks.measuring.records import Report, Row
 
-PUBLISHED = Path(__file__).parent / "results"
+PUBLISHED = Path(__file__).parents[1] / "results"
 PARTS = ("layers", "wide", "topk", "cvmm", "sweeps", "tuned")
 
 

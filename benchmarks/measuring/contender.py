@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from benchmarks.memory import available_bytes
+from benchmarks.measuring.memory import available_bytes
 from sparse_ffn import backend
 
 Gradients = dict[str, Tensor]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from benchmarks.timing import Quartiles, Run
+from benchmarks.measuring.timing import Quartiles, Run
 
 WARM_UPS, SAMPLES, SECONDS = 3, 10, 0.2
 

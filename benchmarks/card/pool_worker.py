@@ -1,6 +1,7 @@
 """A pytest plugin: runs the tests that no other process has taken, and writes each verdict down as soon as it is known.
 
-``benchmarks.pool`` starts several such processes. A test is taken by creating a file, which only one of them can do.
+``benchmarks.card.pool`` starts several such processes. A test is taken by creating a file, which only one of them can
+do.
 """
 
 from __future__ import annotations

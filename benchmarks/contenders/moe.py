@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparse_ffn as sf
-from benchmarks import gpu_peers, kt_kernel, moe_peers
-from benchmarks.contender import (
+from benchmarks.contenders import gpu_peers, kt_kernel, moe_peers
+from benchmarks.measuring.contender import (
     DTYPES,
     Case,
     Contender,

@@ -1,4 +1,4 @@
-"""Runs tests in several processes, which share one card: `python -m benchmarks.pool --folder F -- ARGUMENTS`.
+"""Runs tests in several processes, which share one card: `python -m benchmarks.card.pool --folder F -- ARGUMENTS`.
 
 The kernels that the tests need are compiled on all cores that way, too. Each verdict is written down at once: a call
 that was stopped, or that lost a process, is gone on with by the next one on the same folder. A test that ends its
@@ -20,9 +20,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.pool_worker import BROKEN, CLAIMS, FAILED, FOLDER, NO_MEMORY, PASSED, SKIPPED, verdicts, write
+from benchmarks.card.pool_worker import BROKEN, CLAIMS, FAILED, FOLDER, NO_MEMORY, PASSED, SKIPPED, verdicts, write
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 UNPROVEN = 3
 """Exit status where tests are left, or none has passed."""
 
@@ -65,7 +65,7 @@ class Pool:
 
     def _start(self, n: int, claims: Path) -> None:
         environment = os.environ | {FOLDER: str(self.folder), CLAIMS: str(claims), "OMP_NUM_THREADS": "1"}
-        command = (sys.executable, "-m", "pytest", "-p", "benchmarks.pool_worker", *self.arguments)
+        command = (sys.executable, "-m", "pytest", "-p", "benchmarks.card.pool_worker", *self.arguments)
         with (self.folder / f"worker-{n}.log").open("ab") as log:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
         self.workers[process] = n
@@ -112,7 +112,7 @@ class Pool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; 0 if all passed or were skipped, 1 if some failed, 3 if some are left."""
-    arguments = argparse.ArgumentParser(prog="python -m benchmarks.pool", description=__doc__)
+    arguments = argparse.ArgumentParser(prog="python -m benchmarks.card.pool", description=__doc__)
     arguments.add_argument("--folder", type=Path, required=True, help="of the verdicts")
     arguments.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 16), help="processes, default: cores")
     arguments.add_argument("arguments", nargs="+", metavar="ARGUMENT", help="pytest's, after --")

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import replay
-from benchmarks.check import errors
-from benchmarks.contender import Case, Contender, Entry, NotInstalled, TooLarge, backward
-from benchmarks.memory import available_bytes, peak_bytes, saved_for_backward
-from benchmarks.records import Result, Row
-from benchmarks.timing import Run, race, stopwatch
+from benchmarks.measuring import replay
+from benchmarks.measuring.check import errors
+from benchmarks.measuring.contender import Case, Contender, Entry, NotInstalled, TooLarge, backward
+from benchmarks.measuring.memory import available_bytes, peak_bytes, saved_for_backward
+from benchmarks.measuring.records import Result, Row
+from benchmarks.measuring.timing import Run, race, stopwatch
 
 
 def run_case(case: Case, modes: Iterable[str], seconds: float, *, peers: Iterable[str] | None = None) -> list[Row]:

@@ -1,0 +1,1 @@
+"""What is measured: our layers, those of other libraries, and the networks that they are compared with."""

@@ -1,0 +1,1 @@
+"""What is made of the results: tables and pictures of the documentation, targets and why they are missed."""

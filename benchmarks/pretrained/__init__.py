@@ -1,0 +1,1 @@
+"""Pretrained models, and what conversion, pruning and quantisation do to them."""
