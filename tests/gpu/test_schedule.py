@@ -69,9 +69,11 @@ def test_how_many_programs_a_processor_has_room_for() -> None:
 
 def test_a_tile_for_one_program_only_where_sums_are_long() -> None:
     with config.fixed(architecture="sm_90"):
-        for depth, expected in ((0, 128), (config.DEEP - 1, 128), (config.DEEP, 256)):
-            assert config.tile(CPU, "one", "half", 1024, 128, depth=depth).n == expected
-        assert config.tile(CPU, "one", "half", 128, 128, depth=config.DEEP).n == 128
+        for depth, alone, expected in (
+            (config.DEEP - 1, True, 128), (config.DEEP, True, 256), (config.DEEP, False, 128)
+        ):  # fmt: skip
+            assert config.tile(CPU, "one", "half", 1024, depth, 128, alone=alone).n == expected
+        assert config.tile(CPU, "one", "half", 128, config.DEEP, 128, alone=True).n == 128
 
 
 def test_what_lies_as_a_block_is_described() -> None:

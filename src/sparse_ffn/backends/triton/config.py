@@ -204,9 +204,11 @@ def tile(
     kernel: str,
     kind: str,
     n: int,
+    depth: float,
     m: int | None = None,
     side: int | None = None,
-    depth: int = 0,
+    *,
+    alone: bool = False,
 ) -> Tile:
     """The tile of a kernel for n columns.
 
@@ -215,22 +217,24 @@ def tile(
         kernel: "one", "two", "outer" or "pair", see above the tables.
         kind: what ``arithmetic`` says.
         n: columns of the product.
+        depth: what the product sums over ("outer" and "pair": an expert's mean rows).
         m: rows of the tile as ``block_m`` says (not for "outer" and "pair").
         side: rows of the product ("outer" and "pair").
-        depth: what the product sums over, where nothing but the sum is in registers. Only with at least ``DEEP`` a
-            tile has more than ``MOST`` numbers: it leaves no room for a second program on a processor.
+        alone: whether nothing but the sum is in registers. Only then, and with a depth of at least ``DEEP``, a tile
+            has more than ``MOST`` numbers: it leaves no room for a second program on a processor.
     """
     if _fixed is not None:
         return _fixed
     measured, rows = _tuned(device), m if side is None else side
-    found = None if measured is None or rows is None else measured.tile(kernel, kind, rows, n)
-    if found is not None and (depth >= DEEP or side is not None or found.m * found.n <= MOST):
+    any_size = side is not None or (alone and depth >= DEEP)
+    found = None if measured is None or rows is None else measured.tile(kernel, kind, rows, n, depth)
+    if found is not None and (any_size or found.m * found.n <= MOST):
         return found
     choices = TABLES[architecture(device)][kernel, kind]
     if side is not None:
         m = max((t.m for t in choices if t.m < 2 * side), default=min(t.m for t in choices))
     choices = tuple(t for t in choices if t.m == m)
-    if depth < DEEP and side is None:
+    if not any_size:
         choices = tuple(t for t in choices if t.m * t.n <= MOST)
     return next((t for t in choices if n <= t.n), choices[-1])
 

@@ -55,7 +55,7 @@ def _grouped(
     block_m = min(block_m, 32) if kind == "fp32" else block_m  # a taller tile spills
     plan = routing.sort_slots(expert, E, 1, block_m, inverse=False)
     width, depth = (C, G) if down else (G, C)
-    tile = config.tile(a.device, "one", kind, width, plan.block_m)
+    tile = config.tile(a.device, "one", kind, width, depth, plan.block_m)
     read, weight = scattered.sources(gather, plan.order), None if reduction is None else reduction.contiguous()
     partner, partner_rows = None if partner is None else rows(partner), scattered.sources(scatter, plan.order)
     dots = None if partner is None else a.new_zeros(cdiv(width, tile.n), S, dtype=torch.float32)  # void slots keep 0
