@@ -72,6 +72,7 @@ def test_problems_reach_every_class_of_common_sizes() -> None:
     assert found[0].coordinates(64) == (
         ("one", "half", 64, 128, 1024),
         ("one", "half", 64, 1024, 128),
+        ("two", "half", 64, 128, 1024),
         ("outer", "half", 128, 1024, 1024),
     )
     assert heights(ENTRIES, found[0]) == [128, 64]

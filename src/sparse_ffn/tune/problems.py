@@ -48,9 +48,9 @@ class Problem:
     def coordinates(self, m: int) -> tuple[Key, ...]:
         """What can be chosen at tiles of m rows: for the units, for the output, for the matrices' gradients."""
         units, width, rows = (size_class(n, WIDTHS) for n in (self.G, self.D, self.rows))
-        first = ("two" if self.glu else "one", self.kind, m, units, width)
-        outer = ("outer", self.kind, units, width, rows)
-        return tuple(dict.fromkeys((first, ("one", self.kind, m, width, units), outer)))
+        up = ("two" if self.glu else "one", self.kind, m, units, width)
+        down, hidden_gradient = ("one", self.kind, m, width, units), ("two", self.kind, m, units, width)
+        return tuple(dict.fromkeys((up, down, hidden_gradient, ("outer", self.kind, units, width, rows))))
 
     def __str__(self) -> str:
         form = "GLU" if self.glu else "ReLU-like"

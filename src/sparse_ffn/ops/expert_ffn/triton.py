@@ -104,8 +104,7 @@ def backward(
 
     dup_SG, weighted_SG = torch.empty_like(up_SG), torch.empty_like(up_SG)
     dglu_gate_SG = None if glu_gate_SG is None else torch.empty_like(up_SG)
-    simple = gate_keys is None and dropout_mask is None
-    tile = config.tile(x.device, "one" if simple else "two", kind, G, grad.shape[1], block_m)
+    tile = config.tile(x.device, "two", kind, G, grad.shape[1], block_m)
     dgates = x.new_empty(cdiv(G, tile.n), S, dtype=torch.float32)
     hidden.hidden_gradient(
         plan, grad, matrices(values, x.dtype), up_SG, glu_gate_SG,
