@@ -231,7 +231,7 @@ def hidden_gradient(
     programs, flatten = schedule.grid(plan, up, G, tile)
     (kept_up, kept_gate), described = operands.rows((tile.m, tile.n // 4 if tile.n >= 64 else tile.n), up, glu_gate)
     # the compiler is told how many programs there are to be: it wastes registers on one, or spills for more
-    limit = {"maxnreg": schedule.registers(tile, up)} if described else {}
+    limit = {"maxnreg": schedule.registers(tile, up)} if described and form else {}
     launch(
         hidden_gradient_kernel, programs, grad, plan.rows, values, kept_up, kept_gate, dropout_mask,
         gate, dup, dglu_gate, weighted, dgate, plan.order, plan.offsets, plan.tiles, G, O, plan.order.shape[0],

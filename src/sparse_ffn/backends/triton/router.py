@@ -29,11 +29,14 @@ class Blocks(NamedTuple):
     warps: int
 
     @classmethod
-    def of(cls, n_tokens: int, n_rows: int, dtype: torch.dtype, weights: torch.dtype) -> Blocks:
-        """For groups of so many tokens in a dtype, and the router's."""
+    def of(
+        cls, n_tokens: int, n_rows: int, dtype: torch.dtype, weights: torch.dtype, *, gradient: bool = False
+    ) -> Blocks:
+        """For groups of so many tokens in a dtype, and the router's; or of its gradient, which holds more a score."""
         rows = max(power_of_two(n_rows), 16)
         split = weights != dtype  # into three numbers, all of them in registers
-        scores = SCORES // (4 if dtype == torch.float32 else 2 if split else 1)  # without tensor cores so are operands
+        # without tensor cores operands are, too
+        scores = SCORES // (4 if dtype == torch.float32 else 2 if split or gradient else 1)
         tokens = max(min(MAX_TOKENS, scores // rows, power_of_two(n_tokens)), 16)
         if dtype == torch.float32:
             return cls(tokens, rows, 16, 8)
@@ -243,7 +246,7 @@ def gradient(
     """
     (R, D), (T, K) = weight.shape, index.shape
     length = T if dsums is None else T // dsums.shape[0]
-    blocks = Blocks.of(length, R, dlogits.dtype, weight.dtype)
+    blocks = Blocks.of(length, R, dlogits.dtype, weight.dtype, gradient=True)
     launch(
         route_gradient_kernel, T // length * cdiv(length, blocks.tokens), dgate, dsums, weight, mask, index, gate,
         logits, dlogits, dx, R, D, K, length, *weight.stride(),
