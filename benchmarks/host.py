@@ -28,10 +28,28 @@ import sparse_ffn as sf
 from benchmarks.measuring import report
 from benchmarks.shapes import MoEShape
 from sparse_ffn.backends import choice
-from sparse_ffn.backends.triton import combine, decode, grouped, outer, router, routing
+from sparse_ffn.backends.triton import (
+    columns,
+    combine,
+    config,
+    decode,
+    entropy,
+    grouped,
+    hidden,
+    outer,
+    router,
+    routing,
+    schedule,
+)
 from sparse_ffn.ops.expert_ffn import op as expert_ffn
 
-MODULES = (combine, decode, grouped, outer, router, routing)
+MODULES = (combine, decode, entropy, grouped, hidden, outer, router, routing)
+# what depends on sizes alone, and might be kept from call to call
+OF_SIZES = (
+    *((config, name) for name in ("arithmetic", "block_m", "tile")),
+    *((schedule, name) for name in ("grid", "registers")),
+    *((columns, "width"), (outer, "n_parts")),
+)
 SHAPE = MoEShape(64, 64, 16, 32, 2)
 REPEATS = 300
 
@@ -90,6 +108,32 @@ def microseconds(step: Callable[[], None], *, call: bool) -> float:
     return 1e6 * statistics.median(times)
 
 
+def of_sizes(step: Callable[[], None]) -> float:
+    """Microseconds of a step in which tiles, grids and widths are found, the median."""
+    spent = 0.0
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            nonlocal spent
+            start = time.perf_counter()
+            found = function(*arguments, **named)
+            spent += time.perf_counter() - start
+            return found
+
+        return call
+
+    times = []
+    with ExitStack() as stack:
+        for module, name in OF_SIZES:
+            stack.enter_context(patch.object(module, name, timed(getattr(module, name))))
+        stack.enter_context(stand_in(None, call=True))
+        for _ in range(REPEATS):
+            spent = 0.0
+            step()
+            times.append(spent)
+    return 1e6 * statistics.median(times)
+
+
 def steps(glu: bool) -> dict[str, Callable[[], None]]:
     """What is measured: of one layer."""
     layer = sf.SigmaMoE(SHAPE.D, SHAPE.E, SHAPE.G, SHAPE.k, glu=glu, dtype=torch.bfloat16)
@@ -117,14 +161,14 @@ def steps(glu: bool) -> dict[str, Callable[[], None]]:
 
 def table() -> report.Table:
     """Of a layer with and without a GLU."""
-    header = ("", "", "our launches", "µs", "µs without launching")
+    header = ("", "", "our launches", "µs", "µs without launching", "µs for tiles and grids")
     body = []
     for glu in (False, True):
         for name, step in steps(glu).items():
             launched: list[str] = []
             step_in(step, launched)
-            times = [f"{microseconds(step, call=call):.0f}" for call in (True, False)]
-            body.append(["GLU" if glu else "ReLU", name, str(len(launched)), *times])
+            times = (*(microseconds(step, call=call) for call in (True, False)), of_sizes(step))
+            body.append(["GLU" if glu else "ReLU", name, str(len(launched)), *(f"{t:.0f}" for t in times)])
     return header, body
 
 

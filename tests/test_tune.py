@@ -67,15 +67,16 @@ def test_candidates_have_heights_of_the_tables(name: str) -> None:
 
 def test_problems_reach_every_class_of_common_sizes() -> None:
     found = list(problems(["half", "tf32", "half"]))
-    assert len(found) == 2 * 4 * 3 * 2
+    assert len(found) == 2 * (4 * 3 + 1) * 2
     assert str(found[0]) == "half ReLU-like: 16384 tokens of 1024, 8 of 64 experts of 128 units"
     assert found[0].coordinates(64) == (
-        ("one", "half", 64, 128),
-        ("one", "half", 64, 1024),
-        ("outer", "half", 128, 1024),
+        ("one", "half", 64, 128, 1024),
+        ("one", "half", 64, 1024, 128),
+        ("two", "half", 64, 128, 1024),
+        ("outer", "half", 128, 1024, 1024),
     )
     assert heights(ENTRIES, found[0]) == [128, 64]
-    assert [heights(ENTRIES, p) for p in found[6:24:6]] == [[64, 32], [32, 16], [16]]
+    assert [heights(ENTRIES, p) for p in found[8:24:6]] == [[64, 32], [32, 16], [16]]
 
 
 def test_choices_are_no_wider_than_their_class() -> None:
@@ -84,9 +85,11 @@ def test_choices_are_no_wider_than_their_class() -> None:
         assert tiles
         assert all(t.n <= coordinate[3] for t in tiles)
         assert all((t.m <= coordinate[2]) if coordinate[0] == "outer" else t.m == coordinate[2] for t in tiles)
+    wide = Tile.parse("128x256x64/8/3")
+    assert [d for d in tuned.WIDTHS if wide in choices(ENTRIES, ("one", "half", 128, 1024, d))] == [1024]
 
 
-def found_coordinates() -> set[tuple[str, str, int, int]]:
+def found_coordinates() -> set[tuned.Key]:
     return {c for p in problems(["half", "tf32"]) for m in heights(ENTRIES, p) for c in p.coordinates(m)}
 
 
@@ -124,9 +127,9 @@ def test_the_best_tile_of_each_class_is_chosen() -> None:
     assert decided.run([PROBLEM])
     assert decided.found.heights == {("half", 128): 128}
     assert decided.found.tiles == {
-        ("one", "half", 128, 128): BEST,
-        ("one", "half", 128, 1024): BEST,
-        ("outer", "half", 128, 1024): wide,
+        ("one", "half", 128, 128, 1024): BEST,
+        ("one", "half", 128, 1024, 128): BEST,
+        ("outer", "half", 128, 1024, 1024): wide,
     }
 
 
@@ -149,7 +152,7 @@ def test_another_height_wins_with_its_own_tiles() -> None:
     decided = search(Made({Tile.parse("64x256x64/8/3"): 30.0}))
     decided.run([PROBLEM])
     assert decided.found.heights == {("half", 128): 64}
-    assert decided.found.tiles["one", "half", 64, 1024] == Tile.parse("64x256x64/8/3")
+    assert decided.found.tiles["one", "half", 64, 1024, 128] == Tile.parse("64x256x64/8/3")
 
 
 def test_classes_are_decided_once() -> None:
@@ -178,7 +181,7 @@ def test_what_was_measured_before_the_time_was_up_is_kept() -> None:
         assert runner.now <= seconds + 1
         assert decided.found.heights == {}  # not all heights were tried
     assert kept[0].tiles == {}
-    assert kept[-1].tiles["one", "half", 128, 1024] == BEST
+    assert kept[-1].tiles["one", "half", 128, 1024, 128] == BEST
 
 
 def test_a_search_goes_on_where_another_was_stopped(folder: Path) -> None:
@@ -200,7 +203,7 @@ def test_a_search_goes_on_where_another_was_stopped(folder: Path) -> None:
 
 
 def test_an_earlier_run_counts_where_this_one_measured_nothing() -> None:
-    a, b = ("one", "half", 64, 128), ("one", "half", 64, 1024)
+    a, b = ("one", "half", 64, 128, 64), ("one", "half", 64, 1024, 64)
     before = Tuned({("half", 64): 64}, {a: Tile(64, 64, 64, 4, 4), b: Tile(64, 64, 64, 4, 4)})
     both = merged(before, Tuned({}, {b: Tile(64, 128, 64, 4, 4)}))
     assert both == Tuned({("half", 64): 64}, {a: Tile(64, 64, 64, 4, 4), b: Tile(64, 128, 64, 4, 4)})
@@ -211,7 +214,7 @@ def test_an_earlier_run_counts_where_this_one_measured_nothing() -> None:
 
 
 def measured() -> Tuned:
-    return Tuned({("half", 128): 64}, {("one", "half", 64, 1024): Tile.parse("64x256x64/8/3")})
+    return Tuned({("half", 128): 64}, {("one", "half", 64, 1024, 128): Tile.parse("64x256x64/8/3")})
 
 
 def test_the_file_lies_where_the_platform_wants_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -245,14 +248,17 @@ def broken(folder: Path, **changes: object) -> None:
         ({"versions": {"triton": "1.0", "kernels": "old"}}, "stale: measured with"),
         ({"format": 0}, "not of format"),
         ({"card": "NVIDIA A100"}, "of another card"),
-        ({"tiles": [["one", "half", 64, 1024, "64x64x64/4/17"]]}, "one half 64x64x64/4/17"),  # the gate never saw it
-        ({"tiles": [["one", "half", 128, 1024, "64x64x64/4/4"]]}, "one half 64x64x64/4/4"),  # not of that height
-        ({"tiles": [["one", "half", 64, 1024, "large"]]}, "a tile is written"),
+        (
+            {"tiles": [["one", "half", 64, 1024, 64, "64x64x64/4/17"]]},
+            "one half 64x64x64/4/17",
+        ),  # the gate never saw it
+        ({"tiles": [["one", "half", 128, 1024, 64, "64x64x64/4/4"]]}, "one half 64x64x64/4/4"),  # not of that height
+        ({"tiles": [["one", "half", 64, 1024, 64, "large"]]}, "a tile is written"),
         ({"tiles": [["one"]]}, "damaged"),
         ({"heights": [["bf16", math.inf, 64]]}, "damaged"),
         ({"heights": [["bf16", 16, "1" * 5000]]}, "damaged"),
-        ({"tiles": [["one", "bf16", 64, 64, {"a": 1}]]}, "damaged"),
-        ({"tiles": [["one", "bf16", 64, 64, "__import__('os')"]]}, "damaged"),
+        ({"tiles": [["one", "bf16", 64, 64, 64, {"a": 1}]]}, "damaged"),
+        ({"tiles": [["one", "bf16", 64, 64, 64, "__import__('os')"]]}, "damaged"),
         ({"tiles": 3}, "not a table of tiles"),
         ({"heights": [["half", 128, 48]]}, "half of 48 rows"),
     ],
@@ -278,11 +284,19 @@ def test_so_is_a_damaged_one(content: bytes, folder: Path) -> None:
 def test_what_was_measured_goes_before_the_tables(folder: Path, card: torch.device) -> None:
     tuned.save(measured(), CARD)
     assert config.block_m(card, "half", 2000) == 64
-    assert config.tile(card, "one", "half", 900, 64) == Tile.parse("64x256x64/8/3")
+    assert config.tile(card, "one", "half", 900, 100, 64) == Tile.parse("64x256x64/8/3")
     # and where nothing was measured the tables do
     assert config.block_m(card, "half", 20) == 32
-    assert config.tile(card, "one", "half", 64, 64) == Tile.parse("64x64x64/4/4")
-    assert config.tile(card, "outer", "half", 900, side=128) == Tile.parse("128x128x64/8/5")
+    assert config.tile(card, "one", "half", 64, 100, 64) == Tile.parse("64x64x64/4/4")
+    assert config.tile(card, "outer", "half", 900, 100, side=128) == Tile.parse("128x128x64/8/5")
+
+
+def test_a_tile_that_was_measured_for_short_sums_is_not_taken_for_long_ones(folder: Path, card: torch.device) -> None:
+    short, long, built_in = (Tile.parse(text) for text in ("128x128x32/8/5", "128x256x64/8/3", "128x128x64/8/3"))
+    with config.using(Tuned({}, {("one", "half", 128, 1024, 64): short, ("one", "half", 128, 1024, 1024): long})):
+        found = [config.tile(card, "one", "half", 900, depth, 128, alone=True) for depth in (64, 128, config.DEEP)]
+        assert found == [short, built_in, long]
+        assert config.tile(card, "one", "half", 900, config.DEEP, 128) == built_in  # other things are in registers
 
 
 def test_every_height_that_tuning_may_choose_has_a_tile_for_every_kernel(card: torch.device, folder: Path) -> None:
@@ -290,7 +304,7 @@ def test_every_height_that_tuning_may_choose_has_a_tile_for_every_kernel(card: t
         for m in heights(ENTRIES, problem):
             with config.using(Tuned({(problem.kind, 128): m})):
                 for kernel in ("one", "two"):
-                    assert config.tile(card, kernel, problem.kind, problem.D, m).m == m
+                    assert config.tile(card, kernel, problem.kind, problem.D, problem.G, m).m == m
 
 
 def test_the_file_is_read_once_and_warned_about_once(folder: Path, card: torch.device) -> None:
@@ -298,7 +312,7 @@ def test_the_file_is_read_once_and_warned_about_once(folder: Path, card: torch.d
     CARD.path.write_text("{")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        tiles = {config.tile(card, "one", "half", 64, 64) for _ in range(3)}
+        tiles = {config.tile(card, "one", "half", 64, 64, 64) for _ in range(3)}
     assert tiles == {Tile.parse("64x64x64/4/4")}
     assert ["python -m sparse_ffn.tune" in str(w.message) for w in caught] == [True]
 
@@ -308,7 +322,7 @@ def test_the_gate_and_fixed_tiles_ignore_the_file(folder: Path, card: torch.devi
     with config.fixed(architecture="sm_90"):
         assert config.block_m(card, "half", 2000) == 128
     with config.fixed(Tile(16, 16, 16, 4, 2)):
-        assert config.tile(card, "one", "half", 900, 64).m == 16
+        assert config.tile(card, "one", "half", 900, 64, 64).m == 16
 
 
 def test_on_a_cpu_no_file_is_read(folder: Path) -> None:
@@ -336,9 +350,9 @@ def test_a_dry_run_shows_what_would_be_measured(capsys: pytest.CaptureFixture[st
     assert command.main(["--dry-run", "--dtype", "bf16", "fp16", "--kernels", "outer"]) == 0
     out = capsys.readouterr().out
     assert "no GPU here, so for sm_90" in out
-    assert "outer half 128 1024: " in out
+    assert "outer half 128 1024 1024: " in out
     assert "one half" not in out
-    assert out.count("16384 tokens") == 6  # bf16 and fp16 are one arithmetic
+    assert out.count("16384 tokens") == 8  # bf16 and fp16 are one arithmetic
 
 
 def test_the_help_says_where_the_file_lies(capsys: pytest.CaptureFixture[str]) -> None:
@@ -358,18 +372,18 @@ def test_the_command_stores_what_it_finds(
     monkeypatch.setattr(command, "problems", lambda kinds: [PROBLEM])
     monkeypatch.setattr(stopwatch, "GPUStopwatch", lambda device: None)
     monkeypatch.setattr(runner, "DeviceRunner", lambda device, seconds_of: made)
-    earlier = Tuned({("tf32", 16): 16}, {("one", "half", 128, 1024): GOOD})
+    earlier = Tuned({("tf32", 16): 16}, {("one", "half", 128, 1024, 128): GOOD})
     tuned.save(earlier, CARD)
     assert command.main(["--dtype", "bf16", "--seconds", "600"]) == 0
     out = capsys.readouterr().out
     assert str(CARD.path) in out
-    assert f"one    half  rows  128 columns  1024: {BEST}" in out
+    assert f"one    half  rows  128 columns  1024 depth  128: {BEST}" in out
     stored = tuned.load(CARD, ENTRIES)
     assert stored is not None
-    assert stored.tiles["one", "half", 128, 1024] == BEST
+    assert stored.tiles["one", "half", 128, 1024, 128] == BEST
     assert stored.heights == {("tf32", 16): 16, ("half", 128): 128}
     config._from_file.cache_clear()
-    assert config.tile(card, "one", "half", 1024, 128) == BEST  # a later launch takes it
+    assert config.tile(card, "one", "half", 1024, 128, 128) == BEST  # a later launch takes it
     n = len(made.checked)
     assert command.main(["--dtype", "bf16", "--seconds", "600", "--resume"]) == 0
     assert len(made.checked) == n  # nothing was left

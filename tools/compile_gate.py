@@ -62,7 +62,7 @@ TARGETS = {
     # 99 KiB, not an A100's 163: the table also serves sm_86, sm_89 and sm_120
     "sm_80": Target(GPUTarget("cuda", 80, 32), "sm_80", 99 * KIB, 1536, "mma.sync", "mma.sync"),
     "sm_90": Target(GPUTarget("cuda", 90, 32), "sm_90", 227 * KIB, 2048, "mma.sync", "wgmma.mma_async"),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), "sm_90", 227 * KIB, 2048, "mma.sync", "tcgen05.mma"),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), "sm_100", 227 * KIB, 2048, "mma.sync", "tcgen05.mma"),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), "gfx942", 64 * KIB, 2048, "v_mfma", "v_mfma"),
 }
 
@@ -74,7 +74,6 @@ PROMISED = {
     ("sm_90", "rows", "128x128x64, 8 warps, 3 stages"): (3, 2),
     ("sm_90", "rows", "128x256x64, 8 warps, 3 stages"): (3, 1),
     ("sm_90", "up", "128x128x64, 8 warps, 3 stages"): (3, 1),
-    ("sm_90", "hidden_gradient", "128x128x64, 8 warps, 3 stages"): (3, 1),
     ("sm_90", "hidden_gradient", "128x64x64, 8 warps, 3 stages"): (3, 2),
 }
 

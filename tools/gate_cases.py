@@ -129,7 +129,7 @@ def tuning(table: str) -> Iterator[Callable[[], None]]:
             rows = tuned.WIDTHS if kernel == "outer" else (tile.m,)
             measured = tuned.Tuned(
                 {} if kernel == "outer" else {(kind, r): tile.m for r in tuned.ROWS},
-                {(kernel, kind, m, n): tile for m in rows for n in tuned.WIDTHS},
+                {(kernel, kind, *sizes): tile for sizes in product(rows, tuned.WIDTHS, tuned.WIDTHS)},
             )
             for form in {"one": ("relu", "gelu", "full"), "two": ("full", "dropout"), "outer": ("relu",)}[kernel]:
                 yield partial(with_tile, measured, experts, dtype, switch, tile.m, 256, form)

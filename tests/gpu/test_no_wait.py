@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_ffn as sf
-from sparse_ffn.backends.triton import combine, decode, entropy, grouped, outer, router, routing
+from sparse_ffn.backends.triton import combine, decode, entropy, grouped, hidden, outer, router, routing
 from sparse_ffn.backends.triton.launch import launch
 from sparse_ffn.routing import routers
 
@@ -81,7 +81,7 @@ def test_a_cuda_graph_may_route_anew(
         launches.append((kernel.fn.__name__, grid, sizes, meta))
         launch(kernel, grid, *arguments, **meta)
 
-    for module in (combine, decode, entropy, grouped, outer, router, routing):
+    for module in (combine, decode, entropy, grouped, hidden, outer, router, routing):
         monkeypatch.setattr(module, "launch", recorded)
     layer, found = sf.SigmaMoE(16, 6, 16, 2, device=device).train(train), []
     for x in (torch.randn(tokens, 16), torch.ones(tokens, 16)):  # the second goes to the same experts, all of it

@@ -35,7 +35,7 @@ KINDS = {  # of tokens, of the router
 def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens and columns take more than one of a program's blocks, the last ones ragged."""
     of = router.Blocks.of
-    monkeypatch.setattr(router.Blocks, "of", lambda *sizes: of(*sizes)._replace(tokens=16, depth=16))
+    monkeypatch.setattr(router.Blocks, "of", lambda *args, **form: of(*args, **form)._replace(tokens=16, depth=16))
     monkeypatch.setattr(router, "COLUMNS", 16)
 
 

@@ -67,11 +67,20 @@ def test_how_many_programs_a_processor_has_room_for() -> None:
         assert schedule.at_once(Tile.parse(text), 2, shared << 10, accumulators) == expected, text
 
 
+def test_a_thread_has_the_registers_that_leave_room_for_all_programs_of_the_grid() -> None:
+    like = torch.empty(0, dtype=torch.bfloat16)
+    with config.fixed(architecture="sm_90"):
+        for text, expected in (("128x64x64/8/3", 128), ("64x64x64/4/4", 168), ("128x256x64/8/3", 255)):
+            assert schedule.registers(Tile.parse(text), like) == expected
+
+
 def test_a_tile_for_one_program_only_where_sums_are_long() -> None:
     with config.fixed(architecture="sm_90"):
-        for depth, expected in ((0, 128), (config.DEEP - 1, 128), (config.DEEP, 256)):
-            assert config.tile(CPU, "one", "half", 1024, 128, depth=depth).n == expected
-        assert config.tile(CPU, "one", "half", 128, 128, depth=config.DEEP).n == 128
+        for depth, alone, expected in (
+            (config.DEEP - 1, True, 128), (config.DEEP, True, 256), (config.DEEP, False, 128)
+        ):  # fmt: skip
+            assert config.tile(CPU, "one", "half", 1024, depth, 128, alone=alone).n == expected
+        assert config.tile(CPU, "one", "half", 128, config.DEEP, 128, alone=True).n == 128
 
 
 def test_what_lies_as_a_block_is_described() -> None:

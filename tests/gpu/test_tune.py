@@ -59,7 +59,7 @@ def test_a_search_over_the_kernels(
     search = Search(ENTRIES, runner, seconds=1e9, kernels=("two",), say=lambda line: None)
     assert search.run([TINY])
     assert search.found.heights == {("fp32", 16): 16}
-    assert search.found.tiles == {("two", "fp32", 16, 64): wide}
+    assert search.found.tiles == {("two", "fp32", 16, 64, 64): wide}
 
     # stored, loaded, and launched by a later call
     monkeypatch.setenv(tuned.DIRECTORY_VARIABLE, str(tmp_path))

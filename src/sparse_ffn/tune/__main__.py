@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     facts = {"torch": torch.__version__, "command": " ".join(sys.argv)}
     whole = search.run(found, lambda result: tuned.save(merged(before, result), card, **facts))
-    for (kernel, kind, m, n), tile in search.found.tiles.items():
-        print(f"{kernel:6} {kind:5} rows {m:4} columns {n:5}: {tile}")
+    for (kernel, kind, m, n, depth), tile in search.found.tiles.items():
+        print(f"{kernel:6} {kind:5} rows {m:4} columns {n:5} depth {depth:4}: {tile}")
     for (kind, rows), height in search.found.heights.items():
         print(f"height {kind:5} rows {rows:4}: {height}")
     print(f"written to {card.path}; classes that are not listed keep the built-in tiles")

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from sparse_ffn.backends.triton.config import DEEP, MOST
 from sparse_ffn.backends.triton.tile import Tile
-from sparse_ffn.backends.triton.tuned import ROWS, WIDTHS, size_class
+from sparse_ffn.backends.triton.tuned import ROWS, WIDTHS, Key, size_class
 
 Entry = tuple[str, str, Tile]  # kernel, arithmetic, tile
-Coordinate = tuple[str, str, int, int]  # a key of Tuned.tiles
 
 KERNELS = ("one", "two", "outer")
 KINDS = {"bf16": "half", "fp16": "half", "tf32": "tf32", "fp32": "fp32"}
@@ -45,11 +45,12 @@ class Problem:
         """Tokens."""
         return max(self.rows * self.E // self.K, 1)
 
-    def coordinates(self, m: int) -> tuple[Coordinate, ...]:
+    def coordinates(self, m: int) -> tuple[Key, ...]:
         """What can be chosen at tiles of m rows: for the units, for the output, for the matrices' gradients."""
-        units, width = size_class(self.G, WIDTHS), size_class(self.D, WIDTHS)
-        first = ("two" if self.glu else "one", self.kind, m, units)
-        return tuple(dict.fromkeys((first, ("one", self.kind, m, width), ("outer", self.kind, units, width))))
+        units, width, rows = (size_class(n, WIDTHS) for n in (self.G, self.D, self.rows))
+        up = ("two" if self.glu else "one", self.kind, m, units, width)
+        down, hidden_gradient = ("one", self.kind, m, width, units), ("two", self.kind, m, units, width)
+        return tuple(dict.fromkeys((up, down, hidden_gradient, ("outer", self.kind, units, width, rows))))
 
     def __str__(self) -> str:
         form = "GLU" if self.glu else "ReLU-like"
@@ -60,7 +61,7 @@ def problems(kinds: Iterable[str]) -> Iterator[Problem]:
     """Every class of rows and widths, in each arithmetic."""
     for kind in dict.fromkeys(kinds):
         for rows, E in ((2048, 64), (64, 256), (32, 256), (16, 256)):
-            for G in (128, 256, 64):
+            for G in (128, 256, 64, 1024) if rows == 2048 else (128, 256, 64):
                 yield Problem(kind, rows, E, 8, G, 1024, glu=False)
                 yield Problem(kind, rows, E, 8, G, 1024, glu=True)
 
@@ -77,15 +78,15 @@ def heights(entries: Iterable[Entry], problem: Problem) -> list[int]:
     return [m for m in reversed(known) if m <= usual][:2]
 
 
-def choices(entries: Iterable[Entry], coordinate: Coordinate) -> list[Tile]:
+def choices(entries: Iterable[Entry], coordinate: Key) -> list[Tile]:
     """The tiles that a class may take: none wider than the class, where a narrower one is there."""
-    kernel, kind, rows, columns = coordinate
+    kernel, kind, rows, columns, depth = coordinate
     found = [t for k, c, t in entries if (k, c) == (kernel, kind)]
     if kernel == "outer":
         tall = max(rows, min(t.m for t in found))
         found = [t for t in found if t.m <= tall]
     else:
-        found = [t for t in found if t.m == rows]
+        found = [t for t in found if t.m == rows and (depth >= DEEP or t.m * t.n <= MOST)]
     wide = max(columns, min((t.n for t in found), default=0))
     return list(dict.fromkeys(t for t in found if t.n <= wide))
 

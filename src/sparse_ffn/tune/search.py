@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
 from sparse_ffn.backends.triton.tile import Tile
-from sparse_ffn.backends.triton.tuned import Tuned
-from sparse_ffn.tune.problems import KERNELS, Coordinate, Entry, Problem, choices, heights, rows_class
+from sparse_ffn.backends.triton.tuned import Key, Tuned
+from sparse_ffn.tune.problems import KERNELS, Entry, Problem, choices, heights, rows_class
 
 GAIN = 0.02  # what a tile must save of the time to replace another: less may be noise
 
@@ -93,10 +93,10 @@ class Search:
         if best is not None:
             self.found.heights[key] = best[1]
 
-    def _coordinates(self, problem: Problem, m: int) -> list[Coordinate]:
+    def _coordinates(self, problem: Problem, m: int) -> list[Key]:
         return [c for c in problem.coordinates(m) if c[0] in self.kernels]
 
-    def _choose(self, problem: Problem, table: Tuned, coordinate: Coordinate, seconds: float) -> float:
+    def _choose(self, problem: Problem, table: Tuned, coordinate: Key, seconds: float) -> float:
         """Enter the best tile of a class into the table and into what was found; the seconds with it."""
         chosen: Tile | None = None
         try:

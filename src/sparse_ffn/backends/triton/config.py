@@ -52,8 +52,8 @@ SORT = Sort()
 BAG = Bag()
 DEEP, MOST = 512, 128 * 128
 
-# Kernels by what they hold in registers: "one" accumulator (rows, plain up and hidden gradient), "two" or as much as
-# that (up and hidden gradient of a GLU or under dropout); "outer" is the gradient of the matrices, m and n their sides,
+# Kernels by what they hold in registers: "one" accumulator (rows, plain up), "two" or as much as that (up of a GLU, any
+# hidden gradient); "outer" is the gradient of the matrices, m and n their sides,
 # "pair" that of a GLU's two stacks, with two accumulators. Their rows are found by a load, and the pipeliner gives that
 # load a part of the stages: three buffers are left of 5 for wgmma, of 7 for the others (`make gate` looks).
 # "half" is bf16 and fp16; "odd" is either of them or tf32 where a size, a stride or an address is no multiple of 16:
@@ -90,9 +90,17 @@ _SM90 = _SM80 | table("""
     one    fp32   16x64x16/4/2   32x64x16/8/2
     two    fp32   16x32x16/8/2   32x32x16/4/2
 """)
+# its compiler spills for more programs on a processor, whether or not they find room there
+_SM100 = _SM90 | table("""
+    one    half   16x64x64/4/4   16x128x64/4/4   32x64x64/4/4   32x128x64/4/4
+    one    half   64x64x64/8/4   64x128x64/4/4   128x64x64/4/4  128x128x64/8/3  128x256x64/8/3
+    two    half   16x64x64/4/4   32x64x64/8/4    64x64x64/4/4   128x64x64/8/3
+    pair   half   64x64x64/8/5   128x128x64/8/5
+    one    fp32   16x64x16/8/2   32x64x16/8/2
+""")
 _GFX942 = {key: tuple(Tile(t.m, t.n, min(t.k, 32), t.warps, 2) for t in tiles) for key, tiles in _SM80.items()}
-SHARED = {"sm_80": 99, "sm_90": 227, "gfx942": 64}  # KiB; sm_80's tiles also serve sm_86 and sm_120
-TABLES: dict[str, Table] = {"sm_80": _SM80, "sm_90": _SM90, "gfx942": _GFX942}
+SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB; sm_80's tiles also serve sm_86 and sm_120
+TABLES: dict[str, Table] = {"sm_80": _SM80, "sm_90": _SM90, "sm_100": _SM100, "gfx942": _GFX942}
 
 _fixed: Tile | None = None
 _architecture: str | None = None
@@ -159,14 +167,14 @@ def shared_memory(device: torch.device) -> int:
 
 def has_descriptors(device: torch.device) -> bool:
     """Whether products read their operands by tensor descriptors there."""
-    return architecture(device) == "sm_90"
+    return architecture(device) in ("sm_90", "sm_100")
 
 
 @functools.cache
 def _of_device(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "gfx942"
-    return "sm_90" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "sm_80"
+    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
 
 
 def arithmetic(dtype: torch.dtype, precision: str, *operands: Tensor | None) -> str:
@@ -204,9 +212,11 @@ def tile(
     kernel: str,
     kind: str,
     n: int,
+    depth: float,
     m: int | None = None,
     side: int | None = None,
-    depth: int = 0,
+    *,
+    alone: bool = False,
 ) -> Tile:
     """The tile of a kernel for n columns.
 
@@ -215,22 +225,24 @@ def tile(
         kernel: "one", "two", "outer" or "pair", see above the tables.
         kind: what ``arithmetic`` says.
         n: columns of the product.
+        depth: what the product sums over ("outer" and "pair": an expert's mean rows).
         m: rows of the tile as ``block_m`` says (not for "outer" and "pair").
         side: rows of the product ("outer" and "pair").
-        depth: what the product sums over, where nothing but the sum is in registers. Only with at least ``DEEP`` a
-            tile has more than ``MOST`` numbers: it leaves no room for a second program on a processor.
+        alone: whether nothing but the sum is in registers. Only then, and with a depth of at least ``DEEP``, a tile
+            has more than ``MOST`` numbers: it leaves no room for a second program on a processor.
     """
     if _fixed is not None:
         return _fixed
     measured, rows = _tuned(device), m if side is None else side
-    found = None if measured is None or rows is None else measured.tile(kernel, kind, rows, n)
-    if found is not None and (depth >= DEEP or side is not None or found.m * found.n <= MOST):
+    any_size = side is not None or (alone and depth >= DEEP)
+    found = None if measured is None or rows is None else measured.tile(kernel, kind, rows, n, depth)
+    if found is not None and (any_size or found.m * found.n <= MOST):
         return found
     choices = TABLES[architecture(device)][kernel, kind]
     if side is not None:
         m = max((t.m for t in choices if t.m < 2 * side), default=min(t.m for t in choices))
     choices = tuple(t for t in choices if t.m == m)
-    if depth < DEEP and side is None:
+    if not any_size:
         choices = tuple(t for t in choices if t.m * t.n <= MOST)
     return next((t for t in choices if n <= t.n), choices[-1])
 

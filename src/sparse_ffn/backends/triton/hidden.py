@@ -230,11 +230,13 @@ def hidden_gradient(
     values, value_strides, form = operands.matrix(tile, values.mT)
     programs, flatten = schedule.grid(plan, up, G, tile)
     (kept_up, kept_gate), described = operands.rows((tile.m, tile.n // 4 if tile.n >= 64 else tile.n), up, glu_gate)
+    # the compiler is told how many programs there are to be: it wastes registers on one, or spills for more
+    limit = {"maxnreg": schedule.registers(tile, up)} if described and form else {}
     launch(
         hidden_gradient_kernel, programs, grad, plan.rows, values, kept_up, kept_gate, dropout_mask,
         gate, dup, dglu_gate, weighted, dgate, plan.order, plan.offsets, plan.tiles, G, O, plan.order.shape[0],
         grad.stride(0), *value_strides,
         ACTIVATION=activation, GLU=glu_gate is not None, SCALE=dropout_mask is not None, FORM=form, FLATTEN=flatten,
         KEPT_DESCRIBED=described,
-        EVEN_K=O % tile.k == 0, PRECISION=precision, **tile.meta,
+        EVEN_K=O % tile.k == 0, PRECISION=precision, **tile.meta, **limit,
     )  # fmt: skip

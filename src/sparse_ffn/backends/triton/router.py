@@ -29,14 +29,17 @@ class Blocks(NamedTuple):
     warps: int
 
     @classmethod
-    def of(cls, n_tokens: int, n_rows: int, dtype: torch.dtype, weights: torch.dtype) -> Blocks:
-        """For groups of so many tokens in a dtype, and the router's."""
+    def of(
+        cls, n_tokens: int, n_rows: int, dtype: torch.dtype, weights: torch.dtype, *, gradient: bool = False
+    ) -> Blocks:
+        """For groups of so many tokens in a dtype, and the router's; or of its gradient, which holds more a score."""
         rows = max(power_of_two(n_rows), 16)
-        scores = SCORES if dtype != torch.float32 else SCORES // 4  # without tensor cores operands take registers, too
+        split = weights != dtype  # into three numbers, all of them in registers
+        # without tensor cores operands are, too
+        scores = SCORES // (4 if dtype == torch.float32 else 2 if split or gradient else 1)
         tokens = max(min(MAX_TOKENS, scores // rows, power_of_two(n_tokens)), 16)
         if dtype == torch.float32:
             return cls(tokens, rows, 16, 8)
-        split = weights != dtype  # into three numbers, all of them in registers
         depth = max(min(SCORES // (rows * (8 if split else 2)), 64), 16)
         return cls(tokens, rows, depth, 4 if tokens * rows <= 512 else 16 if split and tokens * rows == SCORES else 8)
 
@@ -164,7 +167,7 @@ def route_gradient_kernel(
                 slope = share * (slope - mean)
             elif GATE == "unweighted":
                 slope *= 0
-            here = r[None, :] == tl.load(index + t * K + nth, mask=ok, other=-1)[:, None]
+            here = r[None, :] == tl.load(index + t * K + nth, mask=ok, other=-1).to(tl.int32)[:, None]
             direct = tl.where(here, slope[:, None], direct)
     gradient = direct
     if DSUMS or GATE == "softmax":
@@ -182,15 +185,12 @@ def route_gradient_kernel(
     narrow = gradient.to(dlogits.dtype.element_ty)
     tl.store(dlogits + t[:, None] * R + r[None, :], narrow, mask=ok[:, None] & there)
     if DX:
-        d = tl.arange(0, BLOCK_D)
-        w_at = weight + r.to(tl.int64)[:, None] * stride_wr + d.to(tl.int64)[None, :] * stride_wd
-        dx_at = dx + t[:, None] * D + d[None, :]
         for start in range(0, D, BLOCK_D):
-            d_ok = (d < D - start)[None, :]
+            d = start + tl.arange(0, BLOCK_D)  # a step's addresses are its own: carried on, they take registers
+            d_ok = (d < D)[None, :]
+            w_at = weight + r.to(tl.int64)[:, None] * stride_wr + d.to(tl.int64)[None, :] * stride_wd
             w_tile = tl.load(w_at, mask=(r < R)[:, None] & d_ok, other=0.0).to(narrow.dtype)
-            tl.store(dx_at, tl.dot(narrow, w_tile).to(narrow.dtype), mask=ok[:, None] & d_ok)
-            w_at += BLOCK_D * stride_wd
-            dx_at += BLOCK_D
+            tl.store(dx + t[:, None] * D + d[None, :], tl.dot(narrow, w_tile).to(narrow.dtype), mask=ok[:, None] & d_ok)
 
 
 def route(
@@ -246,7 +246,7 @@ def gradient(
     """
     (R, D), (T, K) = weight.shape, index.shape
     length = T if dsums is None else T // dsums.shape[0]
-    blocks = Blocks.of(length, R, dlogits.dtype, weight.dtype)
+    blocks = Blocks.of(length, R, dlogits.dtype, weight.dtype, gradient=True)
     launch(
         route_gradient_kernel, T // length * cdiv(length, blocks.tokens), dgate, dsums, weight, mask, index, gate,
         logits, dlogits, dx, R, D, K, length, *weight.stride(),

@@ -53,6 +53,12 @@ def at_once(tile: Tile, size: int, shared: int, accumulators: int = 1) -> int:
     return max(1, min(REGISTERS // (threads * registers), shared // operands))
 
 
+def registers(tile: Tile, like: Tensor) -> int:
+    """The most registers of a thread that leave room for all programs that ``grid`` counts on."""
+    fit = at_once(tile, like.element_size(), config.shared_memory(like.device))
+    return min(REGISTERS // (32 * tile.warps * fit) // 8 * 8, 255)
+
+
 def grid(plan: Plan, like: Tensor, n_columns: int, tile: Tile, accumulators: int = 1) -> tuple[int, bool]:
     """Programs of a kernel, as many as run at once or one a block if these are fewer; whether its loops are fused.
 

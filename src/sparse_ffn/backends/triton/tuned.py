@@ -25,10 +25,12 @@ from sparse_ffn.backends.kept import directory as directory
 from sparse_ffn.backends.triton.tile import Tile
 from sparse_ffn.backends.warning import SparseFFNWarning
 
-FORMAT = 1
+FORMAT = 2
 ROWS = (16, 32, 64, 128)
 WIDTHS = (64, 128, 256, 1024)
 """A class of problems is named by its largest size; the last one has all that is larger, too."""
+Key = tuple[str, str, int, int, int]
+"""Kernel, arithmetic, rows of the tile ("outer": class of the product's rows), class of its columns, of its depth."""
 
 
 def size_class(size: float, classes: tuple[int, ...]) -> int:
@@ -42,22 +44,22 @@ class Tuned:
 
     Attributes:
         heights: rows of a tile by arithmetic and class of an expert's mean rows.
-        tiles: by kernel, arithmetic, rows of the tile ("outer": class of the product's rows) and class of its columns.
+        tiles: by ``Key``; the depth is what a product sums over ("outer": an expert's mean rows).
         decided: classes of tiles of which everything was tried, the built-in tile being the best of it or not.
     """
 
     heights: dict[tuple[str, int], int] = field(default_factory=dict)
-    tiles: dict[tuple[str, str, int, int], Tile] = field(default_factory=dict)
-    decided: set[tuple[str, str, int, int]] = field(default_factory=set, compare=False)
+    tiles: dict[Key, Tile] = field(default_factory=dict)
+    decided: set[Key] = field(default_factory=set, compare=False)
 
     def height(self, kind: str, mean_rows: float) -> int | None:
         """Rows of a tile for experts of so many rows."""
         return self.heights.get((kind, size_class(mean_rows, ROWS)))
 
-    def tile(self, kernel: str, kind: str, m: int, n: int) -> Tile | None:
-        """The tile of m rows for n columns; "outer": for a product of m rows and n columns."""
+    def tile(self, kernel: str, kind: str, m: int, n: int, depth: float) -> Tile | None:
+        """The tile of m rows for n columns and sums of ``depth``; "outer": for a product of m rows and n columns."""
         rows = size_class(m, WIDTHS) if kernel == "outer" else m
-        return self.tiles.get((kernel, kind, rows, size_class(n, WIDTHS)))
+        return self.tiles.get((kernel, kind, rows, size_class(n, WIDTHS), size_class(depth, WIDTHS)))
 
     def to_data(self) -> dict[str, Any]:
         """As what JSON can hold."""
@@ -82,16 +84,19 @@ class Tuned:
         try:
             heights = {(str(kind), int(rows)): int(height) for kind, rows, height in data["heights"]}
             tiles = {
-                (str(kernel), str(kind), int(rows), int(columns)): Tile.parse(text)
-                for kernel, kind, rows, columns, text in data["tiles"]
+                (str(kernel), str(kind), int(m), int(n), int(depth)): Tile.parse(text)
+                for kernel, kind, m, n, depth, text in data["tiles"]
             }
-            decided = {(str(kernel), str(kind), int(m), int(n)) for kernel, kind, m, n in data.get("decided", ())}
+            decided = {
+                (str(kernel), str(kind), int(m), int(n), int(depth))
+                for kernel, kind, m, n, depth in data.get("decided", ())
+            }
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"not a table of tiles ({type(error).__name__}: {error})") from error
         tall = {(kind, tile.m) for kernel, kind, tile in known if kernel == "one"}
         bad = [
             f"{kernel} {kind} {tile}"
-            for (kernel, kind, m, _), tile in tiles.items()
+            for (kernel, kind, m, *_), tile in tiles.items()
             if (kernel, kind, tile) not in known or (kernel != "outer" and tile.m != m)
         ]
         bad += [f"{kind} of {height} rows" for (kind, _), height in heights.items() if (kind, height) not in tall]

@@ -21,7 +21,7 @@ def forward(x: Tensor, weight: Tensor, slots: Slots, n_out: int) -> Tensor:
     (E, M, L), S, how, x = weight.shape, expert.shape[0], precision(x), rows(x)
     kind = config.arithmetic(x.dtype, how, x, weight)
     plan = routing.sort_slots(expert, E, 1, config.block_m(x.device, kind, S / max(E, 1)), inverse=False)
-    tile = config.tile(x.device, "one", kind, L, plan.block_m, depth=M)
+    tile = config.tile(x.device, "one", kind, L, M, plan.block_m, alone=True)
     b, sources = matrices(weight, x.dtype), scattered.sources(gather, plan.order)
     scale = None if reduction is None else reduction.contiguous()
 
@@ -37,11 +37,12 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> Gradients
     expert, gather, scatter, reduction = slots
     (E, M, L), S, how, x, grad = weight.shape, expert.shape[0], precision(x), rows(x), rows(grad)
     kind = config.arithmetic(x.dtype, how, x, grad, weight)
-    plan = routing.sort_slots(expert, E, 1, config.block_m(x.device, kind, S / max(E, 1)), inverse=False)
+    mean = S / max(E, 1)
+    plan = routing.sort_slots(expert, E, 1, config.block_m(x.device, kind, mean), inverse=False)
     x_rows, grad_rows = scattered.sources(gather, plan.order), scattered.sources(scatter, plan.order)
     scale = None if reduction is None else reduction.contiguous()
 
-    tile = config.tile(x.device, "one", kind, M, plan.block_m, depth=0 if reduction is not None else L)
+    tile = config.tile(x.device, "one", kind, M, L, plan.block_m, alone=reduction is None)
     dots = None if scale is None else x.new_zeros(cdiv(M, tile.n), S, dtype=torch.float32)
     b = matrices(weight, x.dtype).transpose(1, 2)
 
@@ -57,14 +58,14 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> Gradients
     if is_transposed(weight):
         dweight = weight.new_empty(E, L, M)
         outer.outer(
-            grad, x, plan.offsets, plan.order, dweight, config.tile(x.device, "outer", kind, M, side=L), how,
+            grad, x, plan.offsets, plan.order, dweight, config.tile(x.device, "outer", kind, M, mean, side=L), how,
             left_rows=grad_rows, right_rows=x_rows, scale=scale,
         )  # fmt: skip
         dweight = dweight.transpose(1, 2)
     else:
         dweight = weight.new_empty(E, M, L)
         outer.outer(
-            x, grad, plan.offsets, plan.order, dweight, config.tile(x.device, "outer", kind, L, side=M), how,
+            x, grad, plan.offsets, plan.order, dweight, config.tile(x.device, "outer", kind, L, mean, side=M), how,
             left_rows=x_rows, right_rows=grad_rows, scale=scale,
         )  # fmt: skip
     return Gradients(dx, dweight, dreduction)

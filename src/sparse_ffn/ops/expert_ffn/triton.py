@@ -60,7 +60,7 @@ def _forward(
 ) -> tuple[Tensor, routing.Plan]:
     """The output, and the slots' plan; into up and glu_gate, if given, what the backward pass needs of the units."""
     keys, values, gate_keys, key_bias = experts
-    (E, G, _), (T, K), O, S = keys.shape, gate.shape, values.shape[2], index.numel()
+    (E, G, D), (T, K), O, S = keys.shape, gate.shape, values.shape[2], index.numel()
     how, x, gate = precision(x), rows(x), gate.contiguous()
     kind = config.arithmetic(x.dtype, how, x, keys, values, gate_keys)
     block_m = config.block_m(x.device, kind, S / E)
@@ -69,14 +69,14 @@ def _forward(
     # ReLU's saved activations are the hidden units themselves
     is_up = up_SG is not None and activation == "relu" and gate_keys is None and dropout_mask is None
     h_SG = up_SG if is_up and up_SG is not None else x.new_empty(S, G)
-    tile = config.tile(x.device, "one" if gate_keys is None else "two", kind, G, block_m)
+    tile = config.tile(x.device, "one" if gate_keys is None else "two", kind, G, D, block_m)
     scale = None if dropout_mask is None else dropout_mask.contiguous()
     cast = (matrices(keys, x.dtype), None if gate_keys is None else matrices(gate_keys, x.dtype), key_bias)
     hidden.up(plan, x, *cast, scale, up_SG, glu_gate_SG, h_SG, activation, tile, how)
     del cast  # copies of fp32 weights
     values, out = matrices(values, x.dtype), x.new_empty(T, O)
     width = columns.width(x, S, O, G, columns.STEP)
-    tile = config.tile(x.device, "one", kind, width, block_m, depth=G)
+    tile = config.tile(x.device, "one", kind, width, G, block_m, alone=True)
     for part, y in columns.blocks(x, S, O, width):
         grouped.multiply(plan, h_SG, values[:, :, part], y, tile, how)
         combine.combine(y, plan.inverse, gate, out[:, part], K)
@@ -104,8 +104,7 @@ def backward(
 
     dup_SG, weighted_SG = torch.empty_like(up_SG), torch.empty_like(up_SG)
     dglu_gate_SG = None if glu_gate_SG is None else torch.empty_like(up_SG)
-    simple = gate_keys is None and dropout_mask is None
-    tile = config.tile(x.device, "one" if simple else "two", kind, G, block_m)
+    tile = config.tile(x.device, "two", kind, G, grad.shape[1], block_m)
     dgates = x.new_empty(cdiv(G, tile.n), S, dtype=torch.float32)
     hidden.hidden_gradient(
         plan, grad, matrices(values, x.dtype), up_SG, glu_gate_SG,
@@ -115,7 +114,7 @@ def backward(
 
     def to_matrix(left: Tensor, right: Tensor, weight: Tensor, second: tuple[Tensor, Tensor] | None = None) -> Tensor:
         out = weight.new_empty(weight.shape)
-        tile = config.tile(x.device, "outer" if second is None else "pair", kind, weight.shape[2], side=G)
+        tile = config.tile(x.device, "outer" if second is None else "pair", kind, weight.shape[2], S / E, side=G)
         outer.outer(left, right, offsets, order, out, tile, how, second=second, right_rows=plan.rows)
         return out
 
@@ -131,7 +130,7 @@ def backward(
 
     keys, dx, dgate = matrices(keys, x.dtype), x.new_empty(T, D), gate.new_empty(T, K)
     width = columns.width(x, S, D, G if glu is None else 2 * G, columns.STEP)
-    tile = config.tile(x.device, "one", kind, width, block_m, depth=G)
+    tile = config.tile(x.device, "one", kind, width, G, block_m, alone=True)
     for part, y in columns.blocks(x, S, D, width):
         second = None if glu is None else (glu[0], glu[1][:, :, part])
         grouped.multiply(plan, dup_SG, keys[:, :, part], y, tile, how, second=second)

@@ -52,10 +52,10 @@ def _grouped(
     (E, G, C), S, how, a, codes = codes.shape, expert.shape[0], precision(a), rows(a), codes.in_rows()
     kind = "fp32" if a.dtype == torch.float32 and how != "tf32" else "odd"  # codes take the registers, as addresses do
     block_m = config.block_m(a.device, kind, S / max(E, 1))
-    block_m = min(block_m, 32) if kind == "fp32" else block_m  # a taller tile spills
+    block_m = min(block_m, 16) if kind == "fp32" else block_m  # a taller tile spills
     plan = routing.sort_slots(expert, E, 1, block_m, inverse=False)
     width, depth = (C, G) if down else (G, C)
-    tile = config.tile(a.device, "one", kind, width, plan.block_m)
+    tile = config.tile(a.device, "one", kind, width, depth, plan.block_m)
     read, weight = scattered.sources(gather, plan.order), None if reduction is None else reduction.contiguous()
     partner, partner_rows = None if partner is None else rows(partner), scattered.sources(scatter, plan.order)
     dots = None if partner is None else a.new_zeros(cdiv(width, tile.n), S, dtype=torch.float32)  # void slots keep 0
