@@ -6,8 +6,12 @@ DEMO := .venv/.demo
 DEV := .venv/.ready
 PEERS := .venv/.peers
 DOCS := .venv/.docs
-# modules are compiled when they are imported: most of what is installed never is
-INSTALL := $(BIN)/python -m pip install --quiet --no-compile --editable
+# modules are compiled when they are imported, most of what is installed never is; and once, not by each of hundreds of processes
+unexport PYTHONDONTWRITEBYTECODE
+PIP := $(BIN)/python -m pip install --quiet --no-compile
+INSTALL := $(PIP) --editable
+# what an extra adds to the installed package: to install that again would compile the core again
+extra = $$($(BIN)/python -c 'from importlib.metadata import requires; print(*(r.partition(";")[0] for r in requires("sparse-ffn") if "$(1)" in r.partition(";")[2]))')
 
 .PHONY: demo test exhaustive gate sanitize bench wheel lint docs format clean
 
@@ -73,9 +77,9 @@ $(DEV): pyproject.toml
 	touch $(DEMO) $(DEV)
 
 $(PEERS): $(DEV)
-	$(INSTALL) '.[bench,peers]' || echo 'The tables will say which peers are missing.'
+	$(PIP) $(call extra,peers) || echo 'The tables will say which peers are missing.'
 	touch $(PEERS)
 
 $(DOCS): $(DEV)
-	$(INSTALL) '.[docs]'
+	$(PIP) $(call extra,docs)
 	touch $(DOCS)

@@ -4,7 +4,8 @@
 # Into FOLDER go libsparse_ffn_cpu.so and, where nvcc is, libsparse_ffn_cuda.so. They are found through
 #   export SPARSE_FFN_LIBRARY=FOLDER/libsparse_ffn_cpu.so SPARSE_FFN_CUDA_LIBRARY=FOLDER/libsparse_ffn_cuda.so
 # With cmake it does as an installation does; without it (or with SPARSE_FFN_NO_CMAKE=1) calls the compilers itself, with
-# CXXFLAGS after its own. SPARSE_FFN_CUDA=0 leaves out the CUDA kernels.
+# CXXFLAGS after its own, and with SPARSE_FFN_ISAS=generic no code for wider vectors (tests only). SPARSE_FFN_CUDA=0 leaves
+# out the CUDA kernels.
 set -euo pipefail
 usage="usage: csrc/build.sh [--dry-run] FOLDER"
 dry=""
@@ -44,7 +45,7 @@ values() {  # of set(NAME VALUES) in a CMakeLists.txt, on however many lines; th
 flags="-std=c++17 -O2 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -fopenmp $(values CMakeLists.txt warnings)"
 names=generic flags_generic="" flags_neon="" x86=""
 if [ "$(uname -m)" = aarch64 ] || [ "$(uname -m)" = arm64 ]; then names=neon; fi
-if [ "$(uname -m)" = x86_64 ]; then
+if [ "$(uname -m)" = x86_64 ] && [ "${SPARSE_FFN_ISAS:-}" != generic ]; then
   names=$(values CMakeLists.txt isas) x86="-DSPARSE_FFN_X86=1"
   if echo 'asm("tdpbf16ps %tmm2, %tmm1, %tmm0");' | $cxx -x c++ -c -o /dev/null - 2>/dev/null; then
     x86="$x86 -DSPARSE_FFN_HAS_AMX=1"

@@ -56,7 +56,7 @@ class Distributions:
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
     place = tmp_path_factory.mktemp("dist")
-    quickly = "-DCMAKE_CXX_FLAGS_RELEASE=-O0" + " -DSPARSE_FFN_ISAS=generic" * (platform.machine() == "x86_64")
+    quickly = "-DCMAKE_BUILD_TYPE=None" + " -DSPARSE_FFN_ISAS=generic" * (platform.machine() == "x86_64")
     run(sys.executable, "-m", "build", "--outdir", place, ROOT, cwd=place, CMAKE_ARGS=quickly)
     return Distributions(next(place.glob("*.tar.gz")), next(place.glob("*.whl")))
 
@@ -134,8 +134,8 @@ def test_wheel_serves_every_python_and_torch_on_its_platform(
 
 @built
 def test_the_core_is_built_without_cmake_too(tmp_path: Path) -> None:
-    """Of the same sources with the same flags, and so with every instruction set and every function."""
-    without = {"SPARSE_FFN_NO_CMAKE": "1", "SPARSE_FFN_CUDA": "0", "CXXFLAGS": "-O0"}  # not for speed, but quickly
+    """To save time not optimised, for one instruction set: the next test compares what is compiled for all of them."""
+    without = {"SPARSE_FFN_NO_CMAKE": "1", "SPARSE_FFN_CUDA": "0", "SPARSE_FFN_ISAS": "generic", "CXXFLAGS": "-O0"}
     folder = tmp_path / "a folder"
     run(ROOT / "csrc" / "build.sh", folder, cwd=tmp_path, **without)
     step = """
@@ -151,7 +151,7 @@ from sparse_ffn.backends import cpu
 print(*cpu.instruction_sets())
 """
     report = run(sys.executable, "-c", step, cwd=tmp_path, SPARSE_FFN_LIBRARY=str(folder / cpu.LIBRARY_NAME))
-    assert report.splitlines()[-1].split() == cpu.instruction_sets()
+    assert report.splitlines()[-1].split() == cpu.instruction_sets()[-1:]
 
 
 def test_without_cmake_the_same_sources_are_compiled_with_the_same_flags(tmp_path: Path) -> None:
