@@ -28,6 +28,12 @@ def ordered(score):
 
 
 @triton.jit
+def number(order):
+    """The fp32 score that ``ordered`` made this of; 0 for -0."""
+    return tl.where(order < 0, order ^ LAST, order).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def pack(score, position):
     """fp32 scores and int32 positions as int64 keys."""
     return (ordered(score).to(tl.int64) << 32) | (position ^ LAST).to(tl.int64)
@@ -36,8 +42,7 @@ def pack(score, position):
 @triton.jit
 def score_of(key):
     """The score in a key."""
-    bits = (key >> 32).to(tl.int32)
-    return tl.where(bits < 0, bits ^ LAST, bits).to(tl.float32, bitcast=True)
+    return number((key >> 32).to(tl.int32))
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_ffn.backends.triton.launch import cdiv, launch, power_of_two
-from sparse_ffn.backends.triton.product_keys import ordered
+from sparse_ffn.backends.triton.product_keys import number, ordered
 
 MAX_TOKENS, SCORES, COLUMNS = 64, 8192, 64  # of a program: tokens, tokens times rows; columns of x's gradient at once
 NONE = tl.constexpr(-(1 << 31))  # below the order of every score
@@ -41,7 +41,9 @@ class Blocks(NamedTuple):
         if dtype == torch.float32:
             return cls(tokens, rows, 16, 8)
         depth = max(min(SCORES // (rows * (8 if split else 2)), 64), 16)
-        return cls(tokens, rows, depth, 4 if tokens * rows <= 512 else 16 if split and tokens * rows == SCORES else 8)
+        if tokens * rows <= 512:
+            return cls(tokens, rows, depth, 4)
+        return cls(tokens, rows, depth, 16 if tokens * rows == SCORES and (split or rows > 128) else 8)
 
 
 @triton.jit
@@ -104,26 +106,40 @@ def route_kernel(
     if KEEP:
         tl.store(logits + t[:, None] * R + r[None, :], score, mask=ok[:, None] & there)
 
+    score = tl.where(there, score, float("-inf"))
+    if SUMS:  # before the selection, which then keeps ranks only: both at once take more registers than there are
+        counted = ok
+        if MASK:
+            counted = ok & (tl.load(mask + t, mask=ok, other=0) != 0)
+        total = tl.sum(tl.where(counted[:, None], softmax(score), 0.0), 0)
+        tl.store(sums + tl.program_id(0).to(tl.int64) * R + r, total, mask=r < R)
+    if GATE == "softmax":
+        top = tl.max(score, 1)[:, None]
+        denominator = tl.sum(tl.exp(score - top), 1)[:, None]
+
     ranked = score
     if BIAS:
         ranked += tl.load(bias + r, mask=r < R, other=0.0)[None, :]
-    rank = tl.where(there, ordered(ranked), NONE)
+    rank = ordered(ranked)  # K <= R: of rows that are none, which come last among those of -inf, none is selected
     j = tl.arange(0, SLOTS)
     selected = tl.zeros([BLOCK_T, SLOTS], tl.int32)
     value = tl.full([BLOCK_T, SLOTS], float("-inf"), tl.float32)
     for nth in range(0, K):
-        best = tl.min(tl.where(rank == tl.max(rank, 1)[:, None], r[None, :], BLOCK_R), 1)  # ties: the lowest row
+        highest = tl.max(rank, 1)
+        best = tl.min(tl.where(rank == highest[:, None], r[None, :], BLOCK_R), 1)  # ties: the lowest row
         here = r[None, :] == best[:, None]
         rank = tl.where(here, NONE, rank)
         selected = tl.where((j == nth)[None, :], best[:, None], selected)
-        value = tl.where((j == nth)[None, :], tl.sum(tl.where(here, score, 0.0), 1)[:, None], value)
+        if BIAS:
+            found = tl.sum(tl.where(here, score, 0.0), 1)
+        else:
+            found = number(highest)
+        value = tl.where((j == nth)[None, :], found[:, None], value)
 
-    score = tl.where(there, score, float("-inf"))
     if GATE == "sigmoid":
         weigh = 1 / (1 + tl.exp(-value))
     elif GATE == "softmax":
-        top = tl.max(score, 1)[:, None]
-        weigh = tl.exp(value - top) / tl.sum(tl.exp(score - top), 1)[:, None]
+        weigh = tl.exp(value - top) / denominator
     elif GATE == "softmax_topk":
         weigh = softmax(value)
     else:
@@ -133,12 +149,6 @@ def route_kernel(
     slots = ok[:, None] & (j < K)[None, :]
     tl.store(index + at, selected.to(tl.int64), mask=slots)
     tl.store(gate + at, weigh, mask=slots)
-    if SUMS:
-        counted = ok
-        if MASK:
-            counted = ok & (tl.load(mask + t, mask=ok, other=0) != 0)
-        total = tl.sum(tl.where(counted[:, None], softmax(score), 0.0), 0)
-        tl.store(sums + tl.program_id(0).to(tl.int64) * R + r, total, mask=r < R)
 
 
 @triton.jit

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sparse_ffn.ops.cvmm.backend import Slots
 
@@ -13,7 +12,9 @@ def cvmm(x: Tensor, weight: Tensor, slots: Slots, n_out: int) -> Tensor:
     """out[scatter[s]] += reduction[s] · x[gather[s]] @ weight[expert[s]]; shapes as in ``sparse_ffn.ops.cvmm``."""
     expert, gather, scatter, reduction = slots
     rows_SM = x if gather is None else x.index_select(0, gather)
-    every_SEL = F.pad(torch.einsum("sm,eml->sel", rows_SM, weight), (0, 0, 0, 1))  # and zeros, which void slots pick
+    products_SEL = torch.einsum("sm,eml->sel", rows_SM, weight)
+    void_S1L = products_SEL.new_zeros(expert.shape[0], 1, weight.shape[2])  # torch 2.9's F.pad refuses L = 0
+    every_SEL = torch.cat((products_SEL, void_S1L), 1)
     y_SL = every_SEL.gather(1, expert.view(-1, 1, 1).expand(-1, 1, weight.shape[2])).squeeze(1)
     if reduction is not None:
         y_SL = y_SL * reduction.masked_fill(expert == weight.shape[0], 0).to(y_SL.dtype).unsqueeze(1)
