@@ -87,7 +87,7 @@ _SM90 = _SM80 | table("""
     one    tf32   16x64x32/4/4   16x128x32/4/4   32x64x32/4/4   32x128x32/4/3
     one    tf32   64x64x32/8/3   64x128x32/8/3   128x64x32/4/3  128x128x16/8/4
     one    odd    16x64x32/4/2   32x64x32/8/2    64x64x32/8/2
-    one    fp32   16x64x16/4/2   32x64x16/8/2
+    one    fp32   16x64x16/4/2   32x64x16/8/3
     two    fp32   16x32x16/8/2   32x32x16/4/2
 """)
 # its compiler spills for more programs on a processor, whether or not they find room there

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sparse_ffn.ops.cvmm import cuda as cvmm
 from sparse_ffn.ops.cvmm.backend import Slots
@@ -29,7 +28,8 @@ class _Cvmm:
         return per_slot.flatten(0, 1)
 
     def of_experts(self, bias: Tensor) -> Tensor:
-        return F.pad(bias, (0, 0, 0, 1)).index_select(0, self.expert)  # of void slots: zero
+        void = bias.new_zeros(1, bias.shape[1])  # torch 2.9's F.pad refuses G = 0
+        return torch.cat((bias, void)).index_select(0, self.expert)
 
     def up(self, rows: Tensor, matrices: Tensor) -> Tensor:
         slots = Slots(self.expert, gather=self.token)
