@@ -262,5 +262,5 @@ def gradient(
         logits, dlogits, dx, R, D, K, length, *weight.stride(),
         GATE=gate_function, DGATE=dgate is not None, DSUMS=dsums is not None, MASK=mask is not None, DX=dx is not None,
         BLOCK_T=blocks.tokens, BLOCK_R=blocks.rows, BLOCK_D=max(min(COLUMNS, SCORES // blocks.rows), 16),
-        num_warps=min(blocks.warps, 8), num_stages=2,
+        num_warps=blocks.warps, num_stages=2,
     )  # fmt: skip
