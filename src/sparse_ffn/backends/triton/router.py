@@ -41,9 +41,7 @@ class Blocks(NamedTuple):
         if dtype == torch.float32:
             return cls(tokens, rows, 16, 8)
         depth = max(min(SCORES // (rows * (8 if split else 2)), 64), 16)
-        if tokens * rows <= 512:
-            return cls(tokens, rows, depth, 4)
-        return cls(tokens, rows, depth, 16 if tokens * rows == SCORES and (split or rows > 128) else 8)
+        return cls(tokens, rows, depth, 4 if tokens * rows <= 512 else 16 if rows > 256 else 8)
 
 
 @triton.jit
@@ -262,5 +260,5 @@ def gradient(
         logits, dlogits, dx, R, D, K, length, *weight.stride(),
         GATE=gate_function, DGATE=dgate is not None, DSUMS=dsums is not None, MASK=mask is not None, DX=dx is not None,
         BLOCK_T=blocks.tokens, BLOCK_R=blocks.rows, BLOCK_D=max(min(COLUMNS, SCORES // blocks.rows), 16),
-        num_warps=blocks.warps, num_stages=2,
+        num_warps=min(blocks.warps, 8), num_stages=1 if blocks.rows > 256 else 2,  # two tiles of so many rows spill
     )  # fmt: skip
