@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -215,7 +217,8 @@ def test_what_is_beyond_the_limits_is_named(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.exhaustive
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
 def test_without_a_gpu_it_says_so() -> None:
-    found = subprocess.run([ROOT / "benchmarks" / "run_gpu.sh", "tests"], capture_output=True, text=True)
+    command, own = [ROOT / "benchmarks" / "run_gpu.sh", "tests"], {**os.environ, "PYTHON": sys.executable}
+    found = subprocess.run(command, capture_output=True, text=True, env=own)
     assert found.returncode == 2
     assert "no GPU that torch can use" in found.stderr
 
