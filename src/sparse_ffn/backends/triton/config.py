@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -90,14 +90,11 @@ _SM90 = _SM80 | table("""
     one    fp32   16x64x16/4/2   32x64x16/8/3
     two    fp32   16x32x16/8/2   32x32x16/4/2
 """)
-# its compiler spills for more programs on a processor, whether or not they find room there
-_SM100 = _SM90 | table("""
-    one    half   16x64x64/4/4   16x128x64/4/4   32x64x64/4/4   32x128x64/4/4
-    one    half   64x64x64/8/4   64x128x64/4/4   128x64x64/4/4  128x128x64/8/3  128x256x64/8/3
-    two    half   16x64x64/4/4   32x64x64/8/4    64x64x64/4/4   128x64x64/8/3
-    pair   half   64x64x64/8/5   128x128x64/8/5
-    one    fp32   16x64x16/8/2   32x64x16/8/2
-""")
+# Its compiler spills for more programs on a processor, whether or not they find room there: these take more threads.
+_WIDER = {("one", "half", 64, 64), ("two", "half", 32, 64), ("pair", "half", 64, 64), ("one", "fp32", 16, 64)}
+_SM100 = {
+    key: tuple(replace(t, warps=8) if (*key, t.m, t.n) in _WIDER else t for t in tiles) for key, tiles in _SM90.items()
+}
 _GFX942 = {key: tuple(Tile(t.m, t.n, min(t.k, 32), t.warps, 2) for t in tiles) for key, tiles in _SM80.items()}
 SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB; sm_80's tiles also serve sm_86 and sm_120
 TABLES: dict[str, Table] = {"sm_80": _SM80, "sm_90": _SM90, "sm_100": _SM100, "gfx942": _GFX942}
