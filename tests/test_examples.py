@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -74,6 +75,10 @@ def test_serve_with_compile() -> None:
     assert serve_with_compile.main(["--backend", "aot_eager", "--requests", "6", "--width", "32"]) == 1
 
 
+@pytest.mark.skipif(
+    tuple(map(int, version("transformers").split(".")[:2])) < (5, 23),
+    reason="transformers before 5.23 saves one scale a row in a shape that cannot be loaded again",
+)
 def test_quantize_moe(tmp_path: Path) -> None:
     assert 0 < quantize_moe.main([]) < 0.1
     folder = tmp_path / "model"
