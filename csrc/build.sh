@@ -17,6 +17,11 @@ case ${1:-} in
   -h | --help) echo "$usage" && sed -n '/^# Builds/,/^[^#]/s/^# \{0,1\}//p' "$0" && exit ;;
   "" | -*) echo "$usage" >&2 && exit 2 ;;
 esac
+isas=${SPARSE_FFN_ISAS:-all}
+case $isas in
+  all | generic) ;;
+  *) echo "SPARSE_FFN_ISAS must be all or generic, got $isas" >&2 && exit 2 ;;
+esac
 run() { if [ -n "$dry" ]; then echo "$*"; else "$@"; fi; }
 out=$1
 here=$(cd "$(dirname "$0")" && pwd)
@@ -45,7 +50,7 @@ values() {  # of set(NAME VALUES) in a CMakeLists.txt, on however many lines; th
 flags="-std=c++17 -O2 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -fopenmp $(values CMakeLists.txt warnings)"
 names=generic flags_generic="" flags_neon="" x86=""
 if [ "$(uname -m)" = aarch64 ] || [ "$(uname -m)" = arm64 ]; then names=neon; fi
-if [ "$(uname -m)" = x86_64 ] && [ "${SPARSE_FFN_ISAS:-}" != generic ]; then
+if [ "$(uname -m)" = x86_64 ] && [ "$isas" = all ]; then
   names=$(values CMakeLists.txt isas) x86="-DSPARSE_FFN_X86=1"
   if echo 'asm("tdpbf16ps %tmm2, %tmm1, %tmm0");' | $cxx -x c++ -c -o /dev/null - 2>/dev/null; then
     x86="$x86 -DSPARSE_FFN_HAS_AMX=1"

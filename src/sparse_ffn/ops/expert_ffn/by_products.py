@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from sparse_ffn.backends.sort import sort_by_expert
@@ -12,6 +13,11 @@ from sparse_ffn.ops.expert_ffn.backend import Gradients, Saved
 from sparse_ffn.ops.units import Units
 
 # T tokens, K slots a token, S = T·K, E experts, G units of an expert, D d_model, O d_out
+
+
+def with_void(bias: Tensor) -> Tensor:
+    """A row for each expert, [E, G], and one of zeros for void slots; F.pad of torch 2.9 refuses G = 0."""
+    return torch.cat((bias, bias.new_zeros(1, bias.shape[1])))
 
 
 class Products(Protocol):

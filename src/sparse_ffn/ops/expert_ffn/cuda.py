@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparse_ffn.ops.cvmm import cuda as cvmm
 from sparse_ffn.ops.cvmm.backend import Slots
-from sparse_ffn.ops.expert_ffn.by_products import ByProducts
+from sparse_ffn.ops.expert_ffn.by_products import ByProducts, with_void
 from sparse_ffn.ops.weighted_bag.cuda import segment_sums
 
 
@@ -28,8 +28,7 @@ class _Cvmm:
         return per_slot.flatten(0, 1)
 
     def of_experts(self, bias: Tensor) -> Tensor:
-        void = bias.new_zeros(1, bias.shape[1])  # torch 2.9's F.pad refuses G = 0
-        return torch.cat((bias, void)).index_select(0, self.expert)
+        return with_void(bias).index_select(0, self.expert)
 
     def up(self, rows: Tensor, matrices: Tensor) -> Tensor:
         slots = Slots(self.expert, gather=self.token)

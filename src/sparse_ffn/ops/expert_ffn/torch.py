@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_ffn.ops.expert_ffn.by_products import ByProducts
+from sparse_ffn.ops.expert_ffn.by_products import ByProducts, with_void
 from sparse_ffn.ops.segments import Segments, segment_mm, segment_outer, segment_sum, unsort
 
 
@@ -25,8 +25,7 @@ class _Sorted:
     def of_experts(self, bias: Tensor) -> Tensor:
         n_void = self.order.shape[0] - self.segments.offsets[-1:]
         counts = torch.cat((self.segments.offsets.diff(), n_void))
-        void = bias.new_zeros(1, bias.shape[1])  # torch 2.9's F.pad refuses G = 0
-        return torch.cat((bias, void)).repeat_interleave(counts, 0, output_size=self.order.shape[0])
+        return with_void(bias).repeat_interleave(counts, 0, output_size=self.order.shape[0])
 
     def up(self, rows: Tensor, matrices: Tensor) -> Tensor:
         return segment_mm(rows, matrices.transpose(1, 2), self.segments)
