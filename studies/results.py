@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ Record = dict[str, Any]
 def save(path: Path, record: Record) -> None:
     """A line for each entry: small files whose differences can be read."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    lines = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in record.items())
-    partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    partial.replace(path)  # there is a whole file or none
+    part = path.with_suffix(f".{os.getpid()}.part")
+    dumps = partial(json.dumps, ensure_ascii=False, allow_nan=False)
+    lines = (f"{dumps(key)}: {dumps(value)}" for key, value in record.items())
+    part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    part.replace(path)  # there is a whole file or none
 
 
 def load(path: Path) -> Record | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from examples.language_model.train import (
 from examples.language_model.variants import ffn_flops, transformer
 from sparse_ffn import info
 
+from .activity import active_units
 from .plan import Run
 from .results import Record
 from .variants import VARIANTS
@@ -51,8 +53,8 @@ def train_run(
         "run": run.name,
         "config": asdict(config),
         "data": corpus.digest,
-        # what changes the rounding
-        "machine": [str(facts[key]) for key in ("processor", "torch", "CPU core")],
+        # what changes the numbers, by their rounding at least
+        "machine": [str(facts.get(key)) for key in ("processor", "GPU", "torch", "CPU core", "sparse-ffn", "commit")],
         "threads": torch.get_num_threads(),
     }
     learner = learner_of(run, config, device)
@@ -108,6 +110,8 @@ def _record(
             "valid": bits_per_byte(learner, corpus.valid, config.final_windows, config.batch_size),
             "test": bits_per_byte(learner, corpus.test, WHOLE, config.batch_size),
         }
+        if not all(map(math.isfinite, bits.values())):  # the last step was one too many
+            bits, diverged = None, f"the loss of {run.variant} is not finite after the last step"
     end = time.perf_counter(), time.process_time()
     # the points of the curve cost what as many bytes of the test text do
     part = min(len(corpus.valid), config.eval_windows * config.context)
@@ -134,9 +138,10 @@ def _record(
             "flops": [step * step_bytes * flops for step in done],
             "seconds": [round(wall[step], 1) for step in done],
             "cpu_seconds": [round(cpu[step], 1) for step in done],
-            "bits_per_byte": [round(value, 5) for _, value in learner.curve],
+            "bits_per_byte": [round(value, 5) if math.isfinite(value) else None for _, value in learner.curve],
         },
         "routing": _rounded(report.routing(learner, corpus, config)) if diverged is None else {},
+        "active_units": [round(n, 1) for n in active_units(learner, corpus, config)] if diverged is None else [],
         "config": asdict(config),
         "data": {"name": Path(corpus.name).name, "md5": corpus.digest, "bytes": corpus.n_bytes},
         "threads": torch.get_num_threads(),

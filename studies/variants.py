@@ -94,6 +94,7 @@ VARIANTS: dict[str, Variant] = {
     "sbase": Variant("SBaseMoE", of_own(SBaseMoE)),
     "noisy": Variant("NoisyTopKMoE", of_own(NoisyTopKMoE)),
     "dense-equal-flops": Variant("dense of SigmaMoE's FLOPs", dense_of_equal_flops),
+    "sigma-2": Variant("8 experts of 16, 50%", share(2), ablation=True),
     "sigma-no-balance": Variant("no balance loss", sigma(balance="none"), ablation=True),
     "sigma-expert-dropout": Variant("expert dropout 0.05", sigma(expert_dropout=0.05), ablation=True),
     "sigma-values-std": Variant("values of std c/√G", scaled_by_expert, ablation=True),

@@ -140,6 +140,7 @@ def test_ablations_change_one_thing_of_sigma_moe() -> None:
     sigma = moe("sigma", config)
     assert (sigma.n_experts, sigma.expert_size, sigma.k, sigma.balance) == (16, 32, 4, ("entropy",))
     assert moe("sigma-8", config).k == 2
+    assert moe("sigma-2", config).k == 8
     assert moe("sigma-no-balance", config).balance == ("none",)
     assert moe("sigma-expert-dropout", config).router.expert_dropout == 0.05
     for name, k in (("sigma-k1", 1), ("sigma-k2", 2), ("sigma-k8", 8)):
@@ -177,7 +178,7 @@ def test_trials_come_first_and_stand_for_the_runs_of_seed_0() -> None:
     ]
     assert [run.name for run in rest[:3]] == ["S/topk-16-0", "S/pkm-0", "S/switch-0"]
     wanted = {*plan.runs_of("S"), *plan.runs_of("M")}
-    assert len(plan.runs_of("S")) == 19 * 3
+    assert len(plan.runs_of("S")) == 20 * 3
     assert len(plan.runs_of("M")) == 5 * 2
     assert set(rest) == wanted - {Run("S", "dense", 0), Run("S", "sigma", 0)}
     assert len(rest) == len(set(rest))
@@ -276,6 +277,8 @@ def test_a_run_leaves_one_small_file_with_all_its_numbers(whole: Path) -> None:
         assert record["training_bytes"] == 1920
         assert {"processor", "torch", "CPU core", "commit"} <= record["machine"].keys()
         assert len(record["routing"]) == (0 if variant == "dense" else 2)
+        assert len(record["active_units"]) == (2 if variant == "dense" else 0)
+        assert all(0 < n < 64 for n in record["active_units"])
 
 
 @pytest.mark.usefixtures("tiny")
@@ -294,7 +297,7 @@ from studies import enwik8, results, sizes
 from examples.language_model import train
 sizes.SIZES.update(make_tiny())
 
-def die(*_):
+def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 step, save = train.train_step, train.torch.save
@@ -302,11 +305,10 @@ step, save = train.train_step, train.torch.save
 def in_a_step(*rest):
     return die() if rest[-1] == 17 else step(*rest)
 
-def in_a_checkpoint(content, path):
-    save(content, path)
+def in_a_checkpoint(content, file):
+    save(content, file)
     if content["step"] == 20:
-        with open(path, "r+b") as file:
-            file.truncate(1000)
+        file.truncate(1000)
         die()
 
 if {when!r} == "step":
@@ -380,6 +382,26 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_from(
 
 
 @pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("fault", ["another commit", "an empty file"])
+def test_a_checkpoint_that_would_not_give_the_same_numbers_is_not_gone_on_from(
+    fault: str, whole: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    run = plan.trials(plan.LEARNING_RATES[0])[0]
+    order = work.Order((run,), str(text), tmp_path / "results", tmp_path / "runs")
+    asked = iter([False, False, True, True])
+    with monkeypatch.context() as patch:
+        patch.setattr(work.Stop, "__call__", lambda self: next(asked))
+        if fault == "another commit":
+            patch.setattr(training, "commit", lambda: "0123456789ab")
+        work.work(order)
+    if fault == "an empty file":
+        (tmp_path / "runs" / f"{run.name}.pt").write_bytes(b"")
+    work.work(order)
+    assert "starts anew, since the checkpoint" in capsys.readouterr().out
+    assert comparable(load(tmp_path, run.name)) == comparable(load(whole, run.name))
+
+
+@pytest.mark.usefixtures("tiny")
 def test_a_run_that_another_process_has_is_left_to_it(text: Path, tmp_path: Path) -> None:
     runs = tuple(plan.trials(plan.LEARNING_RATES[0]))
     order = work.Order(runs, str(text), tmp_path / "results", tmp_path / "runs")
@@ -406,6 +428,28 @@ def test_a_run_that_diverges_is_recorded_and_not_repeated(
     assert order.left() == []
 
 
+@pytest.mark.usefixtures("tiny")
+def test_a_model_that_its_last_step_ruined_has_diverged(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = train.train_step
+
+    def ruining(learner: train.Learner, *rest: Any) -> float:
+        bits = real(learner, *rest)
+        if rest[-1] == 29:
+            with torch.no_grad():
+                learner.model.head.weight.fill_(float("nan"))
+        return bits
+
+    monkeypatch.setattr(train, "train_step", ruining)
+    run = plan.trials(plan.LEARNING_RATES[0])[0]
+    work.work(work.Order((run,), str(text), tmp_path / "results", tmp_path / "runs"))
+    record = load(tmp_path, run.name)
+    assert record["diverged"] == "the loss of dense is not finite after the last step"
+    assert record["bits_per_byte"] is None
+    assert record["curve"]["bits_per_byte"][-1] is None
+
+
 def test_two_jobs_take_a_run_each_and_a_signal_stops_both(text: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "studies.enwik8", *arguments(text, tmp_path, "--sizes", "S", "--jobs", "2")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -417,7 +461,7 @@ def test_two_jobs_take_a_run_each_and_a_signal_stops_both(text: Path, tmp_path: 
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0
-    assert "61 of 61 runs are left" in printed
+    assert "64 of 64 runs are left" in printed
     checkpoints = sorted(path.name for path in tmp_path.rglob("*.pt"))
     assert checkpoints == ["dense-0.001.pt", "sigma-0.001.pt"]
 
@@ -464,7 +508,7 @@ def write_page(folder: Path) -> str:
 
 def test_page_without_results_says_so(tmp_path: Path) -> None:
     written = write_page(tmp_path)
-    assert "Size S: none of its 57 runs has finished" in written
+    assert "Size S: none of its 60 runs has finished" in written
     assert "Size M: none of its 10 runs has finished" in written
     assert "Size L, the paper's, needs a GPU" in written
     assert "|" not in written.split("## How to reproduce")[0]
@@ -490,7 +534,7 @@ def test_page_of_some_results(tmp_path: Path) -> None:
     results.save(run.path(tmp_path / "results"), fake(run, 0.0, diverged="the loss of switch is nan at step 7"))
 
     written = write_page(tmp_path)
-    assert "Size S: **44 of 57 runs are missing**" in written
+    assert "Size S: **47 of 60 runs are missing**" in written
     assert "ProductKeyMemory, ReLU (seed 1, 2)" in written
     assert row(written, "SigmaMoE, 25%")[4:] == ["1.9933", "-0.0167 ± 0.0033", "lower", "3", "1.08", "11.71"]
     assert row(written, "TopKFFN, k = d_ff/16")[5:7] == ["+0.0000 ± 0.0058", "none"]
@@ -522,7 +566,7 @@ def test_page_of_complete_sizes_and_trials(tmp_path: Path) -> None:
         for run in plan.runs_of(size):
             results.save(run.path(tmp_path / "results"), fake(run, valid=2.0))
     written = write_page(tmp_path)
-    assert "Size S is complete: 57 runs." in written
+    assert "Size S is complete: 60 runs." in written
     assert "Size M is complete: 10 runs." in written
     assert "missing" not in written
     assert row(written, "0.002") == ["0.002", "2.0200", "2.0200"]
@@ -547,4 +591,6 @@ def test_committed_results_are_whole_and_of_the_plan() -> None:
             assert path in known
             record = json.loads(path.read_text())
             assert path.name.startswith(f"{record['variant']}-")
-            assert record["training_bytes"] == record["config"]["steps"] * 4096 or record["diverged"]
+            config = record["config"]
+            whole_run = config["steps"] * config["batch_size"] * config["context"]
+            assert record["training_bytes"] == whole_run or record["diverged"]

@@ -19,7 +19,8 @@ from .variants import LABELS, ffn_flops
 def routing(learner: Learner, corpus: data.Corpus, config: Config) -> dict[str, dict[str, Any]]:
     """Statistics of each MoE layer's last forward pass: one batch from all over the validation part."""
     x, _ = data.windows(corpus.valid, data.even_starts(corpus.valid, config.batch_size, config.context), config.context)
-    learner.model.eval()(x.to(learner.device))
+    with learner.autocast():
+        learner.model.eval()(x.to(learner.device))
     return {
         name: {**stats, "load": [float(share) for share in stats["load"]]}
         for name, stats in sparse_ffn.routing_stats(learner.model).items()

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -115,15 +116,21 @@ def bits_per_byte(learner: Learner, part: Tensor, n_windows: int, batch_size: in
 def save_checkpoint(path: Path, about: dict[str, Any], learners: list[Learner], step: int) -> None:
     """`about` says what the run is; a checkpoint of another run is refused on loading."""
     partial = path.with_suffix(f".{os.getpid()}.part")
-    torch.save({"about": about, "step": step, "learners": {x.variant: x.state() for x in learners}}, partial)
-    partial.replace(path)  # an interruption leaves the old checkpoint whole
+    with partial.open("wb") as file:
+        torch.save({"about": about, "step": step, "learners": {x.variant: x.state() for x in learners}}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)  # an interruption, of the machine too, leaves the old checkpoint whole
 
 
 def load_checkpoint(path: Path, about: dict[str, Any], learners: list[Learner]) -> int:
     """Puts the learners where they stood; returns the number of steps done."""
     if not path.is_file():
         raise TrainingError(f"nothing to resume: no checkpoint at {path}")
-    stored = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError, UnpicklingError) as error:
+        raise TrainingError(f"the checkpoint at {path} cannot be read: {error}") from error
     differing = [key for key in about if stored["about"].get(key) != about[key]]
     if differing:
         raise TrainingError(f"the checkpoint at {path} is of another run: it differs in {', '.join(differing)}")
