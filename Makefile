@@ -63,8 +63,8 @@ format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:
-	rm -rf .venv site runs build dist
+clean:  # not runs: it holds hours of work
+	rm -rf .venv site build dist
 
 $(DEMO): pyproject.toml
 	$(PYTHON) -m venv .venv
