@@ -20,6 +20,7 @@ from . import plan
 from .results import RESULTS
 from .sizes import SIZES
 from .speed import Clock
+from .training import steps_done
 from .variants import VARIANTS
 from .work import Order, work
 
@@ -55,17 +56,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in args.sizes:
         if SIZES[name].needs_gpu and args.device != "cuda":
             parser.error(f"--sizes {name} would take months on a CPU: add --device cuda")
+    if not plan.queue(args.sizes, args.variants, args.seeds):
+        parser.error("there is no run of these sizes, layers and seeds")
     return args
 
 
 def print_plan(order: Order, jobs: int, corpus_bytes: int) -> None:
     """What is left, run by run, and the hours of it all."""
-    plan.adopt_trials(order.results)
     torch.set_num_threads(order.threads)
     clock, total, left = Clock(order, corpus_bytes), 0.0, order.left()
     for run in left:
-        seconds = clock.seconds(run)
-        begun = ", begun" if (order.scratch / f"{run.name}.pt").exists() else ""
+        done = steps_done(order.scratch / f"{run.name}.pt") / SIZES[run.size].config.steps
+        seconds = clock.seconds(run) * (1 - done)
+        begun = f", {done:.0%} done" if done else ""
         print(f"{run.name:26} {seconds / 60:5.0f} min{begun}", flush=True)
         total += seconds
     rate = plan.learning_rate(order.results)
@@ -106,15 +109,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         threads=args.threads,
         deadline=time.time() + 60 * args.minutes if args.minutes is not None else None,
     )
-    if args.plan:
-        corpus_bytes = data.ENWIK8_BYTES if args.data == "enwik8" else Path(args.data).stat().st_size
-        print_plan(order, args.jobs, corpus_bytes)
-        return 0
+    context = max(SIZES[run.size].config.context for run in order.runs)
     try:
-        data.load(args.data, 1)  # fetched once, before several processes ask for it
+        if args.plan and args.data == "enwik8":
+            corpus_bytes = data.ENWIK8_BYTES  # which need not be here for that
+        else:
+            corpus_bytes = data.load(args.data, context).n_bytes  # fetched once, before several processes ask for it
     except data.DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if args.plan:
+        print_plan(order, args.jobs, corpus_bytes)
+        return 0
     failed = run_jobs(order, args.jobs) if args.jobs > 1 else 0
     if args.jobs == 1:
         work(order)

@@ -13,6 +13,8 @@ class Row(NamedTuple):
     source: str
 
 
+COLUMNS = {"e8": "the paper's Enwik8", "wt_s": "the paper's WikiText-103"}
+SAME_TEXT = "e8"
 LAYERS = {
     "dense": Row(1.08, 11.81, "Table 3"),
     "sigma": Row(1.08, 11.71, "Table 3"),

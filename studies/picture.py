@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import plot
 
-from .results import Record
+from .results import Record, machine_of
 from .variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -51,14 +51,13 @@ def draw(records: Mapping[str, Sequence[Record]], folder: Path) -> None:
     picture, axes = plot.figure([1.0, 1.0], columns, 7.0, 4.5)
     for (above, below), (size, of) in zip(axes.T, found.items(), strict=True):
         _curves(above, of, "flops", 1e15, "training PFLOPs", size)
-        (processor, threads), _ = Counter(map(_machine, of)).most_common(1)[0]
-        same = [record for record in of if _machine(record) == (processor, threads)]
-        _curves(below, same, "cpu_seconds", 60, f"CPU minutes of training, {threads} thread(s) of {processor}", size)
+        (machine, threads), _ = Counter(map(machine_of, of)).most_common(1)[0]
+        same = [record for record in of if machine_of(record) == (machine, threads)]
+        if "GPU" in same[0]["machine"]:
+            _curves(below, same, "seconds", 60, f"minutes of training, {machine}", size)
+        else:
+            _curves(below, same, "cpu_seconds", 60, f"CPU minutes of training, {threads} thread(s) of {machine}", size)
     plot.save(picture, folder / COSTS)
-
-
-def _machine(record: Record) -> tuple[str, int]:
-    return record["machine"]["processor"], record["threads"]
 
 
 def _curves(ax: Axes, records: Sequence[Record], key: str, unit: float, label: str, size: str) -> None:
@@ -75,4 +74,4 @@ def _curves(ax: Axes, records: Sequence[Record], key: str, unit: float, label: s
     ax.set(xlabel=label, ylabel="validation bits per byte", title=f"size {size}")
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=7, title="in brackets: seeds", title_fontsize=7)
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=7, title="in brackets: seeds")

@@ -23,6 +23,18 @@ def save(path: Path, record: Record) -> None:
     part.replace(path)  # there is a whole file or none
 
 
+def machine_of(record: Record) -> tuple[str, int]:
+    """The GPU, else the processor, and the threads: what times depend on most."""
+    facts = record["machine"]
+    return facts.get("GPU", facts["processor"]), record["threads"]
+
+
+def training_seconds(record: Record) -> float:
+    """Of all training steps: computed by the processor, without waiting for a core; passed by where a GPU computes."""
+    seconds: float = record["training_seconds" if "GPU" in record["machine"] else "training_cpu_seconds"]
+    return seconds
+
+
 def load(path: Path) -> Record | None:
     """None if the run has not finished."""
     try:

@@ -55,11 +55,11 @@ class Clock:
 
     def __init__(self, order: Order, corpus_bytes: int) -> None:
         self.device, self.threads, self.corpus_bytes = torch.device(order.device), order.threads, corpus_bytes
-        processor = machine.describe(self.device)["processor"]
+        facts = machine.describe(self.device)
+        here = facts.get("GPU", facts["processor"]), order.threads
         taken: dict[tuple[str, str], list[float]] = {}
         for record in results.load_all(run.path(order.results) for run in order.runs):
-            alike = record["machine"]["processor"] == processor and record["threads"] == order.threads
-            if alike and not record["diverged"]:
+            if results.machine_of(record) == here and not record["diverged"]:
                 seconds = self._own(record["run_seconds"], record["run_cpu_seconds"])
                 taken.setdefault((record["size"], record["variant"]), []).append(seconds)
         self.told = {key: statistics.median(seconds) for key, seconds in taken.items()}

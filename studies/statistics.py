@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 ERRORS = 2
 """A difference within so many standard errors is called none."""
+
+
+class Ranks(NamedTuple):
+    """Those that a layer may have."""
+
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return str(self.first) if self.first == self.last else f"{self.first} to {self.last}"
+
+    def apart(self, other: Ranks) -> bool:
+        """Whether no rank is in both."""
+        return self.last < other.first or other.last < self.first
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,29 @@ class Difference:
         if abs(self.mean) <= ERRORS * self.error:
             return "none"
         return "lower" if self.mean < 0 else "higher"
+
+
+def ranks(bits: Mapping[str, Mapping[int, float]]) -> dict[str, Ranks]:
+    """Of each layer, 1 the lowest: layers whose difference is not known to be one share theirs."""
+
+    def lower(a: str, b: str) -> bool:
+        found = paired(bits[a], bits[b])
+        return found is not None and found.verdict == "lower"
+
+    return _ranks(bits, lower)
+
+
+def ranks_of_numbers(values: Mapping[str, float]) -> dict[str, Ranks]:
+    """The same where all that is known of each is one number."""
+    return _ranks(values, lambda a, b: values[a] < values[b])
+
+
+def _ranks(names: Collection[str], lower: Callable[[str, str], bool]) -> dict[str, Ranks]:
+    n = len(names)
+    return {
+        name: Ranks(1 + sum(lower(other, name) for other in names), n - sum(lower(name, other) for other in names))
+        for name in names
+    }
 
 
 def paired(bits: Mapping[int, float], base: Mapping[int, float]) -> Difference | None:

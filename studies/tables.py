@@ -8,8 +8,8 @@ from statistics import mean
 from benchmarks.measuring.report import markdown
 
 from . import paper
-from .results import Record
-from .statistics import Difference, paired
+from .results import Record, machine_of, training_seconds
+from .statistics import Difference, paired, ranks, ranks_of_numbers
 from .variants import DENSE, VARIANTS
 
 Bits = dict[str, dict[int, float]]
@@ -25,6 +25,7 @@ def comparison(records: Sequence[Record], names: Sequence[str], base: str, quote
         if not of[name]:
             continue
         difference = paired(bits.get(name, {}), bits.get(base, {})) if name != base else None
+        ran = len(of[name]), sum(bool(record["diverged"]) for record in of[name])
         own = quoted.get(name)
         rows.append(
             [
@@ -34,17 +35,20 @@ def comparison(records: Sequence[Record], names: Sequence[str], base: str, quote
                 _relative_time(of[name], of[base]),
                 f"{mean(bits[name].values()):.4f}" if name in bits else "diverged",
                 _difference(difference, name == base),
-                difference.verdict if difference else "",
-                _seeds(of[name]),
+                "diverged" if ran[1] else difference.verdict if difference else "",
+                _seeds(*ran, None if difference is None else difference.n),
                 f"{own.e8:.2f}" if own else "",
                 f"{own.wt_s:.2f}" if own else "",
             ]
         )
     label = _short(base)
-    header = ["FFN", "parameters", "FLOPs", "CPU time", "bits per byte", f"difference from {label}", "called", "seeds"]
-    table = markdown(([*header, "paper, Enwik8", "paper, WT-103"], rows))
-    legend = f"Parameters and FLOPs are the FFN's, CPU time the model's training step's, relative to {label}'s."
-    return f"{table}\n\n{legend}\n"
+    header = ["FFN", "parameters", "FLOPs", "time", "bits per byte", f"difference from {label}", "called", "seeds"]
+    table = markdown(([*header, *paper.COLUMNS.values()], rows))
+    legend = f"Parameters and FLOPs are the FFN's, time the model's training step's, relative to {label}'s."
+    sources = "; ".join(
+        f"{VARIANTS[name].label}: {quoted[name].source}" for name in names if name in quoted and of[name]
+    )
+    return f"{table}\n\n{legend} The paper's numbers: {sources}.\n"
 
 
 def bits_of(records: Sequence[Record]) -> Bits:
@@ -60,9 +64,10 @@ def _difference(difference: Difference | None, is_base: bool) -> str:
     return "" if is_base else str(difference or "–")
 
 
-def _seeds(records: Sequence[Record]) -> str:
-    diverged = sum(bool(record["diverged"]) for record in records)
-    return f"{len(records)}, {diverged} diverged" if diverged else str(len(records))
+def _seeds(n: int, diverged: int, paired_with_base: int | None) -> str:
+    """How many there are; of how many the difference is, where it is of fewer."""
+    of_fewer = f", {paired_with_base} of them paired" if paired_with_base not in (None, n - diverged) else ""
+    return f"{n}{f', {diverged} diverged' if diverged else ''}{of_fewer}"
 
 
 def _relative(records: Sequence[Record], base: Sequence[Record], key: str) -> str:
@@ -70,47 +75,54 @@ def _relative(records: Sequence[Record], base: Sequence[Record], key: str) -> st
 
 
 def _relative_time(records: Sequence[Record], base: Sequence[Record]) -> str:
-    """Of the seeds that ran on the same processor."""
-    seconds = {(r["seed"], r["machine"]["processor"], r["threads"]): r["training_cpu_seconds"] for r in base}
+    """Of the seeds that ran on the same machine: to a tenth, since other programs take their part of its caches."""
+    seconds = {(record["seed"], machine_of(record)): training_seconds(record) for record in base}
     ratios = [
-        record["training_cpu_seconds"] / seconds[key]
+        training_seconds(record) / seconds[key]
         for record in records
-        if (key := (record["seed"], record["machine"]["processor"], record["threads"])) in seconds
-        and not record["diverged"]
+        if (key := (record["seed"], machine_of(record))) in seconds and not record["diverged"]
     ]
-    return f"{mean(ratios):.2f}x" if ratios else "–"
+    return f"{mean(ratios):.1f}x" if ratios else "–"
 
 
 def beside_the_paper(
     records: Sequence[Record], names: Sequence[str], base: str, quoted: Mapping[str, paper.Row]
 ) -> Iterator[str]:
-    """The orders, best first, and the layers whose difference goes another way than the paper's."""
-    bits = bits_of(records)
-    found = {name: paired(bits.get(name, {}), bits.get(base, {})) for name in names if name in quoted}
-    ours = {name: difference for name, difference in found.items() if difference is not None}
-    if len(ours) < 2:
+    """The ranks, and the layers whose rank or whose difference from the base is another than the paper's."""
+    bits = {name: of for name, of in bits_of(records).items() if name in names and name in quoted}
+    if len(bits) < 2:
         return
-    e8, wt_s = ({name: getattr(quoted[name], column) for name in ours} for column in ("e8", "wt_s"))
-    columns = (
-        _ordered({name: difference.mean for name, difference in ours.items()}, "+.4f"),
-        _ordered(e8, ".2f"),
-        _ordered(wt_s, ".2f"),
+    columns = {column: {name: getattr(quoted[name], column) for name in bits} for column in paper.COLUMNS}
+    here, theirs = ranks(bits), {column: ranks_of_numbers(values) for column, values in columns.items()}
+    mean_of = {name: mean(of.values()) for name, of in bits.items()}
+    rows = [
+        [VARIANTS[name].label, str(here[name]), *(str(found[name]) for found in theirs.values())]
+        for name in sorted(bits, key=lambda name: mean_of[name])
+    ]
+    yield "The ranks among the layers that the paper has too, 1 the lowest. Layers that cannot be told apart share"
+    yield "theirs: here those between which the difference is called none, there those of equal numbers.\n"
+    yield markdown((["FFN", "here", *paper.COLUMNS.values()], rows)) + "\n"
+    numbers, there = columns[paper.SAME_TEXT], theirs[paper.SAME_TEXT]
+    moved = [
+        f"{VARIANTS[name].label} ({here[name]} here, {there[name]} there)"
+        for name in bits
+        if here[name].apart(there[name])
+    ]
+    turned = []
+    for name in bits:
+        found = paired(bits[name], bits.get(base, {}))
+        direction = paper.direction(numbers[name], getattr(quoted[base], paper.SAME_TEXT))
+        if name != base and found is not None and found.error is not None and found.verdict != direction:
+            turned.append(f"{VARIANTS[name].label} ({found.verdict} here, {direction} there)")
+    other = [
+        f"{what} of {', '.join(of)}"
+        for what, of in (("the rank", moved), (f"the difference from {_short(base)}", turned))
+        if of
+    ]
+    where = paper.COLUMNS[paper.SAME_TEXT]
+    yield (
+        f"Other than in {where}: {'; '.join(other)}.\n" if other else f"Nothing is known to be other than in {where}.\n"
     )
-    header = ["", f"here, difference from {_short(base)}", "the paper's Enwik8", "the paper's WikiText-103"]
-    rows = [[str(rank), *cells] for rank, cells in enumerate(zip(*columns, strict=True), 1)]
-    yield f"The order beside the paper's, best first, of the layers that it has too:\n\n{markdown((header, rows))}\n"
-    other = []
-    for name, difference in ours.items():
-        theirs = [paper.direction(column[name], column[base]) for column in (e8, wt_s)]
-        if name != base and difference.error is not None and difference.verdict not in theirs:
-            there = theirs[0] if theirs[0] == theirs[1] else f"{theirs[0]} on Enwik8 and {theirs[1]} on WikiText-103"
-            other.append(f"{VARIANTS[name].label} ({difference.verdict} here, {there} in the paper)")
-    if other:
-        yield f"The difference goes another way than both of the paper's: {'; '.join(other)}.\n"
-
-
-def _ordered(values: Mapping[str, float], form: str) -> list[str]:
-    return [f"{VARIANTS[name].label}: {values[name]:{form}}" for name in sorted(values, key=lambda name: values[name])]
 
 
 def _short(base: str) -> str:

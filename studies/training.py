@@ -10,6 +10,7 @@ from dataclasses import asdict
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -80,6 +81,14 @@ def train_run(
     except TrainingError as error:
         diverged = str(error)
     return _record(run, config, corpus, learner, facts, diverged)
+
+
+def steps_done(checkpoint: Path) -> int:
+    """Of a run that was stopped; 0 without a checkpoint that can be read."""
+    try:
+        return int(torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["step"])
+    except (OSError, EOFError, RuntimeError, UnpicklingError):
+        return 0
 
 
 def flops_per_byte(model: ByteModel, config: Config) -> int:

@@ -204,8 +204,8 @@ def test_ffns_share_out_the_active_units_by_what_the_outputs_lose() -> None:
     assert k[0] > k[1]
     for new in report.replacements:
         shares = [point.active for point in new.curve]
-        assert shares == [0.25, 0.375, 0.5, 0.625, 0.75, 1.0]
-        assert new.curve[-1].error < 1e-6 < new.curve[-2].error < new.curve[0].error
+        assert shares == [0.25, 0.375, 0.5, 0.625, 0.75]
+        assert new.curve[-1].error < new.curve[0].error
         assert str(new.curve[0]) in str(report)
     same_k = copy.deepcopy(dense)
     sf.sparsify_(same_k, chosen, calibration=sf.calibrate(dense, batches))

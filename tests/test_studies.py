@@ -21,7 +21,7 @@ from examples.language_model import train
 from examples.language_model.configs import Config
 from examples.language_model.variants import ffn_flops, transformer
 from sparse_ffn import MoE
-from studies import enwik8, page, plan, results, sizes, statistics, training, work
+from studies import enwik8, headline, page, plan, results, sizes, statistics, tables, training, work
 from studies.plan import Run
 from studies.variants import VARIANTS
 
@@ -203,6 +203,8 @@ def fake(run: Run, valid: float, *, test: float = 2.0, diverged: str | None = No
         "parameters": 1000,
         "ffn_parameters": 500,
         "ffn_flops_per_byte": 100,
+        "training_bytes": config.steps * config.batch_size * config.context,
+        "training_seconds": 70.0,
         "training_cpu_seconds": 60.0,
         "run_seconds": 100.0,
         "run_cpu_seconds": 90.0,
@@ -210,6 +212,7 @@ def fake(run: Run, valid: float, *, test: float = 2.0, diverged: str | None = No
             **{key: points for key in ("bytes", "flops", "seconds", "cpu_seconds")},
             "bits_per_byte": [2.0 + 1 / point for point in points],
         },
+        "active_units": [10.0 + run.seed, 20.0 + run.seed] if run.variant == "dense" else [],
         "config": {**config.__dict__},
         "threads": 1,
         "machine": machine,
@@ -244,14 +247,25 @@ def test_plan_says_what_is_left_and_how_long_it_takes(
         for run in plan.trials(rate):
             results.save(run.path(tmp_path / "results"), fake(run, valid=2.0))
     (tmp_path / "runs" / "S").mkdir(parents=True)
-    (tmp_path / "runs" / "S" / "pkm-0.pt").touch()
+    torch.save({"step": 15}, tmp_path / "runs" / "S" / "pkm-0.pt")
     assert enwik8.main(arguments(text, tmp_path, *chosen)) == 0
     printed = capsys.readouterr().out
     assert printed.count(" min") == 1
     assert "S/pkm-0" in printed
-    assert "begun" in printed
+    assert "50% done" in printed
     assert "6 of 7 runs have finished" in printed
     assert "learning rate: 0.001" in printed
+
+
+def test_a_plan_that_cannot_be_carried_out_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        enwik8.main(arguments(text, tmp_path, "--sizes", "M", "--variants", "sbase"))
+    assert "there is no run of these sizes, layers and seeds" in capsys.readouterr().err
+    (tmp_path / "short").write_bytes(b"x" * 1000)
+    for name, why in (("nowhere", "no file at"), ("short", "use a longer text")):
+        for more in ([], ["--plan"]):
+            assert enwik8.main([*arguments(tmp_path / name, tmp_path), *more]) == 1
+            assert why in capsys.readouterr().err
 
 
 # the runs
@@ -502,7 +516,9 @@ def test_a_difference_within_two_errors_is_none(mean: float, error: float | None
 
 
 def write_page(folder: Path) -> str:
-    page.main(["--results", str(folder / "results"), "--docs", str(folder)])
+    readme = folder / "README.md"
+    readme.write_text(f"before\n{headline.BEGIN}\nold\n{headline.END}\nafter\n")
+    page.main(["--results", str(folder / "results"), "--docs", str(folder), "--readme", str(readme)])
     return (folder / "evidence.md").read_text()
 
 
@@ -513,6 +529,7 @@ def test_page_without_results_says_so(tmp_path: Path) -> None:
     assert "Size L, the paper's, needs a GPU" in written
     assert "|" not in written.split("## How to reproduce")[0]
     assert not (tmp_path / "images").exists()
+    assert "have not finished" in (tmp_path / "README.md").read_text()
 
 
 def row(written: str, label: str) -> list[str]:
@@ -523,6 +540,7 @@ def row(written: str, label: str) -> list[str]:
 def test_page_of_some_results(tmp_path: Path) -> None:
     dense = {0: 2.00, 1: 2.02, 2: 2.01}
     offsets = {"sigma": (-0.02, -0.01, -0.02), "topk-16": (0.01, -0.01, 0.0), "pkm": (0.1,), "sigma-k1": (0.0, 0.02)}
+    offsets["softmax-after"] = (0.2, 0.2)
     for seed, bits in dense.items():
         run = Run("S", "dense", seed)
         results.save(run.path(tmp_path / "results"), fake(run, 2.0, test=bits))
@@ -530,30 +548,44 @@ def test_page_of_some_results(tmp_path: Path) -> None:
         for seed, offset in enumerate(values):
             run = Run("S", variant, seed)
             results.save(run.path(tmp_path / "results"), fake(run, 2.0, test=dense[seed] + offset))
-    run = Run("S", "switch", 0)
-    results.save(run.path(tmp_path / "results"), fake(run, 0.0, diverged="the loss of switch is nan at step 7"))
+    for name in ("switch-0", "softmax-after-2"):
+        variant, _, seed = name.rpartition("-")
+        run = Run("S", variant, int(seed))
+        results.save(run.path(tmp_path / "results"), fake(run, 0.0, diverged=f"the loss of {variant} is nan at step 7"))
 
     written = write_page(tmp_path)
-    assert "Size S: **47 of 60 runs are missing**" in written
+    assert "Size S: **44 of 60 runs are missing**" in written
     assert "ProductKeyMemory, ReLU (seed 1, 2)" in written
     assert row(written, "SigmaMoE, 25%")[4:] == ["1.9933", "-0.0167 ± 0.0033", "lower", "3", "1.08", "11.71"]
     assert row(written, "TopKFFN, k = d_ff/16")[5:7] == ["+0.0000 ± 0.0058", "none"]
     assert row(written, "ProductKeyMemory, ReLU")[5:8] == ["+0.1000", "one seed", "1"]
-    assert row(written, "SwitchMoE")[4:8] == ["diverged", "–", "", "1, 1 diverged"]
+    assert row(written, "SwitchMoE")[4:8] == ["diverged", "–", "diverged", "1, 1 diverged"]
+    assert row(written, "SoftmaxMoE, renormalised")[5:8] == ["+0.2000 ± 0.0000", "diverged", "3, 1 diverged"]
     assert row(written, "1 expert, 4 x the size")[5] == "+0.0250 ± 0.0050"  # from SigmaMoE, not from dense
-    order = [row(written, str(rank)) for rank in (1, 2, 3, 4)]
-    assert [cells[1].split(":")[0] for cells in order] == [
+    ranks = written.split("1 the lowest")[1].split("###")[0]
+    assert [line.split("|")[1].strip() for line in ranks.splitlines() if line.startswith("|")][2:] == [
         "SigmaMoE, 25%",
         "dense, ReLU",
         "TopKFFN, k = d_ff/16",
         "ProductKeyMemory, ReLU",
+        "SoftmaxMoE, renormalised",
     ]
-    assert order[0] == ["1", "SigmaMoE, 25%: -0.0167", "TopKFFN, k = d_ff/16: 1.07", "SigmaMoE, 25%: 11.71"]
-    assert "TopKFFN, k = d_ff/16 (none here, lower in the paper)" in written
+    assert row(ranks, "SigmaMoE, 25%") == ["SigmaMoE, 25%", "1 to 3", "2 to 3", "1"]
+    assert "TopKFFN, k = d_ff/16 (none here, lower there)" in ranks
+    assert (
+        "dense FFN uses for a byte, from the first layer to the last: 11, 21 (3 seeds). SigmaMoE computes 128"
+        in written
+    )
     assert "| a machine |" in written
     for name in ("evidence-bytes.png", "evidence-costs.png"):
         assert f"images/{name}" in written
         assert (tmp_path / "images" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_difference_says_of_how_many_seeds_it_is_where_not_of_all() -> None:
+    runs = [Run("S", "dense", 0), Run("S", "pkm", 0), Run("S", "pkm", 1)]
+    table = tables.comparison([fake(run, 2.0, test=2.0 + run.seed) for run in runs], ["pkm"], "dense", {})
+    assert row(table, "ProductKeyMemory, ReLU")[4:8] == ["2.5000", "+0.0000", "one seed", "2, 1 of them paired"]
 
 
 def test_page_of_complete_sizes_and_trials(tmp_path: Path) -> None:
@@ -569,7 +601,15 @@ def test_page_of_complete_sizes_and_trials(tmp_path: Path) -> None:
     assert "Size S is complete: 60 runs." in written
     assert "Size M is complete: 10 runs." in written
     assert "missing" not in written
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith(f"before\n{headline.BEGIN}\nIn small models trained here")
+    assert readme.endswith(f"{headline.END}\nafter\n")
+    assert "old" not in readme
+    assert row(readme, "0.0M parameters, 20 MB of text")[1:] == ["+0.0000 ± 0.0000"] * 4
+    assert row(readme, "0.0M parameters, 30 MB of text")[1:] == ["+0.0000 ± 0.0000"] * 4
     assert row(written, "0.002") == ["0.002", "2.0200", "2.0200"]
+    assert "The lowest sum is that of 0.001; dense, ReLU alone would have 0.001, SigmaMoE, 25% alone would" in written
+    assert "It is the last of the three that were tried" in written
 
 
 def test_page_of_real_runs(whole: Path, tmp_path: Path) -> None:

@@ -39,9 +39,8 @@ class Curve(NamedTuple):
 
 
 def experts_to_try(active: float, n: int, least: int) -> list[int]:
-    """Of n experts: from half of a share to all, what an FFN may get."""
-    more = 1 - active
-    shares = (active / 2, active * 0.75, active, active + more / 4, active + more / 2, 1)
+    """Of n experts: below and above a share, as many as one is ready to give to or take from an FFN."""
+    shares = (active / 2, active * 0.75, active, active + (1 - active) / 4, active + (1 - active) / 2)
     return sorted({min(n, max(least, round(share * n))) for share in shares})
 
 
