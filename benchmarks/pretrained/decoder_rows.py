@@ -139,7 +139,8 @@ class Decoding:
             "model": self._name,
             "held-out text": f"{tokens['held_out']} tokens of docstrings of the standard library of Python "
             f"{platform.python_version()}, {sizes.length} at a time",
-            "calibration": f"up to {sizes.samples} samples of {tokens['calibration']} tokens of docstrings of other modules",
+            "calibration": f"up to {sizes.samples} samples of {tokens['calibration']} tokens of docstrings of other "
+            "modules",
             "fine-tuning": f"{steps} steps on {tokens['training']} tokens of those other modules, AdamW, learning rate "
             f"{RATE:g} after five steps and falling linearly to zero; routers do not learn",
             "timed": f"one token after {sizes.length - 1} and a prompt of {sizes.length}, in fp32, in transformers",

@@ -102,8 +102,8 @@ class Encoding:
             "model": "all-MiniLM-L6-v2",
             "task": f"{self.n_pairs} docstrings of the standard library of Python {platform.python_version()}: the "
             "first paragraph finds the rest among all",
-            "calibration": f"up to {SAMPLES} samples of {self.n_calibration} docstrings of torch {torch.__version__}, 4096 "
-            "tokens of each kept",
+            "calibration": f"up to {SAMPLES} samples of {self.n_calibration} docstrings of torch {torch.__version__}, "
+            "4096 tokens of each kept",
         }
 
     def quality(self) -> Iterator[Cell]:
