@@ -15,7 +15,7 @@ from . import headline, paper, picture, plan
 from .results import RESULTS, Record, load_all
 from .sizes import SIZES
 from .statistics import ERRORS
-from .tables import beside_the_paper, comparison
+from .tables import beside_the_paper, comparison, course
 from .variants import DENSE, SIGMA, VARIANTS
 
 INTRODUCTION = """\
@@ -147,6 +147,7 @@ def layers(records: Sequence[Record]) -> Iterator[str]:
     yield "Test bits per byte; lower is better.\n"
     yield comparison(records, names, DENSE, paper.LAYERS)
     yield from beside_the_paper(records, names, DENSE, paper.LAYERS)
+    yield course(records, names, DENSE)
 
 
 def units(records: Sequence[Record]) -> Iterator[str]:

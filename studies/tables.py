@@ -125,5 +125,33 @@ def beside_the_paper(
     )
 
 
+PARTS = (0.25, 0.5, 0.75, 1.0)
+"""Of the text of a run."""
+
+
+def course(records: Sequence[Record], names: Sequence[str], base: str) -> str:
+    """The difference from the base after parts of the text, of the validation windows of the curves."""
+    rows = []
+    for name in names:
+        found = [paired(_after(records, name, part), _after(records, base, part)) for part in PARTS]
+        if name != base and any(found):
+            rows.append([VARIANTS[name].label, *(str(difference or "–") for difference in found)])
+    if not rows:
+        return ""
+    header = ["FFN", *(f"{part:.0%} of the text" for part in PARTS)]
+    what = f"The difference from {_short(base)} in the course of training, in bits per byte of the curves' windows:"
+    return f"{what}\n\n{markdown((header, rows))}\n"
+
+
+def _after(records: Sequence[Record], variant: str, part: float) -> dict[int, float]:
+    """Bits per byte of each seed at the point that is the nearest to this part of the text."""
+    found = {}
+    for record in records:
+        if record["variant"] == variant and not record["diverged"]:
+            done, bits = record["curve"]["bytes"], record["curve"]["bits_per_byte"]
+            found[record["seed"]] = bits[min(range(len(done)), key=lambda i: abs(done[i] - part * done[-1]))]
+    return found
+
+
 def _short(base: str) -> str:
     return "dense" if base == DENSE else "SigmaMoE"

@@ -562,7 +562,7 @@ def test_page_of_some_results(tmp_path: Path) -> None:
     assert row(written, "SwitchMoE")[4:8] == ["diverged", "–", "diverged", "1, 1 diverged"]
     assert row(written, "SoftmaxMoE, renormalised")[5:8] == ["+0.2000 ± 0.0000", "diverged", "3, 1 diverged"]
     assert row(written, "1 expert, 4 x the size")[5] == "+0.0250 ± 0.0050"  # from SigmaMoE, not from dense
-    ranks = written.split("1 the lowest")[1].split("###")[0]
+    ranks = written.split("1 the lowest")[1].split("in the course of training")[0]
     assert [line.split("|")[1].strip() for line in ranks.splitlines() if line.startswith("|")][2:] == [
         "SigmaMoE, 25%",
         "dense, ReLU",
@@ -586,6 +586,19 @@ def test_a_difference_says_of_how_many_seeds_it_is_where_not_of_all() -> None:
     runs = [Run("S", "dense", 0), Run("S", "pkm", 0), Run("S", "pkm", 1)]
     table = tables.comparison([fake(run, 2.0, test=2.0 + run.seed) for run in runs], ["pkm"], "dense", {})
     assert row(table, "ProductKeyMemory, ReLU")[4:8] == ["2.5000", "+0.0000", "one seed", "2, 1 of them paired"]
+
+
+def test_the_course_of_differences_is_read_off_the_curves() -> None:
+    runs = [Run("S", name, seed) for name in ("dense", "pkm") for seed in (0, 1)]
+    records = [fake(run, 2.0) for run in runs]
+    for record in records:
+        points = 8 if record["variant"] == "pkm" else 4
+        record["curve"]["bytes"] = [10 * (i + 1) * 4 // points for i in range(points)]
+        start = 3.0 + record["seed"] + (0.5 if record["variant"] == "pkm" else 0.0)
+        record["curve"]["bits_per_byte"] = [start - i / points for i in range(points)]
+    found = row(tables.course(records, ["dense", "pkm"], "dense"), "ProductKeyMemory, ReLU")
+    assert found[1:] == [f"{0.5 - 0.125:+.4f} ± 0.0000"] * 4
+    assert tables.course(records[:2], ["dense", "pkm"], "dense") == ""
 
 
 def test_page_of_complete_sizes_and_trials(tmp_path: Path) -> None:
