@@ -70,7 +70,8 @@ def experts(d_ff: int, share: int) -> FFNConfig:
 def beside(d_ff: int, share: int) -> FFNConfig:
     """Three quarters of the active units are a shared expert's. Routers rank; values make up for what is left out.
 
-    These parts and experts of 16 lost least on calibration text of the first decoder, a quarter of it kept back.
+    These parts and experts of 16 lost least on calibration text of the first decoder, a quarter of it kept back. There
+    FFNs that share out the active units lost 0.08 instead of 0.11 nats at 75%, 0.32 instead of 0.36 at 50%.
     """
     return sf.MoEConfig(
         router="unweighted", balance="none", init="cluster", router_init="ranked", refit=True, bias=True,
@@ -96,6 +97,7 @@ def methods(d_ff: int) -> tuple[Method, ...]:
         Method("experts of 64, not calibrated", partial(experts, d_ff), some, calibrated=False, timed=()),
         Method("experts of 64, calibrated", partial(experts, d_ff), some, tuned=(50, 25)),
         Method("experts of 16 and a shared one, calibrated", partial(beside, d_ff), tuned=(50, 25)),
+        Method("the same, units shared out", partial(beside, d_ff), shared_out=True, tuned=(50, 25), timed=()),
         Method("TopKFFN", partial(units, d_ff), every, calibrated=False, shares=(75, 50, 25, 10), tuned=(25, 10)),
     )
 
