@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import sparse_ffn as sf
 from sparse_ffn.convert import config, config_from_dict, config_of
 from sparse_ffn.convert.curve import Curve, Point, allocate
+from sparse_ffn.convert.init.auto import choose
 from sparse_ffn.convert.init.router import fit_ranking
 from sparse_ffn.convert.init.weights import FFNWeights
 from sparse_ffn.layers import SharedExpertMoE
@@ -280,6 +281,24 @@ def test_auto_is_exact_at_all_experts_and_needs_no_calibration(kind: type[Any]) 
         same(sf.from_dense(dense, kind(expert_size=4, k=4, init="auto"), inputs=inputs).eval(), dense, rtol=1e-4)
     layer = sf.from_dense(dense, kind(expert_size=4, k=2, init="auto"))
     assert (type(layer), layer.k) == (kind.layer, 2)
+
+
+@pytest.mark.parametrize("best", [("split", None), ("cluster", "keys"), ("cluster", None)])
+def test_auto_tries_each_way_to_deal_units_out_after_any_other(best: tuple[str, str | None]) -> None:
+    ffn = FFNWeights(torch.randn(16, 6), torch.randn(16, 6), "relu")
+    auto = dataclasses.replace(OPEN, active=0.5, init="auto")
+    chosen = choose(auto, ffn, lambda tried: (tried.init, tried.cluster_by) != best)
+    assert (chosen.init, chosen.cluster_by) == best
+
+
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+def test_auto_splits_though_units_were_to_be_clustered_where_that_is_exact_or_all_that_can_be(where: str) -> None:
+    dense, k = Mlp("relu", d_ff=16).to(where), {"cpu": 4, "meta": 2}[where]
+    auto = dataclasses.replace(OPEN, k=k, init="auto", cluster_by="keys")
+    layer = sf.from_dense(dense, auto, inputs=torch.randn(20, 6) if where == "cpu" else None)
+    if where == "cpu":
+        same(layer, dense)
+    assert (layer.k, layer.keys.device.type) == (k, where)
 
 
 # --------------------------------------------------------------------------------------------------- example inputs
