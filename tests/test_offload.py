@@ -6,7 +6,9 @@ import copy
 import io
 import pickle
 import random
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -137,6 +139,28 @@ def test_what_computes_has_waited_for_its_copies() -> None:
             x = torch.randn(tokens, D)
             twin.prefetch(torch.randn(2, D))
             torch.testing.assert_close(twin(x), layer(x), rtol=1e-5, atol=1e-6)
+
+
+def test_threads_that_share_a_layer_get_the_resident_layers_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of()
+    twin = copy.deepcopy(offloaded(layer, K))
+    monkeypatch.setattr(Copies, "wait", lambda *_: time.sleep(1e-3))  # another thread goes on before this one computes
+
+    @torch.no_grad()
+    def serve(x: Tensor) -> None:
+        twin.prefetch(x)
+        torch.testing.assert_close(twin(x), layer(x))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(serve, torch.randn(20, 1, D)))
+
+
+def test_a_cache_made_in_inference_mode_serves_outside_of_it() -> None:
+    layer, x = layer_of(), torch.randn(3, D)
+    with torch.inference_mode():
+        twin = offloaded(layer, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x), layer(x))
 
 
 def test_prefetched_experts_are_hits() -> None:
