@@ -30,7 +30,7 @@ def polynomial_units_(layer: UnitsFFN, a: float, b: float, c: float = 0.0) -> No
         layer: a ``DenseFFN``, ``TopKFFN`` or mixture with biases and without a GLU.
         a: not 0.
         b: any.
-        c: any for a ``DenseFFN``, b²/4a for others.
+        c: any for a ``DenseFFN`` and for a ``TopKFFN`` with k = d_ff, b²/4a for others.
 
     Raises:
         TypeError: ``layer`` has no units with keys.
@@ -47,14 +47,15 @@ def polynomial_units_(layer: UnitsFFN, a: float, b: float, c: float = 0.0) -> No
     if layer.gate_keys is not None:
         raise ValueError("layer must not be a GLU, whose activation is of the gate, which has no bias")
     constant = c - b * b / (4 * a)
-    if not isinstance(layer, DenseFFN) and abs(constant) > 1e-6 * max(abs(c), abs(constant)):
+    adds_all = isinstance(layer, DenseFFN) and getattr(layer, "k", layer.d_ff) == layer.d_ff
+    if not adds_all and abs(constant) > 1e-6 * max(abs(c), abs(constant)):
         raise ValueError(
             f"c must be b²/4a = {b * b / (4 * a)} for {type(layer).__name__}, which does not add all units, "
             f"got {shown(c)}"
         )
     layer.activation = "square"
     layer.key_bias.add_(b / (2 * a))
-    if isinstance(layer, DenseFFN):
+    if adds_all:
         layer.out_bias.add_(layer.values.sum(0), alpha=constant)
     layer.values.mul_(a)
 
