@@ -186,12 +186,11 @@ def _ask(experts: nn.Module, x_SD: Tensor, expert_S: Tensor) -> Tensor:
 
 
 def measure(
-    experts: Experts, args: tuple[Any, ...], kwargs: dict[str, Any], batch_mask: Tensor | None, forced: bool
+    experts: Experts, args: tuple[Any, ...], kwargs: dict[str, Any], batch_mask_T: Tensor | None, forced: bool
 ) -> ExpertStats | None:
     """What a call of the module adds to the sums; None without a real token."""
     x_TD, index_TK, gate_TK, mask_T = experts.route(*args, **kwargs)
-    if mask_T is None and batch_mask is not None and batch_mask.numel() == len(x_TD):
-        mask_T = batch_mask.flatten().to(x_TD.device)
+    mask_T = batch_mask_T if mask_T is None else mask_T
     if mask_T is not None:
         x_TD, index_TK, gate_TK = x_TD[mask_T], index_TK[mask_T], gate_TK[mask_T]
     if not len(x_TD):
