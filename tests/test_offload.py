@@ -211,6 +211,20 @@ def test_a_model_with_two_layers_through(way: Callable[[nn.Module], nn.Module]) 
         torch.testing.assert_close(way(model)(x), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("coded", [False, True], ids=["dense", "codes"])
+def test_tied_stacks_are_tied_again(coded: bool) -> None:
+    a, b = layer_of(), layer_of()
+    b.keys = a.keys
+    model = nn.Sequential(a, b)
+    if coded:
+        sf.quantize_experts_(model, sf.ExpertQuantization(group_size=8))
+    sf.offload_experts_(model, cache=3, device="cpu")
+    sf.dequantize_experts_(model)
+    assert isinstance(a.keys, nn.Parameter)
+    assert a.keys is b.keys
+    assert a.values is not b.values
+
+
 def test_offloaded_rows_say_what_they_are_and_stay() -> None:
     model = nn.Sequential(layer_of(coded=True))
     sf.offload_experts_(model, cache=3, device="cpu")

@@ -470,6 +470,11 @@ def test_tied_stacks_stay_tied() -> None:
     quantize_experts_(nn.Sequential(a, b), ExpertQuantization(bits=8))
     assert a.keys is b.keys
     assert a.gate_keys is not b.gate_keys
+    dequantize_experts_(nn.Sequential(a, b))
+    assert isinstance(a.keys, nn.Parameter)
+    assert a.keys is b.keys
+    assert a.values is b.values
+    assert a.gate_keys is not b.gate_keys
 
 
 def test_the_report_tells_bytes_and_errors() -> None:

@@ -164,9 +164,9 @@ class OffloadedRows(ExpertRows):
         numbers: Tensor = host if experts is None else host[experts]
         return numbers.mT if self.transposed else numbers
 
-    def n_bytes(self) -> int:
-        """Bytes in host memory."""
-        return sum(t.nbytes for t in _tensors(self._host))
+    def stored(self) -> list[Tensor]:
+        """Those in host memory."""
+        return _tensors(self._host)
 
     def ffn(
         self,
