@@ -74,7 +74,7 @@ class ExpertParallel(ParallelStyle):
         check_layer(self, module, (MoE,), UNITS)
         assert isinstance(module, MoE)
         replicated = isinstance(self.input_layouts, Replicate)
-        exchange = None if replicated else choose(self.exchange, device_mesh.size(), module.k)
+        exchange = None if replicated else choose(self.exchange, device_mesh.size(), min(module.k, module.n_experts))
         distribute(module, UNITS, device_mesh, Shard(0))
         if self.rest == "replicate":
             distribute(module, ("out_bias", "constants"), device_mesh, Replicate())
