@@ -150,7 +150,8 @@ class ReplicatedExperts(_Experts):
         seed = torch.randint(2**62, (1,)).expand(self.mesh.size())  # of the generator that checkpointing restores
         ones = [1] * self.mesh.size()
         first = all_to_all(seed.to(x_TR.device), ones, ones, self.mesh)[0].item()
-        with torch.random.fork_rng(device_type=x_TR.device.type if x_TR.device.type != "cpu" else "cuda"):
+        own = [] if x_TR.device.type == "cpu" else [x_TR.device]  # a process may see devices of others
+        with torch.random.fork_rng(own, device_type=own[0].type if own else "cuda"):
             torch.manual_seed(int(first))
             return super().route(router, x_TR, mask_T)
 
