@@ -105,7 +105,7 @@ def test_what_no_config_says_of_a_shared_expert_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"active": 0.5, "k": 2}, r"active = 0\.5: k = 2 says the same"),
+        ({"active": 0.5, "k": 2}, r"active = 0\.5: k = 2 decides that, give k=None"),
         ({"active": 0.0}, r"active = 0\.0: it must be above 0"),
         ({"active": 1.5}, r"active must be in \[0, 1\], got 1\.5"),
         ({"shared_size": -1}, "shared_size must be at least 0, got -1"),
@@ -224,6 +224,15 @@ def test_sizes_that_do_not_fit_are_named_with_their_ffn_and_nothing_is_replaced(
         with pytest.raises(ValueError, match=r"^0\.ffn \(a, b: relu, d_ff = 32\): n_experts·expert_size = 6·5 must be"):
             sf.sparsify_(model, odd, calibration=[torch.randn(4, 10, 6)])
     assert all(isinstance(block.ffn, Mlp) for block in model)
+
+
+@pytest.mark.parametrize(("shared", "d_ff", "active"), [(7, 31, 0.5), (31, 35, 0.98)])
+def test_a_shared_expert_of_any_size_leaves_each_ffn_an_expert(shared: int, d_ff: int, active: float) -> None:
+    model = nn.Sequential(*(Block(Mlp(d_ff=d_ff)) for _ in range(2))).eval()
+    sf.sparsify_(model, dataclasses.replace(OPEN, active=active, shared_size=shared), calibration=[torch.randn(20, 6)])
+    layers = [module for module in model.modules() if isinstance(module, SharedExpertMoE)]
+    assert [layer.shared.d_ff for layer in layers] == [shared] * 2
+    assert all(layer.routed.k >= 1 for layer in layers)
 
 
 def test_logits_are_compared_as_distributions() -> None:

@@ -70,7 +70,7 @@ class _Ways:
         self.n = ffn.d_ff // self.size
         shared = config.shared_size or 0
         self.ratio = shared / (config.active * ffn.d_ff) if scaled else None
-        self.least = 1 if scaled else 1 + shared // self.size
+        self.least = 1 if scaled else min(self.n, 1 + -(-shared // self.size))  # one beside the shared one
 
     def of(self, n: int) -> ExpertsConfig:
         """Where n experts are active."""
