@@ -241,6 +241,13 @@ def test_transformers_models_are_measured_without_code_of_their_own(family: str)
     torch.testing.assert_close(stats.energy, energy, rtol=1e-4, atol=1e-12)
 
 
+def test_a_split_layer_is_measured_before() -> None:
+    model = Model(own_mask=False)
+    model.first._split = object()
+    with pytest.raises(ValueError, match=r"model's layer first is split by sparse_ffn\.parallel: measure before"):
+        sf.expert_stats(model, [torch.randn(2, 5, 6)])
+
+
 def test_errors_say_what_is_missing() -> None:
     layer, x = sf.SigmaMoE(6, 5, 4, 2), torch.randn(4, 6)
     with pytest.raises(ValueError, match="no MoE layer"):
