@@ -94,4 +94,7 @@ def test_a_block_that_does_not_fit_is_refused() -> None:
     layer = sf.TopKFFN(32, 24, 4)
     with pytest.raises(ValueError, match=r"block = \(16, 16\) must divide the units and columns of keys, \(24, 32\)"):
         block_mask_(layer, 0.5, (16, 16))
+    layer._split = object()
+    with pytest.raises(ValueError, match=r"layer is split by sparse_ffn\.parallel: mask its blocks before"):
+        block_mask_(layer, 0.5)
     assert "keys" in dict(layer.named_parameters())

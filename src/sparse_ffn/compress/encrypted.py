@@ -75,10 +75,13 @@ def block_mask_(layer: UnitsFFN, share: float, block: tuple[int, int] = (8, 16))
 
     Raises:
         TypeError: ``layer`` has no units with keys, or ``block`` holds no ints.
-        ValueError: share outside its range, stored rows, or a block that does not divide units and columns.
+        ValueError: share outside its range, stored rows, a layer split by ``sparse_ffn.parallel``, or a block that
+            does not divide units and columns.
     """
     check_type("layer", layer, UnitsFFN, "a DenseFFN, a TopKFFN or a mixture of experts")
     check_dense(layer)
+    if layer._split is not None:
+        raise ValueError("layer is split by sparse_ffn.parallel: mask its blocks before")
     share = check_rate("share", share, inclusive=True)
     sizes = _block(block)
     stacks: dict[str, Tensor] = {n: getattr(layer, n) for n in ("keys", "gate_keys", "values")}

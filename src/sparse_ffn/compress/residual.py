@@ -15,6 +15,7 @@ from sparse_ffn.convert.init.weights import relative_error, wide
 from sparse_ffn.layers.low_rank import LowRankMoE
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.rows.base import check_dense
+from sparse_ffn.module import fork_random
 
 # E experts, G units of each, C numbers of a unit, D d_model, O d_out, R rank
 
@@ -146,7 +147,7 @@ def _empty(layer: MoE, rank: int) -> LowRankMoE:
             "balance_over", "aux", "sync_balance", "init_scale",
         )
     }  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
+    with fork_random(layer.values.device):
         return LowRankMoE(
             layer.d_model, layer.n_experts, layer.expert_size, layer.k, rank,
             router=layer.router, glu=layer.gate_keys is not None, bias=layer.out_bias is not None,

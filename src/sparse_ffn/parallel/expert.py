@@ -11,6 +11,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from sparse_ffn import ops
 from sparse_ffn.checks import check_choice, is_dtensor
 from sparse_ffn.layers.moe import MoE
+from sparse_ffn.module import fork_random
 from sparse_ffn.parallel.collectives import all_to_all, sum_backward, sum_forward
 from sparse_ffn.parallel.exchange import Exchange, choose
 from sparse_ffn.parallel.split import UNITS, Split, check_layer, check_mesh, check_placement, distribute, mean
@@ -150,8 +151,7 @@ class ReplicatedExperts(_Experts):
         seed = torch.randint(2**62, (1,)).expand(self.mesh.size())  # of the generator that checkpointing restores
         ones = [1] * self.mesh.size()
         first = all_to_all(seed.to(x_TR.device), ones, ones, self.mesh)[0].item()
-        own = [] if x_TR.device.type == "cpu" else [x_TR.device]  # a process may see devices of others
-        with torch.random.fork_rng(own, device_type=own[0].type if own else "cuda"):
+        with fork_random(x_TR.device):
             torch.manual_seed(int(first))
             return super().route(router, x_TR, mask_T)
 
