@@ -447,7 +447,8 @@ def entries() -> dict[str, Entry]:
         wrong={"name": ("", "auto", "two words", 3, None), "cls": (None, 3, "gather", nn.Linear)})  # fmt: skip
     add("clip_grad_norm_", parallel.clip_grad_norm_,
         lambda: {"parameters": trained_parameters(), "max_norm": 0.5, "norm_type": 2.0},
-        wrong={"parameters": (None, 3, "nonsense", [3], nn.Linear(2, 2)), "max_norm": SCALE, "foreach": FLAG,
+        wrong={"parameters": (None, 3, "nonsense", [3], nn.Linear(2, 2)), "foreach": FLAG,
+               "max_norm": (-1.0, math.nan, "1", True, [1.0], 1j, None),
                "norm_type": (-1.0, 0.0, math.nan, "2", [2.0], None), "error_if_nonfinite": FLAG,
                "pp_group": ("nonsense", 3, True)})  # fmt: skip
     add("inner_first", with_inner_first, {"model": nn.Linear(2, 2)}, signature=peft.inner_first)

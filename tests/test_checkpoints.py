@@ -177,6 +177,41 @@ def test_deepseeks_bias_is_moved_and_gradients_flow() -> None:
     assert not torch.equal(layer.routed.router.bias, before)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3", "moe_layer"])
+def test_what_only_training_has_may_be_asked_for(kind: str) -> None:
+    options, x = {"balance": "bias", "expert_dropout": 0.5}, torch.randn(40, D)
+    if kind == "moe_layer":
+        state = moe_layer_state(True)
+        plain, layer = from_moe_layer(state, K), from_moe_layer(state, K, **options)
+    else:
+        config, theirs = block(kind)
+        plain, layer = (from_transformers(theirs.state_dict(), config, **o) for o in ({}, options))
+    torch.testing.assert_close(layer.eval()(x), plain.eval()(x))
+    first, second = (layer.train()(x) for _ in range(2))
+    assert not torch.equal(first, second)  # other experts are dropped
+    router = next(m.router for m in layer.modules() if isinstance(m, sf.MoE))
+    before = router.bias.clone()
+    sf.update_router_bias(layer)
+    assert not torch.equal(router.bias, before)
+    if kind == "mixtral":
+        with pytest.raises(ValueError, match="its router's selection bias has no place there"):
+            to_transformers(layer, config)
+        router.bias.zero_()
+        to_transformers(layer, config)
+
+
+def test_options_that_the_checkpoint_decides_are_refused() -> None:
+    config, theirs = block("mixtral")
+    for option, shown in (({"router": "sigmoid"}, "router = 'sigmoid'"), ({"k": 3}, "k = 3")):
+        with pytest.raises(ValueError, match=f"{shown} is for the checkpoint to say: leave it out"):
+            from_transformers(theirs.state_dict(), config, **option)
+    config, theirs = block("deepseek_v3")
+    with pytest.raises(ValueError, match="balance = 'entropy' must hold 'bias': the checkpoint has a correction bias"):
+        from_transformers(theirs.state_dict(), config, balance="entropy")
+    with pytest.raises(ValueError, match="bias = True is for the checkpoint to say: leave it out"):
+        from_moe_layer(moe_layer_state(False), K, bias=True)
+
+
 def test_a_router_wider_than_its_experts_stays_so() -> None:
     config, theirs = block("deepseek_v3")
     state = {n: t if n.startswith("gate.") else t.bfloat16() for n, t in theirs.state_dict().items()}

@@ -235,8 +235,9 @@ def test_parameter_equal_refuses_what_it_cannot_answer() -> None:
         sf.parameter_equal(sf.SigmaMoE, 16, 64)
     with pytest.raises(ValueError, match="n_experts = 4 is what parameter_equal chooses"):
         sf.parameter_equal(sf.SigmaMoE, 16, 64, n_experts=4, expert_size=8, k=2)
-    with pytest.raises(TypeError, match="layer_cls must be a layer class"):
-        sf.parameter_equal(nn.Linear, 16, 64)
+    for other in (nn.Linear, sf.layers.LowRankMoE):
+        with pytest.raises(TypeError, match=f"layer_cls must be MoE or one of its forms, .* got .*{other.__name__}"):
+            sf.parameter_equal(other, 16, 64)
 
 
 def test_flops_and_active_share() -> None:

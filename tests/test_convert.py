@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations, prune
 
 import sparse_ffn as sf
 from sparse_ffn.convert import ConstantInput, LowRankMoEConfig, config, config_from_dict, config_of, places
+from sparse_ffn.convert.budget import Judge
 from sparse_ffn.convert.calibrate import Reservoir
 from sparse_ffn.convert.init.partition import balanced_assignment, balanced_kmeans
 from sparse_ffn.layers.shared_expert import SharedExpertMoE
@@ -1211,6 +1212,29 @@ def test_calibrate_runs_batches_leaves_padding_out_and_puts_everything_back() ->
         sf.calibrate(nn.Linear(3, 3), [torch.randn(1, 3)])
 
 
+def test_calibrate_leaves_padding_out_where_tokens_come_as_rows_and_knows_it_by_their_order() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows, self.turned = Mlp(), Mlp()
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.rows(x.flatten(0, 1)) + self.turned(x.transpose(0, 1)).transpose(0, 1).flatten(0, 1)
+
+    x, mask = torch.randn(2, 3, 6), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    found = sf.calibrate(Model(), [{"x": x, "attention_mask": mask}])
+    assert torch.equal(found["rows"], x[mask.bool()])
+    assert torch.equal(found["turned"], x.transpose(0, 1).flatten(0, 1))  # another order: no row is taken for padding
+
+
+@pytest.mark.parametrize("one", [{"x": torch.zeros(2, 6)}, torch.zeros(2, 6), "x"], ids=["dict", "tensor", "str"])
+def test_one_batch_is_not_taken_for_many(one: Any) -> None:
+    model = nn.Sequential(Mlp(), sf.SigmaMoE(6, 3, 4, 2))
+    for ask in (sf.calibrate, sf.expert_stats):
+        with pytest.raises(TypeError, match=r"to iterate over, got one, .+: put it into a list"):
+            ask(model, one)
+
+
 def test_an_ffn_that_saw_no_token_is_left_out_and_then_missed() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -1280,6 +1304,8 @@ def test_calibrate_knows_that_a_decoder_has_a_mask_of_its_own() -> None:
     batch["decoder_attention_mask"] = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0]])
     given = {name: len(rows) for name, rows in sf.calibrate(model, [batch]).items()}
     assert [n for name, n in given.items() if name.startswith("decoder")] == [3]
+    ((logits, _),) = Judge(model, [batch]).before
+    assert logits.shape == (3, 20)
 
 
 def clustered(n_groups: int = 4, size: int = 4) -> tuple[Mlp, Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import sparse_ffn as sf
 from sparse_ffn.convert import config, config_from_dict, config_of
 from sparse_ffn.convert.curve import Curve, Point, allocate
+from sparse_ffn.convert.init.auto import choose
 from sparse_ffn.convert.init.router import fit_ranking
 from sparse_ffn.convert.init.weights import FFNWeights
 from sparse_ffn.layers import SharedExpertMoE
@@ -104,7 +105,7 @@ def test_what_no_config_says_of_a_shared_expert_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"active": 0.5, "k": 2}, r"active = 0\.5: k = 2 says the same"),
+        ({"active": 0.5, "k": 2}, r"active = 0\.5: k = 2 decides that, give k=None"),
         ({"active": 0.0}, r"active = 0\.0: it must be above 0"),
         ({"active": 1.5}, r"active must be in \[0, 1\], got 1\.5"),
         ({"shared_size": -1}, "shared_size must be at least 0, got -1"),
@@ -225,6 +226,15 @@ def test_sizes_that_do_not_fit_are_named_with_their_ffn_and_nothing_is_replaced(
     assert all(isinstance(block.ffn, Mlp) for block in model)
 
 
+@pytest.mark.parametrize(("shared", "d_ff", "active"), [(7, 31, 0.5), (31, 35, 0.98)])
+def test_a_shared_expert_of_any_size_leaves_each_ffn_an_expert(shared: int, d_ff: int, active: float) -> None:
+    model = nn.Sequential(*(Block(Mlp(d_ff=d_ff)) for _ in range(2))).eval()
+    sf.sparsify_(model, dataclasses.replace(OPEN, active=active, shared_size=shared), calibration=[torch.randn(20, 6)])
+    layers = [module for module in model.modules() if isinstance(module, SharedExpertMoE)]
+    assert [layer.shared.d_ff for layer in layers] == [shared] * 2
+    assert all(layer.routed.k >= 1 for layer in layers)
+
+
 def test_logits_are_compared_as_distributions() -> None:
     class Output:
         def __init__(self, logits: Tensor) -> None:
@@ -280,6 +290,24 @@ def test_auto_is_exact_at_all_experts_and_needs_no_calibration(kind: type[Any]) 
         same(sf.from_dense(dense, kind(expert_size=4, k=4, init="auto"), inputs=inputs).eval(), dense, rtol=1e-4)
     layer = sf.from_dense(dense, kind(expert_size=4, k=2, init="auto"))
     assert (type(layer), layer.k) == (kind.layer, 2)
+
+
+@pytest.mark.parametrize("best", [("split", None), ("cluster", "keys"), ("cluster", None)])
+def test_auto_tries_each_way_to_deal_units_out_after_any_other(best: tuple[str, str | None]) -> None:
+    ffn = FFNWeights(torch.randn(16, 6), torch.randn(16, 6), "relu")
+    auto = dataclasses.replace(OPEN, active=0.5, init="auto")
+    chosen = choose(auto, ffn, lambda tried: (tried.init, tried.cluster_by) != best)
+    assert (chosen.init, chosen.cluster_by) == best
+
+
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+def test_auto_splits_though_units_were_to_be_clustered_where_that_is_exact_or_all_that_can_be(where: str) -> None:
+    dense, k = Mlp("relu", d_ff=16).to(where), {"cpu": 4, "meta": 2}[where]
+    auto = dataclasses.replace(OPEN, k=k, init="auto", cluster_by="keys")
+    layer = sf.from_dense(dense, auto, inputs=torch.randn(20, 6) if where == "cpu" else None)
+    if where == "cpu":
+        same(layer, dense)
+    assert (layer.k, layer.keys.device.type) == (k, where)
 
 
 # --------------------------------------------------------------------------------------------------- example inputs

@@ -36,6 +36,20 @@ def test_other_layers_get_those_with_one_root() -> None:
     torch.testing.assert_close(layer(x), torch.einsum("tkg,tkgo,tk->to", h, before.values[index], gate))
 
 
+def test_what_a_layer_does_not_add_it_gets_no_constant_for() -> None:
+    layer = sf.TopKFFN(8, 12, 4)
+    with pytest.raises(ValueError, match=r"c must be b²/4a = 0.125 for TopKFFN, which does not add all units, got 0.0"):
+        polynomial_units_(layer, 0.5, 0.5)
+    polynomial_units_(layer, 0.5, 0.5, 0.125)
+    assert not layer.out_bias.any()
+    layer, dense = sf.TopKFFN(8, 12, 12), sf.DenseFFN(8, 12)
+    dense.load_state_dict(layer.state_dict())
+    for each in (layer, dense):
+        polynomial_units_(each, 0.5, 0.5)
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(layer(x), dense(x))
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
@@ -80,4 +94,7 @@ def test_a_block_that_does_not_fit_is_refused() -> None:
     layer = sf.TopKFFN(32, 24, 4)
     with pytest.raises(ValueError, match=r"block = \(16, 16\) must divide the units and columns of keys, \(24, 32\)"):
         block_mask_(layer, 0.5, (16, 16))
+    layer._split = object()
+    with pytest.raises(ValueError, match=r"layer is split by sparse_ffn\.parallel: mask its blocks before"):
+        block_mask_(layer, 0.5)
     assert "keys" in dict(layer.named_parameters())

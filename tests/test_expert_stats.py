@@ -162,6 +162,21 @@ def test_padding_is_left_out_and_modes_and_hooks_come_back(own_mask: bool) -> No
     assert list(sf.expert_stats(model, [x], lambda module, name: name == "first")) == ["first"]
 
 
+def test_a_mask_of_another_order_marks_no_tokens() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.moe = sf.SigmaMoE(6, 5, 4, 2)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            y: Tensor = self.moe(x.transpose(0, 1))
+            return y
+
+    model, x = Turned(), torch.randn(2, 3, 6)
+    found = sf.expert_stats(model, [{"x": x, "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}])
+    assert_same(found["moe"], brute_force(model.moe, x.flatten(0, 1)), 1e-5)
+
+
 def test_a_router_input_is_what_routes() -> None:
     class Wide(nn.Module):
         def __init__(self) -> None:
@@ -224,6 +239,13 @@ def test_transformers_models_are_measured_without_code_of_their_own(family: str)
             energy[e] += (g * y).square().sum().item()
     assert stats.tokens == 10
     torch.testing.assert_close(stats.energy, energy, rtol=1e-4, atol=1e-12)
+
+
+def test_a_split_layer_is_measured_before() -> None:
+    model = Model(own_mask=False)
+    model.first._split = object()
+    with pytest.raises(ValueError, match=r"model's layer first is split by sparse_ffn\.parallel: measure before"):
+        sf.expert_stats(model, [torch.randn(2, 5, 6)])
 
 
 def test_errors_say_what_is_missing() -> None:

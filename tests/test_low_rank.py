@@ -191,11 +191,11 @@ def test_it_stands_where_the_mixture_stood() -> None:
     shared = SharedExpertMoE(experts(balance="bias"), sf.DenseFFN(D, 8, dtype=torch.float64))
     latent = oracle.randomise(LatentMoE(D, D, E, G, K, dtype=torch.float64))
     tied = experts()
-    model = nn.Sequential(shared, latent, tied, nn.ModuleDict({"again": tied})).eval()
+    model = nn.Sequential(shared, latent, tied, nn.ModuleDict({"again": tied}), tied).eval()
     expected = model[2](model[1](model[0](x)))
     assert len(compress_experts_(model, 5).layers) == 3
     assert isinstance(latent.moe, LowRankMoE)
-    assert model[2] is model[3]["again"]
+    assert model[2] is model[3]["again"] is model[4]
     torch.testing.assert_close(model[2](model[1](model[0](x))), expected)
     assert not model[2].training
     assert list(sf.routing_stats(model)) == ["0.routed", "1.moe", "2"]
@@ -207,6 +207,13 @@ def test_what_cannot_be_compressed_is_said_and_stays() -> None:
     with pytest.raises(ValueError, match="rank must be at least 1 and at most that of the experts of 1 = 2, got 3"):
         compress_experts_(model, 3)
     assert list(model) == before
+    for broken, words in (({"device": "meta"}, "1: keys is on meta: load"), ({}, "1: key_bias is not finite")):
+        model = nn.Sequential(experts(bias=True), sf.MoE(D, E, G, K, bias=True, **broken))
+        nn.init.constant_(model[1].key_bias, torch.nan)
+        before = list(model)
+        with pytest.raises(ValueError, match=words):
+            compress_experts_(model, 2)
+        assert list(model) == before
     with pytest.raises(ValueError, match="model is itself a MoE"):
         compress_experts_(experts(), 2)
     with pytest.raises(ValueError, match="holds no MoE"):

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import sparse_ffn as sf
-from sparse_ffn.compress import mapped
+from sparse_ffn.compress import block_mask_, mapped
 
 
 class Model(nn.Module):
@@ -85,6 +86,44 @@ def test_codes_are_mapped_as_they_are(kind: str, tmp_path: Path) -> None:
     model.router = loaded.router
     with torch.no_grad():
         assert torch.equal(model(x), loaded(x))
+
+
+def test_tied_stacks_stay_tied(tmp_path: Path) -> None:
+    a, b = sf.SigmaMoE(8, 6, 5, 2), sf.SigmaMoE(8, 6, 5, 2)
+    b.keys = a.keys
+    model = nn.Sequential(a, b)
+    sf.map_experts_(model, save(model.state_dict(), tmp_path / "model", "torch"))
+    assert a.keys is b.keys
+    assert a.values is not b.values
+
+
+def test_a_state_dict_may_hold_more_than_tensors(tmp_path: Path) -> None:
+    model = sf.SigmaMoE(8, 6, 5, 2)
+    expected = model.keys.detach().clone()
+    sf.map_experts_(model, save({"_extra_state": {"step": 3}, **model.state_dict()}, tmp_path / "model", "torch"))
+    assert torch.equal(model.keys, expected)
+
+
+def distributed(layer: sf.MoE) -> None:
+    layer._split = object()
+
+
+WHOLE = {
+    "parametrised": lambda layer: parametrize.register_parametrization(layer, "keys", nn.Identity()),
+    "pruned": lambda layer: block_mask_(layer, 0.5, (1, 4)),
+    "offloaded": lambda layer: sf.offload_experts_(layer, cache=2, device="cpu"),
+    "distributed": distributed,
+}
+
+
+@pytest.mark.parametrize("what", WHOLE)
+def test_what_is_no_plain_parameter_is_refused_and_nothing_is_mapped(what: str, tmp_path: Path) -> None:
+    model = nn.Sequential(sf.SigmaMoE(8, 6, 5, 2), sf.SigmaMoE(8, 6, 5, 2))
+    path, keys = save(model.state_dict(), tmp_path / "model", "torch"), model[0].keys
+    WHOLE[what](model[1])
+    with pytest.raises(ValueError, match=r"1\.keys must be a plain parameter or rows of quantize_experts_, got"):
+        sf.map_experts_(model, path)
+    assert model[0].keys is keys
 
 
 def test_the_file_is_never_written(kind: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -94,6 +95,8 @@ def test_agreement_keeps_padding_out_and_wants_models_alike() -> None:
     everything = [sf.routing_agreement(layer, other, {"x": moved[part]})[""] for part in (slice(5), slice(5, 10))]
     assert sf.routing_agreement(layer, other, same_half)[""] == pytest.approx(everything[0])
     assert sf.routing_agreement(layer, other, {"x": x})[""] == pytest.approx(sum(everything) / 2)
+    nobody = {"x": x, "mask": torch.zeros(10, dtype=torch.bool)}
+    assert math.isnan(sf.routing_agreement(layer, other, nobody)[""])
     for wrong in (sf.SigmaMoE(D, 6, 3, 2), sf.SigmaMoE(D, 5, 3, 1), nn.Sequential(layer)):
         with pytest.raises(ValueError, match="the same MoE layers"):
             sf.routing_agreement(layer, wrong, x)

@@ -6,7 +6,9 @@ import copy
 import io
 import pickle
 import random
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -139,6 +141,28 @@ def test_what_computes_has_waited_for_its_copies() -> None:
             torch.testing.assert_close(twin(x), layer(x), rtol=1e-5, atol=1e-6)
 
 
+def test_threads_that_share_a_layer_get_the_resident_layers_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of()
+    twin = copy.deepcopy(offloaded(layer, K))
+    monkeypatch.setattr(Copies, "wait", lambda *_: time.sleep(1e-3))  # another thread goes on before this one computes
+
+    @torch.no_grad()
+    def serve(x: Tensor) -> None:
+        twin.prefetch(x)
+        torch.testing.assert_close(twin(x), layer(x))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(serve, torch.randn(20, 1, D)))
+
+
+def test_a_cache_made_in_inference_mode_serves_outside_of_it() -> None:
+    layer, x = layer_of(), torch.randn(3, D)
+    with torch.inference_mode():
+        twin = offloaded(layer, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x), layer(x))
+
+
 def test_prefetched_experts_are_hits() -> None:
     layer = layer_of("null")
     twin, x = offloaded(layer, 4), torch.randn(1, D)
@@ -185,6 +209,20 @@ def test_a_model_with_two_layers_through(way: Callable[[nn.Module], nn.Module]) 
         assert model[0].values.cache is model[0].keys.cache is not model[1].keys.cache
         model(x)
         torch.testing.assert_close(way(model)(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("coded", [False, True], ids=["dense", "codes"])
+def test_tied_stacks_are_tied_again(coded: bool) -> None:
+    a, b = layer_of(), layer_of()
+    b.keys = a.keys
+    model = nn.Sequential(a, b)
+    if coded:
+        sf.quantize_experts_(model, sf.ExpertQuantization(group_size=8))
+    sf.offload_experts_(model, cache=3, device="cpu")
+    sf.dequantize_experts_(model)
+    assert isinstance(a.keys, nn.Parameter)
+    assert a.keys is b.keys
+    assert a.values is not b.values
 
 
 def test_offloaded_rows_say_what_they_are_and_stay() -> None:

@@ -172,6 +172,15 @@ def test_traffic_is_the_bytes_of_rows_that_leave_a_rank_of_evenly_drawn_experts(
     assert found.forward == pytest.approx(counted, rel=0.02)
 
 
+def test_traffic_of_more_slots_than_experts_is_that_of_the_experts() -> None:
+    with torch.device("meta"):
+        found = traffic(sf.MoE(D, 4, 4, 6, null_experts=4), 10, 2, dtype=torch.float32)
+        every = traffic(sf.MoE(D, 4, 4, 4), 10, 2, dtype=torch.float32)
+    assert found.auto == every.auto
+    assert found.forward["slots"] == every.forward["slots"]
+    assert found.forward["tokens"] == 10 * (D + D + 6 * 2) * 4  # all go to the other process
+
+
 def test_traffic_says_when_not_to_split() -> None:
     with torch.device("meta"):
         few, many = (sf.SigmaMoE(1024, n, 128, 8, glu=True) for n in (8, 512))

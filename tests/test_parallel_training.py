@@ -96,8 +96,13 @@ def near(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def under_ddp(rank: int) -> None:
+    for rest in ("leave", "replicate"):
+        ddp_and_clipping(rank, rest)
+
+
+def ddp_and_clipping(rank: int, rest: str) -> None:
     world = dist.get_world_size()
-    net = split(model(), init_device_mesh("cpu", (world,), mesh_dim_names=("ep",)))
+    net = split(model(), init_device_mesh("cpu", (world,), mesh_dim_names=("ep",)), rest)
     ddp_ignore(net)
     wrapped = DistributedDataParallel(net)
     for _ in range(2):  # an unused parameter of the step before would raise here
@@ -106,9 +111,9 @@ def under_ddp(rank: int) -> None:
     near(gradients(wrapped), alone(world))
     reference = model(sync=False)
     step(reference, torch.cat([tokens(r) for r in range(world)]))
-    for norm_type in (2.0, 1.0, float("inf")):
-        norm = clip_grad_norm_(wrapped.parameters(), 0.05, norm_type)
-        expected = nn.utils.clip_grad_norm_(reference.parameters(), 0.05, norm_type)
+    for most, norm_type in ((float("inf"), 2.0), (0.05, 2.0), (0.05, 1.0), (0.05, float("inf"))):
+        norm = clip_grad_norm_(wrapped.parameters(), most, norm_type)
+        expected = nn.utils.clip_grad_norm_(reference.parameters(), most, norm_type)
         torch.testing.assert_close(norm, expected)
         near(gradients(wrapped), {n: p.grad for n, p in reference.named_parameters()})  # type: ignore[misc]
 

@@ -470,6 +470,11 @@ def test_tied_stacks_stay_tied() -> None:
     quantize_experts_(nn.Sequential(a, b), ExpertQuantization(bits=8))
     assert a.keys is b.keys
     assert a.gate_keys is not b.gate_keys
+    dequantize_experts_(nn.Sequential(a, b))
+    assert isinstance(a.keys, nn.Parameter)
+    assert a.keys is b.keys
+    assert a.values is b.values
+    assert a.gate_keys is not b.gate_keys
 
 
 def test_the_report_tells_bytes_and_errors() -> None:
@@ -501,6 +506,28 @@ def test_the_report_tells_the_error_of_the_output_on_batches() -> None:
     assert f"output {report.layers[0].output_error:.2%}" in str(report)
     quantize_experts_(exact, ExpertQuantization(group_size=16))
     assert all(map(torch.equal, exact.state_dict().values(), model.state_dict().values()))
+
+
+@pytest.mark.parametrize("kind", ["plain", "shared", "latent"])
+def test_padding_adds_nothing_to_the_error_of_the_output(kind: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            moe = sf.SigmaMoE(D, E, G, 2)
+            shared, latent = sf.layers.SharedExpertMoE(moe, sf.DenseFFN(D, 4)), sf.layers.LatentMoE(D, D, E, G, 2)
+            self.layer = {"plain": moe, "shared": shared, "latent": latent}[kind]
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.layer(x)
+
+    model, x, mask = Model(), torch.randn(2, 5, D), torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    wild = torch.where(mask.bool().unsqueeze(2), x, 1000 * torch.randn_like(x))
+
+    def error(x: Tensor) -> float | None:
+        config, batches = ExpertQuantization(group_size=16), [{"x": x, "attention_mask": mask}]
+        return quantize_experts_(copy.deepcopy(model), config, batches=batches).layers[0].output_error
+
+    assert error(wild) == pytest.approx(error(x), rel=1e-5)
 
 
 def test_a_converted_ffn_with_all_experts_loses_what_the_report_says_of_its_stacks() -> None:

@@ -89,6 +89,15 @@ def test_our_own_layers_in_a_converted_model_too(tmp_path: Path) -> None:
     assert isinstance(second.keys, QuantizedRows)
 
 
+def test_experts_that_are_not_stored_keep_their_implementation() -> None:
+    model = model_of("mixtral", torch.float32)
+    model.set_experts_implementation("eager")
+    model.extra = sf.SigmaMoE(8, 4, 8, 2)
+    quantize_experts_(model, FOUR, lambda module, name: name == "extra")
+    dequantize_experts_(model)
+    assert model.config._experts_implementation == "eager"
+
+
 def test_a_record_is_of_what_is_stored_now() -> None:
     model = model_of("mixtral", torch.float32)
     quantize_experts_(model, FOUR)

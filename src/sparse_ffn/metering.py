@@ -90,7 +90,8 @@ def routing_agreement(first: nn.Module, second: nn.Module, batch: Any) -> dict[s
         batch: a mapping (keyword arguments), a tuple or list (positional arguments), or one argument.
 
     Returns:
-        For each MoE layer that ran, the mean over real tokens of the common experts' share of the k, in [0, 1].
+        For each MoE layer that ran, the mean over real tokens of the common experts' share of the k, in [0, 1]; NaN
+        without any.
 
     Raises:
         TypeError: a model is no module.

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, Union
 
 import torch
@@ -181,6 +181,13 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def fork_random(device: torch.device) -> AbstractContextManager[None]:
+    """A block after which the random state of the CPU and of a device is what it was; others may not be ours."""
+    own = [] if device.type == "cpu" else [device]
+    forked: AbstractContextManager[None] = torch.random.fork_rng(own, device_type=device.type if own else "cuda")
+    return forked
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:

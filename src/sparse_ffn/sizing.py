@@ -26,7 +26,8 @@ def parameter_equal(layer_cls: type[SparseFFN], d_model: int, d_ff: int, **choic
     """Arguments for a layer with about the parameters of the dense FFN of d_model and d_ff (no GLU, with biases).
 
     Args:
-        layer_cls: the layer; its free size (``n_experts``, ``n_sub_keys`` or ``d_ff``) is chosen for the nearest count.
+        layer_cls: ``MoE`` or one of its forms, ``ProductKeyMemory``, ``DenseFFN`` or ``TopKFFN``; its free size
+            (``n_experts``, ``n_sub_keys`` or ``d_ff``) is chosen for the nearest count.
         d_model: width.
         d_ff: hidden units of the dense FFN.
         **choices: all other arguments of the layer; those it requires (``expert_size`` and ``k``, or ``k``) among them.
@@ -38,12 +39,15 @@ def parameter_equal(layer_cls: type[SparseFFN], d_model: int, d_ff: int, **choic
         SparseFFNWarning: even the nearest size has over a tenth more or fewer parameters than the dense FFN.
 
     Raises:
-        TypeError: ``layer_cls`` is no layer of this library, or a required choice is missing.
-        ValueError: the free size is among the choices.
+        TypeError: ``layer_cls`` is none of these, or a required choice is missing.
+        ValueError: the free size is among the choices; or the layer refuses one of the sizes that are tried, as it does
+            with a router whose groups must divide n_experts.
     """
     free = next((size for cls, size in _FREE_SIZES if isinstance(layer_cls, type) and issubclass(layer_cls, cls)), None)
     if free is None:
-        raise TypeError(f"layer_cls must be a layer class of sparse_ffn, got {layer_cls!r}")
+        raise TypeError(
+            f"layer_cls must be MoE or one of its forms, ProductKeyMemory, DenseFFN or TopKFFN, got {layer_cls!r}"
+        )
     if free in choices:
         raise ValueError(f"{free} = {choices[free]!r} is what parameter_equal chooses: leave it out")
     required = [

@@ -30,7 +30,7 @@ def polynomial_units_(layer: UnitsFFN, a: float, b: float, c: float = 0.0) -> No
         layer: a ``DenseFFN``, ``TopKFFN`` or mixture with biases and without a GLU.
         a: not 0.
         b: any.
-        c: any for a ``DenseFFN``, b²/4a for others.
+        c: any for a ``DenseFFN`` and for a ``TopKFFN`` with k = d_ff, b²/4a for others.
 
     Raises:
         TypeError: ``layer`` has no units with keys.
@@ -47,14 +47,15 @@ def polynomial_units_(layer: UnitsFFN, a: float, b: float, c: float = 0.0) -> No
     if layer.gate_keys is not None:
         raise ValueError("layer must not be a GLU, whose activation is of the gate, which has no bias")
     constant = c - b * b / (4 * a)
-    if not isinstance(layer, DenseFFN) and abs(constant) > 1e-6 * max(abs(c), abs(constant)):
+    adds_all = isinstance(layer, DenseFFN) and getattr(layer, "k", layer.d_ff) == layer.d_ff
+    if not adds_all and abs(constant) > 1e-6 * max(abs(c), abs(constant)):
         raise ValueError(
             f"c must be b²/4a = {b * b / (4 * a)} for {type(layer).__name__}, which does not add all units, "
             f"got {shown(c)}"
         )
     layer.activation = "square"
     layer.key_bias.add_(b / (2 * a))
-    if isinstance(layer, DenseFFN):
+    if adds_all:
         layer.out_bias.add_(layer.values.sum(0), alpha=constant)
     layer.values.mul_(a)
 
@@ -74,10 +75,13 @@ def block_mask_(layer: UnitsFFN, share: float, block: tuple[int, int] = (8, 16))
 
     Raises:
         TypeError: ``layer`` has no units with keys, or ``block`` holds no ints.
-        ValueError: share outside its range, stored rows, or a block that does not divide units and columns.
+        ValueError: share outside its range, stored rows, a layer split by ``sparse_ffn.parallel``, or a block that
+            does not divide units and columns.
     """
     check_type("layer", layer, UnitsFFN, "a DenseFFN, a TopKFFN or a mixture of experts")
     check_dense(layer)
+    if layer._split is not None:
+        raise ValueError("layer is split by sparse_ffn.parallel: mask its blocks before")
     share = check_rate("share", share, inclusive=True)
     sizes = _block(block)
     stacks: dict[str, Tensor] = {n: getattr(layer, n) for n in ("keys", "gate_keys", "values")}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn.checks import check_flag, check_module, check_type
+from sparse_ffn.compress.stacks import stacks_of_moe
 from sparse_ffn.compress.statistics import route
 from sparse_ffn.layers.moe import MoE
 
@@ -38,16 +39,17 @@ def map_experts_(model: nn.Module, path: str | os.PathLike[str], *, prefetch: bo
     other experts ahead. Saving the model, copying it and converting its dtype read everything.
 
     Args:
-        model: its layers' ``keys``, ``gate_keys`` and ``values`` are replaced, in place; they may be on meta. All else
-            stays.
+        model: the ``keys``, ``gate_keys`` and ``values`` of its ``MoE`` layers are replaced, in place; they may be on
+            meta. All else stays, other mixtures too.
         path: a file of safetensors, or one of ``torch.save(model.state_dict(), path)``, with these names.
         prefetch: in evaluation, before the layer computes, route its tokens and ask the kernel for all their experts at
             once, so that reading them overlaps. Waits for the router, so not for torch.compile.
 
     Raises:
         TypeError: an argument of a wrong type.
-        ValueError: the model has no MoE layer, a stack is not in the file, has another shape or dtype there, or is
-            on another device than the CPU and meta. Nothing was changed then.
+        ValueError: the model has no ``MoE``; a stack is not in the file, has another shape or dtype there, is on
+            another device than the CPU and meta, or is neither a plain parameter nor rows of ``quantize_experts_``:
+            parametrised, pruned by a mask, offloaded or distributed. Nothing was changed then.
         OSError: the file cannot be read.
     """
     check_module("model", model)
@@ -55,17 +57,23 @@ def map_experts_(model: nn.Module, path: str | os.PathLike[str], *, prefetch: bo
     prefetch = check_flag("prefetch", prefetch)
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
     if not layers:
-        raise ValueError("the model has no MoE layer")
+        raise ValueError("the model has no MoE layer: only the experts of MoE and its named forms are mapped")
+    for prefix, layer in layers:
+        for stack in stacks_of_moe(layer):
+            stack.check_whole(f"{prefix}.{stack.name}" if prefix else stack.name, "map the experts first")
     stored = _read(Path(path))
     mapped = [
         (owner, attribute, _checked(name, getattr(owner, attribute), stored, path))
         for prefix, layer in layers
         for owner, attribute, name in _stacks(layer, prefix)
     ]
+    made: dict[Tensor, Tensor] = {}  # tied stacks stay tied
     for owner, attribute, tensor in mapped:
         old = getattr(owner, attribute)
-        is_parameter = isinstance(old, nn.Parameter)
-        setattr(owner, attribute, nn.Parameter(tensor, requires_grad=old.requires_grad) if is_parameter else tensor)
+        if old not in made:
+            is_parameter = isinstance(old, nn.Parameter)
+            made[old] = nn.Parameter(tensor, requires_grad=old.requires_grad) if is_parameter else tensor
+        setattr(owner, attribute, made[old])
         _advise(tensor, "MADV_RANDOM")
     for _, layer in layers:
         for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is _prefetch]:
@@ -101,9 +109,10 @@ def _read(path: Path) -> dict[str, Tensor]:
     """The file's tensors by name, all of them parts of one mapping."""
     if zipfile.is_zipfile(path):
         stored = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
-        if not isinstance(stored, dict) or not all(isinstance(tensor, Tensor) for tensor in stored.values()):
+        found = {n: t for n, t in stored.items() if isinstance(t, Tensor)} if isinstance(stored, dict) else {}
+        if not found:  # a state dict may hold other things than tensors, too
             raise ValueError(f"path = {str(path)!r} holds no state dict")
-        return stored
+        return found
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         try:

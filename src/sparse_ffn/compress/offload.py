@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparse_ffn.backends.warning import SparseFFNWarning
 from sparse_ffn.checks import check_device, check_flag, check_module, plain, shown
@@ -132,13 +131,8 @@ def _check(where: str, stack: Stack) -> None:
     rows = stack.held
     if isinstance(rows, OffloadedRows):
         raise ValueError(f"{where} are offloaded already: call dequantize_experts_ first, or load the model anew")
-    plain_parameter = stack.name in stack.module._parameters and not is_traceable_wrapper_subclass(rows)
-    if getattr(stack.module, "_split", None) is not None or not (plain_parameter or isinstance(rows, QuantizedRows)):
-        raise ValueError(
-            f"{where} must be a plain parameter or rows of quantize_experts_, got {type(rows).__name__} that something "
-            "computes or distributes: offload the experts of a model that is whole"
-        )
-    if any(t.is_meta for t in ([rows] if plain_parameter else rows.buffers())):
+    stack.check_whole(where, "offload the experts of a model that is whole")
+    if any(t.is_meta for t in (rows.stored() if isinstance(rows, QuantizedRows) else [rows])):
         raise ValueError(f"{where} is on meta: load the weights first")
 
 

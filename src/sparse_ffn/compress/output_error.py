@@ -41,9 +41,9 @@ def output_errors(
         with _rounded(stacks, rows):
             error = module.forward(*args, **kwargs).double() - exact
         error, exact = (y.reshape(-1, y.shape[-1]).square().sum(1) for y in (error, exact))
-        mask = kwargs.get("mask", mask)
-        if mask is not None and mask.numel() == len(exact):
-            real = mask.reshape(-1).to(exact.device)
+        own = kwargs.get("mask")
+        real = mask if own is None else own.reshape(-1)
+        if real is not None:
             error, exact = error[real], exact[real]
         lost, whole = sums[name]
         sums[name] = lost + error.sum().item(), whole + exact.sum().item()

@@ -38,8 +38,8 @@ def prune_experts_(
     Args:
         model: its ``MoE`` layers are pruned.
         stats: what ``expert_stats`` said of them.
-        keep: the share of experts to keep, a float in (0, 1], to the nearest number; or that number, an int. Each layer
-            keeps k at least.
+        keep: the share of experts to keep, a float in (0, 1], to the nearest number; or that number, an int. k at least
+            have to stay in each layer.
         by: what an expert is worth. ``"error"``: the squared error that its removal adds to the output, cross terms
             aside: ``energy``, or ``residual`` where a constant replaces it; ``"reap"``: the mean of g‖f‖ over its
             tokens (arXiv 2510.13999); ``"contribution"``: the sum; ``"frequency"``: how many tokens it gets; or a

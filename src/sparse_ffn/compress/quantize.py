@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparse_ffn.checks import check_function, check_module, check_type
@@ -82,6 +82,8 @@ def quantize_experts_(
 def dequantize_experts_(model: nn.Module, filter_fn: Filter | None = None) -> None:
     """Make parameters of stored rows again, in place: of the numbers that they stand for, in the layer's dtype.
 
+    They train, whether the parameters before did so or not. Tied stacks stay tied.
+
     Args:
         model: any module.
         filter_fn: module and name -> whether to change its experts.
@@ -92,11 +94,12 @@ def dequantize_experts_(model: nn.Module, filter_fn: Filter | None = None) -> No
     check_module("model", model)
     if filter_fn is not None:
         check_function("filter_fn", filter_fn, "module and name")
+    made: dict[Tensor, nn.Parameter] = {}
     for name, module, stacks in list(experts_of(model)):
         if filter_fn is None or filter_fn(module, name):
             for stack in stacks:
                 if isinstance(stack.held, ExpertRows):
-                    stack.restore()
+                    stack.restore(made)
     tell(model)
 
 

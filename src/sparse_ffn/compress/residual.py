@@ -15,6 +15,7 @@ from sparse_ffn.convert.init.weights import relative_error, wide
 from sparse_ffn.layers.low_rank import LowRankMoE
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.rows.base import check_dense
+from sparse_ffn.module import fork_random
 
 # E experts, G units of each, C numbers of a unit, D d_model, O d_out, R rank
 
@@ -71,7 +72,8 @@ def compress_experts_(model: nn.Module, rank: int, *, iterations: int = 8) -> Co
     Raises:
         TypeError: an argument of a wrong type.
         ValueError: no ``MoE`` in the model, or the model itself is one; a rank that is too large for one of them;
-            stored rows, or a layer that ``sparse_ffn.parallel`` has split. Nothing has been changed then.
+            stored rows, experts on meta or not finite, or a layer that ``sparse_ffn.parallel`` has split. Nothing has
+            been changed then.
     """
     check_module("model", model)
     check_positive("rank", rank)
@@ -81,7 +83,7 @@ def compress_experts_(model: nn.Module, rank: int, *, iterations: int = 8) -> Co
     places = [
         (name, owner, attribute, child)
         for name, owner in model.named_modules()
-        for attribute, child in owner.named_children()
+        for attribute, child in owner._modules.items()  # with those that have several places
         if isinstance(child, MoE)
     ]
     if not places:
@@ -93,14 +95,18 @@ def compress_experts_(model: nn.Module, rank: int, *, iterations: int = 8) -> Co
             raise ValueError(f"model's layer {name} is split by sparse_ffn.parallel: compress before")
         D, O, G = layer.d_model, layer.d_out, layer.expert_size
         check_positive("rank", rank, max(min(G, D), min(G, O)), f"that of the experts of {name}")
-    made: dict[MoE, LowRankMoE] = {}
-    reports = []
-    for path, owner, attribute, layer in places:
+        for stack in ("keys", "gate_keys", "values", "key_bias"):
+            held = getattr(layer, stack)
+            if held is not None and (held.is_meta or not held.isfinite().all()):
+                why = "is on meta: load the weights first" if held.is_meta else "is not finite"
+                raise ValueError(f"model's layer {name}: {stack} {why}")
+    made: dict[MoE, tuple[LowRankMoE, CompressedLayer]] = {}
+    for path, _, attribute, layer in places:
         if layer not in made:  # a layer in several places stays one
-            made[layer], report = _compressed(f"{path}.{attribute}" if path else attribute, layer, rank, iterations)
-            reports.append(report)
-        setattr(owner, attribute, made[layer])
-    return CompressionReport(tuple(reports))
+            made[layer] = _compressed(f"{path}.{attribute}" if path else attribute, layer, rank, iterations)
+    for _, owner, attribute, layer in places:
+        setattr(owner, attribute, made[layer][0])
+    return CompressionReport(tuple(report for _, report in made.values()))
 
 
 def _compressed(name: str, layer: MoE, rank: int, iterations: int) -> tuple[LowRankMoE, CompressedLayer]:
@@ -141,7 +147,7 @@ def _empty(layer: MoE, rank: int) -> LowRankMoE:
             "balance_over", "aux", "sync_balance", "init_scale",
         )
     }  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
+    with fork_random(layer.values.device):
         return LowRankMoE(
             layer.d_model, layer.n_experts, layer.expert_size, layer.k, rank,
             router=layer.router, glu=layer.gate_keys is not None, bias=layer.out_bias is not None,

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparse_ffn.layers.mixed import Bank
 from sparse_ffn.layers.moe import MoE
+from sparse_ffn.layers.rows import ExpertRows, QuantizedRows
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,25 @@ class Stack:
         delattr(self.module, self.name)
         setattr(self.module, self.name, rows)
 
-    def restore(self) -> None:
-        """Put a parameter in the place of stored rows."""
-        dense: Tensor = self.held.dense()
+    def restore(self, made: dict[Tensor, nn.Parameter]) -> None:
+        """Put a parameter in the place of stored rows: the one that was made of the same numbers, if it was."""
+        rows: ExpertRows = self.held
+        number = rows.stored()[0]
+        if number not in made:
+            dense = rows.dense()
+            made[number] = nn.Parameter(dense.mT.contiguous() if self.transposed else dense)
         delattr(self.module, self.name)
-        setattr(self.module, self.name, nn.Parameter(dense.mT.contiguous() if self.transposed else dense))
+        setattr(self.module, self.name, made[number])
+
+    def check_whole(self, where: str, then: str) -> None:
+        """Raise ValueError unless this is a plain parameter or rows of ``quantize_experts_``, in one process."""
+        held = self.held
+        plain = self.name in self.module._parameters and not is_traceable_wrapper_subclass(held)
+        if getattr(self.module, "_split", None) is not None or not (plain or isinstance(held, QuantizedRows)):
+            raise ValueError(
+                f"{where} must be a plain parameter or rows of quantize_experts_, got {type(held).__name__} that "
+                f"something computes or distributes: {then}"
+            )
 
 
 @dataclass(frozen=True)

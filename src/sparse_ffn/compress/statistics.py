@@ -106,7 +106,7 @@ def expert_stats(
 
     Raises:
         TypeError: the model is no module, ``batches`` cannot be iterated over, or ``filter_fn`` is no function.
-        ValueError: no layer is found, or none saw a token.
+        ValueError: no layer is found, none saw a token, or ``sparse_ffn.parallel`` has split one.
         RuntimeError: called inside a transform of torch.func.
     """
     check_module("model", model)
@@ -120,6 +120,9 @@ def expert_stats(
         found = {name: experts for name, experts in found.items() if filter_fn(experts.module, name)}
     if not found:
         raise ValueError("the model has no MoE layer and no experts of transformers (that filter_fn admits)")
+    for name, experts in found.items():
+        if getattr(experts.module, "_split", None) is not None:
+            raise ValueError(f"model's layer {name or 'itself'} is split by sparse_ffn.parallel: measure before")
     sums: dict[str, ExpertStats] = {}
 
     def add(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor | None) -> None:
@@ -186,12 +189,11 @@ def _ask(experts: nn.Module, x_SD: Tensor, expert_S: Tensor) -> Tensor:
 
 
 def measure(
-    experts: Experts, args: tuple[Any, ...], kwargs: dict[str, Any], batch_mask: Tensor | None, forced: bool
+    experts: Experts, args: tuple[Any, ...], kwargs: dict[str, Any], batch_mask_T: Tensor | None, forced: bool
 ) -> ExpertStats | None:
     """What a call of the module adds to the sums; None without a real token."""
     x_TD, index_TK, gate_TK, mask_T = experts.route(*args, **kwargs)
-    if mask_T is None and batch_mask is not None and batch_mask.numel() == len(x_TD):
-        mask_T = batch_mask.flatten().to(x_TD.device)
+    mask_T = batch_mask_T if mask_T is None else mask_T
     if mask_T is not None:
         x_TD, index_TK, gate_TK = x_TD[mask_T], index_TK[mask_T], gate_TK[mask_T]
     if not len(x_TD):

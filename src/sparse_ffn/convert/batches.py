@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.checks import check_type
+from sparse_ffn.checks import check_type, shown
+from sparse_ffn.convert.find.probe import first_of
 from sparse_ffn.module import in_evaluation, run_batch
 
 Watch = Callable[[tuple[Any, ...], dict[str, Any], "Tensor | None"], None]
-"""Gets a call's arguments, those by keyword, and the batch's mask for the module, which need not fit them."""
+"""Gets a call's arguments, those by keyword, and the batch's mask of the tokens [T] of the first; None without one."""
 
 
 @torch.no_grad()
@@ -25,20 +26,21 @@ def run(model: nn.Module, batches: Iterable[Any], watched: Iterable[tuple[nn.Mod
         model: it runs in evaluation mode, and its modes are as before afterwards.
         batches: each a mapping (keyword arguments), a tuple or list (positional arguments), or one argument. A mask is
             a mapping's ``attention_mask``, or its ``decoder_attention_mask`` for modules in the decoder of an
-            encoder-decoder of transformers.
+            encoder-decoder of transformers. It is a module's if it has the shape of its tokens, or their number where
+            they come as rows.
         watched: modules of the model, each with what watches it.
 
     Raises:
-        TypeError: ``batches`` cannot be iterated over.
+        TypeError: ``batches`` cannot be iterated over, or is itself a batch.
     """
-    check_type("batches", batches, Iterable, "batches to iterate over")
+    _check(batches)
     batch: Any = None
 
     def before(watch: Watch, mask_name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         mask: Any = batch.get(mask_name) if isinstance(batch, Mapping) else None
-        watch(args, kwargs, mask.bool() if isinstance(mask, Tensor) else None)
+        watch(args, kwargs, _of_tokens(mask, first_of(args, kwargs)))
 
-    decoder = _decoder(model)
+    decoder = decoder_of(model)
     handles = []
     for module, watch in watched:
         mask_name = "decoder_attention_mask" if module in decoder else "attention_mask"
@@ -60,11 +62,11 @@ class Batches:
         n_kept: how many stay.
 
     Raises:
-        TypeError: ``batches`` cannot be iterated over.
+        TypeError: ``batches`` cannot be iterated over, or is itself a batch.
     """
 
     def __init__(self, batches: Iterable[Any], n_kept: int = 1) -> None:
-        check_type("batches", batches, Iterable, "batches to iterate over")
+        _check(batches)
         self._rest = iter(batches)
         self.first = list(itertools.islice(self._rest, n_kept))
         """The first ones, fewer if there are no more."""
@@ -74,7 +76,21 @@ class Batches:
         yield from self._rest
 
 
-def _decoder(model: nn.Module) -> set[nn.Module]:
+def _check(batches: Any) -> None:
+    check_type("batches", batches, Iterable, "batches to iterate over")
+    if isinstance(batches, (Mapping, str, Tensor)):
+        raise TypeError(f"batches must be batches to iterate over, got one, {shown(batches)}: put it into a list")
+
+
+def _of_tokens(mask: Any, x: Any) -> Tensor | None:
+    """A mask as that of the tokens of x [..., D], [T]; None if it is another's."""
+    if not isinstance(mask, Tensor) or not isinstance(x, Tensor):
+        return None
+    as_rows = x.dim() == 2 and mask.numel() == len(x)  # in the mask's order, we trust
+    return mask.bool().flatten().to(x.device) if as_rows or mask.shape == x.shape[:-1] else None
+
+
+def decoder_of(model: nn.Module) -> set[nn.Module]:
     """The modules of an encoder-decoder's decoder, whose tokens have a mask of their own."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return set()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparse_ffn.convert.batches import decoder_of
 from sparse_ffn.convert.config_base import FFNConfig
 from sparse_ffn.convert.config_experts import DEALT, ExpertsConfig
 from sparse_ffn.convert.curve import Curve, Point, allocate, experts_to_try
@@ -69,7 +70,7 @@ class _Ways:
         self.n = ffn.d_ff // self.size
         shared = config.shared_size or 0
         self.ratio = shared / (config.active * ffn.d_ff) if scaled else None
-        self.least = 1 if scaled else 1 + shared // self.size
+        self.least = 1 if scaled else min(self.n, 1 + -(-shared // self.size))  # one beside the shared one
 
     def of(self, n: int) -> ExpertsConfig:
         """Where n experts are active."""
@@ -125,10 +126,14 @@ class Judge:
     def _outputs(self) -> list[tuple[Tensor, bool]]:
         """Of each batch the real tokens' rows [T, n], and whether they are logits."""
         with in_evaluation(self.model):
-            return [_rows(run_batch(self.model, batch), batch) for batch in self.batches]
+            mask = "decoder_attention_mask" if decoder_of(self.model) else "attention_mask"
+            return [
+                _rows(run_batch(self.model, batch), batch.get(mask) if isinstance(batch, Mapping) else None)
+                for batch in self.batches
+            ]
 
 
-def _rows(output: Any, batch: Any) -> tuple[Tensor, bool]:
+def _rows(output: Any, mask: Any) -> tuple[Tensor, bool]:
     from torch.utils._pytree import tree_leaves  # here: it would double the library's import time
 
     y: Any = getattr(output, "logits", None)
@@ -138,7 +143,6 @@ def _rows(output: Any, batch: Any) -> tuple[Tensor, bool]:
         if not tensors:
             raise ValueError("the model's outputs hold no floating tensor to compare: give every FFN its k")
         y = tensors[0]
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if isinstance(mask, Tensor) and mask.shape == y.shape[:-1]:
         return wide(y[mask.bool()]), is_logits
     return wide(y.reshape(-1, y.shape[-1])), is_logits

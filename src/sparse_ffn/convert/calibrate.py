@@ -91,7 +91,8 @@ def sample(model: nn.Module, found: list[Found], batches: Iterable[Any], max_tok
 
     def keep(sample: Reservoir, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor | None) -> None:
         x: Tensor = first_of(args, kwargs)
-        sample.add(x.flatten(0, -2) if mask is None or mask.shape != x.shape[:-1] else x[mask.to(x.device)])
+        rows = x.flatten(0, -2)
+        sample.add(rows if mask is None else rows[mask])
 
     run(model, batches, [(f.ups[0].module, partial(keep, samples[f.name])) for f in found])
     seen = {name: sample.rows for name, sample in samples.items() if sample.seen}

@@ -72,7 +72,8 @@ class ExpertsConfig(MixtureConfig):
             with the mean and deviation of the FFN's own: copies that differ learn different things (Drop-Upcycling,
             arXiv 2502.19261, section 3).
 
-    ``"fresh"`` takes no notice of the last four: with it a config that was used makes layers of the same shapes.
+    ``"fresh"`` takes no notice of cluster_by, router_init, refit and reinit: with it a config that was used makes
+    layers of the same shapes.
 
     Raises:
         ValueError: as all configs; ``cluster_by``, ``router_init``, ``active``, ``shared_size`` or ``reinit`` with an
@@ -103,7 +104,7 @@ class ExpertsConfig(MixtureConfig):
         if self.active is not None:
             check_rate("active", self.active, inclusive=True)
             if not self.active or self.k is not None:
-                why = f"k = {self.k} says the same" if self.active else "it must be above 0"
+                why = f"k = {self.k} decides that, give k=None" if self.active else "it must be above 0"
                 raise ValueError(f"active = {self.active!r}: {why}")
         if check_rate("reinit", self.reinit, inclusive=True) and self.init in DEALT:
             raise ValueError(f'reinit = {self.reinit!r} is for init = "upcycle", not init = {self.init!r}')

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.checks import check_flag, check_tensor, check_type
+from sparse_ffn.checks import check_flag, check_tensor, check_type, shown
 from sparse_ffn.integrations.families import (
     ACTIVATIONS,
     FAMILIES,
@@ -42,17 +42,19 @@ def from_transformers(
         state_dict: any that contains the block.
         config: the model's: a ``PretrainedConfig``, or what its config.json holds.
         prefix: of the block's keys, such as ``"model.layers.3.mlp."``; every key that starts with it must be used.
-        options: of ``MoE``, for training: ``balance``, ``aux``, ... A correction bias, as DeepSeek-V3, Nemotron-H and
-            LongCat-Flash have it, means ``balance="bias"``, which is the default there.
+        options: of ``MoE``, for training: ``balance``, ``expert_dropout``, ... A correction bias, as DeepSeek-V3,
+            Nemotron-H and LongCat-Flash have it, means ``balance="bias"``, which is the default there; for the others
+            it is 0 at first.
 
     Returns:
         The layer, in the dtype and on the device of the experts.
 
     Raises:
-        ValueError: a model that no layer here computes exactly, a key that is missing, one that nothing uses, or a
-            tensor of another size than the others or the config say.
+        ValueError: a model that no layer here computes exactly, a key that is missing, one that nothing uses, a tensor
+            of another size than the others or the config say, or an option that they decide, as ``router``.
     """
     facts = facts_of(config)
+    check_free(options, ("d_model", "d_latent", "n_experts", "expert_size", "k", "router"))
     family, keys = FAMILIES[facts["model_type"]], Keys(state_dict, prefix)
     experts = _experts(keys, family)
     shared = family.shared is not None and f"{family.shared}.up_proj.weight" in keys.left
@@ -89,13 +91,15 @@ def _empty(facts: Mapping[str, Any], ours: Mapping[str, Tensor], options: Mappin
         **({"balance": "bias"} if family.correction else {}),
         **options,
     }
-    router = router_of(facts, d_model, n_experts + null["null_experts"])
+    router = router_of(facts)
     sizes = (n_experts, size, facts["num_experts_per_tok"])
     layer: MoE | LatentMoE
     if latent:
         layer = LatentMoE(d_model, width, *sizes, router=router, **made)
     else:
         layer = MoE(d_model, *sizes, router=router, **made)
+    if family.correction is not None and _moe(layer).router.bias is None:
+        raise ValueError(f"balance = {shown(made['balance'])} must hold 'bias': the checkpoint has a correction bias")
     _moe(layer).router.to(ours[f"{core}router.weight"].dtype)  # some models keep it wider than the experts
     return layer
 
@@ -126,6 +130,8 @@ def to_transformers(
     check_dense(moe)
     _check_fits(layer, facts)
     family = FAMILIES[facts["model_type"]]
+    if family.correction is None and moe.router.bias is not None and moe.router.bias.any():
+        raise ValueError(f"the layer is no {facts['model_type']} block: its router's selection bias has no place there")
     down = moe.values.mT / scale_of_values(facts)
     matrices = [moe.keys, down] if moe.gate_keys is None else [moe.gate_keys, moe.keys, down]
     if not fused:
@@ -181,15 +187,25 @@ class Keys:
             raise ValueError(f"the checkpoint has keys that this layer has no place for: {unused}")
 
 
+def check_free(options: Mapping[str, Any], decided: Iterable[str]) -> None:
+    """Raise ValueError for an option that the checkpoint decides."""
+    for name in decided:
+        if name in options:
+            raise ValueError(f"{name} = {shown(options[name])} is for the checkpoint to say: leave it out")
+
+
 def filled(layer: Layer, tensors: Mapping[str, Tensor]) -> Layer:
     """A layer that was built on meta, with these tensors for its parameters and buffers, on their device.
+
+    A selection bias, which only training needs, is 0 where none is given.
 
     Raises:
         ValueError: a tensor is missing or of another shape.
     """
     layer.to_empty(device=next(iter(tensors.values())).device)
+    biases = {name: torch.zeros_like(t) for name, t in layer.state_dict().items() if name.endswith("router.bias")}
     try:
-        layer.load_state_dict(dict(tensors))
+        layer.load_state_dict({**biases, **tensors})
     except RuntimeError as error:
         raise ValueError(f"the checkpoint does not fit the layer: {error}") from error
     return layer
@@ -203,8 +219,10 @@ def _check_fits(layer: MoE | LatentMoE | SharedExpertMoE, facts: Mapping[str, An
     n_experts = [facts[n] for n in ("num_local_experts", "num_experts", "n_routed_experts") if facts.get(n) is not None]
     sizes = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
     size = next((facts[name] for name in sizes if facts.get(name)), moe.expert_size)
+    scored, k = moe.n_experts + null_experts, facts["num_experts_per_tok"]
+    router = router_of(facts)(moe.d_router, scored, k, device="meta")
     checks = {
-        "router": (_traits(moe.router), _traits(router_of(facts, moe.d_router, moe.n_experts + null_experts))),
+        "router": (_traits(moe.router), _traits(router)),
         "activation": (moe.activation, ACTIVATIONS[facts[family.activation]]),
         "glu": (moe.gate_keys is not None, family.glu),
         "bias": (moe.out_bias is not None, False),

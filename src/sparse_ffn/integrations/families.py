@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sparse_ffn.checks import check_choice, shown
@@ -90,19 +91,17 @@ def facts_of(config: Any) -> dict[str, Any]:
     return facts
 
 
-def router_of(facts: Mapping[str, Any], d_model: int, n_scored: int) -> Router:
-    """A router on meta that ranks and weighs as the model's does."""
-    k: int = facts["num_experts_per_tok"]
+def router_of(facts: Mapping[str, Any]) -> Callable[..., Router]:
+    """What makes a router of the arguments of ``Router`` that ranks and weighs as the model's does."""
     if facts["model_type"] in ("deepseek_v3", "nemotron_h"):
-        return DeepSeekRouter(
-            d_model, n_scored, k, normalize=facts["norm_topk_prob"], n_groups=facts["n_group"],
-            topk_groups=facts["topk_group"], selection_bias=True, device="meta",
+        return partial(
+            DeepSeekRouter, normalize=facts["norm_topk_prob"], n_groups=facts["n_group"],
+            topk_groups=facts["topk_group"],
         )  # fmt: skip
     if facts["model_type"] == "longcat_flash":
-        scale = float(facts["routed_scaling_factor"])
-        return LongCatRouter(d_model, n_scored, k, scale=scale, selection_bias=True, device="meta")
+        return partial(LongCatRouter, scale=float(facts["routed_scaling_factor"]))
     normalized = facts["model_type"] == "mixtral" or facts.get("norm_topk_prob", False)
-    return ROUTERS["softmax_topk" if normalized else "softmax"](d_model, n_scored, k, device="meta")
+    return ROUTERS["softmax_topk" if normalized else "softmax"]
 
 
 def scale_of_values(facts: Mapping[str, Any]) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sparse_ffn.checks import check_type
-from sparse_ffn.integrations.checkpoints import Keys, filled
+from sparse_ffn.integrations.checkpoints import Keys, check_free, filled
 from sparse_ffn.layers import MoE
 from sparse_ffn.layers.rows.base import check_dense
 
@@ -28,14 +28,17 @@ def from_moe_layer(state_dict: Mapping[str, Tensor], k: int, *, prefix: str = ""
         prefix: of the layer's keys, such as ``"layers.3.pkm."``; every key that starts with it must be used.
         options: of ``MoE``. ``router`` is ``"sigmoid"`` unless said otherwise; the code's selection modes ``"gate"``
             and ``"softmax"`` are ``"softmax"`` (``"softmax_topk"`` with ``activation_after_topk``), ``"sinkmoid"`` and
-            ``"sinkmoid2"`` are ``"sinkhorn"``. ``activation`` is ``"relu"`` unless said otherwise.
+            ``"sinkmoid2"`` are ``"sinkhorn"``. ``activation`` is ``"relu"`` unless said otherwise. The bias of
+            ``balance="bias"`` is 0 at first.
 
     Returns:
         The layer, in the tensors' dtype and on their device.
 
     Raises:
-        ValueError: a key that is missing or that nothing uses, or a tensor of another size than the others say.
+        ValueError: a key that is missing or that nothing uses, a tensor of another size than the others say, or an
+            option that they decide, as ``bias``.
     """
+    check_free(options, ("d_model", "n_experts", "expert_size", "bias", "d_out"))
     keys = Keys(state_dict, prefix)
     stack, values = keys.take("keys", 3).mT, keys.take("values", 3)
     ours = {"keys": stack, "values": values, "router.weight": keys.take("expert_sel", 2)}

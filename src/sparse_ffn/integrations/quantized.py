@@ -47,7 +47,7 @@ def prepare(model: nn.Module) -> None:
     """Choose our implementation, which computes with stored rows, and write into the configs what is stored."""
     written: list[Any] = []
     for part in model.modules():  # a model comes before those within it, which may share its config
-        if dispatches(part):
+        if dispatches(part) and any(isinstance(child, ExpertRows) for child in part.children()):
             register()
             part.config._experts_implementation = NAME  # type: ignore[union-attr]
         if isinstance(part, transformers.PreTrainedModel) and not any(part.config is config for config in written):

@@ -30,7 +30,7 @@ def clip_grad_norm_(
 
     Args:
         parameters: with gradients.
-        max_norm: the largest norm of all gradients together.
+        max_norm: the largest norm of all gradients together; infinity to clip nothing.
         norm_type: p of the p-norm, or infinity.
         error_if_nonfinite: raise where the norm is infinite or NaN.
         foreach: as torch's.
@@ -44,7 +44,7 @@ def clip_grad_norm_(
         TypeError: an argument of a wrong type.
         RuntimeError: the norm is not finite, if asked.
     """
-    max_norm = check_finite("max_norm", max_norm)
+    max_norm = max_norm if max_norm == math.inf else check_finite("max_norm", max_norm)
     norm_type = norm_type if norm_type == math.inf else check_finite("norm_type", norm_type, positive=True)
     error_if_nonfinite = check_flag("error_if_nonfinite", error_if_nonfinite)
     foreach = None if foreach is None else check_flag("foreach", foreach)
@@ -56,7 +56,7 @@ def clip_grad_norm_(
     grads = [_reduced(p.grad) for p in given if p.grad is not None]
     if not grads and pp_group is None:
         return torch.tensor(0.0)
-    device = grads[0].device if grads else torch.device("cpu")
+    device = next((t.device for t in (*grads, *given)), torch.device("cpu"))  # where the stages reduce
     # gradients that lie over the same processes share the collectives
     groups: dict[tuple[DeviceMesh, tuple[int, ...]] | None, list[Tensor]] = {}
     for grad in grads:

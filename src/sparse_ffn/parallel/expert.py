@@ -11,6 +11,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from sparse_ffn import ops
 from sparse_ffn.checks import check_choice, is_dtensor
 from sparse_ffn.layers.moe import MoE
+from sparse_ffn.module import fork_random
 from sparse_ffn.parallel.collectives import all_to_all, sum_backward, sum_forward
 from sparse_ffn.parallel.exchange import Exchange, choose
 from sparse_ffn.parallel.split import UNITS, Split, check_layer, check_mesh, check_placement, distribute, mean
@@ -74,7 +75,7 @@ class ExpertParallel(ParallelStyle):
         check_layer(self, module, (MoE,), UNITS)
         assert isinstance(module, MoE)
         replicated = isinstance(self.input_layouts, Replicate)
-        exchange = None if replicated else choose(self.exchange, device_mesh.size(), module.k)
+        exchange = None if replicated else choose(self.exchange, device_mesh.size(), min(module.k, module.n_experts))
         distribute(module, UNITS, device_mesh, Shard(0))
         if self.rest == "replicate":
             distribute(module, ("out_bias", "constants"), device_mesh, Replicate())
@@ -150,7 +151,7 @@ class ReplicatedExperts(_Experts):
         seed = torch.randint(2**62, (1,)).expand(self.mesh.size())  # of the generator that checkpointing restores
         ones = [1] * self.mesh.size()
         first = all_to_all(seed.to(x_TR.device), ones, ones, self.mesh)[0].item()
-        with torch.random.fork_rng(device_type=x_TR.device.type if x_TR.device.type != "cpu" else "cuda"):
+        with fork_random(x_TR.device):
             torch.manual_seed(int(first))
             return super().route(router, x_TR, mask_T)
 

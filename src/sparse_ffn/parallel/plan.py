@@ -124,7 +124,7 @@ def shard_placement_fn(model: nn.Module, dp_mesh: DeviceMesh, expert_dp_mesh: De
 
 
 def ddp_ignore(model: nn.Module) -> None:
-    """Make ``DistributedDataParallel(model)`` leave split parameters alone: a process has all gradients of its own.
+    """Make ``DistributedDataParallel(model)`` leave the DTensors of split layers alone, whose gradients are complete.
 
     Args:
         model: after ``parallelize_module`` over all processes, before it is wrapped.
@@ -134,7 +134,7 @@ def ddp_ignore(model: nn.Module) -> None:
         ValueError: no layer is split, or over some of the processes only: DDP would have to average the others.
     """
     check_module("model", model)
-    split = _split_parameters(model)
+    split = _dtensors(model)
     if not split:
         raise ValueError("model has no layer that is split: call parallelize_module first")
     world = distributed.get_world_size()
@@ -150,12 +150,17 @@ def ddp_ignore(model: nn.Module) -> None:
     set_ignored(model, [*split, *names])
 
 
-def _split_parameters(model: nn.Module) -> dict[str, DTensor]:
-    """The parameters of split layers that differ between processes, by name."""
+def _dtensors(model: nn.Module) -> dict[str, DTensor]:
+    """The parameters that split layers share or replicate, by name."""
     return {
         f"{name}.{own}" if name else own: p
         for name, layer in model.named_modules()
         if isinstance(layer, SparseFFN) and layer._split is not None
-        for own, p in layer.named_parameters(recurse=False)
-        if isinstance(p, DTensor) and not all(placement.is_replicate() for placement in p.placements)
+        for own, p in layer.named_parameters()
+        if isinstance(p, DTensor)
     }
+
+
+def _split_parameters(model: nn.Module) -> dict[str, DTensor]:
+    """Those of them that differ between processes."""
+    return {name: p for name, p in _dtensors(model).items() if not all(to.is_replicate() for to in p.placements)}

@@ -92,18 +92,19 @@ def traffic(
 
 def sent_by(name: str, layer: MoE, ranks: int) -> bool:
     """Whether "auto" chooses the exchange of this name."""
-    return choose("auto", ranks, layer.k) is choose(name, ranks, layer.k)
+    k = min(layer.k, layer.n_experts)
+    return choose("auto", ranks, k) is choose(name, ranks, k)
 
 
 def _expert_bytes(layer: MoE, ranks: int, size: int) -> dict[str, float]:
     """Bytes of a token that leave the process in a forward, there and back, by each exchange."""
-    off, k = (ranks - 1) / ranks, layer.k
+    off, k, real = (ranks - 1) / ranks, layer.k, min(layer.k, layer.n_experts)  # the other slots are null experts'
     row = (layer.d_model + layer.d_out) * size
     gate, index = 4, 4  # fp32 and int32
-    reached = _distinct(layer.n_experts, ranks, k)
+    reached = _distinct(layer.n_experts, ranks, real)
     return {
         "gather": (ranks - 1) * (row + k * (gate + index)),
-        "slots": k * off * (row + gate),
+        "slots": real * off * (row + gate),
         "tokens": reached * off * (row + k * (gate + index)),
     }
 

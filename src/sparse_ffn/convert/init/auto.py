@@ -28,7 +28,7 @@ def choose(config: ExpertsConfig, ffn: FFNWeights, lost: Callable[[ExpertsConfig
         config = replace(config, active=0.25)
     resolved = config.resolve(ffn)
     if resolved.k == resolved.n_experts:
-        return replace(config, init="split", router_init="mean_keys")  # exact
+        return replace(config, init="split", cluster_by=None, router_init="mean_keys")  # exact
     bias = True if config.bias is None else config.bias  # for the mean of what is left out
     config = replace(config, init="cluster", expert_size=resolved.expert_size, bias=bias)
     best: ExpertsConfig | None = None
@@ -57,4 +57,6 @@ def _routers(config: ExpertsConfig) -> list[dict[str, Any]]:
 
 
 def _deals(config: ExpertsConfig) -> list[dict[str, Any]]:
-    return [] if config.cluster_by is not None else [{"init": "split"}, {"cluster_by": "keys"}]
+    if config.cluster_by is not None:
+        return []
+    return [{"init": "split"}, {"init": "cluster", "cluster_by": "keys"}]

@@ -115,7 +115,7 @@ def settle(config: FFNConfig, ffn: FFNWeights, inputs: Tensor | None) -> FFNConf
     if not isinstance(config, ExpertsConfig) or config.init != "auto":
         return config
     if inputs is None:
-        return replace(config, init="split" if ffn.keys.is_meta else "cluster")
+        return replace(config, init="split", cluster_by=None) if ffn.keys.is_meta else replace(config, init="cluster")
     trial = Trial(ffn, inputs)
     return choose(config, ffn, lambda tried: trial.build(tried)[1])
 

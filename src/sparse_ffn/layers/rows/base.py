@@ -81,9 +81,13 @@ class ExpertRows(nn.Module):
         out: Tensor = values.down(h, expert, token, gate.reshape(-1), tokens)
         return out
 
+    def stored(self) -> list[Tensor]:
+        """The tensors that hold the rows: the same ones in tied stacks."""
+        return list(self.buffers())
+
     def n_bytes(self) -> int:
         """Bytes of all that is stored."""
-        return sum(buffer.nbytes for buffer in self.buffers())
+        return sum(t.nbytes for t in self.stored())
 
     @property
     def requires_grad(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,7 +23,7 @@ numbers among all experts: the sum over the slots."""
 
 
 class ExpertCache:
-    """The experts of one layer in host memory, and slots for some of them on a device.
+    """The experts of one layer in host memory, and slots for some of them on a device. Threads take turns.
 
     Args:
         stacks: by name a layer's stack [E, ...], or the codes of its rows, in host memory.
@@ -34,7 +35,8 @@ class ExpertCache:
         self.stacks = stacks
         hosts = [t for stack in stacks.values() for t in _tensors(stack)]
         # of zeros: a backend may compute all experts that it is given, and those of empty slots must add nothing
-        tables = [torch.zeros(n_slots, *t.shape[1:], dtype=t.dtype, device=device) for t in hosts]
+        with torch.inference_mode(False):  # they are written to later, in whatever mode
+            tables = [torch.zeros(n_slots, *t.shape[1:], dtype=t.dtype, device=device) for t in hosts]
         rest = iter(tables)
         self.slots = {name: _like(stack, rest) for name, stack in stacks.items()}
         self.device = tables[0].device
@@ -42,8 +44,15 @@ class ExpertCache:
         self.lru = LRU(n_slots)
         self.copies = (StreamedCopies if self.device.type == "cuda" else Copies)(hosts, tables)
         self.hits = self.misses = self.bytes = 0
+        self._turn = threading.Lock()
 
-    def bring(self, experts: list[int]) -> list[int]:
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_turn": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= {**state, "_turn": threading.Lock()}
+
+    def _bring(self, experts: list[int]) -> list[int]:
         """Begin to copy those of one wave that are not here; the slots of all."""
         taken = [self.lru.take(expert) for expert in experts]
         missing = [(slot, expert) for expert, (slot, here) in zip(experts, taken, strict=True) if not here]
@@ -59,13 +68,17 @@ class ExpertCache:
             index: experts in [0, E]; E is none.
             ffn: called with the cache's stacks and places in it, in [0, n_slots].
         """
+        with self._turn:
+            return self._compute(index, ffn)
+
+    def _compute(self, index: Tensor, ffn: FFN) -> Tensor:
         here = {name: QuantizedRows(stack) if isinstance(stack, Codes) else stack for name, stack in self.slots.items()}
         waves = self.lru.waves(e for e, count in enumerate(self.count(index)) if count) or [[]]
         total: Tensor | None = None
         for wave in waves:
             hits = sum(expert in self.lru for expert in wave)
             self.hits, self.misses = self.hits + hits, self.misses + len(wave) - hits
-            slots = self.bring(wave)
+            slots = self._bring(wave)
             slot_of, expert_of = [self.lru.n_slots] * (self.n_experts + 1), [0] * self.lru.n_slots
             for expert, slot in zip(wave, slots, strict=True):
                 slot_of[expert], expert_of[slot] = slot, expert
@@ -84,8 +97,9 @@ class ExpertCache:
         """Begin to copy the experts that an index names, those with the most slots if not all have room."""
         counts = self.count(index)
         named = sorted((e for e, count in enumerate(counts) if count), key=lambda e: -counts[e])
-        for wave in self.lru.waves(named[: self.lru.n_slots]):
-            self.bring(wave)
+        with self._turn:
+            for wave in self.lru.waves(named[: self.lru.n_slots]):
+                self._bring(wave)
 
     def count(self, index: Tensor) -> list[int]:
         """How often an index names each expert. Here the host waits for the device."""
@@ -150,9 +164,9 @@ class OffloadedRows(ExpertRows):
         numbers: Tensor = host if experts is None else host[experts]
         return numbers.mT if self.transposed else numbers
 
-    def n_bytes(self) -> int:
-        """Bytes in host memory."""
-        return sum(t.nbytes for t in _tensors(self._host))
+    def stored(self) -> list[Tensor]:
+        """Those in host memory."""
+        return _tensors(self._host)
 
     def ffn(
         self,
