@@ -398,6 +398,13 @@ def test_deepseeks_router_survives_expert_dropout_and_refuses_bad_sizes() -> Non
         DeepSeekRouter(D, E, 3, n_groups=3, topk_groups=1)
 
 
+def test_a_token_without_a_living_expert_leaves_gradients_of_deepseeks_router_finite() -> None:
+    layer = sf.MoE(D, E, G, K, router=DeepSeekRouter, expert_dropout=0.9)
+    x = torch.randn(40, D, requires_grad=True)
+    (layer(x).square().sum() + sf.aux_loss(layer)).backward()
+    assert all(t.grad.isfinite().all() for t in (x, *layer.parameters()))
+
+
 def test_deepseeks_router_reaches_the_lower_ones_of_equal_groups() -> None:
     router = DeepSeekRouter(D, 64, 6, n_groups=16, topk_groups=3).eval()
     nn.init.zeros_(router.weight)

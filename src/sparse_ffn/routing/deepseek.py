@@ -77,8 +77,9 @@ class DeepSeekRouter(SigmoidRouter):
         gate_TK = super().gate(logits_TE, index_TK, alive_TK)
         if not self.normalize:
             return gate_TK
-        living_TK = gate_TK if alive_TK is None else gate_TK * alive_TK
-        return gate_TK / (living_TK.sum(1, keepdim=True) + 1e-20)
+        if alive_TK is not None:
+            gate_TK = gate_TK * alive_TK  # before the division: where none lives, σ/1e-20 would have an infinite slope
+        return gate_TK / (gate_TK.sum(1, keepdim=True) + 1e-20)
 
     def extra_repr(self) -> str:
         """Sizes and what differs from the defaults."""
