@@ -122,12 +122,15 @@ class Router(CheckedOptions, nn.Module):
 
     @property
     def k(self) -> int:
-        """Experts selected for a token. May be set to any number up to n_experts at any time."""
+        """Experts selected for a token. May be set at any time to any number that the constructor takes."""
         return self._k
 
     @k.setter
     def k(self, k: int) -> None:
-        self._k = check_positive("k", k, at_most=self.n_experts, limit="n_experts")
+        self._k = self._checked_k(k)
+
+    def _checked_k(self, k: int) -> int:
+        return check_positive("k", k, at_most=self.n_experts, limit="n_experts")
 
     def add_parameters(self) -> None:
         """Make what a router has beyond ``weight`` and ``bias``. ``_tensors`` lists it, ``reset_parameters`` sets."""
@@ -191,7 +194,8 @@ class Router(CheckedOptions, nn.Module):
             score_TE = self.limit(score_TE)
             alive_TE: Tensor | None = None
             if self.training and self.expert_dropout > 0:
-                alive_TE = torch.rand_like(logits_TE) >= self.expert_dropout
+                reached_TE = score_TE != -torch.inf  # among dropped experts these would tie with those out of reach
+                alive_TE = (torch.rand_like(logits_TE) >= self.expert_dropout) & reached_TE
                 score_TE = score_TE.masked_fill(~alive_TE, -torch.inf)
             index_TK = self.select(score_TE)
             alive_TK = None if alive_TE is None else alive_TE.gather(1, index_TK)
