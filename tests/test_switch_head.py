@@ -164,6 +164,16 @@ def test_what_a_training_loop_calls_sees_both_routers() -> None:
     torch.testing.assert_close(*found)
 
 
+def test_slots_that_expert_dropout_leaves_void_are_no_load_of_a_head() -> None:
+    layer = made(expert_dropout=0.8, balance=("switch", "bias"), balance_weight=(1.0, 0.0))
+    for part in (layer.values, layer.outputs):
+        nn.init.zeros_(part.router.weight)
+    layer(tokens(20, T))
+    load = layer.values.router.load + layer.outputs.router.load
+    assert 0 < load.sum() < 2 * 100 * H * K
+    assert sf.aux_loss(layer).item() == pytest.approx(load.sum().item() / (100 * H))  # every p is 1/E
+
+
 def test_it_is_checkpointed_copied_and_cast_as_other_layers() -> None:
     layer, x = made(), tokens(2, T)
     y = layer(x)

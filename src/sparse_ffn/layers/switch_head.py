@@ -111,8 +111,9 @@ class HeadExperts(Balanced):
             length, width = x_TN.shape[0] // max(n_groups, 1), x_TN.shape[1] // n_heads
             return x_TN.reshape(n_groups, length, n_heads, width).transpose(1, 2).reshape(-1, width)
 
-        logits = by_head(routing.logits_TE)
-        own = Routing(logits, by_head(routing.index_TK) % logits.shape[1], by_head(routing.gate_TK))
+        logits, index = by_head(routing.logits_TE), by_head(routing.index_TK)
+        void, n_experts = index == routing.logits_TE.shape[1], logits.shape[1]
+        own = Routing(logits, torch.where(void, n_experts, index % n_experts), by_head(routing.gate_TK))
         mask = None if mask_T is None else by_head(mask_T.unsqueeze(1).expand(-1, n_heads)).squeeze(1)
         return super()._weighted_loss(own, mask, n_groups * n_heads)
 
