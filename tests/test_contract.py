@@ -281,6 +281,21 @@ def test_a_shared_expert_made_on_meta_works_after_its_reset() -> None:
     assert layer(torch.randn(5, 4)).isfinite().all()
 
 
+def test_the_usual_loop_over_modules_initialises_as_the_layers_do() -> None:
+    options = {"query_dim": 64, "query_bias": True, "gated": True, "n_layers": 8}
+    for layer in (
+        layers.LatentMoE(64, 48, 4, 8, 2, projection_bias=True, n_layers=8),
+        sf.ProductKeyMemory(64, 4, 3, **options),
+        layers.SwitchHeadAttention(64, 4, 3, n_layers=8),
+    ):
+        for module in layer.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        for linear in (module for module in layer.modules() if isinstance(module, nn.Linear)):
+            assert linear.weight.std().item() == pytest.approx(0.5 / linear.in_features**0.5, rel=0.08)
+            assert linear.bias is None or not linear.bias.any()
+
+
 # ---------------------------------------------------------------------------------------------- bad arguments
 
 BAD: list[tuple[Any, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [

@@ -27,7 +27,8 @@ from sparse_ffn.checks import (
 )
 from sparse_ffn.layers.balanced import Balanced
 from sparse_ffn.layers.base import check_input, initial_scale
-from sparse_ffn.module import CheckedOptions, normal_
+from sparse_ffn.layers.projection import Projection
+from sparse_ffn.module import CheckedOptions, normal_, unwrapped
 from sparse_ffn.ops.select import stable_topk
 from sparse_ffn.routing.balance import check_balance
 from sparse_ffn.routing.base import AnyRouting, Routing
@@ -210,9 +211,8 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
         for name, fan in (("values", self.d_model), ("outputs", width)):
             std = self.init_scale / math.sqrt(fan)
             setattr(self, name, HeadExperts(name == "values", *self._projections[name], make_router, std, balanced))
-        own = {"bias": False, "device": device, "dtype": dtype}
-        self.query, self.key = (nn.Linear(self.d_model, width, **own) for _ in range(2))
-        self._reset_projections()
+        own = {"device": device, "dtype": dtype}
+        self.query, self.key = (Projection(self.d_model, width, self.init_scale, **own) for _ in range(2))
 
     def forward(
         self,
@@ -292,7 +292,7 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
         dense = (self.n_heads * self.d_head, self.d_model)
         for name in ("query", "key"):
             projection = getattr(self, name)
-            if type(projection) is not nn.Linear:  # others may store their weight packed
+            if type(projection) is not Projection:  # others may store their weight packed
                 continue
             if not is_dtensor(projection.weight):
                 check_places(x, (projection.weight,))
@@ -325,11 +325,8 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
         """Initialise all parameters and buffers anew."""
         self.values.reset_parameters()
         self.outputs.reset_parameters()
-        self._reset_projections()
-
-    def _reset_projections(self) -> None:
-        for projection in (self.query, self.key):
-            normal_(projection.weight, self.init_scale / math.sqrt(self.d_model))
+        for name in ("query", "key"):
+            unwrapped(name, getattr(self, name), nn.Linear).reset_parameters()
 
     def extra_repr(self) -> str:
         """The sizes."""
