@@ -218,6 +218,12 @@ def test_parameter_equal_never_goes_below_k() -> None:
         assert sf.parameter_equal(sf.ProductKeyMemory, 16, 10, k=50)["n_sub_keys"] == 8
 
 
+def test_parameter_equal_knows_that_null_experts_are_among_the_k() -> None:
+    options = {"expert_size": 64, "k": 6}
+    assert sf.parameter_equal(sf.SigmaMoE, 64, 256, **options, null_experts=2)["n_experts"] == 4
+    assert sf.parameter_equal(sf.SigmaMoE, 64, 256, **options, null_experts=9)["n_experts"] == 4
+
+
 def test_parameter_equal_says_when_no_size_is_within_a_tenth() -> None:
     words = r"no n_experts of SigmaMoE comes near the 2557 parameters.* 2 is the nearest, with 3104 \(\+21%\)"
     with pytest.warns(sf.SparseFFNWarning, match=words):
