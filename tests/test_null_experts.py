@@ -123,6 +123,13 @@ def test_null_experts_that_no_token_selects_change_nothing(kind: str, router: st
     torch.testing.assert_close(layer(tokens()), plain(tokens()))
 
 
+@pytest.mark.parametrize("kind", ["identity", "constant"])
+def test_a_functional_call_with_fewer_experts_knows_which_are_null(kind: str, on_backend: str) -> None:
+    small, layer, x = made(kind, n_experts=E - 2).eval(), made(kind).eval(), normal(7, D)
+    y = torch.func.functional_call(layer, dict(small.named_parameters()), (x,))
+    torch.testing.assert_close(y, small(x))
+
+
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_a_token_of_null_experts_alone_reads_no_unit(backend: str) -> None:
     x = tokens().float()

@@ -158,7 +158,7 @@ class Routed(NullExperts, Balanced, SparseFFN):
             gate_TK, loss = inject(gate_TK, loss), None
         x_TD = x_TD.to(autocast_dtype(x_TD))
         index_TK = routing.index_TK.clamp_max(n_experts) if self.null_experts else routing.index_TK
-        y_TO = self._add_null(experts(x_TD, index_TK, gate_TK), x_TD, routing.index_TK, gate_TK)
+        y_TO = self._add_null(experts(x_TD, index_TK, gate_TK), x_TD, routing.index_TK, gate_TK, n_experts)
         self._keep(loss, routing.index_TK, mask_T, (y_TO, loss))
         return y_TO
 
