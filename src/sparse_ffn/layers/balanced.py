@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from sparse_ffn.checks import check_choice
-from sparse_ffn.layers.last_forward import LastForward
+from sparse_ffn.layers.last_forward import LastForward, nodes_of
 from sparse_ffn.ops.library import in_backward
 from sparse_ffn.routing.balance import LOSSES, Terms, check_balance, weighted_losses
 from sparse_ffn.routing.base import AnyRouting, Router, Routing
@@ -33,8 +34,8 @@ class Calls:
         self.routings: list[Routing] = []
         self.masks: list[Tensor | None] = []
         self.n_sequences: list[int | None] = []
-        self.results: tuple[Tensor | None, ...] = ()
-        """Of the last one, as ``LastForward`` takes them."""
+        self.nodes: list[Node] = []
+        """Of all calls' results: the tensors themselves would cost memory under checkpointing."""
 
 
 class Balanced(nn.Module):
@@ -125,15 +126,15 @@ class Balanced(nn.Module):
         return tuple((name, weight * router.l1 if name == "l1" else weight) for name, weight in terms)
 
     def _keep(
-        self, loss: Tensor | None, index_TK: Tensor, mask_T: Tensor | None, results: tuple[Tensor | None, ...]
+        self, loss: Tensor | None, index_TK: Tensor, mask_T: Tensor | None, results: tuple[Tensor | Node | None, ...]
     ) -> None:
         """Keep what ``LastForward`` takes."""
         # an exported program has no module to keep these; is_exporting() is true for all that torch 2.9 compiles
         if not torch.compiler._is_exporting_flag and not in_backward():
             last = LastForward(loss, index_TK, mask_T, results)
             object.__setattr__(self, "_last", last)  # Module's own costs as much as a small op
-            if self._calls is not None and self._calls.open:
-                self._calls.results = results
+            if self._calls is not None and self._calls.open and self.training:
+                self._calls.nodes += nodes_of(results)
 
     @property
     def _aux(self) -> Tensor | None:
