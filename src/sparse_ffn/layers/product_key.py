@@ -163,6 +163,7 @@ class ProductKeyMemory(SparseFFN):
             or values.shape != (n * n, self.d_out)
             or (self.keys is not None and self.keys.shape != (n * n, self.d_model))
             or any(t.shape != (half,) for t in norms)
+            or (self.gated and any(t is not None and t.shape != shape for t, shape in self._output_gate().values()))
         ):
             raise self._shape_error()
         score_THK, index_THK = ops.product_key_topk(self._scores(x), self.k)
@@ -252,6 +253,14 @@ class ProductKeyMemory(SparseFFN):
             "norm_bias": (self.norm_bias, half),
             "keys": (self.keys, (self.d_ff, self.d_model)),
             "values": (self.values, (self.d_ff, self.d_out)),
+            **self._output_gate(),
+        }
+
+    def _output_gate(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
+        pairs = (("gate", self.gate, self.d_model), ("out", self.out, self.d_out))
+        return {
+            f"{name}.weight": (linear.weight if type(linear) is Projection else None, (self.d_out, width))
+            for name, linear, width in pairs
         }
 
     def param_groups(self, values_lr: float, **options: Any) -> list[dict[str, Any]]:
