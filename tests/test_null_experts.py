@@ -299,6 +299,9 @@ def test_autocast_takes_them() -> None:
 
 
 def test_what_they_cannot_be_is_said() -> None:
+    layer = made()
+    with pytest.raises(ValueError, match=r"k must be at least 1 and at most n_experts \+ null_experts = 8, got 9"):
+        layer.k = 9
     with pytest.raises(ValueError, match="k must be at least 1 and at most n_experts \\+ null_experts = 8, got 9"):
         sf.MoE(D, E, G, 9, null_experts=N)
     with pytest.raises(ValueError, match="null_kind = 'identity' adds x, so d_out = 4 must be d_model = 6"):

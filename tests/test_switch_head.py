@@ -222,6 +222,9 @@ def test_initialisation_and_repr() -> None:
 
 def test_what_does_not_fit_is_said() -> None:
     layer, x = made(), tokens(2, T)
+    with pytest.raises(ValueError, match="k = 4 of all heads must be a multiple of n_heads = 3"):
+        layer.values.k = 4
+    assert layer.values.k == H * K
     with pytest.raises(ValueError, match="d_head must be given where n_heads = 3 does not divide d_model = 8"):
         SwitchHeadAttention(D, H, E)
     with pytest.raises(ValueError, match="k must be at least 1 and at most n_experts = 4, got 5"):

@@ -150,10 +150,12 @@ def unwrapped(name: str, module: nn.Module, kind: type[M]) -> M:
     Raises:
         TypeError: there is none.
     """
+    if isinstance(module, kind):  # nearly always, and much cheaper than the loop
+        return module
     for found in module.modules():
         if isinstance(found, kind):
             return found
-    raise TypeError(f"{name} must be a {kind.__module__}.{kind.__name__}, or a wrapper of one, got {shown(module)}")
+    raise TypeError(f"{name} must be a {kind.__name__} or wrap one, got {shown(module)}")
 
 
 def is_plain(module: nn.Module, weight: str = "weight") -> bool:

@@ -43,7 +43,7 @@ def aux_loss(model: nn.Module) -> Tensor:
     if not losses:
         return torch.zeros((), dtype=torch.float32, device="cpu")
     for name, layer, loss in losses:
-        trains = layer.training and layer.router.weight.requires_grad
+        trains = layer.training and any(p.requires_grad for p in layer.router.parameters())
         if torch.is_grad_enabled() and trains and not loss.requires_grad:
             warnings.warn(
                 f"the balance loss of {name or 'the layer'} has no gradient: its forward ran without gradients, as "

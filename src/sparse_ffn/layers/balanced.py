@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from sparse_ffn.checks import check_choice
+from sparse_ffn.checks import check_choice, check_positive
 from sparse_ffn.layers.last_forward import LastForward, nodes_of
+from sparse_ffn.module import unwrapped
 from sparse_ffn.ops.library import in_backward
 from sparse_ffn.routing.balance import LOSSES, Terms, check_balance, weighted_losses
 from sparse_ffn.routing.base import AnyRouting, Router, Routing
@@ -60,16 +61,19 @@ class Balanced(nn.Module):
 
     @k.setter
     def k(self, k: int) -> None:
-        self._own_router().k = k
+        self._own_router().k = self._checked_k(k)
+
+    def _checked_k(self, k: int) -> int:
+        limit = "n_experts + null_experts" if self.null_experts else "n_experts"
+        return check_positive("k", k, self.n_experts + self.null_experts, limit)
 
     def _own_router(self) -> Router:
-        # LoRA wraps it, and the wrapper has none of its attributes
-        return next(module for module in self.router.modules() if isinstance(module, Router))
+        return unwrapped("router", self.router, Router)
 
     @property
     def _adapts(self) -> str | None:
         """Which of the balances it has that ``update_router_bias`` serves."""
-        return "bias" if self.router.bias is not None else "l1" if "l1" in self.balance else None
+        return "bias" if self._own_router().bias is not None else "l1" if "l1" in self.balance else None
 
     @property
     def _targets(self) -> Targets | None:

@@ -73,8 +73,8 @@ class LatentMoE(nn.Module):
         return y
 
     def _own_moe(self) -> Routed:
-        # LoRA wraps it, and the wrapper has none of its attributes; compress_experts_ puts another kind in its place
-        return next(module for module in self.moe.modules() if isinstance(module, Routed))
+        # compress_experts_ puts another kind than MoE in its place
+        return unwrapped("moe", self.moe, Routed)
 
     def _check_call(self, x: Tensor, mask: Tensor | None) -> None:
         """Raise if this is no input of the layer: before the projections are computed."""

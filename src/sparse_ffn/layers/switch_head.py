@@ -46,6 +46,11 @@ class HeadRouter(SigmoidRouter):
         self.n_heads = n_heads
         super().__init__(d_model, n_heads * n_experts, n_heads * k, **options)
 
+    def _checked_k(self, k: int) -> int:
+        if (k := super()._checked_k(k)) % self.n_heads:
+            raise ValueError(f"k = {k} of all heads must be a multiple of n_heads = {self.n_heads}")
+        return k
+
     def select(self, score_TE: Tensor) -> Tensor:
         """The k best experts of the first head, those of the second, ..."""
         score_THE = score_TE.view(score_TE.shape[0], self.n_heads, score_TE.shape[1] // self.n_heads)
@@ -121,7 +126,7 @@ class HeadExperts(Balanced):
     def reset_parameters(self) -> None:
         """Normal weights; the router's own initialisation."""
         normal_(self.weight, self._std)
-        self.router.reset_parameters()
+        self._own_router().reset_parameters()
 
     def extra_repr(self) -> str:
         """Sizes and the balance."""
@@ -247,7 +252,7 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
         seen_TD = (x if router_input is None else router_input).reshape(-1, self.d_model)
         valued_TD = (x if value_input is None else value_input).reshape(-1, self.d_model)
         mask_T = None if mask is None else mask.reshape(-1)
-        groups = self.values._n_sequences(x)
+        groups = self._own_experts("values")._n_sequences(x)
 
         def heads(rows: Tensor) -> Tensor:
             return rows.view(n_sequences, time, self.n_heads, self.d_head).transpose(1, 2)
@@ -268,7 +273,7 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
         self, x: Tensor, router_input: Tensor | None, value_input: Tensor | None, mask: Tensor | None
     ) -> Tensor:
         """x as [B, T, d_model], if the call is right."""
-        own = self.values.weight
+        own = self._own_experts("values").weight
         check_input("x", x, own)
         if x.dim() < 2 or x.shape[-1] != self.d_model:
             raise ValueError(f"x must have shape [..., T, d_model = {self.d_model}], got {list(x.shape)}")
@@ -281,10 +286,9 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
         if mask is not None:
             check_mask(mask, x)
         for name, size in self._projections.items():
-            weight, router = getattr(self, name).weight, getattr(self, name).router.weight
-            check_parameters(
-                x, {f"{name}.weight": weight}, split=True
-            )  # a part that is sharded by itself checks itself
+            experts = self._own_experts(name)
+            weight, router = experts.weight, experts._own_router().weight
+            check_parameters(x, {f"{name}.weight": weight}, split=True)  # a part sharded by itself checks itself
             rows = self.n_heads * self.n_experts
             wanted = {"weight": (weight, (rows, *size)), "router.weight": (router, (rows, self.d_model))}
             if any(tensor.shape != shape for tensor, shape in wanted.values()):
@@ -308,13 +312,16 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
     @property
     def k(self) -> int:
         """Experts that a token selects for each head's values and outputs; may be set at any time."""
-        return self.values.k // self.n_heads
+        return self._own_experts("values").k // self.n_heads
 
     @k.setter
     def k(self, k: int) -> None:
         k = check_positive("k", k, self.n_experts, "n_experts")
-        for experts in (self.values, self.outputs):
-            experts.router.k = self.n_heads * k
+        for name in self._projections:
+            self._own_experts(name).k = self.n_heads * k
+
+    def _own_experts(self, name: str) -> HeadExperts:
+        return unwrapped(name, getattr(self, name), HeadExperts)
 
     @property
     def n_parameters(self) -> int:
@@ -323,8 +330,8 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise all parameters and buffers anew."""
-        self.values.reset_parameters()
-        self.outputs.reset_parameters()
+        for name in self._projections:
+            self._own_experts(name).reset_parameters()
         for name in ("query", "key"):
             unwrapped(name, getattr(self, name), nn.Linear).reset_parameters()
 
