@@ -250,7 +250,7 @@ def test_a_wished_share_is_reached_by_training_and_by_the_bias() -> None:
 @pytest.mark.parametrize("cls", VARIANTS)
 def test_every_variant_has_them_and_shows_them(cls: type[sf.MoE]) -> None:
     assert {"null_experts", "null_kind", "null_share"} <= MoEOptions.__annotations__.keys()
-    layer = cls(**SIZES, null_experts=N, null_kind="constant", null_share=0.2)
+    layer = cls(**SIZES, null_experts=N, null_kind="constant", null_share=0.2, balance="entropy")
     assert "null_experts=3, null_kind='constant', null_share=0.2" in repr(layer)
     assert "null" not in repr(cls(**SIZES))
     assert list(layer.router.weight.shape) == [E + N, D]
@@ -308,6 +308,9 @@ def test_what_they_cannot_be_is_said() -> None:
         made("identity", d_out=4)
     with pytest.raises(ValueError, match=r"null_share = 0\.5 needs null experts"):
         sf.MoE(**SIZES, null_share=0.5)
+    for balance in ("none", "z", "cv2"):  # which do not know of shares
+        with pytest.raises(ValueError, match=r"null_share = 0\.5 needs one of 'entropy', 'switch', 'bias' as balance"):
+            sf.MoE(**SIZES, null_experts=1, null_share=0.5, balance=balance)
     for share in (0.0, 1.0, -0.5):
         with pytest.raises(ValueError, match="null_share"):
             sf.MoE(**SIZES, null_experts=1, null_share=share)

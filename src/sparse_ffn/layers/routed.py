@@ -93,6 +93,8 @@ class Routed(NullExperts, Balanced, SparseFFN):
         self._set_balance(balance, balance_weight, balance_over, aux, sync_balance)
         self._make_experts(glu, bias)
         self._set_null(null_experts, null_kind, null_share)
+        if self.null_share is not None:
+            self._check_served(f"null_share = {self.null_share}", "entropy", "switch", "bias")
         self.router = make_router(
             router, self.d_model, d_router, self.n_experts + self.null_experts, self._checked_k(k),
             balance=self.balance, expert_dropout=check_rate("expert_dropout", expert_dropout),
@@ -100,6 +102,11 @@ class Routed(NullExperts, Balanced, SparseFFN):
         )  # fmt: skip
         self.d_router = self.router.d_model
         self._reset_experts()  # the router has initialised itself
+
+    def _check_served(self, option: str, *by: str) -> None:
+        """Raise unless the layer has one of the balances that an option is for."""
+        if not set(by) & set(self.balance):
+            raise ValueError(f"{option} needs one of {', '.join(map(repr, by))} as balance, got {self.balance}")
 
     def _make_experts(self, glu: bool, bias: bool) -> None:
         """Check these two and make the experts' parameters."""
