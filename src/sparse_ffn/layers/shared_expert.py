@@ -109,7 +109,7 @@ class SharedExpertMoE(nn.Module):
         return next(module for module in self.routed.modules() if isinstance(module, (Routed, LatentMoE)))
 
     def _own_moe(self) -> Routed:
-        return next(module for module in self.routed.modules() if isinstance(module, Routed))
+        return unwrapped("routed", self.routed, Routed)
 
     @property
     def k(self) -> int:
