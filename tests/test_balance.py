@@ -518,6 +518,22 @@ def test_the_bias_is_updated_in_every_layer_of_a_model():
     assert biases(model[1][0]) == pytest.approx([RATE, -RATE, RATE, RATE])
 
 
+def test_a_router_that_layers_share_moves_once_by_the_load_of_all():
+    first, second = biased(), biased()
+    second.router = first.router
+    model = torch.nn.Sequential(first, second)
+    first(likes(0, 0))
+    second(likes(1, 2))  # together 2, 1, 1, 0 around 1
+    sf.update_router_bias(model)
+    assert biases(first) == pytest.approx([-RATE, 0, 0, RATE])
+    moved = biases(first)
+    model.append(sf.MoE(E, E - 1, 2, 1, router=first.router, null_experts=1, balance="bias"))
+    first(likes(0, 0))
+    with pytest.raises(ValueError, match=r"2 shares its router with a layer .* that wishes other loads"):
+        sf.update_router_bias(model)
+    assert biases(first) == moved
+
+
 def test_the_bias_selects_and_does_not_weigh():
     layer = biased()
     layer.router.bias.copy_(torch.tensor([0, 0, 50.0, 0]))

@@ -431,6 +431,27 @@ def test_deepseeks_router_survives_expert_dropout_and_refuses_bad_sizes() -> Non
     assert "n_groups=3, topk_groups=1" in repr(router)
     with pytest.raises(ValueError, match=r"k = 3 must be at most topk_groups·\(n_experts/n_groups\) = 2"):
         DeepSeekRouter(D, E, 3, n_groups=3, topk_groups=1)
+    with pytest.raises(ValueError, match=r"k = 3 must be at most topk_groups·\(n_experts/n_groups\) = 2"):
+        router.k = 3
+    assert router.k == K
+
+
+def test_a_token_without_a_living_expert_leaves_gradients_of_deepseeks_router_finite() -> None:
+    layer = sf.MoE(D, E, G, K, router=DeepSeekRouter, expert_dropout=0.9)
+    x = torch.randn(40, D, requires_grad=True)
+    (layer(x).square().sum() + sf.aux_loss(layer)).backward()
+    assert all(t.grad.isfinite().all() for t in (x, *layer.parameters()))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.6])
+def test_only_experts_of_the_best_groups_weigh_something(rate: float) -> None:
+    router = DeepSeekRouter(D, 12, 4, n_groups=4, topk_groups=2, normalize=False, expert_dropout=rate)
+    logits, index, gate = router(torch.randn(200, D))
+    worth = torch.sigmoid(logits).view(200, 4, 3).topk(2).values.sum(2)
+    best = worth.topk(2).indices
+    reached = (index.div(3, rounding_mode="floor").unsqueeze(2) == best.unsqueeze(1)).any(2)
+    assert gate[reached].count_nonzero() > 100
+    assert not gate[~reached].any()
 
 
 def test_deepseeks_router_reaches_the_lower_ones_of_equal_groups() -> None:

@@ -218,6 +218,12 @@ def test_parameter_equal_never_goes_below_k() -> None:
         assert sf.parameter_equal(sf.ProductKeyMemory, 16, 10, k=50)["n_sub_keys"] == 8
 
 
+def test_parameter_equal_knows_that_null_experts_are_among_the_k() -> None:
+    options = {"expert_size": 64, "k": 6}
+    assert sf.parameter_equal(sf.SigmaMoE, 64, 256, **options, null_experts=2)["n_experts"] == 4
+    assert sf.parameter_equal(sf.SigmaMoE, 64, 256, **options, null_experts=9)["n_experts"] == 4
+
+
 def test_parameter_equal_says_when_no_size_is_within_a_tenth() -> None:
     words = r"no n_experts of SigmaMoE comes near the 2557 parameters.* 2 is the nearest, with 3104 \(\+21%\)"
     with pytest.warns(sf.SparseFFNWarning, match=words):
@@ -270,6 +276,7 @@ def test_sizes_of_a_shared_expert_beside_routed_ones() -> None:
         layer.k = 3
         assert routed.k == 3
         assert layer.active_fraction == (3 * 4 + 20) / 52
+    assert SharedExpertMoE(sf.SigmaMoE(d, 8, 4, 2), sf.TopKFFN(d, 20, 5)).active_fraction == (2 * 4 + 5) / 52
 
 
 def test_a_shared_expert_made_on_meta_works_after_its_reset() -> None:
@@ -280,6 +287,29 @@ def test_a_shared_expert_made_on_meta_works_after_its_reset() -> None:
     layer.reset_parameters()
     assert all(tensor.isfinite().all() for tensor in layer.state_dict().values())
     assert layer(torch.randn(5, 4)).isfinite().all()
+
+
+def test_what_is_no_router_cannot_stand_in_ones_place() -> None:
+    layer, x = sf.SigmaMoE(4, 3, 5, 1), torch.randn(2, 4)
+    layer.router = nn.Linear(4, 3)
+    for use in (lambda: layer(x), lambda: layer.k, layer.reset_parameters, lambda: sf.update_router_bias(layer)):
+        with pytest.raises(TypeError, match=r"router must be a Router or wrap one, got Linear"):
+            use()
+
+
+def test_the_usual_loop_over_modules_initialises_as_the_layers_do() -> None:
+    options = {"query_dim": 64, "query_bias": True, "gated": True, "n_layers": 8}
+    for layer in (
+        layers.LatentMoE(64, 48, 4, 8, 2, projection_bias=True, n_layers=8),
+        sf.ProductKeyMemory(64, 4, 3, **options),
+        layers.SwitchHeadAttention(64, 4, 3, n_layers=8),
+    ):
+        for module in layer.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        for linear in (module for module in layer.modules() if isinstance(module, nn.Linear)):
+            assert linear.weight.std().item() == pytest.approx(0.5 / linear.in_features**0.5, rel=0.08)
+            assert linear.bias is None or not linear.bias.any()
 
 
 # ---------------------------------------------------------------------------------------------- bad arguments
@@ -347,6 +377,8 @@ BAD: list[tuple[Any, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     (sf.SBaseMoE, (4, 3, 5, 1), {"n_iters": 0}, ValueError, "n_iters must be at least 1, got 0"),
     (sf.SBaseMoE, (4, 3, 5, 1), {"expert_dropuot": 0.1}, TypeError, r"SBaseMoE.*\(did you mean 'expert_dropout'\?\)"),
     (sf.MoE, (4, 3, 5, 1), {"router": nn.Linear(4, 3)}, ValueError, "router must be one of 'sigmoid'.*got Linear"),
+    (sf.MoE, (4, 3, 5, 1), {"router": 3}, ValueError, "or a sparse_ffn.routing.Router, or a callable that makes one"),
+    (routing.ReLURouter, (4, "8", 3), {"active": 2.0}, TypeError, "n_experts must be an int, got '8'"),
     (sf.SigmaMoE, (4, 3, 5, 1), {"router": "softmax"}, TypeError, r"SigmaMoE has no argument 'router' \(MoE has it\)"),
     (sf.SigmaMoE, (4, 3, 5, 1), {"gain": 1}, TypeError, "SigmaMoE has no argument 'gain'; it takes d_model, n_experts"),
     (sf.SigmaMoE, (4, 3, 5, 1), {"gain": 1}, TypeError, "balance_weight, activation, glu.*dtype$"),

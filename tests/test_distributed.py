@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 import sparse_ffn as sf
+from sparse_ffn.layers import LatentMoE
 
 WORLD = 2
 
@@ -125,23 +126,25 @@ def fresh(rank: int) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         layer = sf.SigmaMoE(8, 5, 4, 2, glu=True)
         memory = sf.ProductKeyMemory(8, 3, 2, query_dim=4)
-    model = nn.Sequential(layer, memory)
+        latent = LatentMoE(8, 6, 4, 3, 2)
+    model = nn.Sequential(layer, memory, latent)
     fully_shard(layer.router)
     fully_shard(model)
     model.to_empty(device="cpu")
     torch.manual_seed(3)
-    layer.reset_parameters()
-    memory.reset_parameters()
+    for part in (layer, memory, latent):
+        part.reset_parameters()
     return {name: p.full_tensor().detach() for name, p in model.named_parameters()}
 
 
 @pytest.mark.exhaustive
 def test_sharded_layers_on_the_cpu_start_with_the_weights_of_one_process() -> None:
     """With one seed torch drew the same numbers for each process's shard: expert 0 was expert 3."""
-    layers = {"0": sf.SigmaMoE(8, 5, 4, 2, glu=True), "1": sf.ProductKeyMemory(8, 3, 2, query_dim=4)}
+    memory = sf.ProductKeyMemory(8, 3, 2, query_dim=4)
+    layers = (sf.SigmaMoE(8, 5, 4, 2, glu=True), memory, LatentMoE(8, 6, 4, 3, 2))
     torch.manual_seed(3)
     expected = {}
-    for number, layer in layers.items():
+    for number, layer in enumerate(layers):
         layer.reset_parameters()
         expected |= {f"{number}.{name}": p for name, p in layer.named_parameters()}
     for found in processes.run(fresh, WORLD):

@@ -158,6 +158,8 @@ def test_what_is_wrong_is_said_before_anything_is_computed() -> None:
     assert layer.router.load is None
     with pytest.raises(TypeError, match=r"x has dtype torch\.float32"):
         made()(x.float())
+    with pytest.raises(ValueError, match=r"balance_cost = True needs one of .* as balance, got \('z',\)"):
+        MixedMoE(D, SIZES, K, balance_cost=True, balance="z")
     with pytest.raises(ValueError, match="at most n_experts = 6, got 7"):
         MixedMoE(D, SIZES, 7)
     with pytest.raises(TypeError, match="MixedMoE has no argument 'expert_size'"):

@@ -123,6 +123,13 @@ def test_null_experts_that_no_token_selects_change_nothing(kind: str, router: st
     torch.testing.assert_close(layer(tokens()), plain(tokens()))
 
 
+@pytest.mark.parametrize("kind", ["identity", "constant"])
+def test_a_functional_call_with_fewer_experts_knows_which_are_null(kind: str, on_backend: str) -> None:
+    small, layer, x = made(kind, n_experts=E - 2).eval(), made(kind).eval(), normal(7, D)
+    y = torch.func.functional_call(layer, dict(small.named_parameters()), (x,))
+    torch.testing.assert_close(y, small(x))
+
+
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_a_token_of_null_experts_alone_reads_no_unit(backend: str) -> None:
     x = tokens().float()
@@ -243,7 +250,7 @@ def test_a_wished_share_is_reached_by_training_and_by_the_bias() -> None:
 @pytest.mark.parametrize("cls", VARIANTS)
 def test_every_variant_has_them_and_shows_them(cls: type[sf.MoE]) -> None:
     assert {"null_experts", "null_kind", "null_share"} <= MoEOptions.__annotations__.keys()
-    layer = cls(**SIZES, null_experts=N, null_kind="constant", null_share=0.2)
+    layer = cls(**SIZES, null_experts=N, null_kind="constant", null_share=0.2, balance="entropy")
     assert "null_experts=3, null_kind='constant', null_share=0.2" in repr(layer)
     assert "null" not in repr(cls(**SIZES))
     assert list(layer.router.weight.shape) == [E + N, D]
@@ -292,12 +299,18 @@ def test_autocast_takes_them() -> None:
 
 
 def test_what_they_cannot_be_is_said() -> None:
+    layer = made()
+    with pytest.raises(ValueError, match=r"k must be at least 1 and at most n_experts \+ null_experts = 8, got 9"):
+        layer.k = 9
     with pytest.raises(ValueError, match="k must be at least 1 and at most n_experts \\+ null_experts = 8, got 9"):
         sf.MoE(D, E, G, 9, null_experts=N)
     with pytest.raises(ValueError, match="null_kind = 'identity' adds x, so d_out = 4 must be d_model = 6"):
         made("identity", d_out=4)
     with pytest.raises(ValueError, match=r"null_share = 0\.5 needs null experts"):
         sf.MoE(**SIZES, null_share=0.5)
+    for balance in ("none", "z", "cv2"):  # which do not know of shares
+        with pytest.raises(ValueError, match=r"null_share = 0\.5 needs one of 'entropy', 'switch', 'bias' as balance"):
+            sf.MoE(**SIZES, null_experts=1, null_share=0.5, balance=balance)
     for share in (0.0, 1.0, -0.5):
         with pytest.raises(ValueError, match="null_share"):
             sf.MoE(**SIZES, null_experts=1, null_share=share)

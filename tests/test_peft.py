@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import sparse_ffn as sf
 from sparse_ffn.integrations.peft import inner_first
-from sparse_ffn.layers import LatentMoE, SharedExpertMoE
+from sparse_ffn.layers import LatentMoE, SharedExpertMoE, SwitchHeadAttention
 
 peft = pytest.importorskip("peft")
 
@@ -152,3 +152,38 @@ def test_experts_within_another_layer_are_adapted_too(latent: bool) -> None:
         torch.testing.assert_close(model.merge_and_unload()(x), y, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="x must have shape"):
         layer(x[:, :3])
+
+
+@pytest.mark.parametrize("name", ["values.weight", "values.router.weight", "outputs.weight"])
+def test_experts_of_attention_are_adapted_too(name: str) -> None:
+    layer, x = SwitchHeadAttention(D, 2, E, 2), torch.randn(2, 5, D)
+    expected = layer(x)
+    model = adapted(layer, name)
+    assert (model.base_model.model[1](x) - expected).abs().max() > 1e-3
+    assert (layer.k, "k=2" in repr(layer), len(sf.routing_stats(model))) == (2, True, 2)
+    with torch.no_grad():
+        y = model(x)
+        torch.testing.assert_close(model.merge_and_unload()(x), y, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_with_adapted_parts_have_their_sizes_and_reset_what_is_their_own() -> None:
+    shared = SharedExpertMoE(layer_of(balance="bias"), sf.DenseFFN(D, 12, d_out=O), gated=True)
+    attention = SwitchHeadAttention(D, 2, E, 2)
+    sizes = (shared.d_ff, shared.active_fraction)
+    model = nn.Sequential(nn.Linear(D, D), nn.ModuleList([shared, attention]))
+    names = ["0.routed.keys", "0.routed.router.weight", "0.shared.keys", "1.values.weight", "1.outputs.router.weight"]
+    config = {"target_parameters": [f"1.{name}" for name in names], "target_modules": ["1.0.gate", "1.1.query"]}
+    with inner_first(model):
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, **config))
+    assert type(shared.routed).__name__ == type(attention.values).__name__ == "ParamWrapper"
+    assert (shared.d_ff, shared.active_fraction) == sizes
+    assert shared.flops_per_token() > 0
+    own = [p for n, p in model.named_parameters() if "lora" not in n]
+    with torch.no_grad():
+        for p in own:
+            p.fill_(torch.nan)
+    shared.reset_parameters()
+    attention.reset_parameters()
+    shared.k = attention.k = 1
+    assert all(p.isfinite().all() for n, p in model.named_parameters() if ".1." in n)
+    sf.update_router_bias(model)

@@ -115,6 +115,19 @@ def test_before_and_after_the_context() -> None:
     assert sf.aux_loss(layer) != 0
 
 
+@pytest.mark.parametrize("last", [0, 1])
+def test_a_backward_pass_through_any_of_the_outputs_ends_the_loss(last: int) -> None:
+    layer = made()
+    with sf.pooled_balance(layer):
+        outputs = layer(tokens(9)), layer(tokens(8))
+        layer.eval()
+        layer(tokens(7))
+        layer.train()
+    assert sf.aux_loss(layer) < 0
+    outputs[last].sum().backward()
+    assert sf.aux_loss(layer) == 0
+
+
 def test_what_cannot_be_pooled_is_said() -> None:
     with (
         pytest.raises(ValueError, match="needs aux='attach', but 0 has aux='inject'"),

@@ -225,7 +225,7 @@ def test_expert_dropout_is_never_nan_for_any_sizes_and_rate(router, data):
 @EVERY_ROUTER
 @PROPERTY
 @given(data=st.data())
-def test_dropped_experts_rank_last_with_gate_exactly_0(router, data):
+def test_slots_that_no_survivor_fills_come_last_and_are_void(router, data):
     n_experts = data.draw(st.integers(2, 7))
     k = data.draw(st.integers(1, n_experts))
     module = selector(n_experts, k, router, expert_dropout=0.6)
@@ -235,12 +235,15 @@ def test_dropped_experts_rank_last_with_gate_exactly_0(router, data):
     torch.testing.assert_close(logits, x)  # the mask does not touch what the losses see
     alive = gate != 0
     assert (gate >= 0).all()
-    assert (index.sort(1).values.diff(dim=1) > 0).all()  # k distinct experts, even where fewer survive
-    assert (alive[:, :-1] | ~alive[:, 1:]).all()  # no survivor after a dropped one
+    assert torch.equal(alive, index < n_experts)
+    ordered = index.sort(1).values
+    assert ((ordered.diff(dim=1) > 0) | (ordered[:, 1:] == n_experts)).all()  # no expert twice
+    assert (alive[:, :-1] | ~alive[:, 1:]).all()  # no survivor after a void slot
+    selected = index.clamp_max(n_experts - 1)
     if router in ("sigmoid", "sinkhorn"):  # no rescaling
-        torch.testing.assert_close(gate[alive], torch.sigmoid(x.gather(1, index))[alive])
+        torch.testing.assert_close(gate[alive], torch.sigmoid(x.gather(1, selected))[alive])
     if router == "softmax":
-        torch.testing.assert_close(gate[alive], torch.softmax(x, 1).gather(1, index)[alive])
+        torch.testing.assert_close(gate[alive], torch.softmax(x, 1).gather(1, selected)[alive])
     if router in ("softmax_topk", "noisy_topk"):
         torch.testing.assert_close(gate.sum(1), alive.any(1).to(gate))
 
@@ -252,8 +255,8 @@ def test_survivors_are_the_best_ones_and_the_layer_computes_the_oracles_function
     x = normal(60, 4)
     reveal = selector(4, 4, router, expert_dropout=0.5)
     torch.manual_seed(0)
-    _, index, gate = reveal.router(x, None)
-    dropped = torch.zeros(60, 4, dtype=torch.bool).scatter(1, index, gate == 0)
+    index = reveal.router(x, None).index_TK
+    dropped = torch.ones(60, 5, dtype=torch.bool).scatter(1, index, False)[:, :4]
     assert dropped.all(1).any()
     assert (~dropped).all(1).any()
     module = selector(4, k, router, expert_dropout=0.5, balance="none")
@@ -278,8 +281,8 @@ def test_every_token_and_expert_is_dropped_independently_at_the_rate(router, rat
     n_tokens, n_experts = 4000, 3
     torch.manual_seed(0)
     module = selector(n_experts, n_experts, router, expert_dropout=rate)
-    _, index, gate = module.router(torch.zeros(n_tokens, n_experts, dtype=torch.float64), None)
-    alive = torch.zeros(n_tokens, n_experts).scatter(1, index, (gate != 0).float())
+    index = module.router(torch.zeros(n_tokens, n_experts, dtype=torch.float64), None).index_TK
+    alive = torch.zeros(n_tokens, n_experts + 1).scatter(1, index, 1.0)[:, :-1]
     deviation = math.sqrt(rate * (1 - rate) / n_tokens)
     assert (alive.mean(0) - (1 - rate)).abs().max() < 4 * deviation
     correlation = torch.corrcoef(torch.cat([alive.T, alive.T.roll(1, 1)]))  # between experts, and between neighbours
@@ -312,10 +315,21 @@ def test_a_dropped_gate_sends_no_gradient_to_the_router():
         torch.manual_seed(seed)
         module(x).sum().backward()
         torch.manual_seed(seed)
-        _, index, gate = module.router(x, None)
-        dropped = index[0][gate[0] == 0]
+        selected = module.router(x, None).index_TK.flatten().tolist()
+        dropped = [e for e in range(3) if e not in selected]
         assert torch.count_nonzero(module.router.weight.grad[dropped]) == 0
         assert torch.count_nonzero(module.values.grad[dropped]) == 0
+
+
+def test_void_slots_are_no_load_of_losses_statistics_and_biases():
+    module = selector(4, 3, expert_dropout=0.5, balance=("switch", "bias"), balance_weight=(1.0, 0.0))
+    with sf.RoutingMeter(module) as meter:
+        module(torch.zeros(200, 4, dtype=torch.float64))
+    load = module.router.load.double()
+    assert 0 < load.sum() < 200 * 3
+    assert sf.aux_loss(module).item() == pytest.approx(load.sum().item() / 200)  # every p is 1/E
+    for stats in (sf.routing_stats(module)[""], meter.stats()[""]):
+        torch.testing.assert_close(stats["load"], (load / load.sum()).float())
 
 
 @EVERY_ROUTER

@@ -164,6 +164,16 @@ def test_what_a_training_loop_calls_sees_both_routers() -> None:
     torch.testing.assert_close(*found)
 
 
+def test_slots_that_expert_dropout_leaves_void_are_no_load_of_a_head() -> None:
+    layer = made(expert_dropout=0.8, balance=("switch", "bias"), balance_weight=(1.0, 0.0))
+    for part in (layer.values, layer.outputs):
+        nn.init.zeros_(part.router.weight)
+    layer(tokens(20, T))
+    load = layer.values.router.load + layer.outputs.router.load
+    assert 0 < load.sum() < 2 * 100 * H * K
+    assert sf.aux_loss(layer).item() == pytest.approx(load.sum().item() / (100 * H))  # every p is 1/E
+
+
 def test_it_is_checkpointed_copied_and_cast_as_other_layers() -> None:
     layer, x = made(), tokens(2, T)
     y = layer(x)
@@ -212,6 +222,9 @@ def test_initialisation_and_repr() -> None:
 
 def test_what_does_not_fit_is_said() -> None:
     layer, x = made(), tokens(2, T)
+    with pytest.raises(ValueError, match="k = 4 of all heads must be a multiple of n_heads = 3"):
+        layer.values.k = 4
+    assert layer.values.k == H * K
     with pytest.raises(ValueError, match="d_head must be given where n_heads = 3 does not divide d_model = 8"):
         SwitchHeadAttention(D, H, E)
     with pytest.raises(ValueError, match="k must be at least 1 and at most n_experts = 4, got 5"):

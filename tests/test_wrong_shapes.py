@@ -44,6 +44,7 @@ MORE: dict[str, Callable[[], nn.Module]] = {
     "DenseFFN, gated": lambda: sf.DenseFFN(D, 20, glu=True, d_out=6),
     "TopKFFN, plain": lambda: sf.TopKFFN(D, 20, 5, d_out=6),
     "ProductKeyMemory, plain": lambda: sf.ProductKeyMemory(D, 5, 7, n_heads=2, d_out=6),
+    "ProductKeyMemory, gated": lambda: sf.ProductKeyMemory(D, 3, 2, gated=True, d_out=6),
     "SigmaMoE, biased": lambda: sf.SigmaMoE(D, 9, 4, 3, balance=("bias", "entropy"), balance_weight=(1, 1), glu=True),
     "SigmaMoE, dropping": lambda: sf.SigmaMoE(D, 9, 4, 3, bias=True, dropout=0.5, expert_dropout=0.1),
     "DeepSeek": deepseek,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as globally
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sparse_ffn.checks import is_dtensor
+from sparse_ffn.checks import is_dtensor, shown
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack as Unpack
@@ -22,6 +22,7 @@ else:  # Python 3.10 has none: there typing.get_type_hints gives the TypedDict i
     Unpack = Union
 
 T = TypeVar("T", bound="CheckedOptions")
+M = TypeVar("M", bound=nn.Module)
 
 
 class CheckedOptions:
@@ -136,6 +137,25 @@ def tensors_of(module: nn.Module, *names: str) -> list[Any]:
     """
     own, buffers = module._parameters, module._buffers
     return [own[n] if n in own else buffers[n] if n in buffers else getattr(module, n) for n in names]
+
+
+def unwrapped(name: str, module: nn.Module, kind: type[M]) -> M:
+    """The module of this kind, which may be within another: LoRA wraps it, and the wrapper has no attribute of it.
+
+    Args:
+        name: the module's, for the error.
+        module: what is in its place now.
+        kind: its class.
+
+    Raises:
+        TypeError: there is none.
+    """
+    if isinstance(module, kind):  # nearly always, and much cheaper than the loop
+        return module
+    for found in module.modules():
+        if isinstance(found, kind):
+            return found
+    raise TypeError(f"{name} must be a {kind.__name__} or wrap one, got {shown(module)}")
 
 
 def is_plain(module: nn.Module, weight: str = "weight") -> bool:

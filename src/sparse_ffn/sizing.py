@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 from sparse_ffn.backends.warning import SparseFFNWarning
-from sparse_ffn.checks import check_positive, plain
+from sparse_ffn.checks import check_count, check_positive, plain
 from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.layers.moe import MoE
@@ -69,7 +69,8 @@ def parameter_equal(layer_cls: type[SparseFFN], d_model: int, d_ff: int, **choic
 
     target = DenseFFN(d_model, d_ff, device="meta").n_parameters
     k = check_positive("k", choices.get("k", 1))
-    low = high = 1 + math.isqrt(k - 1) if free == "n_sub_keys" else k  # a layer of that size has k units to select
+    least = max(1, k - check_count("null_experts", choices.get("null_experts", 0)))
+    low = high = 1 + math.isqrt(k - 1) if free == "n_sub_keys" else least  # a layer of that size has k to select
     while count(high) < target:
         low, high = high, 2 * high
     while high - low > 1:

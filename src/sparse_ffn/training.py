@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from sparse_ffn.backends.choice import SparseFFNWarning
 from sparse_ffn.checks import check_finite, check_module
-from sparse_ffn.layers.balanced import Balanced, balanced_in
+from sparse_ffn.layers.balanced import balanced_in
 from sparse_ffn.routing.base import Router
 from sparse_ffn.routing.distributed import Sync, all_reduce_sum, check_group, check_sync, running
 from sparse_ffn.routing.statistics import slot_counts, summary
+from sparse_ffn.routing.targets import Targets
 
 
 def aux_loss(model: nn.Module) -> Tensor:
@@ -42,7 +43,7 @@ def aux_loss(model: nn.Module) -> Tensor:
     if not losses:
         return torch.zeros((), dtype=torch.float32, device="cpu")
     for name, layer, loss in losses:
-        trains = layer.training and layer.router.weight.requires_grad
+        trains = layer.training and any(p.requires_grad for p in layer.router.parameters())
         if torch.is_grad_enabled() and trains and not loss.requires_grad:
             warnings.warn(
                 f"the balance loss of {name or 'the layer'} has no gradient: its forward ran without gradients, as "
@@ -95,8 +96,9 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
     load is counted over the training forwards since the last call; equal loads do not move. Beside null experts, or
     with experts of unequal size, the mean is replaced by what is wished; the biases of null experts stay (2509.01322).
     With ``"l1"`` the weight of the loss, ``router.l1``, is multiplied or divided by 1.2 towards the wished number of
-    experts a token (2412.14711), whatever the rate. The loads of layers with one ``sync_balance`` are pooled in one
-    collective, which all processes of the group must join.
+    experts a token (2412.14711), whatever the rate. A router that layers share moves once, by the load of all of them.
+    The loads of layers with one ``sync_balance`` are pooled in one collective, which all processes of the group must
+    join.
 
     Args:
         model: any module.
@@ -104,14 +106,17 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
 
     Raises:
         TypeError: the model is no module.
-        ValueError: the rate is not finite and > 0.
+        ValueError: the rate is not finite and > 0; or layers that share a router differ in ``sync_balance`` or in the
+            loads that they wish.
         RuntimeError: a layer has ``sync_balance=True`` and torch.distributed is not initialised; or it has
             ``sync_balance=False`` among several processes, whose biases would drift apart unseen.
     """
     check_module("model", model)
     rate = check_finite("rate", rate, positive=True)
-    layers = [(name, layer) for name, layer in balanced_in(model).items() if layer._adapts]
-    for name, layer in layers:
+    wishes: dict[Router, tuple[Sync, Targets | None]] = {}  # by router: layers may share one
+    for name, layer in balanced_in(model).items():
+        if not layer._adapts:
+            continue
         check_group("sync_balance", layer.sync_balance)
         if layer.sync_balance is False and running() and torch.distributed.get_world_size() > 1:
             raise RuntimeError(
@@ -119,16 +124,20 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
                 f"{torch.distributed.get_world_size()} processes, whose biases would drift apart: set sync_balance to "
                 "True, or to the group of the processes that train this layer (of one process to keep them apart)"
             )
-    pooled: dict[tuple[Sync, torch.device], list[Balanced]] = defaultdict(list)
-    for _, layer in layers:
-        router = layer._own_router()
-        if router.adapted is not None and (router.load is not None or layer.sync_balance is not False):
-            pooled[layer.sync_balance, router.adapted.device].append(layer)
-    for (sync, device), members in pooled.items():
-        loads = [_load(layer._own_router(), device) for layer in members]
-        for layer, load in zip(members, loads if sync is False else _summed(loads, sync), strict=True):
-            router = layer._own_router()
-            router.adapt(load, rate, layer._targets)
+        wish = (layer.sync_balance, layer._targets)
+        if wishes.setdefault(layer._own_router(), wish) != wish:
+            raise ValueError(
+                f"{name or 'the layer'} shares its router with a layer of another sync_balance, or one that wishes "
+                "other loads (null_share, balance_cost): a router takes one step for all its layers"
+            )
+    pooled: dict[tuple[Sync, torch.device], list[Router]] = defaultdict(list)
+    for router, (sync, _) in wishes.items():
+        if router.adapted is not None and (router.load is not None or sync is not False):
+            pooled[sync, router.adapted.device].append(router)
+    for (sync, device), routers in pooled.items():
+        loads = [_load(router, device) for router in routers]
+        for router, load in zip(routers, loads if sync is False else _summed(loads, sync), strict=True):
+            router.adapt(load, rate, wishes[router][1])
             router.load = None
 
 

@@ -7,9 +7,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
-from sparse_ffn.checks import check_choice
-from sparse_ffn.layers.last_forward import LastForward
+from sparse_ffn.checks import check_choice, check_positive
+from sparse_ffn.layers.last_forward import LastForward, nodes_of
+from sparse_ffn.module import unwrapped
 from sparse_ffn.ops.library import in_backward
 from sparse_ffn.routing.balance import LOSSES, Terms, check_balance, weighted_losses
 from sparse_ffn.routing.base import AnyRouting, Router, Routing
@@ -33,8 +35,8 @@ class Calls:
         self.routings: list[Routing] = []
         self.masks: list[Tensor | None] = []
         self.n_sequences: list[int | None] = []
-        self.results: tuple[Tensor | None, ...] = ()
-        """Of the last one, as ``LastForward`` takes them."""
+        self.nodes: list[Node] = []
+        """Of all calls' results: the tensors themselves would cost memory under checkpointing."""
 
 
 class Balanced(nn.Module):
@@ -59,16 +61,19 @@ class Balanced(nn.Module):
 
     @k.setter
     def k(self, k: int) -> None:
-        self._own_router().k = k
+        self._own_router().k = self._checked_k(k)
+
+    def _checked_k(self, k: int) -> int:
+        limit = "n_experts + null_experts" if self.null_experts else "n_experts"
+        return check_positive("k", k, self.n_experts + self.null_experts, limit)
 
     def _own_router(self) -> Router:
-        # LoRA wraps it, and the wrapper has none of its attributes
-        return next(module for module in self.router.modules() if isinstance(module, Router))
+        return unwrapped("router", self.router, Router)
 
     @property
     def _adapts(self) -> str | None:
         """Which of the balances it has that ``update_router_bias`` serves."""
-        return "bias" if self.router.bias is not None else "l1" if "l1" in self.balance else None
+        return "bias" if self._own_router().bias is not None else "l1" if "l1" in self.balance else None
 
     @property
     def _targets(self) -> Targets | None:
@@ -125,15 +130,15 @@ class Balanced(nn.Module):
         return tuple((name, weight * router.l1 if name == "l1" else weight) for name, weight in terms)
 
     def _keep(
-        self, loss: Tensor | None, index_TK: Tensor, mask_T: Tensor | None, results: tuple[Tensor | None, ...]
+        self, loss: Tensor | None, index_TK: Tensor, mask_T: Tensor | None, results: tuple[Tensor | Node | None, ...]
     ) -> None:
         """Keep what ``LastForward`` takes."""
         # an exported program has no module to keep these; is_exporting() is true for all that torch 2.9 compiles
         if not torch.compiler._is_exporting_flag and not in_backward():
             last = LastForward(loss, index_TK, mask_T, results)
             object.__setattr__(self, "_last", last)  # Module's own costs as much as a small op
-            if self._calls is not None and self._calls.open:
-                self._calls.results = results
+            if self._calls is not None and self._calls.open and self.training:
+                self._calls.nodes += nodes_of(results)
 
     @property
     def _aux(self) -> Tensor | None:

@@ -70,7 +70,7 @@ class FusedPath(Routed, UnitsFFN):
             router.count(index_TK, mask_T)
         loss = self._balance_loss(FusedRouting(softmax_BE, index_TK, gate_TK), mask_T, n_sequences)
         self._keep(loss, index_TK, mask_T, (y_TO,))  # the loss's backward pass reaches its node
-        return self._add_null(y_TO, x_TD, index_TK, gate_TK)
+        return self._add_null(y_TO, x_TD, index_TK, gate_TK, units.values.shape[0])
 
     def _experts(self, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor, units: ops.Units) -> Tensor:
         """The selected experts of each token, by the processes that hold them: [T, O]."""

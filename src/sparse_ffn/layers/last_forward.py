@@ -26,11 +26,11 @@ class LastForward:
         loss: the loss, if there is one.
         index_TK: the selected experts.
         mask_T: the mask, if there is one.
-        results: every backward pass through the loss or the layer's output reaches one of these tensors.
+        results: every backward pass through the loss or the layer's output reaches one of these tensors or nodes.
     """
 
     def __init__(
-        self, loss: Tensor | None, index_TK: Tensor, mask_T: Tensor | None, results: tuple[Tensor | None, ...]
+        self, loss: Tensor | None, index_TK: Tensor, mask_T: Tensor | None, results: tuple[Tensor | Node | None, ...]
     ) -> None:
         self._loss, self._index_TK, self._mask_T = loss, index_TK, mask_T
         self._watched = False
@@ -57,12 +57,10 @@ class LastForward:
         self._check_alive()
         return self._index_TK, self._mask_T
 
-    def _watch(self, results: tuple[Tensor | None, ...]) -> None:
+    def _watch(self, results: tuple[Tensor | Node | None, ...]) -> None:
         self._watched = True
-        for result in results:
-            if result is not None and result.grad_fn is not None:
-                # weak: a cycle would keep graphs alive
-                result.grad_fn.register_prehook(partial(_passed, weakref.ref(self)))
+        for node in nodes_of(results):
+            node.register_prehook(partial(_passed, weakref.ref(self)))  # weak: a cycle would keep graphs alive
 
     def forget_loss(self) -> None:
         """Count 0 from now on."""
@@ -79,6 +77,11 @@ class LastForward:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Nothing: copies of a layer start clean."""
+
+
+def nodes_of(results: tuple[Tensor | Node | None, ...]) -> list[Node]:
+    """The nodes of those results that have one."""
+    return [node for r in results if (node := r.grad_fn if isinstance(r, Tensor) else r) is not None]
 
 
 def _freed(node: Node) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor, nn
 
 from sparse_ffn.checks import check_flag, check_floating, check_mask, check_places, check_positive, shape_error
 from sparse_ffn.layers.moe import MoE
+from sparse_ffn.layers.projection import Projection
 from sparse_ffn.layers.routed import Routed
+from sparse_ffn.module import unwrapped
 
 
 class LatentMoE(nn.Module):
@@ -57,9 +58,8 @@ class LatentMoE(nn.Module):
         biased = check_flag("projection_bias", projection_bias)
         self.moe = MoE(self.d_latent, n_experts, expert_size, k, d_router=self.d_model, **options)
         own = {"device": self.moe.values.device, "dtype": self.moe.values.dtype}
-        self.down = nn.Linear(self.d_model, self.d_latent, bias=biased, **own)
-        self.up = nn.Linear(self.d_latent, self.d_out, bias=biased, **own)
-        self._reset_projections()
+        self.down = Projection(self.d_model, self.d_latent, self.moe.init_scale, bias=biased, **own)
+        self.up = Projection(self.d_latent, self.d_out, self.moe.init_scale, bias=biased, **own)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, router_input: Tensor | None = None) -> Tensor:
         """As ``SparseFFN``'s; ``router_input`` [..., d_model] is what the router sees instead of x."""
@@ -73,8 +73,8 @@ class LatentMoE(nn.Module):
         return y
 
     def _own_moe(self) -> Routed:
-        # LoRA wraps it, and the wrapper has none of its attributes; compress_experts_ puts another kind in its place
-        return next(module for module in self.moe.modules() if isinstance(module, Routed))
+        # compress_experts_ puts another kind than MoE in its place
+        return unwrapped("moe", self.moe, Routed)
 
     def _check_call(self, x: Tensor, mask: Tensor | None) -> None:
         """Raise if this is no input of the layer: before the projections are computed."""
@@ -88,7 +88,7 @@ class LatentMoE(nn.Module):
             check_mask(mask, x)
         for name, d_in, d_out in (("down", self.d_model, self.d_latent), ("up", self.d_latent, self.d_out)):
             projection = getattr(self, name)
-            if type(projection) is not nn.Linear:  # others may store their weight packed
+            if type(projection) is not Projection:  # others may store their weight packed
                 continue
             weight, bias = projection.weight, projection.bias
             if not weight.is_meta:
@@ -117,13 +117,8 @@ class LatentMoE(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise all parameters and buffers anew: projections are normal with std c/sqrt(their input width)."""
         self._own_moe().reset_parameters()
-        self._reset_projections()
-
-    def _reset_projections(self) -> None:
-        for projection in (self.down, self.up):
-            nn.init.normal_(projection.weight, 0.0, self._own_moe().init_scale / math.sqrt(projection.in_features))
-            if projection.bias is not None:
-                nn.init.zeros_(projection.bias)
+        for name in ("down", "up"):
+            unwrapped(name, getattr(self, name), nn.Linear).reset_parameters()
 
     @property
     def active_fraction(self) -> float:

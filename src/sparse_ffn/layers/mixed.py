@@ -45,7 +45,8 @@ class MixedMoE(Routed):
         sizes: for each bank its number of experts and their size, (E_b, G_b).
         k: experts selected for a token, of whatever size.
         balance_cost: balance the units that the experts compute, and so the time that they take: the share of the slots
-            that is wished on an expert is in proportion to 1/G. Otherwise it is the same for all.
+            that is wished on an expert is in proportion to 1/G. Otherwise it is the same for all. Entropy, Switch and
+            CV² losses and bias balancing know of it.
         options: ``MoE``'s other arguments. Values have standard deviation c/sqrt(units of all banks).
 
     Raises:
@@ -75,6 +76,8 @@ class MixedMoE(Routed):
 
     def _make_experts(self, glu: bool, bias: bool) -> None:
         check_flag("glu", glu)
+        if self.balance_cost:
+            self._check_served("balance_cost = True", "entropy", "switch", "cv2", "bias")
         self.banks = nn.ModuleList(
             Bank(
                 self._parameter(*size, self.d_model),

@@ -37,7 +37,7 @@ class MoE(FusedPath):
         router: ``"sigmoid"``, ``"softmax"`` (over all experts), ``"softmax_topk"`` (over the selected), ``"sinkhorn"``,
             ``"noisy_topk"``, ``"unweighted"`` (selected experts weigh 1), ``"relu"`` (only those of positive logit);
             a class of ``sparse_ffn.routing``, or another callable that makes a router from the arguments of ``Router``;
-            or a ``Router`` of these sizes, which then brings its own width, expert dropout and selection bias.
+            or a ``Router`` of these sizes, which then brings its own width, expert dropout, selection bias and scale.
         activation: see ``SparseFFN``, as all other shared arguments.
         glu: gate the hidden units: act(gate_keys x) * (keys x + key_bias).
         bias: ``key_bias`` and ``out_bias``.
@@ -47,7 +47,8 @@ class MoE(FusedPath):
             them, so that tokens use a varying number of hidden units.
         null_kind: what one adds: nothing (``"zero"``), gate · x (``"identity"``) or gate · ``constants[n]``
             (``"constant"``; they start at zero).
-        null_share: the share of all slots that balancing wishes on null experts; None for N/(E + N).
+        null_share: the share of all slots that balancing (by entropy, Switch or bias) wishes on null experts; None for
+            N/(E + N).
         dropout: on the hidden units.
         expert_dropout: chance in training that a token cannot use an expert; no rescaling.
         balance: ``"entropy"``, ``"switch"``, ``"cv2"``, ``"z"`` (losses; see ``sparse_ffn.routing.balance`` for

@@ -74,11 +74,14 @@ class NullExperts(nn.Module):
             if constants.shape != (self.null_experts, self.d_out):
                 raise self._shape_error()
 
-    def _add_null(self, y_TO: Tensor, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
-        """y + the sum over the token's null slots of gate · x, or of gate · ``constants[n]``; y itself for zeros."""
+    def _add_null(self, y_TO: Tensor, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor, n_experts: int) -> Tensor:
+        """y + the sum over the token's null slots of gate · x, or of gate · ``constants[n]``; y itself for zeros.
+
+        ``n_experts`` are those whose weights there are: the layer's, unless someone changed them.
+        """
         if not self.null_experts or self.null_kind == "zero":
             return y_TO
-        index_TK = index_TK - self.n_experts
+        index_TK = index_TK - n_experts
         gate_TK = torch.where(index_TK >= 0, gate_TK, 0)
         if self.null_kind == "identity":
             return y_TO + (gate_TK.sum(1, keepdim=True) * x_TD).to(y_TO.dtype)

@@ -76,7 +76,7 @@ def _finish(layer: Balanced, calls: Calls) -> None:
         mask_T = _joined(real, groups)
     routing = Routing(*(_joined(list(parts), groups) for parts in zip(*calls.routings, strict=True)))
     loss = layer._weighted_loss(routing, mask_T, groups)
-    layer._keep(loss, routing.index_TK, mask_T, (*calls.results, loss))
+    layer._keep(loss, routing.index_TK, mask_T, (*calls.nodes, loss))
 
 
 def _joined(parts: list[Tensor], groups: int | None) -> Tensor:

@@ -13,7 +13,8 @@ from sparse_ffn import ops
 from sparse_ffn.checks import check_choice, check_flag, check_places, check_positive, is_dtensor
 from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.layers.data_parallel import check_no_ddp
-from sparse_ffn.module import is_plain
+from sparse_ffn.layers.projection import Projection
+from sparse_ffn.module import is_plain, unwrapped
 from sparse_ffn.ops.activations import activate
 from sparse_ffn.ops.autocast import autocast_dtype, without_autocast
 
@@ -117,14 +118,14 @@ class ProductKeyMemory(SparseFFN):
             wrong = "sparse_grad = True" if self.sparse_grad else "activation = 'softmax'"
             raise ValueError(f"experts = True and {wrong} do not fit: its gradients are dense, its gates softmaxes")
         self.sub_keys = self._parameter(2, self.n_heads, self.n_sub_keys, width // 2)
-        query = (self.d_model, self.n_heads * width)
-        self.query = None if query_dim is None else nn.Linear(*query, bias=query_bias, **self._factory)
+        query = (self.d_model, self.n_heads * width, self.init_scale)
+        self.query = None if query_dim is None else Projection(*query, bias=query_bias, **self._factory)
         self.norm_weight = self._parameter(width // 2) if norm_affine else None
         self.norm_bias = self._parameter(width // 2) if norm_affine and query_norm == "layer" else None
         self.keys = self._parameter(self.d_ff, self.d_model) if self.experts else None
         self.values = self._parameter(self.d_ff, self.d_out)
         for name, width in (("gate", self.d_model), ("out", self.d_out)):
-            made = nn.Linear(width, self.d_out, bias=False, **self._factory) if self.gated else None
+            made = Projection(width, self.d_out, self.init_scale, **self._factory) if self.gated else None
             setattr(self, name, made)
         self.reset_parameters()
 
@@ -143,13 +144,9 @@ class ProductKeyMemory(SparseFFN):
         self._normal(self.values, self.d_ff if self.value_init == "paper" else self.d_model)
         if self.keys is not None:
             self._normal(self.keys, self.d_model)
-        for linear in (self.gate, self.out):
-            if linear is not None:
-                self._normal(linear.weight, linear.in_features)
-        if self.query is not None:
-            self._normal(self.query.weight, self.d_model)
-            if self.query.bias is not None:
-                nn.init.zeros_(self.query.bias)
+        for name in ("gate", "out", "query"):
+            if (linear := getattr(self, name)) is not None:
+                unwrapped(name, linear, nn.Linear).reset_parameters()
         if self.norm_weight is not None:
             nn.init.ones_(self.norm_weight)
         if self.norm_bias is not None:
@@ -166,6 +163,7 @@ class ProductKeyMemory(SparseFFN):
             or values.shape != (n * n, self.d_out)
             or (self.keys is not None and self.keys.shape != (n * n, self.d_model))
             or any(t.shape != (half,) for t in norms)
+            or (self.gated and any(t is not None and t.shape != shape for t, shape in self._output_gate().values()))
         ):
             raise self._shape_error()
         score_THK, index_THK = ops.product_key_topk(self._scores(x), self.k)
@@ -208,7 +206,7 @@ class ProductKeyMemory(SparseFFN):
                 query_TSC = self._affine(ops.normalise(rearrange(x, "t (s c) -> t s c", s=2), self.query_norm))
                 score_STM = ops.wide_product(query_TSC.transpose(0, 1), self.sub_keys.flatten(1, 2))
                 return rearrange(score_STM, "s t (h n) -> t h s n", h=self.n_heads)
-            plain = type(self.query) is nn.Linear and is_plain(self.query)
+            plain = type(self.query) is Projection and is_plain(self.query)
             if plain:
                 check_places(x, (self.query.weight, self.query.bias))
                 self._check_query(self.query)
@@ -245,7 +243,7 @@ class ProductKeyMemory(SparseFFN):
         return self.d_model if self.query_dim is None else self.query_dim
 
     def _tensors(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
-        query = self.query if type(self.query) is nn.Linear else None  # others may store it packed
+        query = self.query if type(self.query) is Projection else None  # others may store it packed
         rows, half = self.n_heads * self._width, (self._width // 2,)
         return {
             "sub_keys": (self.sub_keys, (2, self.n_heads, self.n_sub_keys, *half)),
@@ -255,6 +253,14 @@ class ProductKeyMemory(SparseFFN):
             "norm_bias": (self.norm_bias, half),
             "keys": (self.keys, (self.d_ff, self.d_model)),
             "values": (self.values, (self.d_ff, self.d_out)),
+            **self._output_gate(),
+        }
+
+    def _output_gate(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
+        pairs = (("gate", self.gate, self.d_model), ("out", self.out, self.d_out))
+        return {
+            f"{name}.weight": (linear.weight if type(linear) is Projection else None, (self.d_out, width))
+            for name, linear, width in pairs
         }
 
     def param_groups(self, values_lr: float, **options: Any) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.checks import check_positive, check_rate, shown
+from sparse_ffn.checks import check_rate, shown
 from sparse_ffn.layers.balanced import Balanced
 from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.layers.null_experts import NullExperts
@@ -93,15 +93,20 @@ class Routed(NullExperts, Balanced, SparseFFN):
         self._set_balance(balance, balance_weight, balance_over, aux, sync_balance)
         self._make_experts(glu, bias)
         self._set_null(null_experts, null_kind, null_share)
-        every = self.n_experts + self.null_experts
-        limit = "n_experts + null_experts" if self.null_experts else "n_experts"
+        if self.null_share is not None:
+            self._check_served(f"null_share = {self.null_share}", "entropy", "switch", "bias")
         self.router = make_router(
-            router, self.d_model, d_router, every, check_positive("k", k, every, limit),
+            router, self.d_model, d_router, self.n_experts + self.null_experts, self._checked_k(k),
             balance=self.balance, expert_dropout=check_rate("expert_dropout", expert_dropout),
             init_scale=self.init_scale, **self._factory,
         )  # fmt: skip
         self.d_router = self.router.d_model
         self._reset_experts()  # the router has initialised itself
+
+    def _check_served(self, option: str, *by: str) -> None:
+        """Raise unless the layer has one of the balances that an option is for."""
+        if not set(by) & set(self.balance):
+            raise ValueError(f"{option} needs one of {', '.join(map(repr, by))} as balance, got {self.balance}")
 
     def _make_experts(self, glu: bool, bias: bool) -> None:
         """Check these two and make the experts' parameters."""
@@ -116,7 +121,7 @@ class Routed(NullExperts, Balanced, SparseFFN):
     def reset_parameters(self) -> None:
         """Normal keys and values, zero biases and constants; the router's own initialisation."""
         self._reset_experts()
-        self.router.reset_parameters()
+        self._own_router().reset_parameters()
 
     def _selector_input(self, x: Tensor, router_input: Tensor | None) -> Tensor:
         if router_input is None and self.d_router == self.d_model:
@@ -158,7 +163,7 @@ class Routed(NullExperts, Balanced, SparseFFN):
             gate_TK, loss = inject(gate_TK, loss), None
         x_TD = x_TD.to(autocast_dtype(x_TD))
         index_TK = routing.index_TK.clamp_max(n_experts) if self.null_experts else routing.index_TK
-        y_TO = self._add_null(experts(x_TD, index_TK, gate_TK), x_TD, routing.index_TK, gate_TK)
+        y_TO = self._add_null(experts(x_TD, index_TK, gate_TK), x_TD, routing.index_TK, gate_TK, n_experts)
         self._keep(loss, routing.index_TK, mask_T, (y_TO, loss))
         return y_TO
 
@@ -167,10 +172,10 @@ class Routed(NullExperts, Balanced, SparseFFN):
         return self._route(x_TR, mask_T, n_experts)
 
     def _route(self, x_TR: Tensor, mask_T: Tensor | None, n_experts: int) -> Routing:
-        """What the router decides, or any module that stands in its place."""
-        router = self.router
-        if isinstance(router, Router) and type(router).forward is Router.forward:
-            self._check_router(n_experts, router.weight)
+        """What the router decides, as it is or wrapped."""
+        router, own = self.router, self._own_router()
+        if own is router and type(own).forward is Router.forward:
+            self._check_router(n_experts, own.weight)
         routing: Routing = router(x_TR, mask_T) if self._split is None else self._split.route(router, x_TR, mask_T)
         if not isinstance(routing, Routing):
             raise TypeError(f"router must return a sparse_ffn.routing.Routing, got {shown(routing)}")

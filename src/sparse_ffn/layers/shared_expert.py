@@ -9,7 +9,7 @@ from sparse_ffn.checks import check_flag, check_type, shape_error
 from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.layers.latent import LatentMoE
 from sparse_ffn.layers.routed import Routed
-from sparse_ffn.module import is_called_alone
+from sparse_ffn.module import is_called_alone, unwrapped
 
 
 class SharedExpertMoE(nn.Module):
@@ -103,14 +103,13 @@ class SharedExpertMoE(nn.Module):
             raise shape_error({"gate.weight": (self.gate.weight, own)})
 
     def _own_shared(self) -> DenseFFN:
-        return next(module for module in self.shared.modules() if isinstance(module, DenseFFN))
+        return unwrapped("shared", self.shared, DenseFFN)
 
     def _own_routed(self) -> Routed | LatentMoE:
-        # LoRA wraps it, and the wrapper has none of its attributes
         return next(module for module in self.routed.modules() if isinstance(module, (Routed, LatentMoE)))
 
     def _own_moe(self) -> Routed:
-        return next(module for module in self.routed.modules() if isinstance(module, Routed))
+        return unwrapped("routed", self.routed, Routed)
 
     @property
     def k(self) -> int:
@@ -124,24 +123,24 @@ class SharedExpertMoE(nn.Module):
     @property
     def d_ff(self) -> int:
         """Hidden units in all, the shared expert's among them."""
-        return self.routed.d_ff + self.shared.d_ff
+        return self._own_routed().d_ff + self._own_shared().d_ff
 
     def reset_parameters(self) -> None:
         """Initialise all parameters and buffers anew."""
-        for part in (self._own_routed(), self.shared, self.gate):
-            if part is not None:
-                part.reset_parameters()
+        self._own_routed().reset_parameters()
+        self._own_shared().reset_parameters()
+        if self.gate is not None:
+            unwrapped("gate", self.gate, nn.Linear).reset_parameters()
 
     @property
     def active_fraction(self) -> float:
-        """Share of the hidden units that a token uses: those of k experts and of the shared one."""
-        moe = self._own_moe()
-        return (min(moe.k, moe.n_experts) * moe.d_ff / moe.n_experts + self.shared.d_ff) / self.d_ff
+        """Share of the hidden units that a token uses, of the routed experts' and the shared one's."""
+        return sum(part.active_fraction * part.d_ff for part in (self._own_routed(), self._own_shared())) / self.d_ff
 
     def flops_per_token(self) -> int:
         """The routed experts', the shared one's, and the gate's score if there is one."""
         gate = 0 if self.gate is None else 2 * self.d_model
-        return self._own_routed().flops_per_token() + self.shared.flops_per_token() + gate
+        return self._own_routed().flops_per_token() + self._own_shared().flops_per_token() + gate
 
     @property
     def n_parameters(self) -> int:

@@ -27,7 +27,8 @@ from sparse_ffn.checks import (
 )
 from sparse_ffn.layers.balanced import Balanced
 from sparse_ffn.layers.base import check_input, initial_scale
-from sparse_ffn.module import CheckedOptions, normal_
+from sparse_ffn.layers.projection import Projection
+from sparse_ffn.module import CheckedOptions, normal_, unwrapped
 from sparse_ffn.ops.select import stable_topk
 from sparse_ffn.routing.balance import check_balance
 from sparse_ffn.routing.base import AnyRouting, Routing
@@ -44,6 +45,11 @@ class HeadRouter(SigmoidRouter):
     def __init__(self, n_heads: int, d_model: int, n_experts: int, k: int, **options: Any) -> None:
         self.n_heads = n_heads
         super().__init__(d_model, n_heads * n_experts, n_heads * k, **options)
+
+    def _checked_k(self, k: int) -> int:
+        if (k := super()._checked_k(k)) % self.n_heads:
+            raise ValueError(f"k = {k} of all heads must be a multiple of n_heads = {self.n_heads}")
+        return k
 
     def select(self, score_TE: Tensor) -> Tensor:
         """The k best experts of the first head, those of the second, ..."""
@@ -111,15 +117,16 @@ class HeadExperts(Balanced):
             length, width = x_TN.shape[0] // max(n_groups, 1), x_TN.shape[1] // n_heads
             return x_TN.reshape(n_groups, length, n_heads, width).transpose(1, 2).reshape(-1, width)
 
-        logits = by_head(routing.logits_TE)
-        own = Routing(logits, by_head(routing.index_TK) % logits.shape[1], by_head(routing.gate_TK))
+        logits, index = by_head(routing.logits_TE), by_head(routing.index_TK)
+        void, n_experts = index == routing.logits_TE.shape[1], logits.shape[1]
+        own = Routing(logits, torch.where(void, n_experts, index % n_experts), by_head(routing.gate_TK))
         mask = None if mask_T is None else by_head(mask_T.unsqueeze(1).expand(-1, n_heads)).squeeze(1)
         return super()._weighted_loss(own, mask, n_groups * n_heads)
 
     def reset_parameters(self) -> None:
         """Normal weights; the router's own initialisation."""
         normal_(self.weight, self._std)
-        self.router.reset_parameters()
+        self._own_router().reset_parameters()
 
     def extra_repr(self) -> str:
         """Sizes and the balance."""
@@ -209,9 +216,8 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
         for name, fan in (("values", self.d_model), ("outputs", width)):
             std = self.init_scale / math.sqrt(fan)
             setattr(self, name, HeadExperts(name == "values", *self._projections[name], make_router, std, balanced))
-        own = {"bias": False, "device": device, "dtype": dtype}
-        self.query, self.key = (nn.Linear(self.d_model, width, **own) for _ in range(2))
-        self._reset_projections()
+        own = {"device": device, "dtype": dtype}
+        self.query, self.key = (Projection(self.d_model, width, self.init_scale, **own) for _ in range(2))
 
     def forward(
         self,
@@ -246,7 +252,7 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
         seen_TD = (x if router_input is None else router_input).reshape(-1, self.d_model)
         valued_TD = (x if value_input is None else value_input).reshape(-1, self.d_model)
         mask_T = None if mask is None else mask.reshape(-1)
-        groups = self.values._n_sequences(x)
+        groups = self._own_experts("values")._n_sequences(x)
 
         def heads(rows: Tensor) -> Tensor:
             return rows.view(n_sequences, time, self.n_heads, self.d_head).transpose(1, 2)
@@ -267,7 +273,7 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
         self, x: Tensor, router_input: Tensor | None, value_input: Tensor | None, mask: Tensor | None
     ) -> Tensor:
         """x as [B, T, d_model], if the call is right."""
-        own = self.values.weight
+        own = self._own_experts("values").weight
         check_input("x", x, own)
         if x.dim() < 2 or x.shape[-1] != self.d_model:
             raise ValueError(f"x must have shape [..., T, d_model = {self.d_model}], got {list(x.shape)}")
@@ -280,10 +286,9 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
         if mask is not None:
             check_mask(mask, x)
         for name, size in self._projections.items():
-            weight, router = getattr(self, name).weight, getattr(self, name).router.weight
-            check_parameters(
-                x, {f"{name}.weight": weight}, split=True
-            )  # a part that is sharded by itself checks itself
+            experts = self._own_experts(name)
+            weight, router = experts.weight, experts._own_router().weight
+            check_parameters(x, {f"{name}.weight": weight}, split=True)  # a part sharded by itself checks itself
             rows = self.n_heads * self.n_experts
             wanted = {"weight": (weight, (rows, *size)), "router.weight": (router, (rows, self.d_model))}
             if any(tensor.shape != shape for tensor, shape in wanted.values()):
@@ -291,7 +296,7 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
         dense = (self.n_heads * self.d_head, self.d_model)
         for name in ("query", "key"):
             projection = getattr(self, name)
-            if type(projection) is not nn.Linear:  # others may store their weight packed
+            if type(projection) is not Projection:  # others may store their weight packed
                 continue
             if not is_dtensor(projection.weight):
                 check_places(x, (projection.weight,))
@@ -307,13 +312,16 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
     @property
     def k(self) -> int:
         """Experts that a token selects for each head's values and outputs; may be set at any time."""
-        return self.values.k // self.n_heads
+        return self._own_experts("values").k // self.n_heads
 
     @k.setter
     def k(self, k: int) -> None:
         k = check_positive("k", k, self.n_experts, "n_experts")
-        for experts in (self.values, self.outputs):
-            experts.router.k = self.n_heads * k
+        for name in self._projections:
+            self._own_experts(name).k = self.n_heads * k
+
+    def _own_experts(self, name: str) -> HeadExperts:
+        return unwrapped(name, getattr(self, name), HeadExperts)
 
     @property
     def n_parameters(self) -> int:
@@ -322,13 +330,10 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise all parameters and buffers anew."""
-        self.values.reset_parameters()
-        self.outputs.reset_parameters()
-        self._reset_projections()
-
-    def _reset_projections(self) -> None:
-        for projection in (self.query, self.key):
-            normal_(projection.weight, self.init_scale / math.sqrt(self.d_model))
+        for name in self._projections:
+            self._own_experts(name).reset_parameters()
+        for name in ("query", "key"):
+            unwrapped(name, getattr(self, name), nn.Linear).reset_parameters()
 
     def extra_repr(self) -> str:
         """The sizes."""

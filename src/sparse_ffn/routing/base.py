@@ -36,9 +36,9 @@ class Routing(NamedTuple):
     logits_TE: Tensor
     """W3 x, before noise, dropout and bias."""
     index_TK: Tensor
-    """Selected experts, best first; int64. A slot without one has the index E."""
+    """Selected experts, best first; int64. A slot without one (too few survived expert dropout) has the index E."""
     gate_TK: Tensor
-    """Their weights in the output; exactly 0 for a dropped expert."""
+    """Their weights in the output; exactly 0 for a slot without an expert."""
 
 
 class FusedRouting(NamedTuple):
@@ -76,7 +76,7 @@ class Router(CheckedOptions, nn.Module):
         n_experts: E.
         k: experts selected for a token, 1 <= k <= n_experts.
         expert_dropout: chance in training that a token cannot use an expert (one draw per token and expert, before the
-            selection, no rescaling: arXiv 2310.10837, Eq. 22). Dropped experts rank last and have gate 0.
+            selection, no rescaling: arXiv 2310.10837, Eq. 22). Where fewer than k are left, the last slots are void.
         selection_bias: keep a buffer ``bias`` [E] that is added to the logits for ranking only; see
             ``sparse_ffn.update_router_bias``.
         init_scale: c of the initialisation: rows of ``weight`` of equal norm, standard deviation c/sqrt(d_model).
@@ -122,12 +122,15 @@ class Router(CheckedOptions, nn.Module):
 
     @property
     def k(self) -> int:
-        """Experts selected for a token. May be set to any number up to n_experts at any time."""
+        """Experts selected for a token. May be set at any time to any number that the constructor takes."""
         return self._k
 
     @k.setter
     def k(self, k: int) -> None:
-        self._k = check_positive("k", k, at_most=self.n_experts, limit="n_experts")
+        self._k = self._checked_k(k)
+
+    def _checked_k(self, k: int) -> int:
+        return check_positive("k", k, at_most=self.n_experts, limit="n_experts")
 
     def add_parameters(self) -> None:
         """Make what a router has beyond ``weight`` and ``bias``. ``_tensors`` lists it, ``reset_parameters`` sets."""
@@ -191,17 +194,18 @@ class Router(CheckedOptions, nn.Module):
             score_TE = self.limit(score_TE)
             alive_TE: Tensor | None = None
             if self.training and self.expert_dropout > 0:
-                alive_TE = torch.rand_like(logits_TE) >= self.expert_dropout
+                reached_TE = score_TE != -torch.inf  # among dropped experts these would tie with those out of reach
+                alive_TE = (torch.rand_like(logits_TE) >= self.expert_dropout) & reached_TE
                 score_TE = score_TE.masked_fill(~alive_TE, -torch.inf)
             index_TK = self.select(score_TE)
             alive_TK = None if alive_TE is None else alive_TE.gather(1, index_TK)
             gate_TK = self.gate(seen_TE, index_TK, alive_TK)
             if alive_TK is not None:
-                gate_TK = gate_TK * alive_TK
+                gate_TK, index_TK = gate_TK * alive_TK, index_TK.masked_fill(~alive_TK, n_experts[0])
             if self.voids_zeros:
                 index_TK = index_TK.masked_fill(gate_TK == 0, n_experts[0])
             if self.bias is not None and self.training:
-                self.count(index_TK, mask_T, alive_TK)
+                self.count(index_TK, mask_T)
         return Routing(logits_TE, index_TK, gate_TK)
 
     def perturb(self, logits_TE: Tensor, x_TD: Tensor) -> Tensor:
@@ -224,10 +228,9 @@ class Router(CheckedOptions, nn.Module):
         """The weights of the selected experts; ``alive_TK`` is False where expert dropout struck (None: nowhere)."""
         raise NotImplementedError(f"{type(self).__name__} must define gate(logits_TE, index_TK, alive_TK)")
 
-    def count(self, index_TK: Tensor, mask_T: Tensor | None, alive_TK: Tensor | None = None) -> None:
+    def count(self, index_TK: Tensor, mask_T: Tensor | None) -> None:
         """Add the real tokens' slots to the loads of bias balancing."""
-        # a dropped expert fills a slot only where too few live: such slots are no load
-        slots_TK = torch.ones_like(index_TK) if alive_TK is None else alive_TK.to(index_TK.dtype)
+        slots_TK = torch.ones_like(index_TK)
         if mask_T is not None:
             slots_TK = slots_TK * mask_T.unsqueeze(1)
         load = slots_TK.new_zeros(self.n_experts + 1).scatter_add(0, index_TK.flatten(), slots_TK.flatten())

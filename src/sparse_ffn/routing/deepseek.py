@@ -50,13 +50,16 @@ class DeepSeekRouter(SigmoidRouter):
         self.topk_groups = check_positive("topk_groups", topk_groups, at_most=self.n_groups, limit="n_groups")
         # all is checked before weights are drawn
         n_experts = check_positive("n_experts", n_experts)
-        k = check_positive("k", k, at_most=n_experts, limit="n_experts")
         size, rest = divmod(n_experts, self.n_groups)
         if n_groups > 1 and (rest or size < 2):
             raise ValueError(f"n_groups = {n_groups} must divide n_experts = {n_experts} into groups of 2 or more")
-        if k > self.topk_groups * size:
-            raise ValueError(f"k = {k} must be at most topk_groups·(n_experts/n_groups) = {self.topk_groups * size}")
         super().__init__(d_model, n_experts, k, **options)
+
+    def _checked_k(self, k: int) -> int:
+        k, reached = super()._checked_k(k), self.topk_groups * (self.n_experts // self.n_groups)
+        if k > reached:
+            raise ValueError(f"k = {k} must be at most topk_groups·(n_experts/n_groups) = {reached}")
+        return k
 
     def rank(self, logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
         """The sigmoid scores: a bias that was trained on them means something else on logits."""
@@ -77,8 +80,9 @@ class DeepSeekRouter(SigmoidRouter):
         gate_TK = super().gate(logits_TE, index_TK, alive_TK)
         if not self.normalize:
             return gate_TK
-        living_TK = gate_TK if alive_TK is None else gate_TK * alive_TK
-        return gate_TK / (living_TK.sum(1, keepdim=True) + 1e-20)
+        if alive_TK is not None:
+            gate_TK = gate_TK * alive_TK  # before the division: where none lives, σ/1e-20 would have an infinite slope
+        return gate_TK / (gate_TK.sum(1, keepdim=True) + 1e-20)
 
     def extra_repr(self) -> str:
         """Sizes and what differs from the defaults."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_ffn.checks import check_finite, check_flag, shown
+from sparse_ffn.checks import check_finite, check_flag, check_positive, shown
 from sparse_ffn.module import Unpack
 from sparse_ffn.routing.base import Router, RouterOptions
 from sparse_ffn.routing.targets import Targets
@@ -46,6 +46,7 @@ class ReLURouter(Router):
     ) -> None:
         if check_flag("selection_bias", options.get("selection_bias", False)):
             raise ValueError('selection_bias = True (balance = "bias") is not for ReLURouter: take balance = "l1"')
+        n_experts = check_positive("n_experts", n_experts)
         if active is not None and (check_finite("active", active, positive=True) > n_experts):
             raise ValueError(f"active must be at most n_experts = {n_experts}, got {shown(active)}")
         self.active = None if active is None else float(active)

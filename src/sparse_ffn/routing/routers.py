@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_ffn.checks import check_choice, check_positive, shown
+from sparse_ffn.checks import check_positive, shown
 from sparse_ffn.module import Unpack
 from sparse_ffn.routing.base import Router, RouterOptions
 from sparse_ffn.routing.relu import ReLURouter
@@ -141,8 +141,12 @@ def make_router(
         width = router.d_model if isinstance(router, Router) else d_model
     sizes, made = (width, n_experts, k), router
     if not isinstance(router, Router):
-        if isinstance(router, nn.Module) or not callable(router):
-            check_choice("router", router, ROUTERS)
+        named = isinstance(router, str) and router in ROUTERS
+        if isinstance(router, nn.Module) or not (named or callable(router)):
+            raise ValueError(
+                f"router must be one of {', '.join(map(repr, ROUTERS))}, or a sparse_ffn.routing.Router, or a callable "
+                f"that makes one, got {shown(router)}"
+            )
         made = (ROUTERS[router] if isinstance(router, str) else router)(
             *sizes, expert_dropout=expert_dropout, selection_bias="bias" in balance, **options
         )
