@@ -79,6 +79,11 @@ def beside(d_ff: int, share: int) -> FFNConfig:
     )  # fmt: skip
 
 
+def auto(share: int) -> FFNConfig:
+    """What each FFN's own calibration says."""
+    return sf.MoEConfig(router="unweighted", balance="none", init="auto", expert_size=16, active=share / 100)
+
+
 def units(d_ff: int, share: int) -> FFNConfig:
     """The largest hidden units, and no router."""
     return sf.TopKFFNConfig(k=k_of(d_ff)(share))
@@ -87,10 +92,7 @@ def units(d_ff: int, share: int) -> FFNConfig:
 def methods(d_ff: int) -> tuple[Method, ...]:
     """Those of the tables, for FFNs of d_ff units.
 
-    Another way to convert is another line. One that tries several ways for each FFN, and takes as much longer:
-
-    ``Method("auto", lambda share: sf.MoEConfig(router="unweighted", balance="none", init="auto", active=share / 100),
-    shared_out=True)``
+    Another way to convert is another line.
     """
     some, every = k_of(d_ff // 64), k_of(d_ff)
     return (
@@ -98,6 +100,7 @@ def methods(d_ff: int) -> tuple[Method, ...]:
         Method("experts of 64, calibrated", partial(experts, d_ff), some, tuned=(50, 25)),
         Method("experts of 16 and a shared one, calibrated", partial(beside, d_ff), tuned=(50, 25)),
         Method("the same, units shared out", partial(beside, d_ff), shared_out=True, tuned=(50, 25), timed=()),
+        Method('`init="auto"`, experts of 16, units shared out', auto, shared_out=True, timed=()),
         Method("TopKFFN", partial(units, d_ff), every, calibrated=False, shares=(75, 50, 25, 10), tuned=(25, 10)),
     )
 
