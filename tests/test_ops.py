@@ -164,6 +164,17 @@ def test_cvmm_of_few_rows_and_transposed_weights(
     assert_meets_reference(lambda matrices, **t: ops.cvmm(weight=matrices.mT, **t, n_out=slots), tensors, dtype)
 
 
+def test_a_gate_of_fp16_gets_its_gradient_where_that_of_its_row_would_overflow(on_backend: str) -> None:
+    """Rows of 1e-4, whose gradients are 3e5: fp16 ends at 65504."""
+    x, values = torch.full((2, 2), 1e-4), torch.full((1, 2, 3), 1e5)
+    expert, gate = torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1, dtype=torch.float16).requires_grad_()
+    by_cvmm = functional.cvmm(x, values, expert[:, 0], reduction_weight=gate[:, 0])
+    by_experts = functional.expert_ffn(x, torch.eye(2).unsqueeze(0), values, expert, gate)
+    for y in (by_cvmm, by_experts):
+        (dgate,) = torch.autograd.grad(y.sum(), gate)
+        torch.testing.assert_close(dgate, torch.full_like(gate, 60))
+
+
 def test_two_cvmms_make_the_sigma_moe_of_the_paper(on_backend: str) -> None:
     """Up: gathered by token; down: scattered by token with the gates as reduction weights (appendix B.1)."""
     layer, x = sf.SigmaMoE(D, E, G, 2), torch.randn(11, D)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.ops.expert_ffn.by_products import ByProducts, with_void
-from sparse_ffn.ops.segments import Segments, segment_mm, segment_outer, segment_sum, unsort
+from sparse_ffn.ops.segments import Segments, row_dots, segment_mm, segment_outer, segment_sum, unsort
 
 
 class _Sorted:
@@ -42,7 +42,7 @@ class _Sorted:
     def down_backward(self, grad: Tensor, h: Tensor, values: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         grad, weight = self.of_tokens(grad), self._gates(gate).to(h.dtype)
         dh = segment_mm(grad, values.transpose(1, 2), self.segments)
-        dgate = self.segments.clear((dh.to(gate.dtype) * h).sum(1, keepdim=True))
+        dgate = self.segments.clear(row_dots(dh, h, gate.dtype))
         dvalues = segment_outer(h * weight, grad, self.segments)
         return dh * weight, dvalues, unsort(dgate, self.order).view(gate.shape)
 
