@@ -396,6 +396,41 @@ def test_opcheck_holds_for_every_op(backend: str) -> None:
     )
 
 
+SLOTS = torch.arange(20)
+BACKWARD: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
+    "cvmm": (lambda x, w, gate: functional.cvmm(x, w, SLOTS % E, reduction_weight=gate), ((20, D), (E, D, O), (20,))),
+    "expert_ffn": (
+        lambda x, keys, values, gate: functional.expert_ffn(x, keys, values, SLOTS.view(10, 2) % E, gate),
+        ((10, D), (E, G, D), (E, G, O), (10, 2)),
+    ),
+    "topk_ffn": (lambda x, keys, values: functional.topk_ffn(x, keys, values, 3), ((10, D), (G, D), (G, O))),
+    "topk_ffn, dense": (
+        lambda x, keys, values: functional.topk_ffn(x, keys, values, 250),
+        ((40, 16), (300, 16), (300, 16)),
+    ),
+    "weighted_bag": (lambda v, w: functional.weighted_bag(v, SLOTS.view(10, 2), w), ((20, O), (10, 2))),
+    "weighted_bag, sparse": (
+        lambda v, w: functional.weighted_bag(v, SLOTS.view(10, 2), w, sparse_grad=True),
+        ((20, O), (10, 2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch"] if cpu.PROBLEM else ["torch", "cpu"])
+@pytest.mark.parametrize("name", BACKWARD)
+def test_a_backward_pass_inside_of_autocast_is_that_of_its_forward_pass(name: str, backend: str) -> None:
+    op, shapes = BACKWARD[name]
+    tensors = [leaf(*shape, dtype=torch.float32) for shape in shapes]
+    with sf.backend(backend):
+        y = op(*tensors)
+        grad = torch.randn_like(y)
+        expected = torch.autograd.grad(y, tensors, grad, retain_graph=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = torch.autograd.grad(y, tensors, grad)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.to_dense(), b.to_dense())
+
+
 def arguments(name: str) -> dict[str, Any]:
     index = torch.zeros(3, 2, dtype=torch.int64)
     return {

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
+from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.ops.autograd import differentiable, once_differentiable
 from sparse_ffn.ops.indices import Indices, check_indices
 from sparse_ffn.ops.library import define, under_transforms
@@ -76,7 +77,7 @@ class Operator:
         self._names = {
             **{"module": backend, "implementation": implementation, "shapes": shapes, "gradient": gradient},
             **{"forward_indices": indices[0], "inference_indices": indices[0], "backward_indices": indices[1]},
-            **{"check_indices": check_indices},
+            **{"check_indices": check_indices, "without_autocast": without_autocast},
         }
         choice = {} if implementation is None else {"backend": "str"}
         operands, outputs = _arguments(backend.forward), _results(backend.forward, "out")
@@ -117,7 +118,11 @@ class Operator:
             lines += ['if backend != "cpu":  # the core checks them itself']
             lines += [f"    check_indices(*{name}_indices({packed}))"]
         call = f"{'implementation(backend)' if choice else 'module'}.{name}({packed})"
-        return self._function(name, [*_types(arguments), *choice], [*lines, *_unpacked(call, results, results)])
+        lines += _unpacked(call, results, results)
+        if name == "backward":  # which may be called inside of an autocast that the forward pass was not
+            tensor = next(argument for argument, kind in _types(arguments).items() if kind == "Tensor")
+            lines = [f"with without_autocast({tensor}):", *(f"    {line}" for line in lines)]
+        return self._function(name, [*_types(arguments), *choice], lines)
 
     def _fake(
         self, name: str, arguments: list[Part], outputs: list[Part], returned: list[Part], choice: Iterable[str]

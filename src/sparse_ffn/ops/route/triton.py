@@ -9,7 +9,6 @@ from sparse_ffn.backends.cpu import contiguous
 from sparse_ffn.backends.device import on_device
 from sparse_ffn.backends.triton import router
 from sparse_ffn.backends.triton.launch import precision, rows
-from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.ops.route.backend import Gradients, Routed, Selected
 
 
@@ -64,7 +63,7 @@ def backward(
     gate_function: str,
 ) -> Gradients:
     """The gradients. Those of the scores are rounded to x's dtype, as all operands of products are."""
-    with torch.cuda.device_of(x), without_autocast(x):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         dgate, dsums, mask = map(contiguous, (grad, grad_sums, mask))
         dlogits = x.new_empty(logits.shape)
         # one kernel for both: in 16 bits the rows of the router, however many, fit into registers
