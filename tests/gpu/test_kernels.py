@@ -77,6 +77,22 @@ def test_expert_ffn_of_no_size(sizes: tuple[int, int, int], form: str, device: s
     check(expert_case("half of the slots void", form=form, sizes=sizes, activation="silu"), device)
 
 
+def test_without_any_expert_all_slots_are_void(device: str) -> None:
+    tensors = {"x": torch.randn(10, 4), "keys": torch.randn(0, 3, 4), "values": torch.randn(0, 3, 5)}
+    tensors |= {"index": torch.zeros(10, 2, dtype=torch.int64), "gate": torch.rand(10, 2)}
+    tensors |= {"gate_keys": torch.randn(0, 3, 4), "key_bias": torch.randn(0, 3)}
+    tensors = {n: t.to(device) for n, t in tensors.items()}
+    trained = [t.requires_grad_() for n, t in tensors.items() if n != "index"]
+    with sf.backend("triton"):
+        with torch.no_grad():
+            assert not flat.expert_ffn(**tensors).any()
+        y = flat.expert_ffn(**tensors)
+    assert not y.any()
+    for t, grad in zip(trained, torch.autograd.grad(y.sum(), trained), strict=True):
+        assert grad.shape == t.shape
+        assert not grad.any()
+
+
 @pytest.mark.parametrize("form", ["plain", "everything"])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (16, 16, 16), (32, 16, 48), (33, 17, 1), (1, 40, 17)])
 def test_expert_ffn_of_any_size(sizes: tuple[int, int, int], form: str, device: str) -> None:

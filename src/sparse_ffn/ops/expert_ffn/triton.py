@@ -63,7 +63,7 @@ def _forward(
     (E, G, D), (T, K), O, S = keys.shape, gate.shape, values.shape[2], index.numel()
     how, x, gate = precision(x), rows(x), gate.contiguous()
     kind = config.arithmetic(x.dtype, how, x, keys, values, gate_keys)
-    block_m = config.block_m(x.device, kind, S / E)
+    block_m = config.block_m(x.device, kind, S / max(E, 1))
     plan = routing.sort_slots(index, E, K, block_m, inverse=True)
 
     # ReLU's saved activations are the hidden units themselves
@@ -99,7 +99,8 @@ def backward(
     (E, G, D), (T, K), S = keys.shape, gate.shape, order.shape[0]
     how, x, grad = precision(x), rows(x), rows(grad)
     kind = config.arithmetic(x.dtype, how, x, grad, keys, values, gate_keys)
-    block_m = config.block_m(x.device, kind, S / E)
+    mean = S / max(E, 1)
+    block_m = config.block_m(x.device, kind, mean)
     plan = routing.plan(order, offsets, K, block_m, inverse=True)
 
     dup_SG, weighted_SG = torch.empty_like(up_SG), torch.empty_like(up_SG)
@@ -114,7 +115,7 @@ def backward(
 
     def to_matrix(left: Tensor, right: Tensor, weight: Tensor, second: tuple[Tensor, Tensor] | None = None) -> Tensor:
         out = weight.new_empty(weight.shape)
-        tile = config.tile(x.device, "outer" if second is None else "pair", kind, weight.shape[2], S / E, side=G)
+        tile = config.tile(x.device, "outer" if second is None else "pair", kind, weight.shape[2], mean, side=G)
         outer.outer(left, right, offsets, order, out, tile, how, second=second, right_rows=plan.rows)
         return out
 
