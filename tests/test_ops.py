@@ -321,6 +321,23 @@ def test_product_key_topk_is_the_top_k_of_all_sums(n: int, k: int, scores: str, 
     assert all(len(set(row)) == k for row in index.flatten(0, 1).tolist())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_scores_may_lie_anywhere(dtype: torch.dtype, on_backend: str) -> None:
+    """In another order, between gaps, or with other numbers between those of a row, as members of a vmap do."""
+    scores = torch.randn(4, 3, 2, 5).to(dtype)
+    grad = torch.randn(4, 3, 6).to(dtype)
+    by_halves = scores.movedim(2, 0).contiguous().movedim(0, 2)
+    by_columns = scores.movedim(3, 0).contiguous().movedim(0, 3)
+    gaps, mixed = torch.zeros(4, 3, 2, 7, dtype=dtype)[..., :5], torch.zeros(4, 3, 2, 5, 2, dtype=dtype)[..., 0]
+    expected = None
+    for table in (scores, by_halves, by_columns, gaps.copy_(scores), mixed.copy_(scores)):
+        best, _ = ops.product_key_topk(table.requires_grad_(), 6)
+        (found,) = torch.autograd.grad(best, table, grad)
+        expected = found if expected is None else expected
+        assert torch.equal(found, expected)
+        assert found.stride() == table.stride() or on_backend == "reference"
+
+
 @pytest.mark.parametrize("k", [1, 2, 5, 32])
 def test_only_pairs_that_can_win_are_summed(k: int) -> None:
     pairs = list(zip(*(p.tolist() for p in candidate_pairs(1000, k, torch.device("cpu"))), strict=True))
