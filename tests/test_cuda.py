@@ -22,7 +22,19 @@ from sparse_ffn.backends.choice import explain, unavailable
 from sparse_ffn.ops.weighted_bag import cuda as weighted_bag
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
-from net import ROUTINGS, TOLERANCE, VOID, Case, check, check_void, cvmm_case, expert_case, guarded, random
+from net import (
+    ROUTINGS,
+    TOLERANCE,
+    VOID,
+    Case,
+    check,
+    check_frozen,
+    check_void,
+    cvmm_case,
+    expert_case,
+    guarded,
+    random,
+)
 from nobody import check_nobody
 
 CSRC = Path(__file__).parent.parent / "csrc"
@@ -126,6 +138,11 @@ def test_what_belongs_to_void_slots_is_not_read(routing: str, device: str) -> No
 def test_slots_of_nobody_are_void(routing: str, device: str) -> None:
     check_nobody(expert_case(routing, form="everything"), device, "cuda")
     check_nobody(cvmm_case(routing, form="reduction"), device, "cuda")
+
+
+def test_frozen_matrices_get_no_gradients(device: str) -> None:
+    check_frozen(expert_case("one token", form="everything"), device, "cuda")
+    check_frozen(cvmm_case("one token", form="reduction"), device, "cuda")
 
 
 def test_indices_outside_of_the_table_touch_nothing(device: str) -> None:

@@ -40,8 +40,8 @@ def _described(t: Tensor) -> tuple[Any, ...]:
     return t.dtype, t.shape, [step for step, n in zip(t.stride(), t.shape, strict=True) if n > 1]
 
 
-def step(y: Tensor, *trained: Tensor) -> None:
-    torch.autograd.grad(y, trained, torch.randn_like(y))
+def step(y: Tensor, *operands: Tensor) -> None:
+    torch.autograd.grad(y, [t for t in operands if t.requires_grad], torch.randn_like(y))
 
 
 CASES = {  # the tokens' dtype, the gates', the backend
@@ -54,8 +54,10 @@ CASES = {  # the tokens' dtype, the gates', the backend
 }
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
 @pytest.mark.parametrize("case", [name for name in CASES if not (cpu.PROBLEM and name.startswith("cpu"))])
-def test_gradients_are_as_promised(case: str) -> None:
+def test_gradients_are_as_promised(case: str, frozen: bool) -> None:
+    """With frozen experts there are none of theirs."""
     dtype, of_gates, backend = CASES[case]
     x, weight, keys, values, gate_keys, bias, table = (
         torch.randn(shape).to(dtype).requires_grad_()
@@ -65,6 +67,8 @@ def test_gradients_are_as_promised(case: str) -> None:
     expert, index, bags = (torch.randint(0, n, shape) for n, shape in ((E + 1, (S,)), (E + 1, (S, K)), (40, (S, K))))
     codes = Codes(torch.randint(-8, 8, (E, G, D)).to(torch.int8), torch.rand(E, G, 2))
     with sf.backend(backend), Promised() as promised:
+        for matrices in (weight, keys, values, gate_keys, bias) if frozen else ():
+            matrices.requires_grad_(False)
         step(functional.cvmm(x, weight.mT, expert, reduction_weight=slot_gate), x, weight, slot_gate)
         step(
             functional.expert_ffn(x, keys, values, index, gate, gate_keys=gate_keys, key_bias=bias, activation="silu"),

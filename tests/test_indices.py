@@ -180,7 +180,7 @@ def test_ops_by_their_name_and_their_backward_ops(backend: str) -> None:
         (lambda: ops.weighted_bag_backward(grad, table, index, weight, backend), "index"),
         (lambda: ops.product_key_topk_backward(sums, pairs, (2, 1, 2, 3), strides, backend), "index"),
         (lambda: ops.cvmm(grad, matrices, expert, None, None, None, 2, backend), "expert_index"),
-        (lambda: ops.cvmm_backward(grad, grad, matrices, expert, None, None, None, backend), "expert_index"),
+        (lambda: ops.cvmm_backward(grad, grad, matrices, expert, None, None, None, True, backend), "expert_index"),
     ):
         with pytest.raises(IndexError, match=rf"{name} must be in \[0, "):
             call()

@@ -141,7 +141,7 @@ def test_cvmm_lays_out_the_gradient_of_a_transposed_weight_as_the_weight(full: b
     rest = [tensors.get(name) for name in ("expert", "gather", "scatter", "reduction")]
     x, weight, grad = leaves["x"].detach(), leaves["matrices"].detach().mT, torch.randn(options.get("n_out", 9), O)
     for backend in ("torch",) if cpu.PROBLEM else ("torch", "cpu"):
-        _, dweight, _ = torch.ops.sparse_ffn.cvmm_backward(grad, x, weight, *rest, backend)
+        _, dweight, _ = torch.ops.sparse_ffn.cvmm_backward(grad, x, weight, *rest, True, backend)
         assert dweight.stride() == weight.stride()
 
 
@@ -379,8 +379,8 @@ def test_opcheck_holds_for_every_op(backend: str) -> None:
         plain = (x, keys, values, gate_keys, key_bias, index, gate, dropout_mask, "gelu", backend)
         torch.library.opcheck(library.expert_ffn_inference.default, plain)
         saved = [t.detach() for t in library.expert_ffn(*call)[1:]]
-        back = (torch.randn(6, O), x, keys, values, gate_keys, key_bias, gate, dropout_mask, *saved, "gelu", backend)
-        torch.library.opcheck(library.expert_ffn_backward.default, back)
+        operands = (torch.randn(6, O), x, keys, values, gate_keys, key_bias, gate, dropout_mask, *saved)
+        torch.library.opcheck(library.expert_ffn_backward.default, (*operands, True, "gelu", backend))
 
         first_keys, first_values = keys[0], values[0]
         units = tuple(None if t is None else t[0] for t in (gate_keys, key_bias))
@@ -401,7 +401,7 @@ def test_opcheck_holds_for_every_op(backend: str) -> None:
         xg, wg, rg = grad(x, keys.transpose(1, 2), reduction)
         call = (xg, wg, index[:, 0], gather, scatter, rg, 6, backend)
         torch.library.opcheck(library.cvmm.default, call)
-        back = (torch.randn(6, G), x, keys.transpose(1, 2), index[:, 0], gather, scatter, reduction, backend)
+        back = (torch.randn(6, G), x, keys.transpose(1, 2), index[:, 0], gather, scatter, reduction, True, backend)
         torch.library.opcheck(library.cvmm_backward.default, back)
     scores = torch.randn(2, 3, 4, 5).permute(2, 1, 0, 3).detach().requires_grad_()
     torch.library.opcheck(library.product_key_topk.default, (scores, 6, backend))

@@ -22,7 +22,7 @@ def forward(x: Tensor, weight: Tensor, slots: Slots, n_out: int) -> Tensor:
     return unsort(y_SL, order) if scatter is None else add_rows(n_out, scatter.index_select(0, order), y_SL)
 
 
-def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> Gradients:
+def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots, needs_weight: bool) -> Gradients:
     """The gradients."""
     expert, gather, scatter, reduction = slots
     order, offsets = sort_by_expert(expert, weight.shape[0])
@@ -36,6 +36,8 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> Gradients
         factor = reduction.index_select(0, order).to(x.dtype).unsqueeze(1)
         x_SM, dx_SM = x_SM * factor, segments.clear(dx_SM * factor)
     dx = unsort(dx_SM, order) if gather is None else add_rows(x.shape[0], rows, dx_SM)
+    if not needs_weight:
+        return Gradients(dx, None, dreduction)
     if is_transposed(weight):
         return Gradients(dx, segment_outer(grad_SL, x_SM, segments).transpose(1, 2), dreduction)
     return Gradients(dx, segment_outer(x_SM, grad_SL, segments), dreduction)

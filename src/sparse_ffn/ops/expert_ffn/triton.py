@@ -91,6 +91,7 @@ def backward(
     gate: Tensor,
     dropout_mask: Tensor | None,
     saved: Saved,
+    needs_experts: bool,
     activation: str,
 ) -> Gradients:
     """The gradients."""
@@ -119,16 +120,19 @@ def backward(
         outer.outer(left, right, offsets, order, out, tile, how, second=second, right_rows=plan.rows)
         return out
 
-    dvalues = to_matrix(weighted_SG, grad, values)
-    dgate_keys, glu, second = None, None, None
-    if gate_keys is not None and dglu_gate_SG is not None:
-        dgate_keys, glu = gate_keys.new_empty(gate_keys.shape), (dglu_gate_SG, matrices(gate_keys, x.dtype))
-        second = (dglu_gate_SG, dgate_keys)
-    dkeys = to_matrix(dup_SG, x, keys, second)
-    dkey_bias = None if key_bias is None else key_bias.new_empty(E, G)
-    if dkey_bias is not None:
-        outer.sum_rows(dup_SG, offsets, dkey_bias)
+    dexperts, glu = None, None
+    if needs_experts:
+        dvalues = to_matrix(weighted_SG, grad, values)
+        dgate_keys = None if gate_keys is None else gate_keys.new_empty(gate_keys.shape)
+        second = None if dgate_keys is None or dglu_gate_SG is None else (dglu_gate_SG, dgate_keys)
+        dkeys = to_matrix(dup_SG, x, keys, second)
+        dkey_bias = None if key_bias is None else key_bias.new_empty(E, G)
+        if dkey_bias is not None:
+            outer.sum_rows(dup_SG, offsets, dkey_bias)
+        dexperts = Units(dkeys, dvalues, dgate_keys, dkey_bias)
 
+    if gate_keys is not None and dglu_gate_SG is not None:
+        glu = (dglu_gate_SG, matrices(gate_keys, x.dtype))
     keys, dx, dgate = matrices(keys, x.dtype), x.new_empty(T, D), gate.new_empty(T, K)
     width = columns.width(x, S, D, G if glu is None else 2 * G, columns.STEP)
     tile = config.tile(x.device, "one", kind, width, G, block_m, alone=True)
@@ -138,4 +142,4 @@ def backward(
         combine.combine(y, plan.inverse, None, dx[:, part], K, dots=None if part.start else (dgates, dgate))
     if not D:  # there was no block
         combine.combine(dup_SG[:, :0], plan.inverse, None, dx, K, dots=(dgates, dgate))
-    return Gradients(dx, Units(dkeys, dvalues, dgate_keys, dkey_bias), dgate)
+    return Gradients(dx, dexperts, dgate)
