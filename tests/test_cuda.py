@@ -22,7 +22,19 @@ from sparse_ffn.backends.choice import explain, unavailable
 from sparse_ffn.ops.weighted_bag import cuda as weighted_bag
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
-from net import ROUTINGS, TOLERANCE, VOID, Case, check, check_void, cvmm_case, expert_case, guarded, random
+from net import (
+    ROUTINGS,
+    TOLERANCE,
+    VOID,
+    Case,
+    check,
+    check_frozen,
+    check_void,
+    cvmm_case,
+    expert_case,
+    guarded,
+    random,
+)
 from nobody import check_nobody
 
 CSRC = Path(__file__).parent.parent / "csrc"
@@ -128,10 +140,15 @@ def test_slots_of_nobody_are_void(routing: str, device: str) -> None:
     check_nobody(cvmm_case(routing, form="reduction"), device, "cuda")
 
 
+def test_frozen_matrices_get_no_gradients(device: str) -> None:
+    check_frozen(expert_case("one token", form="everything"), device, "cuda")
+    check_frozen(cvmm_case("one token", form="reduction"), device, "cuda")
+
+
 def test_indices_outside_of_the_table_touch_nothing(device: str) -> None:
     values, weight = guarded(random(4, 20).to(device).float()), torch.ones(1, 4, device=device)
     index = torch.tensor([[2, -1, 4, 10**6]], device=device)
-    assert torch.equal(weighted_bag.forward(values, index, weight)[0], values[2])
+    assert torch.equal(weighted_bag.forward(values, index, weight, values.dtype)[0], values[2])
     dvalues, dweight = weighted_bag.backward(values[:1], values, index, weight)
     assert (dweight[0, 1:] == 0).all()
     assert torch.equal(dvalues, torch.stack([values[0] * (r == 2) for r in range(4)]))

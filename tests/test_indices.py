@@ -155,6 +155,20 @@ def test_under_vmap_and_grad(name: str, backend: str) -> None:
         check(call, slopes)
 
 
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])  # torch's own ops may refuse it
+@every_call
+def test_under_vmap_and_grad_with_no_member(name: str, backend: str) -> None:
+    call = made()[name]
+    weight = next(n for n, t in call.arguments.items() if t.is_floating_point())
+
+    def loss(x: Tensor, rest: dict[str, Tensor]) -> Tensor:
+        return call.function(**{**rest, weight: x}).square().sum()
+
+    nobody = {n: t.expand(0, *t.shape) for n, t in call.arguments.items()}
+    with sf.backend(backend):
+        assert torch.func.vmap(torch.func.grad(loss))(nobody[weight], nobody).shape == nobody[weight].shape
+
+
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])  # it has no ops of its own
 def test_ops_by_their_name_and_their_backward_ops(backend: str) -> None:
     ops = torch.ops.sparse_ffn
@@ -166,7 +180,7 @@ def test_ops_by_their_name_and_their_backward_ops(backend: str) -> None:
         (lambda: ops.weighted_bag_backward(grad, table, index, weight, backend), "index"),
         (lambda: ops.product_key_topk_backward(sums, pairs, (2, 1, 2, 3), strides, backend), "index"),
         (lambda: ops.cvmm(grad, matrices, expert, None, None, None, 2, backend), "expert_index"),
-        (lambda: ops.cvmm_backward(grad, grad, matrices, expert, None, None, None, backend), "expert_index"),
+        (lambda: ops.cvmm_backward(grad, grad, matrices, expert, None, None, None, True, backend), "expert_index"),
     ):
         with pytest.raises(IndexError, match=rf"{name} must be in \[0, "):
             call()

@@ -234,6 +234,21 @@ def test_topk_ffn_computes_the_same_activations(name: str, dtype: torch.dtype, o
     assert_near(f"the derivative of {name}", z, slope[:, 0], derivative)
 
 
+@pytest.mark.parametrize("on_backend", ["reference", "cpu"], indirect=True)
+@pytest.mark.parametrize("name", SMOOTH)
+def test_a_gate_that_overflowed_closes_its_unit_in_both_passes(name: str, on_backend: str) -> None:
+    """Of a GLU, in fp16: -120000 is -infinity there, where the gate and its derivative are 0."""
+    units = {n: torch.ones(5, 4).half().requires_grad_() for n in ("keys", "values")}
+    gate_keys = torch.ones(5, 4).half()
+    gate_keys[2] = -300
+    x = torch.full((1, 4), 100.0).half()
+    y = flat.topk_ffn(x, **units, gate_keys=gate_keys.requires_grad_(), k=5, activation=name)
+    others = torch.arange(5) != 2
+    for grad in torch.autograd.grad(y.sum() / 1000, (*units.values(), gate_keys)):
+        assert not grad[2].any()
+        assert (grad[others] > 0).all()
+
+
 # ---------------------------------------------------------------------------------------------------- small numbers
 
 

@@ -141,7 +141,7 @@ def test_cvmm_lays_out_the_gradient_of_a_transposed_weight_as_the_weight(full: b
     rest = [tensors.get(name) for name in ("expert", "gather", "scatter", "reduction")]
     x, weight, grad = leaves["x"].detach(), leaves["matrices"].detach().mT, torch.randn(options.get("n_out", 9), O)
     for backend in ("torch",) if cpu.PROBLEM else ("torch", "cpu"):
-        _, dweight, _ = torch.ops.sparse_ffn.cvmm_backward(grad, x, weight, *rest, backend)
+        _, dweight, _ = torch.ops.sparse_ffn.cvmm_backward(grad, x, weight, *rest, True, backend)
         assert dweight.stride() == weight.stride()
 
 
@@ -162,6 +162,17 @@ def test_cvmm_of_few_rows_and_transposed_weights(
         "reduction": leaf(slots, dtype=torch.promote_types(dtype, torch.float32)),
     }
     assert_meets_reference(lambda matrices, **t: ops.cvmm(weight=matrices.mT, **t, n_out=slots), tensors, dtype)
+
+
+def test_a_gate_of_fp16_gets_its_gradient_where_that_of_its_row_would_overflow(on_backend: str) -> None:
+    """Rows of 1e-4, whose gradients are 3e5: fp16 ends at 65504."""
+    x, values = torch.full((2, 2), 1e-4), torch.full((1, 2, 3), 1e5)
+    expert, gate = torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1, dtype=torch.float16).requires_grad_()
+    by_cvmm = functional.cvmm(x, values, expert[:, 0], reduction_weight=gate[:, 0])
+    by_experts = functional.expert_ffn(x, torch.eye(2).unsqueeze(0), values, expert, gate)
+    for y in (by_cvmm, by_experts):
+        (dgate,) = torch.autograd.grad(y.sum(), gate)
+        torch.testing.assert_close(dgate, torch.full_like(gate, 60))
 
 
 def test_two_cvmms_make_the_sigma_moe_of_the_paper(on_backend: str) -> None:
@@ -310,6 +321,23 @@ def test_product_key_topk_is_the_top_k_of_all_sums(n: int, k: int, scores: str, 
     assert all(len(set(row)) == k for row in index.flatten(0, 1).tolist())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_scores_may_lie_anywhere(dtype: torch.dtype, on_backend: str) -> None:
+    """In another order, between gaps, or with other numbers between those of a row, as members of a vmap do."""
+    scores = torch.randn(4, 3, 2, 5).to(dtype)
+    grad = torch.randn(4, 3, 6).to(dtype)
+    by_halves = scores.movedim(2, 0).contiguous().movedim(0, 2)
+    by_columns = scores.movedim(3, 0).contiguous().movedim(0, 3)
+    gaps, mixed = torch.zeros(4, 3, 2, 7, dtype=dtype)[..., :5], torch.zeros(4, 3, 2, 5, 2, dtype=dtype)[..., 0]
+    expected = None
+    for table in (scores, by_halves, by_columns, gaps.copy_(scores), mixed.copy_(scores)):
+        best, _ = ops.product_key_topk(table.requires_grad_(), 6)
+        (found,) = torch.autograd.grad(best, table, grad)
+        expected = found if expected is None else expected
+        assert torch.equal(found, expected)
+        assert found.stride() == table.stride() or on_backend == "reference"
+
+
 @pytest.mark.parametrize("k", [1, 2, 5, 32])
 def test_only_pairs_that_can_win_are_summed(k: int) -> None:
     pairs = list(zip(*(p.tolist() for p in candidate_pairs(1000, k, torch.device("cpu"))), strict=True))
@@ -351,8 +379,8 @@ def test_opcheck_holds_for_every_op(backend: str) -> None:
         plain = (x, keys, values, gate_keys, key_bias, index, gate, dropout_mask, "gelu", backend)
         torch.library.opcheck(library.expert_ffn_inference.default, plain)
         saved = [t.detach() for t in library.expert_ffn(*call)[1:]]
-        back = (torch.randn(6, O), x, keys, values, gate_keys, key_bias, gate, dropout_mask, *saved, "gelu", backend)
-        torch.library.opcheck(library.expert_ffn_backward.default, back)
+        operands = (torch.randn(6, O), x, keys, values, gate_keys, key_bias, gate, dropout_mask, *saved)
+        torch.library.opcheck(library.expert_ffn_backward.default, (*operands, True, "gelu", backend))
 
         first_keys, first_values = keys[0], values[0]
         units = tuple(None if t is None else t[0] for t in (gate_keys, key_bias))
@@ -373,7 +401,7 @@ def test_opcheck_holds_for_every_op(backend: str) -> None:
         xg, wg, rg = grad(x, keys.transpose(1, 2), reduction)
         call = (xg, wg, index[:, 0], gather, scatter, rg, 6, backend)
         torch.library.opcheck(library.cvmm.default, call)
-        back = (torch.randn(6, G), x, keys.transpose(1, 2), index[:, 0], gather, scatter, reduction, backend)
+        back = (torch.randn(6, G), x, keys.transpose(1, 2), index[:, 0], gather, scatter, reduction, True, backend)
         torch.library.opcheck(library.cvmm_backward.default, back)
     scores = torch.randn(2, 3, 4, 5).permute(2, 1, 0, 3).detach().requires_grad_()
     torch.library.opcheck(library.product_key_topk.default, (scores, 6, backend))
@@ -383,6 +411,41 @@ def test_opcheck_holds_for_every_op(backend: str) -> None:
         library.product_key_topk_backward.default,
         (torch.randn(4, 3, 6), picked, scores.shape, scores.stride(), backend),
     )
+
+
+SLOTS = torch.arange(20)
+BACKWARD: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
+    "cvmm": (lambda x, w, gate: functional.cvmm(x, w, SLOTS % E, reduction_weight=gate), ((20, D), (E, D, O), (20,))),
+    "expert_ffn": (
+        lambda x, keys, values, gate: functional.expert_ffn(x, keys, values, SLOTS.view(10, 2) % E, gate),
+        ((10, D), (E, G, D), (E, G, O), (10, 2)),
+    ),
+    "topk_ffn": (lambda x, keys, values: functional.topk_ffn(x, keys, values, 3), ((10, D), (G, D), (G, O))),
+    "topk_ffn, dense": (
+        lambda x, keys, values: functional.topk_ffn(x, keys, values, 250),
+        ((40, 16), (300, 16), (300, 16)),
+    ),
+    "weighted_bag": (lambda v, w: functional.weighted_bag(v, SLOTS.view(10, 2), w), ((20, O), (10, 2))),
+    "weighted_bag, sparse": (
+        lambda v, w: functional.weighted_bag(v, SLOTS.view(10, 2), w, sparse_grad=True),
+        ((20, O), (10, 2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch"] if cpu.PROBLEM else ["torch", "cpu"])
+@pytest.mark.parametrize("name", BACKWARD)
+def test_a_backward_pass_inside_of_autocast_is_that_of_its_forward_pass(name: str, backend: str) -> None:
+    op, shapes = BACKWARD[name]
+    tensors = [leaf(*shape, dtype=torch.float32) for shape in shapes]
+    with sf.backend(backend):
+        y = op(*tensors)
+        grad = torch.randn_like(y)
+        expected = torch.autograd.grad(y, tensors, grad, retain_graph=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = torch.autograd.grad(y, tensors, grad)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.to_dense(), b.to_dense())
 
 
 def arguments(name: str) -> dict[str, Any]:

@@ -254,6 +254,17 @@ def test_rows_of_experts_without_slots_are_not_read(on_backend: str) -> None:
         assert not y[1::2].any()
 
 
+def test_what_belongs_to_void_slots_has_no_part_in_the_gradients(on_backend: str) -> None:
+    codes, expert = stacks(KINDS["8 bits"], torch.float32)["keys"], torch.tensor([0, E, 1, E])
+    x, gate = torch.ones(4, D), torch.ones(4)
+    x[1], gate[3] = torch.nan, torch.nan
+    leaves = x.requires_grad_(), gate.requires_grad_()
+    y = quantized_cvmm(x, codes, expert, down=False, reduction=gate)
+    for grad in torch.autograd.grad(y.sum(), leaves):
+        assert not grad[expert == E].any()
+        assert grad[expert < E].all()
+
+
 def test_an_expert_out_of_range_is_refused(on_backend: str) -> None:
     codes = stacks(KINDS["8 bits"], torch.float32)["keys"]
     for bad in (-1, E + 1):

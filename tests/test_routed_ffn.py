@@ -208,7 +208,7 @@ def test_opcheck_holds() -> None:
         _, index, gate, sums, *saved = (t.detach() for t in library.routed_ffn(*call))
         plain = [None if t is None else t.detach() for t in (x, router, mask, keys, values, gate_keys, key_bias, scale)]
         grads = (torch.randn(6, O), torch.randn_like(gate), torch.randn_like(sums))
-        back = (*grads, *plain, index, gate, *saved, "sigmoid", "silu")
+        back = (*grads, *plain, index, gate, *saved, True, "sigmoid", "silu")
         torch.library.opcheck(library.routed_ffn_backward.default, back)
         forward = (x, router, bias, mask, keys, values, gate_keys, key_bias, scale, 2, "sigmoid", 1, "silu")
         torch.library.opcheck(

@@ -355,6 +355,29 @@ def test_a_dry_run_shows_what_would_be_measured(capsys: pytest.CaptureFixture[st
     assert out.count("16384 tokens") == 8  # bf16 and fp16 are one arithmetic
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the card's own numbers of tokens")
+def test_a_dry_run_shows_a_gpus_crossovers_without_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--crossovers", "--dry-run", "--dtype", "bf16"]) == 0
+    assert "Would time decode, sorted at 1, 2, 4" in capsys.readouterr().out
+    assert command.main(["--crossovers"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ("--layer 8 4 6 2", "--layer: is of crossovers"),
+        ("--device cpu --dtype tf32", "--dtype: crossovers are of bf16, fp16, fp32, got tf32"),
+        ("--device cpu --kernels one", "--kernels: is of block sizes"),
+        ("--crossovers --resume", "--resume: is of block sizes"),
+        ("--crossovers --verbose", "--verbose: is of block sizes"),
+    ],
+)
+def test_options_without_effect_are_refused(arguments: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(arguments.split())
+    assert why in capsys.readouterr().err
+
+
 def test_the_help_says_where_the_file_lies(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.main(["--help"])
@@ -488,6 +511,7 @@ def test_what_was_measured_counts_for_layers_of_its_class(crossing: Path) -> Non
         ('{"crossovers": [["float32", 1, 1, 1, 1, "x"]]}', "no number of tokens"),
         ('{"crossovers": [["float32", 1, 1, 1]]}', "damaged"),
         ('{"crossovers": [["float32", 1, 1, 1, 1, 4, null]]}', "damaged"),
+        ('{"crossovers": [["float32", Infinity, 1, 1, 1, 4]]}', "damaged"),
         ('{"crossovers": 3}', "damaged"),
     ],
 )
@@ -509,6 +533,10 @@ def test_the_command_measures_the_cpus_crossovers(
     assert not crossing.exists()
     assert command.main(sizes) == 0
     assert "2 tokens: decode" in capsys.readouterr().out
+    assert list(crossovers.table_of("cpu")) == [("float32", 8, 4, 8, 2)]
+    monkeypatch.setattr(command, "LAYERS", ((16, 4, 6, 2), (32, 4, 6, 2)))
+    assert command.main(["--device", "cpu", "--seconds", "1e-9"]) == 3
+    assert capsys.readouterr().out.count("not measured: the time was up") == 4  # bf16 and fp32
     assert list(crossovers.table_of("cpu")) == [("float32", 8, 4, 8, 2)]
     for size, why in (("5", "K must be at most E, got K = 5 and E = 4"), ("0", "must be an int > 0, got '0'")):
         with pytest.raises(SystemExit):

@@ -177,7 +177,7 @@ def experts(
     _, saved = expert_ffn.forward(x, units, index, gate, scale, activation)
     expert_ffn.inference(x, units, index, gate, scale, activation)
     expert_ffn.inference(x[:1], units, index[:1], gate[:1], None if scale is None else scale[:1], activation)
-    expert_ffn.backward(empty(T, D), x, units, gate, scale, saved, activation)
+    expert_ffn.backward(empty(T, D), x, units, gate, scale, saved, True, activation)
 
 
 def cvmms(
@@ -200,7 +200,7 @@ def cvmms(
     slot, weight = torch.zeros(S, dtype=torch.int64), weight.to(dtype=weights)
     for every in (Slots(slot), Slots(slot, slot, slot, torch.empty(S))):
         cvmm.forward(x, weight, every, S)
-        cvmm.backward(grad, x, weight, every)
+        cvmm.backward(grad, x, weight, every, True)
 
 
 def coded(

@@ -18,6 +18,7 @@ import pages
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_ffn as sf
 from sparse_ffn import ops
@@ -211,6 +212,35 @@ def check_void(case: Case, device: str = "cpu", backend: str = "triton") -> None
             actual = results(case, tensors, grad)
     for name, want in expected.items():
         assert torch.equal(actual[name], want), name
+
+
+class Gradients(TorchDispatchMode):
+    """The sizes of what our backward ops give inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        if func.namespace == "sparse_ffn" and func.__name__.endswith("_backward.default"):
+            self.sizes += [t.numel() for t in result]
+        return result
+
+
+def check_frozen(case: Case, device: str = "cpu", backend: str = "triton") -> None:
+    """Assert that frozen matrices get no gradients, not even unseen, and all else the same ones to the bit."""
+    tensors = {n: t.to(case.dtype if t.is_floating_point() else t.dtype).to(device) for n, t in case.tensors.items()}
+    matrices = ("weight", "keys", "values", "gate_keys", "key_bias")
+    others = replace(case, trained=tuple(n for n in case.trained if n not in matrices))
+    with sf.backend(backend):
+        grad = gradient(case, results(case, tensors)["output"].shape, device)
+        expected = results(case, tensors, grad)
+        with Gradients() as found:
+            actual = results(others, tensors, grad)
+    assert sum(found.sizes) == sum(tensors[n].numel() for n in others.trained)
+    for name, got in actual.items():
+        assert torch.equal(got, expected[name]), name
 
 
 def _cast(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -42,12 +42,12 @@ def _results(case: Case, tensors: dict[str, Tensor], backend: str) -> list[Tenso
             out = module.forward(x, weight, slots, case.options.get("n_out", len(slots.expert)))
             grad = gradient(case, out.shape, str(x.device))
             assert grad is not None
-            return [out, *module.backward(grad, x, weight, slots)]
+            return [out, *module.backward(grad, x, weight, slots, True)]
         units = Units(*(given.get(n) for n in ("keys", "values", "gate_keys", "key_bias")))  # type: ignore[arg-type]
         x, gate, mask, activation = given["x"], given["gate"], given.get("dropout_mask"), case.options["activation"]
         out, saved = expert_ffn(backend).forward(x, units, given["index"], gate, mask, activation)
         alone = expert_ffn(backend).inference(x, units, given["index"], gate, mask, activation)
         grad = gradient(case, out.shape, str(x.device))
         assert grad is not None
-        dx, dunits, dgate = expert_ffn(backend).backward(grad, x, units, gate, mask, saved, activation)
+        dx, dunits, dgate = expert_ffn(backend).backward(grad, x, units, gate, mask, saved, True, activation)
         return [out, alone, dx, *dunits, dgate]

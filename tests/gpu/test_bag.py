@@ -113,7 +113,7 @@ def test_indices_outside_of_the_table_touch_nothing(device: str) -> None:
     values, weight = guarded(random(4, 20).to(device).float()), torch.ones(1, 4, device=device)
     index = torch.tensor([[2, -1, 4, 10**6]], device=device)
     with traps():
-        assert torch.equal(weighted_bag.forward(values, index, weight)[0], values[2])
+        assert torch.equal(weighted_bag.forward(values, index, weight, values.dtype)[0], values[2])
         dvalues, dweight = weighted_bag.backward(values[:1], values, index, weight)
     assert (dweight[0, 1:] == 0).all()
     assert torch.equal(dvalues, torch.stack([values[0] * (r == 2) for r in range(4)]))
@@ -157,7 +157,7 @@ def test_weighted_bag_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch
     t = [x.float() if x.is_floating_point() else x for x in bag_case("random").tensors.values()]
     with FakeTensorMode() as mode:
         values, index, weight = (mode.from_tensor(x) for x in t)
-        out = weighted_bag.forward(values, index, weight)
+        out = weighted_bag.forward(values, index, weight, values.dtype)
         dvalues, dweight = weighted_bag.backward(out, values, index, weight)
     assert dvalues.shape == values.shape
     assert dweight.shape == weight.shape

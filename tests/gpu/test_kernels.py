@@ -15,6 +15,7 @@ from net import (
     VOID,
     Case,
     check,
+    check_frozen,
     check_void,
     cvmm_case,
     expert_case,
@@ -75,6 +76,28 @@ def test_activations_and_their_derivatives_are_right_everywhere(
 def test_expert_ffn_of_no_size(sizes: tuple[int, int, int], form: str, device: str) -> None:
     """Nothing is left as it lay in memory: gates have gradients without a row of x, zeros without units."""
     check(expert_case("half of the slots void", form=form, sizes=sizes, activation="silu"), device)
+
+
+@pytest.mark.exhaustive
+def test_frozen_matrices_get_no_gradients(device: str) -> None:
+    check_frozen(expert_case("one token", form="everything", sizes=(16, 16, 16)), device)
+    check_frozen(cvmm_case("one token", form="reduction", sizes=(16, 16)), device)
+
+
+def test_without_any_expert_all_slots_are_void(device: str) -> None:
+    tensors = {"x": torch.randn(10, 4), "keys": torch.randn(0, 3, 4), "values": torch.randn(0, 3, 5)}
+    tensors |= {"index": torch.zeros(10, 2, dtype=torch.int64), "gate": torch.rand(10, 2)}
+    tensors |= {"gate_keys": torch.randn(0, 3, 4), "key_bias": torch.randn(0, 3)}
+    tensors = {n: t.to(device) for n, t in tensors.items()}
+    trained = [t.requires_grad_() for n, t in tensors.items() if n != "index"]
+    with sf.backend("triton"):
+        with torch.no_grad():
+            assert not flat.expert_ffn(**tensors).any()
+        y = flat.expert_ffn(**tensors)
+    assert not y.any()
+    for t, grad in zip(trained, torch.autograd.grad(y.sum(), trained), strict=True):
+        assert grad.shape == t.shape
+        assert not grad.any()
 
 
 @pytest.mark.parametrize("form", ["plain", "everything"])

@@ -107,9 +107,31 @@ def test_strided_arguments(device: str) -> None:
     assert weight is not None
     tensors["x"] = torch.zeros(20, 2 * D, dtype=x.dtype)[:, :D].copy_(x)
     tensors["router_weight"] = weight.t().contiguous().t()
+    tensors["router_bias"] = torch.randn(9, 2)[:, 0]
+    tensors["mask"] = torch.tensor([[True, False], [False, True]]).repeat(10, 1)[:, 0]
     check(tensors, 2, "sigmoid", 1, device)
     tensors["x"] = x.t().contiguous().t()
+    tensors["mask"] = torch.tensor([True]).expand(20)
     check(tensors, 2, "sigmoid", 1, device)
+
+
+def test_a_bias_that_is_a_column_ranks_in_inference(device: str) -> None:
+    x, weight, bias = torch.zeros(1, D), torch.zeros(4, D), torch.tensor([[0, 9], [1, 9], [2, 9], [3, 9.0]])
+    _, index = route.inference(x.to(device), weight.to(device), bias.to(device)[:, 0], None, 2, "sigmoid", 0)
+    assert index.tolist() == [[3, 2]]
+
+
+@pytest.mark.exhaustive
+def test_vmap_over_the_second_dimension_reads_each_members_mask(device: str) -> None:
+    x, weight = torch.randn(6, 2, D, device=device), torch.randn(5, D, device=device)
+    mask = torch.rand(6, 2, device=device) > 0.5
+
+    def sums(x: Tensor, mask: Tensor) -> Tensor:
+        return ops.route(x, weight, k=2, gate_function="sigmoid", mask=mask)[2]
+
+    with sf.backend("triton"):
+        found = torch.func.vmap(sums, in_dims=1)(x, mask)
+        torch.testing.assert_close(found, torch.stack([sums(x[:, i], mask[:, i].clone()) for i in range(2)]))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -124,10 +124,15 @@ def test_expert_ffn_never_waits_for_the_device(form: str, monkeypatch: pytest.Mo
         call = (x, experts, t["index"], gate, dropout_mask, "relu")
         out, saved = expert_ffn.forward(*call)
         assert out.shape == expert_ffn.inference(*call).shape == (23, 33)
-        gradients = expert_ffn.backward(out, x, experts, gate, dropout_mask, saved, "relu")
+        gradients = expert_ffn.backward(out, x, experts, gate, dropout_mask, saved, True, "relu")
         assert gradients.experts.keys.shape == t["keys"].shape
     names = {"count", "scan", "place", "plan", "up", "rows", "combine", "hidden_gradient", "outer"}
     assert launched - {"sum_rows_kernel"} == {f"{name}_kernel" for name in names}
+    launched.clear()
+    with mode:
+        gradients = expert_ffn.backward(out, x, experts, gate, dropout_mask, saved, False, "relu")
+    assert gradients.experts is None
+    assert launched == {"plan_kernel", "hidden_gradient_kernel", "rows_kernel", "combine_kernel"}
 
 
 def test_cvmm_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,8 +144,13 @@ def test_cvmm_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
         slots = Slots(t["expert"], t["gather"], t["scatter"], t["reduction"])
         out = cvmm.forward(t["x"], t["weight"], slots, 7)
         assert out.shape == (7, 33)
-        cvmm.backward(out, t["x"], t["weight"], slots)
+        cvmm.backward(out, t["x"], t["weight"], slots, True)
     assert {"rows_kernel", "outer_kernel", "segments_kernel"} <= launched
+    launched.clear()
+    with mode:
+        assert cvmm.backward(out, t["x"], t["weight"], slots, False).weight is None
+    assert "rows_kernel" in launched
+    assert "outer_kernel" not in launched
 
 
 def without_launches(monkeypatch: pytest.MonkeyPatch) -> set[str]:

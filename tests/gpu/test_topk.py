@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from sparse_ffn.backends.triton import bag, config, topk
 from sparse_ffn.ops import Units
-from sparse_ffn.ops.activations import ACTIVATIONS, hidden
+from sparse_ffn.ops.activations import ACTIVATIONS, SMOOTH, hidden
 from sparse_ffn.ops.select import stable_topk
 from sparse_ffn.ops.topk_ffn import triton as topk_ffn
 from sparse_ffn.ops.topk_ffn.reference import rank
@@ -157,6 +157,23 @@ def test_many_units_are_sorted_by_torch(device: str, monkeypatch: pytest.MonkeyP
         choose(sparse, monkeypatch)
         check(topk_case(form="everything", norm_aware=True), device)
         check(topk_case(form="everything", norm_aware=True, rank_by="gate"), device)
+
+
+@pytest.mark.parametrize("fits", [True, False], ids=["kernel", "torch"])
+def test_at_minus_infinity_a_smooth_activation_and_its_derivative_are_zero(
+    fits: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose(False, monkeypatch)
+    monkeypatch.setattr(topk, "MAX_F", 4 if fits else 3)
+    x, ones = torch.ones(1, 1, device=device), torch.ones(4, 1, device=device)
+    closed = torch.tensor([[1.0], [-torch.inf], [2.0], [3.0]], device=device)
+    for name in SMOOTH:
+        for units in (Units(closed, ones), Units(ones, ones, closed)):
+            out, saved = topk_ffn.forward(x, units, 4, None, name, False, "hidden")
+            _, grads = topk_ffn.backward(torch.ones_like(out), x, units, None, saved, name)
+            assert out.isfinite().all()
+            assert grads.keys[1] == grads.values[1] == 0
+            assert grads.keys[[0, 2, 3]].all()
 
 
 class Sizes(TorchDispatchMode):

@@ -135,7 +135,7 @@ def _parse(text: str, device: torch.device) -> Table:
             raise ValueError(f"its {name} is not {value}")
     try:
         found = {Layer(str(name), *map(int, sizes)): most for name, *sizes, most in data["crossovers"]}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"it is damaged ({error})") from error
     for most in found.values():
         if not isinstance(most, int) or most < 0:

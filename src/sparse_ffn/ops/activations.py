@@ -107,4 +107,5 @@ def hidden_backward(
         grad = grad * scale
     if glu_gate is None:
         return act.backward(grad, up), None
-    return grad * act.forward(glu_gate), act.backward(grad * up, glu_gate)
+    active = act.forward(glu_gate.clamp(min=-FAR) if name in SMOOTH else glu_gate)  # as ``activate``: 0 at -infinity
+    return grad * active, act.backward(grad * up, glu_gate)

@@ -34,6 +34,8 @@ def differentiable(op: Any, backward: Callable[..., Any], setup_context: Callabl
 
     def one_by_one(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         """vmap: a call for each member, which is a whole problem for a kernel."""
+        if info.batch_size == 0:
+            return _of_no_member(op, in_dims, args)
         columns = [
             arg.unbind(dim) if isinstance(dim, int) else (arg,) * info.batch_size
             for arg, dim in zip(args, in_dims, strict=True)
@@ -57,6 +59,21 @@ def differentiable(op: Any, backward: Callable[..., Any], setup_context: Callabl
             return op(*args)
 
     return call
+
+
+def _of_no_member(op: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
+    """What vmap over a dimension of 0 returns: nothing, in the shapes that the op's fake gives for one member."""
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    one = [
+        arg.new_empty([*arg.shape[:dim], *arg.shape[dim + 1 :]] if isinstance(dim, int) else arg.shape, device="meta")
+        if isinstance(arg, Tensor)
+        else arg
+        for arg, dim in zip(args, in_dims, strict=True)
+    ]
+    found = op(*one)
+    if isinstance(found, Tensor):
+        return found.new_empty(0, *found.shape, device=device), 0
+    return tuple(t.new_empty(0, *t.shape, device=device) for t in found), (0,) * len(found)
 
 
 def once_differentiable(op: Any) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
+from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.ops.autograd import differentiable, once_differentiable
 from sparse_ffn.ops.indices import Indices, check_indices
 from sparse_ffn.ops.library import define, under_transforms
@@ -37,6 +38,8 @@ class Part(NamedTuple):
     """The NamedTuple that it is; None for one tensor or option."""
     types: dict[str, str]
     """The names and types that it has in a schema."""
+    optional: bool = False
+    """Whether a NamedTuple may be None as a whole."""
 
 
 class Operator:
@@ -54,8 +57,10 @@ class Operator:
             ``inference``, which not every op has, takes the same and returns the first of the results.
             ``backward(gradients, tensors, options)`` returns a NamedTuple of a gradient for each trained operand, by
             its name, or the gradient of the first operand. Its arguments are named after what they are: ``grad`` of
-            the first output, ``grad_<output>`` of another, operands, outputs and options of the forward pass, and
-            ``<operand>_size`` or ``<operand>_stride`` of an operand that need not be kept.
+            the first output, ``grad_<output>`` of another, operands, outputs and options of the forward pass,
+            ``<operand>_size`` or ``<operand>_stride`` of an operand that need not be kept, and between tensors and
+            options ``needs_<operand>``: whether its gradient is asked for, which else is None. (Those of other
+            operands are computed in any case.)
         shapes: what ``forward`` returns for these arguments and, where there are several, this backend, uninitialised.
         implementation: the module of the backend that a name means.
         indices: of ``forward`` and of ``backward``: the indices that must be checked, for these arguments.
@@ -76,7 +81,7 @@ class Operator:
         self._names = {
             **{"module": backend, "implementation": implementation, "shapes": shapes, "gradient": gradient},
             **{"forward_indices": indices[0], "inference_indices": indices[0], "backward_indices": indices[1]},
-            **{"check_indices": check_indices},
+            **{"check_indices": check_indices, "without_autocast": without_autocast},
         }
         choice = {} if implementation is None else {"backend": "str"}
         operands, outputs = _arguments(backend.forward), _results(backend.forward, "out")
@@ -95,7 +100,7 @@ class Operator:
                 self._kernel("forward", operands, outputs, choice),
                 self._fake("forward_fake", operands, outputs, outputs, choice),
             ),
-            self._formula(passed, outputs, back, gradients),
+            self._formula(operands, list(passed), outputs, back, gradients),
             self._setup_context(passed, outputs, back),
         )
         """The outputs, with a gradient, and what is kept."""
@@ -117,7 +122,11 @@ class Operator:
             lines += ['if backend != "cpu":  # the core checks them itself']
             lines += [f"    check_indices(*{name}_indices({packed}))"]
         call = f"{'implementation(backend)' if choice else 'module'}.{name}({packed})"
-        return self._function(name, [*_types(arguments), *choice], [*lines, *_unpacked(call, results, results)])
+        lines += _unpacked(call, results, results)
+        if name == "backward":  # which may be called inside of an autocast that the forward pass was not
+            tensor = next(argument for argument, kind in _types(arguments).items() if kind == "Tensor")
+            lines = [f"with without_autocast({tensor}):", *(f"    {line}" for line in lines)]
+        return self._function(name, [*_types(arguments), *choice], lines)
 
     def _fake(
         self, name: str, arguments: list[Part], outputs: list[Part], returned: list[Part], choice: Iterable[str]
@@ -129,9 +138,8 @@ class Operator:
         def of(name: str) -> str:
             if name not in arguments:
                 return f"grad.new_empty_strided({name}_size, {name}_stride)"
-            if arguments[name] == "Tensor":
-                return f"gradient({name})"
-            return f"{first}.new_empty(0) if {name} is None else gradient({name})"
+            there = self._there(name, arguments, gradients)
+            return f"gradient({name}) if {there} else {first}.new_empty(0)" if there else f"gradient({name})"
 
         first, *_ = names = list(_types(gradients))
         return self._function("backward_fake", [*arguments], [f"return {', '.join(map(of, names))}"])
@@ -148,7 +156,7 @@ class Operator:
         results, grads = list(_types(outputs)), _gradients(back)
         constant = [name for i, name in enumerate(results) if (f"grad_{name}" if i else "grad") not in grads]
         kept = [name for name, kind in back.items() if kind.startswith("Tensor") and name not in grads]
-        options = [found(name) for name in back if name not in kept and name not in grads]
+        options = [found(name) for name in back if name not in (*kept, *grads) and not name.startswith("needs_")]
         return self._function(
             "setup_context",
             ["ctx", "inputs", "output"],
@@ -163,17 +171,29 @@ class Operator:
         )
 
     def _formula(
-        self, passed: dict[str, str], outputs: list[Part], back: dict[str, str], gradients: list[Part]
+        self,
+        operands: list[Part],
+        passed: list[str],
+        outputs: list[Part],
+        back: dict[str, str],
+        gradients: list[Part],
     ) -> Callable[..., Any]:
         """The gradients of the forward op's arguments, by the backward op."""
 
         def of(name: str) -> str:
             if name not in trained:
                 return "None"
-            return f"None if {name} is None else d{name}" if passed[name] == "Tensor?" else f"d{name}"
+            there = self._there(name, back, gradients)
+            return f"d{name} if {there} else None" if there else f"d{name}"
+
+        def needs(part: Part) -> str:
+            asked = " or ".join(f"ctx.needs_input_grad[{passed.index(name)}]" for name in part.types)
+            return f"needs_{part.name} = {asked}"
 
         grads, trained = _gradients(back), _types(gradients)
         kept = [name for name, kind in back.items() if kind.startswith("Tensor") and name not in grads]
+        flags = [name for name in back if name.startswith("needs_")]
+        arguments, results = ", ".join([*grads, *kept, *flags]), ", ".join(f"d{name}" for name in trained)
         given = [f"grad_{name}" if i else "grad" for i, name in enumerate(_types(outputs))]
         return self._function(
             "formula",
@@ -182,10 +202,17 @@ class Operator:
                 f"if {' and '.join(f'{grad} is None' for grad in grads)}:",
                 f"    return {', '.join('None' for _ in passed)}",
                 f"[{', '.join(kept)}] = ctx.saved_tensors",
-                f"{', '.join(f'd{name}' for name in trained)} = backward({', '.join([*grads, *kept])}, *ctx.options)",
+                *(needs(part) for part in operands if f"needs_{part.name}" in flags),
+                f"{results} = backward({arguments}, *ctx.options)",
                 f"return {', '.join(map(of, passed))}",
             ],
         )
+
+    def _there(self, name: str, arguments: dict[str, str], gradients: list[Part]) -> str:
+        """The condition for a gradient to be there; empty if it always is."""
+        flag = next(f"needs_{part.name}" for part in gradients if name in part.types)
+        conditions = [flag] if flag in arguments else []
+        return " and ".join([*conditions, f"{name} is not None"] if arguments.get(name) == "Tensor?" else conditions)
 
     def _packed(self, parts: list[Part], kept: Iterable[str] = ()) -> str:
         """A schema's arguments as a backend takes them; what a forward pass left out is None again."""
@@ -221,12 +248,17 @@ def _unpacked(call: str, results: list[Part], returned: list[Part]) -> list[str]
     if len(results) == 1:
         return [f"return {call}"]
     first, *_ = _types(results)
-    targets = (f"({', '.join(part.types)})" if part.kind else part.name for part in results)
+    optional = [part for part in results if part.optional]
+    targets = (f"({', '.join(part.types)})" if part.kind and not part.optional else part.name for part in results)
     values = (
         name if kind == "Tensor" else f"{first}.new_empty(0) if {name} is None else {name}"
         for name, kind in _types(returned).items()
     )
-    return [f"{', '.join(targets)} = {call}", f"return {', '.join(values)}"]
+    return [
+        f"{', '.join(targets)} = {call}",
+        *(f"{', '.join(part.types)} = {part.name} or (None,) * {len(part.types)}" for part in optional),
+        f"return {', '.join(values)}",
+    ]
 
 
 def _gradients(arguments: Iterable[str]) -> list[str]:
@@ -250,7 +282,9 @@ def _results(function: Callable[..., Any], first: str) -> list[Part]:
 def _part(name: str, hint: Any) -> Part:
     if hint in _TYPES:
         return Part(name, None, {name: _TYPES[hint]})
-    return Part(name, hint, {field: _TYPES[kind] for field, kind in get_type_hints(hint).items()})
+    kind, *none = get_args(hint) or (hint,)
+    types = {field: _TYPES[Tensor | None if none else of] for field, of in get_type_hints(kind).items()}
+    return Part(name, kind, types, bool(none))
 
 
 def _types(parts: list[Part]) -> dict[str, str]:

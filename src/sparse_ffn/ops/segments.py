@@ -92,6 +92,12 @@ def segment_sum(rows: Tensor, segments: Segments) -> Tensor:
     return out
 
 
+def row_dots(rows: Tensor, others: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each row's dot product with the other, [S, 1] in ``dtype``; multiplied and added in the wider of both dtypes."""
+    wide = torch.promote_types(rows.dtype, dtype)
+    return (rows.to(wide) * others).sum(1, keepdim=True).to(dtype)
+
+
 def is_transposed(weight: Tensor) -> bool:
     """Whether a stack of matrices [E, M, L] is a transposed view; its gradient is then one too.
 

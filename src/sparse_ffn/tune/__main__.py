@@ -29,26 +29,19 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; 0 if all was measured or shown, 2 if there is no GPU, 3 if the time was too short."""
-    options = _parser().parse_args(argv)
+    """Run from the command line; 0 if all was measured or shown, 2 if nothing can be, 3 if the time was too short."""
+    options = _options(argv)
     device: torch.device = options.device
-    for _, E, _, K in options.layer or ():
-        if K > E:
-            _parser().error(f"argument --layer: K must be at most E, got K = {K} and E = {E}")
-    if device.type == "cpu" or (options.crossovers and not _no_gpu(device)):
+    why = _unmeasurable(device)
+    if why and not options.dry_run:
+        print(why, file=sys.stderr)
+        return 2
+    if options.crossovers:
         return _crossovers(options)
     found = list(problems(KINDS[name] for name in options.dtype))
-    why = _no_gpu(device)
     if options.dry_run:
         name = "sm_90" if why else config.architecture(device)
         return _show(found, name, options.kernels, f"no GPU here, so for {name}" if why else f"for {name}")
-    if why:
-        print(
-            f"python -m sparse_ffn.tune measures on a GPU, and {why}. --dry-run needs none; --device cpu measures the "
-            "CPU's crossovers.",
-            file=sys.stderr,
-        )
-        return 2
 
     from sparse_ffn.tune.runner import DeviceRunner
     from sparse_ffn.tune.stopwatch import GPUStopwatch
@@ -79,45 +72,66 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _crossovers(options: argparse.Namespace) -> int:
     """Measure where the ways cross for each layer and dtype, and keep it."""
-    device: torch.device = options.device
-    for _, E, _, K in options.layer or ():
-        if K > E:
-            _parser().error(f"argument --layer: K must be at most E, got K = {K} and E = {E}")
-    if device.type == "cpu" and cpu.PROBLEM:
-        print(f"there is no CPU core to measure: {cpu.PROBLEM}", file=sys.stderr)
-        return 2
     from sparse_ffn.tune.stopwatch import GPUStopwatch, on_the_host
 
-    dtypes = [found for found in dict.fromkeys(map(DTYPES.get, options.dtype)) if found]
-    cases = list(itertools.product(options.layer or LAYERS, dtypes))
-    ends = [time.monotonic() + options.seconds * (i + 1) / len(cases) for i in range(len(cases))]
+    device: torch.device = options.device
+    cases = list(itertools.product(options.layer or LAYERS, [DTYPES[name] for name in dict.fromkeys(options.dtype)]))
     if options.dry_run:
         counts = ", ".join(map(str, crossings.tokens(device)))
-        print(f"Would time {', '.join(crossings.WAYS)} at {counts} tokens:")
+        print(
+            f"Would time {', '.join(crossings.WAYS)} at {counts} tokens:", *itertools.starmap(_named, cases), sep="\n"
+        )
+        return 0
+    ends = [time.monotonic() + options.seconds * (i + 1) / len(cases) for i in range(len(cases))]
     stopwatch = GPUStopwatch(device) if device.type == "cuda" else on_the_host
     whole = True
-    for ((D, E, G, K), dtype), end in zip(cases, ends, strict=True):
-        layer = crossovers.Layer.of(dtype, D, E, G, K)
-        print(f"d_model {D}, {E} experts of {G} units, {K} for a token, {layer.dtype}")
-        if options.dry_run:
-            continue
-        times = crossings.measure((D, E, G, K), dtype, device, stopwatch, end)
+    for (sizes, dtype), end in zip(cases, ends, strict=True):
+        print(_named(sizes, dtype))
+        times = crossings.measure(sizes, dtype, device, stopwatch, end)
         whole &= len(times["sorted"]) == len(list(crossings.tokens(device)))
+        if not times["sorted"]:
+            print("  not measured: the time was up")
+            continue
         found = crossings.choose(times)
         for n in next(iter(times.values())):
             print(f"  {n:6} tokens: " + ", ".join(f"{way} {of[n] * 1e6:.0f} µs" for way, of in times.items()))
-        path = crossovers.save({layer: found}, device)
+        path = crossovers.save({crossovers.Layer.of(dtype, *sizes): found}, device)
         print(f"  decoded up to {found} tokens, in {path}")
     return 0 if whole else 3
+
+
+def _named(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> str:
+    D, E, G, K = sizes
+    return f"d_model {D}, {E} experts of {G} units, {K} for a token, {crossovers.Layer.of(dtype, *sizes).dtype}"
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, none of which is without effect: the parser refuses those."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    options.crossovers |= options.device.type == "cpu"
+    if not options.crossovers and options.layer:
+        parser.error("argument --layer: is of crossovers, which --crossovers or --device cpu measures")
+    for name in ("kernels", "resume", "verbose"):
+        if options.crossovers and getattr(options, name):
+            parser.error(f"argument --{name}: is of block sizes, and --crossovers or --device cpu measures none")
+    if options.crossovers and "tf32" in (options.dtype or ()):
+        parser.error(f"argument --dtype: crossovers are of {', '.join(DTYPES)}, got tf32")
+    for _, E, _, K in options.layer or ():
+        if K > E:
+            parser.error(f"argument --layer: K must be at most E, got K = {K} and E = {E}")
+    options.dtype = options.dtype or (["bf16", "fp32"] if options.crossovers else ["bf16", "tf32", "fp32"])
+    options.kernels = options.kernels or KERNELS
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="python -m sparse_ffn.tune", description=__doc__)
     add = found.add_argument
     add("--device", type=_device, default="cuda", help="which GPU, default cuda")
-    add("--dtype", nargs="+", choices=KINDS, default=["bf16", "tf32", "fp32"],
-        help="default bf16 (fp16 has the same tiles), tf32 (fp32 with torch's switch for it) and fp32")  # fmt: skip
-    add("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS),
+    add("--dtype", nargs="+", choices=KINDS,
+        help="default bf16 (fp16 has the same tiles), fp32 and, of tiles, tf32 (fp32 with torch's switch)")  # fmt: skip
+    add("--kernels", nargs="+", choices=KERNELS,
         help="one: products of rows; two: those of a GLU; outer: gradients of the matrices. Default: all")  # fmt: skip
     add("--crossovers", action="store_true", help="measure where the ways cross; on a CPU there is nothing else")
     add("--layer", type=_size, nargs=4, action="append", metavar=("D", "E", "G", "K"),
@@ -149,6 +163,17 @@ def _seconds(text: str) -> float:
         if 0 < float(text) < math.inf:
             return float(text)
     raise argparse.ArgumentTypeError(f"must be a finite number > 0, got {text!r}")
+
+
+def _unmeasurable(device: torch.device) -> str | None:
+    """Why nothing can be measured on a device."""
+    if device.type == "cpu":
+        return cpu.PROBLEM and f"there is no CPU core to measure: {cpu.PROBLEM}"
+    why = _no_gpu(device)
+    return why and (
+        f"python -m sparse_ffn.tune measures on a GPU, and {why}. --dry-run needs none; --device cpu measures the "
+        "CPU's crossovers."
+    )
 
 
 def _no_gpu(device: torch.device) -> str | None:

@@ -215,8 +215,8 @@ def route(
 ) -> Tensor | None:
     """The K best rows of each token into index, their gates into gate, and all scores into logits if given.
 
-    Shapes: x [T, D] with unit stride in its rows, fp32 or bf16; weight [R, D] of x's dtype or fp32; bias fp32 [R];
-    mask bool [T]; all others contiguous: index int64 [T, K], gate fp32 [T, K], logits fp32 [T, R].
+    Shapes: x [T, D] with unit stride in its rows, fp32 or bf16; weight [R, D] of x's dtype or fp32; all others
+    contiguous: bias fp32 [R], mask bool [T], index int64 [T, K], gate fp32 [T, K], logits fp32 [T, R].
 
     Returns:
         The sums of the softmaxes of each group's real tokens, fp32 [groups, R]; None for no group.

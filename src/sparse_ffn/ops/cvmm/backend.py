@@ -23,7 +23,7 @@ class Gradients(NamedTuple):
     """The gradients of the trained operands; that of a transposed view is one too."""
 
     x: Tensor
-    weight: Tensor
+    weight: Tensor | None
     reduction: Tensor | None
 
 
@@ -33,5 +33,5 @@ class Backend(Protocol):
     def forward(self, x: Tensor, weight: Tensor, slots: Slots, n_out: int) -> Tensor:
         """The output [n_out, L]."""
 
-    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> Gradients:
-        """The gradients, for that of the output, of any strides."""
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, slots: Slots, needs_weight: bool) -> Gradients:
+        """The gradients, for that of the output, of any strides; without ``needs_weight`` none of weight."""

@@ -18,13 +18,13 @@ def forward(x: Tensor, weight: Tensor, slots: Slots, n_out: int) -> Tensor:
     return out
 
 
-def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> Gradients:
+def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots, needs_weight: bool) -> Gradients:
     """The gradients."""
     dx = cpu.empty(*x.shape, dtype=x.dtype)
-    transposed = is_transposed(weight)
-    dweight = cpu.empty(*(weight.mT if transposed else weight).shape, dtype=x.dtype)
-    dweight = dweight.mT if transposed else dweight
-    reduction = slots.reduction
+    dweight, transposed, reduction = None, is_transposed(weight), slots.reduction
+    if needs_weight:
+        dweight = cpu.empty(*(weight.mT if transposed else weight).shape, dtype=x.dtype)
+        dweight = dweight.mT if transposed else dweight
     dreduction = None if reduction is None else cpu.empty(*reduction.shape, dtype=torch.float32)
     cpu.call("cvmm_backward", (*_arguments(x, weight, slots), rows(grad), dx, dweight, dreduction))
     return Gradients(dx, dweight, None if reduction is None or dreduction is None else dreduction.to(reduction.dtype))

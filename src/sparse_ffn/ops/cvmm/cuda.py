@@ -32,7 +32,7 @@ def forward(x: Tensor, weight: Tensor, slots: Slots, n_out: int) -> Tensor:
 
 
 @on_device
-def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> Gradients:
+def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots, needs_weight: bool) -> Gradients:
     """The gradients."""
     dtype, weight, (expert, gather, scatter, reduction) = weight.dtype, _matrices(weight, x), slots
     order, offsets = sort_by_expert(expert, weight.shape[0])
@@ -48,14 +48,16 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> Gradients
         if scale is not None:
             dscale = torch.empty_like(scale)
             cuda.bag("bag_weights", of_slots, x.contiguous(), dscale, index=sources_or_void)
-    dweight = x.new_empty(weight.shape)
-    cuda.multiply("product_matrices", x, grad, dweight, offsets, sources, targets, scale)
-    dweight = dweight.to(dtype)
-    if is_transposed(weight):
-        dweight = dweight.transpose(1, 2).contiguous().transpose(1, 2)
-    if reduction is None or dscale is None:
-        return Gradients(dx, dweight, None)
-    return Gradients(dx, dweight, unsort(dscale.unsqueeze(1), order).squeeze(1).to(reduction.dtype))
+    dweight, dreduction = None, None
+    if needs_weight:
+        dweight = x.new_empty(weight.shape)
+        cuda.multiply("product_matrices", x, grad, dweight, offsets, sources, targets, scale)
+        dweight = dweight.to(dtype)
+        if is_transposed(weight):
+            dweight = dweight.transpose(1, 2).contiguous().transpose(1, 2)
+    if reduction is not None and dscale is not None:
+        dreduction = unsort(dscale.unsqueeze(1), order).squeeze(1).to(reduction.dtype)
+    return Gradients(dx, dweight, dreduction)
 
 
 def _matrices(weight: Tensor, x: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def _indices(x: Tensor, weight: Tensor, slots: Slots, n_out: int) -> tuple[Indic
     )
 
 
-def _backward_indices(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> tuple[Indices, ...]:
+def _backward_indices(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots, needs: bool) -> tuple[Indices, ...]:
     return _indices(x, weight, slots, grad.shape[0])
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sparse_ffn.backends.sort import sort_by_expert
 from sparse_ffn.ops.cvmm.backend import Gradients, Slots
-from sparse_ffn.ops.segments import Segments, add_rows, is_transposed, segment_mm, segment_outer, unsort
+from sparse_ffn.ops.segments import Segments, add_rows, is_transposed, row_dots, segment_mm, segment_outer, unsort
 
 # S slots (rows), N rows of x, M and L the matrices' sides, E experts; rows are sorted by expert unless named otherwise
 
@@ -22,7 +22,7 @@ def forward(x: Tensor, weight: Tensor, slots: Slots, n_out: int) -> Tensor:
     return unsort(y_SL, order) if scatter is None else add_rows(n_out, scatter.index_select(0, order), y_SL)
 
 
-def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> Gradients:
+def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots, needs_weight: bool) -> Gradients:
     """The gradients."""
     expert, gather, scatter, reduction = slots
     order, offsets = sort_by_expert(expert, weight.shape[0])
@@ -32,11 +32,12 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> Gradients
     dx_SM = segment_mm(grad_SL, weight.transpose(1, 2), segments)
     dreduction = None
     if reduction is not None:
-        per_slot = (dx_SM.to(reduction.dtype) * x_SM).sum(1, keepdim=True)
-        dreduction = unsort(segments.clear(per_slot), order).squeeze(1)
+        dreduction = unsort(segments.clear(row_dots(dx_SM, x_SM, reduction.dtype)), order).squeeze(1)
         factor = reduction.index_select(0, order).to(x.dtype).unsqueeze(1)
         x_SM, dx_SM = x_SM * factor, segments.clear(dx_SM * factor)
     dx = unsort(dx_SM, order) if gather is None else add_rows(x.shape[0], rows, dx_SM)
+    if not needs_weight:
+        return Gradients(dx, None, dreduction)
     if is_transposed(weight):
         return Gradients(dx, segment_outer(grad_SL, x_SM, segments).transpose(1, 2), dreduction)
     return Gradients(dx, segment_outer(x_SM, grad_SL, segments), dreduction)

@@ -32,7 +32,7 @@ def forward(x: Tensor, weight: Tensor, slots: Slots, n_out: int) -> Tensor:
 
 
 @on_device
-def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> Gradients:
+def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots, needs_weight: bool) -> Gradients:
     """The gradients."""
     expert, gather, scatter, reduction = slots
     (E, M, L), S, how, x, grad = weight.shape, expert.shape[0], precision(x), rows(x), rows(grad)
@@ -55,6 +55,8 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots) -> Gradients
 
     dx = scattered.sums(x, product, gather, S, x.shape[0], M, L, tile.n)
     dreduction = None if reduction is None or dots is None else dots.sum(0).to(reduction.dtype)
+    if not needs_weight:
+        return Gradients(dx, None, dreduction)
     if is_transposed(weight):
         dweight = weight.new_empty(E, L, M)
         outer.outer(

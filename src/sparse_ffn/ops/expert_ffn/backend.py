@@ -26,7 +26,7 @@ class Gradients(NamedTuple):
     """The gradients of the trained operands."""
 
     x: Tensor
-    experts: Units
+    experts: Units | None
     gate: Tensor
 
 
@@ -51,6 +51,7 @@ class Backend(Protocol):
         gate: Tensor,
         dropout_mask: Tensor | None,
         saved: Saved,
+        needs_experts: bool,
         activation: str,
     ) -> Gradients:
-        """The gradients, for that of the output, of any strides."""
+        """The gradients, for that of the output, of any strides; without ``needs_experts`` none of the experts'."""

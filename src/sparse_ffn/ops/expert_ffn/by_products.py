@@ -41,11 +41,15 @@ class Products(Protocol):
     def down(self, h: Tensor, values: Tensor, gate: Tensor) -> Tensor:
         """Sums [T, O] over a token's slots of gate · h times values [E, G, O]."""
 
-    def up_backward(self, grads: list[Tensor], rows: Tensor, matrices: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def up_backward(
+        self, grads: list[Tensor], x: Tensor, matrices: list[Tensor], needs: bool
+    ) -> tuple[Tensor, list[Tensor | None]]:
         """Gradient of x, summed over stacks of matrices, and those of the stacks, for the gradients of ``up``."""
 
-    def down_backward(self, grad: Tensor, h: Tensor, values: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of h, values and gate."""
+    def down_backward(
+        self, grad: Tensor, h: Tensor, values: Tensor, gate: Tensor, needs: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Gradients of h, values and gate. Without ``needs`` those of matrices are None, here and above."""
 
     def sums(self, rows: Tensor) -> Tensor:
         """Sums [E, G] of the rows of each expert."""
@@ -85,6 +89,7 @@ class ByProducts:
         gate: Tensor,
         dropout_mask: Tensor | None,
         saved: Saved,
+        needs_experts: bool,
         activation: str,
     ) -> Gradients:
         """The gradients."""
@@ -92,9 +97,12 @@ class ByProducts:
         keys, values, gate_keys, key_bias = experts
         products = self._products(order, offsets, (gate.shape[0], gate.shape[1]))
         scale = None if dropout_mask is None else products.of_slots(dropout_mask)
-        dh, dvalues, dgate = products.down_backward(grad, hidden(activation, up, glu_gate, scale), values, gate)
+        h = hidden(activation, up, glu_gate, scale)
+        dh, dvalues, dgate = products.down_backward(grad, h, values, gate, needs_experts)
         dup, dglu_gate = hidden_backward(activation, dh, up, glu_gate, scale)
         grads, matrices = ([t for t in pair if t is not None] for pair in ((dup, dglu_gate), (keys, gate_keys)))
-        dx, (dkeys, *dgate_keys) = products.up_backward(grads, products.of_tokens(x), matrices)
+        dx, (dkeys, *dgate_keys) = products.up_backward(grads, x, matrices, needs_experts)
+        if dkeys is None or dvalues is None:
+            return Gradients(dx, None, dgate)
         dkey_bias = None if key_bias is None else products.sums(dup).to(key_bias.dtype)
         return Gradients(dx, Units(dkeys, dvalues, dgate_keys[0] if dgate_keys else None, dkey_bias), dgate)

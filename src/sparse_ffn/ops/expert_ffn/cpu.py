@@ -11,6 +11,7 @@ from sparse_ffn.ops.expert_ffn.backend import Gradients, Saved
 from sparse_ffn.ops.units import Units
 
 NOTHING_SAVED = (None,) * len(Saved._fields)
+NO_UNITS = (None,) * len(Units._fields)
 
 
 def forward(
@@ -51,13 +52,15 @@ def backward(
     gate: Tensor,
     dropout_mask: Tensor | None,
     saved: Saved,
+    needs_experts: bool,
     activation: str,
 ) -> Gradients:
     """The gradients."""
-    dx, dexperts = cpu.empty(*x.shape, dtype=x.dtype), empty_like(experts)
+    dx, dexperts = cpu.empty(*x.shape, dtype=x.dtype), empty_like(experts) if needs_experts else None
     dgate = cpu.empty(*gate.shape, dtype=torch.float32)
     operands = (*units(x, experts), gate.float().contiguous(), contiguous(dropout_mask))
-    cpu.call("experts_backward", (*operands, *saved, rows(grad), dx, *dexperts, dgate), ACTIVATIONS[activation])
+    tensors = (*operands, *saved, rows(grad), dx, *(dexperts or NO_UNITS), dgate)
+    cpu.call("experts_backward", tensors, ACTIVATIONS[activation])
     return Gradients(dx, dexperts, dgate.to(gate.dtype))
 
 

@@ -38,18 +38,22 @@ class _Cvmm:
         slots = Slots(self.expert, scatter=self.token, reduction=gate.reshape(-1))
         return cvmm.forward(h, values, slots, gate.shape[0])
 
-    def up_backward(self, grads: list[Tensor], rows: Tensor, matrices: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def up_backward(
+        self, grads: list[Tensor], x: Tensor, matrices: list[Tensor], needs: bool
+    ) -> tuple[Tensor, list[Tensor | None]]:
         slots = Slots(self.expert, gather=self.token)
         found = [
-            cvmm.backward(grad, rows, matrix.transpose(1, 2), slots)
+            cvmm.backward(grad, x, matrix.transpose(1, 2), slots, needs)
             for grad, matrix in zip(grads, matrices, strict=True)
         ]
         dx = found[0].x if len(found) == 1 else found[0].x + found[1].x
-        return dx, [gradients.weight.transpose(1, 2).contiguous() for gradients in found]
+        return dx, [None if dweight is None else dweight.transpose(1, 2).contiguous() for _, dweight, _ in found]
 
-    def down_backward(self, grad: Tensor, h: Tensor, values: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def down_backward(
+        self, grad: Tensor, h: Tensor, values: Tensor, gate: Tensor, needs: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         slots = Slots(self.expert, scatter=self.token, reduction=gate.reshape(-1))
-        dh, dvalues, dgate = cvmm.backward(grad, h, values, slots)
+        dh, dvalues, dgate = cvmm.backward(grad, h, values, slots, needs)
         assert dgate is not None
         return dh, dvalues, dgate.view(gate.shape)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.ops.expert_ffn.by_products import ByProducts, with_void
-from sparse_ffn.ops.segments import Segments, segment_mm, segment_outer, segment_sum, unsort
+from sparse_ffn.ops.segments import Segments, row_dots, segment_mm, segment_outer, segment_sum, unsort
 
 
 class _Sorted:
@@ -33,17 +33,25 @@ class _Sorted:
     def down(self, h: Tensor, values: Tensor, gate: Tensor) -> Tensor:
         return self._summed(segment_mm(h * self._gates(gate).to(h.dtype), values, self.segments))
 
-    def up_backward(self, grads: list[Tensor], rows: Tensor, matrices: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def up_backward(
+        self, grads: list[Tensor], x: Tensor, matrices: list[Tensor], needs: bool
+    ) -> tuple[Tensor, list[Tensor | None]]:
         dx = segment_mm(grads[0], matrices[0], self.segments)
         for grad, matrix in zip(grads[1:], matrices[1:], strict=True):
             dx += segment_mm(grad, matrix, self.segments)
-        return self._summed(dx), [segment_outer(grad, rows, self.segments) for grad in grads]
+        dx = self._summed(dx)
+        if not needs:
+            return dx, [None] * len(grads)
+        rows = self.of_tokens(x)
+        return dx, [segment_outer(grad, rows, self.segments) for grad in grads]
 
-    def down_backward(self, grad: Tensor, h: Tensor, values: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def down_backward(
+        self, grad: Tensor, h: Tensor, values: Tensor, gate: Tensor, needs: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         grad, weight = self.of_tokens(grad), self._gates(gate).to(h.dtype)
         dh = segment_mm(grad, values.transpose(1, 2), self.segments)
-        dgate = self.segments.clear((dh.to(gate.dtype) * h).sum(1, keepdim=True))
-        dvalues = segment_outer(h * weight, grad, self.segments)
+        dgate = self.segments.clear(row_dots(dh, h, gate.dtype))
+        dvalues = segment_outer(h * weight, grad, self.segments) if needs else None
         return dh * weight, dvalues, unsort(dgate, self.order).view(gate.shape)
 
     def sums(self, rows: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def _forward(
     (E, G, D), (T, K), O, S = keys.shape, gate.shape, values.shape[2], index.numel()
     how, x, gate = precision(x), rows(x), gate.contiguous()
     kind = config.arithmetic(x.dtype, how, x, keys, values, gate_keys)
-    block_m = config.block_m(x.device, kind, S / E)
+    block_m = config.block_m(x.device, kind, S / max(E, 1))
     plan = routing.sort_slots(index, E, K, block_m, inverse=True)
 
     # ReLU's saved activations are the hidden units themselves
@@ -91,6 +91,7 @@ def backward(
     gate: Tensor,
     dropout_mask: Tensor | None,
     saved: Saved,
+    needs_experts: bool,
     activation: str,
 ) -> Gradients:
     """The gradients."""
@@ -99,7 +100,8 @@ def backward(
     (E, G, D), (T, K), S = keys.shape, gate.shape, order.shape[0]
     how, x, grad = precision(x), rows(x), rows(grad)
     kind = config.arithmetic(x.dtype, how, x, grad, keys, values, gate_keys)
-    block_m = config.block_m(x.device, kind, S / E)
+    mean = S / max(E, 1)
+    block_m = config.block_m(x.device, kind, mean)
     plan = routing.plan(order, offsets, K, block_m, inverse=True)
 
     dup_SG, weighted_SG = torch.empty_like(up_SG), torch.empty_like(up_SG)
@@ -114,20 +116,23 @@ def backward(
 
     def to_matrix(left: Tensor, right: Tensor, weight: Tensor, second: tuple[Tensor, Tensor] | None = None) -> Tensor:
         out = weight.new_empty(weight.shape)
-        tile = config.tile(x.device, "outer" if second is None else "pair", kind, weight.shape[2], S / E, side=G)
+        tile = config.tile(x.device, "outer" if second is None else "pair", kind, weight.shape[2], mean, side=G)
         outer.outer(left, right, offsets, order, out, tile, how, second=second, right_rows=plan.rows)
         return out
 
-    dvalues = to_matrix(weighted_SG, grad, values)
-    dgate_keys, glu, second = None, None, None
-    if gate_keys is not None and dglu_gate_SG is not None:
-        dgate_keys, glu = gate_keys.new_empty(gate_keys.shape), (dglu_gate_SG, matrices(gate_keys, x.dtype))
-        second = (dglu_gate_SG, dgate_keys)
-    dkeys = to_matrix(dup_SG, x, keys, second)
-    dkey_bias = None if key_bias is None else key_bias.new_empty(E, G)
-    if dkey_bias is not None:
-        outer.sum_rows(dup_SG, offsets, dkey_bias)
+    dexperts, glu = None, None
+    if needs_experts:
+        dvalues = to_matrix(weighted_SG, grad, values)
+        dgate_keys = None if gate_keys is None else gate_keys.new_empty(gate_keys.shape)
+        second = None if dgate_keys is None or dglu_gate_SG is None else (dglu_gate_SG, dgate_keys)
+        dkeys = to_matrix(dup_SG, x, keys, second)
+        dkey_bias = None if key_bias is None else key_bias.new_empty(E, G)
+        if dkey_bias is not None:
+            outer.sum_rows(dup_SG, offsets, dkey_bias)
+        dexperts = Units(dkeys, dvalues, dgate_keys, dkey_bias)
 
+    if gate_keys is not None and dglu_gate_SG is not None:
+        glu = (dglu_gate_SG, matrices(gate_keys, x.dtype))
     keys, dx, dgate = matrices(keys, x.dtype), x.new_empty(T, D), gate.new_empty(T, K)
     width = columns.width(x, S, D, G if glu is None else 2 * G, columns.STEP)
     tile = config.tile(x.device, "one", kind, width, G, block_m, alone=True)
@@ -137,4 +142,4 @@ def backward(
         combine.combine(y, plan.inverse, None, dx[:, part], K, dots=None if part.start else (dgates, dgate))
     if not D:  # there was no block
         combine.combine(dup_SG[:, :0], plan.inverse, None, dx, K, dots=(dgates, dgate))
-    return Gradients(dx, Units(dkeys, dvalues, dgate_keys, dkey_bias), dgate)
+    return Gradients(dx, dexperts, dgate)

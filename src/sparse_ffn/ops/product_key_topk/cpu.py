@@ -25,6 +25,17 @@ def forward(scores: Tensor, k: int) -> Best:
 
 def backward(grad: Tensor, selected: Tensor, scores_size: Sequence[int], scores_stride: Sequence[int]) -> Tensor:
     """Gradient of the scores [T, H, 2, n], in their strides."""
-    dscores = cpu.empty(math.prod(scores_size), dtype=torch.float32).as_strided(scores_size, scores_stride)
+    dscores = cpu.empty(math.prod(scores_size), dtype=torch.float32)
+    in_place = _writes(scores_size, scores_stride)
+    dscores = dscores.as_strided(scores_size, scores_stride) if in_place else dscores.view(scores_size)
     cpu.call("product_key_topk_backward", (grad.float().contiguous(), selected, dscores))
-    return dscores.to(grad.dtype)
+    if in_place and grad.dtype == torch.float32:
+        return dscores
+    return torch.empty_strided(scores_size, scores_stride, dtype=grad.dtype, device="cpu").copy_(dscores)
+
+
+def _writes(size: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether the core writes a tensor of these strides: the rows in any order, without gaps between or inside."""
+    by_step = sorted((step, n) for step, n in zip(stride, size, strict=True) if n != 1)
+    dense = all(step == math.prod(n for _, n in by_step[:i]) for i, (step, _) in enumerate(by_step))
+    return dense and (stride[-1] == 1 or size[-1] == 1)

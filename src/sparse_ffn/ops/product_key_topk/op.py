@@ -18,7 +18,7 @@ from sparse_ffn.ops.product_key_topk.backend import Backend, Best
 def product_key_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of the n x n sums of two score tables; arguments are trusted to fit.
 
-    Shapes: scores [T, H, 2, n], of any strides without gaps -> sums [T, H, k], differentiable, and the indices of
+    Shapes: scores [T, H, 2, n], not expanded -> sums [T, H, k], differentiable, and the indices of
     their values int64 [T, H, k].
     """
     chosen = choose(scores)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparse_ffn.ops.codes import Codes
 from sparse_ffn.ops.cvmm.backend import Slots
-from sparse_ffn.ops.segments import add_rows
+from sparse_ffn.ops.segments import add_rows, row_dots
 
 
 class Gradients(NamedTuple):
@@ -35,6 +35,7 @@ def backward_of(backend: Backend, grad: Tensor, x: Tensor, codes: Codes, slots: 
         return Gradients(backend.forward(grad, codes, Slots(expert, scatter, gather), not down, x.shape[0]), None)
     dx_SM = backend.forward(grad, codes, Slots(expert, scatter), not down, expert.shape[0])
     x_SM = x if gather is None else x.index_select(0, gather)
-    dreduction = (dx_SM.to(reduction.dtype) * x_SM).sum(1)
-    dx_SM = dx_SM * reduction.to(dx_SM.dtype).unsqueeze(1)
+    void = expert == codes.shape[0]  # 0 times what they have may be NaN
+    dreduction = row_dots(dx_SM, x_SM, reduction.dtype).squeeze(1).masked_fill_(void, 0)
+    dx_SM = dx_SM * reduction.to(dx_SM.dtype).masked_fill(void, 0).unsqueeze(1)
     return Gradients(dx_SM if gather is None else add_rows(x.shape[0], gather, dx_SM), dreduction)

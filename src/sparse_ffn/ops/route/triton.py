@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_ffn.backends.cpu import contiguous
 from sparse_ffn.backends.device import on_device
 from sparse_ffn.backends.triton import router
 from sparse_ffn.backends.triton.launch import precision, rows
-from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.ops.route.backend import Gradients, Routed, Selected
 
 
@@ -25,7 +25,7 @@ def forward(
     """The results."""
     selected, gate = _slots(x, k)
     logits = gate.new_empty(x.shape[0], router_weight.shape[0])
-    operands = (rows(x), router_weight, router_bias, mask)
+    operands = (rows(x), router_weight, contiguous(router_bias), contiguous(mask))
     sums = router.route(*operands, selected, gate, logits, groups, gate_function, precision(router_weight))
     return Routed(gate, selected, gate.new_empty(0, logits.shape[1]) if sums is None else sums, logits)
 
@@ -42,7 +42,7 @@ def inference(
 ) -> Selected:
     """The first two results, nothing kept."""
     selected, gate = _slots(x, k)
-    operands = (rows(x), router_weight, router_bias, None)
+    operands = (rows(x), router_weight, contiguous(router_bias), None)
     router.route(*operands, selected, gate, None, 0, gate_function, precision(router_weight))
     return Selected(gate, selected)
 
@@ -63,8 +63,8 @@ def backward(
     gate_function: str,
 ) -> Gradients:
     """The gradients. Those of the scores are rounded to x's dtype, as all operands of products are."""
-    with torch.cuda.device_of(x), without_autocast(x):  # type: ignore[no-untyped-call]
-        dgate, dsums = (None if grad is None else grad.contiguous() for grad in (grad, grad_sums))
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        dgate, dsums, mask = map(contiguous, (grad, grad_sums, mask))
         dlogits = x.new_empty(logits.shape)
         # one kernel for both: in 16 bits the rows of the router, however many, fit into registers
         dx = None if x.dtype == torch.float32 else x.new_empty(x.shape)

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_ffn.backends import cpu, crossovers
 from sparse_ffn.backends.cpu import ACTIVATIONS, GATES, contiguous, rows
 from sparse_ffn.ops.expert_ffn.backend import Saved
-from sparse_ffn.ops.expert_ffn.cpu import NOTHING_SAVED, empty_like, empty_saved, units
+from sparse_ffn.ops.expert_ffn.cpu import NO_UNITS, NOTHING_SAVED, empty_like, empty_saved, units
 from sparse_ffn.ops.units import Units
 
 
@@ -36,7 +36,7 @@ class Gradients(NamedTuple):
 
     x: Tensor
     router_weight: Tensor
-    experts: Units
+    experts: Units | None
 
 
 def inference(
@@ -101,18 +101,19 @@ def backward(
     selected: Tensor,
     gate: Tensor,
     saved: Saved,
+    needs_experts: bool,
     gate_function: str,
     activation: str,
 ) -> Gradients:
-    """The gradients, for those of out, gate and sums, each of which may be absent."""
+    """The gradients, for those of out, gate and sums, each of which may be absent; experts have some if asked for."""
     grad = x.new_zeros(x.shape[0], experts.values.shape[2]) if grad is None else rows(grad)
     dx, drouter_weight = cpu.empty(*x.shape, dtype=x.dtype), cpu.empty(*router_weight.shape, dtype=x.dtype)
-    gradients = Gradients(dx, drouter_weight, empty_like(experts))
+    dexperts = empty_like(experts) if needs_experts else None
     operands = (*units(x, experts), *map(contiguous, (router_weight, mask, dropout_mask)))
     grads = (grad, contiguous(grad_gate), contiguous(grad_sums))
     cpu.call(
         "moe_backward",
-        (*operands, selected, gate, *saved, *grads, dx, drouter_weight, *gradients.experts),
+        (*operands, selected, gate, *saved, *grads, dx, drouter_weight, *(dexperts or NO_UNITS)),
         *(GATES[gate_function], ACTIVATIONS[activation]),
     )
-    return gradients
+    return Gradients(dx, drouter_weight, dexperts)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from sparse_ffn.backends.device import on_device
 from sparse_ffn.backends.triton import bag, config, segments, topk
 from sparse_ffn.backends.triton.launch import precision, rows
-from sparse_ffn.ops.activations import hidden
+from sparse_ffn.ops.activations import hidden_anywhere
 from sparse_ffn.ops.autocast import cast
 from sparse_ffn.ops.select import stable_topk
 from sparse_ffn.ops.topk_ffn import by_products
@@ -104,10 +104,10 @@ def _sorted(
     rank_by: str,
 ) -> tuple[Tensor, Saved]:
     """The same beyond ``topk.MAX_F`` units: torch sorts them."""
-    h_TF = hidden(activation, up_TF, glu_gate_TF, scale)
+    h_TF = hidden_anywhere(activation, up_TF, glu_gate_TF, scale)
     ranked_TF = h_TF
     if rank_by == "gate" and glu_gate_TF is not None:
-        ranked_TF = hidden(activation, glu_gate_TF, None, scale)
+        ranked_TF = hidden_anywhere(activation, glu_gate_TF, None, scale)
     score = ranked_TF.abs()
     index = stable_topk(score if norm is None else score * norm, k)
     glu_gate_TK = None if glu_gate_TF is None else glu_gate_TF.gather(1, index)

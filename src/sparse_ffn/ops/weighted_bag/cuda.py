@@ -12,9 +12,9 @@ from sparse_ffn.ops.weighted_bag.backend import Gradients
 
 
 @on_device
-def forward(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The bags [N, O] in ``dtype`` (None: that of values), to which values are cast."""
-    values = (values if dtype is None else values.to(dtype)).contiguous()
+def forward(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bags [N, O] in ``dtype``, to which values are cast."""
+    values = values.to(dtype).contiguous()
     out = values.new_empty(index.shape[0], values.shape[1])
     cuda.bag("bag_sums", out, values, _weight(weight), k=index.shape[1], index=index.contiguous())
     return out

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.backends.choice import choose
-from sparse_ffn.ops.autocast import autocast_dtype, casts_inside
+from sparse_ffn.ops.autocast import autocast_dtype, casts_inside, without_autocast
 from sparse_ffn.ops.indices import Indices, check_indices, checked
 from sparse_ffn.ops.library import under_transforms
 from sparse_ffn.ops.operator import Operator
@@ -57,7 +57,8 @@ class _SparseGradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, index, weight = ctx.saved_tensors
-        rows, drows, dweight = implementation(ctx.chosen).backward_rows(grad, values, index, weight)
+        with without_autocast(grad):
+            rows, drows, dweight = implementation(ctx.chosen).backward_rows(grad, values, index, weight)
         dvalues = torch.sparse_coo_tensor(
             rows.unsqueeze(0), drows.to(ctx.dtype), values.shape, is_coalesced=True, check_invariants=False
         )

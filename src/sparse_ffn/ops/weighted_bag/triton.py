@@ -12,8 +12,8 @@ from sparse_ffn.ops.weighted_bag.backend import Gradients
 
 
 @on_device
-def forward(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The bags [N, O] in ``dtype`` (None: that of values); the rows that are read are added as they are, in fp32."""
+def forward(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bags [N, O] in ``dtype``; the rows that are read are added as they are, in fp32."""
     out = values.new_empty(index.shape[0], values.shape[1], dtype=dtype)
     bag.bag(rows(values), index.contiguous(), weight.contiguous(), out)
     return out
