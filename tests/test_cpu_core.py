@@ -374,6 +374,19 @@ def test_memory_of_a_freed_output_serves_the_next_one_of_its_size() -> None:
 
 
 @built
+def test_large_outputs_and_gradients_can_be_changed_in_place() -> None:
+    layer, x = sf.SigmaMoE(64, 4, 2, 1), torch.randn(cpu.HUGE_PAGE // 4 // 64, 64, requires_grad=True)
+    y = layer(x)
+    y += x
+    y.mul_(2)
+    [dx] = torch.autograd.grad(y.sum(), x)
+    [expected] = torch.autograd.grad(((layer(x) + x) * 2).sum(), x)
+    assert torch.equal(dx, expected)
+    factor = torch.tensor(3.0, requires_grad=True)
+    assert torch.autograd.grad(dx.mul_(factor).sum(), factor)[0].isclose(expected.sum())
+
+
+@built
 def test_no_more_than_256_mib_of_freed_outputs_are_kept() -> None:
     code = """
 from pathlib import Path

@@ -115,7 +115,7 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     memory = (ctypes.c_char * size).from_address(address)
     # not at exit: tensors may outlive the interpreter
     weakref.finalize(memory, _library.sparse_ffn_free, address, size).atexit = False
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    return torch.frombuffer(memory, dtype=dtype).resize_(shape)  # no view: those of an op cannot be changed in place
 
 
 def instruction_set() -> str:
