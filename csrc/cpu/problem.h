@@ -40,8 +40,8 @@ struct sparse_ffn_cvmm {
   const void* w;             // [E, M, L]
   int64_t w_stride_e, w_stride_m, w_stride_l;
   const int32_t* offsets;    // [E+1]
-  const int32_t* gather;     // [S], values in [0, rows_x); null: the identity
-  const int32_t* scatter;    // [S], values in [0, rows_out); null: the identity
+  const int32_t* gather;     // [S], values in [0, rows_x)
+  const int32_t* scatter;    // [S], values in [0, rows_out)
   const float* scale;        // [S]; null: one
 };
 
