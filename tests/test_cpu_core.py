@@ -169,6 +169,24 @@ print("equal")
 
 
 @built
+@built
+@pytest.mark.parametrize("rows", [1, 4, 8, 12, 15, 16, 17, 20, 24, 33, 40])
+def test_routers_of_any_number_of_rows_rank_ties_by_index(rows: int) -> None:
+    x, weight = torch.randint(-2, 3, (30, rows)).float(), torch.eye(rows)
+    bias = torch.zeros(rows)
+    bias[:: max(rows // 3, 2)] = -torch.inf
+    keys, values = torch.randn(rows, 1, rows), torch.randn(rows, 1, 2)
+    for k in {1, min(rows, 3), rows}:
+        for router_bias in (None, bias):
+            ranked = x if router_bias is None else x + router_bias
+            expected = ranked.sort(dim=1, descending=True, stable=True).indices[:, :k]
+            found = flat.routed_ffn(
+                x, weight, keys, values, k=k, gate_function="sigmoid", router_bias=router_bias,
+                mask=None, dropout_mask=None, groups=1, activation="relu",
+            )  # fmt: skip
+            assert torch.equal(found[1], expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_strided_and_expanded_tensors_are_read_as_they_are(dtype: torch.dtype) -> None:
     keys, values = torch.randn(5, 6, 9).to(dtype).transpose(1, 2), torch.randn(5, 7, 9).to(dtype).transpose(1, 2)
