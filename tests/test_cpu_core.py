@@ -405,6 +405,16 @@ def test_large_outputs_and_gradients_can_be_changed_in_place() -> None:
 
 
 @built
+@built
+def test_a_row_sparse_gradient_holds_the_rows_that_were_read_and_no_more() -> None:
+    values, index = torch.randn(3000, 4, requires_grad=True), torch.tensor([[7, 2999], [7, 0]]).expand(500, 2, 2)
+    y = functional.weighted_bag(values, index.flatten(0, 1), torch.ones(1000, 2), sparse_grad=True)
+    [dvalues] = torch.autograd.grad(y.sum(), values)
+    assert dvalues.indices().tolist() == [[0, 7, 2999]]
+    assert dvalues.values().untyped_storage().nbytes() == 3 * 4 * 4
+    assert dvalues.values().tolist() == [[500.0] * 4, [1000.0] * 4, [500.0] * 4]
+
+
 def test_no_more_than_256_mib_of_freed_outputs_are_kept() -> None:
     code = """
 from pathlib import Path

@@ -32,7 +32,7 @@ extern "C" {
 #define SPARSE_FFN_API __attribute__((visibility("default")))
 #endif
 
-#define SPARSE_FFN_ABI_VERSION 8
+#define SPARSE_FFN_ABI_VERSION 9
 
 enum sparse_ffn_status {
   SPARSE_FFN_OK = 0,
@@ -224,13 +224,11 @@ typedef struct sparse_ffn_bag_backward_args {
 } sparse_ffn_bag_backward_args;
 SPARSE_FFN_API int sparse_ffn_bag_backward(const sparse_ffn_bag_backward_args* args, int32_t n_threads);
 
-/* Row-sparse: R = min(T*J, N). */
+/* Row-sparse: R is how many rows of the table index names. */
 typedef struct sparse_ffn_bag_backward_sparse_args {
   sparse_ffn_table table;
   sparse_ffn_tensor dout, dweight;     /* as before */
-  sparse_ffn_tensor n_rows;            /* [1] int64: how many rows of the table were read, */
-  sparse_ffn_tensor rows;              /* [R] int64: first of all these, ascending, */
-  sparse_ffn_tensor dvalue_rows;       /* [R, O]: and first their gradients */
+  sparse_ffn_tensor dvalue_rows;       /* [R, O]: the gradients of these rows, in ascending order */
 } sparse_ffn_bag_backward_sparse_args;
 SPARSE_FFN_API int sparse_ffn_bag_backward_sparse(const sparse_ffn_bag_backward_sparse_args* args, int32_t n_threads);
 
