@@ -74,9 +74,10 @@ struct sparse_ffn_bag {
 
 struct sparse_ffn_wide_product {
   int64_t B, M, N, K;
-  int64_t x_stride_b, x_stride_m, norm_width;
+  int64_t norm_width;
   int32_t dtype, norm, n_threads;
-  const void* x;             // [B, M, K]
+  const void* x;             // [B, M, K]; row b, m is b * x_steps_b + m * x_steps_m steps of x_step elements on
+  int64_t x_step, x_steps_b, x_steps_m;
   const void* w;             // [B, N, K]
 };
 
