@@ -47,16 +47,14 @@ struct Choice {
   char names[64];  // of all that can run here
 };
 
-Choice choose() {
-#if defined(SPARSE_FFN_X86)
-  __builtin_cpu_init();
-#endif
+// forced: the name to look for, or null. amx: whether the system may be asked for its tiles, and they be tried.
+Choice choose(const char* forced, [[maybe_unused]] bool amx) {
   const struct { const KernelTable* table; bool supported, preferred; } candidates[] = {
 #if defined(SPARSE_FFN_HAS_AMX_EMULATED)
       {&amx_emulated::table, true, false},  // whoever builds it knows that the processor can run it
 #endif
 #if defined(SPARSE_FFN_HAS_AMX)
-      {&amx::table, has_avx512() && __builtin_cpu_supports("avx512bf16") && amx_permitted(), true},
+      {&amx::table, has_avx512() && __builtin_cpu_supports("avx512bf16") && amx && amx_permitted(), true},
 #endif
 #if defined(SPARSE_FFN_X86)
       // vdpbf16ps does twice the arithmetic of an fp32 FMA on AMD (Zen 4) but half of it on Intel (Sapphire Rapids: 88
@@ -67,8 +65,6 @@ Choice choose() {
 #endif
       {&SPARSE_FFN_EVERYWHERE::table, true, true},
   };
-  const char* forced = getenv("SPARSE_FFN_ISA");
-  if (forced && !*forced) forced = nullptr;
   Choice found{nullptr, false, ""};
   const KernelTable* last = nullptr;
   for (const auto& c : candidates) {
@@ -81,6 +77,16 @@ Choice choose() {
   found.refused = !found.table;
   if (found.refused) found.table = last;
   return found;
+}
+
+Choice choose() {
+#if defined(SPARSE_FFN_X86)
+  __builtin_cpu_init();
+#endif
+  const char* forced = getenv("SPARSE_FFN_ISA");
+  if (!forced || !*forced) return choose(nullptr, true);
+  const Choice found = choose(forced, false);
+  return found.refused ? choose(forced, true) : found;
 }
 
 const Choice& choice() {

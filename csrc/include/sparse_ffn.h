@@ -71,7 +71,7 @@ SPARSE_FFN_API const char* sparse_ffn_error(void);
  * one (for tests); it is read once, at the first call. Null if it names none of them: callers should stop then. */
 SPARSE_FFN_API const char* sparse_ffn_isa(void);
 /* All that the CPU supports of "amx", "avx512_bf16", "avx512", "avx2" and "generic", in this order, separated by spaces;
- * "neon" on aarch64. */
+ * "neon" on aarch64. Where SPARSE_FFN_ISA forces another one, "amx" is not among them: Linux is not asked for its tiles. */
 SPARSE_FFN_API const char* sparse_ffn_isas(void);
 /* Frees the scratch of the calling thread and the outputs' memory that is kept for the next ones. */
 SPARSE_FFN_API void sparse_ffn_release_memory(void);
