@@ -433,3 +433,34 @@ print(resident() - before)
     done = run(code)
     assert done.returncode == 0, done.stderr
     assert 100 < float(done.stdout) < 290
+
+
+@built
+@pytest.mark.exhaustive
+def test_a_child_takes_memory_whatever_the_parents_threads_were_doing() -> None:
+    code = """
+import os, threading, time, torch
+from sparse_ffn.backends import cpu
+torch.set_num_threads(1)
+def churn():
+    while not stop:
+        for i in range(40):
+            cpu.empty((8 << 20) + i * (2 << 20), dtype=torch.uint8)
+stop, thread = False, threading.Thread(target=churn)
+thread.start()
+for _ in range(12):
+    child = os.fork()
+    if not child:
+        cpu.empty(4 << 20, dtype=torch.uint8)
+        os._exit(0)
+    until = time.monotonic() + 60
+    while not os.waitpid(child, os.WNOHANG)[0]:
+        if time.monotonic() > until:
+            os.kill(child, 9)
+            stop = True
+            raise SystemExit("a child hangs")
+        time.sleep(0.001)
+stop = True
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr

@@ -16,7 +16,8 @@ constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kMostKept = size_t{256} << 20;  // bytes
 constexpr int kMostPieces = 64;
 
-// Freed memory, the oldest first.
+// Freed memory, the oldest first. Nobody waits for the mutex: in a process that was forked while another thread held it, it
+// stays locked. Whoever finds it locked takes memory from the system, or gives it back.
 struct Kept {
   std::mutex mutex;
   void* memory[kMostPieces];
@@ -47,8 +48,8 @@ void* take_memory(size_t bytes) {
   const size_t size = whole_pages(bytes);
   {
     Kept& k = kept();
-    const std::lock_guard<std::mutex> lock(k.mutex);
-    for (int i = k.count - 1; i >= 0; i--)  // the one freed last is the likeliest to be in a cache
+    const std::unique_lock<std::mutex> lock(k.mutex, std::try_to_lock);
+    for (int i = lock ? k.count - 1 : -1; i >= 0; i--)  // the one freed last is the likeliest to be in a cache
       if (k.size[i] == size) return k.remove(i);
   }
   void* memory = nullptr;
@@ -64,22 +65,31 @@ void free_memory(void* memory, size_t bytes) {
 #else
   const bool keep = memory && size <= kMostKept;
 #endif
-  if (!keep) {
-    free(memory);
-    return;
+  void* given_back[kMostPieces] = {memory};
+  int count = 1;
+  if (keep) {
+    Kept& k = kept();
+    const std::unique_lock<std::mutex> lock(k.mutex, std::try_to_lock);
+    if (lock) {
+      count = 0;
+      while (k.count == kMostPieces || k.total + size > kMostKept) given_back[count++] = k.remove(0);
+      k.memory[k.count] = memory;
+      k.size[k.count++] = size;
+      k.total += size;
+    }
   }
-  Kept& k = kept();
-  const std::lock_guard<std::mutex> lock(k.mutex);
-  while (k.count == kMostPieces || k.total + size > kMostKept) free(k.remove(0));
-  k.memory[k.count] = memory;
-  k.size[k.count++] = size;
-  k.total += size;
+  for (int i = 0; i < count; i++) free(given_back[i]);
 }
 
 void release_memory() {
-  Kept& k = kept();
-  const std::lock_guard<std::mutex> lock(k.mutex);
-  while (k.count) free(k.remove(0));
+  void* given_back[kMostPieces];
+  int count = 0;
+  {
+    Kept& k = kept();
+    const std::unique_lock<std::mutex> lock(k.mutex, std::try_to_lock);
+    while (lock && k.count) given_back[count++] = k.remove(0);
+  }
+  for (int i = 0; i < count; i++) free(given_back[i]);
 }
 
 }  // namespace sparse_ffn
