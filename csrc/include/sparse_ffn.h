@@ -190,7 +190,7 @@ SPARSE_FFN_API int sparse_ffn_cvmm_backward(const sparse_ffn_cvmm_backward_args*
  * The same, W[e] made of codes: expert e has G rows of C columns, in P groups of C/P columns with a scale each, and
  * number = scale * (code - zero). qdata is int8 [E, G, C], or uint8 [E, G, C/2]: codes of 4 bits, that of column 2j in
  * the low half of byte j. Without zero points int8 codes are signed, and those of 4 bits have 8 added; with them int8
- * holds codes of 0 to 255 less 128. Up, a row is an output's: W[e] = rows^T [C, G]. Down, an input's: W[e] = rows [G, C].
+ * holds codes of 0 to 255 less 128, and a zero point of 4-bit codes is at most 15. Up, a row is an output's: W[e] = rows^T [C, G]. Down, an input's: W[e] = rows [G, C].
  * Groups of 4-bit codes are whole bytes. Numbers are multiplied in fp32 or in the dtype of x, and x is as it is. */
 typedef struct sparse_ffn_quantized_cvmm_args {
   sparse_ffn_tensor x;                 /* [N, M], rows; M is C up and G down */

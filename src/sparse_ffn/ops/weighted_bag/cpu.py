@@ -20,7 +20,7 @@ def forward(
 
 def dot_products(x: Tensor, values: Tensor, index: Tensor) -> Tensor:
     """x[n] · values[index[n, k]] as [N, K], in the dtype of values: what a bag's weights have as their gradient."""
-    dots = cpu.empty(*index.shape, dtype=values.dtype)
+    dots = cpu.empty(*index.shape, dtype=values.dtype).zero_()  # the weights too: they are read, and count for nothing
     cpu.call("bag_backward", (*_table(values, index, dots), x.contiguous(), dots, None))
     return dots
 
