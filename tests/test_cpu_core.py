@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import flat
 import processes
@@ -169,7 +170,6 @@ print("equal")
 
 
 @built
-@built
 @pytest.mark.parametrize("rows", [1, 4, 8, 12, 15, 16, 17, 20, 24, 33, 40])
 def test_routers_of_any_number_of_rows_rank_ties_by_index(rows: int) -> None:
     x, weight = torch.randint(-2, 3, (30, rows)).float(), torch.eye(rows)
@@ -187,6 +187,7 @@ def test_routers_of_any_number_of_rows_rank_ties_by_index(rows: int) -> None:
             assert torch.equal(found[1], expected)
 
 
+@built
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_strided_and_expanded_tensors_are_read_as_they_are(dtype: torch.dtype) -> None:
     keys, values = torch.randn(5, 6, 9).to(dtype).transpose(1, 2), torch.randn(5, 7, 9).to(dtype).transpose(1, 2)
@@ -405,7 +406,6 @@ def test_large_outputs_and_gradients_can_be_changed_in_place() -> None:
 
 
 @built
-@built
 def test_a_row_sparse_gradient_holds_the_rows_that_were_read_and_no_more() -> None:
     values, index = torch.randn(3000, 4, requires_grad=True), torch.tensor([[7, 2999], [7, 0]]).expand(500, 2, 2)
     y = functional.weighted_bag(values, index.flatten(0, 1), torch.ones(1000, 2), sparse_grad=True)
@@ -415,6 +415,7 @@ def test_a_row_sparse_gradient_holds_the_rows_that_were_read_and_no_more() -> No
     assert dvalues.values().tolist() == [[500.0] * 4, [1000.0] * 4, [500.0] * 4]
 
 
+@built
 def test_no_more_than_256_mib_of_freed_outputs_are_kept() -> None:
     code = """
 from pathlib import Path
@@ -433,6 +434,47 @@ print(resident() - before)
     done = run(code)
     assert done.returncode == 0, done.stderr
     assert 100 < float(done.stdout) < 290
+
+
+@built
+def test_scratch_of_a_call_of_many_tokens_is_given_back() -> None:
+    """It holds the hidden units; those of void slots are not touched."""
+
+    def mapped() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+    keys, values, tokens = torch.zeros(1, 4096, 1), torch.zeros(1, 4096, 1), (256 << 20) // 4096 // 4 + 1
+    void, gate, before = torch.ones(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1), mapped()
+    with torch.no_grad():
+        assert not flat.expert_ffn(torch.ones(tokens, 1), keys, values, void, gate).any()
+    assert mapped() - before < 64 << 20
+
+
+@built
+@pytest.mark.exhaustive
+def test_memory_that_is_kept_is_given_back_before_there_is_none() -> None:
+    code = """
+import resource, torch
+from pathlib import Path
+from sparse_ffn import functional
+from sparse_ffn.backends import cpu
+def keep(mib):
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    cpu.empty(mib << 20, dtype=torch.uint8)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + (20 << 20), resource.RLIM_INFINITY))
+torch.set_num_threads(1)
+keys, values = torch.zeros(1, 4096, 1), torch.zeros(1, 4096, 1)
+void, gate = torch.ones(5000, 1, dtype=torch.int64), torch.ones(5000, 1)
+with torch.no_grad():
+    functional.expert_ffn(gate[:100], keys, values, void[:100], gate[:100])
+    keep(90)
+    functional.expert_ffn(gate, keys, values, void, gate)
+keep(64)
+assert cpu.empty(80 << 20, dtype=torch.uint8).data_ptr() % cpu.HUGE_PAGE == 0
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
 
 
 @built

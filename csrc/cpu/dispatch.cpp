@@ -6,7 +6,6 @@
 #include "amx_permission.h"
 #include "large_memory.h"
 #include "kernel_table.h"
-#include "scratch.h"
 
 namespace sparse_ffn {
 
@@ -108,10 +107,6 @@ int sparse_ffn_abi_version(void) { return SPARSE_FFN_ABI_VERSION; }
 const char* sparse_ffn_error(void) { return last_error(); }
 const char* sparse_ffn_isa(void) { return choice().refused ? nullptr : kernels().name; }
 const char* sparse_ffn_isas(void) { return choice().names; }
-void sparse_ffn_release_memory(void) {
-  release_scratch();
-  release_memory();
-}
 void* sparse_ffn_allocate(int64_t bytes) { return bytes > 0 ? take_memory(static_cast<size_t>(bytes)) : nullptr; }
 void sparse_ffn_free(void* memory, int64_t bytes) { free_memory(memory, static_cast<size_t>(bytes)); }
 

@@ -6,14 +6,15 @@
 
 #include <cstdlib>
 #include <mutex>
-
-#include "scratch.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 namespace sparse_ffn {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kMostKept = size_t{256} << 20;  // bytes
 constexpr int kMostPieces = 64;
 
 // Freed memory, the oldest first. Nobody waits for the mutex: in a process that was forked while another thread held it, it
@@ -42,6 +43,29 @@ Kept& kept() {
 
 size_t whole_pages(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
 
+#if defined(__linux__) && defined(MADV_POPULATE_WRITE)
+bool several_memory_nodes() {
+  static const bool several = !access("/sys/devices/system/node/node1", F_OK);
+  return several;
+}
+#endif
+
+// Asks for huge pages behind fresh memory that is about to be written, and maps them: page faults otherwise cost as much as
+// the arithmetic that fills a weight gradient. p begins a page. Advice only: failure is harmless.
+void map_huge_pages(void* p, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  madvise(p, bytes, MADV_HUGEPAGE);
+#if defined(MADV_POPULATE_WRITE)
+  // All pages in one call: threads that fault side by side wait for each other. Of several nodes each page is to lie with the
+  // thread that writes it.
+  if (!several_memory_nodes()) madvise(p, bytes, MADV_POPULATE_WRITE);
+#endif
+#else
+  (void)p;
+  (void)bytes;
+#endif
+}
+
 }  // namespace
 
 void* take_memory(size_t bytes) {
@@ -53,8 +77,11 @@ void* take_memory(size_t bytes) {
       if (k.size[i] == size) return k.remove(i);
   }
   void* memory = nullptr;
-  if (posix_memalign(&memory, kHugePage, size)) return nullptr;
-  advise_huge_pages(memory, bytes);
+  if (posix_memalign(&memory, kHugePage, size)) {
+    release_memory();
+    if (posix_memalign(&memory, kHugePage, size)) return nullptr;
+  }
+  map_huge_pages(memory, bytes);
   return memory;
 }
 

@@ -15,7 +15,8 @@
  *    fully written: nothing needs to be zeroed by the caller. Results are deterministic and do not depend on the number of
  *    threads.
  *  - Threads: n_threads of the OpenMP runtime of the process are used, never a second pool.
- *  - Scratch is kept per calling thread and reused between calls; sparse_ffn_release_memory() frees the caller's.
+ *  - Scratch is kept per thread and reused between calls. What a call of many tokens leaves there is freed when it is more
+ *    than 256 MiB.
  */
 #ifndef SPARSE_FFN_H
 #define SPARSE_FFN_H
@@ -73,11 +74,9 @@ SPARSE_FFN_API const char* sparse_ffn_isa(void);
 /* All that the CPU supports of "amx", "avx512_bf16", "avx512", "avx2" and "generic", in this order, separated by spaces;
  * "neon" on aarch64. Where SPARSE_FFN_ISA forces another one, "amx" is not among them: Linux is not asked for its tiles. */
 SPARSE_FFN_API const char* sparse_ffn_isas(void);
-/* Frees the scratch of the calling thread and the outputs' memory that is kept for the next ones. */
-SPARSE_FFN_API void sparse_ffn_release_memory(void);
 /* Memory for a large output: it starts at a huge page (2 MiB), and is mapped, with huge pages where the system has them.
  * Null when there is none. Up to 256 MiB of what is freed, with the number of bytes that was asked for, is kept for
- * outputs of the same size. */
+ * outputs of the same size, or until memory runs out. */
 SPARSE_FFN_API void* sparse_ffn_allocate(int64_t bytes);
 SPARSE_FFN_API void sparse_ffn_free(void* memory, int64_t bytes);
 
