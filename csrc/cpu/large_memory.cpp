@@ -36,18 +36,14 @@ struct Kept {
     return taken;
   }
 };
-Kept& kept() {
-  static Kept* all = new Kept;  // never destroyed: tensors may outlive the statics of a library
-  return *all;
-}
+// Made when the library is loaded: a fork would leave a static of a function half made. Never destroyed: tensors may outlive
+// the statics of a library.
+Kept& kept = *new Kept;
 
 size_t whole_pages(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
 
 #if defined(__linux__) && defined(MADV_POPULATE_WRITE)
-bool several_memory_nodes() {
-  static const bool several = !access("/sys/devices/system/node/node1", F_OK);
-  return several;
-}
+const bool several_memory_nodes = !access("/sys/devices/system/node/node1", F_OK);
 #endif
 
 // Asks for huge pages behind fresh memory that is about to be written, and maps them: page faults otherwise cost as much as
@@ -58,7 +54,7 @@ void map_huge_pages(void* p, size_t bytes) {
 #if defined(MADV_POPULATE_WRITE)
   // All pages in one call: threads that fault side by side wait for each other. Of several nodes each page is to lie with the
   // thread that writes it.
-  if (!several_memory_nodes()) madvise(p, bytes, MADV_POPULATE_WRITE);
+  if (!several_memory_nodes) madvise(p, bytes, MADV_POPULATE_WRITE);
 #endif
 #else
   (void)p;
@@ -71,10 +67,9 @@ void map_huge_pages(void* p, size_t bytes) {
 void* take_memory(size_t bytes) {
   const size_t size = whole_pages(bytes);
   {
-    Kept& k = kept();
-    const std::unique_lock<std::mutex> lock(k.mutex, std::try_to_lock);
-    for (int i = lock ? k.count - 1 : -1; i >= 0; i--)  // the one freed last is the likeliest to be in a cache
-      if (k.size[i] == size) return k.remove(i);
+    const std::unique_lock<std::mutex> lock(kept.mutex, std::try_to_lock);
+    for (int i = lock ? kept.count - 1 : -1; i >= 0; i--)  // the one freed last is the likeliest to be in a cache
+      if (kept.size[i] == size) return kept.remove(i);
   }
   void* memory = nullptr;
   if (posix_memalign(&memory, kHugePage, size)) {
@@ -95,14 +90,13 @@ void free_memory(void* memory, size_t bytes) {
   void* given_back[kMostPieces] = {memory};
   int count = 1;
   if (keep) {
-    Kept& k = kept();
-    const std::unique_lock<std::mutex> lock(k.mutex, std::try_to_lock);
+    const std::unique_lock<std::mutex> lock(kept.mutex, std::try_to_lock);
     if (lock) {
       count = 0;
-      while (k.count == kMostPieces || k.total + size > kMostKept) given_back[count++] = k.remove(0);
-      k.memory[k.count] = memory;
-      k.size[k.count++] = size;
-      k.total += size;
+      while (kept.count == kMostPieces || kept.total + size > kMostKept) given_back[count++] = kept.remove(0);
+      kept.memory[kept.count] = memory;
+      kept.size[kept.count++] = size;
+      kept.total += size;
     }
   }
   for (int i = 0; i < count; i++) free(given_back[i]);
@@ -112,9 +106,8 @@ void release_memory() {
   void* given_back[kMostPieces];
   int count = 0;
   {
-    Kept& k = kept();
-    const std::unique_lock<std::mutex> lock(k.mutex, std::try_to_lock);
-    while (lock && k.count) given_back[count++] = k.remove(0);
+    const std::unique_lock<std::mutex> lock(kept.mutex, std::try_to_lock);
+    while (lock && kept.count) given_back[count++] = kept.remove(0);
   }
   for (int i = 0; i < count; i++) free(given_back[i]);
 }
