@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import flat
 import processes
@@ -166,6 +167,24 @@ print("equal")
         assert result.stdout.strip() == "equal", result.stderr
     else:
         assert f"RuntimeError: SPARSE_FFN_ISA is {isa!r}" in result.stderr
+
+
+@built
+@pytest.mark.parametrize("rows", [1, 4, 8, 12, 15, 16, 17, 20, 24, 33, 40])
+def test_routers_of_any_number_of_rows_rank_ties_by_index(rows: int) -> None:
+    x, weight = torch.randint(-2, 3, (30, rows)).float(), torch.eye(rows)
+    bias = torch.zeros(rows)
+    bias[:: max(rows // 3, 2)] = -torch.inf
+    keys, values = torch.randn(rows, 1, rows), torch.randn(rows, 1, 2)
+    for k in {1, min(rows, 3), rows}:
+        for router_bias in (None, bias):
+            ranked = x if router_bias is None else x + router_bias
+            expected = ranked.sort(dim=1, descending=True, stable=True).indices[:, :k]
+            found = flat.routed_ffn(
+                x, weight, keys, values, k=k, gate_function="sigmoid", router_bias=router_bias,
+                mask=None, dropout_mask=None, groups=1, activation="relu",
+            )  # fmt: skip
+            assert torch.equal(found[1], expected)
 
 
 @built
@@ -374,6 +393,29 @@ def test_memory_of_a_freed_output_serves_the_next_one_of_its_size() -> None:
 
 
 @built
+def test_large_outputs_and_gradients_can_be_changed_in_place() -> None:
+    layer, x = sf.SigmaMoE(64, 4, 2, 1), torch.randn(cpu.HUGE_PAGE // 4 // 64, 64, requires_grad=True)
+    y = layer(x)
+    y += x
+    y.mul_(2)
+    [dx] = torch.autograd.grad(y.sum(), x)
+    [expected] = torch.autograd.grad(((layer(x) + x) * 2).sum(), x)
+    assert torch.equal(dx, expected)
+    factor = torch.tensor(3.0, requires_grad=True)
+    assert torch.autograd.grad(dx.mul_(factor).sum(), factor)[0].isclose(expected.sum())
+
+
+@built
+def test_a_row_sparse_gradient_holds_the_rows_that_were_read_and_no_more() -> None:
+    values, index = torch.randn(3000, 4, requires_grad=True), torch.tensor([[7, 2999], [7, 0]]).expand(500, 2, 2)
+    y = functional.weighted_bag(values, index.flatten(0, 1), torch.ones(1000, 2), sparse_grad=True)
+    [dvalues] = torch.autograd.grad(y.sum(), values)
+    assert dvalues.indices().tolist() == [[0, 7, 2999]]
+    assert dvalues.values().untyped_storage().nbytes() == 3 * 4 * 4
+    assert dvalues.values().tolist() == [[500.0] * 4, [1000.0] * 4, [500.0] * 4]
+
+
+@built
 def test_no_more_than_256_mib_of_freed_outputs_are_kept() -> None:
     code = """
 from pathlib import Path
@@ -392,3 +434,76 @@ print(resident() - before)
     done = run(code)
     assert done.returncode == 0, done.stderr
     assert 100 < float(done.stdout) < 290
+
+
+@built
+def test_scratch_of_a_call_of_many_tokens_is_given_back() -> None:
+    """It holds the hidden units; those of void slots are not touched."""
+
+    def mapped() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+    keys, values, tokens = torch.zeros(1, 4096, 1), torch.zeros(1, 4096, 1), (256 << 20) // 4096 // 4 + 1
+    void, gate, before = torch.ones(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1), mapped()
+    with torch.no_grad():
+        assert not flat.expert_ffn(torch.ones(tokens, 1), keys, values, void, gate).any()
+    assert mapped() - before < 64 << 20
+
+
+@built
+@pytest.mark.exhaustive
+def test_memory_that_is_kept_is_given_back_before_there_is_none() -> None:
+    code = """
+import resource, torch
+from pathlib import Path
+from sparse_ffn import functional
+from sparse_ffn.backends import cpu
+def keep(mib):
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    cpu.empty(mib << 20, dtype=torch.uint8)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + (20 << 20), resource.RLIM_INFINITY))
+torch.set_num_threads(1)
+keys, values = torch.zeros(1, 4096, 1), torch.zeros(1, 4096, 1)
+void, gate = torch.ones(5000, 1, dtype=torch.int64), torch.ones(5000, 1)
+with torch.no_grad():
+    functional.expert_ffn(gate[:100], keys, values, void[:100], gate[:100])
+    keep(90)
+    functional.expert_ffn(gate, keys, values, void, gate)
+keep(64)
+assert cpu.empty(80 << 20, dtype=torch.uint8).data_ptr() % cpu.HUGE_PAGE == 0
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+
+
+@built
+@pytest.mark.exhaustive
+def test_a_child_takes_memory_whatever_the_parents_threads_were_doing() -> None:
+    code = """
+import os, threading, time, torch
+from sparse_ffn.backends import cpu
+torch.set_num_threads(1)
+def churn():
+    while not stop:
+        for i in range(40):
+            cpu.empty((8 << 20) + i * (2 << 20), dtype=torch.uint8)
+stop, thread = False, threading.Thread(target=churn)
+thread.start()
+for _ in range(12):
+    child = os.fork()
+    if not child:
+        cpu.empty(4 << 20, dtype=torch.uint8)
+        os._exit(0)
+    for _ in range(20_000):
+        if os.waitpid(child, os.WNOHANG)[0]:
+            break
+        time.sleep(0.001)
+    else:
+        os.kill(child, 9)
+        stop = True
+        raise SystemExit("a child hangs")
+stop = True
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr

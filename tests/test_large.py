@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import sparse_ffn as sf
-from sparse_ffn import functional
+from sparse_ffn import functional, ops
 from sparse_ffn.backends import cpu
 
 pytestmark = pytest.mark.skipif(cpu.PROBLEM is not None, reason="no compiler when the package was installed")
@@ -130,3 +130,16 @@ def test_selection_takes_rows_far_apart() -> None:
     scores, index = far_apart(3, 40, torch.float32), torch.empty(3, 5, dtype=torch.int64)
     cpu.call("topk", (scores, index, None))
     assert torch.equal(index, scores.contiguous().topk(5).indices)
+
+
+def test_wide_products_take_rows_and_batches_far_apart() -> None:
+    layer = sf.ProductKeyMemory(24, 8, 4, n_heads=2, dtype=torch.bfloat16)
+    x = far_apart(5, 24)
+    with torch.no_grad():
+        assert torch.equal(layer(x), layer(x.contiguous()))
+    batches, w = far_apart(4, 16).view(2, 2, 16), torch.randn(2, 6, 16).bfloat16()
+    assert torch.equal(ops.wide_product(batches, w), ops.wide_product(batches.contiguous(), w))
+    step = LIMIT + 1
+    apart = torch.empty(step + 99, dtype=torch.bfloat16).as_strided((2, 2, 16), (step, 32, 1))
+    with pytest.raises(ValueError, match=f"steps between the first and the last row of x, got {step + 32}$"):
+        cpu.call("wide_product_forward", (apart, w, torch.empty(2, 2, 6), None), 0)

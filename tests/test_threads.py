@@ -15,6 +15,7 @@ from benchmarks import threads
 from benchmarks.shapes import MOE_SHAPES, MoEShape
 from sparse_ffn.backends import cpu
 
+needs_core = pytest.mark.skipif(cpu.PROBLEM is not None, reason="no CPU core")
 LEAST_WORK = 512
 """Tokens from which every pass has enough work for 8 threads."""
 
@@ -59,7 +60,7 @@ def torch_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.skipif(cpu.PROBLEM is not None, reason="no CPU core")
+@needs_core
 @pytest.mark.parametrize("hot", [0, 5])
 def test_an_expert_with_most_of_the_slots_changes_no_bit_on_any_number_of_threads(
     torch_threads: None, hot: int
@@ -77,3 +78,48 @@ def test_an_expert_with_most_of_the_slots_changes_no_bit_on_any_number_of_thread
         results.append((y.detach(), *torch.autograd.grad(y.square().sum(), leaves)))
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
+
+
+@needs_core
+def test_a_token_that_names_an_expert_twice_changes_no_bit_on_any_number_of_threads(torch_threads: None) -> None:
+    """Where its two slots lie side by side and their sums take several blocks, as 600 units do."""
+    x, keys, values = torch.randn(33, 7), torch.randn(3, 600, 7), torch.randn(3, 600, 5)
+    index, gate, results = torch.randint(0, 3, (33, 3)), torch.rand(33, 3), []
+    leaves = [t.requires_grad_() for t in (x, keys, values, gate)]
+    for n in (1, 2, 3, 5):
+        torch.set_num_threads(n)
+        with sf.backend("cpu"):
+            y = sf.functional.expert_ffn(*leaves[:3], index, gate)
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), leaves)))
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+@needs_core
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows", [2400, 1200, 99], ids=["one slot a row", "two, in order", "many, in none"])
+def test_cvmm_of_many_slots_is_right_and_the_same_on_any_number_of_threads(
+    rows: int, transposed: bool, torch_threads: None
+) -> None:
+    """So many that the rows of the output are cut, where the slots of each expert ascend in them."""
+    S, E, M, L = 2400, 3, 40, 150
+    index = torch.arange(S) * rows // S if rows > 99 else torch.randint(0, rows, (S,))
+    expert = torch.rand(S // 2, E).topk(2).indices.flatten()
+    x, weight = torch.randn(rows, M, requires_grad=True), torch.randn(E, M, L) / 8
+    weight = (weight.mT.contiguous().mT if transposed else weight).requires_grad_()
+    upstream, results = torch.randn(rows, L), []
+
+    def step(x: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
+        y = sf.functional.cvmm(x, weight, expert, gather_index=index, scatter_index=index, n_out=rows)
+        return [y.detach(), *torch.autograd.grad(y, (x, weight), upstream.to(y.dtype))]
+
+    for n in (1, 2, 3, 8):
+        torch.set_num_threads(n)
+        with sf.backend("cpu"):
+            results.append(step(x, weight))
+    with sf.backend("reference"):
+        expected = step(x.double(), weight.double())
+    for result in results:
+        assert all(map(torch.equal, result, results[0]))
+        for a, b in zip(result, expected, strict=True):
+            assert (a - b).abs().max() < 1e-5 * b.abs().max()

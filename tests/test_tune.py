@@ -450,9 +450,9 @@ def test_the_gpus_stopwatch_hides_the_launches_and_empties_the_cache(monkeypatch
 
 @pytest.fixture
 def crossing(folder: Path) -> Iterator[Path]:
-    crossovers.table_of.cache_clear()
+    crossovers._tables.clear()
     yield folder
-    crossovers.table_of.cache_clear()
+    crossovers._tables.clear()
 
 
 def experts(tokens: int) -> tuple[torch.Tensor, ops.Units, torch.Tensor, torch.Tensor]:
@@ -499,6 +499,19 @@ def test_what_was_measured_counts_for_layers_of_its_class(crossing: Path) -> Non
     assert crossovers.decode_tokens(torch.float32, keys, 8) == 3
     assert crossovers.decode_tokens(torch.bfloat16, keys, 8) == crossovers.DECODE_TOKENS
     assert "float32 1024 64 128 8: decoded up to 3 tokens" in info.report()
+
+
+def test_what_was_measured_counts_for_its_number_of_threads(crossing: Path) -> None:
+    before, keys = torch.get_num_threads(), torch.empty(4, 8, 8, device="meta")
+    try:
+        for threads, most in ((1, 100), (2, 7)):
+            torch.set_num_threads(threads)
+            crossovers.save({crossovers.Layer.of(torch.float32, 8, 4, 8, 2): most}, CPU)
+        for threads, most in ((2, 7), (1, 100), (3, crossovers.DECODE_TOKENS)):
+            torch.set_num_threads(threads)
+            assert crossovers.decode_tokens(torch.float32, keys, 2) == most
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

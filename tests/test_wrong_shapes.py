@@ -243,7 +243,7 @@ CALLS: dict[str, tuple[tuple[Operand, ...], tuple[int, ...]]] = {
     "bag_backward_sparse": (
         (
             *(*TABLE, Operand("dout", "TO"), *maybe(*outputs(Operand("dweight", "TJ")))),
-            *outputs(Operand("n_rows", "C", i64), Operand("rows", "U", i64), Operand("dvalue_rows", "UO")),
+            *outputs(Operand("dvalue_rows", "UO")),
         ),
         (),
     ),

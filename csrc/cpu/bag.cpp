@@ -278,27 +278,28 @@ template <class T> static void backward_gather(const sparse_ffn_bag& p, const T*
   }
 }
 
-// rows null: dvalues is [N, O]; else row-sparse, see sparse_ffn_bag_backward_sparse.
+// sparse_rows negative: dvalues is [N, O]; else [sparse_rows, O], see sparse_ffn_bag_backward_sparse.
 template <class T>
-static int backward(const sparse_ffn_bag& p, const T* dout, T* dweight, T* dvalues, int64_t* rows, int64_t* n_rows) {
+static int backward(const sparse_ffn_bag& p, const T* dout, T* dweight, T* dvalues, int64_t sparse_rows) {
   const int64_t S = p.T * p.J;
-  if (!rows && !dvalues && gathers<T>(p)) {
+  const bool sparse = sparse_rows >= 0;
+  if (!sparse && !dvalues && gathers<T>(p)) {
     if (dweight) backward_gather(p, dout, dweight);
     return SPARSE_FFN_OK;
   }
   // value row -> its row in the sparse gradient
-  int32_t* place = rows ? scratch_of<int32_t>(kBufferAux, p.N + 1) : nullptr;
+  int32_t* place = sparse ? scratch_of<int32_t>(kBufferAux, p.N + 1) : nullptr;
   float* dots = dweight ? scratch_of<float>(kBufferDgate, S + 1) : nullptr;
   const SortedSlots s = SortedSlots::reserve(p);
-  if ((rows && !place) || (dweight && !dots) || !s.ready()) return SPARSE_FFN_NO_MEMORY;
+  if ((sparse && !place) || (dweight && !dots) || !s.ready()) return SPARSE_FFN_NO_MEMORY;
   sort_bag_slots<T>(p, s);
-  if (rows) {
-    int64_t used = 0;
+  if (sparse) {
+    int32_t used = 0;
     for (int64_t n = 0; n < p.N; n++) {
-      place[n] = static_cast<int32_t>(used);
-      if (s.begin[n + 1] > s.begin[n]) rows[used++] = n;
+      place[n] = used;
+      used += s.begin[n + 1] > s.begin[n];
     }
-    *n_rows = used;
+    if (used != sparse_rows) return SPARSE_FFN_BAD_ARGUMENT;
   }
   if (dweight && !p.O) memset(dweight, 0, static_cast<size_t>(S) * sizeof(T));
   int failed = 0;
@@ -323,12 +324,10 @@ int bag_forward(const sparse_ffn_bag& p, void* out) {
   return with_dtype(p.dtype, [&](auto example) { return forward(p, static_cast<decltype(example)*>(out)); });
 }
 
-int bag_backward(const sparse_ffn_bag& p, const void* dout, void* dweight, void* dvalues, int64_t* rows,
-                 int64_t* n_rows) {
+int bag_backward(const sparse_ffn_bag& p, const void* dout, void* dweight, void* dvalues, int64_t sparse_rows) {
   const auto run = [&](auto example) {
     using T = decltype(example);
-    return backward<T>(p, static_cast<const T*>(dout), static_cast<T*>(dweight), static_cast<T*>(dvalues), rows,
-                       n_rows);
+    return backward<T>(p, static_cast<const T*>(dout), static_cast<T*>(dweight), static_cast<T*>(dvalues), sparse_rows);
   };
   return with_dtype(p.dtype, run);
 }

@@ -47,7 +47,6 @@ template <class T> static int forward(const sparse_ffn_cvmm& p, T* out) {
   g.w_stride_n = p.w_stride_l;
   g.N = p.L;
   g.scatter = p.scatter;
-  g.scatter_ascends = !p.scatter;
   g.out = out;
   g.out_stride = p.L;
   g.rows_out = p.rows_out;
@@ -77,8 +76,7 @@ template <class T> static bool scale_gradient(const sparse_ffn_cvmm& p, const T*
   g.E = p.E;
   g.n_threads = p.n_threads;
   return run_row_gemm(g, [&](int64_t, int64_t s, const float* row) {
-    dscale[s] = along_l ? dot(row, x + (p.gather ? p.gather[s] : s) * p.x_stride, p.M)
-                        : dot(row, dout + (p.scatter ? p.scatter[s] : s) * dout_stride, p.L);
+    dscale[s] = along_l ? dot(row, x + p.gather[s] * p.x_stride, p.M) : dot(row, dout + p.scatter[s] * dout_stride, p.L);
   });
 }
 
@@ -94,7 +92,6 @@ static int backward(const sparse_ffn_cvmm& p, const T* dout, int64_t dout_stride
     g.w_stride_n = p.w_stride_m;
     g.N = p.M;
     g.scatter = p.gather;
-    g.scatter_ascends = !p.gather;
     g.out = dx;
     g.out_stride = p.M;
     g.rows_out = p.rows_x;

@@ -6,7 +6,6 @@
 #include "amx_permission.h"
 #include "large_memory.h"
 #include "kernel_table.h"
-#include "scratch.h"
 
 namespace sparse_ffn {
 
@@ -47,16 +46,14 @@ struct Choice {
   char names[64];  // of all that can run here
 };
 
-Choice choose() {
-#if defined(SPARSE_FFN_X86)
-  __builtin_cpu_init();
-#endif
+// forced: the name to look for, or null. amx: whether the system may be asked for its tiles, and they be tried.
+Choice choose(const char* forced, [[maybe_unused]] bool amx) {
   const struct { const KernelTable* table; bool supported, preferred; } candidates[] = {
 #if defined(SPARSE_FFN_HAS_AMX_EMULATED)
       {&amx_emulated::table, true, false},  // whoever builds it knows that the processor can run it
 #endif
 #if defined(SPARSE_FFN_HAS_AMX)
-      {&amx::table, has_avx512() && __builtin_cpu_supports("avx512bf16") && amx_permitted(), true},
+      {&amx::table, has_avx512() && __builtin_cpu_supports("avx512bf16") && amx && amx_permitted(), true},
 #endif
 #if defined(SPARSE_FFN_X86)
       // vdpbf16ps does twice the arithmetic of an fp32 FMA on AMD (Zen 4) but half of it on Intel (Sapphire Rapids: 88
@@ -67,8 +64,6 @@ Choice choose() {
 #endif
       {&SPARSE_FFN_EVERYWHERE::table, true, true},
   };
-  const char* forced = getenv("SPARSE_FFN_ISA");
-  if (forced && !*forced) forced = nullptr;
   Choice found{nullptr, false, ""};
   const KernelTable* last = nullptr;
   for (const auto& c : candidates) {
@@ -81,6 +76,16 @@ Choice choose() {
   found.refused = !found.table;
   if (found.refused) found.table = last;
   return found;
+}
+
+Choice choose() {
+#if defined(SPARSE_FFN_X86)
+  __builtin_cpu_init();
+#endif
+  const char* forced = getenv("SPARSE_FFN_ISA");
+  if (!forced || !*forced) return choose(nullptr, true);
+  const Choice found = choose(forced, false);
+  return found.refused ? choose(forced, true) : found;
 }
 
 const Choice& choice() {
@@ -102,10 +107,6 @@ int sparse_ffn_abi_version(void) { return SPARSE_FFN_ABI_VERSION; }
 const char* sparse_ffn_error(void) { return last_error(); }
 const char* sparse_ffn_isa(void) { return choice().refused ? nullptr : kernels().name; }
 const char* sparse_ffn_isas(void) { return choice().names; }
-void sparse_ffn_release_memory(void) {
-  release_scratch();
-  release_memory();
-}
 void* sparse_ffn_allocate(int64_t bytes) { return bytes > 0 ? take_memory(static_cast<size_t>(bytes)) : nullptr; }
 void sparse_ffn_free(void* memory, int64_t bytes) { free_memory(memory, static_cast<size_t>(bytes)); }
 

@@ -103,7 +103,6 @@ static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_str
     dx.offsets = p.offsets;
     dx.E = p.E;
     dx.scatter = slots.token;
-    dx.scatter_ascends = true;
     dx.out = grad.dx;
     dx.out_stride = p.D;
     dx.rows_out = p.T;

@@ -57,7 +57,6 @@ template <class T> static int forward(const sparse_ffn_experts& p, T* out, T* sa
   down.offsets = p.offsets;
   down.E = p.E;
   down.scatter = slots.token;
-  down.scatter_ascends = true;
   down.scale = slots.gate;
   down.out = out;
   down.out_stride = p.O;

@@ -11,9 +11,19 @@ constexpr int64_t kRowBlock = 32 * kMr;          // rows of an expert copied (if
 static inline int64_t first_at_least(const int32_t* scatter, int64_t lo, int64_t hi, int64_t row) {
   while (lo < hi) {
     const int64_t mid = lo + (hi - lo) / 2;
-    if ((scatter ? scatter[mid] : mid) < row) lo = mid + 1; else hi = mid;
+    if (scatter[mid] < row) lo = mid + 1; else hi = mid;
   }
   return lo;
+}
+
+// Whether the output rows of each expert ascend, no two alike: then a range of them is a range of sorted positions, and what
+// an expert adds to a row does not depend on where ranges are cut. Two rows of a panel that are added to the same output row
+// take turns in each block of k, those of different panels follow each other.
+static bool rows_ascend(const int32_t* offsets, int64_t E, const int32_t* scatter) {
+  for (int64_t e = 0; e < E; e++)
+    for (int64_t s = offsets[e] + 1; s < offsets[e + 1]; s++)
+      if (scatter[s] <= scatter[s - 1]) return false;
+  return true;
 }
 
 // `columns` columns from n0 of expert e, all K of all weight tensors, into panels of B; made first, where they are not in
@@ -237,9 +247,7 @@ static void scatter_block(const ScatterGemm<T>& g, int64_t t0, int64_t t1, int64
     for (int64_t i = 0; i < count; i++) {
       const int64_t s0 = first + rows * i / count;
       const int mr = static_cast<int>(first + rows * (i + 1) / count - s0);
-      int32_t identity[kMr];
-      for (int r = 0; !g.scatter && r < mr; r++) identity[r] = static_cast<int32_t>(s0 + r);
-      out.rows = g.scatter ? g.scatter + s0 : identity;
+      out.rows = g.scatter + s0;
       out.scale = g.scale ? g.scale + s0 : nullptr;
       for (int64_t m = 0; m < g.matrices(); m++) {
         for (int r = 0; r < mr; r++) pack_row<T, kDirectProduct<T>>(pa, r, g.row(s0 + r) + m * g.K, g.K);
@@ -257,7 +265,8 @@ static void scatter_block(const ScatterGemm<T>& g, int64_t t0, int64_t t1, int64
 template <class T> bool run_scatter_gemm(const ScatterGemm<T>& g) {
   if (!g.rows_out || !g.N) return true;
   const int64_t threads = larger(1, g.n_threads);
-  const ScatterSplit split = split_scatter(g.rows_out, g.N, g.offsets[g.E], g.E, g.scatter_ascends, threads);
+  const bool chunked = rows_ascend(g.offsets, g.E, g.scatter);
+  const ScatterSplit split = split_scatter(g.rows_out, g.N, g.offsets[g.E], g.E, chunked, threads);
   const int64_t most_columns = split.most_columns(), most_rows = split.most_rows();
   int failed = 0;
 #pragma omp parallel num_threads(static_cast<int>(lesser(threads, split.pieces())))

@@ -22,8 +22,7 @@ template <class T> struct ScatterGemm {
   int64_t N;
   const int32_t* offsets;
   int64_t E;
-  const int32_t* scatter;  // output row of sorted position s; null: s itself
-  bool scatter_ascends;    // within an expert, so that token ranges are ranges of sorted positions
+  const int32_t* scatter;  // output row of sorted position s; null in the product of extra_a: s itself
   const float* scale;      // by sorted position; null: one
   T* out;                  // [rows_out, N], written completely
   int64_t out_stride, rows_out;

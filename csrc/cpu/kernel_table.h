@@ -21,8 +21,7 @@
                          float* dscale))                                                                                 \
   KERNEL(quantized_cvmm, (const sparse_ffn_quantized&, void* out))                                                       \
   KERNEL(bag_forward, (const sparse_ffn_bag&, void* out))                                                                \
-  KERNEL(bag_backward, (const sparse_ffn_bag&, const void* dout, void* dweight, void* dvalues, int64_t* rows,            \
-                        int64_t* n_rows))                                                                                \
+  KERNEL(bag_backward, (const sparse_ffn_bag&, const void* dout, void* dweight, void* dvalues, int64_t sparse_rows))     \
   KERNEL(wide_product, (const sparse_ffn_wide_product&, float* out, float* scale))                                       \
   KERNEL(normalised_backward, (const sparse_ffn_normalised&, const float* dout, const float* out, const float* scale,    \
                                void* dproduct))                                                                          \

@@ -6,17 +6,19 @@
 
 #include <cstdlib>
 #include <mutex>
-
-#include "scratch.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 namespace sparse_ffn {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kMostKept = size_t{256} << 20;  // bytes
 constexpr int kMostPieces = 64;
 
-// Freed memory, the oldest first.
+// Freed memory, the oldest first. Nobody waits for the mutex: in a process that was forked while another thread held it, it
+// stays locked. Whoever finds it locked takes memory from the system, or gives it back.
 struct Kept {
   std::mutex mutex;
   void* memory[kMostPieces];
@@ -34,26 +36,47 @@ struct Kept {
     return taken;
   }
 };
-Kept& kept() {
-  static Kept* all = new Kept;  // never destroyed: tensors may outlive the statics of a library
-  return *all;
-}
+// Made when the library is loaded: a fork would leave a static of a function half made. Never destroyed: tensors may outlive
+// the statics of a library.
+Kept& kept = *new Kept;
 
 size_t whole_pages(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
+
+#if defined(__linux__) && defined(MADV_POPULATE_WRITE)
+const bool several_memory_nodes = !access("/sys/devices/system/node/node1", F_OK);
+#endif
+
+// Asks for huge pages behind fresh memory that is about to be written, and maps them: page faults otherwise cost as much as
+// the arithmetic that fills a weight gradient. p begins a page. Advice only: failure is harmless.
+void map_huge_pages(void* p, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  madvise(p, bytes, MADV_HUGEPAGE);
+#if defined(MADV_POPULATE_WRITE)
+  // All pages in one call: threads that fault side by side wait for each other. Of several nodes each page is to lie with the
+  // thread that writes it.
+  if (!several_memory_nodes) madvise(p, bytes, MADV_POPULATE_WRITE);
+#endif
+#else
+  (void)p;
+  (void)bytes;
+#endif
+}
 
 }  // namespace
 
 void* take_memory(size_t bytes) {
   const size_t size = whole_pages(bytes);
   {
-    Kept& k = kept();
-    const std::lock_guard<std::mutex> lock(k.mutex);
-    for (int i = k.count - 1; i >= 0; i--)  // the one freed last is the likeliest to be in a cache
-      if (k.size[i] == size) return k.remove(i);
+    const std::unique_lock<std::mutex> lock(kept.mutex, std::try_to_lock);
+    for (int i = lock ? kept.count - 1 : -1; i >= 0; i--)  // the one freed last is the likeliest to be in a cache
+      if (kept.size[i] == size) return kept.remove(i);
   }
   void* memory = nullptr;
-  if (posix_memalign(&memory, kHugePage, size)) return nullptr;
-  advise_huge_pages(memory, bytes);
+  if (posix_memalign(&memory, kHugePage, size)) {
+    release_memory();
+    if (posix_memalign(&memory, kHugePage, size)) return nullptr;
+  }
+  map_huge_pages(memory, bytes);
   return memory;
 }
 
@@ -64,22 +87,29 @@ void free_memory(void* memory, size_t bytes) {
 #else
   const bool keep = memory && size <= kMostKept;
 #endif
-  if (!keep) {
-    free(memory);
-    return;
+  void* given_back[kMostPieces] = {memory};
+  int count = 1;
+  if (keep) {
+    const std::unique_lock<std::mutex> lock(kept.mutex, std::try_to_lock);
+    if (lock) {
+      count = 0;
+      while (kept.count == kMostPieces || kept.total + size > kMostKept) given_back[count++] = kept.remove(0);
+      kept.memory[kept.count] = memory;
+      kept.size[kept.count++] = size;
+      kept.total += size;
+    }
   }
-  Kept& k = kept();
-  const std::lock_guard<std::mutex> lock(k.mutex);
-  while (k.count == kMostPieces || k.total + size > kMostKept) free(k.remove(0));
-  k.memory[k.count] = memory;
-  k.size[k.count++] = size;
-  k.total += size;
+  for (int i = 0; i < count; i++) free(given_back[i]);
 }
 
 void release_memory() {
-  Kept& k = kept();
-  const std::lock_guard<std::mutex> lock(k.mutex);
-  while (k.count) free(k.remove(0));
+  void* given_back[kMostPieces];
+  int count = 0;
+  {
+    const std::unique_lock<std::mutex> lock(kept.mutex, std::try_to_lock);
+    while (lock && kept.count) given_back[count++] = kept.remove(0);
+  }
+  for (int i = 0; i < count; i++) free(given_back[i]);
 }
 
 }  // namespace sparse_ffn

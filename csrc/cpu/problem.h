@@ -40,8 +40,8 @@ struct sparse_ffn_cvmm {
   const void* w;             // [E, M, L]
   int64_t w_stride_e, w_stride_m, w_stride_l;
   const int32_t* offsets;    // [E+1]
-  const int32_t* gather;     // [S], values in [0, rows_x); null: the identity
-  const int32_t* scatter;    // [S], values in [0, rows_out); null: the identity
+  const int32_t* gather;     // [S], values in [0, rows_x)
+  const int32_t* scatter;    // [S], values in [0, rows_out)
   const float* scale;        // [S]; null: one
 };
 
@@ -74,9 +74,10 @@ struct sparse_ffn_bag {
 
 struct sparse_ffn_wide_product {
   int64_t B, M, N, K;
-  int64_t x_stride_b, x_stride_m, norm_width;
+  int64_t norm_width;
   int32_t dtype, norm, n_threads;
-  const void* x;             // [B, M, K]
+  const void* x;             // [B, M, K]; row b, m is b * x_steps_b + m * x_steps_m steps of x_step elements on
+  int64_t x_step, x_steps_b, x_steps_m;
   const void* w;             // [B, N, K]
 };
 

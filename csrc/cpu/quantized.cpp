@@ -13,14 +13,6 @@ template <class T> constexpr int64_t kFewSlots = kDirectProduct<T> == Product::k
 // From so many on the rows of x that slots name are packed once, and the weights' numbers are made once for all of them.
 constexpr int64_t kManySlots = 40;
 
-// Whether the slots of each expert ascend in their rows of the output.
-static bool scatter_ascends(const sparse_ffn_cvmm& p) {
-  for (int64_t e = 0; e < p.E; e++)
-    for (int64_t s = p.offsets[e] + 1; s < p.offsets[e + 1]; s++)
-      if (p.scatter[s] <= p.scatter[s - 1]) return false;
-  return true;
-}
-
 template <class T> struct Source {
   CodeRows<T> rows;
   bool down;
@@ -80,7 +72,6 @@ template <class T, int kBits> static bool packed(const sparse_ffn_quantized& q, 
   g.offsets = p.offsets;
   g.E = p.E;
   g.scatter = p.scatter;
-  g.scatter_ascends = scatter_ascends(p);
   g.scale = p.scale;
   g.out = out;
   g.out_stride = p.L;

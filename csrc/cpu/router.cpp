@@ -42,24 +42,24 @@ static void softmax(const float* row, int64_t n, float* out) {
   for (int64_t i = 0; i < n; i += VL) store_upto(out + i, load_upto(out + i, n - i) * scale, n - i);
 }
 
+constexpr int64_t kStruckOut = 3;  // up to so many by select_short: for more select_row is the faster (measured)
+
 // The k best of a short row: k times the largest, which is struck out. score: a copy, padded to whole vectors with -inf.
 // False where that would not do: nothing compares with a NaN, and -inf has no lower value to be replaced by.
 static bool select_short(float* score, int64_t n, int64_t k, int64_t* index) {
   const float lowest = -__builtin_inff();
   for (int64_t i = 0; i < n; i += VL)
-    if (lanes_of(load_upto(score + i, n - i) > splat(lowest)) != (uint64_t{1} << lesser<int64_t>(n - i, VL)) - 1)
-      return false;
+    if (lanes_of(load(score + i) > splat(lowest)) != first_lanes(n - i)) return false;
   for (int64_t j = 0; j < k; j++) {
     V best = load(score);
     for (int64_t i = VL; i < n; i += VL) {
       const V v = load(score + i);
       best = v > best ? v : best;
     }
-    float top = best[0];
-    for (int i = 1; i < VL; i++) top = best[i] > top ? best[i] : top;
+    const V top = splat(largest(best));
     int64_t at = 0;
     for (int64_t i = 0; i < n; i += VL)
-      if (const uint32_t lanes = lanes_of(load(score + i) == splat(top))) {
+      if (const uint32_t lanes = lanes_of(load(score + i) == top)) {
         at = i + __builtin_ctz(lanes);
         break;
       }
@@ -128,7 +128,7 @@ int route_tokens(const sparse_ffn_experts& p, const sparse_ffn_router& r, int64_
           const V score = load_upto(scores + i, R - i);
           store_upto(row + i, r.bias ? score + load_upto(r.bias + i, R - i) : score, R - i);
         }
-        if (p.K > 16 || !select_short(row, R, p.K, index + t * p.K)) {
+        if (p.K > kStruckOut || !select_short(row, R, p.K, index + t * p.K)) {
           select_row(row, R, p.K, candidates, best);
           for (int64_t j = 0; j < p.K; j++) index[t * p.K + j] = best[j];
         }

@@ -9,7 +9,6 @@ SPARSE_FFN_BEGIN
 // Whether every row of the output belongs to exactly one slot. False too when there is no memory to tell.
 static inline bool one_slot_each(const sparse_ffn_cvmm& p) {
   if (p.rows_out != p.S) return false;
-  if (!p.scatter) return true;
   char* seen = scratch_of<char>(kBufferC, p.S);
   if (!seen) return false;
   memset(seen, 0, static_cast<size_t>(p.S));
@@ -20,9 +19,9 @@ static inline bool one_slot_each(const sparse_ffn_cvmm& p) {
 // g: the product that makes g.N columns of p's output, of which `out` is the first. False when out of memory.
 template <class T> static bool run_slot_rows(const sparse_ffn_cvmm& p, const RowGemm<T>& g, T* out) {
   for (int64_t s = p.offsets[p.E]; s < p.S; s++)
-    memset(out + (p.scatter ? p.scatter[s] : s) * p.L, 0, static_cast<size_t>(g.N) * sizeof(T));
+    memset(out + p.scatter[s] * p.L, 0, static_cast<size_t>(g.N) * sizeof(T));
   return run_row_gemm(g, [&](int64_t, int64_t s, const float* row) {
-    T* to = out + (p.scatter ? p.scatter[s] : s) * p.L;
+    T* to = out + p.scatter[s] * p.L;
     const V scale = splat(p.scale ? p.scale[s] : 1.0f);
     for (int64_t j = 0; j < g.N; j += VL) store_upto(to + j, load_upto(row + j, g.N - j) * scale, g.N - j);
   });

@@ -54,6 +54,7 @@ static ALWAYS_INLINE V broadcast(const float* p) {  // as an integer, so that GC
 }
 static ALWAYS_INLINE V fma(V a, V b, V c) { return V(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c))); }
 static ALWAYS_INLINE float sum(V v) { return _mm512_reduce_add_ps(__m512(v)); }
+static ALWAYS_INLINE float largest(V v) { return _mm512_reduce_max_ps(__m512(v)); }  // of numbers: no NaN
 
 static ALWAYS_INLINE V widen_bf16(__m256i h) {
   return V(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)));
@@ -160,6 +161,11 @@ static ALWAYS_INLINE float sum(V v) {
   float s = 0;
   for (int i = 0; i < VL; i++) s += v[i];
   return s;
+}
+static ALWAYS_INLINE float largest(V v) {
+  float best = v[0];
+  for (int i = 1; i < VL; i++) best = v[i] > best ? v[i] : best;
+  return best;
 }
 template <class T> static __attribute__((noinline)) V load_n(const T* p, int n) {
   alignas(64) float buffer[VL] = {};

@@ -50,10 +50,10 @@ template <class T>
 static bool product(const sparse_ffn_wide_product& p, int32_t* offsets, int32_t* place, float* out, float* scale) {
   for (int64_t b = 0; b <= p.B; b++) offsets[b] = static_cast<int32_t>(b * p.M);
   for (int64_t b = 0; b < p.B; b++)
-    for (int64_t m = 0; m < p.M; m++) place[b * p.M + m] = static_cast<int32_t>(b * p.x_stride_b + m * p.x_stride_m);
+    for (int64_t m = 0; m < p.M; m++) place[b * p.M + m] = static_cast<int32_t>(b * p.x_steps_b + m * p.x_steps_m);
   RowGemm<T> g{};
   g.a = static_cast<const T*>(p.x);
-  g.a_stride = 1;
+  g.a_stride = p.x_step;
   g.gather = place;
   g.K = p.K;
   g.w[0] = static_cast<const T*>(p.w);

@@ -15,7 +15,8 @@
  *    fully written: nothing needs to be zeroed by the caller. Results are deterministic and do not depend on the number of
  *    threads.
  *  - Threads: n_threads of the OpenMP runtime of the process are used, never a second pool.
- *  - Scratch is kept per calling thread and reused between calls; sparse_ffn_release_memory() frees the caller's.
+ *  - Scratch is kept per thread and reused between calls. What a call of many tokens leaves there is freed when it is more
+ *    than 256 MiB.
  */
 #ifndef SPARSE_FFN_H
 #define SPARSE_FFN_H
@@ -32,7 +33,7 @@ extern "C" {
 #define SPARSE_FFN_API __attribute__((visibility("default")))
 #endif
 
-#define SPARSE_FFN_ABI_VERSION 8
+#define SPARSE_FFN_ABI_VERSION 9
 
 enum sparse_ffn_status {
   SPARSE_FFN_OK = 0,
@@ -71,13 +72,11 @@ SPARSE_FFN_API const char* sparse_ffn_error(void);
  * one (for tests); it is read once, at the first call. Null if it names none of them: callers should stop then. */
 SPARSE_FFN_API const char* sparse_ffn_isa(void);
 /* All that the CPU supports of "amx", "avx512_bf16", "avx512", "avx2" and "generic", in this order, separated by spaces;
- * "neon" on aarch64. */
+ * "neon" on aarch64. Where SPARSE_FFN_ISA forces another one, "amx" is not among them: Linux is not asked for its tiles. */
 SPARSE_FFN_API const char* sparse_ffn_isas(void);
-/* Frees the scratch of the calling thread and the outputs' memory that is kept for the next ones. */
-SPARSE_FFN_API void sparse_ffn_release_memory(void);
 /* Memory for a large output: it starts at a huge page (2 MiB), and is mapped, with huge pages where the system has them.
  * Null when there is none. Up to 256 MiB of what is freed, with the number of bytes that was asked for, is kept for
- * outputs of the same size. */
+ * outputs of the same size, or until memory runs out. */
 SPARSE_FFN_API void* sparse_ffn_allocate(int64_t bytes);
 SPARSE_FFN_API void sparse_ffn_free(void* memory, int64_t bytes);
 
@@ -190,7 +189,7 @@ SPARSE_FFN_API int sparse_ffn_cvmm_backward(const sparse_ffn_cvmm_backward_args*
  * The same, W[e] made of codes: expert e has G rows of C columns, in P groups of C/P columns with a scale each, and
  * number = scale * (code - zero). qdata is int8 [E, G, C], or uint8 [E, G, C/2]: codes of 4 bits, that of column 2j in
  * the low half of byte j. Without zero points int8 codes are signed, and those of 4 bits have 8 added; with them int8
- * holds codes of 0 to 255 less 128. Up, a row is an output's: W[e] = rows^T [C, G]. Down, an input's: W[e] = rows [G, C].
+ * holds codes of 0 to 255 less 128, and a zero point of 4-bit codes is at most 15. Up, a row is an output's: W[e] = rows^T [C, G]. Down, an input's: W[e] = rows [G, C].
  * Groups of 4-bit codes are whole bytes. Numbers are multiplied in fp32 or in the dtype of x, and x is as it is. */
 typedef struct sparse_ffn_quantized_cvmm_args {
   sparse_ffn_tensor x;                 /* [N, M], rows; M is C up and G down */
@@ -224,13 +223,11 @@ typedef struct sparse_ffn_bag_backward_args {
 } sparse_ffn_bag_backward_args;
 SPARSE_FFN_API int sparse_ffn_bag_backward(const sparse_ffn_bag_backward_args* args, int32_t n_threads);
 
-/* Row-sparse: R = min(T*J, N). */
+/* Row-sparse: R is how many rows of the table index names. */
 typedef struct sparse_ffn_bag_backward_sparse_args {
   sparse_ffn_table table;
   sparse_ffn_tensor dout, dweight;     /* as before */
-  sparse_ffn_tensor n_rows;            /* [1] int64: how many rows of the table were read, */
-  sparse_ffn_tensor rows;              /* [R] int64: first of all these, ascending, */
-  sparse_ffn_tensor dvalue_rows;       /* [R, O]: and first their gradients */
+  sparse_ffn_tensor dvalue_rows;       /* [R, O]: the gradients of these rows, in ascending order */
 } sparse_ffn_bag_backward_sparse_args;
 SPARSE_FFN_API int sparse_ffn_bag_backward_sparse(const sparse_ffn_bag_backward_sparse_args* args, int32_t n_threads);
 

@@ -1,4 +1,6 @@
 // bag.cpp - the C interface of the weighted bag.
+#include <cinttypes>
+
 #include "call.h"
 
 namespace sparse_ffn {
@@ -38,7 +40,7 @@ int sparse_ffn_bag_backward(const sparse_ffn_bag_backward_args* a, int32_t n_thr
   void* dweight = o.maybe<void>("dweight", a->dweight, "TJ");
   void* dvalues = o.maybe<void>("dvalues", a->dvalues, "NO");
   if (o.status()) return o.status();
-  return done(PHASE("dbag", kernels().bag_backward(p, dout, dweight, dvalues, nullptr, nullptr)));
+  return done(PHASE("dbag", kernels().bag_backward(p, dout, dweight, dvalues, -1)));
 }
 
 int sparse_ffn_bag_backward_sparse(const sparse_ffn_bag_backward_sparse_args* a, int32_t n_threads) {
@@ -46,14 +48,11 @@ int sparse_ffn_bag_backward_sparse(const sparse_ffn_bag_backward_sparse_args* a,
   const sparse_ffn_bag p = take_table(o, a->table, n_threads);
   const void* dout = o.take<void>("dout", a->dout, "TO");
   void* dweight = o.maybe<void>("dweight", a->dweight, "TJ");
-  o.let('C', 1);
-  o.let('R', p.T * p.J < p.N ? p.T * p.J : p.N);
-  int64_t* n_rows = o.take<int64_t>("n_rows", a->n_rows, "C");
-  int64_t* rows = o.take<int64_t>("rows", a->rows, "R");
   void* dvalue_rows = o.take<void>("dvalue_rows", a->dvalue_rows, "RO");
   if (o.status()) return o.status();
-  *n_rows = 0;
-  return p.T && p.J ? done(kernels().bag_backward(p, dout, dweight, dvalue_rows, rows, n_rows)) : SPARSE_FFN_OK;
+  const int status = done(PHASE("dbag", kernels().bag_backward(p, dout, dweight, dvalue_rows, o['R'])));
+  if (status != SPARSE_FFN_BAD_ARGUMENT) return status;
+  return refuse(status, "dvalue_rows must have as many rows as index names of values, got %" PRId64, o['R']);
 }
 
 }  // extern "C"

@@ -14,7 +14,9 @@ template <class T> T* scratch_of(Buffer purpose, int64_t count) {
   return static_cast<T*>(scratch(purpose, static_cast<size_t>(count) * sizeof(T)));
 }
 
+// What a call returns whose kernels have run.
 inline int done(int status) {
+  limit_scratch();
   return status == SPARSE_FFN_NO_MEMORY ? refuse(status, "the CPU core is out of memory") : status;
 }
 

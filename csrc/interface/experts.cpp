@@ -155,7 +155,7 @@ int sparse_ffn_moe_forward(const sparse_ffn_moe_forward_args* a, int32_t gate_fu
   if (!gate) gate = scratch_of<float>(kBufferDgate, p.T * p.K + 1);
   if (!gate || !find_room(p, saved)) return done(SPARSE_FFN_NO_MEMORY);
   p.gate = gate;
-  if (const int bad = done(PHASE("route", kernels().route_tokens(p, router, index, gate, sums)))) return bad;
+  if (const int bad = PHASE("route", kernels().route_tokens(p, router, index, gate, sums))) return done(bad);
   return forward(p, index, decode_tokens, saved, out);
 }
 

@@ -154,7 +154,9 @@ void Operands::within(const char* name, const int64_t* index, int64_t n, int64_t
 
 void Operands::count(const char* what, int64_t a, int64_t b) {
   if (status_ || b <= 0 || a <= kMost / b) return;
-  status_ = refuse(SPARSE_FFN_TOO_LARGE, "one call takes at most 2**31 - 1 %s, got %" PRId64 " times %" PRId64, what, a, b);
+  const char* const most = "one call takes at most 2**31 - 1";
+  status_ = b == 1 ? refuse(SPARSE_FFN_TOO_LARGE, "%s %s, got %" PRId64, most, what, a)
+                   : refuse(SPARSE_FFN_TOO_LARGE, "%s %s, got %" PRId64 " times %" PRId64, most, what, a, b);
 }
 
 }  // namespace sparse_ffn

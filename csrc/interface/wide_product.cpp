@@ -1,4 +1,7 @@
 // wide_product.cpp - the C interface of the wide product and of its norm.
+#include <algorithm>
+#include <numeric>
+
 #include "call.h"
 
 namespace sparse_ffn {
@@ -28,9 +31,10 @@ int sparse_ffn_wide_product_forward(const sparse_ffn_wide_product_args* a, int32
   p.B = o['B'], p.M = o['M'], p.N = o['N'], p.K = o['K'];
   o.count("rows of x", p.B, p.M);
   if (o.status() || p.B * p.M * p.N == 0) return o.status();
-  p.x_stride_b = p.B > 1 ? a->x.stride[0] : 0;
-  p.x_stride_m = p.M > 1 ? a->x.stride[1] : 0;
-  o.count("elements between the first and the last row of x", (p.B - 1) * p.x_stride_b + (p.M - 1) * p.x_stride_m);
+  const int64_t stride_b = p.B > 1 ? a->x.stride[0] : 0, stride_m = p.M > 1 ? a->x.stride[1] : 0;
+  p.x_step = std::max<int64_t>(1, std::gcd(stride_b, stride_m));
+  p.x_steps_b = stride_b / p.x_step, p.x_steps_m = stride_m / p.x_step;
+  o.count("steps between the first and the last row of x", (p.B - 1) * p.x_steps_b + (p.M - 1) * p.x_steps_m);
   if (o.status()) return o.status();
   p.norm_width = scale ? p.N / o['P'] : 0;
   p.dtype = o.dtype(), p.norm = norm, p.n_threads = n_threads;

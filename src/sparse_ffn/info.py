@@ -48,8 +48,8 @@ def report() -> str:
 
 def _core() -> str:
     unused = supported("amx_tile") and "amx" not in cpu.instruction_sets()
-    reason = "the processor's AMX is not used: Linux does not permit it, or a first product on it was wrong"
-    return f"loaded, {cpu.instruction_set()}" + (f"; {reason}" if unused else "")
+    reason = f"{cpu.ISA_VARIABLE} forces another, Linux does not permit it, or a first product on it was wrong"
+    return f"loaded, {cpu.instruction_set()}" + (f"; the processor's AMX is not used: {reason}" if unused else "")
 
 
 def _crossovers() -> list[str]:

@@ -21,7 +21,7 @@ HUGE_PAGE = 2 << 20
 LIBRARY_NAME = "libsparse_ffn_cpu.so"
 LIBRARY_VARIABLE = "SPARSE_FFN_LIBRARY"
 ISA_VARIABLE = "SPARSE_FFN_ISA"
-ABI_VERSION = 8
+ABI_VERSION = 9
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "identity": 4, "squared_relu": 5, "square": 6}
 NORMS = {"layer": 1, "rms": 2}
 GATES = {"sigmoid": 0, "softmax": 1, "softmax_topk": 2, "unweighted": 3}
@@ -115,7 +115,7 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     memory = (ctypes.c_char * size).from_address(address)
     # not at exit: tensors may outlive the interpreter
     weakref.finalize(memory, _library.sparse_ffn_free, address, size).atexit = False
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    return torch.frombuffer(memory, dtype=dtype).resize_(shape)  # no view: those of an op cannot be changed in place
 
 
 def instruction_set() -> str:

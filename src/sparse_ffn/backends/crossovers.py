@@ -47,6 +47,8 @@ class Layer(NamedTuple):
 
 Table = Mapping[Layer, int]
 """The most tokens that are decoded; 0: none are."""
+_tables: dict[tuple[str, int], Table] = {}
+"""Those that were read, of a device and its number of threads."""
 _forced: int | None = None
 
 
@@ -84,12 +86,19 @@ def _find(device: str, dtype: torch.dtype, keys: Tensor, k: int) -> int | None:
     return table.get(Layer.of(dtype, D, E, G, k))
 
 
-@functools.cache
 def table_of(device: str) -> Table:
     """What was measured on a device; empty if nothing was or, with a warning, if the file is of no use."""
-    path = path_of(torch.device(device))
+    key = (device, torch.get_num_threads() if device == "cpu" else 1)  # each number of threads has a file
+    if key not in _tables:
+        _tables[key] = _read(torch.device(device))
+    return _tables[key]
+
+
+def _read(device: torch.device) -> Table:
+    """What the device's file says."""
+    path = path_of(device)
     try:
-        return _parse(path.read_text(), torch.device(device))
+        return _parse(path.read_text(), device)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
@@ -113,13 +122,13 @@ def save(found: Table, device: torch.device) -> Path:
     path = path_of(device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SparseFFNWarning)
-        every = {**table_of.__wrapped__(str(device)), **found}
+        every = {**_read(device), **found}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
     rows = [[*layer, most] for layer, most in every.items()]
     partial.write_text(json.dumps({**_key(device), "crossovers": rows}) + "\n")
     partial.replace(path)
-    table_of.cache_clear()
+    _tables.clear()
     return path
 
 

@@ -22,7 +22,7 @@ class Codes(NamedTuple):
     scale: Tensor
     """[..., n], floating."""
     zero_point: Tensor | None = None
-    """uint8 [..., n]."""
+    """uint8 [..., n], at most 15 for codes of 4 bits."""
 
     @property
     def bits(self) -> int:

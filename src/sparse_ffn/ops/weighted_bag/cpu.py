@@ -20,7 +20,7 @@ def forward(
 
 def dot_products(x: Tensor, values: Tensor, index: Tensor) -> Tensor:
     """x[n] · values[index[n, k]] as [N, K], in the dtype of values: what a bag's weights have as their gradient."""
-    dots = cpu.empty(*index.shape, dtype=values.dtype)
+    dots = cpu.empty(*index.shape, dtype=values.dtype).zero_()  # the weights too: they are read, and count for nothing
     cpu.call("bag_backward", (*_table(values, index, dots), x.contiguous(), dots, None))
     return dots
 
@@ -42,13 +42,12 @@ def values_backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor)
 
 def backward_rows(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of values that were read [R], ascending, their gradients [R, O], and the gradient of weight."""
-    most = min(index.numel(), values.shape[0])
-    rows, count = cpu.empty(most, dtype=torch.int64), cpu.empty(1, dtype=torch.int64)
-    drows = cpu.empty(most, values.shape[1], dtype=values.dtype)
+    read = torch.zeros(values.shape[0], dtype=torch.bool, device="cpu").index_fill_(0, index.flatten(), True)
+    rows = read.nonzero().squeeze(1)
+    drows = cpu.empty(rows.shape[0], values.shape[1], dtype=values.dtype)
     dweight = cpu.empty(*weight.shape, dtype=values.dtype)
-    cpu.call("bag_backward_sparse", (*_table(values, index, weight), grad.contiguous(), dweight, count, rows, drows))
-    used = int(count)
-    return rows[:used], drows[:used], dweight.to(weight.dtype)
+    cpu.call("bag_backward_sparse", (*_table(values, index, weight), grad.contiguous(), dweight, drows))
+    return rows, drows, dweight.to(weight.dtype)
 
 
 def _table(values: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
