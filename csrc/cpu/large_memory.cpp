@@ -4,8 +4,8 @@
 // mapped again each time, which took a fifth of a training step on one core while the others waited (measured).
 #include "large_memory.h"
 
+#include <atomic>
 #include <cstdlib>
-#include <mutex>
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -17,10 +17,10 @@ namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr int kMostPieces = 64;
 
-// Freed memory, the oldest first. Nobody waits for the mutex: in a process that was forked while another thread held it, it
-// stays locked. Whoever finds it locked takes memory from the system, or gives it back.
+// Freed memory, the oldest first. Nobody waits for a turn: in a process that was forked while another thread had it, it does
+// not end. Whoever gets none takes memory from the system, or gives it back.
 struct Kept {
-  std::mutex mutex;
+  std::atomic_flag taken = ATOMIC_FLAG_INIT;
   void* memory[kMostPieces];
   size_t size[kMostPieces];
   int count = 0;
@@ -36,6 +36,21 @@ struct Kept {
     return taken;
   }
 };
+class Turn {
+ public:
+  explicit Turn(Kept& kept) : kept_(kept), mine_(!kept.taken.test_and_set(std::memory_order_acquire)) {}
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+  ~Turn() {
+    if (mine_) kept_.taken.clear(std::memory_order_release);
+  }
+  explicit operator bool() const { return mine_; }
+
+ private:
+  Kept& kept_;
+  const bool mine_;
+};
+
 // Made when the library is loaded: a fork would leave a static of a function half made. Never destroyed: tensors may outlive
 // the statics of a library.
 Kept& kept = *new Kept;
@@ -67,8 +82,8 @@ void map_huge_pages(void* p, size_t bytes) {
 void* take_memory(size_t bytes) {
   const size_t size = whole_pages(bytes);
   {
-    const std::unique_lock<std::mutex> lock(kept.mutex, std::try_to_lock);
-    for (int i = lock ? kept.count - 1 : -1; i >= 0; i--)  // the one freed last is the likeliest to be in a cache
+    const Turn mine(kept);
+    for (int i = mine ? kept.count - 1 : -1; i >= 0; i--)  // the one freed last is the likeliest to be in a cache
       if (kept.size[i] == size) return kept.remove(i);
   }
   void* memory = nullptr;
@@ -90,8 +105,7 @@ void free_memory(void* memory, size_t bytes) {
   void* given_back[kMostPieces] = {memory};
   int count = 1;
   if (keep) {
-    const std::unique_lock<std::mutex> lock(kept.mutex, std::try_to_lock);
-    if (lock) {
+    if (const Turn mine(kept); mine) {
       count = 0;
       while (kept.count == kMostPieces || kept.total + size > kMostKept) given_back[count++] = kept.remove(0);
       kept.memory[kept.count] = memory;
@@ -106,8 +120,8 @@ void release_memory() {
   void* given_back[kMostPieces];
   int count = 0;
   {
-    const std::unique_lock<std::mutex> lock(kept.mutex, std::try_to_lock);
-    while (lock && kept.count) given_back[count++] = kept.remove(0);
+    const Turn mine(kept);
+    while (mine && kept.count) given_back[count++] = kept.remove(0);
   }
   for (int i = 0; i < count; i++) free(given_back[i]);
 }
