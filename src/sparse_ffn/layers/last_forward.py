@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -60,7 +61,8 @@ class LastForward:
     def _watch(self, results: tuple[Tensor | Node | None, ...]) -> None:
         self._watched = True
         for node in nodes_of(results):
-            node.register_prehook(partial(_passed, weakref.ref(self)))  # weak: a cycle would keep graphs alive
+            with suppress(RuntimeError):  # of torch 2.9 where the graph is gone, with the outputs that nobody kept
+                node.register_prehook(partial(_passed, weakref.ref(self)))  # weak: a cycle would keep graphs alive
 
     def forget_loss(self) -> None:
         """Count 0 from now on."""
