@@ -38,7 +38,8 @@ class QuantizedRows(ExpertRows):
     @property
     def shape(self) -> torch.Size:
         """(E, G, C)."""
-        return self.codes.shape
+        *rows, width = self.qdata.shape  # dynamo of torch 2.9 cannot read a property of a NamedTuple
+        return torch.Size((*rows, 2 * width if self.qdata.dtype == torch.uint8 else width))
 
     @property
     def dtype(self) -> torch.dtype:
