@@ -54,6 +54,8 @@ def test_outputs_are_those_of_eager_by_the_rounded_weights(kind: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3", "gpt_oss"])
 def test_saved_and_loaded_as_codes(kind: str, form: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    if form == "8 bits" and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+        pytest.skip("transformers before 5.23 saves one scale a row in a shape that cannot be loaded again")
     model = model_of(kind, dtype).eval()
     quantize_experts_(model, FORMS[form])
     expected = logits(model)
