@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn.checks import check_type, shown
-from sparse_ffn.convert.find.probe import first_of
 from sparse_ffn.module import in_evaluation, run_batch
 
 Watch = Callable[[tuple[Any, ...], dict[str, Any], "Tensor | None"], None]
@@ -74,6 +73,11 @@ class Batches:
     def __iter__(self) -> Iterator[Any]:
         yield from self.first
         yield from self._rest
+
+
+def first_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first argument of a call, by position or by name; None without any."""
+    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def _check(batches: Any) -> None:

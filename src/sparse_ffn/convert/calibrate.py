@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn.checks import check_function, check_module, check_positive
-from sparse_ffn.convert.batches import Batches, run
+from sparse_ffn.convert.batches import Batches, first_of, run
 from sparse_ffn.convert.find.examples import Examples
 from sparse_ffn.convert.find.find import find
 from sparse_ffn.convert.find.found import Found
-from sparse_ffn.convert.find.probe import first_of
 
 Filter = Callable[[nn.Module, str], bool]
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from sparse_ffn.convert.batches import first_of
 from sparse_ffn.convert.find.edits import switch_off_fast_path
 
 
@@ -133,11 +134,6 @@ class _Dropouts(TorchFunctionMode):
                 self.seen.append((rate, given["input"].clone()))
                 return given["input"]
         return func(*args, **kwargs)
-
-
-def first_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The first argument of a call, by position or by name; None without any."""
-    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def run(copied: nn.Module, given: Arguments, watch: Iterable[nn.Module] = (), train: bool = False) -> Trace:
