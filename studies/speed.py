@@ -17,6 +17,7 @@ from examples.language_model.train import bits_per_byte, train_step
 
 from . import plan, results
 from .plan import Run
+from .rounded import products
 from .training import learner_of
 from .work import Order
 
@@ -36,12 +37,13 @@ def measured(run: Run, device: torch.device, corpus_bytes: int) -> tuple[float, 
     learner = learner_of(run, config, device)
     text = torch.randint(256, (20 * WINDOWS * config.context,), generator=torch.Generator().manual_seed(0))
     part = text.to(torch.uint8)
-    for step in range(WARM_UP + STEPS):
-        x, y = data.batch(part, seed=0, step=step, batch_size=config.batch_size, context=config.context)
-        train_step(learner, x.to(device), y.to(device), config, 0, step)
-    start = time.perf_counter(), time.process_time()
-    bits_per_byte(learner, part, WINDOWS, config.batch_size)
-    end = time.perf_counter(), time.process_time()
+    with products():
+        for step in range(WARM_UP + STEPS):
+            x, y = data.batch(part, seed=0, step=step, batch_size=config.batch_size, context=config.context)
+            train_step(learner, x.to(device), y.to(device), config, 0, step)
+        start = time.perf_counter(), time.process_time()
+        bits_per_byte(learner, part, WINDOWS, config.batch_size)
+        end = time.perf_counter(), time.process_time()
     evaluations = evaluation_bytes(config, corpus_bytes) / (WINDOWS * config.context)
     wall, cpu = (
         config.steps * statistics.median(seconds[WARM_UP:]) + evaluations * (after - before)

@@ -34,6 +34,7 @@ from sparse_ffn import info
 from .activity import active_units
 from .plan import Run
 from .results import Record
+from .rounded import products
 from .variants import VARIANTS
 
 WHOLE = 10**9  # windows: more than any part has
@@ -68,19 +69,20 @@ def train_run(
         except TrainingError as error:
             print(f"{run.name}: starts anew, since {error}", flush=True)
     diverged = None
-    try:
-        steps = train(
-            [learner], corpus, config, seed=run.seed, first_step=first_step, checkpoint=checkpoint, about=about
-        )
-        for done, _ in steps:
-            if learner.curve and learner.curve[-1][0] == done:
-                print(_progress(run, config, learner), flush=True)
-            if stop():
-                save_checkpoint(checkpoint, about, [learner], done)
-                return None
-    except TrainingError as error:
-        diverged = str(error)
-    return _record(run, config, corpus, learner, facts, diverged)
+    with products():
+        try:
+            steps = train(
+                [learner], corpus, config, seed=run.seed, first_step=first_step, checkpoint=checkpoint, about=about
+            )
+            for done, _ in steps:
+                if learner.curve and learner.curve[-1][0] == done:
+                    print(_progress(run, config, learner), flush=True)
+                if stop():
+                    save_checkpoint(checkpoint, about, [learner], done)
+                    return None
+        except TrainingError as error:
+            diverged = str(error)
+        return _record(run, config, corpus, learner, facts, diverged)
 
 
 def steps_done(checkpoint: Path) -> int:
