@@ -57,7 +57,7 @@ CASES = {  # the tokens' dtype, the gates', the backend
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
 @pytest.mark.parametrize("case", [name for name in CASES if not (cpu.PROBLEM and name.startswith("cpu"))])
 def test_gradients_are_as_promised(case: str, frozen: bool) -> None:
-    """With frozen experts there are none of theirs."""
+    """With frozen matrices there are none of theirs."""
     dtype, of_gates, backend = CASES[case]
     x, weight, keys, values, gate_keys, bias, table = (
         torch.randn(shape).to(dtype).requires_grad_()
@@ -67,7 +67,7 @@ def test_gradients_are_as_promised(case: str, frozen: bool) -> None:
     expert, index, bags = (torch.randint(0, n, shape) for n, shape in ((E + 1, (S,)), (E + 1, (S, K)), (40, (S, K))))
     codes = Codes(torch.randint(-8, 8, (E, G, D)).to(torch.int8), torch.rand(E, G, 2))
     with sf.backend(backend), Promised() as promised:
-        for matrices in (weight, keys, values, gate_keys, bias) if frozen else ():
+        for matrices in (weight, keys, values, gate_keys, bias, table) if frozen else ():
             matrices.requires_grad_(False)
         step(functional.cvmm(x, weight.mT, expert, reduction_weight=slot_gate), x, weight, slot_gate)
         step(
@@ -75,5 +75,6 @@ def test_gradients_are_as_promised(case: str, frozen: bool) -> None:
             *(x, keys, values, gate_keys, bias, gate),
         )
         step(functional.weighted_bag(table, bags, gate), table, gate)
+        step(functional.topk_ffn(x, keys[0], values[0], 3, gate_keys=gate_keys[0], key_bias=bias[0]), x, keys, values)
         step(ops.quantized_cvmm(x, codes, expert, down=False, reduction=slot_gate), x, slot_gate)
     assert {"cvmm_backward", "expert_ffn_backward", "weighted_bag_backward", "quantized_cvmm_backward"} < promised.names

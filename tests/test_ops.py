@@ -390,13 +390,13 @@ def test_opcheck_holds_for_every_op(backend: str) -> None:
             call = (xg, kg, vg, ug, bg, 3, dropped, "silu", True, rank_by, backend)
             torch.library.opcheck(library.topk_ffn.default, call)
             saved = [t.detach() for t in library.topk_ffn(*call)[1:]]
-            back = (torch.randn(6, O), x, first_keys, first_values, *units, dropped, *saved, "silu", backend)
-            torch.library.opcheck(library.topk_ffn_backward.default, back)
+            back = (torch.randn(6, O), x, first_keys, first_values, *units, dropped, *saved)
+            torch.library.opcheck(library.topk_ffn_backward.default, (*back, True, "silu", backend))
 
     table = torch.randn(9, O)
     vg, gg = grad(table, gate)
     torch.library.opcheck(library.weighted_bag.default, (vg, index, gg, torch.float32, backend))
-    torch.library.opcheck(library.weighted_bag_backward.default, (torch.randn(6, O), table, index, gate, backend))
+    torch.library.opcheck(library.weighted_bag_backward.default, (torch.randn(6, O), table, index, gate, True, backend))
     for gather, scatter, reduction in ((None, None, None), (slot.flip(0), slot // 2, torch.rand(6))):
         xg, wg, rg = grad(x, keys.transpose(1, 2), reduction)
         call = (xg, wg, index[:, 0], gather, scatter, rg, 6, backend)

@@ -226,6 +226,7 @@ def bags(dtype: torch.dtype, width: int, table: torch.dtype, *, rows: int = 512,
     weight, grad = torch.empty(bags, k, dtype=dtype), torch.empty(bags, width, dtype=dtype)
     weighted_bag.forward(values, index, weight, dtype)
     weighted_bag.backward(grad, values, index, weight)
+    weighted_bag.backward(grad, values, index, weight, False)
     weighted_bag.backward_rows(grad, values, index, weight)
 
 
@@ -281,4 +282,5 @@ def selections(dtype: torch.dtype, n_units: int, activation: str, form: str, wei
     for sparse, rank_by in ((True, "gate" if form == "full" else "hidden"), (False, "hidden")):
         topk_ffn.use_gather = lambda *sizes, sparse=sparse: sparse
         _, saved = topk_ffn.forward(x, units, k, scale, activation, form == "full", rank_by)
-        topk_ffn.backward(empty(T, D), x, units, scale, saved, activation)
+        for trains in (True, False):
+            topk_ffn.backward(empty(T, D), x, units, scale, saved, trains, activation)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import test_large
 import torch
-from net import Case, check, fp32_first, guarded, random, traps
+from net import Case, check, check_frozen, fp32_first, guarded, random, traps
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -47,6 +47,12 @@ def small_bags(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", BAGS)
 def test_weighted_bag(name: str, dtype: torch.dtype, device: str) -> None:
     check(bag_case(name, dtype), device)
+
+
+@fp32_first
+@pytest.mark.parametrize("name", BAGS)
+def test_a_frozen_table_gets_no_gradient(name: str, dtype: torch.dtype, device: str) -> None:
+    check_frozen(bag_case(name, dtype), device)
 
 
 @pytest.mark.parametrize("width", [1, 16, 17])
@@ -115,7 +121,9 @@ def test_indices_outside_of_the_table_touch_nothing(device: str) -> None:
     with traps():
         assert torch.equal(weighted_bag.forward(values, index, weight, values.dtype)[0], values[2])
         dvalues, dweight = weighted_bag.backward(values[:1], values, index, weight)
+        of_frozen = weighted_bag.backward(values[:1], values, index, weight, False).weight
     assert (dweight[0, 1:] == 0).all()
+    assert (of_frozen[0, 1:] == 0).all()
     assert torch.equal(dvalues, torch.stack([values[0] * (r == 2) for r in range(4)]))
 
 
@@ -159,9 +167,13 @@ def test_weighted_bag_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch
         values, index, weight = (mode.from_tensor(x) for x in t)
         out = weighted_bag.forward(values, index, weight, values.dtype)
         dvalues, dweight = weighted_bag.backward(out, values, index, weight)
+        assert launched == {"bag_kernel", "bag_gradient_kernel", "hot_rows_kernel"}
+        launched.clear()
+        weighted_bag.backward(out, values, index, weight, False)
+    assert launched == {"dot_products_kernel"}
+    assert dvalues is not None
     assert dvalues.shape == values.shape
     assert dweight.shape == weight.shape
-    assert launched == {"bag_kernel", "bag_gradient_kernel", "hot_rows_kernel"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU this memory would be real")
@@ -176,7 +188,8 @@ def test_offsets_past_two_billion() -> None:
     dots = bag.bag_gradient(segments.every_row(index, 3, 8), far_grad, weight, out, far)
     test_large.close(out[2], grad[0].double() + 6 * grad[2].double())
     assert dots is not None
-    torch.testing.assert_close(dots[2, 1].double(), grad[2].double() @ values[2].double(), rtol=1e-4, atol=1e-4)
+    for found in (dots, bag.dot_products(far_grad, far, index)):
+        torch.testing.assert_close(found[2, 1].double(), grad[2].double() @ values[2].double(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU this memory would be real")

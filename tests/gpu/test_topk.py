@@ -8,7 +8,7 @@ import flat
 import pytest
 import test_large
 import torch
-from net import TOLERANCE, Case, check, fp32_first, guarded, random, traps
+from net import TOLERANCE, Case, check, check_frozen, fp32_first, guarded, random, traps
 from strange import stable, strange
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -92,6 +92,13 @@ def test_topk_ffn(form: str, dtype: torch.dtype, sparse: bool, device: str, monk
 
 
 @ways
+@pytest.mark.parametrize("form", ["plain", "everything"])
+def test_frozen_units_get_no_gradients(form: str, sparse: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(sparse, monkeypatch)
+    check_frozen(topk_case(form=form), device)
+
+
+@ways
 @pytest.mark.parametrize(
     "sizes",
     [(1, 1, 1, 1, 1), (0, 4, 5, 6, 2), (3, 8, 16, 16, 16), (2, 5, 33, 1, 33), (3, 5, 7, 4, 1)],
@@ -170,7 +177,7 @@ def test_at_minus_infinity_a_smooth_activation_and_its_derivative_are_zero(
     for name in SMOOTH:
         for units in (Units(closed, ones), Units(ones, ones, closed)):
             out, saved = topk_ffn.forward(x, units, 4, None, name, False, "hidden")
-            _, grads = topk_ffn.backward(torch.ones_like(out), x, units, None, saved, name)
+            _, grads = topk_ffn.backward(torch.ones_like(out), x, units, None, saved, True, name)
             assert out.isfinite().all()
             assert grads.keys[1] == grads.values[1] == 0
             assert grads.keys[[0, 2, 3]].all()
@@ -211,7 +218,7 @@ def test_blocks_of_tokens_bound_the_temporaries(
     monkeypatch.setattr(topk, "launch", lambda kernel, grid, *a, **meta: [x.zero_() for x in a if is_index(x)])
     with Sizes() as sizes:
         _, saved = topk_ffn.forward(t["x"], units, k, None, "relu", True, "hidden")
-        topk_ffn.backward(t["x"].new_ones(T, 6), t["x"], units, None, saved, "relu")
+        topk_ffn.backward(t["x"].new_ones(T, 6), t["x"], units, None, saved, True, "relu")
     assert sizes.largest <= most < T * n_units
 
 
@@ -250,7 +257,7 @@ def test_it_never_waits_for_the_device(form: str, sparse: bool, monkeypatch: pyt
         t = {n: mode.from_tensor(x) for n, x in t.items()}
         units = Units(t["keys"], t["values"], t.get("gate_keys"), t.get("key_bias"))
         out, saved = topk_ffn.forward(t["x"], units, 6, t.get("dropout_mask"), "relu", True, "hidden")
-        dx, dunits = topk_ffn.backward(out, t["x"], units, t.get("dropout_mask"), saved, "relu")
+        dx, dunits = topk_ffn.backward(out, t["x"], units, t.get("dropout_mask"), saved, True, "relu")
     assert (dx.shape, dunits.keys.shape, dunits.values.shape) == (t["x"].shape, units.keys.shape, units.values.shape)
     gathered = {"bag_kernel", "bag_gradient_kernel", "hot_rows_kernel"}
     assert launched == {"select_kernel", "chosen_kernel"} | (gathered if sparse else set())

@@ -141,7 +141,7 @@ class Operator:
             there = self._there(name, arguments, gradients)
             return f"gradient({name}) if {there} else {first}.new_empty(0)" if there else f"gradient({name})"
 
-        first, *_ = names = list(_types(gradients))
+        names, first = _types(gradients), _always_there(gradients)
         return self._function("backward_fake", [*arguments], [f"return {', '.join(map(of, names))}"])
 
     def _setup_context(self, passed: dict[str, str], outputs: list[Part], back: dict[str, str]) -> Callable[..., Any]:
@@ -247,7 +247,7 @@ def _unpacked(call: str, results: list[Part], returned: list[Part]) -> list[str]
     """A call of a backend's function, and what a schema knows of its results."""
     if len(results) == 1:
         return [f"return {call}"]
-    first, *_ = _types(results)
+    first = _always_there(results)
     optional = [part for part in results if part.optional]
     targets = (f"({', '.join(part.types)})" if part.kind and not part.optional else part.name for part in results)
     values = (
@@ -259,6 +259,10 @@ def _unpacked(call: str, results: list[Part], returned: list[Part]) -> list[str]
         *(f"{', '.join(part.types)} = {part.name} or (None,) * {len(part.types)}" for part in optional),
         f"return {', '.join(values)}",
     ]
+
+
+def _always_there(results: list[Part]) -> str:
+    return next(name for name, kind in _types(results).items() if kind == "Tensor")
 
 
 def _gradients(arguments: Iterable[str]) -> list[str]:

@@ -80,6 +80,27 @@ def bag_gradient_kernel(
 
 
 @triton.jit
+def dot_products_kernel(
+    x, values, index, dots, K, R, O, stride_x, stride_values,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A block of slots of one bag: dots[n, j] = x[n] · values[index[n, j]]."""
+    n_blocks = tl.cdiv(K, ROWS)
+    n = (tl.program_id(0) // n_blocks).to(tl.int64)
+    j = (tl.program_id(0) % n_blocks) * ROWS + tl.arange(0, ROWS)
+    row = tl.load(index + n * K + j, mask=j < K, other=-1).to(tl.int64)
+    ok = (row >= 0) & (row < R)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, O, COLUMNS):
+        o = start + tl.arange(0, COLUMNS)
+        factor = tl.load(x + n * stride_x + o, mask=o < O, other=0.0).to(tl.float32)
+        at = values + row[:, None] * stride_values + o[None, :]
+        total += tl.load(at, mask=ok[:, None] & (o < O)[None, :], other=0.0).to(tl.float32) * factor[None, :]
+    # of a row that is not there not even 0 · NaN
+    tl.store(dots + n * K + j, tl.where(ok, tl.sum(total, 1), 0.0), mask=j < K)
+
+
+@triton.jit
 def hot_rows_kernel(parts, out, hot, begins, ends, row_part, R, O, CAP: tl.constexpr, COLUMNS: tl.constexpr):
     """out[r] = the sum of row r's parts in order, for the rows that have several."""
     n_blocks = tl.cdiv(O, COLUMNS)
@@ -107,6 +128,20 @@ def bag(values: Tensor, index: Tensor, weight: Tensor, out: Tensor) -> None:
         bag_kernel, N * cdiv(O, columns), values, index, weight, out, K, R, O, values.stride(0),
         ROWS=BAG.rows, COLUMNS=columns,
     )  # fmt: skip
+
+
+def dot_products(x: Tensor, values: Tensor, index: Tensor) -> Tensor:
+    """x[n] · values[index[n, j]] as fp32 [N, K]: what a bag's weights have as their gradient; 0 where no row is named.
+
+    Shapes: x [N, O] and values [R, O] with unit stride in their rows, index int [N, K] contiguous.
+    """
+    (N, K), (R, O) = index.shape, values.shape
+    dots = x.new_empty(N, K, dtype=torch.float32)
+    launch(
+        dot_products_kernel, N * cdiv(K, BAG.rows), x, values, index, dots, K, R, O, x.stride(0), values.stride(0),
+        ROWS=BAG.rows, COLUMNS=_columns(O),
+    )  # fmt: skip
+    return dots
 
 
 def bag_gradient(

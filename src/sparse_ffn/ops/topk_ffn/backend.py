@@ -24,7 +24,7 @@ class Gradients(NamedTuple):
     """The gradients of the trained operands."""
 
     x: Tensor
-    units: Units
+    units: Units | None
 
 
 class Backend(Protocol):
@@ -55,6 +55,13 @@ class Backend(Protocol):
         """The output, nothing kept."""
 
     def backward(
-        self, grad: Tensor, x: Tensor, units: Units, dropout_mask: Tensor | None, saved: Saved, activation: str
+        self,
+        grad: Tensor,
+        x: Tensor,
+        units: Units,
+        dropout_mask: Tensor | None,
+        saved: Saved,
+        needs_units: bool,
+        activation: str,
     ) -> Gradients:
-        """The gradients, for that of the output, of any strides."""
+        """The gradients, for that of the output, of any strides; without ``needs_units`` none of the units'."""

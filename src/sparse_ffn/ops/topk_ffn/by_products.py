@@ -16,11 +16,11 @@ from sparse_ffn.ops.units import Units
 class Products(Protocol):
     """The matrix is one for each argument [T, K], and zero where a unit is not selected."""
 
-    def both_gradients(self, grad: Tensor, values: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    def down_backward(self, grad: Tensor, values: Tensor, h: Tensor, needs: bool) -> tuple[Tensor | None, Tensor]:
         """Gradients of values [F, O] and h [T, K] where the output is h @ values."""
 
-    def gradients(self, dup: Tensor, keys: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of x and keys [F, D] where up = x @ keys.T."""
+    def up_backward(self, dup: Tensor, keys: Tensor, x: Tensor, needs: bool) -> tuple[Tensor, Tensor | None]:
+        """Gradients of x and keys [F, D] where up = x @ keys.T. Without ``needs`` those of matrices are None."""
 
     def sums(self, dup: Tensor, bias: Tensor) -> Tensor:
         """Gradient of a bias [F] that is part of up."""
@@ -32,17 +32,27 @@ def matrix(selected: Tensor, index: Tensor, n_units: int) -> Tensor:
 
 
 def backward(
-    of: Products, grad: Tensor, x: Tensor, units: Units, dropout_mask: Tensor | None, saved: Saved, activation: str
+    of: Products,
+    grad: Tensor,
+    x: Tensor,
+    units: Units,
+    dropout_mask: Tensor | None,
+    saved: Saved,
+    needs_units: bool,
+    activation: str,
 ) -> Gradients:
     """The gradients."""
     index, up_TK, glu_gate_TK = saved
     scale_TK = None if dropout_mask is None else dropout_mask.gather(1, index.long()).to(up_TK.dtype)
     h_TK = hidden_anywhere(activation, up_TK, glu_gate_TK, scale_TK)
-    dvalues, dh_TK = of.both_gradients(grad, units.values, h_TK)
+    dvalues, dh_TK = of.down_backward(grad, units.values, h_TK, needs_units)
     dup_TK, dglu_gate_TK = hidden_backward(activation, dh_TK, up_TK, glu_gate_TK, scale_TK)
-    dx, dkeys = of.gradients(dup_TK, units.keys, x)
+    dx, dkeys = of.up_backward(dup_TK, units.keys, x, needs_units)
+    dgate_keys = None
+    if units.gate_keys is not None and dglu_gate_TK is not None:
+        dx_too, dgate_keys = of.up_backward(dglu_gate_TK, units.gate_keys, x, needs_units)
+        dx = dx + dx_too
+    if dkeys is None or dvalues is None:
+        return Gradients(dx, None)
     dkey_bias = None if units.key_bias is None else of.sums(dup_TK, units.key_bias)
-    if units.gate_keys is None or dglu_gate_TK is None:
-        return Gradients(dx, Units(dkeys, dvalues, None, dkey_bias))
-    dx_too, dgate_keys = of.gradients(dglu_gate_TK, units.gate_keys, x)
-    return Gradients(dx + dx_too, Units(dkeys, dvalues, dgate_keys, dkey_bias))
+    return Gradients(dx, Units(dkeys, dvalues, dgate_keys, dkey_bias))

@@ -149,7 +149,13 @@ def _up(x: Tensor, keys: Tensor, key_bias: Tensor | None, closing: Tensor | None
 
 
 def backward(
-    grad: Tensor, x: Tensor, units: Units, dropout_mask: Tensor | None, saved: Saved, activation: str
+    grad: Tensor,
+    x: Tensor,
+    units: Units,
+    dropout_mask: Tensor | None,
+    saved: Saved,
+    needs_units: bool,
+    activation: str,
 ) -> Gradients:
     """The gradients."""
     T, k = saved.up.shape
@@ -159,18 +165,20 @@ def backward(
         index = cpu.empty(T, k, dtype=torch.int64)
         cpu.call("topk_index", (saved.selected, index), F)
         listed = saved._replace(selected=index)
-        return by_products.backward(_Bags(index), grad, x, units, dropout_mask, listed, activation)
+        return by_products.backward(_Bags(index), grad, x, units, dropout_mask, listed, needs_units, activation)
     h_TF, dh_TF = cpu.empty(T, F, dtype=x.dtype), product(grad, values.t())
     dglu_gate_TF = None if gate_keys is None else cpu.empty(T, F, dtype=x.dtype)
     tensors = (*saved, contiguous(dropout_mask), dh_TF, h_TF, dh_TF, dglu_gate_TF)
     cpu.call("topk_hidden_backward", tensors, ACTIVATIONS[activation])
     dup_TF = dh_TF
-    dvalues, dkeys, dx = product(h_TF.t(), grad), product(dup_TF.t(), x), product(dup_TF, keys)
-    dkey_bias = None if key_bias is None else dup_TF.sum(0)
-    if gate_keys is None or dglu_gate_TF is None:
-        return Gradients(dx, Units(dkeys, dvalues, None, dkey_bias))
-    dx.add_(product(dglu_gate_TF, gate_keys))
-    return Gradients(dx, Units(dkeys, dvalues, product(dglu_gate_TF.t(), x), dkey_bias))
+    dx = product(dup_TF, keys)
+    if gate_keys is not None and dglu_gate_TF is not None:
+        dx.add_(product(dglu_gate_TF, gate_keys))
+    if not needs_units:
+        return Gradients(dx, None)
+    dvalues, dkeys = product(h_TF.t(), grad), product(dup_TF.t(), x)
+    dgate_keys = None if dglu_gate_TF is None else product(dglu_gate_TF.t(), x)
+    return Gradients(dx, Units(dkeys, dvalues, dgate_keys, None if key_bias is None else dup_TF.sum(0)))
 
 
 class _Bags:
@@ -179,11 +187,12 @@ class _Bags:
     def __init__(self, index: Tensor) -> None:
         self.index = index
 
-    def both_gradients(self, grad: Tensor, values: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        return bag.backward(grad, values, self.index, h)
+    def down_backward(self, grad: Tensor, values: Tensor, h: Tensor, needs: bool) -> tuple[Tensor | None, Tensor]:
+        return bag.backward(grad, values, self.index, h, needs)
 
-    def gradients(self, dup: Tensor, keys: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return bag.forward(keys, self.index, dup), bag.values_backward(x, keys, self.index, dup)
+    def up_backward(self, dup: Tensor, keys: Tensor, x: Tensor, needs: bool) -> tuple[Tensor, Tensor | None]:
+        dx = bag.forward(keys, self.index, dup)
+        return dx, bag.values_backward(x, keys, self.index, dup) if needs else None
 
     def sums(self, dup: Tensor, bias: Tensor) -> Tensor:
         total = torch.zeros(bias.shape[0], dtype=torch.float32, device="cpu")

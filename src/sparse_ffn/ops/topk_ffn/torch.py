@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_ffn.ops.activations import hidden
+from sparse_ffn.ops.autocast import cast
 from sparse_ffn.ops.select import eager_stable_topk
 from sparse_ffn.ops.topk_ffn import by_products
 from sparse_ffn.ops.topk_ffn.backend import Gradients, Saved
@@ -45,11 +46,17 @@ def inference(
 
 
 def backward(
-    grad: Tensor, x: Tensor, units: Units, dropout_mask: Tensor | None, saved: Saved, activation: str
+    grad: Tensor,
+    x: Tensor,
+    units: Units,
+    dropout_mask: Tensor | None,
+    saved: Saved,
+    needs_units: bool,
+    activation: str,
 ) -> Gradients:
     """The gradients."""
     of = _Products(saved.selected, units.keys.shape[0])
-    return by_products.backward(of, grad, x, units, dropout_mask, saved, activation)
+    return by_products.backward(of, grad, x, units, dropout_mask, saved, needs_units, activation)
 
 
 class _Products:
@@ -58,13 +65,13 @@ class _Products:
     def __init__(self, index: Tensor, n_units: int) -> None:
         self.index, self.n_units = index.long(), n_units
 
-    def both_gradients(self, grad: Tensor, values: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        dvalues, dh = bag.backward(grad, values.to(grad.dtype), self.index, h)
-        return dvalues.to(values.dtype), dh
+    def down_backward(self, grad: Tensor, values: Tensor, h: Tensor, needs: bool) -> tuple[Tensor | None, Tensor]:
+        dvalues, dh = bag.backward(grad, values.to(grad.dtype), self.index, h, needs)
+        return cast(dvalues, values.dtype), dh
 
-    def gradients(self, dup: Tensor, keys: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def up_backward(self, dup: Tensor, keys: Tensor, x: Tensor, needs: bool) -> tuple[Tensor, Tensor | None]:
         dup_TF = by_products.matrix(dup, self.index, self.n_units)
-        return dup_TF @ keys.to(x.dtype), (dup_TF.t() @ x).to(keys.dtype)
+        return dup_TF @ keys.to(x.dtype), (dup_TF.t() @ x).to(keys.dtype) if needs else None
 
     def sums(self, dup: Tensor, bias: Tensor) -> Tensor:
         return by_products.matrix(dup, self.index, self.n_units).sum(0).to(bias.dtype)

@@ -7,8 +7,8 @@ What has a number for every token and hidden unit exists for a block of tokens o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,37 +123,49 @@ def inference(
 
 @on_device
 def backward(
-    grad: Tensor, x: Tensor, units: Units, dropout_mask: Tensor | None, saved: Saved, activation: str
+    grad: Tensor,
+    x: Tensor,
+    units: Units,
+    dropout_mask: Tensor | None,
+    saved: Saved,
+    needs_units: bool,
+    activation: str,
 ) -> Gradients:
     """The gradients."""
     index, up_TK, glu_gate_TK = saved
     n_units = units.keys.shape[0]
     of = (_Gathered if use_gather(x, n_units, index.shape[1]) else _Dense)(index, n_units)
     wide = Saved(index, up_TK.float(), None if glu_gate_TK is None else glu_gate_TK.float())
-    return by_products.backward(of, grad, x, units, dropout_mask, wide, activation)
+    return by_products.backward(of, grad, x, units, dropout_mask, wide, needs_units, activation)
 
 
 class _Gathered:
     """Products row by row."""
 
     def __init__(self, index: Tensor, n_units: int) -> None:
-        self.index = index
-        self.segments = segments.every_row(index, n_units, config.BAG.cap)
+        self.index, self.n_units = index, n_units
 
-    def both_gradients(self, grad: Tensor, values: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    @functools.cached_property
+    def groups(self) -> segments.Segments:
+        return segments.every_row(self.index, self.n_units, config.BAG.cap)
+
+    def down_backward(self, grad: Tensor, values: Tensor, h: Tensor, needs: bool) -> tuple[Tensor | None, Tensor]:
+        if not needs:
+            return None, bag.dot_products(rows(grad), rows(values), self.index.contiguous())
         dvalues = values.new_empty(values.shape)
-        dh = bag.bag_gradient(self.segments, rows(grad), h.contiguous(), dvalues, rows(values))
+        dh = bag.bag_gradient(self.groups, rows(grad), h.contiguous(), dvalues, rows(values))
         assert dh is not None
         return dvalues, dh
 
-    def gradients(self, dup: Tensor, keys: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        dkeys = keys.new_empty(keys.shape)
-        bag.bag_gradient(self.segments, rows(x), dup.contiguous(), dkeys)
+    def up_backward(self, dup: Tensor, keys: Tensor, x: Tensor, needs: bool) -> tuple[Tensor, Tensor | None]:
+        dkeys = keys.new_empty(keys.shape) if needs else None
+        if dkeys is not None:
+            bag.bag_gradient(self.groups, rows(x), dup.contiguous(), dkeys)
         return _bag(keys, self.index, dup, x.dtype), dkeys
 
     def sums(self, dup: Tensor, bias: Tensor) -> Tensor:
         dbias = bias.new_empty(bias.shape[0], 1)
-        bag.bag_gradient(self.segments, dup.new_ones(1, 1).expand(dup.shape[0], 1), dup.contiguous(), dbias)
+        bag.bag_gradient(self.groups, dup.new_ones(1, 1).expand(dup.shape[0], 1), dup.contiguous(), dbias)
         return dbias.squeeze(1)
 
 
@@ -163,24 +175,26 @@ class _Dense:
     def __init__(self, index: Tensor, n_units: int) -> None:
         self.index, self.n_units = index.long(), n_units
 
-    def both_gradients(self, grad: Tensor, values: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    def down_backward(self, grad: Tensor, values: Tensor, h: Tensor, needs: bool) -> tuple[Tensor | None, Tensor]:
         h, across = h.to(grad.dtype), values.to(grad.dtype).t()
-        dvalues: Any = None
+        dvalues: Tensor | None = None
         dh = []
         for part in blocks(grad, self.n_units):
-            dvalues = _plus(dvalues, self._matrix(h, part).t() @ grad[part])
+            if needs:
+                dvalues = _plus(dvalues, self._matrix(h, part).t() @ grad[part])
             dh.append((grad[part] @ across).gather(1, self.index[part]).float())
-        return dvalues.to(values.dtype), _joined(dh)
+        return cast(dvalues, values.dtype), _joined(dh)
 
-    def gradients(self, dup: Tensor, keys: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def up_backward(self, dup: Tensor, keys: Tensor, x: Tensor, needs: bool) -> tuple[Tensor, Tensor | None]:
         dup, narrow = dup.to(x.dtype), keys.to(x.dtype)
-        dkeys: Any = None
+        dkeys: Tensor | None = None
         dx = []
         for part in blocks(x, self.n_units):
             dup_TF = self._matrix(dup, part)
-            dkeys = _plus(dkeys, dup_TF.t() @ x[part])
+            if needs:
+                dkeys = _plus(dkeys, dup_TF.t() @ x[part])
             dx.append(dup_TF @ narrow)
-        return _joined(dx), dkeys.to(keys.dtype)
+        return _joined(dx), cast(dkeys, keys.dtype)
 
     def sums(self, dup: Tensor, bias: Tensor) -> Tensor:
         total = dup.new_zeros(self.n_units)

@@ -11,7 +11,7 @@ from torch import Tensor
 class Gradients(NamedTuple):
     """The gradients of the trained operands."""
 
-    values: Tensor
+    values: Tensor | None
     weight: Tensor
 
 
@@ -21,8 +21,8 @@ class Backend(Protocol):
     def forward(self, values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The bags [N, O] in ``dtype``; only backends that cast weights themselves get values in another one."""
 
-    def backward(self, grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> Gradients:
-        """The gradients, for that of the bags, of any strides."""
+    def backward(self, grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, needs_values: bool) -> Gradients:
+        """The gradients, for that of the bags, of any strides; without ``needs_values`` none of values."""
 
     def backward_rows(
         self, grad: Tensor, values: Tensor, index: Tensor, weight: Tensor

@@ -25,8 +25,10 @@ def dot_products(x: Tensor, values: Tensor, index: Tensor) -> Tensor:
     return dots
 
 
-def backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> Gradients:
+def backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, needs_values: bool = True) -> Gradients:
     """Gradients of values and weight."""
+    if not needs_values:
+        return Gradients(None, dot_products(grad, values, index).to(weight.dtype))
     dvalues = cpu.empty(*values.shape, dtype=values.dtype)
     dweight = cpu.empty(*weight.shape, dtype=values.dtype)
     cpu.call("bag_backward", (*_table(values, index, weight), grad.contiguous(), dweight, dvalues))

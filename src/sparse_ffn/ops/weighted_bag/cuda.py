@@ -21,10 +21,12 @@ def forward(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -
 
 
 @on_device
-def backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> Gradients:
+def backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, needs_values: bool = True) -> Gradients:
     """Gradients of values and weight."""
-    members, offsets = sort_by_expert(index.reshape(-1), values.shape[0])
-    return _backward(grad, values, index, weight, members, offsets)
+    dvalues = None
+    if needs_values:
+        dvalues = _of_values(grad, weight, *sort_by_expert(index.reshape(-1), values.shape[0])).to(values.dtype)
+    return Gradients(dvalues, _of_weight(grad, values, index, weight))
 
 
 @on_device
@@ -32,8 +34,8 @@ def backward_rows(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -
     """Rows of values that were read [R], ascending, their gradients [R, O], and the gradient of weight."""
     rows, compact = torch.unique(index, return_inverse=True)
     members, offsets = sort_by_expert(compact.reshape(-1), rows.shape[0])
-    drows, dweight = _backward(grad, values, index, weight, members, offsets)
-    return rows, drows, dweight
+    drows = _of_values(grad, weight, members, offsets).to(values.dtype)
+    return rows, drows, _of_weight(grad, values, index, weight)
 
 
 @on_device
@@ -44,14 +46,17 @@ def segment_sums(rows: Tensor, members: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
-def _backward(
-    grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, members: Tensor, offsets: Tensor
-) -> Gradients:
-    grad, k = grad.contiguous(), index.shape[1]
-    dweight, dvalues = torch.empty_like(_weight(weight)), grad.new_empty(offsets.shape[0] - 1, values.shape[1])
-    cuda.bag("bag_weights", grad, values.to(grad.dtype).contiguous(), dweight, k=k, index=index.contiguous())
-    cuda.bag("bag_values", grad, dvalues, _weight(weight), k=k, members=members, offsets=offsets)
-    return Gradients(dvalues.to(values.dtype), dweight.to(weight.dtype))
+def _of_values(grad: Tensor, weight: Tensor, members: Tensor, offsets: Tensor) -> Tensor:
+    """Gradients of the rows whose slots are ``members``, as in ``segment_sums``, in grad's dtype."""
+    out = grad.new_empty(offsets.shape[0] - 1, grad.shape[1])
+    cuda.bag("bag_values", grad.contiguous(), out, _weight(weight), k=weight.shape[1], members=members, offsets=offsets)
+    return out
+
+
+def _of_weight(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    grad, values, dweight = grad.contiguous(), values.to(grad.dtype).contiguous(), torch.empty_like(_weight(weight))
+    cuda.bag("bag_weights", grad, values, dweight, k=index.shape[1], index=index.contiguous())
+    return dweight.to(weight.dtype)
 
 
 def _weight(weight: Tensor) -> Tensor:

@@ -57,8 +57,11 @@ class _SparseGradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, index, weight = ctx.saved_tensors
+        backend = implementation(ctx.chosen)
         with without_autocast(grad):
-            rows, drows, dweight = implementation(ctx.chosen).backward_rows(grad, values, index, weight)
+            if not ctx.needs_input_grad[0]:
+                return None, None, backend.backward(grad, values, index, weight, False).weight
+            rows, drows, dweight = backend.backward_rows(grad, values, index, weight)
         dvalues = torch.sparse_coo_tensor(
             rows.unsqueeze(0), drows.to(ctx.dtype), values.shape, is_coalesced=True, check_invariants=False
         )
@@ -86,8 +89,8 @@ def _indices(values: Tensor, index: Tensor, *rest: Any) -> tuple[Indices]:
     return (("index", index, values.shape[0], False),)
 
 
-def _backward_indices(grad: Tensor, *operands: Any) -> tuple[Indices]:
-    return _indices(*operands)
+def _backward_indices(grad: Tensor, *rest: Any) -> tuple[Indices]:
+    return _indices(*rest)
 
 
 _op = Operator("weighted_bag", Backend, _shapes, implementation=implementation, indices=(_indices, _backward_indices))

@@ -24,28 +24,34 @@ def forward(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype | 
     return out
 
 
-def backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> Gradients:
+def backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, needs_values: bool = True) -> Gradients:
     """Gradients of values and weight."""
     n, k = index.shape
     if _dense(values, index):
+        dweight = (grad @ values.t()).gather(1, index).to(weight.dtype)
+        if not needs_values:
+            return Gradients(None, dweight)
         small = weight.to(values.dtype)
-        table = small.new_zeros(n, values.shape[0]).scatter_add(1, index, small)
-        return Gradients(table.t() @ grad, (grad @ values.t()).gather(1, index).to(weight.dtype))
+        return Gradients(small.new_zeros(n, values.shape[0]).scatter_add(1, index, small).t() @ grad, dweight)
     grad = grad.contiguous()  # embedding bag reads past the strides of a view
     flat, offsets, flat_weight = _flat(values, index, weight)
     bag = torch.arange(n, device=index.device).repeat_interleave(k)
+    dweight = _aten._embedding_bag_per_sample_weights_backward(grad, values, flat, offsets, bag, _SUM)
+    dweight = dweight.view(n, k).to(weight.dtype)
+    if not needs_values:
+        return Gradients(None, dweight)
     size = torch.full_like(offsets, k)
     dvalues: Tensor = _aten._embedding_bag_dense_backward(
         grad, flat, bag, size, offsets.new_empty(0), values.shape[0], False, _SUM, flat_weight
     )
-    dweight: Tensor = _aten._embedding_bag_per_sample_weights_backward(grad, values, flat, offsets, bag, _SUM)
-    return Gradients(dvalues, dweight.view(n, k).to(weight.dtype))
+    return Gradients(dvalues, dweight)
 
 
 def backward_rows(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of values that were read [R], ascending, their gradients [R, O], and the gradient of weight."""
     rows, compact = torch.unique(index, return_inverse=True)
     drows, dweight = backward(grad, values[rows], compact, weight)
+    assert drows is not None
     return rows, drows, dweight
 
 

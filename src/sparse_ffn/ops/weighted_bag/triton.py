@@ -20,8 +20,10 @@ def forward(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -
 
 
 @on_device
-def backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> Gradients:
+def backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, needs_values: bool = True) -> Gradients:
     """Gradients of values (zero where no bag reads) and weight."""
+    if not needs_values:
+        return Gradients(None, bag.dot_products(rows(grad), rows(values), index.contiguous()).to(weight.dtype))
     dvalues = values.new_empty(values.shape)
     groups = segments.every_row(index, values.shape[0], config.BAG.cap)
     dots = bag.bag_gradient(groups, rows(grad), weight.contiguous(), dvalues, rows(values))
