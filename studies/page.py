@@ -31,8 +31,9 @@ METHOD = f"""\
 - **Text.** enwik8, bytes: 90 MB for training, 5 MB for validation, 5 MB for the test, as in the paper. Windows of the
   training text are drawn at random. Learning curves are of {{windows}} windows of the validation text, the same each
   time; the tables' bits per byte are of the whole test text, cut into windows that start without context.
-- **Model.** The demo's transformer: pre-LN, rotary positions, every FFN replaced. bfloat16 autocast. No dropout at
-  sizes S and M, whose runs see less text than there is; size L has the paper's. Adam, a warm-up, then a cosine to 0.
+- **Model.** The demo's transformer: pre-LN, rotary positions, every FFN replaced. bfloat16 autocast: a processor
+  without instructions for it multiplies the rounded operands in fp32, and rounds the result. No dropout at sizes S
+  and M, whose runs see less text than there is; size L has the paper's. Adam, a warm-up, then a cosine to 0.
 - **Equal parameters.** [`parameter_equal`](parameter-equal.md) gives each layer the parameters of the dense FFN.
 - **Same start, order and rate.** For one seed all layers start from the same weights outside the FFNs and see the
   same windows in the same order. One learning rate serves all layers of sizes S and M: that of the lowest sum of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,12 +17,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from examples.language_model import train
 from examples.language_model.configs import Config
 from examples.language_model.variants import ffn_flops, transformer
 from sparse_ffn import MoE
-from studies import enwik8, headline, page, plan, results, sizes, statistics, tables, training, work
+from studies import enwik8, headline, page, plan, results, rounded, sizes, statistics, tables, training, work
 from studies.plan import Run
 from studies.variants import VARIANTS
 
@@ -168,6 +172,58 @@ def test_training_flops_count_linears_and_attention_thrice() -> None:
 
 
 # the plan
+
+
+class Multiplied(TorchDispatchMode):
+    """The dtypes of the operands of matrix products inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "mm" in func.__name__:
+            self.dtypes += [t.dtype for t in tree_leaves(args) if isinstance(t, Tensor)]
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("batch", [(), (3,)], ids=["matrices", "batches"])
+def test_rounded_operands_are_multiplied_in_fp32_and_rounded_once(batch: tuple[int, ...]) -> None:
+    x, w, bias, grad = (torch.randn(*batch, *shape) for shape in ((5, 40), (40, 7), (5, 7), (5, 7)))
+
+    def step(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.bfloat16().to(dtype).requires_grad_() for t in (x, w, bias)]
+        y = leaves[0] @ leaves[1] if batch else torch.addmm(leaves[2], *leaves[:2])
+        return [y, *torch.autograd.grad(y, leaves[: 2 if batch else 3], grad.bfloat16().to(dtype))]
+
+    with Multiplied() as multiplied, rounded.Rounded():
+        found = step(torch.bfloat16)
+    assert set(multiplied.dtypes) == {torch.float32}
+    for got, expected in zip(found, step(torch.float64), strict=True):
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=1e-6)
+
+
+def test_fp32_and_other_devices_are_left_alone() -> None:
+    x, meta = torch.randn(5, 5), torch.randn(5, 5, device="meta", dtype=torch.bfloat16)
+    with Multiplied() as multiplied, rounded.Rounded():
+        assert torch.equal(x @ x, torch.mm(x, x))
+        assert (meta @ meta).dtype == torch.bfloat16
+    assert multiplied.dtypes == 4 * [torch.float32] + 2 * [torch.bfloat16]
+
+
+def test_a_step_with_rounded_products_is_a_step_in_bfloat16(tiny: None) -> None:
+    x = torch.randint(256, (4, 16), generator=torch.Generator().manual_seed(0))
+
+    def bits(*modes: TorchDispatchMode) -> float:
+        with contextlib.ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            config = replace(sizes.SIZES["S"].config, learning_rate=1e-2)
+            learner = training.learner_of(Run("S", "sigma", 0), config, torch.device("cpu"))
+            return [train.train_step(learner, x, x, config, 0, step) for step in range(3)][-1]
+
+    assert bits(rounded.Rounded()) == pytest.approx(bits(), abs=1e-2)
 
 
 def test_trials_come_first_and_stand_for_the_runs_of_seed_0() -> None:
