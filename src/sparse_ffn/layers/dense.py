@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparse_ffn import ops
 from sparse_ffn.backends.choice import choose
 from sparse_ffn.checks import check_positive
 from sparse_ffn.layers.units import UnitsFFN
-from sparse_ffn.ops.activations import DECODE_TOKENS, GIVE_ZEROS, hidden
+from sparse_ffn.ops.activations import DECODE_TOKENS, hidden
 from sparse_ffn.ops.autocast import autocast_dtype
+from sparse_ffn.ops.products import linear
 
 DECODE_WEIGHTS = 1 << 18
 """Values, at least: smaller ones are read faster than a call costs."""
@@ -81,23 +81,25 @@ class DenseFFN(UnitsFFN):
 
     def _compute(self, x: Tensor, units: ops.Units) -> Tensor:
         """All of these units for tokens [T, d_model]: [T, d_out]."""
-        if self._skips_zeros(x, units):
+        if self._takes_as_long_as_reading(x, units):
             return self._as_one_expert(x, units)
-        up = F.linear(x, units.keys, units.key_bias)
+        up = linear(x, units.keys, units.key_bias)
         dropout_mask = self._dropout_mask(up, up.shape[0], self.d_ff)
         if units.gate_keys is None:
             h = hidden(self.activation, up, None, dropout_mask)
         else:
-            h = hidden(self.activation, up, F.linear(x, units.gate_keys), dropout_mask)
-        return F.linear(h, units.values.t())
+            h = hidden(self.activation, up, linear(x, units.gate_keys), dropout_mask)
+        return linear(h, units.values.t())
 
-    def _skips_zeros(self, x: Tensor, units: ops.Units) -> bool:
-        """Whether the CPU core computes this: few tokens, no gradient, and zeros whose rows are worth not reading."""
+    def _takes_as_long_as_reading(self, x: Tensor, units: ops.Units) -> bool:
+        """Whether the CPU core computes this: few tokens, no gradient, and many weights.
+
+        It reads them faster than torch's products, and leaves out the values of hidden units that are zero.
+        """
         # the gradient first: a compiled training then has no guard on the number of tokens
         return (
             not (torch.is_grad_enabled() or self.training or ops.under_transforms())
             and x.shape[0] <= DECODE_TOKENS
-            and self.activation in GIVE_ZEROS
             and units.values.numel() >= DECODE_WEIGHTS
             and all(t is None or (t.dtype == x.dtype and not is_traceable_wrapper_subclass(t)) for t in units)
             and choose(x) == "cpu"

@@ -14,6 +14,7 @@ from sparse_ffn.checks import check_flag, check_positive
 from sparse_ffn.layers.routed import MoEOptions, Routed
 from sparse_ffn.module import Unpack, tensors_of
 from sparse_ffn.ops.activations import hidden_anywhere
+from sparse_ffn.ops.products import linear
 from sparse_ffn.routing.base import Router
 
 # T tokens, D d_model, O d_out, E experts, G units of each, R rank, K selected experts, S slots: T times K
@@ -129,7 +130,7 @@ class LowRankMoE(Routed):
         def of_slots(base_GD: Tensor, down_ERD: Tensor, up_EGR: Tensor) -> Tensor:
             low_SR = ops.cvmm(x_TD, down_ERD.mT, expert_S, gather=token_S)
             own_SG = ops.cvmm(low_SR, up_EGR.mT, expert_S)
-            return (F.linear(x_TD, base_GD).unsqueeze(1) + own_SG.view(tokens, k, base_GD.shape[0])).flatten(0, 1)
+            return (linear(x_TD, base_GD).unsqueeze(1) + own_SG.view(tokens, k, base_GD.shape[0])).flatten(0, 1)
 
         up_SG = of_slots(p["keys"], p["key_down"], p["key_up"])
         if p["key_bias"] is not None:
@@ -142,7 +143,7 @@ class LowRankMoE(Routed):
         # a void slot's units are the base's, and count nothing
         gate_T1K = torch.where(index_TK < self.n_experts, gate_TK, 0).to(h_SG.dtype).unsqueeze(1)
         mixed_TG = torch.bmm(gate_T1K, h_SG.view(tokens, k, h_SG.shape[1])).squeeze(1)
-        return y_TO + F.linear(mixed_TG, p["values"].t())
+        return y_TO + linear(mixed_TG, p["values"].t())
 
     def flops_per_token(self) -> int:
         """Router scores, the base once and the matrices of low rank of k experts; null ones among them make it less."""

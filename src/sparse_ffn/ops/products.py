@@ -8,8 +8,10 @@ import platform
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparse_ffn.backends import cpu
+from sparse_ffn.ops.autocast import without_autocast
 
 WORTH = 6
 """Products per element from which widened copies pay: with few rows, copying the weights takes longer than it saves."""
@@ -26,15 +28,18 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As F.linear: x [M, K], weight [N, K], bias [N] -> [M, N]."""
-    if not _widens(x, weight.shape[0]):
+    """As F.linear, with all its derivatives and on every device: x [M, K], weight [N, K], bias [N] -> [M, N]."""
+    if x.dtype == torch.float32 or not _widens(x, weight.shape[0]) or is_traceable_wrapper_subclass(weight):
         return F.linear(x, weight, bias)
-    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    with without_autocast(x):
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
 def _widens(a: Tensor, n: int) -> bool:
+    if a.device.type != "cpu" or torch.compiler.is_compiling() or a.dtype not in slow_dtypes():
+        return False  # compilers have products of their own
     m, k = a.shape[-2:]
-    return a.dtype in slow_dtypes() and m * n * k >= WORTH * (m * k + k * n + m * n)
+    return bool(m * n * k >= WORTH * (m * k + k * n + m * n))
 
 
 @functools.cache

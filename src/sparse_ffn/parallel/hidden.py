@@ -15,6 +15,7 @@ from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.topk import TopKFFN
 from sparse_ffn.ops.activations import hidden_anywhere
+from sparse_ffn.ops.products import linear
 from sparse_ffn.ops.select import stable_topk
 from sparse_ffn.ops.topk_ffn.reference import rank
 from sparse_ffn.parallel.collectives import all_gather, arrived, reduce_scatter, sum_backward, sum_forward
@@ -114,9 +115,9 @@ class _UnitsTopK(_Units):
     def _part(self, layer: DenseFFN, x: Tensor, units: ops.Units) -> Tensor:
         assert isinstance(layer, TopKFFN)
         keys, values, gate_keys, key_bias = units.to(x.dtype)
-        glu_gate_TF = None if gate_keys is None else F.linear(x, gate_keys)
+        glu_gate_TF = None if gate_keys is None else linear(x, gate_keys)
         mask_TF = layer._dropout_mask(x, x.shape[0], layer.d_ff)
-        h_TF = hidden_anywhere(layer.activation, F.linear(x, keys, key_bias), glu_gate_TF, mask_TF)
+        h_TF = hidden_anywhere(layer.activation, linear(x, keys, key_bias), glu_gate_TF, mask_TF)
         ranked_TF = h_TF
         if layer.rank_by == "gate":
             assert glu_gate_TF is not None
