@@ -35,6 +35,6 @@ def _rounded(t: Tensor) -> bool:
     return t.dtype == torch.bfloat16 and t.device.type == "cpu"
 
 
-def products() -> AbstractContextManager[Any]:
-    """For all that is computed inside: ``Rounded`` where this processor needs it."""
-    return Rounded() if torch.bfloat16 in slow_dtypes() else nullcontext()
+def products(device: torch.device) -> AbstractContextManager[Any]:
+    """For all that this device computes inside: ``Rounded`` if it is a processor that needs it."""
+    return Rounded() if device.type == "cpu" and torch.bfloat16 in slow_dtypes() else nullcontext()

@@ -37,7 +37,7 @@ def measured(run: Run, device: torch.device, corpus_bytes: int) -> tuple[float, 
     learner = learner_of(run, config, device)
     text = torch.randint(256, (20 * WINDOWS * config.context,), generator=torch.Generator().manual_seed(0))
     part = text.to(torch.uint8)
-    with products():
+    with products(device):
         for step in range(WARM_UP + STEPS):
             x, y = data.batch(part, seed=0, step=step, batch_size=config.batch_size, context=config.context)
             train_step(learner, x.to(device), y.to(device), config, 0, step)

@@ -69,7 +69,7 @@ def train_run(
         except TrainingError as error:
             print(f"{run.name}: starts anew, since {error}", flush=True)
     diverged = None
-    with products():
+    with products(device):
         try:
             steps = train(
                 [learner], corpus, config, seed=run.seed, first_step=first_step, checkpoint=checkpoint, about=about

@@ -81,7 +81,7 @@ class DenseFFN(UnitsFFN):
 
     def _compute(self, x: Tensor, units: ops.Units) -> Tensor:
         """All of these units for tokens [T, d_model]: [T, d_out]."""
-        if self._takes_as_long_as_reading(x, units):
+        if self._decodes(x, units):
             return self._as_one_expert(x, units)
         up = linear(x, units.keys, units.key_bias)
         dropout_mask = self._dropout_mask(up, up.shape[0], self.d_ff)
@@ -91,7 +91,7 @@ class DenseFFN(UnitsFFN):
             h = hidden(self.activation, up, linear(x, units.gate_keys), dropout_mask)
         return linear(h, units.values.t())
 
-    def _takes_as_long_as_reading(self, x: Tensor, units: ops.Units) -> bool:
+    def _decodes(self, x: Tensor, units: ops.Units) -> bool:
         """Whether the CPU core computes this: few tokens, no gradient, and many weights.
 
         It reads them faster than torch's products, and leaves out the values of hidden units that are zero.
