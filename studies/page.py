@@ -240,7 +240,12 @@ def machines(records: Sequence[Record]) -> str:
 
     counts = Counter(facts(record) for record in records)
     header = ["GPU", "threads", "processor", "CPU core", "torch", "sparse-ffn", "commit", "runs"]
-    return f"## The machines\n\n{markdown((header, [[*key, str(n)] for key, n in counts.most_common()]))}\n"
+    several = len({key[0] + key[2] + key[3] for key in counts}) > 1
+    mixed = (
+        "\nA seed's runs may be of several of these. They round in other ways, which adds chance to the differences.\n"
+    )
+    table = markdown((header, [[*key, str(n)] for key, n in counts.most_common()]))
+    return f"## The machines\n\n{table}\n{mixed if several else ''}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
