@@ -44,7 +44,7 @@ def comparison(records: Sequence[Record], names: Sequence[str], base: str, quote
     label = _short(base)
     header = ["FFN", "parameters", "FLOPs", "time", "bits per byte", f"difference from {label}", "called", "seeds"]
     table = markdown(([*header, *paper.COLUMNS.values()], rows))
-    legend = f"Parameters and FLOPs are the FFN's, time the model's training step's, relative to {label}'s."
+    legend = f"Parameters and FLOPs are the FFN's, time the model's training step's, of {label}'s on the same machine."
     sources = "; ".join(
         f"{VARIANTS[name].label}: {quoted[name].source}" for name in names if name in quoted and of[name]
     )
