@@ -143,6 +143,8 @@ def test_slots_of_nobody_are_void(routing: str, device: str) -> None:
 def test_frozen_matrices_get_no_gradients(device: str) -> None:
     check_frozen(expert_case("one token", form="everything"), device, "cuda")
     check_frozen(cvmm_case("one token", form="reduction"), device, "cuda")
+    check_frozen(bag_case(9, 4, 20, 33, torch.float32), device, "cuda")
+    check_frozen(bag_case(9, 4, 20, 33, torch.float16), device, "cuda")
 
 
 def test_indices_outside_of_the_table_touch_nothing(device: str) -> None:

@@ -52,7 +52,7 @@ def test_weighted_bag(name: str, dtype: torch.dtype, device: str) -> None:
 @fp32_first
 @pytest.mark.parametrize("name", BAGS)
 def test_a_frozen_table_gets_no_gradient(name: str, dtype: torch.dtype, device: str) -> None:
-    check_frozen(bag_case(name, dtype), device)
+    check_frozen(bag_case(name, dtype), device, exact=False)
 
 
 @pytest.mark.parametrize("width", [1, 16, 17])

@@ -95,7 +95,7 @@ def test_topk_ffn(form: str, dtype: torch.dtype, sparse: bool, device: str, monk
 @pytest.mark.parametrize("form", ["plain", "everything"])
 def test_frozen_units_get_no_gradients(form: str, sparse: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     choose(sparse, monkeypatch)
-    check_frozen(topk_case(form=form), device)
+    check_frozen(topk_case(form=form), device, exact=False)
 
 
 @ways

@@ -23,7 +23,7 @@ def forward(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -
 @on_device
 def backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, needs_values: bool = True) -> Gradients:
     """Gradients of values and weight."""
-    dvalues = None
+    grad, dvalues = grad.contiguous(), None
     if needs_values:
         dvalues = _of_values(grad, weight, *sort_by_expert(index.reshape(-1), values.shape[0])).to(values.dtype)
     return Gradients(dvalues, _of_weight(grad, values, index, weight))
@@ -34,6 +34,7 @@ def backward_rows(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -
     """Rows of values that were read [R], ascending, their gradients [R, O], and the gradient of weight."""
     rows, compact = torch.unique(index, return_inverse=True)
     members, offsets = sort_by_expert(compact.reshape(-1), rows.shape[0])
+    grad = grad.contiguous()
     drows = _of_values(grad, weight, members, offsets).to(values.dtype)
     return rows, drows, _of_weight(grad, values, index, weight)
 
@@ -47,14 +48,15 @@ def segment_sums(rows: Tensor, members: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _of_values(grad: Tensor, weight: Tensor, members: Tensor, offsets: Tensor) -> Tensor:
-    """Gradients of the rows whose slots are ``members``, as in ``segment_sums``, in grad's dtype."""
+    """Gradients of the rows whose slots are ``members``, as in ``segment_sums``, for a contiguous grad."""
     out = grad.new_empty(offsets.shape[0] - 1, grad.shape[1])
-    cuda.bag("bag_values", grad.contiguous(), out, _weight(weight), k=weight.shape[1], members=members, offsets=offsets)
+    cuda.bag("bag_values", grad, out, _weight(weight), k=weight.shape[1], members=members, offsets=offsets)
     return out
 
 
 def _of_weight(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    grad, values, dweight = grad.contiguous(), values.to(grad.dtype).contiguous(), torch.empty_like(_weight(weight))
+    dweight = weight.new_empty(weight.shape, dtype=torch.float32)
+    values = values.to(grad.dtype).contiguous()
     cuda.bag("bag_weights", grad, values, dweight, k=index.shape[1], index=index.contiguous())
     return dweight.to(weight.dtype)
 
