@@ -45,7 +45,7 @@ template <class T> static ALWAYS_INLINE V pair_rows(const T* a, const T* b, int6
 #else
   alignas(64) uint16_t pairs[2 * VL] = {};
   for (int i = 0; i < 2; i++)
-    if (const bf16* row = i ? b : a)
+    if (const T* row = i ? b : a)
       for (int64_t j = 0; j < lesser<int64_t>(n, VL); j++) {
         T v = row[j];
         if (scale) from_float(to_float(v) * scale[i], &v);
