@@ -7,6 +7,7 @@ Everything here patches triton.runtime.interpreter in the process that imports i
 - A masked load without ``other`` gives NaN (or a huge integer) in the masked lanes, not 0.
 - Programs run in a shuffled order, which ``seed`` picks, so that none can count on another's output.
 - Integer arithmetic that overflows 32 bits is an error; so is a tl.dot of fewer than 16 along any axis.
+- A launch looks through the language once for each module of the kernels, and not at each call of a function in them.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def install() -> None:
     _poison()
     _shuffle()
     _dots_of_sixteen()
+    _look_once()
     object.__setattr__(interpreter.interpreter_builder.options, "debug", True)  # turns the overflow checks on
 
 
@@ -119,3 +121,20 @@ def _shuffle() -> None:
 
 def _dots_of_sixteen() -> None:
     interpreter.interpreter_builder.codegen_fns["min_dot_size"] = lambda left, right: (16, 16, 16)
+
+
+def _look_once() -> None:
+    look, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    seen: set[int] = set()
+
+    def _patch_lang(fn: Any) -> Any:
+        if id(fn.__globals__) in seen:
+            return None  # a function called by the kernel, which asks for nothing
+        seen.add(id(fn.__globals__))
+        return look(fn)
+
+    def __call__(self: Any, *args: Any, **options: Any) -> Any:
+        seen.clear()  # what a launch has changed, it has put back
+        return launch(self, *args, **options)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = _patch_lang, __call__
