@@ -42,11 +42,6 @@ def numbers(dtype: torch.dtype) -> Tensor:
     return torch.cat([z[z.isfinite()], torch.tensor([INF, -INF, NAN], dtype=dtype)])
 
 
-def multiplied(z: Tensor) -> Tensor:
-    """What comes through a product unchanged: in bf16 a processor may take numbers below the normal ones as zero."""
-    return z[(z == 0) | ~(z.abs() < torch.finfo(z.dtype).tiny)] if z.dtype == torch.bfloat16 else z
-
-
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "gelu": lambda z: 0.5 * z * torch.erfc(-z / math.sqrt(2)),

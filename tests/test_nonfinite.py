@@ -9,7 +9,7 @@ from __future__ import annotations
 import flat
 import pytest
 import torch
-from strange import INF, NAN, SMOOTH, assert_near, exact, multiplied, numbers, stable, strange
+from strange import INF, NAN, SMOOTH, assert_near, exact, numbers, stable, strange
 
 import sparse_ffn as sf
 from sparse_ffn import functional, ops
@@ -222,11 +222,14 @@ def test_activations_and_their_derivatives_are_right_everywhere(
 @dtypes
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_topk_ffn_computes_the_same_activations(name: str, dtype: torch.dtype, on_backend: str) -> None:
-    z = multiplied(numbers(dtype))
+    z = numbers(dtype)
     if name in SMOOTH and (on_backend == "torch" or (on_backend == "cpu" and dtype == torch.float64)):
         z = z[~z.isinf()]
-    x = z.unsqueeze(1).requires_grad_()
     ones = torch.ones(1, 1, dtype=dtype)
+    # on some processors torch's product takes bf16's smallest numbers as zero
+    lost = (z.unsqueeze(1) @ ones)[:, 0] == 0
+    z = z[~lost | (z == 0) | (z.abs() >= torch.finfo(dtype).tiny)]
+    x = z.unsqueeze(1).requires_grad_()
     y = flat.topk_ffn(x, ones, ones, 1, activation=name)
     (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
     value, derivative = exact(name, z)

@@ -24,7 +24,7 @@ from net import (
     tf32,
 )
 from nobody import check_nobody
-from strange import assert_near, exact, multiplied, numbers
+from strange import assert_near, exact, numbers
 from test_on_a_gpu import TOKENS
 from torch import Tensor
 
@@ -57,7 +57,9 @@ def test_expert_ffn_with_every_activation(activation: str, form: str, device: st
 def test_activations_and_their_derivatives_are_right_everywhere(
     activation: str, dtype: torch.dtype, device: str
 ) -> None:
-    z = multiplied(numbers(dtype))
+    z = numbers(dtype)
+    if dtype == torch.bfloat16:  # hosts' products may take numbers below the normal ones as zero
+        z = z[(z == 0) | ~(z.abs() < torch.finfo(dtype).tiny)]
     x = z.to(device).unsqueeze(1).requires_grad_()
     one = torch.ones(3, 1, 1, dtype=dtype, device=device)
     gate = x.new_ones(len(z), 1)
