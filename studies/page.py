@@ -145,7 +145,8 @@ def _span(counts: Sequence[int]) -> str:
 def layers(records: Sequence[Record]) -> Iterator[str]:
     """The layers against dense, then the order beside the paper's."""
     names = [name for name, variant in VARIANTS.items() if not variant.ablation]
-    yield "Test bits per byte; lower is better.\n"
+    yield "Test bits per byte, the mean over a layer's own seeds; lower is better. Where layers have unlike seeds, only"
+    yield "the differences compare them, which are of the seeds that both have.\n"
     yield comparison(records, names, DENSE, paper.LAYERS)
     yield from beside_the_paper(records, names, DENSE, paper.LAYERS)
     yield course(records, names, DENSE)

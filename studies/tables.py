@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean
 
@@ -94,10 +95,10 @@ def beside_the_paper(
         return
     columns = {column: {name: getattr(quoted[name], column) for name in bits} for column in paper.COLUMNS}
     here, theirs = ranks(bits), {column: ranks_of_numbers(values) for column, values in columns.items()}
-    mean_of = {name: mean(of.values()) for name, of in bits.items()}
+    above = {name: paired(of, bits.get(base, {})) for name, of in bits.items()}
     rows = [
         [VARIANTS[name].label, str(here[name]), *(str(found[name]) for found in theirs.values())]
-        for name in sorted(bits, key=lambda name: mean_of[name])
+        for name, _ in sorted(above.items(), key=lambda item: item[1].mean if item[1] else math.inf)
     ]
     yield "The ranks among the layers that the paper has too, 1 the lowest. Layers that cannot be told apart share"
     yield "theirs: here those between which the difference is called none, there those of equal numbers.\n"
@@ -109,8 +110,7 @@ def beside_the_paper(
         if here[name].apart(there[name])
     ]
     turned = []
-    for name in bits:
-        found = paired(bits[name], bits.get(base, {}))
+    for name, found in above.items():
         direction = paper.direction(numbers[name], getattr(quoted[base], paper.SAME_TEXT))
         if name != base and found is not None and found.error is not None and found.verdict != direction:
             turned.append(f"{VARIANTS[name].label} ({found.verdict} here, {direction} there)")

@@ -25,7 +25,7 @@ from examples.language_model import train
 from examples.language_model.configs import Config
 from examples.language_model.variants import ffn_flops, transformer
 from sparse_ffn import MoE
-from studies import enwik8, headline, page, plan, results, rounded, sizes, statistics, tables, training, work
+from studies import enwik8, headline, page, paper, plan, results, rounded, sizes, statistics, tables, training, work
 from studies.plan import Run
 from studies.variants import VARIANTS
 
@@ -655,6 +655,16 @@ def test_the_course_of_differences_is_read_off_the_curves() -> None:
     found = row(tables.course(records, ["dense", "pkm"], "dense"), "ProductKeyMemory, ReLU")
     assert found[1:] == [f"{0.5 - 0.125:+.4f} ± 0.0000"] * 4
     assert tables.course(records[:2], ["dense", "pkm"], "dense") == ""
+
+
+def test_layers_of_unlike_seeds_stand_in_the_order_of_their_differences() -> None:
+    """The second seed is harder, and has dense only."""
+    bits = {("dense", 0): 2.0, ("dense", 1): 2.4, ("sigma", 0): 2.1, ("pkm", 0): 2.05, ("topk-4", 0): 1.9}
+    records = [fake(Run("S", *of), 2.0, test=test) for of, test in bits.items()]
+    names = ["sigma", "dense", "pkm", "topk-4"]
+    found = "\n".join(tables.beside_the_paper(records, names, "dense", paper.LAYERS))
+    labels = [VARIANTS[name].label for name in ("topk-4", "dense", "pkm", "sigma")]
+    assert sorted(labels, key=found.index) == labels
 
 
 def test_page_of_complete_sizes_and_trials(tmp_path: Path) -> None:
