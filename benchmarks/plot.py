@@ -38,7 +38,7 @@ def figure(rows: Sequence[float], columns: Sequence[float], width: float, height
 
 
 def save(picture: Figure, path: Path) -> None:
-    """Write it, folders included; a PNG in few colours, which makes it small enough for the documentation."""
+    """Write it, folders included; a PNG in 256 colours, which makes it small enough for the documentation."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix != ".png":
         picture.savefig(path)
@@ -47,7 +47,7 @@ def save(picture: Figure, path: Path) -> None:
 
     pixels = io.BytesIO()
     picture.savefig(pixels, format="png", dpi=100)
-    Image.open(pixels).convert("RGB").quantize(64).save(path, optimize=True)
+    Image.open(pixels).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(path, optimize=True)
 
 
 def ratios(report: Report, path: Path) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.measuring.report import markdown
 
+from . import paper
 from .results import Record
 from .sizes import CORE
-from .statistics import paired
+from .statistics import Difference, noise, paired
 from .tables import bits_of
 from .variants import DENSE, VARIANTS
 
@@ -17,22 +18,37 @@ BEGIN, END = "<!-- evidence: written by python -m studies.page -->", "<!-- end o
 
 
 def headline(records: Mapping[str, Sequence[Record]]) -> str:
-    """A row for each size at which all of them have a difference with an error; a sentence if there is none."""
+    """A row for each size at which all of them have a difference with an error, the paper's above; else a sentence."""
+    others = [name for name in CORE if name != DENSE]
     rows = []
     for found in records.values():
         bits = bits_of(found)
-        differences = [paired(bits.get(name, {}), bits.get(DENSE, {})) for name in CORE if name != DENSE]
-        if found and all(difference is not None and difference.error is not None for difference in differences):
+        chance = noise(bits)
+        differences = [paired(bits.get(name, {}), bits.get(DENSE, {}), chance) for name in others]
+        diverged = [sum(bool(record["diverged"]) for record in found if record["variant"] == name) for name in others]
+        cells = [_cell(difference, n) for difference, n in zip(differences, diverged, strict=True)]
+        if all(cells):
             dense = next(record for record in found if record["variant"] == DENSE)
+            seeds = {difference.n for difference in differences if difference}
             what = f"{dense['parameters'] / 1e6:.1f}M parameters, {dense['training_bytes'] / 1e6:.0f} MB of text"
-            rows.append([what, *map(str, differences)])
+            rows.append([f"{what}, {'/'.join(map(str, sorted(seeds)))} seeds", *cells])
     if not rows:
         return "The runs that the [evidence](docs/evidence.md) is to come from have not finished."
-    table = markdown((["enwik8", *(VARIANTS[name].label for name in CORE if name != DENSE)], rows))
+    quoted = [f"{paper.LAYERS[name].e8 - paper.LAYERS[DENSE].e8:+.2f}" for name in others]
+    rows.insert(0, ["the paper: 41M parameters, 1.6 GB, one run", *quoted])
+    table = markdown((["enwik8", *(VARIANTS[name].label for name in others)], rows))
     return (
-        "In small models trained here, test bits per byte above those of a dense FFN of as many parameters, with the\n"
-        f"standard error over seeds ([all of it](docs/evidence.md)):\n\n{table}"
+        "Models trained here are far smaller and see far less text. Their test bits per byte minus those of a dense\n"
+        "FFN of as many parameters (lower is better), ± standard error, from [the evidence](docs/evidence.md):\n\n"
+        f"{table}"
     )
+
+
+def _cell(difference: Difference | None, diverged: int) -> str:
+    """Empty if there is no error to tell yet."""
+    if diverged:
+        return f"{diverged} diverged" if difference is None else f"{difference}, {diverged} diverged"
+    return "" if difference is None or difference.error is None else str(difference)
 
 
 def written(readme: str, records: Mapping[str, Sequence[Record]]) -> str:

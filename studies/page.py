@@ -14,8 +14,8 @@ from benchmarks.measuring.report import markdown
 from . import headline, paper, picture, plan
 from .results import RESULTS, Record, load_all
 from .sizes import SIZES
-from .statistics import ERRORS
-from .tables import beside_the_paper, comparison, course
+from .statistics import ERRORS, noise
+from .tables import beside_the_paper, bits_of, comparison, course
 from .variants import DENSE, SIGMA, VARIANTS
 
 INTRODUCTION = """\
@@ -39,21 +39,28 @@ METHOD = f"""\
   same windows in the same order. One learning rate serves all layers of sizes S and M: that of the lowest sum of
   dense's and SigmaMoE's validation bits per byte at size S and seed 0. Other layers were not asked, and may want
   another. Size L has the paper's.
-- **Differences** are paired by seed; ± is their standard error over the seeds. A difference within {ERRORS} standard
-  errors is called none. With three seeds an interval of that width misses the true mean about once in five times,
-  with two seeds about once in three: in a table of many rows, some verdicts are chance.
+- **Differences** are paired by seed; ± is their standard error. Chance is taken to be as large in all runs of a size,
+  and is what the layers' and the seeds' own shares leave of all its results (least squares). A difference within
+  {ERRORS} standard errors is called none. An interval of that width misses the true mean once in 9 times where the
+  error has 4 degrees of freedom, once in 14 with 10, once in 19 with 40: in a table of many rows, some verdicts are
+  chance.
 - **FLOPs** of training count the forward pass thrice, routers included. **Time** is what the processor computes in
-  training steps, without waiting for a core, or wall-clock time where a GPU computes. Evaluation is left out.
+  training steps, without waiting for a core, or wall-clock time where a GPU computes. Evaluation is left out, and so
+  are processors without instructions for bfloat16, where it costs more than fp32 would.
 - **Layers.** SigmaMoE has the entropy loss and the sizes that the table of sizes gives, SoftmaxMoE too: it differs in
   its gates only. SwitchMoE has experts of k times the size, of which one is used. SBaseMoE and NoisyTopKMoE have
-  SigmaMoE's sizes. All else is the layers' own default.
+  SigmaMoE's sizes. All else is the layers' own default: dense and TopKFFN have biases and the others none, and
+  each has its own initialisation, both as in the paper. A mixture's outputs start smaller than dense's, for a part of
+  the units makes them, and smallest where gates share out one (SoftmaxMoE, NoisyTopKMoE).
 
 ## What differs from the paper
 
 Its Enwik8 model is a Transformer-XL of 41M parameters, which sees 1.6 GB of text in segments of 512 bytes and remembers
 earlier ones. Its SigmaMoE uses 4 experts of 128 units for a token, 512 units in all, and it found that experts of fewer
-than 128 units usually hurt, and fewer than 256 to 512 units for a token: sizes S and M have both. Its WikiText-103
-models read sub-words. Its ProductKeyMemory read all values; its Switch loss was weaker than its Eq. 17, the regulariser
+than 128 units usually hurt, and fewer than 256 to 512 units for a token. Experts are smaller at sizes S and M, and at
+size S a token has fewer units. Its Enwik8 mixtures have an expert dropout of 0.05 and a tenth of the weight of the
+entropy loss that sizes S and M have, which have its WikiText-103 models' weight and no expert dropout. Those models
+read sub-words. Its ProductKeyMemory read all values; its Switch loss was weaker than its Eq. 17, the regulariser
 of its renormalised softmax did not see all logits, and its Sinkhorn iteration did not balance: see [the research
 code](reference-code.md). Its numbers are of single runs. So only directions and orders can be compared.
 """
@@ -84,7 +91,8 @@ def page(records: Mapping[str, Sequence[Record]], trials: Sequence[Record]) -> s
     if trials:
         parts += [learning_rates(trials)]
     if any(records.values()):
-        parts += [machines([record for found in records.values() for record in found])]
+        runs = [record for found in records.values() for record in found]
+        parts += [machines([*runs, *(trial for trial in trials if trial not in runs)])]
     return "\n".join([*parts, REPRODUCE])
 
 
@@ -106,7 +114,7 @@ def missing(records: Mapping[str, Sequence[Record]]) -> str:
             for run in left:
                 seeds.setdefault(run.variant, []).append(str(run.seed))
             text = "; ".join(f"{VARIANTS[name].label} (seed {', '.join(which)})" for name, which in seeds.items())
-            lines.append(f"- Size {size}: **{len(left)} of {len(runs)} runs are missing**: {text}.")
+            lines.append(f"- Size {size}: **{len(left)} of {len(runs)} runs missing**: {text}.")
     return "\n".join(["## What there is\n", *lines]) + "\n"
 
 
@@ -145,8 +153,12 @@ def _span(counts: Sequence[int]) -> str:
 def layers(records: Sequence[Record]) -> Iterator[str]:
     """The layers against dense, then the order beside the paper's."""
     names = [name for name, variant in VARIANTS.items() if not variant.ablation]
-    yield "Test bits per byte, the mean over a layer's own seeds; lower is better. Where layers have unlike seeds, only"
-    yield "the differences compare them, which are of the seeds that both have.\n"
+    yield "Test bits per byte, the mean over a layer's own seeds; lower is better."
+    if len({frozenset(of) for of in bits_of(records).values()}) > 1:
+        yield "Where layers have unlike seeds, only the differences compare them: they are of the seeds that both have."
+    if chance := noise(bits_of(records)):
+        yield f"The standard errors have {_counted(chance.freedom, 'degree')} of freedom."
+    yield ""
     yield comparison(records, names, DENSE, paper.LAYERS)
     yield from beside_the_paper(records, names, DENSE, paper.LAYERS)
     yield course(records, names, DENSE)
@@ -161,13 +173,13 @@ def units(records: Sequence[Record]) -> Iterator[str]:
         computed = config["experts_k"] * config["expert_size"]
         yield (
             f"Of its {config['d_ff']} hidden units the dense FFN uses for a byte, from the first layer to the last: "
-            f"{of_layers} ({_seeds(len(counts))}). SigmaMoE computes {computed}. In the paper's models fewer than 15% "
-            "are in use on Enwik8, depending much on the layer, and fewer than 10% on WikiText-103.\n"
+            f"{of_layers} ({_counted(len(counts), 'seed')}). SigmaMoE computes {computed}. In the paper's models fewer "
+            "than 15% are in use on Enwik8, depending much on the layer, and fewer than 10% on WikiText-103.\n"
         )
 
 
-def _seeds(n: int) -> str:
-    return "one seed" if n == 1 else f"{n} seeds"
+def _counted(n: int, noun: str) -> str:
+    return f"one {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def ablations(records: Sequence[Record]) -> Iterator[str]:
@@ -184,7 +196,7 @@ def pictures(records: Mapping[str, Sequence[Record]]) -> Iterator[str]:
     if all(record["diverged"] for found in records.values() for record in found):
         yield "All runs diverged: there is nothing to draw.\n"
         return
-    yield "Means over the seeds that have finished, of the last part of the runs.\n"
+    yield "The last part of the runs; means over the seeds that all layers of a picture have.\n"
     yield f"![Validation bits per byte against bytes](images/{picture.BYTES})\n"
     yield f"![Validation bits per byte against FLOPs and CPU time](images/{picture.COSTS})\n"
 

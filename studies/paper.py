@@ -38,6 +38,16 @@ ABLATIONS = {
 }
 
 
+STEP = 0.01
+"""Of the printed numbers: two that are no further apart may be of equal results."""
+
+
 def direction(value: float, base: float) -> str:
     """In the words of the study's own differences."""
-    return "none" if value == base else "lower" if value < base else "higher"
+    return "none" if abs(value - base) < 1.5 * STEP else "lower" if value < base else "higher"
+
+
+def excludes(value: float, base: float, interval: tuple[float, float]) -> bool:
+    """Whether their difference, whatever was rounded off, lies outside of the interval."""
+    low, high = interval
+    return value - base + STEP < low or value - base - STEP > high

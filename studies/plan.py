@@ -91,10 +91,10 @@ def _in_order() -> Iterator[Run]:
     for name, ablations, seed in (
         ("S", False, 0),
         ("S", False, 1),
+        ("S", True, 0),
         ("M", False, 0),
         ("S", False, 2),
         ("M", False, 1),
-        ("S", True, 0),
         ("S", True, 1),
         ("S", True, 2),
         ("L", False, 0),

@@ -29,6 +29,11 @@ def machine_of(record: Record) -> tuple[str, int]:
     return facts.get("GPU", facts["processor"]), record["threads"]
 
 
+def emulated(record: Record) -> bool:
+    """Whether `rounded.Rounded` multiplied: times are then not those of bfloat16."""
+    return "GPU" not in record["machine"] and record["machine"]["CPU core"] in ("generic", "avx2", "avx512")
+
+
 def training_seconds(record: Record) -> float:
     """Of all training steps: computed by the processor, without waiting for a core; passed by where a GPU computes."""
     seconds: float = record["training_seconds" if "GPU" in record["machine"] else "training_cpu_seconds"]

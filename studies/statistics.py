@@ -1,4 +1,4 @@
-"""Differences between layers, paired by seed, with their standard error."""
+"""Differences between layers, paired by seed, with a standard error that all layers of a size give together."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 ERRORS = 2
 """A difference within so many standard errors is called none."""
+
+Bits = Mapping[str, Mapping[int, float]]
+"""Per byte, by layer and seed."""
 
 
 class Ranks(NamedTuple):
@@ -26,6 +31,13 @@ class Ranks(NamedTuple):
         return self.last < other.first or other.last < self.first
 
 
+class Noise(NamedTuple):
+    """What chance adds to one run: its standard deviation, and from how many degrees of freedom that is known."""
+
+    deviation: float
+    freedom: int
+
+
 @dataclass(frozen=True)
 class Difference:
     """The mean over seeds, its standard error (None of a single seed), and how many seeds there are."""
@@ -38,43 +50,62 @@ class Difference:
         return f"{self.mean:+.4f}" if self.error is None else f"{self.mean:+.4f} ± {self.error:.4f}"
 
     @property
+    def interval(self) -> tuple[float, float]:
+        """The differences that are called none from it."""
+        width = ERRORS * (self.error or 0.0)
+        return self.mean - width, self.mean + width
+
+    @property
     def verdict(self) -> str:
         """In one word, or that it takes another seed."""
         if self.error is None:
             return "one seed"
-        if abs(self.mean) <= ERRORS * self.error:
-            return "none"
-        return "lower" if self.mean < 0 else "higher"
+        low, high = self.interval
+        return "lower" if high < 0 else "higher" if low > 0 else "none"
 
 
-def ranks(bits: Mapping[str, Mapping[int, float]]) -> dict[str, Ranks]:
-    """Of each layer, 1 the lowest: layers whose difference is not known to be one share theirs."""
+def noise(bits: Bits) -> Noise | None:
+    """What the layers' and the seeds' shares leave of the bits of all runs, by least squares; None if too few to tell.
 
-    def lower(a: str, b: str) -> bool:
-        found = paired(bits[a], bits[b])
-        return found is not None and found.verdict == "lower"
-
-    return _ranks(bits, lower)
-
-
-def ranks_of_numbers(values: Mapping[str, float]) -> dict[str, Ranks]:
-    """The same where all that is known of each is one number."""
-    return _ranks(values, lambda a, b: values[a] < values[b])
-
-
-def _ranks(names: Collection[str], lower: Callable[[str, str], bool]) -> dict[str, Ranks]:
-    n = len(names)
-    return {
-        name: Ranks(1 + sum(lower(other, name) for other in names), n - sum(lower(name, other) for other in names))
-        for name in names
-    }
+    A layer's own two or three differences would tell its error to a factor of two at best.
+    """
+    layers, seeds = list(bits), sorted({seed for of in bits.values() for seed in of})
+    runs = [(layer, seed) for layer in layers for seed in bits[layer]]
+    shares = torch.zeros(len(runs), len(layers) + len(seeds), dtype=torch.float64)
+    for i, (layer, seed) in enumerate(runs):
+        shares[i, layers.index(layer)] = shares[i, len(layers) + seeds.index(seed)] = 1
+    freedom = len(runs) - int(torch.linalg.matrix_rank(shares)) if runs else 0
+    if not freedom:
+        return None
+    values = torch.tensor([bits[layer][seed] for layer, seed in runs], dtype=torch.float64)
+    left = values - shares @ (torch.linalg.pinv(shares) @ values)
+    return Noise(math.sqrt(left.square().sum().item() / freedom), freedom)
 
 
-def paired(bits: Mapping[int, float], base: Mapping[int, float]) -> Difference | None:
+def paired(bits: Mapping[int, float], base: Mapping[int, float], noise: Noise | None) -> Difference | None:
     """Of the seeds that both have: what the same weights and the same text in the same order come to."""
     differences = [bits[seed] - base[seed] for seed in sorted(bits.keys() & base.keys())]
     if not differences:
         return None
     n = len(differences)
-    error = statistics.stdev(differences) / math.sqrt(n) if n > 1 else None
+    error = noise.deviation * math.sqrt(2 / n) if noise and n > 1 else None
     return Difference(statistics.mean(differences), error, n)
+
+
+def ranks(bits: Bits, noise: Noise | None) -> dict[str, Ranks]:
+    """Of each layer, 1 the lowest: layers whose difference is not known to be one share theirs."""
+
+    def lower(a: str, b: str) -> bool:
+        found = paired(bits[a], bits[b], noise)
+        return found is not None and found.verdict == "lower"
+
+    return ranks_by(bits, lower)
+
+
+def ranks_by(names: Collection[str], lower: Callable[[str, str], bool]) -> dict[str, Ranks]:
+    """By what is known of each two."""
+    n = len(names)
+    return {
+        name: Ranks(1 + sum(lower(other, name) for other in names), n - sum(lower(name, other) for other in names))
+        for name in names
+    }

@@ -9,23 +9,20 @@ from statistics import mean
 from benchmarks.measuring.report import markdown
 
 from . import paper
-from .results import Record, machine_of, training_seconds
-from .statistics import Difference, paired, ranks, ranks_of_numbers
+from .results import Record, emulated, machine_of, training_seconds
+from .statistics import Difference, Ranks, noise, paired, ranks, ranks_by
 from .variants import DENSE, VARIANTS
-
-Bits = dict[str, dict[int, float]]
-"""Of the test text, by layer and seed."""
 
 
 def comparison(records: Sequence[Record], names: Sequence[str], base: str, quoted: Mapping[str, paper.Row]) -> str:
-    """A row for each layer that has a finished run."""
+    """A row for each of these layers that has a finished run; chance is known from all records."""
     of = {name: [record for record in records if record["variant"] == name] for name in [*names, base]}
     bits = bits_of(records)
-    rows = []
+    chance, rows = noise(bits), []
     for name in names:
         if not of[name]:
             continue
-        difference = paired(bits.get(name, {}), bits.get(base, {})) if name != base else None
+        difference = paired(bits.get(name, {}), bits.get(base, {}), chance) if name != base else None
         ran = len(of[name]), sum(bool(record["diverged"]) for record in of[name])
         own = quoted.get(name)
         rows.append(
@@ -46,15 +43,17 @@ def comparison(records: Sequence[Record], names: Sequence[str], base: str, quote
     header = ["FFN", "parameters", "FLOPs", "time", "bits per byte", f"difference from {label}", "called", "seeds"]
     table = markdown(([*header, *paper.COLUMNS.values()], rows))
     legend = f"Parameters and FLOPs are the FFN's, time the model's training step's, of {label}'s on the same machine."
+    if any(map(emulated, records)):
+        legend += " Machines without instructions for bfloat16 are left out of it."
     sources = "; ".join(
         f"{VARIANTS[name].label}: {quoted[name].source}" for name in names if name in quoted and of[name]
     )
     return f"{table}\n\n{legend} The paper's numbers: {sources}.\n"
 
 
-def bits_of(records: Sequence[Record]) -> Bits:
-    """Of the runs that did not diverge."""
-    bits: Bits = {}
+def bits_of(records: Sequence[Record]) -> dict[str, dict[int, float]]:
+    """Of the test text, by layer and seed: of the runs that did not diverge."""
+    bits: dict[str, dict[int, float]] = {}
     for record in records:
         if not record["diverged"]:
             bits.setdefault(record["variant"], {})[record["seed"]] = record["bits_per_byte"]["test"]
@@ -76,32 +75,40 @@ def _relative(records: Sequence[Record], base: Sequence[Record], key: str) -> st
 
 
 def _relative_time(records: Sequence[Record], base: Sequence[Record]) -> str:
-    """Of the seeds that ran on the same machine: to a tenth, since other programs take their part of its caches."""
-    seconds = {(record["seed"], machine_of(record)): training_seconds(record) for record in base}
-    ratios = [
-        training_seconds(record) / seconds[key]
-        for record in records
-        if (key := (record["seed"], machine_of(record))) in seconds and not record["diverged"]
-    ]
+    """On machines that both ran on: to a tenth, since other programs take their part of its caches."""
+    own, others = times(records), times(base)
+    ratios = [own[machine] / others[machine] for machine in own if machine in others]
     return f"{mean(ratios):.1f}x" if ratios else "–"
+
+
+def times(records: Sequence[Record]) -> dict[tuple[str, int], float]:
+    """Seconds of training a byte, by machine and threads, where the machine computes in bfloat16."""
+    seconds: dict[tuple[str, int], list[float]] = {}
+    for record in records:
+        if not emulated(record) and not record["diverged"]:
+            seconds.setdefault(machine_of(record), []).append(training_seconds(record) / record["training_bytes"])
+    return {machine: mean(found) for machine, found in seconds.items()}
 
 
 def beside_the_paper(
     records: Sequence[Record], names: Sequence[str], base: str, quoted: Mapping[str, paper.Row]
 ) -> Iterator[str]:
     """The ranks, and the layers whose rank or whose difference from the base is another than the paper's."""
-    bits = {name: of for name, of in bits_of(records).items() if name in names and name in quoted}
+    every = bits_of(records)
+    chance = noise(every)
+    bits = {name: of for name, of in every.items() if name in names and name in quoted}
     if len(bits) < 2:
         return
     columns = {column: {name: getattr(quoted[name], column) for name in bits} for column in paper.COLUMNS}
-    here, theirs = ranks(bits), {column: ranks_of_numbers(values) for column, values in columns.items()}
-    above = {name: paired(of, bits.get(base, {})) for name, of in bits.items()}
+    here, theirs = ranks(bits, chance), {column: _printed_ranks(values) for column, values in columns.items()}
+    above = {name: paired(of, bits.get(base, {}), chance) for name, of in bits.items()}
     rows = [
         [VARIANTS[name].label, str(here[name]), *(str(found[name]) for found in theirs.values())]
         for name, _ in sorted(above.items(), key=lambda item: item[1].mean if item[1] else math.inf)
     ]
     yield "The ranks among the layers that the paper has too, 1 the lowest. Layers that cannot be told apart share"
-    yield "theirs: here those between which the difference is called none, there those of equal numbers.\n"
+    yield f"theirs: here those between which the difference is called none, there those within {paper.STEP}, whose"
+    yield "results may be equal but for rounding.\n"
     yield markdown((["FFN", "here", *paper.COLUMNS.values()], rows)) + "\n"
     numbers, there = columns[paper.SAME_TEXT], theirs[paper.SAME_TEXT]
     moved = [
@@ -111,8 +118,11 @@ def beside_the_paper(
     ]
     turned = []
     for name, found in above.items():
-        direction = paper.direction(numbers[name], getattr(quoted[base], paper.SAME_TEXT))
-        if name != base and found is not None and found.error is not None and found.verdict != direction:
+        own, of_base = numbers[name], getattr(quoted[base], paper.SAME_TEXT)
+        direction = paper.direction(own, of_base)
+        if name == base or found is None or found.error is None or found.verdict == direction:
+            continue
+        if paper.excludes(own, of_base, found.interval):
             turned.append(f"{VARIANTS[name].label} ({found.verdict} here, {direction} there)")
     other = [
         f"{what} of {', '.join(of)}"
@@ -125,32 +135,46 @@ def beside_the_paper(
     )
 
 
+def _printed_ranks(values: Mapping[str, float]) -> dict[str, Ranks]:
+    return ranks_by(values, lambda a, b: paper.direction(values[a], values[b]) == "lower")
+
+
 PARTS = (0.25, 0.5, 0.75, 1.0)
 """Of the text of a run."""
 
 
 def course(records: Sequence[Record], names: Sequence[str], base: str) -> str:
     """The difference from the base after parts of the text, of the validation windows of the curves."""
+    after = [_after(records, part) for part in PARTS]
+    chances = [noise(bits) for bits in after]
     rows = []
     for name in names:
-        found = [paired(_after(records, name, part), _after(records, base, part)) for part in PARTS]
+        found = [
+            paired(bits.get(name, {}), bits.get(base, {}), chance) for bits, chance in zip(after, chances, strict=True)
+        ]
         if name != base and any(found):
             rows.append([VARIANTS[name].label, *(str(difference or "–") for difference in found)])
     if not rows:
         return ""
     header = ["FFN", *(f"{part:.0%} of the text" for part in PARTS)]
-    what = f"The difference from {_short(base)} in the course of training, in bits per byte of the curves' windows:"
+    windows = records[0]["config"]["eval_windows"]
+    what = (
+        f"The difference from {_short(base)} in the course of training, in bits per byte of the curves' {windows}\n"
+        "windows. All runs share them, so the errors do not know what chance is in them: the test text, which is larger,\n"
+        "may say another thing at the end."
+    )
     return f"{what}\n\n{markdown((header, rows))}\n"
 
 
-def _after(records: Sequence[Record], variant: str, part: float) -> dict[int, float]:
-    """Bits per byte of each seed at the point that is the nearest to this part of the text."""
-    found = {}
+def _after(records: Sequence[Record], part: float) -> dict[str, dict[int, float]]:
+    """Bits per byte by layer and seed at the point that is the nearest to this part of the text."""
+    bits: dict[str, dict[int, float]] = {}
     for record in records:
-        if record["variant"] == variant and not record["diverged"]:
-            done, bits = record["curve"]["bytes"], record["curve"]["bits_per_byte"]
-            found[record["seed"]] = bits[min(range(len(done)), key=lambda i: abs(done[i] - part * done[-1]))]
-    return found
+        if not record["diverged"]:
+            done, points = record["curve"]["bytes"], record["curve"]["bits_per_byte"]
+            at = min(range(len(done)), key=lambda i: abs(done[i] - part * done[-1]))
+            bits.setdefault(record["variant"], {})[record["seed"]] = points[at]
+    return bits
 
 
 def _short(base: str) -> str:

@@ -25,7 +25,21 @@ from examples.language_model import train
 from examples.language_model.configs import Config
 from examples.language_model.variants import ffn_flops, transformer
 from sparse_ffn import MoE
-from studies import enwik8, headline, page, paper, plan, results, rounded, sizes, statistics, tables, training, work
+from studies import (
+    enwik8,
+    headline,
+    page,
+    paper,
+    picture,
+    plan,
+    results,
+    rounded,
+    sizes,
+    statistics,
+    tables,
+    training,
+    work,
+)
 from studies.plan import Run
 from studies.variants import VARIANTS
 
@@ -259,6 +273,7 @@ def fake(run: Run, valid: float, *, test: float = 2.0, diverged: str | None = No
         "parameters": 1000,
         "ffn_parameters": 500,
         "ffn_flops_per_byte": 100,
+        "training_flops_per_byte": 600,
         "training_bytes": config.steps * config.batch_size * config.context,
         "training_seconds": 70.0,
         "training_cpu_seconds": 60.0,
@@ -554,13 +569,40 @@ def test_the_papers_size_is_for_gpus(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_differences_are_paired_by_seed() -> None:
-    found = statistics.paired({0: 2.0, 1: 2.2, 2: 2.5, 7: 9.0}, {0: 2.1, 1: 2.3, 2: 2.5})
+    bits = {"a": {0: 2.0, 1: 2.2, 2: 2.5, 7: 9.0}, "b": {0: 2.1, 1: 2.3, 2: 2.5}}
+    found = statistics.paired(bits["a"], bits["b"], statistics.noise(bits))
     assert found is not None
     assert found.n == 3
     assert found.mean == pytest.approx(-0.2 / 3)
     assert found.error == pytest.approx(torch.tensor([-0.1, -0.1, 0.0]).std().item() / 3**0.5)
     assert str(found) == "-0.0667 ± 0.0333"
-    assert statistics.paired({0: 2.0}, {1: 2.0}) is None
+    assert statistics.paired({0: 2.0}, {1: 2.0}, None) is None
+
+
+def test_chance_is_known_from_all_layers_together() -> None:
+    """An error with as many degrees of freedom as there are, whatever the layers and the seeds are worth."""
+    generator = torch.Generator().manual_seed(0)
+    values = 0.01 * torch.randn(40, 25, generator=generator, dtype=torch.float64)
+    values += torch.randn(40, 1, generator=generator) + torch.randn(1, 25, generator=generator)
+    bits = {str(i): dict(enumerate(row)) for i, row in enumerate(values.tolist())}
+    found = statistics.noise(bits)
+    assert found is not None
+    assert found.freedom == 39 * 24
+    assert found.deviation == pytest.approx(0.01, rel=0.1)
+    pairs = [(a, b) for a in range(40) for b in range(a)]
+    variance = sum((values[a] - values[b]).var().item() for a, b in pairs) / len(pairs)
+    assert found.deviation == pytest.approx((variance / 2) ** 0.5)
+    difference = statistics.paired(bits["0"], bits["1"], found)
+    assert difference is not None
+    assert difference.error == pytest.approx((variance / 25) ** 0.5)
+
+
+def test_runs_that_share_nothing_say_nothing_of_chance() -> None:
+    assert statistics.noise({}) is None
+    assert statistics.noise({"a": {0: 2.0, 1: 2.1}, "b": {0: 2.0}}) is None
+    assert statistics.noise({"a": {0: 2.0, 1: 2.1}, "b": {2: 2.0, 3: 2.5}}) is None
+    found = statistics.noise({"a": {0: 2.0, 1: 2.1}, "b": {0: 2.5, 1: 2.6, 5: 3.0}})
+    assert found == statistics.Noise(pytest.approx(0.0, abs=1e-9), 1)
 
 
 @pytest.mark.parametrize(
@@ -610,14 +652,14 @@ def test_page_of_some_results(tmp_path: Path) -> None:
         results.save(run.path(tmp_path / "results"), fake(run, 0.0, diverged=f"the loss of {variant} is nan at step 7"))
 
     written = write_page(tmp_path)
-    assert "Size S: **44 of 60 runs are missing**" in written
+    assert "Size S: **44 of 60 runs missing**" in written
     assert "ProductKeyMemory, ReLU (seed 1, 2)" in written
-    assert row(written, "SigmaMoE, 25%")[4:] == ["1.9933", "-0.0167 ± 0.0033", "lower", "3", "1.08", "11.71"]
-    assert row(written, "TopKFFN, k = d_ff/16")[5:7] == ["+0.0000 ± 0.0058", "none"]
+    assert row(written, "SigmaMoE, 25%")[4:] == ["1.9933", "-0.0167 ± 0.0071", "lower", "3", "1.08", "11.71"]
+    assert row(written, "TopKFFN, k = d_ff/16")[5:7] == ["+0.0000 ± 0.0071", "none"]
     assert row(written, "ProductKeyMemory, ReLU")[5:8] == ["+0.1000", "one seed", "1"]
     assert row(written, "SwitchMoE")[4:8] == ["diverged", "–", "diverged", "1, 1 diverged"]
-    assert row(written, "SoftmaxMoE, renormalised")[5:8] == ["+0.2000 ± 0.0000", "diverged", "3, 1 diverged"]
-    assert row(written, "1 expert, 4 x the size")[5] == "+0.0250 ± 0.0050"  # from SigmaMoE, not from dense
+    assert row(written, "SoftmaxMoE, renormalised")[5:8] == ["+0.2000 ± 0.0087", "diverged", "3, 1 diverged"]
+    assert row(written, "1 expert, 4 x the size")[5] == "+0.0250 ± 0.0087"  # from SigmaMoE, not from dense
     ranks = written.split("1 the lowest")[1].split("in the course of training")[0]
     assert [line.split("|")[1].strip() for line in ranks.splitlines() if line.startswith("|")][2:] == [
         "SigmaMoE, 25%",
@@ -626,8 +668,9 @@ def test_page_of_some_results(tmp_path: Path) -> None:
         "ProductKeyMemory, ReLU",
         "SoftmaxMoE, renormalised",
     ]
-    assert row(ranks, "SigmaMoE, 25%") == ["SigmaMoE, 25%", "1 to 3", "2 to 3", "1"]
-    assert "TopKFFN, k = d_ff/16 (none here, lower there)" in ranks
+    assert row(ranks, "SigmaMoE, 25%") == ["SigmaMoE, 25%", "1 to 2", "1 to 4", "1"]
+    assert "from dense of SoftmaxMoE, renormalised (higher here, none there).\n" in ranks
+    assert "The standard errors have 6 degrees of freedom." in written
     assert (
         "dense FFN uses for a byte, from the first layer to the last: 11, 21 (3 seeds). SigmaMoE computes 128"
         in written
@@ -657,6 +700,66 @@ def test_the_course_of_differences_is_read_off_the_curves() -> None:
     assert tables.course(records[:2], ["dense", "pkm"], "dense") == ""
 
 
+@pytest.mark.parametrize(
+    ("mean", "error", "number", "other"),
+    [
+        (0.03, 0.005, 1.08, True),  # none there, and at least 0.02 here
+        (0.03, 0.005, 1.10, False),  # higher there too
+        (0.0035, 0.001, 1.08, False),  # 1.08 may be 1.0835
+        (-0.03, 0.005, 1.10, True),
+        (0.0, 0.002, 1.10, True),  # none here: less than 0.004, and at least 0.01 there
+        (0.0, 0.02, 1.10, False),
+        (0.04, 0.005, 1.09, True),  # there 0.02 at most
+        (0.018, 0.005, 1.09, False),
+    ],
+)
+def test_a_result_is_other_than_the_papers_only_if_no_rounding_makes_them_one(
+    mean: float, error: float, number: float, other: bool
+) -> None:
+    found = statistics.Difference(mean, error, 3)
+    words = found.verdict, paper.direction(number, 1.08)
+    assert (words[0] != words[1] and paper.excludes(number, 1.08, found.interval)) == other
+
+
+def test_times_are_of_machines_that_both_layers_ran_on_and_that_compute_in_bfloat16() -> None:
+    def ran(variant: str, seed: int, processor: str, core: str, seconds: float) -> results.Record:
+        record = fake(Run("S", variant, seed), 2.0) | {"training_cpu_seconds": seconds}
+        record["machine"] = record["machine"] | {"processor": processor, "CPU core": core}
+        return record
+
+    records = [
+        ran("dense", 0, "new", "avx512_bf16", 100.0),
+        ran("dense", 1, "old", "avx2", 900.0),
+        ran("dense", 2, "newest", "amx", 50.0),
+        ran("sigma", 0, "old", "avx2", 90.0),
+        ran("sigma", 1, "new", "avx512_bf16", 150.0),
+        ran("pkm", 1, "other", "avx512_bf16", 10.0),
+    ]
+    table = tables.comparison(records, ["dense", "sigma", "pkm"], "dense", {})
+    assert [row(table, VARIANTS[name].label)[3] for name in ("dense", "sigma", "pkm")] == ["1.0x", "1.5x", "–"]
+    assert "without instructions for bfloat16 are left out" in table
+
+
+def test_curves_are_of_the_seeds_that_all_layers_have() -> None:
+    runs = [("dense", 0), ("dense", 1), ("sigma", 0), ("sigma", 1), ("pkm", 0), ("sigma-k1", 2), ("noisy", 7)]
+    shared = picture.of_shared_seeds([fake(Run("S", *run), 2.0) for run in runs])
+    assert {name: [r["seed"] for r in of] for name, of in shared.items()} == {"dense": [0], "sigma": [0], "pkm": [0]}
+    assert picture.of_shared_seeds([fake(Run("S", "pkm", 0), 2.0, diverged="the loss is nan")]) == {}
+
+
+def test_the_headline_tells_of_seeds_that_diverged() -> None:
+    runs = [Run("M", variant, seed) for variant in sizes.CORE for seed in (0, 1)]
+    records = [fake(run, 2.0, test=2.0 + 0.1 * (run.variant == "pkm")) for run in runs]
+    text = headline.headline({"S": [], "M": records})
+    assert row(text, "0.0M parameters, 30 MB of text, 2 seeds")[3] == "+0.1000 ± 0.0000"
+    assert row(text, "the paper: 41M parameters, 1.6 GB, one run")[1:] == ["+0.00", "-0.01", "+0.03", "+0.02"]
+    assert "not finished" in headline.headline({"M": records[:-1]})
+    lost = [fake(run, 2.0, diverged="the loss is nan") for run in runs[-1:]]
+    assert row(headline.headline({"M": records[:-1] + lost}), "0.0M parameters, 30 MB of text, 1/2 seeds")[4] == (
+        "+0.0000, 1 diverged"
+    )
+
+
 def test_layers_of_unlike_seeds_stand_in_the_order_of_their_differences() -> None:
     """The second seed is harder, and has dense only."""
     bits = {("dense", 0): 2.0, ("dense", 1): 2.4, ("sigma", 0): 2.1, ("pkm", 0): 2.05, ("topk-4", 0): 1.9}
@@ -681,11 +784,11 @@ def test_page_of_complete_sizes_and_trials(tmp_path: Path) -> None:
     assert "Size M is complete: 10 runs." in written
     assert "missing" not in written
     readme = (tmp_path / "README.md").read_text()
-    assert readme.startswith(f"before\n{headline.BEGIN}\nIn small models trained here")
+    assert readme.startswith(f"before\n{headline.BEGIN}\nModels trained here")
     assert readme.endswith(f"{headline.END}\nafter\n")
     assert "old" not in readme
-    assert row(readme, "0.0M parameters, 20 MB of text")[1:] == ["+0.0000 ± 0.0000"] * 4
-    assert row(readme, "0.0M parameters, 30 MB of text")[1:] == ["+0.0000 ± 0.0000"] * 4
+    assert row(readme, "0.0M parameters, 20 MB of text, 3 seeds")[1:] == ["+0.0000 ± 0.0000"] * 4
+    assert row(readme, "0.0M parameters, 30 MB of text, 2 seeds")[1:] == ["+0.0000 ± 0.0000"] * 4
     assert row(written, "0.002") == ["0.002", "2.0200", "2.0200"]
     assert "The lowest sum is that of 0.001; dense, ReLU alone would have 0.001, SigmaMoE, 25% alone would" in written
     assert "It is the last of the three that were tried" in written
