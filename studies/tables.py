@@ -160,8 +160,8 @@ def course(records: Sequence[Record], names: Sequence[str], base: str) -> str:
     windows = records[0]["config"]["eval_windows"]
     what = (
         f"The difference from {_short(base)} in the course of training, in bits per byte of the curves' {windows}\n"
-        "windows. All runs share them, so the errors do not know what chance is in them: the test text, which is larger,\n"
-        "may say another thing at the end."
+        "windows. All runs share them, so the errors do not know what chance is in them: the test text, which is\n"
+        "larger, may say another thing at the end."
     )
     return f"{what}\n\n{markdown((header, rows))}\n"
 
