@@ -266,6 +266,17 @@ def set_k(module: Any, k: int) -> None:
     module.k = k
 
 
+def set_option(module: Any, **option: Any) -> None:
+    [(name, value)] = option.items()
+    setattr(module, name, value)
+
+
+def settable(cls: type) -> list[str]:
+    """The properties of a class that may be set."""
+    static = {name: inspect.getattr_static(cls, name) for name in dir(cls)}
+    return [name for name, value in static.items() if isinstance(value, property) and value.fset is not None]
+
+
 @functools.cache
 def entries() -> dict[str, Entry]:
     found: dict[str, Entry] = {}
@@ -277,6 +288,12 @@ def entries() -> dict[str, Entry]:
 
     for cls, sizes in SIZES.items():
         add(cls.__name__, cls, sizes)
+        made = cls(**sizes)
+        for option in settable(cls):
+            if (cls, option) != (sf.DenseFFN, "k"):
+                add(f"{cls.__name__}.{option}", functools.partial(set_option, made), {option: getattr(made, option)},
+                    wrong={"k": (*SIZE, 99), "balance_weight": (-1.0, math.nan, math.inf, "1", None, (1.0, 2.0))},
+                    signature=inspect.getattr_static(cls, option).fset)  # fmt: skip
         if cls is sf.SparseFFN:
             continue
         tensors = {"x": TOKENS, "mask": REAL}
@@ -287,8 +304,6 @@ def entries() -> dict[str, Entry]:
         layer(TOKENS)  # what it left behind must stay, too
         add(f"{cls.__name__}.forward", layer.forward, tensors,
             wrong={} if mixture else {"router_input": ()})  # fmt: skip
-        if cls is not sf.DenseFFN:
-            add(f"{cls.__name__}.k", functools.partial(set_k, layer), {"k": 2}, wrong={"k": (*SIZE, 99)})
     add("MixedMoE.flops_per_token", MixedMoE(**SIZES[MixedMoE]).flops_per_token, {"load": torch.ones(6) / 6},
         wrong={"load": (*NO_TENSOR[:-1], torch.ones(4), torch.ones(6, 1), torch.ones(6).to_sparse())})  # fmt: skip
     offloaded = sf.SigmaMoE(**MOE).eval()

@@ -529,7 +529,7 @@ def test_a_router_that_layers_share_moves_once_by_the_load_of_all():
     moved = biases(first)
     model.append(sf.MoE(E, E - 1, 2, 1, router=first.router, null_experts=1, balance="bias"))
     first(likes(0, 0))
-    with pytest.raises(ValueError, match=r"2 shares its router with a layer .* that wishes other loads"):
+    with pytest.raises(ValueError, match=r"'2' shares its router with a layer .* that wishes other loads"):
         sf.update_router_bias(model)
     assert biases(first) == moved
 

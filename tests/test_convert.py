@@ -83,7 +83,7 @@ def same(a: nn.Module, b: nn.Module, width: int = 6, rtol: float = 1e-5) -> None
 
 @pytest.mark.parametrize("kind", config.CONFIGS)
 def test_configs_have_the_layers_arguments_and_defaults(kind: type[config.FFNConfig]) -> None:
-    of_the_ffn = {"d_model", "d_out", "d_router", "null_experts", "null_kind", "null_share", "device", "dtype"}
+    of_the_ffn = {"d_model", "d_out", "d_router", "device", "dtype"}
     arguments: dict[str, Any] = {}
     for cls in kind.layer.__mro__:  # variants pass **options on to MoE
         if issubclass(cls, sf.SparseFFN) and cls is not sf.SparseFFN:
@@ -114,6 +114,7 @@ CHOICES: dict[str, Any] = {
     "n_experts": 5, "expert_size": 8, "expert_dropout": 0.2, "balance": ("switch", "bias"),
     "balance_weight": (0.1, 0.2), "balance_over": "sequence", "aux": "inject", "sync_balance": True, "n_iters": 5,
     "router": "softmax", "bias": None, "rank": 2, "experts": True, "gated": True,
+    "null_experts": 2, "null_kind": "constant", "null_share": 0.3,
 }  # fmt: skip
 """A value for each option of a layer that is not its default."""
 AFTERWARDS: dict[str, Any] = {

@@ -100,7 +100,7 @@ def test_agreement_keeps_padding_out_and_wants_models_alike() -> None:
     for wrong in (sf.SigmaMoE(D, 6, 3, 2), sf.SigmaMoE(D, 5, 3, 1), nn.Sequential(layer)):
         with pytest.raises(ValueError, match="the same MoE layers"):
             sf.routing_agreement(layer, wrong, x)
-    with pytest.raises(ValueError, match="the same MoE layers"):
+    with pytest.raises(ValueError, match="first and second have no MoE layer"):
         sf.routing_agreement(nn.Linear(D, D), nn.Linear(D, D), x)
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 import sparse_ffn as sf
 from sparse_ffn import plot
-from sparse_ffn.convert import config_of
 from sparse_ffn.integrations import to_moe_layer
 from sparse_ffn.layers import SharedExpertMoE
 from sparse_ffn.layers.variants import MoEOptions
@@ -322,6 +321,6 @@ def test_what_they_cannot_be_is_said() -> None:
     layer.router.weight = torch.nn.Parameter(layer.router.weight[:E].detach())
     with pytest.raises(ValueError, match=r"router.weight must have shape \[8, 6\], got \[5, 6\]"):
         layer(normal(2, D))
-    for dense in (config_of, to_moe_layer, sf.to_dense):
+    for dense in (to_moe_layer, sf.to_dense):
         with pytest.raises(ValueError, match=r"null experts.*null_experts = 3"):
             dense(made(k=E + N))

@@ -275,7 +275,7 @@ def split(layer: sf.MoE) -> sf.MoE:
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "no layer": (lambda: nn.Linear(2, 2), {}, "the model has no MoE layer"),
-    "few": (layer_of, {"cache": 1}, r"cache = 1 is less than the k = 2 of 0"),
+    "few": (layer_of, {"cache": 1}, r"cache = 1 is less than the k = 2 of '0'"),
     "a small share": (layer_of, {"cache": 0.1}, r"cache = 0.1, 1 experts of 6, is less than the k = 2"),
     "twice": (lambda: offloaded(layer_of(), 2), {}, "1.keys are offloaded already"),
     "meta": (lambda: sf.MoE(D, E, G, K, device="meta"), {}, "1.keys is on meta"),

@@ -130,7 +130,7 @@ def test_a_backward_pass_through_any_of_the_outputs_ends_the_loss(last: int) -> 
 
 def test_what_cannot_be_pooled_is_said() -> None:
     with (
-        pytest.raises(ValueError, match="needs aux='attach', but 0 has aux='inject'"),
+        pytest.raises(ValueError, match="needs aux='attach', but '0' has aux='inject'"),
         sf.pooled_balance(nn.Sequential(made(aux="inject"))),
     ):
         pass

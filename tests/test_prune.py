@@ -269,16 +269,16 @@ def test_bad_input_changes_nothing_and_is_named() -> None:
     stats = sf.expert_stats(model, [x])
     state = copy.deepcopy(model.state_dict())
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"keep": 0.3}, "b would keep 2 of its experts, fewer than its k = 3"),
-        ({"keep": 7}, "keep = 7 is more than the n_experts = 6 of b"),
+        ({"keep": 0.3}, "'b' would keep 2 of its experts, fewer than its k = 3"),
+        ({"keep": 7}, "keep = 7 is more than the n_experts = 6 of 'b'"),
         ({"keep": 5, "scope": "model"}, "keep = 5 of the model's experts must be in"),
         ({"stats": {"a": stats["a"]}}, "lacks b, shared.routed"),
         ({"stats": {**stats, "a": stats["b"]}}, r"stats\['a'\] are of \[6, 6\]"),
         ({"stats": {**stats, "c": stats["b"]}}, "stats has 'c'"),
         ({"protect": ["nowhere"]}, "protect names 'nowhere'"),
         ({"protect": {"a": [8]}}, r"protect\['a'\] must be numbers of experts in \[0, 8\)"),
-        ({"protect": {"a": [0, 1, 2, 3, 4, 5]}}, "a would keep 4 experts, but protect has more"),
-        ({"by": lambda s: s.energy[:2]}, "by must give a finite number for each of the 8 experts of a, got a tensor"),
+        ({"protect": {"a": [0, 1, 2, 3, 4, 5]}}, "'a' would keep 4 experts, but protect has more"),
+        ({"by": lambda s: s.energy[:2]}, "by must give a finite number for each of the 8 experts of 'a', got a tensor"),
         ({"by": lambda s: s.energy * math.nan}, "by must give a finite number"),
     ]
     for arguments, message in cases:
@@ -308,11 +308,11 @@ def test_what_is_not_the_layers_own_is_refused() -> None:
 
     x = torch.randn(T, D)
     changes: list[tuple[Callable[[Model], Any], str]] = [
-        (lambda model: parametrize.register_parametrization(model.a, "values", Doubled()), "values of a is no plain"),
-        (lambda model: prune.l1_unstructured(model.a, "keys", 0.5), "keys of a is no plain"),
-        (lambda model: prune.l1_unstructured(model.a.router, "weight", 0.5), r"router\.weight of a is no plain"),
-        (lambda model: setattr(model.a, "router", Wrapped(model.a.router)), "the router of a is a Wrapped"),
-        (tied, "keys of a is tied to another"),
+        (lambda model: parametrize.register_parametrization(model.a, "values", Doubled()), "values of 'a' is no plain"),
+        (lambda model: prune.l1_unstructured(model.a, "keys", 0.5), "keys of 'a' is no plain"),
+        (lambda model: prune.l1_unstructured(model.a.router, "weight", 0.5), r"router\.weight of 'a' is no plain"),
+        (lambda model: setattr(model.a, "router", Wrapped(model.a.router)), "the router of 'a' is a Wrapped"),
+        (tied, "keys of 'a' is tied to another"),
     ]
     for change, message in changes:
         model = Model()

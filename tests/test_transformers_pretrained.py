@@ -111,19 +111,41 @@ def test_copies_and_pickles_record_their_own_layers(tmp_path: Path) -> None:
     assert config.to_dict()["sparse_ffn"]["model.layers.0.mlp"]["k"] == 2
 
 
-def test_a_layer_that_the_record_cannot_describe_is_an_error_when_it_is_saved(tmp_path: Path) -> None:
+def test_a_layer_that_the_record_cannot_describe_is_saved_with_a_warning_and_not_loaded(tmp_path: Path) -> None:
+    """transformers has emptied the file when it asks for the record: an error would leave it empty."""
     model = model_of("LlamaForCausalLM")
     report = sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, k=1))
     record_conversion(model, report)
+    model.save_pretrained(tmp_path)
 
     class Own(SigmoidRouter):
         pass
 
     model.model.layers[1].mlp.router = Own(16, 4, 1)
     copy.deepcopy(model)  # which saves nothing
-    for act in (lambda: record_conversion(model, report), lambda: model.save_pretrained(tmp_path)):
-        with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp cannot be recorded: .*Own"):
-            act()
+    with pytest.raises(ValueError, match=r"'model\.layers\.1\.mlp' cannot be recorded: .*Own"):
+        record_conversion(model, report)
+    with pytest.warns(sf.SparseFFNWarning, match=r"'model\.layers\.1\.mlp' cannot be recorded: .*Own.*its weights"):
+        model.save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())["sparse_ffn"]
+    assert record["model.layers.0.mlp"]["n_experts"] == 4
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.1\.mlp: it could not be recorded when the model was saved: .*Own"
+    ):
+        from_pretrained(str(tmp_path))
+    model.model.layers[1].mlp.router = SigmoidRouter(16, 4, 1)
+    model.save_pretrained(tmp_path)  # and all is well again
+    assert torch.equal(logits(from_pretrained(str(tmp_path))), logits(model))
+
+
+def test_experts_that_were_replaced_by_constants_are_saved_and_loaded(tmp_path: Path) -> None:
+    model = model_of("LlamaForCausalLM")
+    record_conversion(model, sf.sparsify_(model, sf.MoEConfig(router="unweighted", n_experts=4, k=2)))
+    sf.prune_experts_(model, sf.expert_stats(model, [tokens(2, 7)]), keep=0.5, replace="mean")
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(str(tmp_path))
+    assert loaded.model.layers[0].mlp.null_experts == 2
+    assert torch.equal(logits(loaded), logits(model))
 
 
 def test_a_layer_that_became_dense_again_is_recorded_as_what_it_is(tmp_path: Path) -> None:
@@ -266,6 +288,9 @@ def test_a_missing_or_wrong_record_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"model_class must be a model's own class.*AutoModelForCausalLM"):
         from_pretrained(str(tmp_path), transformers.AutoModelForCausalLM)
     assert from_pretrained(str(tmp_path), local_files_only=True).model.layers[0].mlp.balance == ("entropy", "z")
+    theirs = sf.sparsify_(model_of("LlamaForCausalLM"), sf.SigmaMoEConfig(n_experts=4))
+    with pytest.raises(ValueError, match=r"another model: of this one 'model.layers.0.mlp', .* was not converted"):
+        record_conversion(model_of("LlamaForCausalLM"), theirs)
     with pytest.raises(ValueError, match=r"report is of another model: this one has no 'model.layers.0.mlp'"):
         record_conversion(other, report)
     assert not hasattr(other.config, "sparse_ffn")

@@ -55,6 +55,11 @@ def check_rate(name: str, value: Any, inclusive: bool = False) -> float:
     return number
 
 
+def called(name: str) -> str:
+    """A module's name in a model as a sentence can hold it: a Sequential names its modules by numbers."""
+    return repr(name) if name else "the layer"
+
+
 def check_real(name: str, value: Any) -> float:
     """The value, if it is a finite number."""
     number = _float(value)
@@ -112,8 +117,9 @@ def check_module(name: str, value: Any) -> None:
 def check_tensor(name: str, x: Any) -> None:
     """Raise unless x is a tensor of numbers that lie in memory by strides, as kernels read them."""
     check_type(name, x, Tensor, "a tensor")
-    if x.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got one of layout {_word(x.layout)}")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "a nested one" if x.layout is torch.strided else f"one of layout {_word(x.layout)}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
 
 
 def check_floating(name: str, x: Any) -> None:

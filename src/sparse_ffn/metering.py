@@ -102,7 +102,9 @@ def routing_agreement(first: nn.Module, second: nn.Module, batch: Any) -> dict[s
         check_module(name, model)
         chosen.append(balanced_in(model))
     sizes = [{n: (m.n_experts, m.null_experts, m.k) for n, m in layers.items()} for layers in chosen]
-    if sizes[0] != sizes[1] or not sizes[0]:
+    if not sizes[0] and not sizes[1]:
+        raise ValueError("first and second have no MoE layer")
+    if sizes[0] != sizes[1]:
         raise ValueError(f"first and second must have the same MoE layers, got {sizes[0]} and {sizes[1]} (E, N, k)")
     used = [_experts_used(model, layers, batch) for model, layers in zip((first, second), chosen, strict=True)]
     found = {}

@@ -105,6 +105,17 @@ class Parametrizations(nn.ModuleDict):
         self.__dict__.update({name: self._modules[name] for name in _METHODS if name in self._modules})
 
 
+class WithProperties(nn.Module):
+    """A module whose properties see all that is set: Module takes modules past them, which they would refuse."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As Module's."""
+        if isinstance(value, nn.Module) and isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
 class Parametrizable(nn.Module):
     """A module with parameters of these names that torch.nn.utils.parametrize takes."""
 

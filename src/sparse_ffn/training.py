@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn.backends.choice import SparseFFNWarning
-from sparse_ffn.checks import check_finite, check_module
+from sparse_ffn.checks import called, check_finite, check_module
 from sparse_ffn.layers.balanced import balanced_in
 from sparse_ffn.routing.base import Router
 from sparse_ffn.routing.distributed import Sync, all_reduce_sum, check_group, check_sync, running
@@ -46,7 +46,7 @@ def aux_loss(model: nn.Module) -> Tensor:
         trains = layer.training and any(p.requires_grad for p in layer.router.parameters())
         if torch.is_grad_enabled() and trains and not loss.requires_grad:
             warnings.warn(
-                f"the balance loss of {name or 'the layer'} has no gradient: its forward ran without gradients, as "
+                f"the balance loss of {called(name)} has no gradient: its forward ran without gradients, as "
                 'under reentrant checkpointing. Use checkpoint(..., use_reentrant=False) or aux="inject".',
                 SparseFFNWarning,
                 stacklevel=2,
@@ -67,7 +67,7 @@ def routing_stats(model: nn.Module, *, sync: Sync = False) -> dict[str, dict[str
         The statistics of each layer that has run, by module name. ``entropy`` is that of the load over log E (1 is
         balance), ``busiest`` the busiest expert's share of the slots, ``dead`` the share of experts without a slot,
         ``load`` the experts' shares, on the CPU, [E], summing to 1. Null experts have no part in these; a layer that
-        has some says with ``null`` what share of all slots went to them.
+        has some says with ``null`` what share of all slots went to them. Without a slot (padding alone) all are 0.
 
     Raises:
         TypeError: the model is no module, or ``sync`` neither a bool nor a process group.
@@ -120,14 +120,14 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
         check_group("sync_balance", layer.sync_balance)
         if layer.sync_balance is False and running() and torch.distributed.get_world_size() > 1:
             raise RuntimeError(
-                f'{name or "the layer"} has balance="{layer._adapts}" and sync_balance=False among '
+                f'{called(name)} has balance="{layer._adapts}" and sync_balance=False among '
                 f"{torch.distributed.get_world_size()} processes, whose biases would drift apart: set sync_balance to "
                 "True, or to the group of the processes that train this layer (of one process to keep them apart)"
             )
         wish = (layer.sync_balance, layer._targets)
         if wishes.setdefault(layer._own_router(), wish) != wish:
             raise ValueError(
-                f"{name or 'the layer'} shares its router with a layer of another sync_balance, or one that wishes "
+                f"{called(name)} shares its router with a layer of another sync_balance, or one that wishes "
                 "other loads (null_share, balance_cost): a router takes one step for all its layers"
             )
     pooled: dict[tuple[Sync, torch.device], list[Router]] = defaultdict(list)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from sparse_ffn.checks import check_type, shown
+from sparse_ffn.checks import called, check_type, shown
 from sparse_ffn.compress.statistics import ExpertStats, ratio
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.routing.deepseek import DeepSeekRouter
@@ -26,7 +26,7 @@ def score_of(by: str | Score, name: str, stats: ExpertStats) -> Tensor:
     check_type("what by returns", score, Tensor, "a tensor")
     if score.shape != stats.count.shape or not bool(score.isfinite().all()):
         raise ValueError(
-            f"by must give a finite number for each of the {len(stats.count)} experts of {name or 'the layer'}, "
+            f"by must give a finite number for each of the {len(stats.count)} experts of {called(name)}, "
             f"got {shown(score)}"
         )
     return score.double().clone()
@@ -48,10 +48,10 @@ def best_of_each(layers: Mapping[str, MoE], scores: Mapping[str, Tensor], keep: 
     for name, layer in layers.items():
         groups, number = n_groups_of(layer), _number(keep, layer.n_experts)
         if number > layer.n_experts:
-            raise ValueError(f"keep = {number} is more than the n_experts = {layer.n_experts} of {name or 'the layer'}")
+            raise ValueError(f"keep = {number} is more than the n_experts = {layer.n_experts} of {called(name)}")
         if number % groups:
             raise ValueError(
-                f"keep = {number} of {name or 'the layer'} must be a multiple of its router's n_groups = {groups}: "
+                f"keep = {number} of {called(name)} must be a multiple of its router's n_groups = {groups}: "
                 "groups stay of one size"
             )
         size = layer.n_experts // groups
@@ -95,7 +95,7 @@ def n_groups_of(layer: MoE) -> int:
 
 def check_kept(name: str, layer: MoE, experts: list[int], protected: set[int]) -> None:
     """Raise unless a layer can do with these experts."""
-    place, number, router = name or "the layer", len(experts), layer.router
+    place, number, router = called(name), len(experts), layer.router
     if number < _least(layer):
         raise ValueError(f"{place} would keep {number} of its experts, fewer than its k = {layer.k}")
     if lost := protected - set(experts):

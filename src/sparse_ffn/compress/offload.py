@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_ffn.backends.warning import SparseFFNWarning
-from sparse_ffn.checks import check_device, check_flag, check_module, plain, shown
+from sparse_ffn.checks import called, check_device, check_flag, check_module, plain, shown
 from sparse_ffn.compress.stacks import Stack, experts_of, tell, untaught
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.rows import OffloadedRows, QuantizedRows
@@ -122,7 +122,7 @@ def _slots(name: str, module: nn.Module, n_experts: int, cache: int | float) -> 
     k = module.k if isinstance(module, MoE) else 1  # others do not know it
     if n < min(k, n_experts):
         holds = f", {n} experts of {n_experts}," if share else ""
-        raise ValueError(f"cache = {cache}{holds} is less than the k = {k} of {name or 'the layer'}")
+        raise ValueError(f"cache = {cache}{holds} is less than the k = {k} of {called(name)}")
     return n
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sparse_ffn.checks import check_choice, check_module, check_positive, check_type, plain, shown
+from sparse_ffn.checks import called, check_choice, check_module, check_positive, check_type, plain, shown
 from sparse_ffn.compress.keep import SCORES, Score, best_of_all, best_of_each, check_kept, n_groups_of, score_of
 from sparse_ffn.compress.report import PrunedLayer, PruningReport
 from sparse_ffn.compress.statistics import Experts, ExpertStats
@@ -69,7 +69,7 @@ def prune_experts_(
     check_choice("scope", scope, ("layer", "model"))
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
     if not layers:
-        raise ValueError("the model has no MoE layer")
+        raise ValueError("the model has no MoE layer: only the experts of MoE and its named forms can be pruned")
     protected = _check_protect(protect, layers)
     pruned = {name: layer for name, layer in layers.items() if len(protected[name]) < layer.n_experts}
     _check_stats(model, stats, pruned)
@@ -150,7 +150,7 @@ def _check_stats(model: nn.Module, stats: Mapping[str, ExpertStats], pruned: Map
 
 def _check_prunable(name: str, layer: MoE, uses: Mapping[int, int], replace: str | None) -> None:
     """Raise unless all that would be cut is the layer's own and plain, and can have what comes in its place."""
-    place = name or "the layer"
+    place = called(name)
     if n_groups_of(layer) > 1 and (replace or layer.null_experts):
         raise ValueError(f"the router of {place} has n_groups > 1, where a null expert would not fit")
     if replace and layer.null_experts and layer.null_kind != "constant":

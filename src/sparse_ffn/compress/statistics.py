@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn import ops
-from sparse_ffn.checks import check_flag, check_function, check_module
+from sparse_ffn.checks import called, check_flag, check_function, check_module
 from sparse_ffn.convert.batches import run
 from sparse_ffn.convert.calibrate import Filter
 from sparse_ffn.layers.moe import MoE
@@ -132,7 +132,7 @@ def expert_stats(
 
     run(model, batches, [(experts.module, partial(add, name)) for name, experts in found.items()])
     if not sums:
-        raise ValueError(f"no layer saw a token of the batches: {', '.join(found)}")
+        raise ValueError(f"no layer saw a token of the batches: {', '.join(map(called, found))}")
     return {name: sums[name] for name in found if name in sums}
 
 

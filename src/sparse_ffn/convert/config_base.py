@@ -11,6 +11,7 @@ from sparse_ffn import layers
 from sparse_ffn.checks import check_choice, check_positive, plain
 from sparse_ffn.convert.init.weights import FFNWeights
 from sparse_ffn.layers.shared_expert import SharedExpertMoE
+from sparse_ffn.module import check_options
 
 Self = TypeVar("Self", bound="FFNConfig")
 SIZES = ("d_ff", "n_sub_keys", "n_experts", "expert_size", "k", "rank")
@@ -48,6 +49,11 @@ class FFNConfig:
     dropout: float | None = None
     init_scale: float = 1.0
     n_layers: int | None = None
+
+    def __new__(cls: type[Self], *args: Any, **options: Any) -> Self:
+        """Check the names of the options, as layers do."""
+        check_options(cls, options)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check_choice("init", self.init, self.inits)

@@ -22,19 +22,30 @@ DEALT = ("split", "cluster", "auto")
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureConfig(FFNConfig):
-    """The arguments that all mixtures of experts share."""
+    """The arguments that all mixtures of experts share.
+
+    Those of null experts are for ``init="fresh"``: an FFN has no units for them.
+    """
 
     n_experts: int | None = None
     expert_size: int | None = None
     k: int | None = None
     glu: bool | None = None
     bias: bool | None = None
+    null_experts: int = 0
+    null_kind: str = "zero"
+    null_share: float | None = None
     expert_dropout: float = 0.0
     balance: str | Sequence[str] = "entropy"
     balance_weight: float | Sequence[float] = 1e-3
     balance_over: str = "batch"
     aux: str = "attach"
     sync_balance: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.null_experts and self.init != "fresh":
+            raise ValueError(f'null_experts = {self.null_experts} is for init = "fresh", not init = {self.init!r}')
 
     def _copies(self, ffn: FFNWeights) -> dict[str, Any]:
         """The sizes of experts that are copies of the FFN."""

@@ -24,8 +24,8 @@ def config_of(layer: Converted) -> FFNConfig:
 
     Raises:
         TypeError: no layer of this library, or one of a class that no config is for.
-        ValueError: the layer has a router that its config does not make, null experts, or a shared expert of another
-            kind than its own or with a gate.
+        ValueError: the layer has a router that its config does not make, or a shared expert of another kind than its
+            own or with a gate.
     """
     if isinstance(layer, SharedExpertMoE):
         return _beside_shared(layer)
@@ -34,8 +34,6 @@ def config_of(layer: Converted) -> FFNConfig:
     kind: Any = next((kind for kind in CONFIGS if kind.layer is _own_class(layer)), None)
     if kind is None:
         raise TypeError(f"no config is for {type(layer).__name__}: there are {', '.join(c.__name__ for c in CONFIGS)}")
-    if isinstance(layer, Routed) and layer.null_experts:
-        raise ValueError(f"no {kind.__name__} makes a layer with null experts, and null_experts = {layer.null_experts}")
     router = layer._own_router() if isinstance(layer, Routed) else None
     default: Any = kind(init="fresh")
     config: FFNConfig = kind(init="fresh", **{n: _option(layer, router, n, v) for n, v in default.arguments().items()})

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import transformers
 from torch import Tensor
 
+from sparse_ffn.backends.choice import SparseFFNWarning
 from sparse_ffn.checks import check_type, shown
 from sparse_ffn.convert import Report, config_from_dict, config_of, sparsify_
 from sparse_ffn.integrations import quantized
@@ -21,6 +23,7 @@ from sparse_ffn.layers.rows.base import ExpertRows
 from sparse_ffn.layers.shared_expert import SharedExpertMoE
 
 KEY = "sparse_ffn"  # of the record in config.json
+UNRECORDED = "unrecorded"  # instead of a config: why there is none
 WHERE = (
     "cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
     "trust_remote_code",
@@ -33,7 +36,8 @@ def record_conversion(model: Any, report: Report) -> None:
 
     After it every way to save works: ``model.save_pretrained``, the Trainer's checkpoints, ``push_to_hub``. Each saves
     the layers' options as they then are. Load with ``from_pretrained`` of this module. For a model that was converted
-    in several steps, call it after each.
+    in several steps, call it after each. Where no config can say any more what a layer is, a save warns, has all
+    weights and no config of that layer, and ``from_pretrained`` says so.
 
     Args:
         model: a ``transformers.PreTrainedModel`` that ``sparsify_`` converted.
@@ -41,23 +45,28 @@ def record_conversion(model: Any, report: Report) -> None:
 
     Raises:
         TypeError: ``model`` is no model of transformers or ``report`` no report.
-        ValueError: the report names a module that the model does not have, or no config can say what a layer is.
+        ValueError: the report names a module that the model does not have or that was not converted, or no config can
+            say what a layer is.
     """
     check_type("model", model, transformers.PreTrainedModel, "a transformers.PreTrainedModel")
     check_type("report", report, Report, "what sparsify_ returned")
-    places = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    places = dict(model.named_modules(remove_duplicate=False))
     missing = [name for name in report.names if name not in places]
     if missing:
         raise ValueError(f"report is of another model: this one has no {', '.join(map(repr, missing))}")
+    dense = [name for name in report.names if not _layers(places[name])]
+    if dense:
+        raise ValueError(f"report is of another model: of this one {', '.join(map(repr, dense))} was not converted")
     _tie(model)
     names = {**(getattr(model.config, KEY, None) or {}), **report.configs}
-    setattr(model.config, KEY, Record(model, _present(model, names)))
+    setattr(model.config, KEY, Record(model, _present(model, names, _refuse)))
 
 
 class Record(dict[str, Any]):
     """The configs of a model's converted layers by name; a copy, and so what is saved, has the layers' present options.
 
-    A pickle is a plain dict, with the options as they were.
+    A pickle is a plain dict, with the options as they were. Nothing raises here: transformers asks for a copy when it
+    has already emptied the config's file.
 
     Args:
         model: what has the layers. The record does not keep it alive.
@@ -73,7 +82,7 @@ class Record(dict[str, Any]):
         model = self._model()
         if model is None:
             return dict(self)
-        found = _present(model, self)
+        found = _present(model, self, _note)
         self.update(found)
         return found
 
@@ -85,8 +94,21 @@ class Record(dict[str, Any]):
         return dict, (self.now(),)
 
 
-def _present(model: Any, names: Iterable[str]) -> dict[str, Any]:
-    """The config of the layer that is now at each of these places, if there is one."""
+def _refuse(name: str, error: Exception) -> dict[str, Any]:
+    raise ValueError(f"{name!r} cannot be recorded: {error}") from error
+
+
+def _note(name: str, error: Exception) -> dict[str, Any]:
+    warnings.warn(
+        f"{name!r} cannot be recorded: {error}. What is saved has its weights, but from_pretrained cannot make it",
+        SparseFFNWarning,
+        stacklevel=2,
+    )
+    return {UNRECORDED: str(error)}
+
+
+def _present(model: Any, names: Iterable[str], otherwise: Callable[[str, Exception], dict[str, Any]]) -> dict[str, Any]:
+    """The config of the layer that is now at each of these places, if there is one, or what is there otherwise."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if name not in names or not (layers := _layers(module)):
@@ -96,7 +118,7 @@ def _present(model: Any, names: Iterable[str]) -> dict[str, Any]:
                 raise ValueError(f"it holds {len(layers)} layers")
             found[name] = config_of(layers[0]).to_dict()
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{name} cannot be recorded: {error}") from error
+            found[name] = otherwise(name, error)
     return found
 
 
@@ -166,7 +188,7 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
     model, info = Converted.from_pretrained(path, config=config, output_loading_info=True, **options)
     model.__class__ = base
     if record:
-        setattr(model.config, KEY, Record(model, _present(model, _places(model, record))))
+        setattr(model.config, KEY, Record(model, _present(model, _places(model, record), _refuse)))
     if stored:
         quantized.prepare(model)
     _check_loaded(model, info["missing_keys"])
@@ -181,6 +203,8 @@ def _check_record(path: Any, record: Any) -> None:
     name = ""
     try:
         for name in record:
+            if isinstance(record[name], Mapping) and UNRECORDED in record[name]:
+                raise ValueError(f"it could not be recorded when the model was saved: {record[name][UNRECORDED]}")
             config_from_dict(record[name])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{of}, {name}: {error}") from error

@@ -11,7 +11,7 @@ from torch.autograd.graph import Node
 
 from sparse_ffn.checks import check_choice, check_positive
 from sparse_ffn.layers.last_forward import LastForward, nodes_of
-from sparse_ffn.module import unwrapped
+from sparse_ffn.module import WithProperties, unwrapped
 from sparse_ffn.ops.library import in_backward
 from sparse_ffn.routing.balance import LOSSES, Terms, check_balance, weighted_losses
 from sparse_ffn.routing.base import AnyRouting, Router, Routing
@@ -39,7 +39,7 @@ class Calls:
         """Of all calls' results: the tensors themselves would cost memory under checkpointing."""
 
 
-class Balanced(nn.Module):
+class Balanced(WithProperties):
     """A module with a router and its balance, which keeps what ``aux_loss`` and ``routing_stats`` ask for.
 
     This is all that the functions of ``training``, ``metering`` and ``plot`` know of a mixture of experts.
@@ -50,7 +50,6 @@ class Balanced(nn.Module):
     """Those that compute something."""
     null_experts: int = 0
     """The router's rows behind them."""
-    aux: str
     _last: LastForward | None = None
     _calls: Calls | None = None
 
@@ -83,11 +82,53 @@ class Balanced(nn.Module):
     def _set_balance(
         self, names: str | Sequence[str], weights: float | Sequence[float], over: str, aux: str, sync: Sync
     ) -> None:
-        check_choice("balance_over", over, ("batch", "sequence"))
-        check_choice("aux", aux, ("attach", "inject"))
-        self.balance, self.balance_weight = check_balance(names, weights)
+        self._balance, self._balance_weight = check_balance(names, weights)
         self.balance_over, self.aux = over, aux
         self.sync_balance: Sync = check_sync("sync_balance", sync)
+
+    @property
+    def balance(self) -> tuple[str, ...]:
+        """The names; may be set to as many others, but for ``"bias"`` and ``"l1"``, which a router is made for."""
+        return self._balance
+
+    @balance.setter
+    def balance(self, balance: str | Sequence[str]) -> None:
+        found, _ = check_balance((balance,) if isinstance(balance, str) else balance, self._balance_weight)
+        if changed := {"bias", "l1"} & (set(found) ^ set(self._balance)):
+            raise ValueError(
+                f"balance = {found}: a router is made with {changed.pop()!r} or without it: make a new layer"
+            )
+        self._balance = found
+
+    @property
+    def balance_weight(self) -> tuple[float, ...]:
+        """One for each name of ``balance``; may be set, to a number where there is one name."""
+        return self._balance_weight
+
+    @balance_weight.setter
+    def balance_weight(self, balance_weight: float | Sequence[float]) -> None:
+        single = len(self._balance) == 1 and not isinstance(balance_weight, Sequence)
+        _, self._balance_weight = check_balance(self._balance[0] if single else self._balance, balance_weight)
+
+    @property
+    def balance_over(self) -> str:
+        """``"batch"`` or ``"sequence"``; may be set."""
+        return self._balance_over
+
+    @balance_over.setter
+    def balance_over(self, balance_over: str) -> None:
+        check_choice("balance_over", balance_over, ("batch", "sequence"))
+        self._balance_over = balance_over
+
+    @property
+    def aux(self) -> str:
+        """``"attach"`` or ``"inject"``; may be set."""
+        return self._aux_way
+
+    @aux.setter
+    def aux(self, aux: str) -> None:
+        check_choice("aux", aux, ("attach", "inject"))
+        self._aux_way = aux
 
     def _n_sequences(self, x: Tensor) -> int | None:
         """How many parts of x [..., d_model] are balanced each by itself; None for all tokens together."""

@@ -23,12 +23,13 @@ from sparse_ffn.checks import (
     is_dtensor,
     shape_error,
 )
-from sparse_ffn.module import CheckedOptions, Parametrizable, normal_
+from sparse_ffn.layers.rows.base import n_numbers
+from sparse_ffn.module import CheckedOptions, Parametrizable, WithProperties, normal_
 from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.autocast import autocast_enabled
 
 
-class SparseFFN(CheckedOptions, Parametrizable, nn.Module):
+class SparseFFN(CheckedOptions, Parametrizable, WithProperties):
     """Base of all layers: a feed-forward block x [..., d_model] -> [..., d_out], a sum over hidden units.
 
     Unit i reads the input with its key and adds its value to the output: y = sum_i act(keys_i · x) values_i. In the
@@ -78,13 +79,32 @@ class SparseFFN(CheckedOptions, Parametrizable, nn.Module):
         super().__init__()
         self.d_model = check_positive("d_model", d_model)
         self.d_out = self.d_model if d_out is None else check_positive("d_out", d_out)
-        check_choice("activation", activation, (*ACTIVATIONS, *extra_activations))
-        self.activation, self.dropout = activation, check_rate("dropout", dropout, inclusive=True)
+        self._activations = (*ACTIVATIONS, *extra_activations)
+        self.activation, self.dropout = activation, dropout
         self.init_scale = initial_scale(init_scale, n_layers)
         check_device(device)
         check_dtype(dtype)
         self._factory = {"device": device, "dtype": dtype}
         self.out_bias = self._parameter(self.d_out) if check_flag("bias", bias) else None
+
+    @property
+    def activation(self) -> str:
+        """The hidden activation's name; may be set to another."""
+        return self._activation
+
+    @activation.setter
+    def activation(self, activation: str) -> None:
+        check_choice("activation", activation, self._activations)
+        self._activation = activation
+
+    @property
+    def dropout(self) -> float:
+        """The rate of dropout on hidden units; may be set."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, dropout: float) -> None:
+        self._dropout = check_rate("dropout", dropout, inclusive=True)
 
     @property
     def k(self) -> int:
@@ -190,8 +210,8 @@ class SparseFFN(CheckedOptions, Parametrizable, nn.Module):
 
     @property
     def n_parameters(self) -> int:
-        """Number of parameters."""
-        return sum(p.numel() for p in self.parameters())
+        """Number of parameters; quantised and other stored experts count as the parameters that they stand for."""
+        return n_numbers(self)
 
     def _repr_options(self, *sizes: str, **options: tuple[Any, Any]) -> str:
         """Sizes, then each option (value, default) that differs from its default."""

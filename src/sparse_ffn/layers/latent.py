@@ -10,6 +10,7 @@ from sparse_ffn.checks import check_flag, check_floating, check_mask, check_plac
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.projection import Projection
 from sparse_ffn.layers.routed import Routed
+from sparse_ffn.layers.rows.base import n_numbers
 from sparse_ffn.module import unwrapped
 
 
@@ -131,8 +132,8 @@ class LatentMoE(nn.Module):
 
     @property
     def n_parameters(self) -> int:
-        """Number of parameters."""
-        return sum(p.numel() for p in self.parameters())
+        """Number of parameters; quantised and other stored experts count as the parameters that they stand for."""
+        return n_numbers(self)
 
     def extra_repr(self) -> str:
         """The widths."""

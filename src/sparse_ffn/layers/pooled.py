@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.checks import check_module
+from sparse_ffn.checks import called, check_module
 from sparse_ffn.layers.balanced import Balanced, Calls, balanced_in
 from sparse_ffn.routing.base import Routing
 
@@ -43,9 +43,9 @@ def pooled_balance(model: nn.Module) -> Iterator[None]:
     layers = balanced_in(model)
     for name, layer in layers.items():
         if layer.aux == "inject":
-            raise ValueError(f"pooled_balance needs aux='attach', but {name or 'the layer'} has aux='inject'")
+            raise ValueError(f"pooled_balance needs aux='attach', but {called(name)} has aux='inject'")
         if layer._calls is not None and layer._calls.open:
-            raise RuntimeError(f"{name or 'the layer'} is within pooled_balance already")
+            raise RuntimeError(f"{called(name)} is within pooled_balance already")
     for layer in layers.values():
         layer._calls = Calls(open=True)
     try:

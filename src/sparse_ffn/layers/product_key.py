@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_ffn import ops
-from sparse_ffn.checks import check_choice, check_flag, check_places, check_positive, is_dtensor
+from sparse_ffn.checks import check_choice, check_finite, check_flag, check_places, check_positive, is_dtensor
 from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.layers.data_parallel import check_no_ddp
 from sparse_ffn.layers.projection import Projection
@@ -269,7 +269,11 @@ class ProductKeyMemory(SparseFFN):
         Args:
             values_lr: learning rate of ``values``: each row is read by few tokens, so it usually wants a higher one.
             **options: further options of the value table's group, e.g. ``weight_decay=0.0``.
+
+        Raises:
+            ValueError: the rate is not finite or below 0.
         """
+        check_finite("values_lr", values_lr)
         others = [p for p in self.parameters() if p is not self.values]
         return [{"params": [self.values], "lr": values_lr, **options}, {"params": others}]
 

@@ -103,6 +103,15 @@ class Routed(NullExperts, Balanced, SparseFFN):
         self.d_router = self.router.d_model
         self._reset_experts()  # the router has initialised itself
 
+    @property
+    def expert_dropout(self) -> float:
+        """The router's ``expert_dropout``; may be set."""
+        return self._own_router().expert_dropout
+
+    @expert_dropout.setter
+    def expert_dropout(self, expert_dropout: float) -> None:
+        self._own_router().expert_dropout = check_rate("expert_dropout", expert_dropout)
+
     def _check_served(self, option: str, *by: str) -> None:
         """Raise unless the layer has one of the balances that an option is for."""
         if not set(by) & set(self.balance):

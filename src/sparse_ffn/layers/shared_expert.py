@@ -9,6 +9,7 @@ from sparse_ffn.checks import check_flag, check_type, shape_error
 from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.layers.latent import LatentMoE
 from sparse_ffn.layers.routed import Routed
+from sparse_ffn.layers.rows.base import n_numbers
 from sparse_ffn.module import is_called_alone, unwrapped
 
 
@@ -144,5 +145,5 @@ class SharedExpertMoE(nn.Module):
 
     @property
     def n_parameters(self) -> int:
-        """Number of parameters."""
-        return sum(p.numel() for p in self.parameters())
+        """Number of parameters; quantised and other stored experts count as the parameters that they stand for."""
+        return n_numbers(self)

@@ -28,6 +28,7 @@ from sparse_ffn.checks import (
 from sparse_ffn.layers.balanced import Balanced
 from sparse_ffn.layers.base import check_input, initial_scale
 from sparse_ffn.layers.projection import Projection
+from sparse_ffn.layers.rows.base import n_numbers
 from sparse_ffn.module import CheckedOptions, normal_, unwrapped
 from sparse_ffn.ops.select import stable_topk
 from sparse_ffn.routing.balance import check_balance
@@ -325,8 +326,8 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
 
     @property
     def n_parameters(self) -> int:
-        """Number of parameters."""
-        return sum(p.numel() for p in self.parameters())
+        """Number of parameters; quantised and other stored experts count as the parameters that they stand for."""
+        return n_numbers(self)
 
     def reset_parameters(self) -> None:
         """Initialise all parameters and buffers anew."""

@@ -125,6 +125,12 @@ def rows_ffn(
     return ffn(x, units, index, gate, dropout_mask=dropout_mask, activation=activation)
 
 
+def n_numbers(module: nn.Module) -> int:
+    """How many parameters a module has, stored rows counted as what they stand for."""
+    rows = (m.shape.numel() for m in module.modules() if isinstance(m, ExpertRows))
+    return sum(p.numel() for p in module.parameters()) + sum(rows)
+
+
 def check_dense(layer: nn.Module) -> None:
     """Raise ValueError if a layer has stored rows, where only parameters will do."""
     stored = [name for name, child in layer.named_children() if isinstance(child, ExpertRows)]
