@@ -15,7 +15,7 @@ from . import headline, paper, picture, plan
 from .results import RESULTS, Record, load_all
 from .sizes import SIZES
 from .statistics import ERRORS, noise
-from .tables import beside_the_paper, bits_of, comparison, course
+from .tables import beside_the_paper, bits_of, chosen, comparison, course
 from .variants import DENSE, SIGMA, VARIANTS
 
 INTRODUCTION = """\
@@ -162,6 +162,7 @@ def layers(records: Sequence[Record]) -> Iterator[str]:
     yield comparison(records, names, DENSE, paper.LAYERS)
     yield from beside_the_paper(records, names, DENSE, paper.LAYERS)
     yield course(records, names, DENSE)
+    yield chosen(records)
 
 
 def units(records: Sequence[Record]) -> Iterator[str]:

@@ -177,5 +177,40 @@ def _after(records: Sequence[Record], part: float) -> dict[str, dict[int, float]
     return bits
 
 
+CHOSEN: dict[str, tuple[float, float]] = {
+    "topk-16": (1 / 16, 0),
+    "topk-4": (1 / 4, 0),
+    "sigma-k8": (1 / 4, 1 / 2),
+    "sigma-8": (1 / 8, 1),
+    "sigma": (1 / 4, 1),
+    "sigma-2": (1 / 2, 1),
+    "sigma-k2": (1 / 4, 2),
+    "sigma-k1": (1 / 4, 4),
+}
+"""Layers that differ in the share of units that a token uses and in what is chosen: single units (0), or experts of so
+many times SigmaMoE's size."""
+
+
+def chosen(records: Sequence[Record]) -> str:
+    """The difference from dense by how many units a token uses, and in what blocks they are chosen."""
+    bits = bits_of(records)
+    chance, config = noise(bits), records[0]["config"]
+    rows = []
+    for name, (share, size) in CHOSEN.items():
+        if found := paired(bits.get(name, {}), bits.get(DENSE, {}), chance):
+            block = round(size * config["expert_size"]) or 1
+            rows.append([str(block), str(round(share * config["d_ff"])), str(found), found.verdict, str(found.n)])
+    if len(rows) < 2:
+        return ""
+    what = (
+        "Where SigmaMoE's difference is another than the paper's, the likeliest reason is that a token uses few units\n"
+        "and chooses them in blocks: the paper warns of experts of fewer than 128 units, and of fewer than 256 to 512\n"
+        "units a token. Here the size of experts and their number vary; TopKFFN, without a router, stands for blocks of\n"
+        "one unit."
+    )
+    header = ["chosen in blocks of", "units a token", "difference from dense", "called", "seeds"]
+    return f"{what}\n\n{markdown((header, rows))}\n"
+
+
 def _short(base: str) -> str:
     return "dense" if base == DENSE else "SigmaMoE"

@@ -760,6 +760,22 @@ def test_the_headline_tells_of_seeds_that_diverged() -> None:
     )
 
 
+def test_the_units_that_a_token_uses_are_those_of_the_layers() -> None:
+    config = sizes.SIZES["S"].config
+    for name, (share, size) in tables.CHOSEN.items():
+        layer = VARIANTS[name].make(config)
+        if isinstance(layer, MoE):
+            assert (layer.k * layer.expert_size, layer.expert_size) == (share * 512, size * 32)
+        else:
+            assert (layer.k, size) == (share * 512, 0)
+    runs = [Run("S", name, seed) for name in ("dense", "topk-4", "sigma-2") for seed in (0, 1)]
+    records = [fake(run, 2.0, test=2.0 + 0.1 * (run.variant == "sigma-2")) for run in runs]
+    table = tables.chosen(records)
+    assert row(table, "1") == ["1", "128", "+0.0000 ± 0.0000", "none", "2"]
+    assert row(table, "32") == ["32", "256", "+0.1000 ± 0.0000", "higher", "2"]
+    assert tables.chosen(records[:3]) == ""
+
+
 def test_layers_of_unlike_seeds_stand_in_the_order_of_their_differences() -> None:
     """The second seed is harder, and has dense only."""
     bits = {("dense", 0): 2.0, ("dense", 1): 2.4, ("sigma", 0): 2.1, ("pkm", 0): 2.05, ("topk-4", 0): 1.9}
