@@ -1209,6 +1209,10 @@ def test_calibrate_runs_batches_leaves_padding_out_and_puts_everything_back() ->
     assert len(sf.calibrate(model, [x] * 9, max_tokens=7)["block.ffn"]) == 7
     with pytest.raises(ValueError, match=r"no FFN saw a token of the batches: block\.ffn"):
         sf.calibrate(model, [])
+    with pytest.raises(
+        TypeError, match=r"2 do not fit its forward .*: of pairs of inputs and labels give \(x for x, label"
+    ):
+        sf.calibrate(nn.Sequential(model), [(x, torch.ones(20))])
     with pytest.raises(ValueError, match="has no FFN"):
         sf.calibrate(nn.Linear(3, 3), [torch.randn(1, 3)])
 

@@ -222,7 +222,20 @@ def fork_random(device: torch.device) -> AbstractContextManager[None]:
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:
-    """Call a model with a mapping (keyword arguments), a tuple or list (positional arguments), or one argument."""
+    """Call a model with a mapping (keyword arguments), a tuple or list (positional arguments), or one argument.
+
+    Raises:
+        TypeError: its ``forward`` does not take so many.
+    """
     if isinstance(batch, Mapping):
         return model(**batch)
-    return model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
+    if not isinstance(batch, (tuple, list)):
+        return model(batch)
+    try:
+        inspect.signature(model.forward).bind(*batch)
+    except TypeError as error:
+        raise TypeError(
+            f"a batch that is a {type(batch).__name__} is the model's positional arguments, and {len(batch)} do not "
+            f"fit its forward ({error}): of pairs of inputs and labels give (x for x, label in loader)"
+        ) from None
+    return model(*batch)
