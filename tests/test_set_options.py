@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import sparse_ffn as sf
+from sparse_ffn.layers import MixedMoE
 
 
 def layer(**options: Any) -> sf.SigmaMoE:
@@ -72,6 +73,16 @@ def test_what_the_constructor_refuses_is_refused_and_changes_nothing(name: str, 
     with pytest.raises(ValueError, match=message):
         setattr(changed, name, value)
     assert (repr(changed), getattr(changed, name)) == before
+
+
+def test_a_balance_that_other_options_need_stays() -> None:
+    null = layer(null_experts=2, null_share=0.5)
+    mixed = MixedMoE(16, [(4, 8), (2, 16)], 2, balance_cost=True)
+    for changed, option in ((null, "null_share = 0.5"), (mixed, "balance_cost = True")):
+        with pytest.raises(ValueError, match=f"{option} needs one of 'entropy'.*got \\('z',\\)"):
+            changed.balance = "z"
+        assert changed.balance == ("entropy",)
+        changed.balance = "switch"
 
 
 def test_what_a_layer_says_may_be_set_again() -> None:

@@ -98,7 +98,11 @@ class Balanced(WithProperties):
             raise ValueError(
                 f"balance = {found}: a router is made with {changed.pop()!r} or without it: make a new layer"
             )
+        self._check_served(found)
         self._balance = found
+
+    def _check_served(self, balance: tuple[str, ...]) -> None:
+        """Raise unless these serve the layer's options that are for balancing."""
 
     @property
     def balance_weight(self) -> tuple[float, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn.checks import check_flag, check_parameters, check_positive, check_tensor, shown
-from sparse_ffn.layers.routed import Routed, RoutedOptions
+from sparse_ffn.layers.routed import Routed, RoutedOptions, check_one_of
 from sparse_ffn.layers.rows.base import check_dense, rows_ffn
 from sparse_ffn.layers.units import fit, units_of
 from sparse_ffn.module import Parametrizable, Unpack
@@ -74,10 +74,13 @@ class MixedMoE(Routed):
         """Hidden units of each expert."""
         return tuple(size for experts, size in self.sizes for _ in range(experts))
 
+    def _check_served(self, balance: tuple[str, ...]) -> None:
+        super()._check_served(balance)
+        if self.balance_cost:
+            check_one_of("balance_cost = True", balance, "entropy", "switch", "cv2", "bias")
+
     def _make_experts(self, glu: bool, bias: bool) -> None:
         check_flag("glu", glu)
-        if self.balance_cost:
-            self._check_served("balance_cost = True", "entropy", "switch", "cv2", "bias")
         self.banks = nn.ModuleList(
             Bank(
                 self._parameter(*size, self.d_model),

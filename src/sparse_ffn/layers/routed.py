@@ -93,8 +93,7 @@ class Routed(NullExperts, Balanced, SparseFFN):
         self._set_balance(balance, balance_weight, balance_over, aux, sync_balance)
         self._make_experts(glu, bias)
         self._set_null(null_experts, null_kind, null_share)
-        if self.null_share is not None:
-            self._check_served(f"null_share = {self.null_share}", "entropy", "switch", "bias")
+        self._check_served(self.balance)
         self.router = make_router(
             router, self.d_model, d_router, self.n_experts + self.null_experts, self._checked_k(k),
             balance=self.balance, expert_dropout=check_rate("expert_dropout", expert_dropout),
@@ -112,10 +111,9 @@ class Routed(NullExperts, Balanced, SparseFFN):
     def expert_dropout(self, expert_dropout: float) -> None:
         self._own_router().expert_dropout = check_rate("expert_dropout", expert_dropout)
 
-    def _check_served(self, option: str, *by: str) -> None:
-        """Raise unless the layer has one of the balances that an option is for."""
-        if not set(by) & set(self.balance):
-            raise ValueError(f"{option} needs one of {', '.join(map(repr, by))} as balance, got {self.balance}")
+    def _check_served(self, balance: tuple[str, ...]) -> None:
+        if self.null_share is not None:
+            check_one_of(f"null_share = {self.null_share}", balance, "entropy", "switch", "bias")
 
     def _make_experts(self, glu: bool, bias: bool) -> None:
         """Check these two and make the experts' parameters."""
@@ -222,3 +220,9 @@ class Routed(NullExperts, Balanced, SparseFFN):
             null_share=(self.null_share, None),
             **self._balance_options(),
         )
+
+
+def check_one_of(option: str, balance: tuple[str, ...], *served: str) -> None:
+    """Raise unless one of these serves an option."""
+    if not set(served) & set(balance):
+        raise ValueError(f"{option} needs one of {', '.join(map(repr, served))} as balance, got {balance}")
