@@ -752,7 +752,7 @@ def test_the_headline_tells_of_seeds_that_diverged() -> None:
     records = [fake(run, 2.0, test=2.0 + 0.1 * (run.variant == "pkm")) for run in runs]
     text = headline.headline({"S": [], "M": records})
     assert row(text, "0.0M parameters, 30 MB of text, 2 seeds")[3] == "+0.1000 ± 0.0000"
-    assert row(text, "the paper: 41M parameters, 1.6 GB, one run")[1:] == ["+0.00", "-0.01", "+0.03", "+0.02"]
+    assert row(text, "the paper: 41M parameters, 1.6 GB, one run")[1:] == ["+0.00", "-0.01", "+0.03", "+0.02", ""]
     assert "not finished" in headline.headline({"M": records[:-1]})
     lost = [fake(run, 2.0, diverged="the loss is nan") for run in runs[-1:]]
     assert row(headline.headline({"M": records[:-1] + lost}), "0.0M parameters, 30 MB of text, 1/2 seeds")[4] == (
@@ -803,8 +803,8 @@ def test_page_of_complete_sizes_and_trials(tmp_path: Path) -> None:
     assert readme.startswith(f"before\n{headline.BEGIN}\nModels trained here")
     assert readme.endswith(f"{headline.END}\nafter\n")
     assert "old" not in readme
-    assert row(readme, "0.0M parameters, 20 MB of text, 3 seeds")[1:] == ["+0.0000 ± 0.0000"] * 4
-    assert row(readme, "0.0M parameters, 30 MB of text, 2 seeds")[1:] == ["+0.0000 ± 0.0000"] * 4
+    assert row(readme, "0.0M parameters, 20 MB of text, 3 seeds")[1:] == ["+0.0000 ± 0.0000"] * 5
+    assert row(readme, "0.0M parameters, 30 MB of text, 2 seeds")[1:] == [*["+0.0000 ± 0.0000"] * 4, ""]
     assert row(written, "0.002") == ["0.002", "2.0200", "2.0200"]
     assert "The lowest sum is that of 0.001; dense, ReLU alone would have 0.001, SigmaMoE, 25% alone would" in written
     assert "It is the last of the three that were tried" in written
