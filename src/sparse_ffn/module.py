@@ -232,10 +232,24 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
     if not isinstance(batch, (tuple, list)):
         return model(batch)
     try:
-        inspect.signature(model.forward).bind(*batch)
+        return model(*batch)
     except TypeError as error:
+        if _takes(model, batch):
+            raise
         raise TypeError(
             f"a batch that is a {type(batch).__name__} is the model's positional arguments, and {len(batch)} do not "
             f"fit its forward ({error}): of pairs of inputs and labels give (x for x, label in loader)"
-        ) from None
-    return model(*batch)
+        ) from error
+
+
+def _takes(model: nn.Module, batch: Iterable[Any]) -> bool:
+    """Whether a model's ``forward`` takes these arguments; True where it does not tell."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*batch)
+    except TypeError:
+        return False
+    return True
