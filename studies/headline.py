@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 
 from benchmarks.measuring.report import markdown
 
@@ -12,7 +13,7 @@ from .results import Record
 from .sizes import CORE
 from .statistics import Difference, noise, paired
 from .tables import bits_of
-from .variants import DENSE, VARIANTS
+from .variants import DENSE, SIGMA, VARIANTS
 
 BOUND = "dense-equal-flops"
 """What sparse layers are to be better than: as much arithmetic, and no more parameters than that takes."""
@@ -23,7 +24,8 @@ def headline(records: Mapping[str, Sequence[Record]]) -> str:
     """A row for each size at which all of them have a difference with an error, the paper's above; else a sentence."""
     core = [name for name in CORE if name != DENSE]
     others, rows = [*core, BOUND], []
-    for found in records.values():
+    said: list[str] = []
+    for size, found in records.items():
         bits = bits_of(found)
         chance = noise(bits)
         differences = [paired(bits.get(name, {}), bits.get(DENSE, {}), chance) for name in others]
@@ -32,18 +34,43 @@ def headline(records: Mapping[str, Sequence[Record]]) -> str:
         if all(cells[: len(core)]):
             dense = next(record for record in found if record["variant"] == DENSE)
             seeds = {difference.n for difference in differences[: len(core)] if difference}
-            what = f"{dense['parameters'] / 1e6:.1f}M parameters, {dense['training_bytes'] / 1e6:.0f} MB of text"
+            parameters, text = dense["parameters"] / 1e6, dense["training_bytes"] / 1e6
+            what = f"{size}: {parameters:.1f}M parameters, {text:.0f} MB of text"
             rows.append([f"{what}, {'/'.join(map(str, sorted(seeds)))} seeds", *cells])
+            said.append(_said(size, dict(zip(others, differences, strict=True))))
     if not rows:
         return "The runs that the [evidence](docs/evidence.md) is to come from have not finished."
-    quoted = [f"{paper.LAYERS[name].e8 - paper.LAYERS[DENSE].e8:+.2f}" for name in core]
+    quoted = [_of_dense(paper.LAYERS[name].e8) for name in core]
     rows.insert(0, ["the paper: 41M parameters, 1.6 GB, one run", *quoted, ""])
+    said.append(f"The paper's SwitchMoE is without dropout; with it {_of_dense(paper.SWITCH_WITH_DROPOUT)}.")
     table = markdown((["enwik8", *(VARIANTS[name].label for name in others)], rows))
     return (
         "Models trained here are far smaller and see far less text. Their test bits per byte minus those of a dense\n"
         "FFN of as many parameters (lower is better), ± standard error, from [the evidence](docs/evidence.md). The\n"
-        f"last column is a smaller dense FFN, as cheap as SigmaMoE:\n\n{table}"
+        f"last column is a smaller dense FFN, with as many FLOPs as SigmaMoE:\n\n{table}\n\n{fill(' '.join(said), 118)}"
     )
+
+
+def _said(size: str, differences: Mapping[str, Difference | None]) -> str:
+    """In words: which layers differ from dense, and what SigmaMoE's parameters are worth."""
+    core = {name: difference for name, difference in differences.items() if name != BOUND}
+    named: dict[str, list[str]] = {}
+    for name, difference in core.items():
+        if difference and difference.error is not None:
+            named.setdefault(difference.verdict, []).append(VARIANTS[name].label)
+    words = {"higher": "above dense by more than chance", "none": "not told from dense", "lower": "below it by more"}
+    text = "; ".join(
+        f"{words[verdict]}: {'all four' if len(labels) == len(core) else ' / '.join(labels)}"
+        for verdict, labels in named.items()
+    )
+    sigma, bound = differences[SIGMA], differences[BOUND]
+    if sigma and bound and bound.verdict == sigma.verdict == "higher" and bound.error is not None:
+        text += f". SigmaMoE makes up for {1 - sigma.mean / bound.mean:.0%} of what the smaller dense FFN loses"
+    return f"Size {size}, {text}."
+
+
+def _of_dense(bits: float) -> str:
+    return f"{bits - paper.LAYERS[DENSE].e8:+.2f}"
 
 
 def _cell(difference: Difference | None, diverged: int) -> str:

@@ -38,7 +38,7 @@ METHOD = f"""\
 - **Same start, order and rate.** For one seed all layers start from the same weights outside the FFNs and see the
   same windows in the same order. One learning rate serves all layers of sizes S and M: that of the lowest sum of
   dense's and SigmaMoE's validation bits per byte at size S and seed 0. Other layers were not asked, and may want
-  another. Size L has the paper's.
+  another. Size L has the paper's, and a fifth of its steps.
 - **Differences** are paired by seed; ± is their standard error. Chance is taken to be as large in all runs of a size,
   and is what the layers' and the seeds' own shares leave of all its results (least squares). A difference within
   {ERRORS} standard errors is called none. An interval of that width misses the true mean once in 9 times where the
@@ -106,7 +106,7 @@ def missing(records: Mapping[str, Sequence[Record]]) -> str:
         if not left:
             lines.append(f"- Size {size} is complete: {len(runs)} runs.")
         elif SIZES[size].needs_gpu and not found:
-            lines.append(f"- Size {size}, the paper's, needs a GPU: none of its {len(runs)} runs has been made.")
+            lines.append(f"- Size {size}, the paper's model, needs a GPU: none of its {len(runs)} runs has been made.")
         elif not found:
             lines.append(f"- Size {size}: none of its {len(runs)} runs has finished.")
         else:

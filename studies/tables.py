@@ -203,10 +203,11 @@ def chosen(records: Sequence[Record]) -> str:
     if len(rows) < 2:
         return ""
     what = (
-        "Where SigmaMoE's difference is another than the paper's, the likeliest reason is that a token uses few units\n"
+        "Where SigmaMoE's difference is another than the paper's, one possible reason is that a token uses few units\n"
         "and chooses them in blocks: the paper warns of experts of fewer than 128 units, and of fewer than 256 to 512\n"
-        "units a token. Here the size of experts and their number vary; TopKFFN, without a router, stands for blocks\n"
-        "of one unit."
+        "units a token. Another is the balance: the weight of its loss, or how it is had (SBaseMoE has the same\n"
+        "experts). Here the size of experts and their number vary; TopKFFN, without a router, stands for blocks of\n"
+        "one unit. The ablations tell of the balance."
     )
     header = ["chosen in blocks of", "units a token", "difference from dense", "called", "seeds"]
     return f"{what}\n\n{markdown((header, rows))}\n"

@@ -615,7 +615,7 @@ def test_a_difference_within_two_errors_is_none(mean: float, error: float | None
 
 def write_page(folder: Path) -> str:
     readme = folder / "README.md"
-    readme.write_text(f"before\n{headline.BEGIN}\nold\n{headline.END}\nafter\n")
+    readme.write_text(f"before\n{headline.BEGIN}\noutdated\n{headline.END}\nafter\n")
     page.main(["--results", str(folder / "results"), "--docs", str(folder), "--readme", str(readme)])
     return (folder / "evidence.md").read_text()
 
@@ -624,7 +624,7 @@ def test_page_without_results_says_so(tmp_path: Path) -> None:
     written = write_page(tmp_path)
     assert "Size S: none of its 60 runs has finished" in written
     assert "Size M: none of its 10 runs has finished" in written
-    assert "Size L, the paper's, needs a GPU" in written
+    assert "Size L, the paper's model, needs a GPU" in written
     assert "|" not in written.split("## How to reproduce")[0]
     assert not (tmp_path / "images").exists()
     assert "have not finished" in (tmp_path / "README.md").read_text()
@@ -751,11 +751,17 @@ def test_the_headline_tells_of_seeds_that_diverged() -> None:
     runs = [Run("M", variant, seed) for variant in sizes.CORE for seed in (0, 1)]
     records = [fake(run, 2.0, test=2.0 + 0.1 * (run.variant == "pkm")) for run in runs]
     text = headline.headline({"S": [], "M": records})
-    assert row(text, "0.0M parameters, 30 MB of text, 2 seeds")[3] == "+0.1000 ± 0.0000"
+    assert row(text, "M: 0.0M parameters, 30 MB of text, 2 seeds")[3] == "+0.1000 ± 0.0000"
     assert row(text, "the paper: 41M parameters, 1.6 GB, one run")[1:] == ["+0.00", "-0.01", "+0.03", "+0.02", ""]
+    assert "Size M, not told from dense: SigmaMoE, 25% / TopKFFN, k = d_ff/16 / SwitchMoE; above dense" in text
+    assert "with it +0.00." in text
+    more = {"dense": 2.0, "sigma": 2.03, "topk-16": 1.9, "pkm": 2.0, "switch": 2.1, headline.BOUND: 2.12}
+    small = [fake(Run("S", name, seed), 2.0, test=test) for name, test in more.items() for seed in (0, 1)]
+    assert "below it by more: TopKFFN, k = d_ff/16; not told" in headline.headline({"S": small})
+    assert "makes up for 75% of what the smaller dense FFN loses" in headline.headline({"S": small})
     assert "not finished" in headline.headline({"M": records[:-1]})
     lost = [fake(run, 2.0, diverged="the loss is nan") for run in runs[-1:]]
-    assert row(headline.headline({"M": records[:-1] + lost}), "0.0M parameters, 30 MB of text, 1/2 seeds")[4] == (
+    assert row(headline.headline({"M": records[:-1] + lost}), "M: 0.0M parameters, 30 MB of text, 1/2 seeds")[4] == (
         "+0.0000, 1 diverged"
     )
 
@@ -802,9 +808,9 @@ def test_page_of_complete_sizes_and_trials(tmp_path: Path) -> None:
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith(f"before\n{headline.BEGIN}\nModels trained here")
     assert readme.endswith(f"{headline.END}\nafter\n")
-    assert "old" not in readme
-    assert row(readme, "0.0M parameters, 20 MB of text, 3 seeds")[1:] == ["+0.0000 ± 0.0000"] * 5
-    assert row(readme, "0.0M parameters, 30 MB of text, 2 seeds")[1:] == [*["+0.0000 ± 0.0000"] * 4, ""]
+    assert "outdated" not in readme
+    assert row(readme, "S: 0.0M parameters, 20 MB of text, 3 seeds")[1:] == ["+0.0000 ± 0.0000"] * 5
+    assert row(readme, "M: 0.0M parameters, 30 MB of text, 2 seeds")[1:] == [*["+0.0000 ± 0.0000"] * 4, ""]
     assert row(written, "0.002") == ["0.002", "2.0200", "2.0200"]
     assert "The lowest sum is that of 0.001; dense, ReLU alone would have 0.001, SigmaMoE, 25% alone would" in written
     assert "It is the last of the three that were tried" in written
