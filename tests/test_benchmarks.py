@@ -507,7 +507,7 @@ def test_machines_stand_side_by_side_and_cards_after_them(tmp_path: Path) -> Non
     front = (tmp_path / "README.md").read_text()
     assert front.startswith("# Name\n")
     assert front.endswith("\n\n## More\n")
-    assert "| 2048 tokens of 512, 4 of 16 experts of 128 | 1250 ms, 3.2× | 1250 ms, 3.2× | 1500 ms, 2.7× |" in front
+    assert "of 128 | 1250 ms, 3.2× / 0.8× | 1250 ms, 3.2× / 0.8× | 1500 ms, 2.7× / 0.7× |" in front
     assert "old" not in front
     for name in ("idea", "result"):
         for ink in ("light", "dark"):

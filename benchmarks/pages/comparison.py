@@ -113,15 +113,17 @@ def steps(machine: Machine) -> Table:
 
 
 def first_screen(machines: Sequence[Machine], shapes: Iterable[MoEShape]) -> Table:
-    """Milliseconds of a training step, and how many times longer the dense FFN of equal parameters takes."""
+    """Milliseconds of a training step, and how many times longer dense FFNs take: of equal parameters / arithmetic."""
     head, body = _by_shape(machines, ("moe",), _times_faster, modes=("fwdbwd",))
     chosen = {sentence(shape) for shape in shapes}
     return head, [line for line in body if line[0] in chosen]
 
 
 def _times_faster(row: Row) -> str:
-    factor, seconds = relative(row, PARAMETERS), row.results[0].seconds
-    return "-" if factor is None or seconds is None else f"{digits(seconds.median * 1e3)} ms, {1 / factor:.1f}×"
+    factors, seconds = [relative(row, to) for to in (PARAMETERS, COMPUTE)], row.results[0].seconds
+    if factors[0] is None or seconds is None:
+        return "-"
+    return f"{digits(seconds.median * 1e3)} ms, {' / '.join(f'{1 / factor:.1f}×' for factor in factors if factor)}"
 
 
 def relative(row: Row, to: str) -> float | None:

@@ -57,7 +57,8 @@ def _crossovers() -> list[str]:
     found = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         table = crossovers.table_of(device)
-        found.append(f"{device}: {'measured' if table else 'built in; python -m sparse_ffn.tune measures them'}")
+        command = f"python -m sparse_ffn.tune --crossovers --device {device}"
+        found.append(f"{device}: {'measured' if table else f'built in; {command} measures them'}")
         found += [f"  {' '.join(map(str, layer))}: decoded up to {most} tokens" for layer, most in table.items()]
     return found
 
