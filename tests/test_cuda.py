@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -266,3 +267,41 @@ def test_bad_arguments_are_refused(device: str) -> None:
     too_many = cuda.Bag(1 << 20, 1 << 20)
     with pytest.raises(ValueError, match="more than 2"):
         cuda.call("bag_sums", too_many)
+
+
+def test_tensors_that_do_not_fit_are_refused_by_name(device: str) -> None:
+    """The ops of torch.ops.sparse_ffn check nothing themselves, and the kernels see pointers alone."""
+    x, matrices, values = (torch.randn(*shape, device=device) for shape in ((3, 16), (2, 16, 8), (5, 8)))
+    none, many = (torch.zeros(*shape, dtype=torch.int64, device=device) for shape in ((3,), (3, 4)))
+    refused: dict[str, Callable[[], object]] = {
+        "x must be torch.float32 [3, 16]": lambda: torch.ops.sparse_ffn.cvmm(
+            x[:, :4], matrices, none, None, None, None, 3, "cuda"
+        ),
+        "x_rows must be torch.int64 [3]": lambda: torch.ops.sparse_ffn.cvmm(
+            x, matrices, none, none.int(), None, None, 3, "cuda"
+        ),
+        "weight must be torch.float32 [3, 4]": lambda: torch.ops.sparse_ffn.weighted_bag(
+            values, many, x[:, :1], torch.float32, "cuda"
+        ),
+        "index must be torch.int64 [3, 4]": lambda: torch.ops.sparse_ffn.weighted_bag(
+            values, many.int(), x[:, :4], torch.float32, "cuda"
+        ),
+    }
+    for words, call in refused.items():
+        with pytest.raises(ValueError, match=re.escape(words)):
+            call()
+
+
+@pytest.mark.parametrize("backend", ["cuda", "torch"])
+def test_small_gates_and_inputs_keep_their_digits_in_fp16(backend: str, device: str) -> None:
+    """Their product is below fp16's smallest normal number; that of a gate and a scaled loss's gradient is not."""
+    x, grad = 1e-2 * torch.randn(64, 32), 100 * torch.randn(64, 32)
+    expert, gate = torch.arange(64) % 2, torch.full((64,), 1e-4)
+    half = [t.to(device, torch.float16) for t in (x, torch.randn(2, 32, 32), grad)]
+    half[1].requires_grad_()
+    with sf.backend(backend):
+        y = sf.functional.cvmm(half[0], half[1], expert.to(device), reduction_weight=gate.to(device))
+        (found,) = torch.autograd.grad(y, half[1], half[2])
+    rows = [t.cpu().double() for t in (half[0], half[2])]
+    wanted = torch.stack([1e-4 * rows[0][expert == e].T @ rows[1][expert == e] for e in range(2)])
+    assert (found.cpu() - wanted).abs().max() < 2e-3 * wanted.abs().max()

@@ -70,5 +70,6 @@ def test_loads_without_a_driver(built: tuple[Path, str]) -> None:
     assert status in (1035, 1100)  # the driver is missing, or sees no device
     assert count.value == 0
     assert b"driver" in library.sparse_ffn_cuda_status_text(1035).lower()
+    assert library.sparse_ffn_cuda_usable(0) == status
     bag = cuda.Bag(1, 1, 1, 1, 0, 0, None, 1, 1, 1, 1)
     assert library.sparse_ffn_cuda_bag_sums(ctypes.byref(bag)) == status  # refused before any launch

@@ -343,6 +343,33 @@ def core_cases() -> Iterator[tuple[str, Callable[[], str | None]]]:
                     yield f"{where} with {bad} at {at}", partial(refused, function, wrong, options, operand)
 
 
+def impossible_cases() -> Iterator[tuple[str, Callable[[], str | None]]]:
+    """More kept units than there are, and empty tensors that name more than memory holds."""
+    operands, options = CALLS["topk_hidden_backward"]
+    for more in (1, 1000, 100_000):
+        sizes = {**SIZES, "k": SIZES["N"] + more}
+        tensors = [filled(o, [sizes[c] for c in o.letters]) for o in operands]
+        yield f"{more} kept units too many", partial(refused, "topk_hidden_backward", tensors, options, operands[1])
+    huge, none = 2**62, torch.zeros(4, dtype=i64)
+    yield (
+        "2**62 experts",
+        partial(too_large, lambda: sf.functional.cvmm(torch.empty(4, 0), torch.empty(huge, 0, 3), none)),
+    )
+    units, slots = torch.empty(1, huge, 0), (none.view(4, 1), torch.ones(4, 1))
+    yield "2**62 units", partial(too_large, lambda: sf.functional.expert_ffn(torch.empty(4, 0), units, units, *slots))
+    rows = torch.empty(huge, 0)
+    yield "2**62 rows", partial(too_large, lambda: sf.functional.weighted_bag(rows, *slots))
+
+
+def too_large(call: Callable[[], object]) -> str | None:
+    with sf.backend("cpu"), torch.no_grad():
+        try:
+            call()
+        except (ValueError, MemoryError):
+            return None
+    return "no error"
+
+
 def accepted(function: str, tensors: list[Tensor], options: tuple[int, ...]) -> str | None:
     cpu.call(function, tuple(t.clone() for t in tensors), *options)
     return None
@@ -385,9 +412,9 @@ def harmless(function: str, tensors: list[Tensor], options: tuple[int, ...], ope
 def run(which: str) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    cases = {"layers": layer_cases, "core": core_cases}[which]
+    cases = {"layers": (layer_cases,), "core": (core_cases, impossible_cases)}[which]
     n = 0
-    for name, check in cases():
+    for name, check in (case for some in cases for case in some()):
         n += 1
         print("case", name, flush=True)
         wrong = check()

@@ -316,6 +316,7 @@ static int backward(const sparse_ffn_bag& p, const T* dout, T* dweight, T* dvalu
 #pragma omp atomic write
       failed = 1;
     }
+    limit_own_scratch();
   }
   return failed ? SPARSE_FFN_NO_MEMORY : SPARSE_FFN_OK;
 }

@@ -291,6 +291,7 @@ template <class T> bool run_scatter_gemm(const ScatterGemm<T>& g) {
       scatter_block(g, split.first_row(u), split.last_row(u), split.first_column(u), split.last_column(u), pa, pb, made,
                     acc, &next);
     }
+    limit_own_scratch();
   }
   return !failed;
 }

@@ -255,6 +255,7 @@ template <class T, int kBits> bool quantized_few(const sparse_ffn_quantized& q, 
       else few_up<T, kBits>(q, w, n0, n1);
       finish(q, w, split, n0, n1, out);
     }
+    limit_own_scratch();
   }
   return !failed;
 }

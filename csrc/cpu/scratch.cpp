@@ -14,18 +14,24 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kPage = 4096;
+constexpr size_t kMostOfAWorker = size_t{16} << 20;
 
 struct Buffers {
   void* data[kBufferCount] = {};
   size_t size[kBufferCount] = {};
-  void release(int first) {
-    for (int i = first; i < kBufferCount; i++) {
+  size_t total(int first, int last) const {
+    size_t found = 0;
+    for (int i = first; i < last; i++) found += size[i];
+    return found;
+  }
+  void release(int first, int last) {
+    for (int i = first; i < last; i++) {
       free(data[i]);
       data[i] = nullptr;
       size[i] = 0;
     }
   }
-  ~Buffers() { release(0); }
+  ~Buffers() { release(0, kBufferCount); }
 };
 thread_local Buffers buffers;
 
@@ -62,9 +68,11 @@ void* scratch(Buffer purpose, size_t bytes) {
 #endif
 
 void limit_scratch() {
-  size_t total = 0;
-  for (int i = kFirstShared; i < kBufferCount; i++) total += buffers.size[i];
-  if (total > kMostKept) buffers.release(kFirstShared);
+  if (buffers.total(kFirstShared, kBufferCount) > kMostKept) buffers.release(kFirstShared, kBufferCount);
+}
+
+void limit_own_scratch() {
+  if (buffers.total(0, kFirstShared) > kMostOfAWorker) buffers.release(0, kFirstShared);
 }
 
 }  // namespace sparse_ffn

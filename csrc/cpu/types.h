@@ -50,10 +50,6 @@ template <class A> static ALWAYS_INLINE A larger(A a, A b) { return a < b ? b : 
 static ALWAYS_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static ALWAYS_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-template <class T> static ALWAYS_INLINE T* scratch_of(Buffer purpose, int64_t count) {
-  return static_cast<T*>(scratch(purpose, static_cast<size_t>(count) * sizeof(T)));
-}
-
 static ALWAYS_INLINE uint32_t bits_of(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
 static ALWAYS_INLINE float float_of(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 

@@ -78,6 +78,17 @@ int sparse_ffn_cuda_device_count(int32_t* count) {
 #endif
 }
 
+int sparse_ffn_cuda_usable(int32_t device) {
+  const cudaError_t error = enter(device);
+#if defined(SPARSE_FFN_CUDA_EMULATED)
+  return status_of(error);
+#else
+  if (error != cudaSuccess) return status_of(error);
+  cudaFuncAttributes found{};
+  return status_of(cudaFuncGetAttributes(&found, multiply<Plain<float, false, false>>));
+#endif
+}
+
 const char* sparse_ffn_cuda_status_text(int status) {
   if (status == SPARSE_FFN_CUDA_OK) return "ok";
   if (status == SPARSE_FFN_CUDA_BAD_ARGUMENT) return "bad argument";

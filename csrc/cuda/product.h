@@ -162,7 +162,7 @@ template <class M> __global__ void __launch_bounds__(kThreads) multiply(sparse_f
   alignas(128) __shared__ unsigned char memory[M::kSize * sizeof(T)];
   T *tile_a = reinterpret_cast<T*>(memory), *tile_b = tile_a + M::kSizeA;
   T *y = static_cast<T*>(p.y), *w = static_cast<T*>(p.w);
-  const Rows<T> x{static_cast<const T*>(p.x), p.x_stride, p.x_rows, kGradient ? p.scale : nullptr};
+  const Rows<T> x{static_cast<const T*>(p.x), p.x_stride, p.x_rows, nullptr};
   const int64_t across = ceil_div(p.N, kColumns), down = ceil_div(p.K, kRows);
   const int64_t total = (kGradient ? p.E * down : row_tiles(p.S, p.E)) * across;
   for (int64_t tile = blockIdx.x; tile < total; tile += gridDim.x) {
@@ -170,7 +170,8 @@ template <class M> __global__ void __launch_bounds__(kThreads) multiply(sparse_f
     Range rows = kGradient ? Range{which / down, which % down * kRows, p.K} : row_tile(which, p.offsets, p.E);
     if (rows.begin >= rows.end) continue;
     const int64_t begin = kGradient ? p.offsets[rows.expert] : 0, end = kGradient ? p.offsets[rows.expert + 1] : p.K;
-    const Rows<T> b = kGradient ? Rows<T>{y, p.y_stride, p.y_rows, nullptr}
+    // scaled and rounded is the side of gradients: a loss scale keeps these, and not x, above fp16's smallest numbers
+    const Rows<T> b = kGradient ? Rows<T>{y, p.y_stride, p.y_rows, p.scale}
                                 : Rows<T>{w + rows.expert * p.w_stride_e, M::kAcrossB ? p.w_stride_n : p.w_stride_k,
                                           nullptr, nullptr};
     M sum;

@@ -24,7 +24,7 @@ extern "C" {
 #define SPARSE_FFN_CUDA_API __attribute__((visibility("default")))
 #endif
 
-#define SPARSE_FFN_CUDA_ABI_VERSION 2
+#define SPARSE_FFN_CUDA_ABI_VERSION 3
 
 enum sparse_ffn_cuda_status {
   SPARSE_FFN_CUDA_OK = 0,
@@ -37,6 +37,8 @@ SPARSE_FFN_CUDA_API int sparse_ffn_cuda_abi_version(void);
 /* 1 if this library was built to run the same kernels on the CPU, for tests; its pointers are then host pointers. */
 SPARSE_FFN_CUDA_API int sparse_ffn_cuda_emulated(void);
 SPARSE_FFN_CUDA_API int sparse_ffn_cuda_device_count(int32_t* count);
+/* Whether the kernels have code for this device that its driver takes: what a launch would return. */
+SPARSE_FFN_CUDA_API int sparse_ffn_cuda_usable(int32_t device);
 SPARSE_FFN_CUDA_API const char* sparse_ffn_cuda_status_text(int status);
 
 /* ---- Products ---------------------------------------------------------------------------------------------------
@@ -59,7 +61,7 @@ typedef struct sparse_ffn_cuda_product {
 
 /* Writes y: rows that no slot of an expert names stay as they are, and no two slots may name one. */
 SPARSE_FFN_CUDA_API int sparse_ffn_cuda_product_rows(const sparse_ffn_cuda_product* args);
-/* Writes the gradient of w, contiguous, where y holds the gradient of y: w[e] = sum of scale[s] * x[..]^T y[..]. */
+/* Writes the gradient of w, contiguous, where y holds the gradient of y: w[e] = sum of x[..]^T (scale[s] * y[..]). */
 SPARSE_FFN_CUDA_API int sparse_ffn_cuda_product_matrices(const sparse_ffn_cuda_product* args);
 
 /* ---- Weighted bags ----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ sparse_ffn_bag take_table(Operands& o, const sparse_ffn_table& t, int32_t n_thre
   p.T = o['T'], p.J = o['J'], p.N = o['N'], p.O = o['O'];
   p.dtype = o.dtype(), p.n_threads = n_threads;
   o.count("slots", p.T, p.J);
+  o.count("rows of values", p.N);
   o.below("index", p.index, p.T * p.J, p.N);
   return p;
 }

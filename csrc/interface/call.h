@@ -10,10 +10,6 @@
 
 namespace sparse_ffn {
 
-template <class T> T* scratch_of(Buffer purpose, int64_t count) {
-  return static_cast<T*>(scratch(purpose, static_cast<size_t>(count) * sizeof(T)));
-}
-
 // What a call returns whose kernels have run.
 inline int done(int status) {
   limit_scratch();

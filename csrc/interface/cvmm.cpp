@@ -12,6 +12,7 @@ Slots take_cvmm(Operands& o, sparse_ffn_cvmm& p, const sparse_ffn_tensor& x, con
   p.w_stride_e = weight.stride[0];
   p.w_stride_m = o['M'] > 1 ? weight.stride[1] : 1;
   p.w_stride_l = o['L'] > 1 ? weight.stride[2] : 1;
+  o.count("experts", o['E']);
   o.require(p.w_stride_m == 1 || p.w_stride_l == 1, "weight must have unit stride in one of its last two dimensions");
   const Slots slots = take_slots(o, s);
   p.dtype = o.dtype(), p.n_threads = n_threads;

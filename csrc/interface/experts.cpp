@@ -26,6 +26,8 @@ sparse_ffn_experts take_units(Operands& o, const sparse_ffn_units& u, int32_t ac
   p.gate_keys = o.maybe<void>("gate_keys", u.gate_keys, "EGD");
   p.key_bias = o.maybe<void>("key_bias", u.key_bias, "EG");
   p.T = o['T'], p.D = o['D'], p.E = o['E'], p.G = o['G'], p.O = o['O'];
+  o.count("experts", p.E);
+  o.count("units of an expert", p.G);
   p.dtype = o.dtype(), p.activation = take_activation(o, activation), p.n_threads = n_threads;
   return p;
 }

@@ -18,6 +18,7 @@ extern "C" int sparse_ffn_quantized_cvmm(const sparse_ffn_quantized_cvmm_args* a
   const auto strides = [](const sparse_ffn_tensor& t) { return sparse_ffn_row_strides{t.stride[0], t.stride[1]}; };
   c.qdata_strides = strides(a->qdata), c.scale_strides = strides(a->scale);
   if (c.zero_point) c.zero_strides = strides(a->zero_point);
+  o.count("experts", o['E']);
   c.rows = o['G'], c.columns = four ? 2 * o['B'] : o['B'], c.groups = o['P'];
   o.require(c.groups > 0 || !c.columns, "scale must have a column for each group");
   const bool whole = c.groups > 0 ? c.columns % c.groups == 0 && (!four || c.columns / c.groups % 2 == 0) : !c.columns;

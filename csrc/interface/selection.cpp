@@ -95,6 +95,7 @@ int sparse_ffn_topk_hidden_backward(const sparse_ffn_topk_hidden_backward_args* 
   void* dup = o.take<void>("dup", a->dup, "TF");
   void* dglu_gate = p.glu_gate ? o.take<void>("dglu_gate", a->dglu_gate, "TF") : nullptr;
   p.activation = take_activation(o, activation);
+  o.require(o['K'] <= o['F'], "k must be at most the number of units");
   o.count("units", o['F']);
   p.T = o['T'], p.F = o['F'], p.K = o['K'], p.dtype = o.dtype(), p.n_threads = n_threads;
   if (o.status() || !p.T) return o.status();

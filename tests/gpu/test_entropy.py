@@ -38,7 +38,10 @@ def test_it_meets_float64(groups: int, n_experts: int, device: str, monkeypatch:
             actual = negative_entropy(leaf, count, weight)
             (found,) = torch.autograd.grad(actual, leaf, torch.tensor(grad, device=device))
         torch.testing.assert_close(actual.detach().double(), loss, rtol=1e-6, atol=1e-9)
-        torch.testing.assert_close(found.double(), slope, rtol=1e-6, atol=1e-9)
+        near = (
+            1e-6 * slope.abs().max().item()
+        )  # log p + 1 cancels near p = 1/e, and a GPU's log has an error of its own
+        torch.testing.assert_close(found.double(), slope, rtol=1e-6, atol=near)
         assert actual.shape == ()
         assert actual.dtype == found.dtype == torch.float32
 

@@ -29,7 +29,7 @@ from test_on_a_gpu import TOKENS
 from torch import Tensor
 
 import sparse_ffn as sf
-from sparse_ffn.backends.triton import columns, config, grouped, hidden, outer
+from sparse_ffn.backends.triton import columns, config, grouped, hidden, launch, outer
 from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.expert_ffn import triton as expert_ffn
 
@@ -191,11 +191,11 @@ def test_torchs_switch_says_how_products_round(allowed: bool, device: str, monke
     """What tf32 does is seen on a GPU only: test_on_a_gpu."""
     seen: set[str] = set()
     for module in (grouped, hidden, outer):
-        launch = module.launch
+        run = module.launch
 
-        def spy(kernel: Any, grid: int, *arguments: Any, launch: Any = launch, **meta: Any) -> None:
+        def spy(kernel: Any, grid: int, *arguments: Any, run: Any = run, **meta: Any) -> None:
             seen.add(meta["PRECISION"])
-            launch(kernel, grid, *arguments, **meta)
+            run(kernel, grid, *arguments, **meta)
 
         monkeypatch.setattr(module, "launch", spy)
     monkeypatch.setitem(TOLERANCE, torch.float32, 5e-3)
@@ -203,6 +203,15 @@ def test_torchs_switch_says_how_products_round(allowed: bool, device: str, monke
         check(expert_case(activation="identity"), device)
         check(cvmm_case(), device)
     assert seen == {"tf32" if allowed else "ieee"}
+
+
+def test_tf32_is_for_cards_whose_products_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton refuses it on all of AMD's but one."""
+    cards = {"gfx942:sramecc+:xnack-": True, "gfx90a": False, "gfx1100": False}
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for card, has in cards.items():
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, name=card: SimpleNamespace(gcnArchName=name))
+        assert launch._has_tf32.__wrapped__(torch.device("cuda", 0)) is has
 
 
 def test_narrow_loads_take_smaller_tiles() -> None:

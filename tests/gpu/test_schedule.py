@@ -113,3 +113,16 @@ def test_products_of_what_is_described(
         check(expert_case("ragged", torch.bfloat16, form=form, activation="gelu", sizes=(32, 48, 48)), device)
         check(cvmm_case("ragged", torch.bfloat16, form="reduction, transposed", sizes=(32, 48)), device)
     assert blocks == {2, 3}
+
+
+@pytest.mark.parametrize("empty", ["tokens", "experts", "units", "inputs"])
+def test_nothing_is_not_described(empty: str, device: str) -> None:
+    """A descriptor has no size of 0: a process that gets no tokens trains all the same."""
+    case = expert_case("no token" if empty == "tokens" else "random", torch.bfloat16, sizes=(32, 48, 64))
+    cuts = {"experts": {"keys": 0, "values": 0}, "units": {"keys": 1, "values": 1}, "inputs": {"x": 1, "keys": 2}}
+    for name, dim in cuts.get(empty, {}).items():
+        case.tensors[name] = case.tensors[name].narrow(dim, 0, 0)
+    if empty == "experts":  # all slots are void
+        case.tensors["index"] = torch.zeros_like(case.tensors["index"])
+    with config.fixed(architecture="sm_90"):
+        check(case, device)

@@ -115,8 +115,11 @@ def choose(x: Tensor, dtype: torch.dtype | None = None) -> str:
         if x.is_cpu:
             if cpu.PROBLEM is None:
                 return "cpu" if dtype in DTYPES else "torch"
-            _warn_once()
-        return next((fast for fast in _fast(x.device) if not unavailable(fast, x.device, dtype)), "torch")
+            _warn_once("cpu")
+        fast = next((fast for fast in _fast(x.device) if not unavailable(fast, x.device, dtype)), None)
+        if fast is None and dtype in DTYPES and x.is_cuda and torch.cuda.is_available():  # it is no fake one
+            _warn_once("cuda")
+        return fast or "torch"
     _check(name, f"environment variable {ENVIRONMENT_VARIABLE}")
     reason = unavailable(name, x.device, dtype)
     if reason:
@@ -168,7 +171,7 @@ def _no_triton(device: torch.device) -> str | None:
         return (
             f"it computes on CUDA and ROCm devices, not on {device.type} (there only with TRITON_INTERPRET=1, slowly)"
         )
-    return _triton_missing() or (None if device.type == "cpu" else _too_old(device))
+    return _triton_missing() or (None if device.type == "cpu" else _too_old(device) or _triton_fails())
 
 
 @functools.cache
@@ -178,6 +181,23 @@ def _triton_missing() -> str | None:
     except ImportError:
         found = False
     return None if found else "triton is not installed"
+
+
+def _triton_fails() -> str | None:
+    # not traced by torch.compile: a step that ran before has found it, and else the first launch does
+    return None if torch.compiler.is_dynamo_compiling() else _start_triton()
+
+
+@functools.cache
+def _start_triton() -> str | None:
+    """Why Triton's driver does not start, or None: versions before 3.9 compile a part of it, in C."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception as error:  # a compiler's, a loader's or CUDA's: it is what Triton says
+        return f"Triton does not start: {next(iter(str(error).splitlines()), type(error).__name__)}"
+    return None
 
 
 def _no_cuda(device: torch.device) -> str | None:
@@ -191,12 +211,17 @@ def _no_cuda(device: torch.device) -> str | None:
         return f"the CUDA library is missing: {library.problem}"
     if library.emulated:
         return "the library was built to emulate a GPU on the CPU"
-    return _too_old(device) or _no_driver()
+    return _too_old(device) or _no_driver() or _no_code(device)
 
 
 @functools.cache
 def _no_driver() -> str | None:
     return cuda.driver_problem()
+
+
+@functools.cache
+def _no_code(device: torch.device) -> str | None:
+    return cuda.device_problem(device)
 
 
 @functools.cache
@@ -213,17 +238,26 @@ def _check(name: str, origin: str) -> None:
         raise ValueError(f"{origin} is {name!r}; allowed are 'auto', {', '.join(map(repr, BACKENDS))}")
 
 
-_warned = False
+_warned: set[str] = set()
 
 
-def _warn_once() -> None:
-    global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn(
-            f"the CPU core is missing ({cpu.PROBLEM}); computing with torch instead, more slowly. Install a "
-            f"C++ compiler and reinstall: {how_to_install(options='--force-reinstall --no-deps')}. To silence this, "
-            f"set {ENVIRONMENT_VARIABLE}=torch.",
-            SparseFFNWarning,
-            stacklevel=2,
+def _warn_once(device: str) -> None:
+    """That torch computes on a kind of device, why, and what to do."""
+    if device in _warned:
+        return
+    _warned.add(device)
+    if device == "cpu":
+        why = f"the CPU core is missing ({cpu.PROBLEM})"
+        remedy = f"a C++ compiler and reinstall: {how_to_install(options='--force-reinstall --no-deps')}"
+    else:
+        reasons = (f"{name}: {unavailable(name, torch.device(device))}" for name in _fast(torch.device(device)))
+        why = f"the GPU kernels cannot run ({'; '.join(reasons)})"
+        remedy = (
+            "Triton 3.5 or later, which may need a C compiler, on a GPU of compute capability 8.0 or later, or ROCm"
         )
+    warnings.warn(
+        f"{why}; computing with torch instead, more slowly. Install {remedy}. To silence this, set "
+        f"{ENVIRONMENT_VARIABLE}=torch.",
+        SparseFFNWarning,
+        stacklevel=2,
+    )

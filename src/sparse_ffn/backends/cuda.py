@@ -18,7 +18,7 @@ from sparse_ffn.backends.libraries import DTYPES as DTYPES
 
 LIBRARY_NAME = "libsparse_ffn_cuda.so"
 LIBRARY_VARIABLE = "SPARSE_FFN_CUDA_LIBRARY"
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 _p, _i64, _i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -50,7 +50,7 @@ class Bag(ctypes.Structure):
 _POINTER = ctypes.POINTER
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "device_count": (_POINTER(_i32),),
-    "status_text": (_i32,),
+    **dict.fromkeys(("usable", "status_text"), (_i32,)),
     **dict.fromkeys(("product_rows", "product_matrices"), (_POINTER(Product),)),
     **dict.fromkeys(("bag_sums", "bag_weights", "bag_values"), (_POINTER(Bag),)),
 }
@@ -94,6 +94,17 @@ def driver_problem() -> str | None:
     return None if status == 0 and count.value > 0 else _text(status)
 
 
+def device_problem(device: torch.device) -> str | None:
+    """Why the library's code does not run on a GPU, or None if it does.
+
+    A library built for other cards, or with a newer CUDA than the driver knows, fails at its first launch only. This
+    loads its code, so that what asks before a capture of a CUDA graph also makes it ready for that.
+    """
+    with torch.cuda.device(device):  # the library makes it the current one
+        status = library().functions["usable"](torch.cuda.current_device())
+    return None if status == 0 else f"its code does not run on {device}: {_text(status)}"
+
+
 def call(name: str, *arguments: Any) -> None:
     """Call a function of the library.
 
@@ -121,10 +132,20 @@ def multiply(
     Shapes: x [*, K] and y [*, N] with unit stride inside their rows, w [E, K, N] with one unit stride, offsets int32
     [E + 1], x_rows and y_rows int64 [S], scale fp32 [S]; without x_rows or y_rows slot s has row s.
     """
-    slots = len(y if y_rows is None else y_rows)
+    slots, (E, K, N) = len(y if y_rows is None else y_rows), w.shape
+    _fit(
+        x,
+        x=(x, x.dtype, (slots if x_rows is None else len(x), K)),
+        y=(y, x.dtype, (len(y), N)),
+        w=(w, x.dtype, (E, K, N)),
+        offsets=(offsets, torch.int32, (E + 1,)),
+        x_rows=(x_rows, torch.int64, (slots,)),
+        y_rows=(y_rows, torch.int64, (slots,)),
+        scale=(scale, torch.float32, (slots,)),
+    )
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     arguments = Product(
-        *(slots, *w.shape, DTYPES[x.dtype], tf32, _device(x), 0, _stream(x)),
+        *(slots, *w.shape, DTYPES[x.dtype], tf32, _index(x.device), 0, _stream(x)),
         *(x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), w.data_ptr(), *w.stride()),
         *(_pointer(t) for t in (offsets, x_rows, y_rows, scale)),
     )
@@ -147,8 +168,18 @@ def bag(
     Shapes, all contiguous: bags [T, O], values [N, O], weight fp32 [T, k], index int64 [T, k] (the last function reads
     members, int32 [T·k], and offsets, int32 [N + 1], instead).
     """
+    (T, O), N = bags.shape, len(values)
+    _fit(
+        values,
+        bags=(bags, values.dtype, (T, O)),
+        values=(values, values.dtype, (N, O)),
+        weight=(weight, torch.float32, (T, k)),
+        index=(index, torch.int64, (T, k)),
+        members=(members, torch.int32, (T * k,)),
+        offsets=(offsets, torch.int32, (N + 1,)),
+    )
     arguments = Bag(
-        *(bags.shape[0], k, *values.shape, DTYPES[values.dtype], _device(values), _stream(values)),
+        *(T, k, N, O, DTYPES[values.dtype], _index(values.device), _stream(values)),
         *(_pointer(t) for t in (bags, values, weight, index, members, offsets)),
     )
     call(name, ctypes.byref(arguments))
@@ -158,8 +189,17 @@ def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _device(x: Tensor) -> int:
-    return x.device.index or 0
+def _fit(like: Tensor, **wanted: tuple[Tensor | None, torch.dtype, tuple[int, ...]]) -> None:
+    """What the kernels rely on, which see pointers alone."""
+    for name, (t, dtype, shape) in wanted.items():
+        if t is not None and (t.device != like.device or t.dtype != dtype or t.shape != shape):
+            raise ValueError(
+                f"{name} must be {dtype} {list(shape)} on {like.device}, got {t.dtype} {list(t.shape)} on {t.device}"
+            )
+
+
+def _index(device: torch.device) -> int:
+    return device.index or 0
 
 
 def _stream(x: Tensor) -> int | None:

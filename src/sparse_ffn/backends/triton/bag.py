@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_ffn.backends.triton.config import BAG
-from sparse_ffn.backends.triton.launch import cdiv, launch, power_of_two
+from sparse_ffn.backends.triton.launch import OF_TOKENS, cdiv, launch, power_of_two
 from sparse_ffn.backends.triton.segments import Segments
 
 
@@ -36,7 +36,7 @@ def bag_kernel(
     tl.store(at, tl.sum(total, 0).to(out.dtype.element_ty), mask=o < O)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_TOKENS)
 def bag_gradient_kernel(
     grad, weight, values, named, out, parts, dots, order, begins, ends, segment_row, segment_first, row_part,
     S, K, R, O, stride_grad, stride_values,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparse_ffn.backends.triton import combine, schedule
 from sparse_ffn.backends.triton.grouped import store_products
-from sparse_ffn.backends.triton.launch import cdiv, launch
+from sparse_ffn.backends.triton.launch import OF_TOKENS, cdiv, launch
 from sparse_ffn.backends.triton.routing import Plan
 from sparse_ffn.backends.triton.schedule import n_blocks_at_work, place
 from sparse_ffn.backends.triton.tile import Tile
@@ -69,7 +69,7 @@ def spread(x, SHARED: tl.constexpr, COLUMNS: tl.constexpr):
         return tl.reshape(every, [x.shape[0], COLUMNS])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_TOKENS)
 def codes_kernel(
     a, rows, qdata, scale, zero_point, weight, partner, partner_rows, out, dots,
     order, offsets, tiles, begin, N, K, S, C, GROUP, stride_a, stride_partner,

@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_ffn.backends.triton.launch import cdiv, launch
+from sparse_ffn.backends.triton.launch import OF_TOKENS, cdiv, launch
 
 BLOCK_T, BLOCK_S, BLOCK_N, SPLIT_BLOCK = 4, 32, 256, 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_TOKENS)
 def combine_kernel(
     y, inverse, gate, out, dots, dot_sums, T, N, K, n_dots, stride_y, stride_out,
     WEIGHTED: tl.constexpr, SORTED: tl.constexpr, DOTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -51,7 +51,7 @@ def sum_dots(at, to, live, ok, stride, n_parts, BLOCK_T: tl.constexpr):
     tl.store(to, total.to(to.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_TOKENS)
 def clear_void_kernel(y, order, offsets, E, S, N, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):
     """y[order[p]] = 0 for the positions p from offsets[E] on."""
     n_blocks = tl.cdiv(N, BLOCK_N)

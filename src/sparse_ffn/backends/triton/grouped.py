@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparse_ffn.backends.triton import combine, operands, schedule
 from sparse_ffn.backends.triton.config import Tile
-from sparse_ffn.backends.triton.launch import launch
+from sparse_ffn.backends.triton.launch import OF_TOKENS, launch
 from sparse_ffn.backends.triton.operands import matrix_tile, rows_tile
 from sparse_ffn.backends.triton.routing import Plan
 from sparse_ffn.backends.triton.schedule import n_blocks_at_work, place
@@ -35,7 +35,7 @@ def store_products(
     tl.store(out + to.to(tl.int64)[:, None] * N + n[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_TOKENS)
 def rows_kernel(
     a, rows, b, a2, b2, scale, partner, partner_rows, out, dots,
     order, offsets, tiles, N, K, S, stride_a, stride_be, stride_bk, stride_bn,

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_ffn.backends.triton import operands, schedule
 from sparse_ffn.backends.triton.activations import activate, gradient
 from sparse_ffn.backends.triton.config import Tile
-from sparse_ffn.backends.triton.launch import launch
+from sparse_ffn.backends.triton.launch import OF_TOKENS, launch
 from sparse_ffn.backends.triton.operands import matrix_tile, rows_tile
 from sparse_ffn.backends.triton.routing import Plan
 from sparse_ffn.backends.triton.schedule import n_blocks_at_work, place
@@ -124,7 +124,7 @@ def halves(x):
     return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_TOKENS)
 def hidden_gradient_kernel(
     grad, rows, values, up, glu_gate, dropout_mask, gate, dup, dglu_gate, weighted, dgate,
     order, offsets, tiles, G, O, S, stride_grad, stride_ve, stride_vo, stride_vg,

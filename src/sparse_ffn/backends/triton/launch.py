@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
+
+OF_TOKENS = ("S", "T", "length", "n_blocks", "n_tiles")
+"""What grows with the number of tokens. Kernels are not compiled anew for such a number that is a multiple of 16, or 1:
+it makes no access wider, and batches of every length would make a run stand still for seconds now and then."""
 
 
 def launch(kernel: Any, grid: int, *arguments: Any, **meta: Any) -> None:
@@ -45,4 +50,12 @@ def precision(x: Tensor) -> str:
     """How tl.dot may round fp32 operands: as torch's own switch for matrix products says."""
     if x.dtype != torch.float32:
         return "ieee"  # 16-bit operands are exact in either
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" and _has_tf32(x.device) else "ieee"
+
+
+@functools.cache
+def _has_tf32(device: torch.device) -> bool:
+    """Whether Triton rounds products of fp32 to tf32 there: of AMD's cards for one architecture only."""
+    if device.type != "cuda" or torch.version.hip is None:
+        return True
+    return torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx942")

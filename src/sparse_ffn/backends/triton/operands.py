@@ -77,8 +77,8 @@ def _descriptor(x: Tensor, *block: int) -> TensorDescriptor:
 
 
 def _describable(x: Tensor) -> bool:
-    """Whether TMA may copy it: numbers of 16 bits, those side by side excepted multiples of 16 numbers apart."""
-    if x.element_size() != 2 or not has_descriptors(x.device):
+    """Whether TMA may copy it: some numbers of 16 bits, those side by side excepted multiples of 16 numbers apart."""
+    if x.element_size() != 2 or not x.numel() or not has_descriptors(x.device):
         return False
     *_, step, closest = sorted(x.stride(), reverse=True)
     aligned = all(s > 0 and s % 16 == 0 for s in x.stride() if s != 1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparse_ffn.backends.sort import sort_by_expert
 from sparse_ffn.backends.triton.config import SORT
-from sparse_ffn.backends.triton.launch import cdiv, launch, power_of_two
+from sparse_ffn.backends.triton.launch import OF_TOKENS, cdiv, launch, power_of_two
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def experts_of(index, slot, S, E):
     return tl.where((expert >= 0) & (expert < E), expert, E).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_TOKENS)
 def count_kernel(index, counts, S, E, BLOCK: tl.constexpr, BINS: tl.constexpr):
     """counts[b, e]: how often block b of the slots names expert e."""
     block = tl.program_id(0)
@@ -64,7 +64,7 @@ def count_kernel(index, counts, S, E, BLOCK: tl.constexpr, BINS: tl.constexpr):
     tl.store(counts + block.to(tl.int64) * E + bins, seen, mask=bins < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_TOKENS)
 def scan_kernel(counts, totals, n_blocks, E, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     """Each column of counts to its exclusive prefix sum, in place; its whole sum to totals."""
     expert = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -109,7 +109,7 @@ def store_tiles(
         tl.store(tiles, carry)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_TOKENS)
 def place_kernel(
     index, counts, totals, order, offsets, rows, inverse, tiles, S, E, K, n_blocks,
     BLOCK_M: tl.constexpr, INVERSE: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, BINS: tl.constexpr,
@@ -152,7 +152,7 @@ def place_kernel(
         tl.store(inverse + slot, tl.where(known, position, -1), mask=slot < S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_TOKENS)
 def plan_kernel(
     order, offsets, rows, inverse, tiles, S, E, K, n_tiles,
     BLOCK_M: tl.constexpr, INVERSE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, PART: tl.constexpr,

@@ -46,8 +46,8 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots, needs_weight
         cuda.multiply("product_rows", grad, of_slots, to_x, offsets, targets, None, None)
         _add_up(of_slots, sources_or_void, scale, dx)
         if scale is not None:
-            dscale = torch.empty_like(scale)
-            cuda.bag("bag_weights", of_slots, x.contiguous(), dscale, index=sources_or_void)
+            dscale = torch.empty_like(scale.unsqueeze(1))
+            cuda.bag("bag_weights", of_slots, x.contiguous(), dscale, index=sources_or_void.unsqueeze(1))
     dweight, dreduction = None, None
     if needs_weight:
         dweight = x.new_empty(weight.shape)
@@ -56,7 +56,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots, needs_weight
         if is_transposed(weight):
             dweight = dweight.transpose(1, 2).contiguous().transpose(1, 2)
     if reduction is not None and dscale is not None:
-        dreduction = unsort(dscale.unsqueeze(1), order).squeeze(1).to(reduction.dtype)
+        dreduction = unsort(dscale, order).squeeze(1).to(reduction.dtype)
     return Gradients(dx, dweight, dreduction)
 
 
@@ -69,7 +69,8 @@ def _matrices(weight: Tensor, x: Tensor) -> Tensor:
 def _add_up(of_slots: Tensor, row: Tensor, scale: Tensor | None, out: Tensor) -> None:
     """Write into each row of out the sum of its slots' rows, times their scale, in the order of the slots."""
     members, bounds = sort_by_expert(row, out.shape[0])
-    cuda.bag("bag_values", of_slots, out, scale, members=members, offsets=bounds)
+    weight = None if scale is None else scale.unsqueeze(1)
+    cuda.bag("bag_values", of_slots, out, weight, members=members, offsets=bounds)
 
 
 def _rows(index: Tensor | None, order: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, slots: Slots, needs_weight
     if reduction is not None:
         dreduction = unsort(segments.clear(row_dots(dx_SM, x_SM, reduction.dtype)), order).squeeze(1)
         factor = reduction.index_select(0, order).to(x.dtype).unsqueeze(1)
-        x_SM, dx_SM = x_SM * factor, segments.clear(dx_SM * factor)
+        dx_SM = segments.clear(dx_SM * factor)
+        grad_SL = grad_SL * factor  # and not x: a loss scale keeps gradients above fp16's smallest numbers
     dx = unsort(dx_SM, order) if gather is None else add_rows(x.shape[0], rows, dx_SM)
     if not needs_weight:
         return Gradients(dx, None, dreduction)
