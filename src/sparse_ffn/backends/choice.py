@@ -190,7 +190,7 @@ def _triton_fails() -> str | None:
 
 @functools.cache
 def _start_triton() -> str | None:
-    """Why Triton's driver does not start, or None: versions before 3.9 compile a part of it, in C."""
+    """Why Triton's driver does not start, or None: 3.5 and 3.6 compile a part of it, in C."""
     from triton.runtime import driver
 
     try:
