@@ -15,6 +15,20 @@ from sparse_ffn.ops.library import in_backward, under_transforms
 from sparse_ffn.routing.statistics import summary
 
 
+class _Hook:
+    """Counts for a meter; in a copy of the model for none."""
+
+    def __init__(self, meter: RoutingMeter | None, name: str) -> None:
+        self.meter, self.name = meter, name
+
+    def __call__(self, layer: Balanced, args: Any, y: Any) -> None:
+        if self.meter is not None:
+            self.meter._count(self.name, layer)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (None, self.name)
+
+
 class RoutingMeter:
     """Counts where the tokens of a model's eager forwards go, as ``routing_stats`` does for the last one alone.
 
@@ -38,9 +52,7 @@ class RoutingMeter:
         """Count from zero."""
         self.stop()
         self._counts = {}
-        self._handles = [
-            layer.register_forward_hook(partial(self._count, name)) for name, layer in self._layers.items()
-        ]
+        self._handles = [layer.register_forward_hook(_Hook(self, name)) for name, layer in self._layers.items()]
         return self
 
     def stop(self) -> None:
@@ -53,7 +65,7 @@ class RoutingMeter:
         """As ``routing_stats``, over all forwards since ``start()``, for each layer that has run."""
         return {name: summary(counts[:-1], self._layers[name].null_experts) for name, counts in self._counts.items()}
 
-    def _count(self, name: str, layer: Balanced, args: Any, y: Any) -> None:
+    def _count(self, name: str, layer: Balanced) -> None:
         if in_backward() or layer._routed is None:
             return
         if under_transforms():

@@ -190,6 +190,14 @@ def is_called_alone(module: nn.Module) -> bool:
     return not any(foreign) and "forward" not in module.__dict__ and module._compiled_call_impl is None
 
 
+def is_brought(part: nn.Module, weight: Tensor) -> bool:
+    """Whether a part's weights come when the part is called: accelerate's offload, FSDP2 around the part alone.
+
+    Before that, device and dtype of one of them say nothing of what it will compute with.
+    """
+    return weight.is_meta or any(_of_fsdp(hook) for hook in part._forward_pre_hooks.values())
+
+
 def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
     return (
         module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,

@@ -243,7 +243,7 @@ _warned: set[str] = set()
 
 def _warn_once(device: str) -> None:
     """That torch computes on a kind of device, why, and what to do."""
-    if device in _warned:
+    if device in _warned or torch.compiler.is_dynamo_compiling():  # which does not trace warnings
         return
     _warned.add(device)
     if device == "cpu":

@@ -11,7 +11,7 @@ from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.projection import Projection
 from sparse_ffn.layers.routed import Routed
 from sparse_ffn.layers.rows.base import n_numbers
-from sparse_ffn.module import unwrapped
+from sparse_ffn.module import is_brought, unwrapped
 
 
 class LatentMoE(nn.Module):
@@ -81,7 +81,7 @@ class LatentMoE(nn.Module):
         """Raise if this is no input of the layer: before the projections are computed."""
         check_floating("x", x)
         moe = self._own_moe()
-        if moe._typical.device.type != "meta":  # accelerate's offload brings a part's weights when the part is called
+        if not is_brought(moe, moe._typical):
             moe._check_input("x", x)
         if not x.dim() or x.shape[-1] != self.d_model:
             raise ValueError(f"x must have shape [..., d_model = {self.d_model}], got {list(x.shape)}")
@@ -99,7 +99,7 @@ class LatentMoE(nn.Module):
 
     def _selector_input(self, x: Tensor, router_input: Tensor | None) -> Tensor:
         moe, seen = self._own_moe(), x if router_input is None else router_input
-        return seen if moe._typical.device.type == "meta" else moe._selector_input(x, seen)
+        return seen if is_brought(moe, moe._typical) else moe._selector_input(x, seen)
 
     @property
     def k(self) -> int:

@@ -12,7 +12,7 @@ from sparse_ffn.checks import check_flag, check_parameters, check_positive, chec
 from sparse_ffn.layers.routed import Routed, RoutedOptions, check_one_of
 from sparse_ffn.layers.rows.base import check_dense, rows_ffn
 from sparse_ffn.layers.units import fit, units_of
-from sparse_ffn.module import Parametrizable, Unpack
+from sparse_ffn.module import Parametrizable, Unpack, is_brought
 
 # T tokens, D d_model, O d_out, E experts of all banks, K selected experts
 
@@ -121,7 +121,7 @@ class MixedMoE(Routed):
                 check_parameters(x, bank._parameters)
 
     def _check_input(self, name: str, x: Tensor, *also: torch.dtype) -> None:
-        if self._typical.device.type != "meta":
+        if not is_brought(self._banks()[0], self._typical):
             super()._check_input(name, x, *also)
 
     def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ class MixedMoE(Routed):
     @property
     def _wished(self) -> tuple[tuple[int, float], ...]:
         if not self.balance_cost:
-            return super()._wished
+            return ((self.n_experts, 1 / self.n_experts),)  # not super()'s: torch.compile takes that for the property
         total = sum(experts / size for experts, size in self.sizes)
         return tuple((experts, 1 / (size * total)) for experts, size in self.sizes)
 

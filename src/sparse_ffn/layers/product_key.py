@@ -274,8 +274,12 @@ class ProductKeyMemory(SparseFFN):
             ValueError: the rate is not finite or below 0.
         """
         check_finite("values_lr", values_lr)
-        others = [p for p in self.parameters() if p is not self.values]
-        return [{"params": [self.values], "lr": values_lr, **options}, {"params": others}]
+        table: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, parameter in self.named_parameters():  # weight norm and pruning make others of values
+            own = name in ("values", "values_g", "values_v", "values_orig")
+            (table if own or name.startswith("parametrizations.values.") else others).append(parameter)
+        return [{"params": table, "lr": values_lr, **options}, {"params": others}]
 
     @property
     def active_fraction(self) -> float:

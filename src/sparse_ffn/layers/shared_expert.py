@@ -10,7 +10,7 @@ from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.layers.latent import LatentMoE
 from sparse_ffn.layers.routed import Routed
 from sparse_ffn.layers.rows.base import n_numbers
-from sparse_ffn.module import is_called_alone, unwrapped
+from sparse_ffn.module import is_brought, is_called_alone, unwrapped
 
 
 class SharedExpertMoE(nn.Module):
@@ -51,7 +51,7 @@ class SharedExpertMoE(nn.Module):
         """As ``SparseFFN``'s; ``mask`` and ``router_input`` are for the routed experts."""
         # both parts check all that they are given before either draws or keeps anything
         routed, moe = self._own_routed(), self._own_moe()
-        if moe._typical.device.type != "meta":  # accelerate's offload brings a part's weights when the part is called
+        if not (is_brought(routed, moe._typical) or is_brought(moe, moe._typical)):  # else they check at their call
             try:
                 routed._check_call(x, mask)
                 routed._selector_input(x, router_input)
@@ -71,8 +71,9 @@ class SharedExpertMoE(nn.Module):
     def _while_tokens_travel(self, moe: Routed, x: Tensor, mask: Tensor | None, router_input: Tensor | None) -> Tensor:
         try:
             shared = self._own_shared()
-            shared._check_call(x, None)
-            shared._units()
+            if not is_brought(shared, shared.values):
+                shared._check_call(x, None)
+                shared._units()
             self._check_gate()
         except Exception:
             moe._tell_failure()

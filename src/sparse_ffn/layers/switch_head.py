@@ -17,6 +17,7 @@ from sparse_ffn import ops
 from sparse_ffn.backends.choice import choose
 from sparse_ffn.checks import (
     check_flag,
+    check_floating,
     check_mask,
     check_parameters,
     check_places,
@@ -29,7 +30,7 @@ from sparse_ffn.layers.balanced import Balanced
 from sparse_ffn.layers.base import check_input, initial_scale
 from sparse_ffn.layers.projection import Projection
 from sparse_ffn.layers.rows.base import n_numbers
-from sparse_ffn.module import CheckedOptions, normal_, unwrapped
+from sparse_ffn.module import CheckedOptions, is_brought, normal_, unwrapped
 from sparse_ffn.ops.select import stable_topk
 from sparse_ffn.routing.balance import check_balance
 from sparse_ffn.routing.base import AnyRouting, Routing
@@ -274,14 +275,21 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
         self, x: Tensor, router_input: Tensor | None, value_input: Tensor | None, mask: Tensor | None
     ) -> Tensor:
         """x as [B, T, d_model], if the call is right."""
-        own = self._own_experts("values").weight
-        check_input("x", x, own)
+        valued = self._own_experts("values")
+
+        def check(name: str, given: Tensor, *also: torch.dtype) -> None:
+            if is_brought(valued, valued.weight):
+                check_floating(name, given)
+            else:
+                check_input(name, given, valued.weight, *also)
+
+        check("x", x)
         if x.dim() < 2 or x.shape[-1] != self.d_model:
             raise ValueError(f"x must have shape [..., T, d_model = {self.d_model}], got {list(x.shape)}")
         for name, given, also in (("router_input", router_input, (torch.float32,)), ("value_input", value_input, ())):
             if given is None:
                 continue
-            check_input(name, given, own, *also)
+            check(name, given, *also)
             if given.shape != x.shape:
                 raise ValueError(f"{name} must have x's shape, {list(x.shape)}, got {list(given.shape)}")
         if mask is not None:

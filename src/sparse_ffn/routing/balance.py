@@ -51,7 +51,7 @@ class Pool:
         self.per_sequence = n_groups is not None
         self.n_groups = 1 if n_groups is None else n_groups
         self.length = routing.gate_TK.shape[0] // self.n_groups if self.n_groups else 0
-        if mask_T is None and sync is False and self.length > 0:
+        if mask_T is None and sync is False and _some(self.length):
             self.count_B1 = self.length
         else:
             self.count_B1 = self.sum(torch.ones_like(routing.gate_TK[:, :1]))
@@ -89,9 +89,20 @@ class Pool:
         return total[0] / total[1].clamp_min(1)
 
 
+def _some(n: int) -> bool:
+    """Whether n > 0. What a compiler cannot know, as how many tokens a mask leaves, may be none."""
+    if not torch.compiler.is_compiling():
+        return n > 0
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # here: it imports sympy
+
+    return guard_or_false(n > 0)
+
+
 def entropy(routing: AnyRouting, pool: Pool, weight: Weight) -> Tensor:
     """Negative entropy of the mean softmax, or with targets its divergence from them, less log E."""
-    count, plain = pool.count_B1, pool.targets is None and not under_transforms()
+    # torch.compile fuses the plain formula, and checkpoints cannot keep what an autograd.Function returns
+    own = not under_transforms() and not torch.compiler.is_dynamo_compiling()
+    count, plain = pool.count_B1, pool.targets is None and own
     if isinstance(routing, FusedRouting) and plain and not isinstance(count, Tensor):
         sums_BE = routing.softmax_BE
         if not isinstance(weight, Tensor) and negative_entropy_available(sums_BE):

@@ -161,6 +161,12 @@ class Router(CheckedOptions, nn.Module):
                 self._buffers[name] = old.to(new.device, wide)
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """As Module's; the buffers that a state in 16 bits assigns become wide, too."""
+        super()._load_from_state_dict(*args, **kwargs)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        self._buffers.update({name: old.to(wide) for name, old in self._buffers.items() if old is not None})
+
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None) -> Routing:
         """Route tokens.
 
@@ -245,7 +251,8 @@ class Router(CheckedOptions, nn.Module):
                 f"balance=\"{balance}\" counts the experts' loads as a side effect, which is lost inside torch.func's "
                 "transforms: take another balance there, or evaluate"
             )
-        self.load = load if self.load is None else self.load.to(load.device) + load
+        if not load.is_meta:  # there is nothing to count
+            self.load = load if self.load is None else self.load.to(load.device) + load
 
     @property
     def adapted(self) -> Tensor | None:

@@ -21,7 +21,6 @@ def route_available(x: Tensor, router_weight: Tensor, router_bias: Tensor | None
         x.dtype in MAX_ROWS
         and router_weight.dtype in (x.dtype, torch.float32)
         and (router_bias is None or router_bias.dtype == torch.float32)
-        and x.shape[0] > 0
         and router_weight.shape[0] <= MAX_ROWS[x.dtype]
         and choose(x) == "triton"
     )

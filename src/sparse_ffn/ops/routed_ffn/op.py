@@ -32,7 +32,6 @@ def routed_ffn_available(
         and router_weight.dtype == dtype
         and all(t is None or t.dtype == dtype for t in experts)
         and (router_bias is None or router_bias.dtype == torch.float32)
-        and x.shape[0] > 0
         and not autocast_enabled(x)
         and choose(x) == "cpu"
     )
