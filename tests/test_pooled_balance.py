@@ -140,3 +140,26 @@ def test_what_cannot_be_pooled_is_said() -> None:
         _ = layer(tokens(2, 4)), layer(tokens(3, 4))
     other(tokens(3))
     assert sf.aux_loss(other) < 0  # out of the context as well
+
+
+def test_what_cannot_be_pooled_is_said_at_the_end() -> None:
+    layer, x = sf.SigmaMoE(16, 4, 8, 2), torch.randn(3, 5, 16)
+
+    def changes_k() -> None:
+        with sf.pooled_balance(layer):
+            layer(x)
+            layer.k = 3
+            layer(x)
+
+    def frees() -> None:
+        with sf.pooled_balance(layer):
+            layer(x).sum().backward()
+
+    with pytest.raises(ValueError, match=r"a layer's k changed between its calls, \[2, 3\]"):
+        changes_k()
+    with pytest.raises(RuntimeError, match="has freed a call's graph: run it after"):
+        frees()
+    with sf.pooled_balance(layer):
+        layer(x).sum().backward(retain_graph=True)
+        layer(x)
+    sf.aux_loss(layer).backward()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from sparse_ffn.checks import check_choice, check_positive
-from sparse_ffn.layers.last_forward import LastForward, nodes_of
+from sparse_ffn.layers.last_forward import LastForward, nodes_of, watch
 from sparse_ffn.module import WithProperties, unwrapped
 from sparse_ffn.ops.library import in_backward
 from sparse_ffn.routing.balance import LOSSES, Terms, check_balance, weighted_losses
@@ -37,6 +37,11 @@ class Calls:
         self.n_sequences: list[int | None] = []
         self.nodes: list[Node] = []
         """Of all calls' results: the tensors themselves would cost memory under checkpointing."""
+        self.freed = False
+
+    def forget_loss(self) -> None:
+        """Note that a backward pass has freed a call's graph, through which that of the loss would go."""
+        self.freed = True
 
 
 class Balanced(WithProperties):
@@ -183,7 +188,9 @@ class Balanced(WithProperties):
             last = LastForward(loss, index_TK, mask_T, results)
             object.__setattr__(self, "_last", last)  # Module's own costs as much as a small op
             if self._calls is not None and self._calls.open and self.training:
-                self._calls.nodes += nodes_of(results)
+                nodes = nodes_of(results)
+                self._calls.nodes += nodes
+                watch(self._calls, nodes)
 
     @property
     def _aux(self) -> Tensor | None:

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -60,9 +60,7 @@ class LastForward:
 
     def _watch(self, results: tuple[Tensor | Node | None, ...]) -> None:
         self._watched = True
-        for node in nodes_of(results):
-            with suppress(RuntimeError):  # of torch 2.9 where the graph is gone, with the outputs that nobody kept
-                node.register_prehook(partial(_passed, weakref.ref(self)))  # weak: a cycle would keep graphs alive
+        watch(self, nodes_of(results))
 
     def forget_loss(self) -> None:
         """Count 0 from now on."""
@@ -81,6 +79,19 @@ class LastForward:
         """Nothing: copies of a layer start clean."""
 
 
+class Forgets(Protocol):
+    """What is told that its graph is being freed."""
+
+    def forget_loss(self) -> None: ...
+
+
+def watch(owner: Forgets, nodes: list[Node]) -> None:
+    """Tell the owner of a backward pass that frees what it passes, once it reaches one of the nodes."""
+    for node in nodes:
+        with suppress(RuntimeError):  # of torch 2.9 where the graph is gone, with the outputs that nobody kept
+            node.register_prehook(partial(_passed, weakref.ref(owner)))  # weak: a cycle would keep graphs alive
+
+
 def nodes_of(results: tuple[Tensor | Node | None, ...]) -> list[Node]:
     """The nodes of those results that have one."""
     return [node for r in results if (node := r.grad_fn if isinstance(r, Tensor) else r) is not None]
@@ -94,10 +105,10 @@ def _freed(node: Node) -> bool:
     return False
 
 
-def _passed(last: weakref.ref[LastForward], gradients: tuple[Tensor | None, ...]) -> None:
-    forward = last()
-    if forward is not None and not _keeps_graph():
-        forward.forget_loss()
+def _passed(owner: weakref.ref[Forgets], gradients: tuple[Tensor | None, ...]) -> None:
+    told = owner()
+    if told is not None and not _keeps_graph():
+        told.forget_loss()
 
 
 _keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: False)

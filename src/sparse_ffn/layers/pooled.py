@@ -36,8 +36,9 @@ def pooled_balance(model: nn.Module) -> Iterator[None]:
     Raises:
         TypeError: the model is no module.
         ValueError: a layer has ``aux="inject"``, which adds its gradient at once; or, at the end, a layer with
-            ``balance_over="sequence"`` was called with different numbers of sequences.
-        RuntimeError: a layer is within such a context already.
+            ``balance_over="sequence"`` was called with different numbers of sequences, or k changed.
+        RuntimeError: a layer is within such a context already; or, at the end, a backward pass ran within it that
+            did not retain the graph.
     """
     check_module("model", model)
     layers = balanced_in(model)
@@ -67,6 +68,10 @@ def _finish(layer: Balanced, calls: Calls) -> None:
     n_sequences = set(calls.n_sequences)
     if len(n_sequences) > 1:
         raise ValueError(f"pooled_balance: a layer got different numbers of sequences, {sorted(map(str, n_sequences))}")
+    if len(ks := {routing.index_TK.shape[1] for routing in calls.routings}) > 1:
+        raise ValueError(f"pooled_balance: a layer's k changed between its calls, {sorted(ks)}")
+    if calls.freed:
+        raise RuntimeError("pooled_balance: a backward pass within the context has freed a call's graph: run it after")
     groups = calls.n_sequences[0]
     masks = calls.masks
     mask_T: Tensor | None = None
