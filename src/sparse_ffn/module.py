@@ -195,7 +195,7 @@ def is_brought(part: nn.Module, weight: Tensor) -> bool:
 
     Before that, device and dtype of one of them say nothing of what it will compute with.
     """
-    return weight.is_meta or any(_of_fsdp(hook) for hook in part._forward_pre_hooks.values())
+    return weight.device.type == "meta" or any(_of_fsdp(hook) for hook in part._forward_pre_hooks.values())
 
 
 def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:

@@ -253,10 +253,11 @@ def gradient(
     Shapes: dgate [T, K] and dsums [groups, R], fp32 and contiguous (None: zero), the others as for ``route``.
     """
     (R, D), (T, K) = weight.shape, index.shape
-    length = T if dsums is None else T // dsums.shape[0]
+    groups = 1 if dsums is None else dsums.shape[0]
+    length = T // groups
     blocks = Blocks.of(length, R, dlogits.dtype, weight.dtype, gradient=True)
     launch(
-        route_gradient_kernel, T // length * cdiv(length, blocks.tokens), dgate, dsums, weight, mask, index, gate,
+        route_gradient_kernel, groups * cdiv(length, blocks.tokens), dgate, dsums, weight, mask, index, gate,
         logits, dlogits, dx, R, D, K, length, *weight.stride(),
         GATE=gate_function, DGATE=dgate is not None, DSUMS=dsums is not None, MASK=mask is not None, DX=dx is not None,
         BLOCK_T=blocks.tokens, BLOCK_R=blocks.rows, BLOCK_D=max(min(COLUMNS, SCORES // blocks.rows), 16),
