@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_ffn.backends.triton.launch import OF_TOKENS, cdiv, launch, power_of_two
+from sparse_ffn.backends.triton.launch import cdiv, launch, power_of_two
 from sparse_ffn.backends.triton.product_keys import number, ordered
 
 MAX_TOKENS, SCORES, COLUMNS = 64, 8192, 64  # of a program: tokens, tokens times rows; columns of x's gradient at once
@@ -87,7 +87,7 @@ def softmax(z):
     return exp / tl.sum(exp, 1)[:, None]
 
 
-@triton.jit(do_not_specialize=OF_TOKENS)
+@triton.jit
 def route_kernel(
     x, weight, bias, mask, index, gate, logits, sums, R, D, K, length, stride_x, stride_wr, stride_wd,
     GATE: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, KEEP: tl.constexpr, SUMS: tl.constexpr,
@@ -149,7 +149,7 @@ def route_kernel(
     tl.store(gate + at, weigh, mask=slots)
 
 
-@triton.jit(do_not_specialize=OF_TOKENS)
+@triton.jit
 def route_gradient_kernel(
     dgate, dsums, weight, mask, index, gate, logits, dlogits, dx, R, D, K, length, stride_wr, stride_wd,
     GATE: tl.constexpr, DGATE: tl.constexpr, DSUMS: tl.constexpr, MASK: tl.constexpr, DX: tl.constexpr,
