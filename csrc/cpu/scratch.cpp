@@ -19,11 +19,6 @@ constexpr size_t kMostOfAWorker = size_t{16} << 20;
 struct Buffers {
   void* data[kBufferCount] = {};
   size_t size[kBufferCount] = {};
-  size_t total(int first, int last) const {
-    size_t found = 0;
-    for (int i = first; i < last; i++) found += size[i];
-    return found;
-  }
   void release(int first, int last) {
     for (int i = first; i < last; i++) {
       free(data[i]);
@@ -68,11 +63,13 @@ void* scratch(Buffer purpose, size_t bytes) {
 #endif
 
 void limit_scratch() {
-  if (buffers.total(kFirstShared, kBufferCount) > kMostKept) buffers.release(kFirstShared, kBufferCount);
+  size_t total = 0;
+  for (int i = kFirstShared; i < kBufferCount; i++) total += buffers.size[i];
+  if (total > kMostKept) buffers.release(kFirstShared, kBufferCount);
 }
 
 void limit_own_scratch() {
-  if (buffers.total(0, kFirstShared) > kMostOfAWorker) buffers.release(0, kFirstShared);
+  if (buffers.size[kBufferAcc] > kMostOfAWorker) buffers.release(kBufferAcc, kBufferAcc + 1);
 }
 
 }  // namespace sparse_ffn

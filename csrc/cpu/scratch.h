@@ -26,8 +26,8 @@ template <class T> static inline __attribute__((always_inline)) T* scratch_of(Bu
 // At the end of a call: frees the calling thread's shared buffers if they hold more than kMostKept, for they grow with the
 // number of tokens. Most of the workers' own depend on the layer.
 void limit_scratch();
-// At the end of a parallel region whose workers' own buffers grow with the number of tokens: each frees its own if they
-// hold more than kMostOfAWorker.
+// At the end of a parallel region whose workers' sums, kBufferAcc, grow with the number of tokens: each frees its own if
+// they hold more than kMostOfAWorker. The other buffers stay, for the next call needs them as large.
 void limit_own_scratch();
 
 }  // namespace sparse_ffn
