@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+EMULATED = "emulated"
+"""A folder within, of runs of processors that emulate bfloat16: other processors have made the same ones."""
 Record = dict[str, Any]
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from pickle import UnpicklingError
@@ -35,6 +33,7 @@ from .activity import active_units
 from .plan import Run
 from .results import Record
 from .rounded import products
+from .source import commit, source
 from .variants import VARIANTS
 
 WHOLE = 10**9  # windows: more than any part has
@@ -56,7 +55,8 @@ def train_run(
         "config": asdict(config),
         "data": corpus.digest,
         # what changes the numbers, by their rounding at least
-        "machine": [str(facts.get(key)) for key in ("processor", "GPU", "torch", "CPU core", "sparse-ffn", "commit")],
+        "machine": [str(facts.get(key)) for key in ("processor", "GPU", "torch", "CPU core", "sparse-ffn")],
+        "source": source(),
         "threads": torch.get_num_threads(),
     }
     learner = learner_of(run, config, device)
@@ -177,14 +177,3 @@ def _progress(run: Run, config: Config, learner: Learner) -> str:
         f"{run.name}: {done * step_bytes / 1e6:.1f} of {config.steps * step_bytes / 1e6:.1f} MB, "
         f"{bits:.3f} bits per byte, {len(recent) * step_bytes / sum(recent):,.0f} bytes/s"
     )
-
-
-@cache
-def commit() -> str:
-    """The source that this process has loaded, unless it was changed in its first moments."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return found.stdout.strip() or "unknown"

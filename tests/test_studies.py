@@ -467,7 +467,7 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_from(
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("fault", ["another commit", "an empty file"])
+@pytest.mark.parametrize("fault", ["another source", "an empty file"])
 def test_a_checkpoint_that_would_not_give_the_same_numbers_is_not_gone_on_from(
     fault: str, whole: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -476,8 +476,8 @@ def test_a_checkpoint_that_would_not_give_the_same_numbers_is_not_gone_on_from(
     asked = iter([False, False, True, True])
     with monkeypatch.context() as patch:
         patch.setattr(work.Stop, "__call__", lambda self: next(asked))
-        if fault == "another commit":
-            patch.setattr(training, "commit", lambda: "0123456789ab")
+        if fault == "another source":
+            patch.setattr(training, "source", lambda: "0123456789ab")
         work.work(order)
     if fault == "an empty file":
         (tmp_path / "runs" / f"{run.name}.pt").write_bytes(b"")
@@ -828,12 +828,14 @@ def test_page_of_real_runs(whole: Path, tmp_path: Path) -> None:
 
 
 def test_committed_results_are_whole_and_of_the_plan() -> None:
-    known = {run.path(results.RESULTS) for size in sizes.SIZES for run in plan.runs_of(size)}
+    folders = (results.RESULTS, results.RESULTS / results.EMULATED)
+    known = {run.path(folder) for folder in folders for size in sizes.SIZES for run in plan.runs_of(size)}
     known |= {run.path(results.RESULTS) for rate in plan.LEARNING_RATES for run in plan.trials(rate)}
     for path in results.RESULTS.rglob("*"):
         if path.is_file():
             assert path in known
             record = json.loads(path.read_text())
+            assert results.emulated(record) == (results.EMULATED in path.parts)
             assert path.name.startswith(f"{record['variant']}-")
             config = record["config"]
             whole_run = config["steps"] * config["batch_size"] * config["context"]

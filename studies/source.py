@@ -1,0 +1,37 @@
+"""What a run's numbers come from in this checkout: its checkpoints go on from the same source only."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PARTS = ("src/sparse_ffn", "csrc", "examples/language_model")
+OWN = ("rounded.py", "training.py", "variants.py")  # sizes are in a run's config; the rest trains nothing
+
+
+@cache
+def source() -> str:
+    """A digest of the files that this process has loaded, unless they were changed in its first moments."""
+    files = [ROOT / "studies" / name for name in OWN]
+    files += [f for part in PARTS for f in (ROOT / part).rglob("*") if f.suffix in {".py", ".cpp", ".h", ".txt"}]
+    found = hashlib.sha256()
+    for path in sorted(files):
+        found.update(f"{path.relative_to(ROOT)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return found.hexdigest()[:12]
+
+
+@cache
+def commit() -> str:
+    """The commit, "-dirty" if a file of the source differs from it."""
+    changed = _git("status", "--porcelain", "--", *PARTS, *(f"studies/{name}" for name in OWN))
+    return (_git("rev-parse", "--short=12", "HEAD") or "unknown") + ("-dirty" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
