@@ -127,9 +127,11 @@ def test_cvmm_and_its_gradients_take_rows_far_apart() -> None:
 
 
 def test_selection_takes_rows_far_apart() -> None:
-    scores, index = far_apart(3, 40, torch.float32), torch.empty(3, 5, dtype=torch.int64)
-    cpu.call("topk", (scores, index, None))
-    assert torch.equal(index, scores.contiguous().topk(5).indices)
+    scores, index = far_apart(6, 40, torch.float32).view(1, 3, 2, 40), torch.empty(1, 3, 5, dtype=torch.int64)
+    cpu.call("product_key_topk", (scores, index, None))
+    first, second = scores.contiguous().unbind(2)
+    sums = (first.unsqueeze(3) + second.unsqueeze(2)).flatten(2)
+    assert torch.equal(index, sums.topk(5).indices)
 
 
 def test_wide_products_take_rows_and_batches_far_apart() -> None:

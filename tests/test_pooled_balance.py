@@ -136,7 +136,7 @@ def test_what_cannot_be_pooled_is_said() -> None:
         pass
     layer, other = made(balance_over="sequence"), made()
     model = nn.ModuleList([layer, other])
-    with pytest.raises(ValueError, match=r"different numbers of sequences, \['2', '3'\]"), sf.pooled_balance(model):
+    with pytest.raises(ValueError, match=r"got different numbers of sequences, \['2', '3'\]"), sf.pooled_balance(model):
         _ = layer(tokens(2, 4)), layer(tokens(3, 4))
     other(tokens(3))
     assert sf.aux_loss(other) < 0  # out of the context as well
@@ -155,9 +155,9 @@ def test_what_cannot_be_pooled_is_said_at_the_end() -> None:
         with sf.pooled_balance(layer):
             layer(x).sum().backward()
 
-    with pytest.raises(ValueError, match=r"a layer's k changed between its calls, \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"the k of .+ changed between its calls, \[2, 3\]"):
         changes_k()
-    with pytest.raises(RuntimeError, match="has freed a call's graph: run it after"):
+    with pytest.raises(RuntimeError, match="has freed the graph of a call of"):
         frees()
     with sf.pooled_balance(layer):
         layer(x).sum().backward(retain_graph=True)

@@ -28,8 +28,6 @@
   KERNEL(product_key_topk, (const sparse_ffn_product_keys&, const float* scores, int64_t* index, float* sums))           \
   KERNEL(product_key_topk_backward, (const sparse_ffn_product_keys&, const float* dsums, const int64_t* index,           \
                                      float* dscores))                                                                    \
-  KERNEL(topk, (const float* scores, int64_t R, int64_t n, int64_t stride, int64_t k, int32_t n_threads, int64_t* index, \
-                float* values))                                                                                          \
   KERNEL(topk_hidden_forward, (const sparse_ffn_topk_hidden&, const sparse_ffn_topk_hidden_out&))                         \
   KERNEL(topk_hidden_backward, (const sparse_ffn_topk_kept&, const void* dh, void* h, void* d_up, void* d_glu_gate))    \
   KERNEL(topk_index, (const int32_t* selected, int64_t T, int64_t F, int64_t K, int32_t n_threads, int64_t* index))

@@ -33,7 +33,7 @@ extern "C" {
 #define SPARSE_FFN_API __attribute__((visibility("default")))
 #endif
 
-#define SPARSE_FFN_ABI_VERSION 9
+#define SPARSE_FFN_ABI_VERSION 10
 
 enum sparse_ffn_status {
   SPARSE_FFN_OK = 0,
@@ -272,14 +272,6 @@ typedef struct sparse_ffn_product_key_topk_backward_args {
 } sparse_ffn_product_key_topk_backward_args;
 SPARSE_FFN_API int sparse_ffn_product_key_topk_backward(const sparse_ffn_product_key_topk_backward_args* args,
                                                         int32_t n_threads);
-
-/* The K best of each row. */
-typedef struct sparse_ffn_topk_args {
-  sparse_ffn_tensor scores;            /* [R, N] fp32, rows */
-  sparse_ffn_tensor index;             /* [R, K] int64 */
-  sparse_ffn_tensor values;            /* [R, K] fp32, or absent */
-} sparse_ffn_topk_args;
-SPARSE_FFN_API int sparse_ffn_topk(const sparse_ffn_topk_args* args, int32_t n_threads);
 
 /* TopKFFN between its products: of h = act(up) * dropout_mask, or act(glu_gate) * up * dropout_mask with a GLU, the k units
  * of the largest |h| * norm. Ascending units take the places of K = k. Outputs that are absent are not wanted. */

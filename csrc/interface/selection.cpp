@@ -46,17 +46,6 @@ int sparse_ffn_product_key_topk_backward(const sparse_ffn_product_key_topk_backw
   return done(PHASE("dselect", kernels().product_key_topk_backward(p, dsums, index, dscores)));
 }
 
-int sparse_ffn_topk(const sparse_ffn_topk_args* a, int32_t n_threads) {
-  Operands o;
-  const float* scores = o.take<float>("scores", a->scores, "RN", Strides::kRows);
-  int64_t* index = o.take<int64_t>("index", a->index, "RK");
-  float* values = o.maybe<float>("values", a->values, "RK");
-  o.require(o['K'] <= o['N'], "k must be at most the length of a row");
-  o.count("scores in a row", o['N']);
-  if (o.status() || !o['K']) return o.status();
-  return done(kernels().topk(scores, o['R'], o['N'], a->scores.stride[0], o['K'], n_threads, index, values));
-}
-
 int sparse_ffn_topk_hidden_forward(const sparse_ffn_topk_hidden_forward_args* a, int32_t activation, int32_t k,
                                    int32_t n_threads) {
   Operands o;

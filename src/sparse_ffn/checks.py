@@ -49,9 +49,10 @@ def _int(name: str, value: Any) -> int:
 
 def check_rate(name: str, value: Any, inclusive: bool = False) -> float:
     """The value, if 0 <= value < 1 (<= 1 if inclusive)."""
-    number = _float(value)
+    allowed = f"in [0, 1{']' if inclusive else ')'}"
+    number = _float(name, value, allowed)
     if not (0 <= number < 1 or (inclusive and number == 1)):
-        raise ValueError(f"{name} must be in [0, 1{']' if inclusive else ')'}, got {shown(value)}")
+        raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
     return number
 
 
@@ -62,7 +63,7 @@ def called(name: str) -> str:
 
 def check_real(name: str, value: Any) -> float:
     """The value, if it is a finite number."""
-    number = _float(value)
+    number = _float(name, value, "a finite number")
     if not math.isfinite(number):
         raise ValueError(f"{name} must be a finite number, got {shown(value)}")
     return number
@@ -70,16 +71,18 @@ def check_real(name: str, value: Any) -> float:
 
 def check_finite(name: str, value: Any, positive: bool = False) -> float:
     """The value, if it is a finite number >= 0 (> 0 if positive)."""
-    number = _float(value)
+    allowed = f"finite and {'>' if positive else '>='} 0"
+    number = _float(name, value, allowed)
     if not 0 <= number < math.inf or (positive and number == 0):
-        raise ValueError(f"{name} must be finite and {'>' if positive else '>='} 0, got {shown(value)}")
+        raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
     return number
 
 
-def _float(value: Any) -> float:
-    """The number; NaN, which is in no range, for what is none."""
-    real = isinstance(value, (float, int, numbers.Real)) and not isinstance(value, bool)
-    return float(value) if real else math.nan
+def _float(name: str, value: Any, allowed: str) -> float:
+    """The value, if it is a number."""
+    if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
+        raise TypeError(f"{name} must be {allowed}, got {shown(value)}")
+    return float(value)
 
 
 def check_flag(name: str, value: Any) -> bool:

@@ -105,7 +105,7 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
         rate: step, on the scale of the logits.
 
     Raises:
-        TypeError: the model is no module.
+        TypeError: the model is no module, or the rate no number.
         ValueError: the rate is not finite and > 0; or layers that share a router differ in ``sync_balance`` or in the
             loads that they wish.
         RuntimeError: a layer has ``sync_balance=True`` and torch.distributed is not initialised; or it has

@@ -21,7 +21,7 @@ HUGE_PAGE = 2 << 20
 LIBRARY_NAME = "libsparse_ffn_cpu.so"
 LIBRARY_VARIABLE = "SPARSE_FFN_LIBRARY"
 ISA_VARIABLE = "SPARSE_FFN_ISA"
-ABI_VERSION = 9
+ABI_VERSION = 10
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "identity": 4, "squared_relu": 5, "square": 6}
 NORMS = {"layer": 1, "rms": 2}
 GATES = {"sigmoid": 0, "softmax": 1, "softmax_topk": 2, "unweighted": 3}
@@ -40,7 +40,6 @@ OPTIONS = {
     "normalised_backward": 1,
     "product_key_topk": 0,
     "product_key_topk_backward": 0,
-    "topk": 0,
     "topk_hidden_forward": 2,
     "topk_hidden_backward": 1,
     "topk_index": 1,
@@ -89,18 +88,6 @@ def call(name: str, tensors: tuple[Tensor | None, ...], *options: int) -> None:
     status = _functions[name](b"".join(block), *options, torch.get_num_threads())
     if status:
         raise _ERRORS[status](_library.sparse_ffn_error().decode())
-
-
-def contiguous(x: Tensor | None) -> Tensor | None:
-    """The tensor in row-major order, copied only if it is not."""
-    return None if x is None else x.contiguous()
-
-
-def rows(x: Tensor) -> Tensor:
-    """The matrix with unit stride inside its rows, copied only if it has not; rows themselves may be strided."""
-    if x.is_contiguous() or (x.ndim == 2 and x.stride(1) == 1 and x.stride(0) >= x.shape[1]):
-        return x
-    return x.contiguous()
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:

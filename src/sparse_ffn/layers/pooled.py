@@ -55,23 +55,25 @@ def pooled_balance(model: nn.Module) -> Iterator[None]:
         for layer in layers.values():
             layer._calls = None
         raise
-    finished = [(layer, layer._calls) for layer in layers.values()]
-    for layer, _ in finished:
+    finished = [(name, layer, layer._calls) for name, layer in layers.items()]
+    for _, layer, _ in finished:
         layer._calls = Calls(open=False)
-    for layer, calls in finished:
+    for name, layer, calls in finished:
         if calls is not None and calls.routings:
-            _finish(layer, calls)
+            _finish(called(name), layer, calls)
 
 
-def _finish(layer: Balanced, calls: Calls) -> None:
+def _finish(name: str, layer: Balanced, calls: Calls) -> None:
     """Give the layer the loss of its calls."""
     n_sequences = set(calls.n_sequences)
     if len(n_sequences) > 1:
-        raise ValueError(f"pooled_balance: a layer got different numbers of sequences, {sorted(map(str, n_sequences))}")
+        raise ValueError(f"pooled_balance: {name} got different numbers of sequences, {sorted(map(str, n_sequences))}")
     if len(ks := {routing.index_TK.shape[1] for routing in calls.routings}) > 1:
-        raise ValueError(f"pooled_balance: a layer's k changed between its calls, {sorted(ks)}")
+        raise ValueError(f"pooled_balance: the k of {name} changed between its calls, {sorted(ks)}")
     if calls.freed:
-        raise RuntimeError("pooled_balance: a backward pass within the context has freed a call's graph: run it after")
+        raise RuntimeError(
+            f"pooled_balance: a backward pass within the context has freed the graph of a call of {name}: run it after"
+        )
     groups = calls.n_sequences[0]
     masks = calls.masks
     mask_T: Tensor | None = None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.backends import cpu
-from sparse_ffn.backends.cpu import contiguous, rows
+from sparse_ffn.backends.layout import contiguous, rows
 from sparse_ffn.ops.cvmm.backend import Gradients, Slots
 from sparse_ffn.ops.segments import is_transposed
 

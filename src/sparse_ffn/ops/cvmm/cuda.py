@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.backends import cuda
-from sparse_ffn.backends.cpu import rows
 from sparse_ffn.backends.device import on_device
+from sparse_ffn.backends.layout import rows
 from sparse_ffn.backends.sort import sort_by_expert
 from sparse_ffn.ops.cvmm.backend import Gradients, Slots
 from sparse_ffn.ops.segments import is_transposed, unsort

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.backends import cpu, crossovers
-from sparse_ffn.backends.cpu import ACTIVATIONS, contiguous, rows
+from sparse_ffn.backends.cpu import ACTIVATIONS
+from sparse_ffn.backends.layout import contiguous, rows
 from sparse_ffn.ops.expert_ffn.backend import Gradients, Saved
 from sparse_ffn.ops.units import Units
 

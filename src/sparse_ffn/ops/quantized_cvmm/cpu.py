@@ -7,7 +7,7 @@ import sys
 from torch import Tensor
 
 from sparse_ffn.backends import cpu
-from sparse_ffn.backends.cpu import contiguous, rows
+from sparse_ffn.backends.layout import contiguous, rows
 from sparse_ffn.ops.codes import Codes
 from sparse_ffn.ops.cvmm.backend import Slots
 from sparse_ffn.ops.quantized_cvmm.backend import Gradients, backward_of

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_ffn.backends.cpu import contiguous
 from sparse_ffn.backends.device import on_device
+from sparse_ffn.backends.layout import contiguous
 from sparse_ffn.backends.triton import router
 from sparse_ffn.backends.triton.launch import precision, rows
 from sparse_ffn.ops.route.backend import Gradients, Routed, Selected

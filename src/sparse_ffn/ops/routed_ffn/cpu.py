@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.backends import cpu, crossovers
-from sparse_ffn.backends.cpu import ACTIVATIONS, GATES, contiguous, rows
+from sparse_ffn.backends.cpu import ACTIVATIONS, GATES
+from sparse_ffn.backends.layout import contiguous, rows
 from sparse_ffn.ops.expert_ffn.backend import Saved
 from sparse_ffn.ops.expert_ffn.cpu import NO_UNITS, NOTHING_SAVED, empty_like, empty_saved, units
 from sparse_ffn.ops.units import Units

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.backends import cpu
-from sparse_ffn.backends.cpu import ACTIVATIONS, contiguous
+from sparse_ffn.backends.cpu import ACTIVATIONS
+from sparse_ffn.backends.layout import contiguous
 from sparse_ffn.ops.activations import DECODE_TOKENS, GIVE_ZEROS
 from sparse_ffn.ops.products import linear, product, slow_dtypes, supported
 from sparse_ffn.ops.topk_ffn import by_products
