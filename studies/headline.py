@@ -13,10 +13,8 @@ from .results import Record
 from .sizes import CORE
 from .statistics import Difference, noise, paired
 from .tables import bits_of
-from .variants import DENSE, SIGMA, VARIANTS
+from .variants import BOUND, DENSE, VARIANTS
 
-BOUND = "dense-equal-flops"
-"""What sparse layers are to be better than: as much arithmetic, and no more parameters than that takes."""
 BEGIN, END = "<!-- evidence: written by python -m studies.page -->", "<!-- end of evidence -->"
 
 
@@ -42,6 +40,7 @@ def headline(records: Mapping[str, Sequence[Record]]) -> str:
         return "The runs that the [evidence](docs/evidence.md) is to come from have not finished."
     quoted = [_of_dense(paper.LAYERS[name].e8) for name in core]
     rows.insert(0, ["the paper: 41M parameters, 1.6 GB, one run", *quoted, ""])
+    said.append("Their learning rate was tuned on dense and SigmaMoE.")
     said.append(f"The paper's SwitchMoE is without dropout; with it {_of_dense(paper.SWITCH_WITH_DROPOUT)}.")
     table = markdown((["enwik8", *(VARIANTS[name].label for name in others)], rows))
     return (
@@ -52,7 +51,7 @@ def headline(records: Mapping[str, Sequence[Record]]) -> str:
 
 
 def _said(size: str, differences: Mapping[str, Difference | None]) -> str:
-    """In words: which layers differ from dense, and what SigmaMoE's parameters are worth."""
+    """In words: which layers differ from dense."""
     core = {name: difference for name, difference in differences.items() if name != BOUND}
     named: dict[str, list[str]] = {}
     for name, difference in core.items():
@@ -60,12 +59,9 @@ def _said(size: str, differences: Mapping[str, Difference | None]) -> str:
             named.setdefault(difference.verdict, []).append(VARIANTS[name].label)
     words = {"higher": "above dense by more than chance", "none": "not told from dense", "lower": "below it by more"}
     text = "; ".join(
-        f"{words[verdict]}: {'all four' if len(labels) == len(core) else ' / '.join(labels)}"
+        f"{words[verdict]}: {'all four sparse layers' if len(labels) == len(core) else ' / '.join(labels)}"
         for verdict, labels in named.items()
     )
-    sigma, bound = differences[SIGMA], differences[BOUND]
-    if sigma and bound and bound.verdict == sigma.verdict == "higher" and bound.error is not None:
-        text += f". SigmaMoE makes up for {1 - sigma.mean / bound.mean:.0%} of what the smaller dense FFN loses"
     return f"Size {size}, {text}."
 
 

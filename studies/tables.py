@@ -42,7 +42,8 @@ def comparison(records: Sequence[Record], names: Sequence[str], base: str, quote
     label = _short(base)
     header = ["FFN", "parameters", "FLOPs", "time", "bits per byte", f"difference from {label}", "called", "seeds"]
     table = markdown(([*header, *paper.COLUMNS.values()], rows))
-    legend = f"Parameters and FLOPs are the FFN's, time the model's training step's, of {label}'s on the same machine."
+    legend = f"Parameters and FLOPs are the FFN's, time the model's training step's, of {label}'s on the same machine"
+    legend += ", at any commit."
     if any(map(emulated, records)):
         legend += " Machines without instructions for bfloat16 are left out of it."
     sources = "; ".join(
@@ -100,15 +101,17 @@ def beside_the_paper(
     if len(bits) < 2:
         return
     columns = {column: {name: getattr(quoted[name], column) for name in bits} for column in paper.COLUMNS}
-    here, theirs = ranks(bits, chance), {column: _printed_ranks(values) for column, values in columns.items()}
+    here, theirs = ranks(bits, chance), {column: _printed_ranks(of, column) for column, of in columns.items()}
     above = {name: paired(of, bits.get(base, {}), chance) for name, of in bits.items()}
     rows = [
         [VARIANTS[name].label, str(here[name]), *(str(found[name]) for found in theirs.values())]
         for name, _ in sorted(above.items(), key=lambda item: item[1].mean if item[1] else math.inf)
     ]
     yield "The ranks among the layers that the paper has too, 1 the lowest. Layers that cannot be told apart share"
-    yield f"theirs: here those between which the difference is called none, there those within {paper.STEP}, whose"
-    yield "results may be equal but for rounding.\n"
+    yield "theirs: here those between which the difference is called none, there those whose bits are within"
+    yield f"{paper.NEAR['e8']} of each other and may be equal but for rounding, or whose perplexities are within"
+    yield f"{paper.NEAR['wt_s']}: so far apart are the paper's two runs of SigmaMoE. How much chance is in its runs of"
+    yield "Enwik8 is not known.\n"
     yield markdown((["FFN", "here", *paper.COLUMNS.values()], rows)) + "\n"
     numbers, there = columns[paper.SAME_TEXT], theirs[paper.SAME_TEXT]
     moved = [
@@ -119,7 +122,7 @@ def beside_the_paper(
     turned = []
     for name, found in above.items():
         own, of_base = numbers[name], getattr(quoted[base], paper.SAME_TEXT)
-        direction = paper.direction(own, of_base)
+        direction = paper.direction(own, of_base, paper.SAME_TEXT)
         if name == base or found is None or found.error is None or found.verdict == direction:
             continue
         if paper.excludes(own, of_base, found.interval):
@@ -130,13 +133,58 @@ def beside_the_paper(
         if of
     ]
     where = paper.COLUMNS[paper.SAME_TEXT]
-    yield (
-        f"Other than in {where}: {'; '.join(other)}.\n" if other else f"Nothing is known to be other than in {where}.\n"
+    told = sum(name != base and found is not None and found.error is not None for name, found in above.items())
+    if other:
+        yield f"Other than in {where}: {'; '.join(other)}.\n"
+    elif told:
+        yield f"Of the {told} with more than one seed none is known to be other than in {where}.\n"
+    else:
+        yield f"With one seed each it cannot be told whether they are other than in {where}.\n"
+
+
+def _printed_ranks(values: Mapping[str, float], column: str) -> dict[str, Ranks]:
+    return ranks_by(values, lambda a, b: paper.direction(values[a], values[b], column) == "lower")
+
+
+def verdicts(records: Sequence[Record], names: Sequence[str], base: str) -> Iterator[str]:
+    """In words: how many layers are called what, and whether their differences grow in the course of training."""
+    bits, label = bits_of(records), _short(base)
+    chance, called = noise(bits), {"higher": [], "none": [], "lower": []}  # type: dict[str, list[str]]
+    for name in names:
+        found = paired(bits.get(name, {}), bits.get(base, {}), chance) if name != base else None
+        if found is not None and found.error is not None:
+            called[found.verdict].append(VARIANTS[name].label)
+    n = sum(map(len, called.values()))
+    if not n or chance is None:
+        return
+    words = {"higher": f"above {label}", "none": f"not told from {label}", "lower": f"below {label}"}
+    said = "; ".join(f"{words[verdict]}: {' / '.join(of) or 'none'}" for verdict, of in called.items())
+    yield f"**Of {n} layers with two seeds or more, {said}.**"
+    first, last = (_course(records, names, base, part) for part in (PARTS[0], PARTS[-1]))
+    both = first.keys() & last.keys()
+    grown = sum(last[name].mean > first[name].mean for name in both)
+    if both:
+        yield f"From a quarter of the text to its end the difference from {label} grew for {grown} of {len(both)}."
+
+
+def spread(records: Sequence[Record]) -> str:
+    """The deviation that chance adds to a run, and how much one layer has to do with it."""
+    bits = bits_of(records)
+    without = [noise({name: of for name, of in bits.items() if name != left}) for left in bits if len(bits[left]) > 1]
+    chance, others = noise(bits), [found.deviation for found in without if found]
+    if chance is None or not others:
+        return ""
+    return (
+        f"Chance adds a standard deviation of {chance.deviation:.4f} to a run, known from {chance.freedom} degrees of\n"
+        f"freedom; without the runs of any one layer it would be {min(others):.4f} to {max(others):.4f}."
     )
 
 
-def _printed_ranks(values: Mapping[str, float]) -> dict[str, Ranks]:
-    return ranks_by(values, lambda a, b: paper.direction(values[a], values[b]) == "lower")
+def _course(records: Sequence[Record], names: Sequence[str], base: str, part: float) -> dict[str, Difference]:
+    """Each layer's difference after this part of the text, on the curves' windows."""
+    bits = _after(records, part)
+    found = {name: paired(bits.get(name, {}), bits.get(base, {}), noise(bits)) for name in names if name != base}
+    return {name: difference for name, difference in found.items() if difference is not None}
 
 
 PARTS = (0.25, 0.5, 0.75, 1.0)
@@ -145,15 +193,9 @@ PARTS = (0.25, 0.5, 0.75, 1.0)
 
 def course(records: Sequence[Record], names: Sequence[str], base: str) -> str:
     """The difference from the base after parts of the text, of the validation windows of the curves."""
-    after = [_after(records, part) for part in PARTS]
-    chances = [noise(bits) for bits in after]
-    rows = []
-    for name in names:
-        found = [
-            paired(bits.get(name, {}), bits.get(base, {}), chance) for bits, chance in zip(after, chances, strict=True)
-        ]
-        if name != base and any(found):
-            rows.append([VARIANTS[name].label, *(str(difference or "–") for difference in found)])
+    after = [_course(records, names, base, part) for part in PARTS]
+    known = [name for name in names if any(name in found for found in after)]
+    rows = [[VARIANTS[name].label, *(str(found.get(name, "–")) for found in after)] for name in known]
     if not rows:
         return ""
     header = ["FFN", *(f"{part:.0%} of the text" for part in PARTS)]
@@ -203,11 +245,8 @@ def chosen(records: Sequence[Record]) -> str:
     if len(rows) < 2:
         return ""
     what = (
-        "Where SigmaMoE's difference is another than the paper's, one possible reason is that a token uses few units\n"
-        "and chooses them in blocks: the paper warns of experts of fewer than 128 units, and of fewer than 256 to 512\n"
-        "units a token. Another is the balance: the weight of its loss, or how it is had (SBaseMoE has the same\n"
-        "experts). Here the size of experts and their number vary; TopKFFN, without a router, stands for blocks of\n"
-        "one unit. The ablations tell of the balance."
+        "How many hidden units a token uses, and in blocks of how many they are chosen: by SigmaMoE's router, or one\n"
+        "by one by TopKFFN, which has no router and no gates, looks at all keys, and has biases."
     )
     header = ["chosen in blocks of", "units a token", "difference from dense", "called", "seeds"]
     return f"{what}\n\n{markdown((header, rows))}\n"

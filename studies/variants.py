@@ -79,6 +79,8 @@ def dense_of_equal_flops(config: Config) -> nn.Module:
 
 
 DENSE, SIGMA = "dense", "sigma"
+BOUND = "dense-equal-flops"
+"""What sparse layers are to be better than: as much arithmetic, and no more parameters than that takes."""
 # in the order of running
 VARIANTS: dict[str, Variant] = {
     DENSE: Variant("dense, ReLU", dense),

@@ -20,7 +20,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import sparse_ffn
 from examples.language_model import __main__ as cli
 from examples.language_model import configs, data, report, train, variants
 from examples.language_model.model import attend
@@ -320,6 +322,46 @@ def test_all_variants_see_the_same_batches(whole: WholeRun) -> None:
     for batches in whole.batches.values():
         assert len(batches) == TINY.steps
         assert all(torch.equal(a, b) for a, b in zip(batches, whole.batches["dense"], strict=True))
+
+
+@pytest.mark.parametrize("variant", ["dense", "moe"])
+def test_a_step_is_of_the_loss_with_what_balances_its_gradient_clipped(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(TINY, dropout=0.0, expert_dropout=0.0, grad_clip=0.01, bf16=False)
+    x = torch.randint(256, (4, 16), generator=torch.Generator().manual_seed(0))
+    y = x.roll(1)
+    model = variants.build(variant, config, seed=0)
+    logits = model.train()(x)
+    loss = F.cross_entropy(logits.flatten(0, 1), y.flatten()) + sparse_ffn.aux_loss(model)
+    parameters = list(model.parameters())
+    grads = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    norm = torch.stack([grad.norm() for grad in grads]).norm()
+    assert norm > 0.01  # so that there is something to clip
+    learner, seen = train.make_learner(variant, model, config), []
+    monkeypatch.setattr(learner.optimizer, "step", lambda: seen.extend(p.grad for p in parameters))
+    train.train_step(learner, x, y, config, seed=0, step=0)
+    for found, grad in zip(seen, grads, strict=True):
+        torch.testing.assert_close(found, grad * (0.01 / norm), rtol=1e-3, atol=1e-9)
+
+
+def test_bits_per_byte_are_those_of_evaluation_on_the_part_that_is_given() -> None:
+    class Guess(torch.nn.Module):
+        """That the last byte follows again has a probability of 2^-(twice its value), byte 255 the rest."""
+
+        context = 4
+        head = torch.nn.Linear(1, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert not self.training
+            share, logits = 0.25**x, torch.full((*x.shape, 256), -1e9)
+            logits[..., 255] = 0.0
+            return logits.scatter(2, x.unsqueeze(2), (share / (1 - share)).log().unsqueeze(2))
+
+    learner = train.Learner("guess", Guess(), torch.optim.SGD([torch.zeros(1)]), bf16=False)  # type: ignore[arg-type]
+    for byte in (1, 2):
+        part = torch.full((50,), byte, dtype=torch.uint8)
+        assert train.bits_per_byte(learner, part, 8, 2) == pytest.approx(2 * byte, rel=1e-4)
 
 
 def test_command_line_writes_table_picture_and_json(whole: WholeRun) -> None:
