@@ -22,7 +22,10 @@ on this page was written by `python -m benchmarks.document` from the JSON in `be
 ![Time of a training step relative to the dense FFN of equal parameters](images/result-dark.svg#only-dark)
 
 With enough tokens a mixture of experts takes a fraction of the time of the dense FFN that it replaces. A dense FFN of
-equal arithmetic, which has far fewer parameters, can be faster: the second table says where.
+equal arithmetic, which has far fewer parameters, can be faster: the second table says where. All are of one dtype here.
+A processor without 16-bit instructions multiplies in bf16 slower than in fp32, so that there a dense FFN in bf16 is no
+measure; the README's table takes the faster of both. Where in fp32 the dense FFN of equal arithmetic is the slower one,
+it is torch's product that is slow: sparsity saves nothing beside it.
 """
 BUSY = "**{} was busy before this run. Do not trust its numbers.**\n"
 REPLACED = """\
@@ -66,6 +69,10 @@ METHOD = """\
 
 - **Checked first.** Output and all gradients of each contender are compared with the reference in float64 at the same
   weights. A contender that is wrong is reported and not timed. Inputs whose selection is a near-tie are drawn again.
+  In bf16 a `TopKFFN` or a memory may select other units than float64 does: there a copy in fp32 is compared so, and of
+  the layer as it is timed the output alone, widely (70%).
+- **Routing.** Routers are as they are initialised and inputs are random, so that loads are nearly even. Trained routers
+  load some experts more.
 - **In turns.** Contenders take turns in random order. Each ratio is taken within a round, and its median is shown.
 - **Training step** is forward and backward, with the balance loss and fresh gradients of all parameters. **Forward** is
   evaluation without gradients.

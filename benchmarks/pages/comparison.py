@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from benchmarks.machine import OTHERS
 from benchmarks.measuring.records import Result, Row
@@ -113,17 +113,35 @@ def steps(machine: Machine) -> Table:
 
 
 def first_screen(machines: Sequence[Machine], shapes: Iterable[MoEShape]) -> Table:
-    """Milliseconds of a training step, and how many times longer dense FFNs take: of equal parameters / arithmetic."""
-    head, body = _by_shape(machines, ("moe",), _times_faster, modes=("fwdbwd",))
-    chosen = {sentence(shape) for shape in shapes}
-    return head, [line for line in body if line[0] in chosen]
+    """Milliseconds of a training step, and how many times longer dense FFNs take: of equal parameters / arithmetic.
+
+    Those in bf16 or fp32, whichever is faster: a processor without instructions for bf16 would make them look slow.
+    """
+    columns, body = list(_columns(machines)), []
+    for name in map(sentence, shapes):
+        of_shape = [
+            {d: row for d in (dtype, "fp32") for row in rows(machine, "moe", "fwdbwd", d) if words(row) == name}
+            for machine, dtype in columns
+        ]
+        found = [_times_faster(of, dtype) for of, (_, dtype) in zip(of_shape, columns, strict=True)]
+        if any(cell != "-" for cell in found):
+            body.append([name, *found])
+    return ("", *_heads(machines, columns)), body
 
 
-def _times_faster(row: Row) -> str:
-    factors, seconds = [relative(row, to) for to in (PARAMETERS, COMPUTE)], row.results[0].seconds
-    if factors[0] is None or seconds is None:
+def _times_faster(of_dtype: Mapping[str, Row], dtype: str) -> str:
+    row = of_dtype.get(dtype)
+    if row is None or (ours := row.results[0].seconds) is None:
         return "-"
-    return f"{digits(seconds.median * 1e3)} ms, {' / '.join(f'{1 / factor:.1f}×' for factor in factors if factor)}"
+    exact = [] if dtype == "fp32" or "fp32" not in of_dtype else of_dtype["fp32"].results
+    factors = []
+    for name in (PARAMETERS, COMPUTE):
+        own = relative(row, name)
+        if own is None:
+            return "-"
+        in_fp32 = [r.seconds.median / ours.median for r in exact if r.name == name and r.seconds]
+        factors.append(min(1 / own, *in_fp32) if in_fp32 else 1 / own)
+    return f"{digits(ours.median * 1e3)} ms, {' / '.join(f'{factor:.1f}×' for factor in factors)}"
 
 
 def relative(row: Row, to: str) -> float | None:

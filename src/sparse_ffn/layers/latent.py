@@ -17,8 +17,8 @@ from sparse_ffn.module import is_brought, unwrapped
 class LatentMoE(nn.Module):
     """y = up · MoE(down · x), the router seeing x (LatentMoE, arXiv 2601.18089; Nemotron 3).
 
-    What an expert reads and writes is d_latent wide, so that it costs d_latent/d_model of what it would: for the same
-    cost there can be that many more experts, and more of them for a token. Parameters: ``down.weight`` [d_latent,
+    Experts read and write vectors of width d_latent, so that each costs d_latent/d_model of what it would: for the same
+    cost there can be that many more of them, in all and for a token. Parameters: ``down.weight`` [d_latent,
     d_model], ``moe``, a ``MoE`` of width d_latent with ``d_router = d_model``, and ``up.weight`` [d_out, d_latent].
 
     Args:

@@ -25,9 +25,9 @@ class MoE(FusedPath):
 
     No capacity limit, no dropped token. Parameters: ``keys`` [E, G, d_model], ``values`` [E, G, d_out],
     ``router.weight`` [E, d_router]; with ``glu`` ``gate_keys`` [E, G, d_model]; with ``bias`` ``key_bias`` [E, G] and
-    ``out_bias`` [d_out]; with ``balance="bias"`` the buffer ``router.bias`` [E]. N null experts make the router's rows
-    E + N; those of the kind ``"constant"`` have ``constants`` [N, d_out]. ``quantize_experts_`` puts ``ExpertRows`` in
-    the place of keys, gate_keys and values.
+    ``out_bias`` [d_out]; with ``balance="bias"`` the buffer ``router.bias`` [E]. With N null experts the router has
+    E + N rows; those of the kind ``"constant"`` have ``constants`` [N, d_out]. ``quantize_experts_`` puts
+    ``ExpertRows`` in the place of keys, gate_keys and values.
 
     Args:
         d_model: input width.
@@ -42,7 +42,7 @@ class MoE(FusedPath):
         glu: gate the hidden units: act(gate_keys x) * (keys x + key_bias).
         bias: ``key_bias`` and ``out_bias``.
         d_out: output width.
-        d_router: width of what the router sees; None for d_model. Another one makes ``router_input`` a must.
+        d_router: width of what the router sees; None for d_model. With any other ``router_input`` is required.
         null_experts: N, experts without hidden units that the router scores behind the E others (2410.07348): k counts
             them, so that tokens use a varying number of hidden units.
         null_kind: what one adds: nothing (``"zero"``), gate · x (``"identity"``) or gate · ``constants[n]``
