@@ -15,7 +15,7 @@ import torch
 
 import sparse_ffn as sf
 from sparse_ffn import info, ops
-from sparse_ffn.backends import cpu, crossovers
+from sparse_ffn.backends import cpu, crossovers, kept
 from sparse_ffn.backends.triton import candidates, config, tuned
 from sparse_ffn.backends.triton.tile import Tile
 from sparse_ffn.backends.triton.tuned import Card, Tuned
@@ -32,7 +32,7 @@ BEST, GOOD = Tile.parse("128x128x32/8/5"), Tile.parse("128x128x64/8/4")
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(tuned.DIRECTORY_VARIABLE, str(tmp_path / "tuned"))
+    monkeypatch.setenv(kept.DIRECTORY_VARIABLE, str(tmp_path / "tuned"))
     return tmp_path / "tuned"
 
 
@@ -218,15 +218,15 @@ def measured() -> Tuned:
 
 
 def test_the_file_lies_where_the_platform_wants_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv(tuned.DIRECTORY_VARIABLE, raising=False)
+    monkeypatch.delenv(kept.DIRECTORY_VARIABLE, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert tuned.directory() == tmp_path / ".cache" / "sparse-ffn"
+    assert kept.directory() == tmp_path / ".cache" / "sparse-ffn"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert tuned.directory() == tmp_path / "cache" / "sparse-ffn"
+    assert kept.directory() == tmp_path / "cache" / "sparse-ffn"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative/is/not/allowed")
-    assert tuned.directory() == tmp_path / ".cache" / "sparse-ffn"
-    monkeypatch.setenv(tuned.DIRECTORY_VARIABLE, "~/mine")
+    assert kept.directory() == tmp_path / ".cache" / "sparse-ffn"
+    monkeypatch.setenv(kept.DIRECTORY_VARIABLE, "~/mine")
     assert CARD.path == tmp_path / "mine" / "nvidia-h100-80gb-hbm3-sm_90.json"
 
 
@@ -245,9 +245,9 @@ def broken(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"versions": {"triton": "1.0", "kernels": "old"}}, "stale: measured with"),
-        ({"format": 0}, "not of format"),
-        ({"card": "NVIDIA A100"}, "of another card"),
+        ({"versions": {"triton": "1.0", "kernels": "old"}}, "its versions is {'triton': '1.0'"),
+        ({"format": 0}, "its format is 0, here it is 2"),
+        ({"card": "NVIDIA A100"}, "its card is 'NVIDIA A100', here it is"),
         (
             {"tiles": [["one", "half", 64, 1024, 64, "64x64x64/4/17"]]},
             "one half 64x64x64/4/17",
@@ -381,7 +381,7 @@ def test_options_without_effect_are_refused(arguments: str, why: str, capsys: py
 def test_the_help_says_where_the_file_lies(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.main(["--help"])
-    assert tuned.DIRECTORY_VARIABLE in capsys.readouterr().out
+    assert kept.DIRECTORY_VARIABLE in capsys.readouterr().out
 
 
 def test_the_command_stores_what_it_finds(
@@ -518,8 +518,8 @@ def test_what_was_measured_counts_for_its_number_of_threads(crossing: Path) -> N
     ("text", "why"),
     [
         ("{", "not used"),
-        ("[]", "its format is not 2"),
-        ('{"kernels": 0}', "its kernels is not"),
+        ("[]", "damaged"),
+        ('{"kernels": 0}', "its kernels is 0, here it is"),
         ('{"crossovers": [["float32", 1, 1, 1, 1, -1]]}', "no number of tokens"),
         ('{"crossovers": [["float32", 1, 1, 1, 1, "x"]]}', "no number of tokens"),
         ('{"crossovers": [["float32", 1, 1, 1]]}', "damaged"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
+from sparse_ffn.backends import kept
 from sparse_ffn.backends.triton import config, grouped, hidden, tuned
 from sparse_ffn.backends.triton.tile import Tile
 from sparse_ffn.backends.triton.tuned import Card, Tuned
@@ -62,7 +63,7 @@ def test_a_search_over_the_kernels(
     assert search.found.tiles == {("two", "fp32", 16, 64, 64): wide}
 
     # stored, loaded, and launched by a later call
-    monkeypatch.setenv(tuned.DIRECTORY_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(kept.DIRECTORY_VARIABLE, str(tmp_path))
     card = Card("a card", "sm_90")
     tuned.save(search.found, card)
     loaded = tuned.load(card, ENTRIES)

@@ -8,8 +8,6 @@ constants count.
 from __future__ import annotations
 
 import functools
-import json
-import os
 import platform
 import re
 import warnings
@@ -21,8 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_ffn.backends import cpu
-from sparse_ffn.backends.kept import directory
+from sparse_ffn.backends import cpu, kept
 from sparse_ffn.backends.warning import SparseFFNWarning
 
 FORMAT = 2
@@ -96,59 +93,38 @@ def table_of(device: str) -> Table:
 
 def _read(device: torch.device) -> Table:
     """What the device's file says."""
-    path = path_of(device)
-    try:
-        return _parse(path.read_text(), device)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        warnings.warn(
-            f"the measured crossovers in {path} are not used: {error}. Measure again with "
-            "python -m sparse_ffn.tune, or delete the file.",
-            SparseFFNWarning,
-            stacklevel=2,
-        )
-        return {}
+    return kept.read(path_of(device), _key(device), "crossovers", _parse) or {}
 
 
 def path_of(device: torch.device) -> Path:
     """The device's file."""
-    name = re.sub("[^a-z0-9]+", "-", " ".join(_key(device)["device"]).lower()).strip("-")
-    return directory() / f"crossovers-{name}.json"
+    return kept.file_of("crossovers", *_key(device)["device"])
 
 
 def save(found: Table, device: torch.device) -> Path:
-    """Write a device's file, whole or not at all, with what it said of other layers before."""
+    """Write a device's file, with what it said of other layers before."""
     path = path_of(device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SparseFFNWarning)
         every = {**_read(device), **found}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    rows = [[*layer, most] for layer, most in every.items()]
-    partial.write_text(json.dumps({**_key(device), "crossovers": rows}) + "\n")
-    partial.replace(path)
+    kept.write(path, _key(device), {"crossovers": [[*layer, most] for layer, most in every.items()]})
     _tables.clear()
     return path
 
 
-def _parse(text: str, device: torch.device) -> Table:
+def _parse(data: dict[str, Any]) -> Table:
     """What a file says.
 
     Raises:
-        ValueError: it does not count here, and why.
+        ValueError: it is damaged.
     """
-    data = json.loads(text)
-    for name, value in _key(device).items():
-        if not isinstance(data, dict) or data.get(name) != value:
-            raise ValueError(f"its {name} is not {value}")
     try:
         found = {Layer(str(name), *map(int, sizes)): most for name, *sizes, most in data["crossovers"]}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"it is damaged ({error})") from error
+        raise ValueError(f"not a table of numbers: {error}") from error
     for most in found.values():
         if not isinstance(most, int) or most < 0:
-            raise ValueError(f"it is damaged: {most!r} is no number of tokens")
+            raise ValueError(f"{most!r} is no number of tokens")
     return found
 
 

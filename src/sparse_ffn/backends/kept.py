@@ -1,11 +1,21 @@
-"""Where what ``python -m sparse_ffn.tune`` measured is kept."""
+"""What ``python -m sparse_ffn.tune`` measured is kept in one JSON file for each device."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
+
+from sparse_ffn.backends.warning import SparseFFNWarning
 
 DIRECTORY_VARIABLE = "SPARSE_FFN_TUNED"
+T = TypeVar("T")
+Key = Mapping[str, Any]
+"""What the numbers depend on: a file with another one does not count."""
 
 
 def directory() -> Path:
@@ -15,3 +25,53 @@ def directory() -> Path:
         return Path(named).expanduser()
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache and Path(cache).is_absolute() else Path.home() / ".cache") / "sparse-ffn"
+
+
+def file_of(*words: str) -> Path:
+    """The file that is named by these words."""
+    return directory() / f"{re.sub('[^a-z0-9_]+', '-', ' '.join(words).lower()).strip('-')}.json"
+
+
+def write(path: Path, key: Key, data: Mapping[str, Any], indent: int | None = None) -> None:
+    """The whole file or nothing: another process may read or write it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps({**key, **data}, indent=indent) + "\n")
+    partial.replace(path)
+
+
+def read(path: Path, key: Key, what: str, parse: Callable[[dict[str, Any]], T]) -> T | None:
+    """What a file says; None without a file or, with a warning, if it is of no use.
+
+    Args:
+        path: the file.
+        key: what it must have been written with.
+        what: is in it, for the warning.
+        parse: makes it of the data; a ValueError says why it cannot.
+    """
+    try:
+        data = json.loads(path.read_text())
+        why = _other(data, key)
+        if why is None:
+            return parse(data)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        why = f"it is damaged ({error})"
+    warnings.warn(
+        f"the measured {what} in {path} are not used: {why}. Built-in numbers are. Measure again with "
+        "python -m sparse_ffn.tune, or delete the file.",
+        SparseFFNWarning,
+        stacklevel=3,
+    )
+    return None
+
+
+def _other(data: Any, key: Key) -> str | None:
+    """What of the key is another in a file's data."""
+    if not isinstance(data, dict):
+        return f"it is damaged (no object, but {type(data).__name__})"
+    other = (
+        f"its {name} is {data.get(name)!r}, here it is {key[name]!r}" for name in key if data.get(name) != key[name]
+    )
+    return next(other, None)

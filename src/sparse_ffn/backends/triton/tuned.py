@@ -1,29 +1,24 @@
 """Block sizes measured on the user's card by ``python -m sparse_ffn.tune``: their file, and looking a tile up in it.
 
-One JSON file for each card and its capability, in ``directory()``. It counts only for the kernels and the version of
-Triton that it was measured with.
+One JSON file for each card and its capability, in ``kept.directory()``. It counts only for the kernels and the version
+of Triton that it was measured with.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import json
-import os
-import re
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparse_ffn.backends.kept import DIRECTORY_VARIABLE as DIRECTORY_VARIABLE
-from sparse_ffn.backends.kept import directory as directory
+import sparse_ffn.backends.kept as kept
 from sparse_ffn.backends.triton.tile import Tile
-from sparse_ffn.backends.warning import SparseFFNWarning
 
 FORMAT = 2
 ROWS = (16, 32, 64, 128)
@@ -123,7 +118,7 @@ class Card:
     @property
     def path(self) -> Path:
         """Its file."""
-        return directory() / f"{re.sub('[^a-z0-9]+', '-', self.name.lower()).strip('-')}-{self.capability}.json"
+        return kept.file_of(self.name, self.capability)
 
 
 @functools.cache
@@ -140,59 +135,15 @@ def versions() -> dict[str, str]:
 
 
 def save(found: Tuned, card: Card, **facts: str) -> Path:
-    """Write a card's file, whole or not at all; what else is to be known of the run goes beside the numbers."""
-    key = {"format": FORMAT, "card": card.name, "capability": card.capability, "versions": versions()}
-    path = card.path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps({**key, "facts": facts, **found.to_data()}, indent=1) + "\n")
-    partial.replace(path)
-    return path
+    """Write a card's file; what else is to be known of the run goes beside the numbers."""
+    kept.write(card.path, _key(card), {"facts": facts, **found.to_data()}, indent=1)
+    return card.path
 
 
 def load(card: Card, allowed: Iterable[tuple[str, str, Tile]]) -> Tuned | None:
     """What was measured on this card; None if nothing was, or, with a warning, if the file is of no use."""
-    path = card.path
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        _warn(path, f"cannot be read ({error})")
-        return None
-    try:
-        return _parse(text, card, allowed)
-    except ValueError as error:
-        _warn(path, str(error))
-        return None
+    return kept.read(card.path, _key(card), "block sizes", partial(Tuned.from_data, allowed=allowed))
 
 
-def _parse(text: str, card: Card, allowed: Iterable[tuple[str, str, Tile]]) -> Tuned:
-    """What a file says.
-
-    Raises:
-        ValueError: it does not count here, and why.
-    """
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"is damaged: {error}") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ValueError(f"is not of format {FORMAT}")
-    if (data.get("card"), data.get("capability")) != (card.name, card.capability):
-        raise ValueError(f"is of another card, {data.get('card')} ({data.get('capability')})")
-    if data.get("versions") != versions():
-        raise ValueError(f"is stale: measured with {data.get('versions')}, here are {versions()}")
-    try:
-        return Tuned.from_data(data, allowed)
-    except ValueError as error:
-        raise ValueError(f"is damaged: {error}") from error
-
-
-def _warn(path: Path, why: str) -> None:
-    warnings.warn(
-        f"the tuned block sizes in {path} are not used: the file {why}. The built-in ones are. Measure again with "
-        "python -m sparse_ffn.tune, or delete the file.",
-        SparseFFNWarning,
-        stacklevel=2,
-    )
+def _key(card: Card) -> kept.Key:
+    return {"format": FORMAT, "card": card.name, "capability": card.capability, "versions": versions()}
