@@ -1,4 +1,4 @@
-"""The stateless API: one function for each op, with its arguments checked.
+"""The stateless API: the ops that make sense by themselves, with their arguments checked.
 
 The layers call the same ops without these checks. The ops check indices themselves, on the CPU only: elsewhere that
 would wait for the device, so an index out of range there is an error of the device's own (or undefined).

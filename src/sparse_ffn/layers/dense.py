@@ -12,7 +12,7 @@ from sparse_ffn import ops
 from sparse_ffn.backends.choice import choose
 from sparse_ffn.checks import check_positive
 from sparse_ffn.layers.units import UnitsFFN
-from sparse_ffn.ops.activations import DECODE_TOKENS, hidden
+from sparse_ffn.ops.activations import SKIP_TOKENS, hidden
 from sparse_ffn.ops.autocast import autocast_dtype
 from sparse_ffn.ops.products import linear
 
@@ -99,7 +99,7 @@ class DenseFFN(UnitsFFN):
         # the gradient first: a compiled training then has no guard on the number of tokens
         return (
             not (torch.is_grad_enabled() or self.training or ops.under_transforms())
-            and x.shape[0] <= DECODE_TOKENS
+            and x.shape[0] <= SKIP_TOKENS
             and units.values.numel() >= DECODE_WEIGHTS
             and all(t is None or (t.dtype == x.dtype and not is_traceable_wrapper_subclass(t)) for t in units)
             and choose(x) == "cpu"

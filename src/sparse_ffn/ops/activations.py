@@ -23,7 +23,7 @@ FAR = 1000.0
 """From here on each smooth activation is ReLU to the last bit, in value and derivative, in every dtype."""
 SMOOTH = ("gelu", "gelu_tanh", "silu")
 GIVE_ZEROS = ("relu", "squared_relu")
-DECODE_TOKENS = 8
+SKIP_TOKENS = 8
 """Up to so many the rows of hidden units that are zero are left out: the more tokens, the fewer are zero for all."""
 
 

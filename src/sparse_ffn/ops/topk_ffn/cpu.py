@@ -14,7 +14,7 @@ from torch import Tensor
 from sparse_ffn.backends import cpu
 from sparse_ffn.backends.cpu import ACTIVATIONS
 from sparse_ffn.backends.layout import contiguous
-from sparse_ffn.ops.activations import DECODE_TOKENS, GIVE_ZEROS
+from sparse_ffn.ops.activations import SKIP_TOKENS, GIVE_ZEROS
 from sparse_ffn.ops.products import linear, product, slow_dtypes, supported
 from sparse_ffn.ops.topk_ffn import by_products
 from sparse_ffn.ops.topk_ffn.backend import Gradients, Saved
@@ -93,7 +93,7 @@ def _output(
     T, (F, O) = x.shape[0], values.shape
     glu_gate_TF = None if gate_keys is None else linear(x, gate_keys)
     norm_F = values.float().norm(dim=1) if norm_aware else None
-    skips = T <= DECODE_TOKENS and activation in GIVE_ZEROS and saved[0] is None
+    skips = T <= SKIP_TOKENS and activation in GIVE_ZEROS and saved[0] is None
     if rank_by == "gate":
         assert glu_gate_TF is not None
         ranked = (glu_gate_TF, None, contiguous(dropout_mask), norm_F)
