@@ -331,3 +331,11 @@ def test_groups_of_experts_stay_of_one_size() -> None:
         sf.prune_experts_(layer, stats, 0.5, scope="model")
     sf.prune_experts_(layer, stats, 4)
     assert layer.n_experts == 4
+
+
+def test_a_layer_on_meta_has_nothing_to_prune() -> None:
+    layer = sf.SigmaMoE(D, 8, 4, 2)
+    stats = sf.expert_stats(layer, [torch.randn(T, D)])
+    with pytest.raises(ValueError, match=r"router\.weight is on meta: load the weights first"):
+        sf.prune_experts_(layer.to("meta"), stats, 0.5)
+    assert layer.n_experts == 8

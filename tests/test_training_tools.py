@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,36 @@ def test_accelerate_offloads_weights_and_brings_them_back_for_each_call() -> Non
         accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
         assert {p.device.type for p in model.parameters()} == {"meta"}
         torch.testing.assert_close(model(x), expected)
+
+
+def _mapped(model: nn.Module, folder: Path) -> None:
+    torch.save(model.state_dict(), folder / "model")
+    sf.map_experts_(model, folder / "model")
+
+
+STATS = sf.expert_stats(nn.Sequential(sf.SigmaMoE(D, 4, 6, 2)), [torch.randn(5, D)])
+CHANGES: dict[str, Callable[[nn.Module, Path], object]] = {
+    "quantised": lambda model, folder: sf.quantize_experts_(model, sf.ExpertQuantization(bits=8)),
+    "made dense again": lambda model, folder: sf.dequantize_experts_(model),
+    "pruned": lambda model, folder: sf.prune_experts_(model, STATS, 0.5),
+    "offloaded": lambda model, folder: sf.offload_experts_(model, cache=2, device="cpu"),
+    "mapped": _mapped,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_experts_that_accelerate_holds_must_be_given_back_before_they_are_changed(change: str, tmp_path: Path) -> None:
+    """It has them and leaves tensors on meta, of which nothing could be made."""
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(sf.SigmaMoE(D, 4, 6, 2)).eval()
+    if change == "made dense again":
+        sf.quantize_experts_(model, sf.ExpertQuantization(bits=8))
+    x = torch.randn(5, D)
+    with torch.no_grad():
+        expected = model(x)
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+        with pytest.raises(ValueError, match=r"0\.(keys|router).* on meta, .*remove_hook_from_submodules\(model\)"):
+            CHANGES[change](model, tmp_path)
+        accelerate.hooks.remove_hook_from_submodules(model)
+        torch.testing.assert_close(model(x), expected)  # nothing has been changed
+        CHANGES[change](model, tmp_path)

@@ -117,6 +117,18 @@ def check_module(name: str, value: Any) -> None:
     check_type(name, value, nn.Module, "a torch.nn.Module")
 
 
+def check_held(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Raise ValueError if accelerate holds a tensor of a model: on meta but while the module that uses it runs.
+
+    What was made of it would have no numbers, or accelerate would go on computing with the old ones.
+    """
+    if tensor.is_meta and any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ValueError(
+            f"{name} is on meta, since accelerate holds these weights: "
+            "accelerate.hooks.remove_hook_from_submodules(model), or load without offload, first"
+        )
+
+
 def check_tensor(name: str, x: Any) -> None:
     """Raise unless x is a tensor of numbers that lie in memory by strides, as kernels read them."""
     check_type(name, x, Tensor, "a tensor")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn.checks import check_flag, check_module, check_type
-from sparse_ffn.compress.stacks import stacks_of_moe
+from sparse_ffn.compress.stacks import check_here, stacks_of_moe
 from sparse_ffn.compress.statistics import route
 from sparse_ffn.layers.moe import MoE
 
@@ -49,7 +49,7 @@ def map_experts_(model: nn.Module, path: str | os.PathLike[str], *, prefetch: bo
         TypeError: an argument of a wrong type.
         ValueError: the model has no ``MoE``; a stack is not in the file, has another shape or dtype there, is on
             another device than the CPU and meta, or is neither a plain parameter nor rows of ``quantize_experts_``:
-            parametrised, pruned by a mask, offloaded or distributed. Nothing was changed then.
+            parametrised, pruned by a mask, offloaded, held by accelerate or distributed. Nothing was changed then.
         OSError: the file cannot be read.
     """
     check_module("model", model)
@@ -58,6 +58,7 @@ def map_experts_(model: nn.Module, path: str | os.PathLike[str], *, prefetch: bo
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
     if not layers:
         raise ValueError("the model has no MoE layer: only the experts of MoE and its named forms are mapped")
+    check_here(model, [(name, layer, stacks_of_moe(layer)) for name, layer in layers])
     for prefix, layer in layers:
         for stack in stacks_of_moe(layer):
             stack.check_whole(f"{prefix}.{stack.name}" if prefix else stack.name, "map the experts first")

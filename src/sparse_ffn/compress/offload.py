@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparse_ffn.backends.warning import SparseFFNWarning
 from sparse_ffn.checks import called, check_device, check_flag, check_module, plain, shown
-from sparse_ffn.compress.stacks import Stack, experts_of, tell, untaught
+from sparse_ffn.compress.stacks import Stack, check_here, experts_of, tell, untaught
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.rows import OffloadedRows, QuantizedRows
 from sparse_ffn.layers.rows.offloaded import ExpertCache
@@ -53,6 +53,7 @@ def offload_experts_(model: nn.Module, *, cache: float, device: Any = "cuda", pi
         raise ValueError(f"the model has no MoE layer{untaught(model)}")
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError("model holds a DistributedDataParallel, which trains: offload the module that it wraps")
+    check_here(model, found)
     slots = [_slots(name, module, stacks[0].held.shape[0], size) for name, module, stacks in found]
     for name, _, stacks in found:
         for stack in stacks:

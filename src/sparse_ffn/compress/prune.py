@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sparse_ffn.checks import called, check_choice, check_module, check_positive, check_type, plain, shown
+from sparse_ffn.checks import called, check_choice, check_held, check_module, check_positive, check_type, plain, shown
 from sparse_ffn.compress.keep import SCORES, Score, best_of_all, best_of_each, check_kept, n_groups_of, score_of
 from sparse_ffn.compress.report import PrunedLayer, PruningReport
 from sparse_ffn.compress.statistics import Experts, ExpertStats
@@ -57,7 +57,7 @@ def prune_experts_(
     Raises:
         TypeError: an argument of a wrong type.
         ValueError: a layer has no statistics or those of another one, would keep fewer experts than k, is parametrised,
-            quantised, wrapped or tied to something else; the names are listed. Nothing was changed then.
+            quantised, on meta, wrapped or tied to something else; the names are listed. Nothing was changed then.
     """
     check_module("model", model)
     check_type("stats", stats, Mapping, "what expert_stats returned, a dict by the layers' names")
@@ -76,6 +76,11 @@ def prune_experts_(
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     for name, layer in pruned.items():
         _check_prunable(name, layer, uses, replace)
+        for stack, (tensor, _) in layer._tensors().items():
+            if tensor is not None and tensor.is_meta:
+                place = f"{name}.{stack}" if name else stack
+                check_held(model, place, tensor)
+                raise ValueError(f"{place} is on meta: load the weights first")
     lost = {name: stats[name].energy if replace is None else stats[name].residual for name in pruned}
     scores = {name: lost[name].clone() if by == "error" else score_of(by, name, stats[name]) for name in pruned}
     for name, score in scores.items():

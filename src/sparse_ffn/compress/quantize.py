@@ -15,7 +15,7 @@ from sparse_ffn.compress.config import ExpertQuantization
 from sparse_ffn.compress.output_error import output_errors
 from sparse_ffn.compress.quantizer import empty, quantize
 from sparse_ffn.compress.report import QuantizationReport, QuantizedLayer
-from sparse_ffn.compress.stacks import Stack, experts_of, tell, untaught
+from sparse_ffn.compress.stacks import Stack, check_here, experts_of, tell, untaught
 from sparse_ffn.layers.rows import ExpertRows, QuantizedRows
 
 Filter = Callable[[nn.Module, str], bool]
@@ -51,8 +51,8 @@ def quantize_experts_(
     Raises:
         TypeError: an argument of a wrong type.
         ValueError: nothing to quantise; a group size that does not divide d_model or d_out; fp64, weights that are not
-            finite, or a stack that is no plain parameter: stored rows already, sharded or parametrised. Nothing has
-            been changed then.
+            finite, or a stack that is no plain parameter: stored rows already, sharded, parametrised, or held by
+            accelerate. Nothing has been changed then.
     """
     check_module("model", model)
     config = ExpertQuantization() if config is None else config
@@ -64,6 +64,7 @@ def quantize_experts_(
         raise ValueError(
             f"model has no MoE layer whose experts could be quantised (or filter_fn leaves none){untaught(model)}"
         )
+    check_here(model, found)
     for name, _, stacks in found:
         for stack in stacks:
             _check(name, stack, config)
@@ -90,16 +91,18 @@ def dequantize_experts_(model: nn.Module, filter_fn: Filter | None = None) -> No
 
     Raises:
         TypeError: the model is no module, or ``filter_fn`` no function.
+        ValueError: accelerate holds the stored rows. Nothing has been changed then.
     """
     check_module("model", model)
     if filter_fn is not None:
         check_function("filter_fn", filter_fn, "module and name")
     made: dict[Tensor, nn.Parameter] = {}
-    for name, module, stacks in list(experts_of(model)):
-        if filter_fn is None or filter_fn(module, name):
-            for stack in stacks:
-                if isinstance(stack.held, ExpertRows):
-                    stack.restore(made)
+    found = [place for place in experts_of(model) if filter_fn is None or filter_fn(place[1], place[0])]
+    check_here(model, found)
+    for _, _, stacks in found:
+        for stack in stacks:
+            if isinstance(stack.held, ExpertRows):
+                stack.restore(made)
     tell(model)
 
 

@@ -5,13 +5,14 @@ Other libraries' experts are taught in ``KINDS`` and ``CHANGED`` by the module o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sparse_ffn.checks import check_held
 from sparse_ffn.layers.mixed import Bank
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.rows import ExpertRows, QuantizedRows
@@ -104,3 +105,12 @@ def experts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Stack]]]
         kind = next((kind for kind in KINDS if kind.matches(module)), None)
         if kind is not None:
             yield name, module, kind.stacks(module)
+
+
+def check_here(model: nn.Module, places: Iterable[tuple[str, nn.Module, list[Stack]]]) -> None:
+    """Raise ValueError where accelerate holds a stack; ``places`` are of ``experts_of``."""
+    for name, _, stacks in places:
+        for stack in stacks:
+            held = stack.held
+            for tensor in held.stored() if isinstance(held, ExpertRows) else [held]:
+                check_held(model, f"{name}.{stack.name}" if name else stack.name, tensor)
