@@ -229,6 +229,15 @@ def fork_random(device: torch.device) -> AbstractContextManager[None]:
     return forked
 
 
+def seed_random(device: torch.device, seed: int) -> None:
+    """Seed what ``fork_random`` puts back; ``torch.manual_seed`` would seed all devices."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        own: Any = torch.get_device_module(device)
+        with own.device(device):
+            own.manual_seed(seed)
+
+
 def run_batch(model: nn.Module, batch: Any) -> Any:
     """Call a model with a mapping (keyword arguments), a tuple or list (positional arguments), or one argument.
 

@@ -11,7 +11,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from sparse_ffn import ops
 from sparse_ffn.checks import check_choice, is_dtensor
 from sparse_ffn.layers.moe import MoE
-from sparse_ffn.module import fork_random
+from sparse_ffn.module import fork_random, seed_random
 from sparse_ffn.parallel.collectives import all_to_all, sum_backward, sum_forward
 from sparse_ffn.parallel.exchange import Exchange, choose
 from sparse_ffn.parallel.split import UNITS, Split, check_layer, check_mesh, check_placement, distribute, mean
@@ -152,7 +152,7 @@ class ReplicatedExperts(_Experts):
         ones = [1] * self.mesh.size()
         first = all_to_all(seed.to(x_TR.device), ones, ones, self.mesh)[0].item()
         with fork_random(x_TR.device):
-            torch.manual_seed(int(first))
+            seed_random(x_TR.device, int(first))
             return super().route(router, x_TR, mask_T)
 
     def experts(self, layer: MoE, x_TD: Tensor, units: ops.Units, index_TK: Tensor, gate_TK: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ def run(copied: nn.Module, given: Arguments, watch: Iterable[nn.Module] = (), tr
             ):
                 stack.callback(handle.remove)
         if train:
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # torch.manual_seed would seed GPUs too, for good
             stack.enter_context(_Dropouts(trace.dropouts))
         output = copied(*given.args, **given.kwargs)
     trace.bare = isinstance(output, Tensor)
