@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import sparse_ffn as sf
 from sparse_ffn.convert import config, config_from_dict, config_of
 from sparse_ffn.convert.curve import Curve, Point, allocate
+from sparse_ffn.convert.find.examples import _shorter
 from sparse_ffn.convert.init.auto import choose
 from sparse_ffn.convert.init.router import fit_ranking
 from sparse_ffn.convert.init.weights import FFNWeights
@@ -347,6 +348,61 @@ def test_a_layer_that_needs_more_arguments_is_found_by_an_example() -> None:
     torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-5)
     assert list(sf.calibrate(dense, [x])) == ["layers.0.up", "layers.1.up"]  # the first batch is an example
     assert sf.sparsify_(dense, exact, calibration=[x]).names == ["layers.0.up", "layers.1.up"]
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "shape"), [(4, 1, (2, 8, 6)), (16, 1, (2, 48, 6)), (16, 5, (5, 48, 6))], ids=str
+)
+def test_an_example_is_short_where_the_model_runs_on_a_short_one(size: int, rows: int, shape: tuple[int, ...]) -> None:
+    """Layers are probed in fp64 on what they get: not on a whole batch."""
+    seen = set()
+
+    class Watched(Windows):
+        def forward(self, x: Tensor) -> Tensor:
+            assert len(x) >= rows
+            for layer in self.layers:
+                x = layer(x, size=size, weights=torch.linspace(0, 1, x.shape[1]).view(1, -1, 1))
+            return x
+
+    class Layer(Window):
+        def forward(self, x: Tensor, **options: Any) -> Tensor:
+            if x.dtype == torch.float64:
+                seen.add(tuple(x.shape))
+            return super().forward(x, **options)
+
+    model = Watched().eval()
+    model.layers = nn.ModuleList([Layer(), Layer()])
+    x = torch.randn(5, 48, 6)
+    report = sf.sparsify_(model, dataclasses.replace(OPEN, k=4), example_inputs=x)
+    assert report.names == ["layers.0.up", "layers.1.up"]
+    assert {of for of in seen if of[1] != 3} == {shape}  # others are of a probe
+
+
+IDS = torch.arange(60).view(3, 20)
+SHORTER: dict[str, tuple[Any, list[Any]]] = {
+    "all sequences of one length": ((IDS, IDS.view(3, 20, 1)), [(2, 8), (2, 8, 1)]),
+    "a decoder's have their own": (
+        {"input_ids": IDS, "decoder_input_ids": IDS.view(3, 4, 5)[:, :, 0], "use_cache": False},
+        [(2, 8), (2, 4), False],
+    ),
+    "a row's label": ({"x": IDS, "labels": IDS[:, 0]}, [(2, 8), (2,)]),
+    "what may hold positions": ({"x": IDS, "spans": IDS[:, :2]}, [(2, 20), (2, 2)]),
+    "an image": ([torch.zeros(3, 3, 16, 16), torch.zeros(7)], [(2, 3, 16, 16), (7,)]),
+}
+
+
+@pytest.mark.parametrize("what", SHORTER)
+def test_only_what_is_surely_a_sequence_is_cut_to_fewer_positions(what: str) -> None:
+    batch, shapes = SHORTER[what]
+    short = next(iter(_shorter(batch)))
+    values = short.values() if isinstance(short, dict) else short
+    assert [tuple(v.shape) if isinstance(v, Tensor) else v for v in values] == shapes
+
+
+def test_real_tokens_are_left_where_padding_comes_first() -> None:
+    mask = (torch.arange(20) >= torch.tensor([[15], [0], [3]])).long()
+    for padded, expected in ((mask, IDS[:2, -8:]), (mask.flip(1), IDS[:2, :8])):
+        assert torch.equal(next(iter(_shorter({"ids": IDS, "attention_mask": padded})))["ids"], expected)
 
 
 @pytest.mark.exhaustive

@@ -79,6 +79,7 @@ def sparsify_(
     places = places_of(model)
     keys = {f.name: twins(f, configs[f.name]) for f in wanted}
     wanted = replaceable(model, wanted, keys, places, unknown, examples)
+    examples.forget()
     inputs: Any = calibration
     if batches is not None:
         inputs = sample(model, wanted, batches) if wanted else {}
