@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import sparse_ffn as sf
 from sparse_ffn.convert import config, config_from_dict, config_of
+from sparse_ffn.convert.budget import Judge
 from sparse_ffn.convert.curve import Curve, Point, allocate
 from sparse_ffn.convert.find.examples import _shorter
 from sparse_ffn.convert.init.auto import choose
@@ -250,14 +252,39 @@ def test_logits_are_compared_as_distributions() -> None:
         def forward(self, x: Tensor, attention_mask: Tensor) -> Output:
             return Output(self.blocks(x) + self.shift * (1 + 9 * torch.randn(6) * (1 - attention_mask.unsqueeze(-1))))
 
-    from sparse_ffn.convert.budget import Judge
-
     model = Model()
     judge = Judge(model, [{"x": torch.randn(2, 3, 6), "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}])
     model.shift = 5.0  # of all logits alike, and of padding by chance
     assert judge.change() < 1e-6
     nn.init.zeros_(model.blocks[0].ffn.b.weight)
     assert judge.change() > 1e-3
+
+
+@pytest.mark.parametrize("logits", [True, False])
+def test_outputs_are_compared_at_a_bounded_number_of_real_tokens(logits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Outputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = 1.0
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Any:
+            return SimpleNamespace(logits=self.scale * x) if logits else self.scale * x
+
+    model, x = Outputs(), torch.randn(5, 7, 6)
+    mask = torch.rand(5, 7) < 0.7
+    judge = Judge(model, [{"x": x, "attention_mask": mask.long()}])
+    monkeypatch.setattr("sparse_ffn.convert.budget.CHUNK", 4)
+    model.scale = 1.5
+    real = x[mask]
+    if logits:
+        old, new = real.log_softmax(-1), (1.5 * real).log_softmax(-1)
+        assert judge.change() == pytest.approx((old.exp() * (old - new)).sum(-1).mean().item(), rel=1e-5)
+    else:
+        assert judge.change() == pytest.approx(0.25, rel=1e-5)
+    monkeypatch.setattr("sparse_ffn.convert.budget.MOST_ROWS", 8)
+    model.scale = 1.0
+    ((rows, _),) = Judge(model, [{"x": x, "attention_mask": mask}]).before
+    assert torch.equal(rows, real[[i * len(real) // 8 for i in range(8)]])
 
 
 # ------------------------------------------------------------------------------------------------------------- auto

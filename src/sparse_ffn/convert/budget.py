@@ -20,6 +20,9 @@ from sparse_ffn.convert.init.weights import wide
 from sparse_ffn.convert.places import Places, put, take_out
 from sparse_ffn.module import in_evaluation, run_batch
 
+MOST_ROWS = 2048  # of a batch's outputs: logits of a large vocabulary take a gigabyte for so many
+CHUNK = 256  # rows that are compared at once, in fp32 at least
+
 
 @torch.no_grad()
 def share_out(model: nn.Module, groups: list[Group], places: Places, batches: Iterable[Any]) -> None:
@@ -113,18 +116,19 @@ class Judge:
         """Of the outputs, as ``Point`` has it."""
         lost = whole = 0.0
         for (old, is_logits), (new, _) in zip(self.before, self._outputs(), strict=True):
-            if is_logits:
-                lost += F.kl_div(
-                    F.log_softmax(new, -1), F.log_softmax(old, -1), reduction="sum", log_target=True
-                ).item()
-                whole += len(old)
-            else:
-                lost, whole = lost + (new - old).square().sum().item(), whole + old.square().sum().item()
+            for a, b in zip(old.split(CHUNK), new.split(CHUNK), strict=True):
+                was, now = wide(a), wide(b)
+                if is_logits:
+                    of, to = F.log_softmax(was, -1), F.log_softmax(now, -1)
+                    lost += F.kl_div(to, of, reduction="sum", log_target=True).item()
+                    whole += len(was)
+                else:
+                    lost, whole = lost + (now - was).square().sum().item(), whole + was.square().sum().item()
         return lost / max(whole, 1e-30)
 
     @torch.no_grad()
     def _outputs(self) -> list[tuple[Tensor, bool]]:
-        """Of each batch the real tokens' rows [T, n], and whether they are logits."""
+        """Of each batch rows [at most MOST_ROWS, n] of real tokens, and whether they are logits."""
         with in_evaluation(self.model):
             mask = "decoder_attention_mask" if decoder_of(self.model) else "attention_mask"
             return [
@@ -143,6 +147,9 @@ def _rows(output: Any, mask: Any) -> tuple[Tensor, bool]:
         if not tensors:
             raise ValueError("the model's outputs hold no floating tensor to compare: give every FFN its k")
         y = tensors[0]
-    if isinstance(mask, Tensor) and mask.shape == y.shape[:-1]:
-        return wide(y[mask.bool()]), is_logits
-    return wide(y.reshape(-1, y.shape[-1])), is_logits
+    rows = y.reshape(-1, y.shape[-1])
+    fits = isinstance(mask, Tensor) and mask.shape == y.shape[:-1]
+    real = mask.to(y.device).flatten().nonzero().flatten() if fits else torch.arange(len(rows), device=y.device)
+    if len(real) > MOST_ROWS:  # evenly spread, and so the same each time
+        real = real[torch.arange(MOST_ROWS, device=y.device) * len(real) // MOST_ROWS]
+    return rows[real], is_logits
