@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import json
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -23,6 +24,8 @@ from sparse_ffn.convert.init.partition import balanced_assignment, balanced_kmea
 from sparse_ffn.layers.shared_expert import SharedExpertMoE
 from sparse_ffn.ops.activations import ACTIVATIONS, activate
 from sparse_ffn.routing.routers import SigmoidRouter
+
+pytestmark = pytest.mark.filterwarnings("ignore:no FFN was replaced")  # the reports say why
 
 OPEN = sf.MoEConfig(router="unweighted", n_experts=4, k=4)
 
@@ -686,7 +689,8 @@ def test_no_parameter_is_untied() -> None:
     assert set(sf.sparsify_(twins("a.weight", "b.weight"), OPEN).unknown) == both  # their biases differ
     assert set(sf.sparsify_(twins(*ALL), OPEN, lambda module, name: name == "0.ffn").unknown) == {"0.ffn"}
     configs = {"0.ffn": OPEN, "1.ffn": sf.SigmaMoEConfig(n_experts=4)}
-    assert set(sf.sparsify_(twins(*ALL), configs).unknown) == both
+    with pytest.raises(ValueError, match=r"cannot be replaced: 0\.ffn: parameters of .* are tied to .*; 1\.ffn: "):
+        sf.sparsify_(twins(*ALL), configs)
     elsewhere = nn.ModuleList([Block(), nn.Linear(6, 16, bias=False), nn.Linear(16, 6, bias=False)])
     elsewhere[1].weight, elsewhere[2].weight = elsewhere[0].ffn.a.weight, elsewhere[0].ffn.b.weight
     assert set(sf.sparsify_(elsewhere, OPEN).unknown) == {"0.ffn", "1"}  # the list's own maps look like an FFN too
@@ -698,6 +702,61 @@ def test_no_parameter_is_untied() -> None:
 def test_lists_are_taken_where_tuples_are() -> None:
     config = sf.SigmaMoEConfig(n_experts=4, balance=["entropy", "z"], balance_weight=[1e-3, 1e-4])
     assert len(sf.sparsify_(nn.Sequential(Block()), config).replacements) == 1
+
+
+def test_an_ffn_that_is_named_and_cannot_be_replaced_is_an_error() -> None:
+    model = nn.Sequential(Block(), Block())
+    model[0].ffn.register_forward_hook(lambda *_: None)
+    before = state(model)
+    with pytest.raises(
+        ValueError, match=r"no FFN is at '0\.ffn' of config; there are \['1\.ffn'\]; 0\.ffn: .*forward hooks"
+    ):
+        sf.sparsify_(model, {"0.ffn": OPEN, "1.ffn": OPEN})
+    assert state(model) == before
+    assert sf.sparsify_(model, OPEN).names == ["1.ffn"]
+
+
+def test_nothing_replaced_is_a_warning_that_says_why() -> None:
+    model = nn.Sequential(*(Block() for _ in range(5)))
+    for block in model:
+        block.ffn.register_forward_hook(lambda *_: None)
+    words = r"^no FFN was replaced; what looked like one was left: 0\.ffn: .*hooks.*1\.ffn.*2\.ffn.*\(and 2 more"
+    with pytest.warns(sf.SparseFFNWarning, match=words) as caught:
+        sf.sparsify_(model, OPEN)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sf.sparsify_(nn.Sequential(nn.Linear(6, 6)), OPEN)  # nothing looked like one
+        sf.sparsify_(nn.Sequential(Block()), OPEN, lambda module, name: False)  # as asked
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_accelerate_holds_is_left_and_listed_with_the_way_out(inside: bool) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(Block(), nn.TransformerEncoderLayer(6, 2, 16)).eval()
+    classes = ["Block", "TransformerEncoderLayer"] if inside else None  # then the hooks are around these
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"), preload_module_classes=classes)
+    report = sf.sparsify_(model, OPEN)
+    assert not report.replacements
+    assert len(report.unknown) == 2
+    for why in report.unknown.values():
+        assert "accelerate.hooks.remove_hook_from_submodules(model), or load without offload, first" in why
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert len(sf.sparsify_(model, OPEN).replacements) == 2
+
+
+@pytest.mark.parametrize("made_in_it", [False, True])
+@pytest.mark.parametrize("chosen", [sf.SigmaMoEConfig(n_experts=4), sf.TopKFFNConfig(k=4)], ids=["MoE", "TopKFFN"])
+def test_layers_that_are_made_in_inference_mode_train(chosen: config.FFNConfig, made_in_it: bool) -> None:
+    x = torch.randn(3, 6)
+    with torch.inference_mode(made_in_it):
+        model = nn.Sequential(Block(), Block()).eval()
+    with torch.inference_mode():
+        sf.sparsify_(model, chosen, calibration=[x])
+        layer = sf.from_dense(Mlp(), chosen)
+    for new in (model[0].ffn, layer):
+        new.train()(x).square().sum().backward()
+        assert new.values.grad is not None
 
 
 @pytest.mark.parametrize("where", ["ffn", "ffn.a"])

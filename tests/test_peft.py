@@ -103,7 +103,8 @@ def test_adapters_are_saved_and_loaded(tmp_path: Path) -> None:
 def test_ffns_with_lora_are_left_and_listed_by_conversion() -> None:
     ffn = nn.Sequential(nn.Linear(D, 16), nn.ReLU(), nn.Linear(16, D))
     model = peft.get_peft_model(nn.Sequential(nn.LayerNorm(D), ffn), peft.LoraConfig(r=2, target_modules=["1.0"]))
-    report = sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4))
+    with pytest.warns(sf.SparseFFNWarning, match="no FFN was replaced"):
+        report = sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4))
     assert not report.replacements
     assert "1.0 has no plain weight: it is a peft.tuners.lora.layer.Linear" in report.unknown["base_model.model.1"]
     assert sf.sparsify_(model.merge_and_unload(), sf.SigmaMoEConfig(n_experts=4)).names == ["1"]

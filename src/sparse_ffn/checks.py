@@ -117,16 +117,23 @@ def check_module(name: str, value: Any) -> None:
     check_type(name, value, nn.Module, "a torch.nn.Module")
 
 
-def check_held(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Raise ValueError if accelerate holds a tensor of a model: on meta but while the module that uses it runs.
+GIVE_BACK = "call accelerate.hooks.remove_hook_from_submodules(model), or load without offload, first"
+
+
+def held(model: nn.Module, tensor: Tensor) -> str | None:
+    """Why nothing can be made of a tensor of a model: accelerate holds it, on meta but while its module runs.
 
     What was made of it would have no numbers, or accelerate would go on computing with the old ones.
     """
     if tensor.is_meta and any(hasattr(module, "_hf_hook") for module in model.modules()):
-        raise ValueError(
-            f"{name} is on meta, since accelerate holds these weights: "
-            "accelerate.hooks.remove_hook_from_submodules(model), or load without offload, first"
-        )
+        return f"on meta, since accelerate holds these weights: {GIVE_BACK}"
+    return None
+
+
+def check_held(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Raise ValueError if accelerate holds a tensor of a model."""
+    if (why := held(model, tensor)) is not None:
+        raise ValueError(f"{name} is {why}")
 
 
 def check_tensor(name: str, x: Any) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from sparse_ffn.checks import held
 from sparse_ffn.convert.config_base import FFNConfig
 from sparse_ffn.convert.find.edits import apply, set_attribute, switch_off_fast_path
 from sparse_ffn.convert.find.examples import Examples
@@ -63,7 +64,7 @@ def replaceable(
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)].add(module)
-    left = {f.name: why for f in wanted if (why := _unfit(f, places, examples)) is not None}
+    left = {f.name: why for f in wanted if (why := _unfit(model, f, places, examples)) is not None}
     while True:
         unknown.update(left)
         wanted = [f for f in wanted if f.name not in left]
@@ -74,12 +75,13 @@ def replaceable(
             return wanted
 
 
-def _unfit(f: Found, places: Places, examples: Examples) -> str | None:
+def _unfit(model: nn.Module, f: Found, places: Places, examples: Examples) -> str | None:
     """Why an FFN cannot be replaced, whatever becomes of the others."""
     holders = {place.owner: place.attribute for place in places[f.module]}
     if "_orig_mod" in holders.values():
         return "it is compiled by itself, and would go on as it was: convert first, then compile"
-    reasons = (mixed(f.weights()), *(rejection(f, holder, examples) for holder in holders))
+    away = held(model, f.weights().keys)
+    reasons = (away and f"it is {away}", mixed(f.weights()), *(rejection(f, holder, examples) for holder in holders))
     return next((why for why in reasons if why is not None), None)
 
 

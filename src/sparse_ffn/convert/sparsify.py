@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_ffn.backends.warning import SparseFFNWarning
 from sparse_ffn.checks import check_floating, check_function, check_module, check_type
 from sparse_ffn.convert.batches import Batches
 from sparse_ffn.convert.budget import share_out
@@ -28,6 +30,7 @@ from sparse_ffn.layers import LowRankMoE, MoE
 from sparse_ffn.layers.shared_expert import SharedExpertMoE
 
 
+@torch.inference_mode(False)  # a parameter that is made in it never trains
 def sparsify_(
     model: nn.Module,
     config: FFNConfig | Mapping[str, FFNConfig],
@@ -57,8 +60,11 @@ def sparsify_(
     Raises:
         TypeError: ``model`` is no module, ``config`` no config of this library, ``filter_fn`` no function or
             ``calibration`` neither a mapping to tensors nor batches.
-        ValueError: the config does not fit an FFN, or names one that is not there; the calibration lacks one, or is of
-            another width; a lazy module has not run yet. The model is as it was.
+        ValueError: the config does not fit an FFN, or names one that is not there or cannot be replaced; the
+            calibration lacks one, or is of another width; a lazy module has not run yet. The model is as it was.
+
+    Warns:
+        SparseFFNWarning: nothing is replaced, though something looks like an FFN.
     """
     for one in config.values() if isinstance(config, Mapping) else (config,):
         _check_config(one)
@@ -73,13 +79,19 @@ def sparsify_(
     configs = dict(config) if isinstance(config, Mapping) else {f.name: config for f in found}
     names = [f.name for f in found]
     if missing := [name for name in configs if name not in names]:
-        raise ValueError(f"no FFN is at {', '.join(map(repr, missing))} of config; there are {names}")
+        whys = "".join(f"; {name}: {unknown[name]}" for name in missing if name in unknown)
+        raise ValueError(f"no FFN is at {', '.join(map(repr, missing))} of config; there are {names}{whys}")
     wanted = [f for f in found if f.name in configs and (filter_fn is None or filter_fn(f.module, f.name))]
     skipped = tuple(f.name for f in found if f not in wanted)
     places = places_of(model)
     keys = {f.name: twins(f, configs[f.name]) for f in wanted}
-    wanted = replaceable(model, wanted, keys, places, unknown, examples)
+    asked, wanted = wanted, replaceable(model, wanted, keys, places, unknown, examples)
     examples.forget()
+    left = [f"{f.name}: {unknown[f.name]}" for f in asked if f not in wanted]
+    if left and isinstance(config, Mapping):
+        raise ValueError(f"config names FFNs that cannot be replaced: {'; '.join(left)}")
+    if not wanted:
+        _tell(unknown)
     inputs: Any = calibration
     if batches is not None:
         inputs = sample(model, wanted, batches) if wanted else {}
@@ -99,6 +111,7 @@ def sparsify_(
     return Report(tuple(replacements), unknown, skipped, _others(model, [new.module for new in made.values()]))
 
 
+@torch.inference_mode(False)
 def from_dense(ffn: nn.Module, config: FFNConfig, *, inputs: Tensor | None = None) -> nn.Module:
     """Make a sparse layer from one FFN, which stays as it is.
 
@@ -171,6 +184,18 @@ def _rows(f: Found, inputs: Tensor) -> Tensor:
     if not bool(inputs.isfinite().all()):
         raise ValueError(f"{what} must be finite")
     return inputs.reshape(-1, ffn.d_model).to(ffn.keys)
+
+
+def _tell(unknown: Mapping[str, str]) -> None:
+    """Warn that nothing was replaced where something looked like an FFN."""
+    reasons = [f"{name or 'the model'}: {why}" for name, why in unknown.items()]
+    if reasons:
+        more = f" (and {len(reasons) - 3} more, in report.unknown)" if len(reasons) > 3 else ""
+        warnings.warn(
+            f"no FFN was replaced; what looked like one was left: {'; '.join(reasons[:3])}{more}",
+            SparseFFNWarning,
+            stacklevel=4,  # beyond sparsify_ and its decorator
+        )
 
 
 @torch.no_grad()

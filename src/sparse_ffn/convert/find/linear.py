@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
+from sparse_ffn.checks import GIVE_BACK
 from sparse_ffn.convert.find.probe import HOOKS, Arguments, close, probe_copy, probe_input, run
 
 
@@ -137,14 +138,23 @@ def _plain(name: str, module: nn.Module) -> Linear | None:
     return None
 
 
+def patched(module: nn.Module) -> str | None:
+    """That the module has a ``forward`` of its own, and who may have given it one."""
+    forward = vars(module).get("forward")
+    if forward is None or getattr(forward, "__func__", module) is getattr(type(module), "forward", None):
+        return None  # the class's own is what accelerate's hooks leave when they are removed
+    by = f", by accelerate: {GIVE_BACK}" if hasattr(module, "_hf_hook") else ""
+    return f"forward of {type(module).__name__} is patched{by}"
+
+
 def hooks(module: nn.Module) -> str | None:
     """What would be lost if the module, or one inside it, went away: hooks, or parameters of a special kind."""
     for inner in module.modules():
         for kind in HOOKS:
             if getattr(inner, kind, None):
                 return f"{type(inner).__name__} has {kind.strip('_').replace('_', ' ')}"
-        if "forward" in inner.__dict__:
-            return f"forward of {type(inner).__name__} is patched"
+        if (why := patched(inner)) is not None:
+            return why
         for name, parameter in inner.named_parameters(recurse=False):
             if type(parameter) is not nn.Parameter:  # it is quantised or sharded, and its numbers are not at hand
                 return f"{name} of {type(inner).__name__} is a {type(parameter).__name__}"

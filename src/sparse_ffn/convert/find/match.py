@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparse_ffn.convert.find.edits import Edit, apply, set_attribute
 from sparse_ffn.convert.find.examples import Examples
 from sparse_ffn.convert.find.found import Formula, Found, find_formula
-from sparse_ffn.convert.find.linear import Linear, hooks
+from sparse_ffn.convert.find.linear import Linear, hooks, patched
 from sparse_ffn.convert.find.probe import (
     Arguments,
     Call,
@@ -88,9 +88,7 @@ def match_pair(name: str, module: nn.Module, up: Linear, down: Linear, examples:
     refuse(up.obstacle, down.obstacle)
     a, b = up.within(name), down.within(name)
     whole, module = module, _between(module, a, b)
-    patched = [type(m).__name__ for m in module.modules() if "forward" in vars(m)]
-    if patched:
-        raise Unknown(f"forward of {patched[0]} is patched, so that a copy cannot be probed")
+    refuse(*(f"a copy cannot be probed: {why}" for m in module.modules() if (why := patched(m)) is not None))
     more = examples.of(module) if module is whole else ()
     seen = observe(module, [a, b], itertools.chain(probe_arguments(up.n_in), more))
     formula = seen.formula()

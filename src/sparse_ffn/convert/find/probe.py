@@ -59,6 +59,8 @@ def probe_copy(module: nn.Module, *, numbers: bool = True) -> nn.Module:
         raise Unknown(f"{type(module).__name__} cannot be copied to probe it ({error})") from error
     for inner in copied.modules():
         switch_off_fast_path(inner)
+        if hasattr(inner, "_hf_hook"):
+            vars(inner)["forward"] = inner._old_forward  # accelerate's would bring the model's own weights
         for kind in HOOKS:
             getattr(inner, kind, {}).clear()
     return copied
@@ -67,7 +69,8 @@ def probe_copy(module: nn.Module, *, numbers: bool = True) -> nn.Module:
 def _tensors(module: nn.Module, numbers: bool) -> dict[int, Any]:
     """The copy's parameters and buffers, by the id of the module's."""
     generator = torch.Generator().manual_seed(0)
-    memo: dict[int, Any] = {}
+    # accelerate's hooks hold the weights of the whole model
+    memo: dict[int, Any] = {id(m._hf_hook): m._hf_hook for m in module.modules() if hasattr(m, "_hf_hook")}
     for parameter in module.parameters():
         if not numbers:
             value = torch.full((), 0.5, **FP64).expand(parameter.shape)
