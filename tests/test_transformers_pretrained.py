@@ -237,6 +237,23 @@ def test_a_model_whose_blocks_are_tied_is_saved_and_loaded(kind: str, balance: s
     assert torch.equal(logits(from_pretrained(str(tmp_path / "again"), type(model))), logits(model))
 
 
+class OldModel(TiedModel):
+    """As transformers before 5.3, which calls this without what was loaded."""
+
+    def mark_tied_weights_as_initialized(self, *loading_info: Any) -> None:
+        if loading_info:
+            self.mark_tied_weights_as_initialized()
+
+
+def test_the_oldest_transformers_does_not_say_what_was_loaded(tmp_path: Path) -> None:
+    model = OldModel(TiedConfig()).eval()
+    record_conversion(model, sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, k=2, balance="bias")))
+    model.save_pretrained(tmp_path)
+    loaded, found = from_pretrained(str(tmp_path), OldModel, output_loading_info=True)
+    assert not any(found.values())
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_the_config_is_taken_from_where_the_weights_are(tmp_path: Path) -> None:
     model = model_of("LlamaForCausalLM")
     record_conversion(model, sf.sparsify_(model, sf.TopKFFNConfig(k=5)))
@@ -274,6 +291,22 @@ def test_a_converted_model_generates_as_its_whole_forward_says(name: str) -> Non
     with torch.no_grad():  # with a cache, token by token, against all tokens at once; eos is suppressed in both
         scores = model(written).logits[:, 4:-1].index_fill(-1, torch.tensor([1]), -torch.inf)
     assert torch.equal(written[:, 5:], scores.argmax(-1))
+
+
+def test_a_dtype_in_which_transformers_would_keep_parts_of_ffns_in_fp32_is_a_warning(tmp_path: Path) -> None:
+    """T5 overflows in fp16, and its ``wo`` is then kept in fp32: a converted layer has one dtype."""
+    sizes = {"d_model": 8, "d_ff": 16, "d_kv": 4, "num_layers": 1, "num_heads": 2}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=32, **sizes))
+    for config in (sf.SigmaMoEConfig(n_experts=4), sf.MoEConfig(expert_size=4, k=2, shared_size=4)):
+        twin = copy.deepcopy(model)
+        record_conversion(twin, sf.sparsify_(twin, config))
+        twin.save_pretrained(tmp_path)
+        words = r"encoder\.block\.0\.layer\.1\.DenseReluDense\.wo\.weight is in torch\.float16, and 1 more: .*fp32"
+        with pytest.warns(sf.SparseFFNWarning, match=words) as caught:
+            from_pretrained(str(tmp_path), dtype=torch.float16)
+        assert caught[0].filename == __file__
+        from_pretrained(str(tmp_path), dtype=torch.bfloat16)
+        from_pretrained(str(tmp_path))
 
 
 def test_a_missing_or_wrong_record_is_an_error(tmp_path: Path) -> None:

@@ -91,6 +91,20 @@ def test_our_own_layers_in_a_converted_model_too(tmp_path: Path) -> None:
     assert isinstance(second.keys, QuantizedRows)
 
 
+def test_what_was_quantised_before_the_integration_was_imported_is_recorded_with_the_conversion(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, **sizes)).eval()
+    report = sf.sparsify_(model, sf.MoEConfig(n_experts=4, k=2))
+    with monkeypatch.context() as patch:
+        patch.setattr("sparse_ffn.compress.stacks.CHANGED", [])
+        quantize_experts_(model, FOUR)
+    sf.integrations.transformers.record_conversion(model, report)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(from_pretrained(str(tmp_path)).eval()), logits(model))
+
+
 def test_experts_that_are_not_stored_keep_their_implementation() -> None:
     model = model_of("mixtral", torch.float32)
     model.set_experts_implementation("eager")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor
 
@@ -60,6 +62,7 @@ def record_conversion(model: Any, report: Report) -> None:
     _tie(model)
     names = {**(getattr(model.config, KEY, None) or {}), **report.configs}
     setattr(model.config, KEY, Record(model, _present(model, names, _refuse)))
+    quantized.prepare(model)  # of what was quantised before this module was imported, nobody has told us
 
 
 class Record(dict[str, Any]):
@@ -167,9 +170,12 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
             f"architectures = {config.architectures}"
         )
 
+    kept: dict[str, set[torch.dtype]] = {}
+
     class Converted(base):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
+            kept.update(_kept_in_fp32(self))
             with _tied(self):
                 configs = {name: config_from_dict(values) for name, values in _places(self, record).items()}
                 if configs:
@@ -179,9 +185,15 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
             if stored:
                 quantized.store(self, stored, partial(_places, self))
 
-        def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
-            super().mark_tied_weights_as_initialized(loading_info)
-            loading_info.missing_keys -= _shared(self).keys()  # a layer in several places is loaded in one
+        # a layer in several places is loaded in one
+        def mark_tied_weights_as_initialized(self, *loading_info: Any) -> None:
+            super().mark_tied_weights_as_initialized(*loading_info)
+            for info in loading_info:
+                info.missing_keys -= _shared(self).keys()
+
+        def _move_missing_keys_from_meta_to_device(self, missing_keys: Any, *args: Any, **kwargs: Any) -> None:
+            missing_keys = missing_keys - _shared(self).keys()  # transformers before 5.3 passes no loading_info
+            super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
 
     Converted.__name__, Converted.__module__ = base.__name__, base.__module__  # some models look for it in their module
     wants_info = options.pop("output_loading_info", False)
@@ -191,7 +203,9 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
         setattr(model.config, KEY, Record(model, _present(model, _places(model, record), _refuse)))
     if stored:
         quantized.prepare(model)
+    info["missing_keys"] -= _shared(model).keys()
     _check_loaded(model, info["missing_keys"])
+    _check_precision(model, kept)
     return (model, info) if wants_info else model
 
 
@@ -216,6 +230,44 @@ def _check_loaded(model: Any, missing: Iterable[str]) -> None:
     lost = sorted(key for key in missing if key.startswith(layers))
     if lost:
         raise ValueError(f"the checkpoint lacks weights of converted layers: {', '.join(lost)}")
+
+
+def _kept_in_fp32(model: Any) -> dict[str, set[torch.dtype]]:
+    """The parameters that transformers keeps in fp32, and in which dtypes of the model it does."""
+    found: dict[str, set[torch.dtype]] = {}
+    for modules, dtypes in (
+        ("_keep_in_fp32_modules", {torch.float16}),
+        ("_keep_in_fp32_modules_strict", {torch.float16, torch.bfloat16}),
+    ):
+        words = "|".join(map(re.escape, getattr(model, modules, None) or ()))
+        within = re.compile(rf"(^|\.)({words})($|\.)")
+        for name, _ in model.named_parameters() if words else ():
+            if within.search(name):
+                found[name] = found.get(name, set()) | dtypes
+    return found
+
+
+def _check_precision(model: Any, kept: Mapping[str, set[torch.dtype]]) -> None:
+    """Warn where what was to be kept in fp32 went into a layer that is in another dtype."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    left = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    names = []
+    for name in (name for name in kept if name not in left):
+        place = name
+        while place not in modules:  # until it is what stands there now
+            place = place.rpartition(".")[0]
+        layer = next((m for m in modules[place].modules() if isinstance(m, SparseFFN)), None)
+        if layer is not None and layer.values.dtype in kept[name]:
+            names.append(f"{name} is in {layer.values.dtype}")
+    if names:
+        more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+        warnings.warn(
+            f"{names[0]}{more}: transformers keeps it in fp32 beside "
+            "16 bits, where it overflows, but a converted layer has one dtype. Load with dtype=torch.float32, or "
+            "torch.bfloat16 for what was trained in that",
+            SparseFFNWarning,
+            stacklevel=3,
+        )
 
 
 def _places(model: Any, record: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
