@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -176,6 +177,34 @@ def test_a_cold_token_reads_its_experts_and_little_more(tmp_path: Path) -> None:
     if not now:
         pytest.skip("this file system keeps its files in memory, or does not count")
     assert now <= 1.3 * touched + 2 * 2**20
+
+
+def test_what_save_pretrained_wrote_in_several_files_is_mapped(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    loaded, model = Model().eval(), Model().eval()
+    state = loaded.state_dict()
+    files = {name: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, name in enumerate(state)}
+    for file in set(files.values()):
+        safetensors.save_file({n: state[n].clone() for n in state if files[n] == file}, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    for path in (tmp_path, index):
+        sf.map_experts_(model, path)
+        assert torch.equal(model.a.keys, loaded.a.keys)
+        assert torch.equal(model.a.values, loaded.a.values)
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    safetensors.save_file({n: t.clone() for n, t in state.items()}, whole / "model.safetensors")
+    sf.map_experts_(model, whole)
+    keys = model.a.keys
+    for bad in ("[]", "{}", '{"weight_map": {"a.keys": "../model.safetensors"}}', '{"weight_map": {"a.keys": 1}}'):
+        index.write_text(bad)
+        with pytest.raises(ValueError, match=r"index\.json' must have a weight_map, from names of tensors to files"):
+            sf.map_experts_(model, tmp_path)
+    index.unlink()
+    with pytest.raises(ValueError, match=r"is a folder without model\.safetensors\.index\.json and without"):
+        sf.map_experts_(model, tmp_path)
+    assert model.a.keys is keys
 
 
 def test_bad_files_are_named_and_change_nothing(tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ def map_experts_(model: nn.Module, path: str | os.PathLike[str], *, prefetch: bo
     Args:
         model: the ``keys``, ``gate_keys`` and ``values`` of its ``MoE`` layers are replaced, in place; they may be on
             meta. All else stays, other mixtures too.
-        path: a file of safetensors, or one of ``torch.save(model.state_dict(), path)``, with these names.
+        path: a file of safetensors, or one of ``torch.save(model.state_dict(), path)``, with these names; or what
+            ``save_pretrained`` wrote: the folder, or the index (``*.index.json``) of several files.
         prefetch: in evaluation, before the layer computes, route its tokens and ask the kernel for all their experts at
             once, so that reading them overlaps. Waits for the router, so not for torch.compile.
 
@@ -50,7 +51,7 @@ def map_experts_(model: nn.Module, path: str | os.PathLike[str], *, prefetch: bo
         ValueError: the model has no ``MoE``; a stack is not in the file, has another shape or dtype there, is on
             another device than the CPU and meta, or is neither a plain parameter nor rows of ``quantize_experts_``:
             parametrised, pruned by a mask, offloaded, held by accelerate or distributed. Nothing was changed then.
-        OSError: the file cannot be read.
+        OSError: a file cannot be read.
     """
     check_module("model", model)
     check_type("path", path, (str, os.PathLike), "a path")
@@ -62,7 +63,7 @@ def map_experts_(model: nn.Module, path: str | os.PathLike[str], *, prefetch: bo
     for prefix, layer in layers:
         for stack in stacks_of_moe(layer):
             stack.check_whole(f"{prefix}.{stack.name}" if prefix else stack.name, "map the experts first")
-    stored = _read(Path(path))
+    stored = {name: tensor for file in _files(Path(path)) for name, tensor in _read(file).items()}
     mapped = [
         (owner, attribute, _checked(name, getattr(owner, attribute), stored, path))
         for prefix, layer in layers
@@ -104,6 +105,24 @@ def _checked(name: str, old: Tensor, stored: dict[str, Tensor], path: Any) -> Te
     if old.device.type not in ("cpu", "meta"):
         raise ValueError(f"{name} is on {old.device}: experts are mapped on the CPU")
     return new
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """The files with tensors: the path itself, or those of a folder or an index of ``save_pretrained``."""
+    if path.is_dir():
+        names = ("model.safetensors.index.json", "model.safetensors")
+        inside = next((path / name for name in names if (path / name).exists()), None)
+        if inside is None:
+            raise ValueError(f"path = {str(path)!r} is a folder without {' and without '.join(names)}")
+        path = inside
+    if path.suffix != ".json":
+        yield path
+        return
+    index = json.loads(path.read_text())
+    shards = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(shards, dict) or any(Path(str(name)).name != name for name in shards.values()):
+        raise ValueError(f"path = {str(path)!r} must have a weight_map, from names of tensors to files beside it")
+    yield from (path.with_name(name) for name in dict.fromkeys(shards.values()))
 
 
 def _read(path: Path) -> dict[str, Tensor]:
