@@ -293,6 +293,47 @@ def test_a_converted_model_generates_as_its_whole_forward_says(name: str) -> Non
     assert torch.equal(written[:, 5:], scores.argmax(-1))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_ffns_that_only_an_example_shows_are_loaded_without_one(dropout: float, tmp_path: Path) -> None:
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    sizes = {"d_model": 8, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "attention_window": 4}
+    config = transformers.LEDConfig(**TOKENS, **layers, **sizes, activation_dropout=dropout)
+    model = transformers.LEDForConditionalGeneration(config).eval()
+    batch = {"input_ids": tokens(2, 8), "decoder_input_ids": tokens(2, 8)}
+    report = sf.sparsify_(model, sf.MoEConfig(router="unweighted", n_experts=4, k=2), example_inputs=batch)
+    assert [new.match is not None for new in report.replacements] == [True, False]  # the decoder's runs by itself
+    record_conversion(model, report)
+    model.save_pretrained(tmp_path)
+    loaded, found = from_pretrained(str(tmp_path), output_loading_info=True)
+    assert not any(found.values())
+    assert str(loaded) == str(model)
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+        headless = from_pretrained(str(tmp_path), transformers.LEDModel)
+        assert torch.equal(headless(**batch)[0], model.led(**batch)[0])
+    loaded.save_pretrained(tmp_path / "again")
+    assert str(from_pretrained(str(tmp_path / "again"))) == str(model)
+    path = tmp_path / "config.json"
+    good = json.loads(path.read_text())
+    (name, match), *_ = good["sparse_ffn_matches"].items()
+    for bad in (
+        {"down": "led.lost"},
+        {"down": name},
+        {"edits": [["lost", "act", None]]},
+        {"edits": [["", "lost", None]]},
+    ):
+        path.write_text(json.dumps({**good, "sparse_ffn_matches": {name: {**match, **bad}}}))
+        with pytest.raises(ValueError, match=f"what is known of the FFN at '{name}' does not fit this model"):
+            from_pretrained(str(tmp_path))
+    path.write_text(json.dumps({**good, "sparse_ffn_matches": [1]}))
+    with pytest.raises(ValueError, match=r"sparse_ffn_matches of the config must map names .* got \[1\]"):
+        from_pretrained(str(tmp_path))
+    del good["sparse_ffn_matches"]  # as before there were matches
+    path.write_text(json.dumps(good))
+    with pytest.raises(ValueError, match=f"no FFN is at '{name}' of config; .*; {name}: .* does not run by itself"):
+        from_pretrained(str(tmp_path))
+
+
 def test_a_dtype_in_which_transformers_would_keep_parts_of_ffns_in_fp32_is_a_warning(tmp_path: Path) -> None:
     """T5 overflows in fp16, and its ``wo`` is then kept in fp32: a converted layer has one dtype."""
     sizes = {"d_model": 8, "d_ff": 16, "d_kv": 4, "num_layers": 1, "num_heads": 2}

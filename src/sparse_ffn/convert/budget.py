@@ -116,8 +116,8 @@ class Judge:
         """Of the outputs, as ``Point`` has it."""
         lost = whole = 0.0
         for (old, is_logits), (new, _) in zip(self.before, self._outputs(), strict=True):
-            for a, b in zip(old.split(CHUNK), new.split(CHUNK), strict=True):
-                was, now = wide(a), wide(b)
+            for start in range(0, len(old), CHUNK):
+                was, now = (wide(rows[start : start + CHUNK]) for rows in (old, new))
                 if is_logits:
                     of, to = F.log_softmax(was, -1), F.log_softmax(now, -1)
                     lost += F.kl_div(to, of, reduction="sum", log_target=True).item()

@@ -36,6 +36,8 @@ class Replacement:
     """The earlier place whose layer this is too, for FFNs that had the same parameters."""
     curve: tuple[Point, ...] = ()
     """What is lost with fewer and with more active units, where ``sparsify_`` gave each FFN its own k."""
+    match: dict[str, Any] | None = None
+    """How an FFN that an example has shown lies in the model, in plain values, to find it without one."""
 
 
 @dataclass(frozen=True)

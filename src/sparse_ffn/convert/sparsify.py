@@ -19,6 +19,7 @@ from sparse_ffn.convert.config_base import Converted, FFNConfig
 from sparse_ffn.convert.find.examples import Examples
 from sparse_ffn.convert.find.find import find, find_one, without_numbers
 from sparse_ffn.convert.find.found import Found
+from sparse_ffn.convert.find.known import to_values
 from sparse_ffn.convert.find.linear import as_linear
 from sparse_ffn.convert.group import Group
 from sparse_ffn.convert.init.build import Built
@@ -74,7 +75,8 @@ def sparsify_(
     batches = _check_calibration(calibration)
     if example_inputs is None and batches is not None:
         example_inputs = next(iter(batches.first), None)
-    examples = Examples(model, example_inputs)
+    # integrations give what an example has shown before
+    examples = example_inputs if isinstance(example_inputs, Examples) else Examples(model, example_inputs)
     found, unknown = find(model, examples)
     configs = dict(config) if isinstance(config, Mapping) else {f.name: config for f in found}
     names = [f.name for f in found]
@@ -219,6 +221,7 @@ def _replacement(f: Found, new: Built, group: Group, names: list[str]) -> Replac
         relative_error=error,
         tied=tied,
         curve=group.curve,
+        match=to_values(f) if f.by_example else None,
     )
 
 

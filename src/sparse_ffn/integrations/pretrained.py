@@ -19,12 +19,14 @@ from torch import Tensor
 from sparse_ffn.backends.choice import SparseFFNWarning
 from sparse_ffn.checks import check_type, shown
 from sparse_ffn.convert import Report, config_from_dict, config_of, sparsify_
+from sparse_ffn.convert.find.examples import Examples
 from sparse_ffn.integrations import quantized
 from sparse_ffn.layers import SparseFFN
 from sparse_ffn.layers.rows.base import ExpertRows
 from sparse_ffn.layers.shared_expert import SharedExpertMoE
 
 KEY = "sparse_ffn"  # of the record in config.json
+MATCHES = "sparse_ffn_matches"  # FFNs that only an example shows: where they lie
 UNRECORDED = "unrecorded"  # instead of a config: why there is none
 WHERE = (
     "cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
@@ -62,6 +64,9 @@ def record_conversion(model: Any, report: Report) -> None:
     _tie(model)
     names = {**(getattr(model.config, KEY, None) or {}), **report.configs}
     setattr(model.config, KEY, Record(model, _present(model, names, _refuse)))
+    matches = {new.name: new.match for new in report.replacements if new.match is not None}
+    if matches:
+        setattr(model.config, MATCHES, {**(getattr(model.config, MATCHES, None) or {}), **matches})
     quantized.prepare(model)  # of what was quantised before this module was imported, nobody has told us
 
 
@@ -179,8 +184,8 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
             with _tied(self):
                 configs = {name: config_from_dict(values) for name, values in _places(self, record).items()}
                 if configs:
-                    fresh = {name: dataclasses.replace(config, init="fresh") for name, config in configs.items()}
-                    sparsify_(self, fresh)
+                    fresh = {name: dataclasses.replace(chosen, init="fresh") for name, chosen in configs.items()}
+                    sparsify_(self, fresh, example_inputs=Examples(self, known=_known(self, config, fresh)))
             _tie(self)
             if stored:
                 quantized.store(self, stored, partial(_places, self))
@@ -271,14 +276,28 @@ def _check_precision(model: Any, kept: Mapping[str, set[torch.dtype]]) -> None:
 
 
 def _places(model: Any, record: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The record with this model's names: without its head it lacks a prefix, and the other way round."""
+    """The record with this model's names."""
+    here = _namer(model)
+    return {here(name): values for name, values in record.items()}
+
+
+def _namer(model: Any) -> Callable[[str], str]:
+    """From a name in a record to this model's: without its head it lacks a prefix, and the other way round."""
     prefix = f"{model.base_model_prefix}."
     names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    return lambda name: next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in names), name)
 
-    def here(name: str) -> str:
-        return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in names), name)
 
-    return {here(name): values for name, values in record.items()}
+def _known(model: Any, config: Any, converted: Iterable[str]) -> dict[str, Any]:
+    """Where the converted FFNs lie that only an example shows, with this model's names."""
+    matches = getattr(config, MATCHES, None) or {}
+    if not isinstance(matches, Mapping) or not all(isinstance(match, Mapping) for match in matches.values()):
+        raise ValueError(f"{MATCHES} of the config must map names of modules to where FFNs lie, got {shown(matches)}")
+    here, found = _namer(model), {}
+    for name, match in matches.items():
+        own = {key: here(str(match.get(key))) for key in ("down", "enclosing")}
+        found[here(name)] = {**match, **own}
+    return {name: match for name, match in found.items() if name in converted}
 
 
 @contextmanager

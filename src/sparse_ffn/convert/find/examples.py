@@ -23,8 +23,10 @@ class Examples:
     rows and positions of the batch, on all of it only where it does not run on these.
     """
 
-    def __init__(self, model: nn.Module, batch: Any = None) -> None:
+    def __init__(self, model: nn.Module, batch: Any = None, known: Mapping[str, Any] | None = None) -> None:
         self.model, self.batch = model, batch
+        self.known = {} if known is None else known
+        """What an example has shown, by name: FFNs as values of ``find.known``."""
         self._calls: dict[nn.Module, Arguments] | None = None
 
     def of(self, module: nn.Module) -> Iterator[Arguments]:

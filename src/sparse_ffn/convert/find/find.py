@@ -12,6 +12,7 @@ from torch import nn
 from sparse_ffn.checks import check_module
 from sparse_ffn.convert.find.examples import Examples
 from sparse_ffn.convert.find.found import Found
+from sparse_ffn.convert.find.known import from_values
 from sparse_ffn.convert.find.linear import Linear, hooks, linear_maps
 from sparse_ffn.convert.find.match import match_block, match_dense, match_pair
 from sparse_ffn.convert.find.probe import Unknown
@@ -30,12 +31,16 @@ def find(model: nn.Module, examples: Examples) -> tuple[list[Found], dict[str, s
 
     Raises:
         TypeError: the model is no module.
-        ValueError: a parameter has no shape yet.
+        ValueError: a parameter has no shape yet, or what is known does not fit the model.
     """
     check_module("model", model)
     linears = linear_maps(model)
     shared = {m.shared for m in model.modules() if isinstance(m, SharedExpertMoE)}
     search = _Search(examples)
+    by_name = {linear.name: linear for linear in linears.values()}
+    for name, values in examples.known.items():
+        search.found.append(f := from_values(model, name, values, by_name))
+        search.decide(*f.linears)
     loose: list[tuple[Linear, Linear, str]] = []
     for name, module in reversed(list(model.named_modules())):  # from the inside out
         if module in linears or module in shared:

@@ -91,6 +91,8 @@ class Found:
     """The module that the edits' owners are relative to."""
     edits: tuple[Edit, ...] = ()
     """What else changes where the FFN is not one module."""
+    by_example: bool = False
+    """Whether its module runs on an example only."""
 
     @property
     def linears(self) -> tuple[Linear, ...]:

@@ -90,7 +90,8 @@ def match_pair(name: str, module: nn.Module, up: Linear, down: Linear, examples:
     whole, module = module, _between(module, a, b)
     refuse(*(f"a copy cannot be probed: {why}" for m in module.modules() if (why := patched(m)) is not None))
     more = examples.of(module) if module is whole else ()
-    seen = observe(module, [a, b], itertools.chain(probe_arguments(up.n_in), more))
+    probes = probe_arguments(up.n_in)
+    seen = observe(module, [a, b], itertools.chain(probes, more))
     formula = seen.formula()
     trained, h = seen.train(formula)
     (up_owner, _, _), (owner, _, attribute) = a.rpartition("."), b.rpartition(".")
@@ -101,7 +102,10 @@ def match_pair(name: str, module: nn.Module, up: Linear, down: Linear, examples:
         edits.append(_edit_dropout(seen.copied, owners, trained, h, dropout))
     gone = [module.get_submodule(edit.owner)._modules.get(edit.attribute) for edit in edits]
     refuse(*(hooks(part) for part in (up.module, *gone) if part is not None))
-    found = Found(up.name, up.module, (up,), down, formula, dropout, enclosing=name, edits=tuple(edits))
+    by_example = not any(seen.args is probe for probe in probes)
+    found = Found(
+        up.name, up.module, (up,), down, formula, dropout, enclosing=name, edits=tuple(edits), by_example=by_example
+    )
     _verify(found, module, a, seen, trained)
     return found
 
