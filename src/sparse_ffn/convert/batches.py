@@ -37,7 +37,7 @@ def run(model: nn.Module, batches: Iterable[Any], watched: Iterable[tuple[nn.Mod
 
     def before(watch: Watch, mask_name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         mask: Any = batch.get(mask_name) if isinstance(batch, Mapping) else None
-        watch(args, kwargs, _of_tokens(mask, first_of(args, kwargs)))
+        watch(args, kwargs, of_tokens(mask, first_of(args, kwargs)))
 
     decoder = decoder_of(model)
     handles = []
@@ -86,7 +86,7 @@ def _check(batches: Any) -> None:
         raise TypeError(f"batches must be batches to iterate over, got one, {shown(batches)}: put it into a list")
 
 
-def _of_tokens(mask: Any, x: Any) -> Tensor | None:
+def of_tokens(mask: Any, x: Any) -> Tensor | None:
     """A mask as that of the tokens of x [..., D], [T]; None if it is another's."""
     if not isinstance(mask, Tensor) or not isinstance(x, Tensor):
         return None
