@@ -65,8 +65,8 @@ def test_it_is_found_by_what_a_training_loop_calls() -> None:
     assert list(sf.routing_stats(model)) == ["0.moe"]
     sf.update_router_bias(model)
     assert layer.moe.router.bias[:E].any()
-    sf.sparsify_(model, sf.SigmaMoEConfig(k=2))
-    assert model[0] is layer  # no FFN to replace
+    assert not sf.sparsify_(model, sf.SigmaMoEConfig(k=2)).unknown
+    assert model[0] is layer  # no FFN to replace, and nothing that looks like one
 
 
 def test_sizes_costs_and_initialisation() -> None:

@@ -16,7 +16,7 @@ from sparse_ffn.convert.find.known import from_values
 from sparse_ffn.convert.find.linear import Linear, hooks, linear_maps
 from sparse_ffn.convert.find.match import match_block, match_dense, match_pair
 from sparse_ffn.convert.find.probe import Unknown
-from sparse_ffn.layers import DenseFFN
+from sparse_ffn.layers import DenseFFN, LatentMoE
 from sparse_ffn.layers.shared_expert import SharedExpertMoE
 
 ROOT = "the model itself is the FFN: from_dense makes a layer of it"
@@ -47,7 +47,9 @@ def find(model: nn.Module, examples: Examples) -> tuple[list[Found], dict[str, s
             continue
         path = f"{name}." if name else ""  # a map that is elsewhere too is named by its place here
         inside = [replace(linears[m], name=path + at) for at, m in module.named_modules() if m in linears]
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # what holds it may be the FFN
+        if isinstance(module, LatentMoE):  # it is sparse already
+            search.decide(*inside)
+        elif isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # what holds it may be the FFN
             loose += [(up, down, type(module).__name__) for up, down in pairs(name, module, inside)]
         elif type(module) is DenseFFN:
             search.dense(name, module)
