@@ -6,6 +6,7 @@ callable's rows follow from its signature, so that a new argument without a row,
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
@@ -498,6 +499,7 @@ def of_transformers() -> Iterator[tuple[str, Callable[..., Any], Callable[[], di
     model = transformers.LlamaModel(transformers.LlamaConfig(vocab_size=9, **sizes))
     report = sf.sparsify_(model, OPEN)
     yield "record_conversion", hf.record_conversion, lambda: {"model": model, "report": report}
+    yield "mask_padding", hf.mask_padding, lambda: {"model": copy.deepcopy(model)}
     folder = tempfile.TemporaryDirectory()  # removed with the last reference, which is in the table
     hf.record_conversion(model, report)
     model.save_pretrained(folder.name)
