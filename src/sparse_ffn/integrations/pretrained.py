@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +20,7 @@ from sparse_ffn.checks import check_type, shown
 from sparse_ffn.convert import Report, config_from_dict, config_of, sparsify_
 from sparse_ffn.convert.find.examples import Examples
 from sparse_ffn.integrations import quantized
+from sparse_ffn.integrations.precision import check_precision, kept_in_fp32
 from sparse_ffn.layers import SparseFFN
 from sparse_ffn.layers.rows.base import ExpertRows
 from sparse_ffn.layers.shared_expert import SharedExpertMoE
@@ -154,6 +154,9 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
             have the saved one.
         ValueError: the config records no conversion, or one that cannot be read or does not fit the model; a converted
             layer gets no weights.
+
+    Warns:
+        SparseFFNWarning: transformers would keep a part of an FFN in fp32, which a layer of 16 bits has taken up.
     """
     check_type("path", path, (str, os.PathLike), "a folder or a name on the hub")
     config = options.pop("config", None)
@@ -180,7 +183,7 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
     class Converted(base):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            kept.update(_kept_in_fp32(self))
+            kept.update(kept_in_fp32(self))
             with _tied(self):
                 configs = {name: config_from_dict(values) for name, values in _places(self, record).items()}
                 if configs:
@@ -210,7 +213,7 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
         quantized.prepare(model)
     info["missing_keys"] -= _shared(model).keys()
     _check_loaded(model, info["missing_keys"])
-    _check_precision(model, kept)
+    check_precision(model, kept)
     return (model, info) if wants_info else model
 
 
@@ -235,44 +238,6 @@ def _check_loaded(model: Any, missing: Iterable[str]) -> None:
     lost = sorted(key for key in missing if key.startswith(layers))
     if lost:
         raise ValueError(f"the checkpoint lacks weights of converted layers: {', '.join(lost)}")
-
-
-def _kept_in_fp32(model: Any) -> dict[str, set[torch.dtype]]:
-    """The parameters that transformers keeps in fp32, and in which dtypes of the model it does."""
-    found: dict[str, set[torch.dtype]] = {}
-    for modules, dtypes in (
-        ("_keep_in_fp32_modules", {torch.float16}),
-        ("_keep_in_fp32_modules_strict", {torch.float16, torch.bfloat16}),
-    ):
-        words = "|".join(map(re.escape, getattr(model, modules, None) or ()))
-        within = re.compile(rf"(^|\.)({words})($|\.)")
-        for name, _ in model.named_parameters() if words else ():
-            if within.search(name):
-                found[name] = found.get(name, set()) | dtypes
-    return found
-
-
-def _check_precision(model: Any, kept: Mapping[str, set[torch.dtype]]) -> None:
-    """Warn where what was to be kept in fp32 went into a layer that is in another dtype."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    left = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    names = []
-    for name in (name for name in kept if name not in left):
-        place = name
-        while place not in modules:  # until it is what stands there now
-            place = place.rpartition(".")[0]
-        layer = next((m for m in modules[place].modules() if isinstance(m, SparseFFN)), None)
-        if layer is not None and layer.values.dtype in kept[name]:
-            names.append(f"{name} is in {layer.values.dtype}")
-    if names:
-        more = f", and {len(names) - 1} more" if len(names) > 1 else ""
-        warnings.warn(
-            f"{names[0]}{more}: transformers keeps it in fp32 beside "
-            "16 bits, where it overflows, but a converted layer has one dtype. Load with dtype=torch.float32, or "
-            "torch.bfloat16 for what was trained in that",
-            SparseFFNWarning,
-            stacklevel=3,
-        )
 
 
 def _places(model: Any, record: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
