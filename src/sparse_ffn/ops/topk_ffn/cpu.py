@@ -14,7 +14,7 @@ from torch import Tensor
 from sparse_ffn.backends import cpu
 from sparse_ffn.backends.cpu import ACTIVATIONS
 from sparse_ffn.backends.layout import contiguous
-from sparse_ffn.ops.activations import SKIP_TOKENS, GIVE_ZEROS
+from sparse_ffn.ops.activations import GIVE_ZEROS, SKIP_TOKENS
 from sparse_ffn.ops.products import linear, product, slow_dtypes, supported
 from sparse_ffn.ops.topk_ffn import by_products
 from sparse_ffn.ops.topk_ffn.backend import Gradients, Saved
