@@ -24,7 +24,7 @@ class ExpertQuantization:
         symmetric: True: no zero point; None: False at 4 bits, True at 8.
         scale: ``"max"``: from the group's largest weight; ``"mse"``: the range is cut, to 0.7 of it at least, where
             that makes the squared error smaller.
-        values_bits: bits of ``values`` if theirs shall differ, whose errors reach the output undamped: 8 is worth it.
+        values_bits: bits of ``values``; None for ``bits``. Their errors reach the output undamped, so 8 is worth it.
 
     Raises:
         ValueError: a value that is not allowed.

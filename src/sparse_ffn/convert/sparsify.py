@@ -52,8 +52,8 @@ def sparsify_(
         calibration: batches, as ``calibrate``'s; or what ``calibrate`` returned for this model, which must hold every
             FFN that is replaced. With batches the FFNs whose configs give ``active`` share out the units that a token
             uses in all: each gets its own k, by what the model's outputs lose on the first batch.
-        example_inputs: a batch that the model can run on, for FFNs in modules that do not run on tokens, a memory and a
-            mask alone: what these are called with is tried then. None for the first of the batches.
+        example_inputs: a batch that the model can run on, for FFNs inside modules that need more than tokens, a memory
+            and a mask: they are then tried with what they get on it. None for the first of the batches.
 
     Returns:
         What was replaced and what was left, with parameters, FLOPs and what was done with the weights.
