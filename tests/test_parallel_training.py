@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import signal
 import time
@@ -342,8 +343,8 @@ def test_a_checkpoint_of_any_layout_loads_into_any_other(tmp_path: Path) -> None
 def one_fails(rank: int) -> float:
     world = dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ep",))
-    for exchange in ("gather", "slots", "tokens"):
-        layer = mixture(False)
+    for exchange, sync in itertools.product(("gather", "slots", "tokens"), (True, False)):
+        layer = mixture(sync)
         parallelize_module(layer, mesh, ExpertParallel(exchange=exchange))
         words = "x must have shape" if rank == 1 else "rank 1 raised an error before it sent its tokens"
         with pytest.raises((ValueError, RuntimeError), match=words):
@@ -372,6 +373,38 @@ def test_a_process_that_raises_or_dies_ends_the_others_before_the_timeout() -> N
     assert "AssertionError: survived" in failed.value.problems[0]
     assert "without a result" in failed.value.problems[1]
     assert time.monotonic() - start < 100
+
+
+def telling(rank: int) -> list[str]:
+    """What a process raises, and whether it told the others, before its tokens travel and after."""
+    layer, said = mixture(False), []
+    parallelize_module(layer, init_device_mesh("cpu", (1,)), ExpertParallel(exchange="slots"))
+    x = tokens(rank)
+
+    def fail() -> None:
+        said.append("told")
+        raise RuntimeError("Connection closed by peer")
+
+    layer._split.exchange.fail = fail
+    with pytest.raises(ValueError, match="x must have shape"):
+        layer(x[:, 1:])
+    layer(x)
+    with pytest.raises(ValueError, match="x must have shape"):
+        layer(x[:, 1:])
+
+    def wrong(*given: Any) -> None:
+        said.append("travelled")
+        raise ArithmeticError
+
+    layer._balance_loss = wrong
+    with pytest.raises(ArithmeticError):
+        layer(x)
+    return said
+
+
+def test_a_process_tells_of_its_error_while_others_wait_for_its_tokens_and_raises_its_own() -> None:
+    (said,) = processes.run(telling, 1)
+    assert said == ["told", "told", "travelled"]
 
 
 def said(call: Callable[[], Any]) -> str:

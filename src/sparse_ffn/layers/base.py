@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -135,6 +136,8 @@ class SparseFFN(CheckedOptions, Parametrizable, WithProperties):
         except Exception:
             self._tell_failure()
             raise
+        if self._split is not None:
+            self._split.met = False
         if self.out_bias is not None:
             bias = self.out_bias if self._split is None else self._split.whole(self.out_bias)
             y = y + bias.to(y.dtype)
@@ -143,7 +146,8 @@ class SparseFFN(CheckedOptions, Parametrizable, WithProperties):
     def _tell_failure(self) -> None:
         """Tell the processes that wait for this one's tokens, if there are any, that it raises."""
         if self._split is not None:
-            self._split.fail()
+            with suppress(Exception):  # the error that is to be raised says more than that the others are gone
+                self._split.fail()
 
     def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
         """The layer without its output bias: [..., d_model] -> [tokens, d_out]."""

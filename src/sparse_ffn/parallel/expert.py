@@ -123,9 +123,7 @@ class ExchangedExperts(_Experts):
         units = self.units(units)
         self.met = True
         x_RD, index_RK, gate_RK, state = self.awaited(self.exchange.dispatch(x_TD, index_TK, gate_TK))
-        y_TO = self.exchange.combine(layer._compute(x_RD, units, index_RK, gate_RK), state)
-        self.met = False
-        return y_TO
+        return self.exchange.combine(layer._compute(x_RD, units, index_RK, gate_RK), state)
 
     def whole(self, tensor: Tensor) -> Tensor:
         """A parameter that every process holds and has a part of the gradient of."""

@@ -97,9 +97,7 @@ class _Units(Split):
             return sum_forward(self._part(layer, sum_backward(x, self.mesh), units), self.mesh)
         self.met = True
         (rows,), _ = self.exchange.gathered((x, 0))
-        y_TO = reduce_scatter(self._part(layer, arrived(rows), units), self.mesh)[: x.shape[0]]
-        self.met = False
-        return y_TO
+        return reduce_scatter(self._part(layer, arrived(rows), units), self.mesh)[: x.shape[0]]
 
     def of_units(self, mask: Tensor) -> Tensor:
         """As ``Split``."""

@@ -72,9 +72,7 @@ class _Table(Split):
     def bag(self, values: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """The weighted sums [T, O] of the whole table's rows."""
         table, self.met = self.local(values), True
-        y_TO = self._bag(table, index_TK, weight_TK)
-        self.met = False
-        return y_TO
+        return self._bag(table, index_TK, weight_TK)
 
     def _bag(self, table: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         raise NotImplementedError

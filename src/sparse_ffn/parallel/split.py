@@ -58,9 +58,9 @@ class Split:
 
     def fail(self) -> None:
         """Tell the processes that wait for this one's tokens that it raises."""
-        if self.exchange is not None and not self.met:
+        met, self.met = self.met, False
+        if self.exchange is not None and not met:
             self.exchange.fail()
-        self.met = False
 
     def awaited(self, waiting: Callable[[], T]) -> T:
         """What a function gives that waits for tokens, after the errand."""
