@@ -73,6 +73,29 @@ def test_biases_of_several_processes_cannot_drift_apart() -> None:
     torch.testing.assert_close(first["pooled"], second["pooled"])
 
 
+def dropped(rank: int) -> dict[str, Any]:
+    """The first layer ran in process 0 only, the second in 1 only, the third in both and the last nowhere."""
+    layers = nn.ModuleList(mixture(sync_balance=True, null_experts=number) for number in range(4))
+    with sf.RoutingMeter(layers) as meter:
+        for number in (rank, 2):
+            layers[number](batch(rank))
+    return {"stats": sf.routing_stats(layers, sync=True), "metered": meter.stats(sync=True)}
+
+
+def test_pooled_statistics_are_of_the_layers_that_ran_anywhere() -> None:
+    """Each process pooled the layers that it had run: of other experts, or other numbers of them."""
+    expected = {}
+    for number, ranks in ((0, [0]), (1, [1]), (2, [0, 1])):
+        layer = mixture(null_experts=number)
+        layer(torch.cat([batch(rank) for rank in ranks]))
+        expected[str(number)] = sf.routing_stats(layer)[""]
+    for found in processes.run(dropped, WORLD):
+        for stats in found.values():
+            assert list(stats) == list(expected)
+            for name, own in expected.items():
+                torch.testing.assert_close(stats[name], own)
+
+
 # ------------------------------------------------------------------------------------------------ groups by name
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn.checks import check_module
-from sparse_ffn.layers.balanced import Balanced, balanced_in
+from sparse_ffn.layers.balanced import Balanced, balanced_in, slots_of_all
 from sparse_ffn.module import in_evaluation, run_batch
 from sparse_ffn.ops.library import in_backward, under_transforms
-from sparse_ffn.routing.statistics import summary
+from sparse_ffn.routing.distributed import Sync, check_group, check_sync
+from sparse_ffn.routing.statistics import slot_counts, summary
 
 
 class _Hook:
@@ -61,9 +62,20 @@ class RoutingMeter:
             handle.remove()
         self._handles = []
 
-    def stats(self) -> dict[str, dict[str, Any]]:
-        """As ``routing_stats``, over all forwards since ``start()``, for each layer that has run."""
-        return {name: summary(counts[:-1], self._layers[name].null_experts) for name, counts in self._counts.items()}
+    def stats(self, *, sync: Sync = False) -> dict[str, dict[str, Any]]:
+        """As ``routing_stats``, over all forwards since ``start()``, for each layer that has run.
+
+        Args:
+            sync: as ``routing_stats``'s.
+
+        Raises:
+            TypeError: ``sync`` is neither a bool nor a process group.
+            RuntimeError: ``sync=True`` and torch.distributed is not initialised.
+        """
+        sync = check_sync("sync", sync)
+        check_group("sync", sync)
+        counts = slots_of_all(self._layers, self._counts, sync)
+        return {name: summary(count, self._layers[name].null_experts) for name, count in counts.items()}
 
     def _count(self, name: str, layer: Balanced) -> None:
         if in_backward() or layer._routed is None:
@@ -72,14 +84,8 @@ class RoutingMeter:
             raise RuntimeError(
                 "RoutingMeter counts as a side effect, which is lost inside torch.func's transforms: stop it there"
             )
-        index_TK, mask_T = layer._routed
-        slots_TK = torch.ones_like(index_TK)
-        if mask_T is not None:
-            slots_TK = slots_TK * mask_T.unsqueeze(1)
-        before = self._counts.get(name)
-        if before is None:
-            before = index_TK.new_zeros(layer.n_experts + layer.null_experts + 1)  # the last: slots without an expert
-        self._counts[name] = before.to(index_TK.device).scatter_add(0, index_TK.flatten(), slots_TK.flatten())
+        counts = slot_counts(*layer._routed, layer.n_experts + layer.null_experts)
+        self._counts[name] = counts + self._counts[name].to(counts.device) if name in self._counts else counts
 
     def __enter__(self) -> RoutingMeter:
         return self.start()

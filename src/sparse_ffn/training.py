@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from sparse_ffn.backends.choice import SparseFFNWarning
 from sparse_ffn.checks import called, check_finite, check_module
-from sparse_ffn.layers.balanced import balanced_in
+from sparse_ffn.layers.balanced import balanced_in, slots_of_all
 from sparse_ffn.routing.base import Router
-from sparse_ffn.routing.distributed import Sync, all_reduce_sum, check_group, check_sync, running
+from sparse_ffn.routing.distributed import Sync, check_group, check_sync, running, summed
 from sparse_ffn.routing.statistics import slot_counts, summary
 from sparse_ffn.routing.targets import Targets
 
@@ -64,10 +64,11 @@ def routing_stats(model: nn.Module, *, sync: Sync = False) -> dict[str, dict[str
         sync: count the tokens of all processes of a group, True for the default one; all of them must call it.
 
     Returns:
-        The statistics of each layer that has run, by module name. ``entropy`` is that of the load over log E (1 is
-        balance), ``busiest`` the busiest expert's share of the slots, ``dead`` the share of experts without a slot,
-        ``load`` the experts' shares, on the CPU, [E], summing to 1. Null experts have no part in these; a layer that
-        has some says with ``null`` what share of all slots went to them. Without a slot (padding alone) all are 0.
+        The statistics of each layer that has run (with ``sync`` in any of the processes), by module name. ``entropy``
+        is that of the load over log E (1 is balance), ``busiest`` the busiest expert's share of the slots, ``dead`` the
+        share of experts without a slot, ``load`` the experts' shares, on the CPU, [E], summing to 1. Null experts have
+        no part in these; a layer that has some says with ``null`` what share of all slots went to them. Without a slot
+        (padding alone) all are 0.
 
     Raises:
         TypeError: the model is no module, or ``sync`` neither a bool nor a process group.
@@ -76,16 +77,13 @@ def routing_stats(model: nn.Module, *, sync: Sync = False) -> dict[str, dict[str
     check_module("model", model)
     sync = check_sync("sync", sync)
     check_group("sync", sync)
-    layers = {name: layer for name, layer in balanced_in(model).items() if layer._routed is not None}
-    counts = [
-        slot_counts(*layer._routed, layer.n_experts + layer.null_experts)
-        for layer in layers.values()
-        if layer._routed is not None
-    ]
-    if sync is not False:
-        counts = _summed(counts, sync)
-    pairs = zip(layers.items(), counts, strict=True)
-    return {name: summary(count, layer.null_experts) for (name, layer), count in pairs}
+    layers = balanced_in(model)
+    counts = {
+        name: slot_counts(*routed, layer.n_experts + layer.null_experts)
+        for name, layer in layers.items()
+        if (routed := layer._routed) is not None
+    }
+    return {name: summary(c, layers[name].null_experts) for name, c in slots_of_all(layers, counts, sync).items()}
 
 
 @torch.no_grad()
@@ -136,7 +134,7 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
             pooled[sync, router.adapted.device].append(router)
     for (sync, device), routers in pooled.items():
         loads = [_load(router, device) for router in routers]
-        for router, load in zip(routers, loads if sync is False else _summed(loads, sync), strict=True):
+        for router, load in zip(routers, loads if sync is False else summed(loads, sync), strict=True):
             router.adapt(load, rate, wishes[router][1])
             router.load = None
 
@@ -144,10 +142,3 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
 def _load(router: Router, device: torch.device) -> Tensor:
     load = router.load
     return torch.zeros(router.load_shape, dtype=torch.int64, device=device) if load is None else load.to(device)
-
-
-def _summed(counts: list[Tensor], sync: Sync) -> list[Tensor]:
-    """The counts summed over a group's processes, in one collective."""
-    if not counts:
-        return []
-    return list(torch.split(all_reduce_sum(torch.cat(counts), sync), [len(count) for count in counts]))

@@ -15,7 +15,7 @@ from sparse_ffn.module import WithProperties, unwrapped
 from sparse_ffn.ops.library import in_backward
 from sparse_ffn.routing.balance import LOSSES, Terms, check_balance, weighted_losses
 from sparse_ffn.routing.base import AnyRouting, Router, Routing
-from sparse_ffn.routing.distributed import SharedGroup, Sync, check_sync
+from sparse_ffn.routing.distributed import SharedGroup, Sync, check_sync, summed
 from sparse_ffn.routing.relu import ReLURouter
 from sparse_ffn.routing.targets import Targets
 
@@ -228,6 +228,26 @@ class Balanced(WithProperties):
             "aux": (self.aux, "attach"),
             "sync_balance": (self.sync_balance, False),
         }
+
+
+def slots_of_all(layers: dict[str, Balanced], counts: dict[str, Tensor], sync: Sync) -> dict[str, Tensor]:
+    """The slots [E] of the layers that have run, summed over the processes of a group if asked; all of them call it.
+
+    One collective for all layers, whose vectors end with how many processes they ran in: it need not be the same ones
+    that ran everywhere (LayerDrop).
+    """
+    if sync is False or not layers:
+        return counts
+    device = next((count.device for count in counts.values()), None)
+    vectors = []
+    for name, layer in layers.items():
+        experts = layer.n_experts + layer.null_experts
+        vector = torch.zeros(experts + 1, dtype=torch.int64, device=device or layer._own_router().weight.device)
+        if name in counts:
+            vector[:-1], vector[-1] = counts[name], 1
+        vectors.append(vector)
+    totals = zip(layers, summed(vectors, sync), strict=True)
+    return {name: total[:-1] for name, total in totals if total[-1]}
 
 
 def balanced_in(model: nn.Module) -> dict[str, Balanced]:

@@ -27,6 +27,7 @@ from sparse_ffn.module import CheckedOptions, normal_
 from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.ops.library import in_backward, under_transforms
 from sparse_ffn.ops.select import stable_topk
+from sparse_ffn.routing.statistics import slot_counts
 from sparse_ffn.routing.targets import Targets
 
 
@@ -236,11 +237,7 @@ class Router(CheckedOptions, nn.Module):
 
     def count(self, index_TK: Tensor, mask_T: Tensor | None) -> None:
         """Add the real tokens' slots to the loads of bias balancing."""
-        slots_TK = torch.ones_like(index_TK)
-        if mask_T is not None:
-            slots_TK = slots_TK * mask_T.unsqueeze(1)
-        load = slots_TK.new_zeros(self.n_experts + 1).scatter_add(0, index_TK.flatten(), slots_TK.flatten())
-        self.add_load(load[:-1], "bias")  # the last counts slots without an expert
+        self.add_load(slot_counts(index_TK, mask_T, self.n_experts), "bias")
 
     def add_load(self, load: Tensor, balance: str) -> None:
         """Add to what ``adapt`` gets, once where checkpointing computes it twice; ``balance`` is for the error."""

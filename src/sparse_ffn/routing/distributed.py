@@ -50,6 +50,13 @@ def all_reduce_sum(x: Tensor, sync: Sync) -> Tensor:
     return total
 
 
+def summed(counts: list[Tensor], sync: Sync) -> list[Tensor]:
+    """Counts [N] of any lengths summed over a group's processes, in one collective."""
+    if not counts:
+        return []
+    return list(torch.split(all_reduce_sum(torch.cat(counts), sync), [len(count) for count in counts]))
+
+
 class SharedGroup:
     """A process group inside of what is copied: the copy has the same one. It cannot go into a file."""
 

@@ -10,10 +10,12 @@ from torch import Tensor
 
 
 def slot_counts(index_TK: Tensor, mask_T: Tensor | None, n_experts: int) -> Tensor:
-    """Slots of real tokens that went to each expert: int64 [E]."""
+    """Slots of real tokens that went to each expert: int64 [E]. Does not wait for the device."""
+    slots_TK = torch.ones_like(index_TK)
     if mask_T is not None:
-        index_TK = index_TK[mask_T]
-    return torch.bincount(index_TK.flatten(), minlength=n_experts + 1)[:-1]  # the last: slots without an expert
+        slots_TK = slots_TK * mask_T.unsqueeze(1)
+    counts = slots_TK.new_zeros(n_experts + 1)  # the last counts slots without an expert
+    return counts.scatter_add(0, index_TK.flatten(), slots_TK.flatten())[:-1]
 
 
 def summary(every: Tensor, null_experts: int = 0) -> dict[str, Any]:
