@@ -493,6 +493,33 @@ def test_loads_add_up_over_training_forwards_and_are_cleared_by_the_update():
     assert biases(layer) == once
 
 
+@pytest.mark.parametrize("balance", ["bias", "l1"])
+def test_loads_stay_in_one_tensor_to_which_the_replay_of_a_cuda_graph_can_add(balance):
+    layer = selector(balance, router="relu" if balance == "l1" else "sigmoid")
+    load = layer.router.load
+    layer(likes(0, 1))
+    counted = load.tolist()
+    assert any(counted)
+    sf.update_router_bias(layer)
+    assert not load.any()
+    for _ in range(2):
+        layer(likes(0, 1))
+    assert load.tolist() == [2 * count for count in counted]
+    layer.reset_parameters()
+    assert layer.router.load is load
+    assert not load.any()
+
+
+def test_copies_and_pickles_have_counted_nothing():
+    layer = biased()
+    layer(likes(0))
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        sf.update_router_bias(other)
+        assert biases(other) == [0] * E
+    sf.update_router_bias(layer)
+    assert biases(layer) == pytest.approx([-RATE, RATE, RATE, RATE])
+
+
 def test_loads_are_counted_in_training_only_and_without_padding():
     layer = biased().eval()
     layer(likes(0, 0, 0))

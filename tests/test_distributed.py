@@ -54,7 +54,7 @@ def drift(rank: int) -> dict[str, Any]:
     sf.update_router_bias(synced)
     pooled = sf.routing_stats(synced, sync=True)["0"]["load"]
     return {
-        "refused": refused, "untouched": bool((local.router.bias == 0).all() and local.router.load is not None),
+        "refused": refused, "untouched": bool((local.router.bias == 0).all() and local.router.load.any()),
         "biases": [layer.router.bias.tolist() for layer in synced], "collectives": len(calls), "pooled": pooled,
         "own": sf.routing_stats(synced)["0"]["load"],
     }  # fmt: skip

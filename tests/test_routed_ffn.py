@@ -87,8 +87,7 @@ def layer_results(layer: sf.MoE, x: Tensor, mask: Tensor | None) -> dict[str, Te
     (y.square().sum() + 100 * sf.aux_loss(layer)).backward()
     found = {"output": y.detach(), "aux_loss": sf.aux_loss(layer).detach(), "gradient of x": x.grad}
     found |= {f"gradient of {n}": p.grad for n, p in layer.named_parameters()}
-    if layer.router.load is not None:
-        found["load"] = layer.router.load
+    found["load"] = layer.router.load.clone()
     return found  # type: ignore[return-value]
 
 

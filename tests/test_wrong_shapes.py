@@ -83,7 +83,7 @@ def state(layer: nn.Module) -> dict[str, Any]:
     moe = [m for m in layer.modules() if isinstance(m, Balanced)]
     return {
         **{name: t.clone() for name, t in layer.state_dict().items()},
-        **{f"load {i}": m.router.load for i, m in enumerate(moe)},
+        **{f"load {i}": m.router.load.clone() for i, m in enumerate(moe)},
         **{f"routed {i}": m._routed for i, m in enumerate(moe)},
     }
 

@@ -130,15 +130,15 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
             )
     pooled: dict[tuple[Sync, torch.device], list[Router]] = defaultdict(list)
     for router, (sync, _) in wishes.items():
-        if router.adapted is not None and (router.load is not None or sync is not False):
+        if router.adapted is not None:
             pooled[sync, router.adapted.device].append(router)
     for (sync, device), routers in pooled.items():
         loads = [_load(router, device) for router in routers]
         for router, load in zip(routers, loads if sync is False else summed(loads, sync), strict=True):
             router.adapt(load, rate, wishes[router][1])
-            router.load = None
+            router.load.zero_()
 
 
 def _load(router: Router, device: torch.device) -> Tensor:
     load = router.load
-    return torch.zeros(router.load_shape, dtype=torch.int64, device=device) if load is None else load.to(device)
+    return torch.zeros_like(load, device=device) if load.is_meta else load.to(device)  # of meta: nothing has run since

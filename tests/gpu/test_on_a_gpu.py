@@ -95,6 +95,25 @@ def test_a_training_step_in_a_cuda_graph(make: Callable[[], sf.SparseFFN], token
         assert torch.equal(got, parameter.grad)
 
 
+@pytest.mark.parametrize("balance", ["bias", "l1"])
+def test_the_replays_of_a_graph_count_the_loads(balance: str) -> None:
+    layer = sf.MoE(64, 16, 32, 4, router="relu" if balance == "l1" else "sigmoid", balance=balance, device="cuda")
+    x = torch.randn(512, 64, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        layer(x)
+    torch.cuda.current_stream().wait_stream(side)
+    once = layer.router.load.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer(x)
+    sf.update_router_bias(layer)
+    for _ in range(3):
+        graph.replay()
+    assert torch.equal(layer.router.load, 3 * once)
+
+
 def test_a_graph_routes_anew_at_every_replay() -> None:
     """bf16, the width of a real layer: tokens that are all alike overload k experts, and others none at all."""
     layer = sf.SigmaMoE(1024, 64, 128, 8, device="cuda", dtype=torch.bfloat16)

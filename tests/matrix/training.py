@@ -114,9 +114,10 @@ def _checkpointed(name: str, reentrant: bool, **options: Any) -> None:
 def _loads(layer: sf.SparseFFN) -> Tensor:
     """What the router counted since this was last asked."""
     moe = mixture(layer)
-    if moe is None or moe.router.load is None:
+    if moe is None:
         return torch.zeros(1)
-    load, moe.router.load = moe.router.load, None
+    load = moe.router.load.clone()
+    moe.router.load.zero_()
     return load
 
 

@@ -194,7 +194,8 @@ def _cut(layer: MoE, kept: list[int], removed: list[int], constants: Tensor | No
         _select(layer.router, name, scored)
     layer.n_experts = len(kept)
     layer.d_ff = layer.n_experts * layer.expert_size
-    layer.router.n_experts, layer.router.load = len(scored), None
+    layer.router.n_experts = len(scored)
+    layer.router.load = layer.router.load.new_zeros(layer.router.load_shape)
     if constants is not None:
         new = constants.to(layer.values)
         rows = new if layer.constants is None else torch.cat([layer.constants, new])

@@ -90,7 +90,7 @@ class Router(CheckedOptions, nn.Module):
     voids_zeros = False
     """Whether a slot whose gate is 0 has no expert: nothing is computed for it, and no load is counted."""
     bias: Tensor | None
-    load: Tensor | None
+    load: Tensor
 
     def __init__(
         self,
@@ -117,8 +117,9 @@ class Router(CheckedOptions, nn.Module):
         bias = torch.empty(self.n_experts, device=device, dtype=wide) if selection_bias else None
         self.register_buffer("bias", bias)
         self.add_parameters()
-        # slots counted since the last bias update; no buffer, since DDP would overwrite it with the first process's
-        self.load = None
+        # slots counted since the last bias update, in one tensor, to which the replays of a CUDA graph add as well; no
+        # buffer, since DDP would overwrite it with the first process's
+        self.load = torch.zeros(self.load_shape, dtype=torch.int64, device=self.weight.device)
         self.reset_parameters()
 
     @property
@@ -149,7 +150,7 @@ class Router(CheckedOptions, nn.Module):
             self.weight.div_(norm).mul_(self.init_scale)
             if self.bias is not None:
                 self.bias.zero_()
-            self.load = None
+            self.load.zero_()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As Module's, but buffers stay fp32 (fp64 for an fp64 router): steps of 1e-3 vanish in bf16."""
@@ -161,6 +162,10 @@ class Router(CheckedOptions, nn.Module):
             if old is not None and new is not None and new.dtype != wide:
                 self._buffers[name] = old.to(new.device, wide)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the loads that were counted: copies and pickles start clean."""
+        return {**self.__dict__, "load": torch.zeros_like(self.load)}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """As Module's; the buffers that a state in 16 bits assigns become wide, too."""
@@ -248,8 +253,11 @@ class Router(CheckedOptions, nn.Module):
                 f"balance=\"{balance}\" counts the experts' loads as a side effect, which is lost inside torch.func's "
                 "transforms: take another balance there, or evaluate"
             )
-        if not load.is_meta:  # there is nothing to count
-            self.load = load if self.load is None else self.load.to(load.device) + load
+        if load.is_meta:  # there is nothing to count
+            return
+        if self.load.device != load.device:  # the router was moved
+            self.load = torch.zeros_like(load) if self.load.is_meta else self.load.to(load.device)
+        self.load.add_(load)
 
     @property
     def adapted(self) -> Tensor | None:
