@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 import sparse_ffn as sf
-from sparse_ffn.layers import LatentMoE
+from sparse_ffn.layers import LatentMoE, SwitchHeadAttention
 
 WORLD = 2
 
@@ -140,6 +140,52 @@ def test_a_group_by_name_balances_its_own_processes_and_hangs_nobody() -> None:
     layer = mixture(balance="entropy")
     layer(torch.cat([batch(0), batch(1)]))
     assert [results["both"] for results in found] == pytest.approx([sf.aux_loss(layer).item()] * 2)
+
+
+def attention(sync: bool, over: str) -> SwitchHeadAttention:
+    torch.manual_seed(2)
+    losses = ("entropy", "switch", "bias")
+    return SwitchHeadAttention(
+        8,
+        2,
+        4,
+        balance=losses,
+        balance_weight=(1.0, 0.5, 0.0),
+        balance_over=over,
+        sync_balance=sync,
+        dtype=torch.float64,
+    )
+
+
+def sequences(rank: int) -> torch.Tensor:
+    return batch(rank).double().view(4, 10, 8)
+
+
+def heads(rank: int, over: str) -> tuple[float, list[torch.Tensor], list[torch.Tensor]]:
+    layer = attention(True, over)
+    layer(sequences(rank))
+    loss = sf.aux_loss(layer)
+    loss.backward()
+    routers = [layer.values.router, layer.outputs.router]
+    for router in routers:
+        dist.all_reduce(router.weight.grad)
+    sf.update_router_bias(layer)
+    return loss.item(), [router.weight.grad / WORLD for router in routers], [router.bias for router in routers]
+
+
+@pytest.mark.parametrize("over", ["batch", "sequence"])
+def test_the_heads_of_attention_are_balanced_over_all_processes(over: str) -> None:
+    """Heads were pooled as sequences are: each process balanced its own tokens, and averaged the losses."""
+    layer = attention(False, over)
+    layer(torch.cat([sequences(rank) for rank in range(WORLD)]))
+    expected = sf.aux_loss(layer)
+    expected.backward()
+    sf.update_router_bias(layer)
+    for loss, gradients, biases in processes.run(heads, WORLD, over):
+        assert loss == pytest.approx(expected.item())
+        for router, gradient, bias in zip((layer.values.router, layer.outputs.router), gradients, biases, strict=True):
+            torch.testing.assert_close(gradient, router.weight.grad)
+            assert torch.equal(bias, router.bias)
 
 
 # ------------------------------------------------------------------------------------------------ fresh weights

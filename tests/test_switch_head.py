@@ -229,6 +229,8 @@ def test_what_does_not_fit_is_said() -> None:
         SwitchHeadAttention(D, H, E)
     with pytest.raises(ValueError, match="k must be at least 1 and at most n_experts = 4, got 5"):
         layer.k = 5
+    with pytest.raises(ValueError, match=r"balance = \('z', 'l1'\) needs gates that can be zero"):
+        made(balance=("z", "l1"), balance_weight=(1.0, 1.0))
     with pytest.raises(ValueError, match=r"x must have shape \[..., T, d_model = 8\], got \[8\]"):
         layer(x[0, 0])
     with pytest.raises(ValueError, match=r"value_input must have x's shape, \[2, 5, 8\], got \[2, 4, 8\]"):

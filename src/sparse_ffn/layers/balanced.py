@@ -13,7 +13,7 @@ from sparse_ffn.checks import check_choice, check_positive
 from sparse_ffn.layers.last_forward import LastForward, nodes_of, watch
 from sparse_ffn.module import WithProperties, unwrapped
 from sparse_ffn.ops.library import in_backward
-from sparse_ffn.routing.balance import LOSSES, Terms, check_balance, weighted_losses
+from sparse_ffn.routing.balance import LOSSES, Terms, check_balance, groups, weighted_losses
 from sparse_ffn.routing.base import AnyRouting, Router, Routing
 from sparse_ffn.routing.distributed import SharedGroup, Sync, check_sync, summed
 from sparse_ffn.routing.relu import ReLURouter
@@ -169,7 +169,13 @@ class Balanced(WithProperties):
             return None
         if "l1" in self.balance:
             terms = self._with_l1(terms, routing, mask_T)
-        return weighted_losses(routing, terms, mask_T, n_sequences, self.sync_balance, self._targets)
+        return self._losses(routing, terms, mask_T, *groups(n_sequences))
+
+    def _losses(
+        self, routing: AnyRouting, terms: Terms, mask_T: Tensor | None, n_groups: int, per_sequence: bool
+    ) -> Tensor:
+        """The weighted losses; a subclass may divide the groups further."""
+        return weighted_losses(routing, terms, mask_T, n_groups, per_sequence, self.sync_balance, self._targets)
 
     def _with_l1(self, terms: Terms, routing: AnyRouting, mask_T: Tensor | None) -> Terms:
         """The terms, that of the L1 loss times its adapting weight; counts what this adapts to."""

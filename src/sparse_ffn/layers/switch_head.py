@@ -32,8 +32,9 @@ from sparse_ffn.layers.projection import Projection
 from sparse_ffn.layers.rows.base import n_numbers
 from sparse_ffn.module import CheckedOptions, is_brought, normal_, unwrapped
 from sparse_ffn.ops.select import stable_topk
-from sparse_ffn.routing.balance import check_balance
+from sparse_ffn.routing.balance import Terms, check_balance
 from sparse_ffn.routing.base import AnyRouting, Routing
+from sparse_ffn.routing.distributed import Sync
 from sparse_ffn.routing.inject import inject
 from sparse_ffn.routing.routers import SigmoidRouter
 
@@ -72,7 +73,7 @@ class HeadExperts(Balanced):
         d_out: width of a row of the result.
         make_router: makes the router; its ``n_experts`` are those of all heads.
         std: of the initialisation.
-        balance: names, weights, ``balance_over`` and ``aux``.
+        balance: names, weights, ``balance_over``, ``aux`` and ``sync_balance``.
     """
 
     def __init__(
@@ -82,10 +83,10 @@ class HeadExperts(Balanced):
         d_out: int,
         make_router: Callable[[], HeadRouter],
         std: float,
-        balance: tuple[tuple[str, ...], tuple[float, ...], str, str],
+        balance: tuple[tuple[str, ...], tuple[float, ...], str, str, Sync],
     ) -> None:
         super().__init__()
-        self._set_balance(*balance, False)
+        self._set_balance(*balance)
         router = self.router = make_router()
         self.to_heads, self._std, self.n_heads, self.n_experts = to_heads, std, router.n_heads, router.n_experts
         own: dict[str, Any] = {"device": router.weight.device, "dtype": router.weight.dtype}
@@ -110,10 +111,12 @@ class HeadExperts(Balanced):
         self._keep(loss, routing.index_TK, mask_T, (y, loss))
         return y
 
-    def _weighted_loss(self, routing: AnyRouting, mask_T: Tensor | None, n_sequences: int | None) -> Tensor | None:
+    def _losses(
+        self, routing: AnyRouting, terms: Terms, mask_T: Tensor | None, n_groups: int, per_sequence: bool
+    ) -> Tensor:
         """The mean of the heads' losses: the experts of one head compete with each other only."""
         assert isinstance(routing, Routing), "there is no fused call"
-        n_groups, n_heads = 1 if n_sequences is None else n_sequences, self.n_heads
+        n_heads = self.n_heads
 
         def by_head(x_TN: Tensor) -> Tensor:
             length, width = x_TN.shape[0] // max(n_groups, 1), x_TN.shape[1] // n_heads
@@ -123,7 +126,7 @@ class HeadExperts(Balanced):
         void, n_experts = index == routing.logits_TE.shape[1], logits.shape[1]
         own = Routing(logits, torch.where(void, n_experts, index % n_experts), by_head(routing.gate_TK))
         mask = None if mask_T is None else by_head(mask_T.unsqueeze(1).expand(-1, n_heads)).squeeze(1)
-        return super()._weighted_loss(own, mask, n_groups * n_heads)
+        return super()._losses(own, terms, mask, n_groups * n_heads, per_sequence)
 
     def reset_parameters(self) -> None:
         """Normal weights; the router's own initialisation."""
@@ -163,13 +166,15 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
         balance_weight: as ``MoE``'s.
         balance_over: as ``MoE``'s.
         aux: as ``MoE``'s.
+        sync_balance: as ``MoE``'s.
         init_scale: c; projections have standard deviation c/sqrt(fan-in), of the outputs H·d_head; router rows norm c.
         n_layers: sets c = sqrt(2/n_layers).
         device: where the parameters live.
         dtype: their dtype.
 
     Raises:
-        ValueError: an argument outside its range; no ``d_head``, and n_heads does not divide d_model.
+        ValueError: an argument outside its range; no ``d_head``, and n_heads does not divide d_model; ``"l1"``, for the
+            routers' gates are sigmoids.
         TypeError: an argument of a wrong type, or that the layer does not have.
     """
 
@@ -191,6 +196,7 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
         balance_weight: float | Sequence[float] = 1e-3,
         balance_over: str = "batch",
         aux: str = "attach",
+        sync_balance: Sync = False,
         init_scale: float = 1.0,
         n_layers: int | None = None,
         device: Any = None,
@@ -209,12 +215,14 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
         self.dropout = check_rate("dropout", dropout, inclusive=True)
         self.init_scale, self.d_out = initial_scale(init_scale, n_layers), self.d_model
         names, weights = check_balance(balance, balance_weight)
+        if "l1" in names:
+            raise ValueError(f"balance = {names!r} needs gates that can be zero, and those of attention are sigmoids")
         width = self.n_heads * self.d_head
         make_router = partial(
             HeadRouter, self.n_heads, self.d_model, self.n_experts, k, expert_dropout=expert_dropout,
             selection_bias="bias" in names, init_scale=self.init_scale, device=device, dtype=dtype,
         )  # fmt: skip
-        balanced = (names, weights, balance_over, aux)
+        balanced = (names, weights, balance_over, aux, sync_balance)
         for name, fan in (("values", self.d_model), ("outputs", width)):
             std = self.init_scale / math.sqrt(fan)
             setattr(self, name, HeadExperts(name == "values", *self._projections[name], make_router, std, balanced))

@@ -38,18 +38,26 @@ Terms = tuple[tuple[str, Weight], ...]
 
 
 class Pool:
-    """Sums over the real tokens of each group, and over processes if asked."""
+    """Sums over the real tokens of each group, and over processes if asked.
+
+    Sequences are groups of one process each, so that only the mean over them is pooled; of all others the sums are.
+    """
 
     count_B1: Tensor | int
     """Real tokens of each group: a tensor only where it is not simply the group's length."""
 
     def __init__(
-        self, mask_T: Tensor | None, n_groups: int | None, sync: Sync, routing: AnyRouting, targets: Targets | None
+        self,
+        mask_T: Tensor | None,
+        n_groups: int,
+        per_sequence: bool,
+        sync: Sync,
+        routing: AnyRouting,
+        targets: Targets | None,
     ) -> None:
         self.mask_T, self.sync, self.targets = mask_T, sync, targets
         self.n_experts = routing[0].shape[1]
-        self.per_sequence = n_groups is not None
-        self.n_groups = 1 if n_groups is None else n_groups
+        self.n_groups, self.per_sequence = n_groups, per_sequence
         self.length = routing.gate_TK.shape[0] // self.n_groups if self.n_groups else 0
         if mask_T is None and sync is False and _some(self.length):
             self.count_B1 = self.length
@@ -235,20 +243,29 @@ def balance_loss(
     if mask_T is not None:
         check_mask(mask_T, routing.gate_TK)
     _check_sequences(n_sequences, routing.gate_TK.shape[0])
-    return weighted_losses(routing, _checked(terms), mask_T, n_sequences, check_sync("sync", sync))
+    return weighted_losses(routing, _checked(terms), mask_T, *groups(n_sequences), check_sync("sync", sync))
+
+
+def groups(n_sequences: int | None) -> tuple[int, bool]:
+    """How many groups of tokens are balanced each by itself, and whether they are sequences; None: all together."""
+    return (1, False) if n_sequences is None else (n_sequences, True)
 
 
 def weighted_losses(
     routing: AnyRouting,
     terms: Terms,
     mask_T: Tensor | None,
-    n_sequences: int | None,
+    n_groups: int,
+    per_sequence: bool,
     sync: Sync,
     targets: Targets | None = None,
 ) -> Tensor:
-    """``balance_loss`` of arguments that are right, with other targets than equal shares if there are some."""
+    """``balance_loss`` of arguments that are right, with other targets than equal shares if there are some.
+
+    The groups are of equal length, one after the other; those of a layer need not be sequences (``Pool``).
+    """
     with without_autocast(routing.gate_TK):
-        pool = Pool(mask_T, n_sequences, sync, routing, targets)
+        pool = Pool(mask_T, n_groups, per_sequence, sync, routing, targets)
         losses = [LOSSES[name](routing, pool, weight) for name, weight in terms]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
