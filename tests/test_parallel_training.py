@@ -402,6 +402,24 @@ def telling(rank: int) -> list[str]:
     return said
 
 
+def injected(rank: int) -> tuple[list[Tensor], list[Tensor]]:
+    found = []
+    for divided in (False, True):
+        layer = mixture(False, aux="inject")
+        if divided:
+            parallelize_module(layer, init_device_mesh("cpu", (1,)), ExpertParallel(exchange="slots"))
+        y = layer(tokens(rank))
+        y += 1  # as a residual stream may do
+        y.square().mean().backward()
+        found.append([full(p.grad) for p in layer.parameters()])
+    return found[0], found[1]
+
+
+def test_an_injected_loss_of_a_split_layer_is_the_same() -> None:
+    ((expected, found),) = processes.run(injected, 1)
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_process_tells_of_its_error_while_others_wait_for_its_tokens_and_raises_its_own() -> None:
     (said,) = processes.run(telling, 1)
     assert said == ["told", "told", "travelled"]

@@ -165,14 +165,17 @@ class Routed(NullExperts, Balanced, SparseFFN):
             experts: of x [T, D], index [T, K] and gate [T, K] the sum over the slots whose index is below n_experts.
         """
         routing = self._decide(router_input.reshape(-1, self.d_router), mask_T, n_experts, n_sequences)
+        gate_TK, travels = routing.gate_TK, self._split is not None
+        loss = None if travels else self._balance_loss(routing, mask_T, n_sequences)
+        if loss is not None and self.aux == "inject":
+            gate_TK, loss = inject(gate_TK, loss), None
         x_TD = x_TD.to(autocast_dtype(x_TD))
         index_TK = routing.index_TK.clamp_max(n_experts) if self.null_experts else routing.index_TK
-        y_TO = experts(x_TD, index_TK, routing.gate_TK)
-        y_TO = self._add_null(y_TO, x_TD, routing.index_TK, routing.gate_TK, n_experts)
-        # after the experts: where processes share these, a process that has raised joins the first collective alone
-        loss = self._balance_loss(routing, mask_T, n_sequences)
-        if loss is not None and self.aux == "inject":
-            y_TO, loss = inject(y_TO, loss), None
+        y_TO = self._add_null(experts(x_TD, index_TK, gate_TK), x_TD, routing.index_TK, gate_TK, n_experts)
+        if travels:  # the exchange is first: it, and not an all-reduce of the loss, is where a failed process says so
+            loss = self._balance_loss(routing, mask_T, n_sequences)
+            if loss is not None and self.aux == "inject":
+                y_TO, loss = inject(y_TO, loss).clone(), None  # a copy, since an output may be changed in place
         self._keep(loss, routing.index_TK, mask_T, (y_TO, loss))
         return y_TO
 
