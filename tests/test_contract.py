@@ -8,6 +8,7 @@ import math
 import pkgutil
 import re
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,7 +18,7 @@ from torch import nn
 
 import sparse_ffn as sf
 from sparse_ffn import compress, convert, layers, plot, routing
-from sparse_ffn.layers import SharedExpertMoE
+from sparse_ffn.layers import LatentMoE, SharedExpertMoE
 from sparse_ffn.layers.variants import MoEOptions
 from sparse_ffn.routing.base import RouterOptions
 
@@ -171,6 +172,26 @@ def test_initial_standard_deviations(options: dict[str, Any], c: float) -> None:
     assert std(memory.values) == pytest.approx(c / math.sqrt(d), rel=0.05)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(sf.MoE, 16, 6, 4, 2, router="unweighted"),
+        partial(LatentMoE, 16, 8, 6, 4, 2, router="unweighted"),
+        partial(sf.ProductKeyMemory, 16, 6, 4),
+        partial(sf.ProductKeyMemory, 16, 6, 4, gated=True),
+    ],
+    ids=["MoE", "LatentMoE", "ProductKeyMemory", "gated"],
+)
+def test_the_scale_of_the_output_is_that_of_two_matrices_whatever_stands_around_these(make: Any) -> None:
+    """c² = 2/n_layers: projections that had c as well made it c⁴."""
+    x, found = torch.randn(30, 16, dtype=torch.float64), []
+    for n_layers in (None, 64):
+        torch.manual_seed(0)
+        found.append(make(n_layers=n_layers, dtype=torch.float64)(x))
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[1], found[0] / 32)
+
+
 def test_biases_and_noise_start_at_zero() -> None:
     layer = sf.NoisyTopKMoE(8, 4, 4, 2, bias=True)
     memory = sf.ProductKeyMemory(8, 4, 4, query_dim=6, query_bias=True, query_norm="layer", norm_affine=True)
@@ -307,8 +328,10 @@ def test_the_usual_loop_over_modules_initialises_as_the_layers_do() -> None:
         for module in layer.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        for linear in (module for module in layer.modules() if isinstance(module, nn.Linear)):
-            assert linear.weight.std().item() == pytest.approx(0.5 / linear.in_features**0.5, rel=0.08)
+        linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        for name, linear in linears.items():
+            c = 0.5 if name in ("query", "key") else 1.0
+            assert linear.weight.std().item() == pytest.approx(c / linear.in_features**0.5, rel=0.08)
             assert linear.bias is None or not linear.bias.any()
 
 
@@ -381,7 +404,7 @@ BAD: list[tuple[Any, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     (routing.ReLURouter, (4, "8", 3), {"active": 2.0}, TypeError, "n_experts must be an int, got '8'"),
     (sf.SigmaMoE, (4, 3, 5, 1), {"router": "softmax"}, TypeError, r"SigmaMoE has no argument 'router' \(MoE has it\)"),
     (sf.SigmaMoE, (4, 3, 5, 1), {"gain": 1}, TypeError, "SigmaMoE has no argument 'gain'; it takes d_model, n_experts"),
-    (sf.SigmaMoE, (4, 3, 5, 1), {"gain": 1}, TypeError, "balance_weight, activation, glu.*dtype$"),
+    (sf.SigmaMoE, (4, 3, 5, 1), {"gain": 1}, TypeError, "balance_weight, activation, glu.*dtype, d_out, d_router$"),
     (sf.SigmaMoE, (4, 3, 5, 1), {"n_iters": 1}, TypeError, "SigmaMoE has no argument 'n_iters'"),
     (sf.DenseFFN, (4, 6), {"activaton": "gelu"}, TypeError, r"DenseFFN.*'activaton' \(did you mean 'activation'\?\)"),
     (sf.TopKFFN, (4, 6, 2), {"key_bias": True}, TypeError, "TopKFFN has no argument 'key_bias'"),

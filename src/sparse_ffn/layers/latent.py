@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from sparse_ffn.checks import check_flag, check_floating, check_mask, check_places, check_positive, shape_error
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.projection import Projection
-from sparse_ffn.layers.routed import Routed
+from sparse_ffn.layers.routed import InnerOptions, Routed, RouterChoice
 from sparse_ffn.layers.rows.base import n_numbers
-from sparse_ffn.module import is_brought, unwrapped
+from sparse_ffn.module import CheckedOptions, Unpack, is_brought, unwrapped
 
 
-class LatentMoE(nn.Module):
+class LatentOptions(InnerOptions, RouterChoice, total=False):
+    """``MoE``'s keyword arguments that a mixture between two projections has, too."""
+
+
+class LatentMoE(CheckedOptions, nn.Module):
     """y = up · MoE(down · x), the router seeing x (LatentMoE, arXiv 2601.18089; Nemotron 3).
 
     Experts read and write vectors of width d_latent, so that each costs d_latent/d_model of what it would: for the same
@@ -29,7 +31,9 @@ class LatentMoE(nn.Module):
         k: as ``MoE``'s.
         d_out: output width; None for d_model.
         projection_bias: add ``down.bias`` and ``up.bias``.
-        options: ``MoE``'s other arguments, but ``d_router``.
+        options: ``MoE``'s other arguments, but ``d_router``: the router sees x. ``init_scale`` and ``n_layers`` are for
+            the mixture alone: both projections have standard deviation 1/sqrt(input width), so that the output's scale
+            is a ``MoE``'s.
 
     Raises:
         ValueError: an argument outside its range.
@@ -49,18 +53,16 @@ class LatentMoE(nn.Module):
         *,
         d_out: int | None = None,
         projection_bias: bool = False,
-        **options: Any,
+        **options: Unpack[LatentOptions],
     ) -> None:
         super().__init__()
-        if "d_router" in options:
-            raise TypeError("LatentMoE has no argument 'd_router': its router sees x, which is d_model wide")
         self.d_model, self.d_latent = check_positive("d_model", d_model), check_positive("d_latent", d_latent)
         self.d_out = self.d_model if d_out is None else check_positive("d_out", d_out)
         biased = check_flag("projection_bias", projection_bias)
         self.moe = MoE(self.d_latent, n_experts, expert_size, k, d_router=self.d_model, **options)
         own = {"device": self.moe.values.device, "dtype": self.moe.values.dtype}
-        self.down = Projection(self.d_model, self.d_latent, self.moe.init_scale, bias=biased, **own)
-        self.up = Projection(self.d_latent, self.d_out, self.moe.init_scale, bias=biased, **own)
+        self.down = Projection(self.d_model, self.d_latent, bias=biased, **own)
+        self.up = Projection(self.d_latent, self.d_out, bias=biased, **own)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, router_input: Tensor | None = None) -> Tensor:
         """As ``SparseFFN``'s; ``router_input`` [..., d_model] is what the router sees instead of x."""
@@ -116,7 +118,7 @@ class LatentMoE(nn.Module):
         return self._own_moe().d_ff
 
     def reset_parameters(self) -> None:
-        """Initialise all parameters and buffers anew: projections are normal with std c/sqrt(their input width)."""
+        """Initialise all parameters and buffers anew: projections are normal with std 1/sqrt(their input width)."""
         self._own_moe().reset_parameters()
         for name in ("down", "up"):
             unwrapped(name, getattr(self, name), nn.Linear).reset_parameters()

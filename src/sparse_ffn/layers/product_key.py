@@ -54,7 +54,8 @@ class ProductKeyMemory(SparseFFN):
         gated: gate what was read, and project it: out(silu(gate x) ⊙ y) (Memory+, 2412.09764, section 3).
         d_out: output width.
         dropout: on the weights of the selected values.
-        init_scale: c; sub-keys have standard deviation c/sqrt(query_dim or d_model), the query c/sqrt(d_model).
+        init_scale: c; sub-keys have standard deviation c/sqrt(query_dim or d_model), the query c/sqrt(d_model), gate
+            and out 1/sqrt(input width), so that a gate does not change how the output's scale depends on c.
         n_layers: sets c = sqrt(2/n_layers).
         device: where the parameters live.
         dtype: their dtype.
@@ -125,7 +126,7 @@ class ProductKeyMemory(SparseFFN):
         self.keys = self._parameter(self.d_ff, self.d_model) if self.experts else None
         self.values = self._parameter(self.d_ff, self.d_out)
         for name, width in (("gate", self.d_model), ("out", self.d_out)):
-            made = Projection(width, self.d_out, self.init_scale, **self._factory) if self.gated else None
+            made = Projection(width, self.d_out, **self._factory) if self.gated else None
             setattr(self, name, made)
         self.reset_parameters()
 

@@ -21,14 +21,12 @@ from sparse_ffn.routing.routers import make_router
 # T tokens, D d_model, O d_out, R d_router, E experts, K selected experts
 
 
-class MoEOptions(TypedDict, total=False):
-    """The keyword arguments that all mixtures share; ``MoE`` says what they are."""
+class InnerOptions(TypedDict, total=False):
+    """The keyword arguments that all mixtures share, but for widths; ``MoE`` says what they are."""
 
     activation: str
     glu: bool
     bias: bool
-    d_out: int | None
-    d_router: int | None
     null_experts: int
     null_kind: str
     null_share: float | None
@@ -43,12 +41,23 @@ class MoEOptions(TypedDict, total=False):
     dtype: torch.dtype | None
 
 
-class RoutedOptions(MoEOptions, total=False):
-    """Those, and the ones that ``MoE``'s named variants set."""
+class MoEOptions(InnerOptions, total=False):
+    """Those, and widths."""
+
+    d_out: int | None
+    d_router: int | None
+
+
+class RouterChoice(TypedDict, total=False):
+    """The ones that ``MoE``'s named variants set."""
 
     router: str | Router | Callable[..., Router]
     balance: str | Sequence[str]
     balance_weight: float | Sequence[float]
+
+
+class RoutedOptions(MoEOptions, RouterChoice, total=False):
+    """All of them."""
 
 
 class Routed(NullExperts, Balanced, SparseFFN):
