@@ -22,14 +22,14 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_common
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import sparse_ffn as sf
-from sparse_ffn.layers import SharedExpertMoE
+from sparse_ffn.layers import LowRankMoE, MixedMoE, SharedExpertMoE
 from sparse_ffn.parallel import (
     ExpertParallel,
     HiddenParallel,
@@ -167,6 +167,34 @@ def test_fsdp_in_two_dimensions_with_split_layers(ep: int, rest: str) -> None:
 @pytest.mark.skipif(not TWO_MESHES, reason="this version of torch shards over one mesh")
 def test_hsdp_with_split_layers() -> None:
     processes.run(under_fsdp, 4, 2, "leave", True)
+
+
+def columns() -> nn.Sequential:
+    """Layers that are split along their parameters' second dimension; of the first there is less than of processes."""
+    torch.manual_seed(8)
+    double = {"dtype": torch.float64}
+    routed = sf.MoE(D, 1, 8, 1, bias=True, balance="none", **double)
+    return nn.Sequential(nn.Linear(D, D, **double), routed, sf.ProductKeyMemory(D, 4, 3, **double))
+
+
+def under_fsdp_by_columns(rank: int) -> dict[str, Tensor]:
+    flat = init_device_mesh("cpu", (4,), mesh_dim_names=("dp",))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("edp", "ep"))
+    net = columns()
+    styles = {"hidden": HiddenParallel(input_layouts=Shard(0)), "memory": MemoryParallel(shard="columns")}
+    parallelize_module(net, mesh["ep"], plan(net, **styles))
+    fully_shard(net, mesh=flat, shard_placement_fn=shard_placement_fn(net, flat, mesh["edp"]))
+    step(net, tokens(rank))
+    return gradients(net)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(not TWO_MESHES, reason="this version of torch shards over one mesh")
+def test_fsdp_with_layers_that_are_split_by_units_and_columns() -> None:
+    net = columns()
+    step(net, torch.cat([tokens(rank) for rank in range(4)]))
+    for found in processes.run(under_fsdp_by_columns, 4):
+        near(found, {name: p.grad for name, p in net.named_parameters()})  # type: ignore[misc]
 
 
 # ------------------------------------------------------------------------------------------------ optimizers
@@ -423,6 +451,17 @@ def test_an_injected_loss_of_a_split_layer_is_the_same() -> None:
 def test_a_process_tells_of_its_error_while_others_wait_for_its_tokens_and_raises_its_own() -> None:
     (said,) = processes.run(telling, 1)
     assert said == ["told", "told", "travelled"]
+
+
+def test_a_plan_names_the_mixtures_that_no_style_splits() -> None:
+    mixed, low = MixedMoE(D, [(2, 4), (2, 8)], 2), LowRankMoE(D, 4, 8, 2, 2)
+    net = nn.Sequential(mixture(False), mixed, low)
+    words = r"no style splits '1' \(MixedMoE\), '2' \(LowRankMoE\): every process holds all of it"
+    for styles in ({"experts": ExpertParallel()}, {"hidden": HiddenParallel()}):
+        with pytest.warns(sf.SparseFFNWarning, match=words):
+            assert list(plan(net, **styles)) == ["0"]
+    with pytest.raises(ValueError, match="experts = ExpertParallel, but the model has no layer for it"):
+        plan(mixed, experts=ExpertParallel())
 
 
 def said(call: Callable[[], Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,13 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn.parallel import DistributedDataParallel
 
-from sparse_ffn.checks import check_module, check_type
+from sparse_ffn.backends.warning import SparseFFNWarning
+from sparse_ffn.checks import called, check_module, check_type
 from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.product_key import ProductKeyMemory
+from sparse_ffn.layers.routed import Routed
 from sparse_ffn.parallel.exchange import shares
 
 
@@ -37,12 +40,17 @@ def plan(
     Raises:
         TypeError: the model is no module, or a style no ParallelStyle.
         ValueError: the model has no layer for a style.
+
+    Warns:
+        SparseFFNWarning: other layers are split, but not these mixtures, which no style can split (``MixedMoE``,
+            ``LowRankMoE``): every process holds them whole.
     """
     check_module("model", model)
     for name, style in (("experts", experts), ("hidden", hidden), ("memory", memory)):
         if style is not None:
             check_type(name, style, ParallelStyle, "a torch.distributed.tensor.parallel.ParallelStyle")
     found: dict[str, ParallelStyle] = {}
+    whole: list[str] = []
     used: set[int] = set()
     for name, module in model.named_modules():
         style = None
@@ -52,12 +60,16 @@ def plan(
             style = hidden
         elif isinstance(module, ProductKeyMemory):
             style = memory
+        elif isinstance(module, Routed) and (experts or hidden):
+            whole.append(f"{called(name)} ({type(module).__name__})")
         if style is not None:
             found[name] = style
             used.add(id(style))
     for argument, style in (("experts", experts), ("hidden", hidden), ("memory", memory)):
         if style is not None and id(style) not in used:
             raise ValueError(f"{argument} = {type(style).__name__}, but the model has no layer for it")
+    if whole:
+        warnings.warn(f"no style splits {', '.join(whole)}: every process holds all of it", SparseFFNWarning, 2)
     return found
 
 
@@ -103,10 +115,11 @@ def shard_placement_fn(model: nn.Module, dp_mesh: DeviceMesh, expert_dp_mesh: De
         return HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
 
     for parameter in split.values():
-        if not shares(parameter.shape[0], parameter.device_mesh.size())[-1]:
+        dim, parts = _parts(parameter)
+        if not parts[-1]:  # of experts: other styles leave no process without its part
             raise ValueError(
-                f"model shares {parameter.shape[0]} experts among {parameter.device_mesh.size()} processes, one of "
-                "which holds none: FSDP2 reduces no empty gradients"
+                f"model shares {parameter.shape[dim]} experts among {len(parts)} processes, one of which holds none: "
+                "FSDP2 reduces no empty gradients"
             )
     ours = info(expert_dp_mesh)
     # FSDP2 wants one object for one group of processes
@@ -116,8 +129,11 @@ def shard_placement_fn(model: nn.Module, dp_mesh: DeviceMesh, expert_dp_mesh: De
         if id(parameter) not in split:
             return ShardPlacementResult(None, theirs)
         assert isinstance(parameter, DTensor)
-        size, shards = -(-parameter.shape[0] // parameter.device_mesh.size()), expert_dp_mesh.size(-1)
-        along = 1 if size < shards and parameter.shape[1] % shards == 0 else 0  # torch asks for even columns
+        dim, parts = _parts(parameter)
+        sizes, shards = [[size] for size in parameter.shape], expert_dp_mesh.size(-1)
+        sizes[dim] = parts
+        few = sizes[0][0] < shards and len(sizes) > 1
+        along = 1 if few and not any(size % shards for size in sizes[1]) else 0  # torch asks for even columns
         return ShardPlacementResult(Shard(along), ours)
 
     return placement
@@ -159,6 +175,13 @@ def _dtensors(model: nn.Module) -> dict[str, DTensor]:
         for own, p in layer.named_parameters()
         if isinstance(p, DTensor)
     }
+
+
+def _parts(parameter: DTensor) -> tuple[int, list[int]]:
+    """The dimension along which the processes share a parameter, and how much of it each of them holds."""
+    (placement,) = parameter.placements
+    assert isinstance(placement, Shard)
+    return placement.dim, shares(parameter.shape[placement.dim], parameter.device_mesh.size())
 
 
 def _split_parameters(model: nn.Module) -> dict[str, DTensor]:
