@@ -166,6 +166,19 @@ def test_fp32_weights_are_not_rounded_for_tokens_in_bf16(device: str) -> None:
     assert index.item() == 1
 
 
+def test_the_gradient_of_an_fp32_router_is_not_rounded_to_the_tokens_dtype(device: str) -> None:
+    dlogits, x = torch.randn(64, 5, device=device).bfloat16(), torch.randn(64, D, device=device).bfloat16()
+    found = route._weight_gradient(dlogits, x, torch.float32)
+    assert found.dtype == torch.float32
+    if device != "cuda":  # torch has no such product on a CPU, where this only shows what is asked of a GPU
+        with FakeTensorMode(), Names("aten") as called:
+            two = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in (dlogits, x)]
+            assert route._weight_gradient(*two, torch.float32).dtype == torch.float32
+        assert "mm.dtype" in called.names
+        return
+    torch.testing.assert_close(found.double(), dlogits.double().t() @ x.double(), rtol=1e-5, atol=1e-5)
+
+
 LAYERS: dict[str, dict[str, Any]] = {
     "sigmoid": {},
     "softmax, switch and cv2": {"router": "softmax", "balance": ("switch", "cv2"), "balance_weight": (0.1, 0.1)},
@@ -207,15 +220,15 @@ def test_a_layer_computes_the_same_as_with_its_router_called(
 
 
 class Names(TorchDispatchMode):
-    """Of our ops that run inside."""
+    """Of our ops that run inside, or of another library's."""
 
-    def __init__(self) -> None:
+    def __init__(self, namespace: str = "sparse_ffn") -> None:
         super().__init__()
-        self.names: set[str] = set()
+        self.namespace, self.names = namespace, set[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "sparse_ffn":
-            self.names.add(func.name().removeprefix("sparse_ffn::"))
+        if func.namespace == self.namespace:
+            self.names.add(func.name().removeprefix(f"{self.namespace}::"))
         return func(*args, **kwargs or {})
 
 

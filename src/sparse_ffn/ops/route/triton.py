@@ -70,4 +70,11 @@ def backward(
         dx = None if x.dtype == torch.float32 else x.new_empty(x.shape)
         router.gradient(dgate, dsums, router_weight, mask, selected, gate, logits, dlogits, dx, gate_function)
         dx = torch.mm(dlogits, router_weight) if dx is None else dx
-        return Gradients(dx, torch.mm(dlogits.t(), x).to(router_weight.dtype))
+        return Gradients(dx, _weight_gradient(dlogits, x, router_weight.dtype))
+
+
+def _weight_gradient(dlogits: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The router's, [R, D]: of 16-bit operands in fp32 as it was summed, where torch has such a product."""
+    if dtype != x.dtype and x.is_cuda and torch.version.hip is None:
+        return torch.mm(dlogits.t(), x, out_dtype=dtype)
+    return torch.mm(dlogits.t(), x).to(dtype)
