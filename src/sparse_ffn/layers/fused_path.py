@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,16 @@ from sparse_ffn.routing.routers import (
     UnweightedRouter,
 )
 
+Gate = tuple[str, Tensor, Tensor | None]
+"""The gate function, and the router's weight and selection bias."""
+GATES: dict[type, str] = {
+    SigmoidRouter: "sigmoid",
+    SoftmaxRouter: "softmax",
+    SoftmaxTopKRouter: "softmax_topk",
+    UnweightedRouter: "unweighted",
+    SinkhornRouter: "sigmoid",  # in evaluation: training ranks by other scores
+}
+
 
 class FusedPath(Routed, UnitsFFN):
     """One stack of experts of one size behind a router, and the call that computes both at once."""
@@ -38,15 +50,10 @@ class FusedPath(Routed, UnitsFFN):
             units = self._split.units(units)
         if self.training and (self.aux == "inject" or self._needs_logits()):
             return None
-        router = self.router
-        gate_function = _gate_function(router)
-        if gate_function is None:
+        gate = self._gate_of(x_TD, units.values.shape[0], ops.routed_ffn_available, units)
+        if gate is None:
             return None
-        weight, bias = tensors_of(router, "weight", "bias")
-        if not ops.routed_ffn_available(x_TD, weight, bias, units):
-            return None
-        check_places(x_TD, (weight, bias))
-        self._check_router(units.values.shape[0], weight, bias)
+        router, (gate_function, weight, bias) = self.router, gate
         gates_needed = self.null_experts and self.null_kind != "zero"  # inference does not return them
         if not self.training and not torch.is_grad_enabled() and not ops.under_transforms() and not gates_needed:
             y_TO, index_TK = ops.routed_ffn_inference(
@@ -109,21 +116,32 @@ class FusedPath(Routed, UnitsFFN):
 
     def _decide(self, x_TR: Tensor, mask_T: Tensor | None, n_experts: int, n_sequences: int | None) -> AnyRouting:
         """What the router decides, by ``ops.route`` if that computes it."""
-        router = self.router
-        gate_function = _gate_function(router)
-        if gate_function is None or self._split is not None or (self.training and self._needs_logits()):
+        unfused = self._split is not None or (self.training and self._needs_logits())
+        gate = None if unfused else self._gate_of(x_TR, n_experts, ops.route_available)
+        if gate is None:
             return self._route(x_TR, mask_T, n_experts)
-        weight, bias = tensors_of(router, "weight", "bias")
-        if not ops.route_available(x_TR, weight, bias):
-            return self._route(x_TR, mask_T, n_experts)
-        check_places(x_TR, (weight, bias))
-        self._check_router(n_experts, weight, bias)
+        router, (gate_function, weight, bias) = self.router, gate
         groups = (n_sequences or 1) if self.training else 0  # the sums are for balance losses
-        options = {"k": router.k, "gate_function": gate_function, "router_bias": bias, "mask": mask_T}
-        index_TK, gate_TK, softmax_BE = ops.route(x_TR, weight, groups=groups, **options)
+        index_TK, gate_TK, softmax_BE = ops.route(
+            x_TR, weight, k=router.k, gate_function=gate_function, router_bias=bias, mask=mask_T, groups=groups
+        )
         if bias is not None and self.training:
             router.count(index_TK, mask_T)
         return FusedRouting(softmax_BE, index_TK, gate_TK)
+
+    def _gate_of(
+        self, x_TR: Tensor, n_experts: int, available: Callable[..., bool], *experts: ops.Units
+    ) -> Gate | None:
+        """The router as an op takes it, if the op computes this input now; experts are those of one that has some."""
+        gate_function = _gate_function(self.router)
+        if gate_function is None:
+            return None
+        weight, bias = tensors_of(self.router, "weight", "bias")
+        if not available(x_TR, weight, bias, *experts):
+            return None
+        check_places(x_TR, (weight, bias))
+        self._check_router(n_experts, weight, bias)
+        return gate_function, weight, bias
 
     def _needs_logits(self) -> bool:
         """Whether the balance loss of a training forward asks for the logits."""
@@ -136,15 +154,7 @@ def _gate_function(router: Router) -> str | None:
     By exact type: a subclass may do more. With hooks on it a router must be called.
     """
     kind = type(router)
-    if kind is SigmoidRouter or (kind is SinkhornRouter and not router.training):
-        gate = "sigmoid"
-    elif kind is SoftmaxRouter:
-        gate = "softmax"
-    elif kind is SoftmaxTopKRouter:
-        gate = "softmax_topk"
-    elif kind is UnweightedRouter:
-        gate = "unweighted"
-    else:
+    gate = GATES.get(kind)
+    if gate is None or (router.training and (kind is SinkhornRouter or router.expert_dropout > 0)):
         return None
-    drops = router.training and router.expert_dropout > 0
-    return gate if not drops and is_plain(router) else None
+    return gate if is_plain(router) else None

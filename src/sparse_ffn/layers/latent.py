@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from sparse_ffn.checks import check_flag, check_floating, check_mask, check_places, check_positive, shape_error
@@ -60,7 +62,7 @@ class LatentMoE(CheckedOptions, nn.Module):
         self.d_out = self.d_model if d_out is None else check_positive("d_out", d_out)
         biased = check_flag("projection_bias", projection_bias)
         self.moe = MoE(self.d_latent, n_experts, expert_size, k, d_router=self.d_model, **options)
-        own = {"device": self.moe.values.device, "dtype": self.moe.values.dtype}
+        own: dict[str, Any] = {"device": self.moe.values.device, "dtype": self.moe.values.dtype}
         self.down = Projection(self.d_model, self.d_latent, bias=biased, **own)
         self.up = Projection(self.d_latent, self.d_out, bias=biased, **own)
 
