@@ -19,10 +19,10 @@ from sparse_ffn.layers import LatentMoE
 from sparse_ffn.parallel import ExpertParallel, HiddenParallel, MemoryParallel, clip_grad_norm_, ddp_ignore
 
 from .feature import EVERY_BACKEND, Case, feature
-from .layers import ALL, FFNS, LAST, MIXTURES, assert_near, build, loss, step, tokens
+from .layers import ALL, BALANCED, FFNS, LAST, assert_near, build, loss, step, tokens
 
 WORLD = 2
-WITH_A_LOSS = tuple(name for name in MIXTURES if name != "MoE")
+WITH_A_LOSS = tuple(name for name in BALANCED if name != "MoE")
 SPLIT = tuple(name for name in FFNS if name not in LAST)
 
 
@@ -32,7 +32,7 @@ def _batch() -> Tensor:
 
 
 def _layer(name: str, **options: Any) -> sf.SparseFFN:
-    return build(name, **({"balance_weight": 1.0, **options} if name in MIXTURES else {}))
+    return build(name, **({"balance_weight": 1.0, **options} if name in BALANCED else {}))
 
 
 def _averaged(name: str) -> dict[str, Tensor]:
