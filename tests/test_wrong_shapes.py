@@ -266,7 +266,6 @@ CALLS: dict[str, tuple[tuple[Operand, ...], tuple[int, ...]]] = {
         (Operand("dsums", "THk"), Operand("index", "THk", i64, "Q"), *outputs(Operand("dscores", "TH2N"))),
         (),
     ),
-    "topk": ((Operand("scores", "TN"), *outputs(Operand("index", "Tk", i64), *maybe(Operand("values", "Tk")))), ()),
     "topk_hidden_forward": (
         (
             Operand("up", "TN"),
