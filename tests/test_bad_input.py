@@ -362,6 +362,7 @@ def entries() -> dict[str, Entry]:
     add("routing_stats", sf.routing_stats, lambda: {"model": sf.SigmaMoE(**MOE)})
     add("update_router_bias", sf.update_router_bias, lambda: {"model": routed(sf.SigmaMoE(**MOE, balance="bias"))})
     add("RoutingMeter", sf.RoutingMeter, lambda: {"model": sf.SigmaMoE(**MOE)})
+    add("RoutingMeter.stats", sf.RoutingMeter(sf.SigmaMoE(**MOE)).stats, {"sync": False})
     add("pooled_balance", with_pooled, lambda: {"model": sf.SigmaMoE(**MOE)}, signature=sf.pooled_balance)
     add("router_parameters", sf.router_parameters, lambda: {"model": sf.SigmaMoE(**MOE)})
     add("routing_agreement", sf.routing_agreement,
@@ -542,7 +543,6 @@ EXEMPT = {
     "from_moe_layer(options)": "MoE's own arguments, handed on",
     "from_xlm(options)": "ProductKeyMemory's own arguments, handed on",
     "from_product_key_memory(options)": "as from_xlm",
-    "LatentMoE(options)": "MoE's own arguments, handed on",
     "from_transformers(options)": "MoE's own arguments, handed on",
     "routing_agreement(batch)": "the model's own argument, handed on",
     "parameter_equal(choices)": "the layer's own arguments, handed on",
