@@ -285,15 +285,13 @@ def twins(records: Sequence[Record], emulated: Sequence[Record]) -> str:
 
     here, there = bits(records), bits(emulated)
     of = [there[run] - here[run] for run in there.keys() & here.keys()]
-    text = (
-        f"{len(emulated)} runs were made on a processor without instructions for bfloat16. They are in no table: all\n"
-        "of them were to be made again on one that has them, whatever they had said."
+    if not of:
+        return ""
+    error = f" ± {stdev(of) / math.sqrt(len(of)):.4f}" if len(of) > 1 else ""
+    return (
+        f"{len(of)} runs were made twice, first on a processor that multiplies rounded operands in fp32: their bits\n"
+        f"per byte were {mean(of):+.4f}{error} from those of the second time, which are the ones in the tables.\n"
     )
-    if len(of) > 1:
-        error = stdev(of) / math.sqrt(len(of))
-        text += f" {len(of)} have been: the first\ntime their bits per byte were {mean(of):+.4f} ± {error:.4f} from"
-        text += "\nthe second."
-    return f"{text}\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

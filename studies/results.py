@@ -11,7 +11,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 EMULATED = "emulated"
-"""A folder within, of runs of processors that emulate bfloat16: other processors have made the same ones."""
+"""A folder within: runs of processors that emulate bfloat16, which others made again, to see what that changes."""
 Record = dict[str, Any]
 
 
