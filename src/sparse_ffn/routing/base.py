@@ -165,7 +165,12 @@ class Router(CheckedOptions, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the loads that were counted: copies and pickles start clean."""
-        return {**self.__dict__, "load": torch.zeros_like(self.load)}
+        return {name: value for name, value in self.__dict__.items() if name != "load"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        device = next(self.parameters()).device
+        self.load = torch.zeros(self.load_shape, dtype=torch.int64, device=device)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """As Module's; the buffers that a state in 16 bits assigns become wide, too."""
