@@ -1418,6 +1418,27 @@ def test_clusters_find_units_that_work_together(by: str) -> None:
     assert (split.eval()(x) - dense(x)).norm() / dense(x).norm() > 5 * error
 
 
+def test_without_calibration_the_report_says_the_error_on_noise() -> None:
+    for k, config in ((4, {}), (1, {}), (1, {"init": "fresh"})):
+        model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        dense, x = copy.deepcopy(model), torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+        report = sf.sparsify_(model, sf.MoEConfig(router="unweighted", n_experts=4, k=k, **config))
+        (new,) = report.replacements
+        if config:
+            assert (new.relative_error, new.on_noise) == (None, False)
+            assert "error" not in str(report)
+            continue
+        error = ((model.eval()(x) - dense(x)).norm() / dense(x).norm()).item()
+        assert new.on_noise
+        assert new.relative_error == pytest.approx(error, rel=1e-3, abs=1e-6)
+        assert (error < 1e-6) == (k == 4)
+        assert f"{new.relative_error:.2%}" in str(report)
+        assert "error on noise" in str(report)
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+    assert sf.sparsify_(model, sf.MoEConfig(n_experts=4, k=1)).replacements[0].relative_error is None
+
+
 @pytest.mark.parametrize("kind", [sf.SigmaMoEConfig, sf.SoftmaxMoEConfig, sf.SwitchMoEConfig])
 def test_calibrated_gates_are_rescaled_and_the_report_says_the_error(kind: type[Any]) -> None:
     dense, x, _ = clustered()

@@ -31,7 +31,10 @@ class Replacement:
     shared: tuple[str, ...] = ()
     """Other names of the same module, which share the new layer."""
     relative_error: float | None = None
-    """Relative error of the output on the calibration data, None without: ‖new - old‖ / ‖old‖."""
+    """‖new - old‖ / ‖old‖ of the outputs on the calibration data, without any on 64 standard normal tokens; None of fresh
+    weights, and of those on meta."""
+    on_noise: bool = False
+    """Whether it is of normal tokens: near 0 where nothing is lost, else it says little about real ones."""
     tied: str | None = None
     """The earlier place whose layer this is too, for FFNs that had the same parameters."""
     curve: tuple[Point, ...] = ()
@@ -68,7 +71,8 @@ class Report:
 
     def __str__(self) -> str:
         measured = any(new.relative_error is not None for new in self.replacements)
-        rows = [("name", "was", "is", "parameters", "FLOPs/token", *(("error",) if measured else ()), "weights")]
+        what = "error on noise" if any(new.on_noise for new in self.replacements) else "error"
+        rows = [("name", "was", "is", "parameters", "FLOPs/token", *((what,) if measured else ()), "weights")]
         for r in self.replacements:
             error = ("-" if r.relative_error is None else f"{r.relative_error:.2%}",) if measured else ()
             name = " = ".join((r.name, *r.shared))

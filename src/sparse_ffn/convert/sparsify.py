@@ -30,6 +30,8 @@ from sparse_ffn.convert.report import Replacement, Report
 from sparse_ffn.layers import LowRankMoE, MoE
 from sparse_ffn.layers.shared_expert import SharedExpertMoE
 
+NOISE = 64  # tokens
+
 
 @torch.inference_mode(False)  # a parameter that is made in it never trains
 def sparsify_(
@@ -205,7 +207,11 @@ def _replacement(f: Found, new: Built, group: Group, names: list[str]) -> Replac
     """The report's line on an FFN, whose new layer may stand for others too."""
     ffn, layer, first = f.weights(), new.layer, group.members[0].name
     error, rows = None, group.rows_of(f)
-    if rows is not None:
+    noise = rows is None and new.config.init != "fresh" and not ffn.keys.is_meta
+    if noise:
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randn(NOISE, ffn.d_model, generator=generator, device="cpu").to(ffn.keys)
+    if rows is not None and new.config.init != "fresh":
         with evaluating(new.module):
             error = relative_error(new.module(rows), ffn.output(rows))
     tied = None if f.name == first else first
@@ -219,6 +225,7 @@ def _replacement(f: Found, new: Built, group: Group, names: list[str]) -> Replac
         note=new.note if tied is None else f"the layer of {tied}",
         shared=tuple(name for name in names if name != f.name),
         relative_error=error,
+        on_noise=noise,
         tied=tied,
         curve=group.curve,
         match=to_values(f) if f.by_example else None,
