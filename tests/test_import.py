@@ -25,7 +25,6 @@ def run(code: str, **environment: str) -> str:
 WITHOUT_TRITON = """
 import sys
 
-import sparse_ffn
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "triton":

@@ -31,8 +31,8 @@ class Replacement:
     shared: tuple[str, ...] = ()
     """Other names of the same module, which share the new layer."""
     relative_error: float | None = None
-    """‖new - old‖ / ‖old‖ of the outputs on the calibration data, without any on 64 standard normal tokens; None of fresh
-    weights, and of those on meta."""
+    """‖new - old‖ / ‖old‖ of the outputs on the calibration data, without any on 64 standard normal tokens; None of
+    fresh weights, and of those on meta."""
     on_noise: bool = False
     """Whether it is of normal tokens: near 0 where nothing is lost, else it says little about real ones."""
     tied: str | None = None

@@ -1,4 +1,4 @@
-"""Routing: routers (scores to gates), balance losses, statistics. Pure torch, at least fp32."""
+"""Routing: routers (scores to gates), balance losses, statistics. Torch, and ops that save launches; fp32 at least."""
 
 from sparse_ffn.routing.balance import balance_loss as balance_loss
 from sparse_ffn.routing.base import Router as Router
