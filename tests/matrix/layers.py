@@ -10,12 +10,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparse_ffn as sf
-from sparse_ffn.layers import LatentMoE, LowRankMoE, MixedMoE, SwitchHeadAttention
+from sparse_ffn.layers import LatentMoE, LowRankMoE, MixedMoE, SharedExpertMoE, SwitchHeadAttention
 from sparse_ffn.layers.balanced import Balanced
 from sparse_ffn.routing import NoisyTopKRouter
 
 D = 8
-Layer = sf.SparseFFN | LatentMoE | SwitchHeadAttention
+Layer = sf.SparseFFN | LatentMoE | SharedExpertMoE | SwitchHeadAttention
+
+
+def beside_a_shared_expert(**options: Any) -> SharedExpertMoE:
+    """DeepSeek's block, its shared expert gated as Qwen2's; the shared one has those options that a dense FFN has."""
+    dense = {name: value for name, value in options.items() if name in ("dropout", "device", "dtype", "n_layers")}
+    routed, shared = sf.SigmaMoE(D, 9, 4, 3, **options), sf.DenseFFN(D, 6, glu=True, activation="silu", **dense)
+    return SharedExpertMoE(routed, shared, gated=True)
+
+
 LAYERS: dict[str, Callable[..., Layer]] = {
     "DenseFFN": lambda **o: sf.DenseFFN(D, 20, **o),
     "TopKFFN": lambda **o: sf.TopKFFN(D, 20, 5, glu=True, activation="silu", norm_aware=True, **o),
@@ -30,11 +39,12 @@ LAYERS: dict[str, Callable[..., Layer]] = {
     "LatentMoE": lambda **o: LatentMoE(D, 5, 9, 4, 3, **o),
     "MixedMoE": lambda **o: MixedMoE(D, [(5, 4), (4, 7)], 3, glu=True, activation="silu", balance_cost=True, **o),
     "LowRankMoE": lambda **o: LowRankMoE(D, 9, 16, 3, 2, bias=True, **o),
+    "SharedExpertMoE": beside_a_shared_expert,
     "SwitchHeadAttention": lambda **o: SwitchHeadAttention(D, 2, 4, 3, **o),
     "MoE": lambda **o: sf.MoE(D, 9, 4, 3, router="unweighted", balance="bias", **o),  # the loads of bias balancing
 }
 ALL = tuple(LAYERS)
-FFNS = tuple(name for name in LAYERS if name != "SwitchHeadAttention")
+FFNS = tuple(name for name in LAYERS if name not in ("SharedExpertMoE", "SwitchHeadAttention"))
 MIXTURES = tuple(name for name in LAYERS if name.endswith("MoE"))
 LAST = ("LowRankMoE", "MixedMoE")
 """MoE's base with other experts: where a case takes seconds it is run for them on the CPU core alone, or for MoE."""
