@@ -76,6 +76,33 @@ GOLDEN = {
             "router.bias": [6],
         },
     ),
+    "MoE, ReLU routing": (
+        sf.MoE(4, 6, 5, 2, router="relu", balance="l1"),
+        {"keys": [6, 5, 4], "values": [6, 5, 4], "router.weight": [6, 4], "router.l1": []},
+    ),
+    "MoE, constant null experts": (
+        sf.MoE(4, 6, 5, 2, null_experts=2, null_kind="constant", d_out=3),
+        {"keys": [6, 5, 4], "values": [6, 5, 3], "constants": [2, 3], "router.weight": [8, 4]},
+    ),
+    "ProductKeyMemory, experts": (
+        sf.ProductKeyMemory(4, 3, 2, experts=True, d_out=3),
+        {"sub_keys": [2, 1, 3, 2], "keys": [9, 4], "values": [9, 3]},
+    ),
+    "ProductKeyMemory, gated": (
+        sf.ProductKeyMemory(4, 3, 2, gated=True, d_out=3),
+        {"sub_keys": [2, 1, 3, 2], "values": [9, 3], "gate.weight": [3, 4], "out.weight": [3, 3]},
+    ),
+    "SharedExpertMoE, gated": (
+        SharedExpertMoE(sf.SigmaMoE(4, 6, 5, 2), sf.DenseFFN(4, 7, bias=False), gated=True),
+        {
+            "routed.keys": [6, 5, 4],
+            "routed.values": [6, 5, 4],
+            "routed.router.weight": [6, 4],
+            "shared.keys": [7, 4],
+            "shared.values": [7, 4],
+            "gate.weight": [1, 4],
+        },
+    ),
 }
 
 
