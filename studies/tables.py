@@ -149,7 +149,8 @@ def _printed_ranks(values: Mapping[str, float], column: str) -> dict[str, Ranks]
 def verdicts(records: Sequence[Record], names: Sequence[str], base: str) -> Iterator[str]:
     """In words: how many layers are called what, and whether their differences grow in the course of training."""
     bits, label = bits_of(records), _short(base)
-    chance, called = noise(bits), {"higher": [], "none": [], "lower": []}  # type: dict[str, list[str]]
+    chance = noise(bits)
+    called: dict[str, list[str]] = {"higher": [], "none": [], "lower": []}
     for name in names:
         found = paired(bits.get(name, {}), bits.get(base, {}), chance) if name != base else None
         if found is not None and found.error is not None:

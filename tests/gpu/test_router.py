@@ -179,6 +179,17 @@ def test_the_gradient_of_an_fp32_router_is_not_rounded_to_the_tokens_dtype(devic
     torch.testing.assert_close(found.double(), dlogits.double().t() @ x.double(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("tokens", "router"), [(torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)])
+def test_the_gradient_of_a_16_bit_router_asks_torch_for_no_product_that_it_lacks(
+    tokens: torch.dtype, router: torch.dtype
+) -> None:
+    """A product may give fp32 out of 16 bits, and nothing else than its operands' dtype beside that."""
+    with FakeTensorMode(), Names("aten") as called:
+        dlogits, x = (torch.empty(64, n, dtype=tokens, device="cuda") for n in (5, D))
+        assert route._weight_gradient(dlogits, x, router).dtype == router
+    assert "mm.dtype" not in called.names
+
+
 LAYERS: dict[str, dict[str, Any]] = {
     "sigmoid": {},
     "softmax, switch and cv2": {"router": "softmax", "balance": ("switch", "cv2"), "balance_weight": (0.1, 0.1)},

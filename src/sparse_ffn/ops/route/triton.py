@@ -75,6 +75,6 @@ def backward(
 
 def _weight_gradient(dlogits: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """The router's, [R, D]: of 16-bit operands in fp32 as it was summed, where torch has such a product."""
-    if dtype != x.dtype and x.is_cuda and torch.version.hip is None:
+    if dtype == torch.float32 != x.dtype and x.is_cuda and torch.version.hip is None:
         return torch.mm(dlogits.t(), x, out_dtype=dtype)
     return torch.mm(dlogits.t(), x).to(dtype)
