@@ -45,7 +45,7 @@ class Chained(ByteTransformer):
         return x
 
 
-def step(model: Chained, tokens: Tensor) -> None:
+def step(model: ByteTransformer, tokens: Tensor) -> None:
     """Forward and backward pass, without the optimizer's step."""
     loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
     (loss + sf.aux_loss(model)).backward()  # type: ignore[no-untyped-call]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sparse_ffn as sf
+from benchmarks import bench_meter
+from examples.language_model.configs import DEMO
 from sparse_ffn.layers import LatentMoE
 
 D = 8
@@ -121,3 +124,8 @@ def test_the_routers_parameters_make_a_group_that_re_warms() -> None:
         optimizer.step()
         schedule.step()
     assert rates == [[0.1, 0.0], [0.1, 0.5], [0.1, 1.0]]
+
+
+def test_its_benchmark_times_steps_that_are_counted() -> None:
+    small = replace(DEMO, d_model=16, n_layers=2, n_heads=1, d_head=16, d_ff=32, expert_size=4, context=8, batch_size=2)
+    assert bench_meter.ratio(small, 0.05).median > 0
