@@ -175,6 +175,19 @@ def test_a_gate_of_fp16_gets_its_gradient_where_that_of_its_row_would_overflow(o
         torch.testing.assert_close(dgate, torch.full_like(gate, 60))
 
 
+@pytest.mark.parametrize("size", [1.0, 1e3], ids=["small products", "large products"])
+def test_small_gates_keep_the_digits_of_a_scaled_loss_in_fp16(size: float, on_backend: str) -> None:
+    """h times a gate may lie beyond fp16's range, below or above, where the gradient of the values does not."""
+    index = torch.arange(80).remainder(2).unsqueeze(1)
+    gate = torch.full((80, 1), 1e-5 if size == 1.0 else 3e4)
+    x, weight = 1e-2 * size * torch.randn(80, 32), torch.randn(2, 32, 40).half().requires_grad_()
+    half, grad = x.half(), (500 / size**2 * torch.randn(80, 40)).half()
+    y = functional.cvmm(half, weight, index.flatten(), reduction_weight=gate.flatten())
+    (found,) = torch.autograd.grad(y, weight, grad)
+    wanted = torch.stack([gate[0, 0] * half[e::2].double().T @ grad[e::2].double() for e in range(2)])
+    assert (found - wanted).abs().max() < 2e-3 * wanted.abs().max()
+
+
 def test_two_cvmms_make_the_sigma_moe_of_the_paper(on_backend: str) -> None:
     """Up: gathered by token; down: scattered by token with the gates as reduction weights (appendix B.1)."""
     layer, x = sf.SigmaMoE(D, E, G, 2), torch.randn(11, D)

@@ -98,6 +98,11 @@ static void outer_piece(const OuterGemm<T>& g, int64_t e, const T* a, T* out, in
 
 template <class T> bool run_outer_gemm(const OuterGemm<T>& g) {
   if (!g.E || !g.M || !g.N) return true;
+  // A row of a tile is rounded when it has been scaled: h times a gate of 1e-5 would be lost, which no loss scale undoes.
+  if constexpr (kPackedProduct<T> == Product::kTilesFp16)
+    if (g.scale)
+      return run_outer_gemm(OuterGemm<fp16>{g.a, g.a_stride, g.gather_a, g.M, g.b, g.b_stride, g.gather_b, g.N, g.scale,
+                                            g.offsets, g.E, {g.out[0], g.out[1]}, g.n_threads});
   const int64_t threads = larger(1, g.n_threads);
   int32_t* first_piece = scratch_of<int32_t>(kBufferIndex, g.E + 1);
   if (!first_piece) return false;
