@@ -230,6 +230,14 @@ def test_the_file_lies_where_the_platform_wants_it(monkeypatch: pytest.MonkeyPat
     assert CARD.path == tmp_path / "mine" / "nvidia-h100-80gb-hbm3-sm_90.json"
 
 
+def test_a_user_without_a_home_has_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in (kept.DIRECTORY_VARIABLE, "HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    monkeypatch.chdir(tmp_path)
+    assert tuned.load(CARD, ENTRIES) is None
+
+
 def test_a_file_is_read_as_it_was_written(folder: Path) -> None:
     assert tuned.load(CARD, ENTRIES) is None  # and no warning: nobody tuned
     assert tuned.save(measured(), CARD, torch="2.x") == CARD.path

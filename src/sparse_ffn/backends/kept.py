@@ -19,12 +19,15 @@ Key = Mapping[str, Any]
 
 
 def directory() -> Path:
-    """$SPARSE_FFN_TUNED, or the folder sparse-ffn in the user's cache directory."""
+    """$SPARSE_FFN_TUNED, or the folder sparse-ffn in the user's cache directory.
+
+    Without a home, as in some containers, "~" stays as it is: only the former is of use there.
+    """
     named = os.environ.get(DIRECTORY_VARIABLE)
     if named:
-        return Path(named).expanduser()
+        return Path(os.path.expanduser(named))
     cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache and Path(cache).is_absolute() else Path.home() / ".cache") / "sparse-ffn"
+    return Path(cache if cache and Path(cache).is_absolute() else os.path.expanduser("~/.cache"), "sparse-ffn")
 
 
 def file_of(*words: str) -> Path:
