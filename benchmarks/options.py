@@ -29,6 +29,7 @@ def parser(description: str, *, seconds: float) -> argparse.ArgumentParser:
     add("--pass", dest="mode", choices=("fwd", "fwdbwd", "both"), default="both", help="forward without gradients, "
         "forward and backward, or both (the default)")  # fmt: skip
     add("--peers", nargs="+", metavar="NAME", default=["all"], help="all (the default), none, or names from the table")
+    add("--without", nargs="+", metavar="NAME", default=[], help="leave these peers out")
     add("--seconds", type=float, default=seconds, help=f"to time one row for, about; default {seconds:g}")
     add("--json", type=Path, help="write all numbers to this file")
     add("--resume", action="store_true", help="leave out the cases that the file of --json has, and keep their numbers")
@@ -50,7 +51,6 @@ def collect(
     name = Path(sys.argv[0]).stem
     command = f"python -m benchmarks.{name} {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()
     modes = list(MODES) if options.mode == "both" else [options.mode]
-    peers = None if options.peers == ["all"] else options.peers
     torch.manual_seed(0)
     rows: list[Row] = []
     if options.resume and options.json and options.json.is_file():
@@ -63,7 +63,8 @@ def collect(
         names.update(entry.name for entry in case.entries)
         if (case.group, case.shape, case.dtype) in done:
             continue
-        found = run_case(case, modes, options.seconds, peers=peers)
+        every = [entry.name for entry in case.entries] if options.peers == ["all"] else options.peers
+        found = run_case(case, modes, options.seconds, peers=set(every) - set(options.without))
         for row in found:
             print(f"\n{report.title(row)}\n\n{report.text(report.contenders(row))}", flush=True)
         rows += found
@@ -72,7 +73,7 @@ def collect(
     result = Report(facts, command, tuple(rows))
     judged = targets.summary(targets.lines(rows, facts), facts)
     print("\n" + "\n\n".join(filter(None, (report.summary(result), judged))))
-    for name in set(options.peers) - names:
+    for name in {*options.peers, *options.without} - names:
         print(f"\nno case has a peer named {name!r}")
     if options.plot:
         draw(result, options.plot)

@@ -30,9 +30,11 @@ from benchmarks.card.gpu_parts import KERNELS, LIBRARIES, ROOT, STAGES, Part, pa
 
 RUNS = ROOT / "runs" / "gpu"
 LIMIT = 540.0
-"""Seconds that a call may take, from its first line to its last."""
+"""Seconds that a call may take, from its first line to its last; ``--limit`` sets another."""
 RESERVE = 25.0
 """Of these, for stopping the last part and packing."""
+SILENT = 90.0
+"""Seconds after which a card that does not answer never will."""
 SHORT = 3
 """Exit status of a part whose time was too short, and of a call with such a part."""
 CARD = """
@@ -75,6 +77,7 @@ class Stage:
         start: runs a part for at most so many seconds with its log in a file: its exit status, None if it was stopped.
         clock: seconds.
         keep: called after each part.
+        limit: seconds that the call may take.
     """
 
     def __init__(
@@ -85,9 +88,10 @@ class Stage:
         start: Callable[[Part, float, Path], int | None],
         clock: Callable[[], float] = time.monotonic,
         keep: Callable[[], object] = lambda: None,
+        limit: float = LIMIT,
     ) -> None:
         self.name, self.work, self.begin, self.start, self.clock, self.keep = name, work, begin, start, clock, keep
-        self.file = work / "summary.json"
+        self.limit, self.file = limit, work / "summary.json"
         self.summary: dict[str, list[dict[str, object]]] = {}
         with contextlib.suppress(FileNotFoundError):
             self.summary = json.loads(self.file.read_text())
@@ -105,7 +109,7 @@ class Stage:
                 print(f"[{self.clock() - self.begin:5.0f} s] {part.name}: done in an earlier call", flush=True)
                 outcomes.append(before)
             else:
-                outcomes.append(self._run(part, min(end, self.begin + LIMIT - RESERVE)))
+                outcomes.append(self._run(part, min(end, self.begin + self.limit - RESERVE)))
                 anew = True
             self.summary[self.name] = [asdict(o) for o in outcomes]
             partial = self.file.with_suffix(".partial")
@@ -184,10 +188,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("stage", choices=STAGES, help="tests: on the card; bench: times, beside other libraries; tune: block sizes")
     add("--rehearse", action="store_true", help="tiny sizes on the CPU, for a machine without a GPU")
     add("--archive", type=Path, help="what an earlier call on another machine of the kind brought home, to go on with")
+    add("--limit", type=float, default=LIMIT, metavar="SECONDS", help=f"of this call, where {LIMIT:.0f} are not left")
     options = arguments.parse_args(argv)
     card, architecture, *versions = "rehearsal", None
     if not options.rehearse:
-        found = subprocess.run((sys.executable, "-c", CARD), capture_output=True, text=True)
+        found = subprocess.run((sys.executable, "-c", CARD), capture_output=True, text=True, timeout=SILENT)
         if found.returncode:
             reason = (found.stderr.strip().splitlines() or ["no reason given"])[-1]
             print(f"no GPU that torch can use: {reason}. --rehearse needs none.", file=sys.stderr)
@@ -202,13 +207,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(error, file=sys.stderr)
             return 2
     out = Path(os.environ.get("OUT") or RUNS / "out" / work.name).resolve()
-    stage = Stage(options.stage, work, begin, start, keep=lambda: delivery.deliver(work, out, (LIBRARIES, KERNELS)))
+
+    def keep() -> None:
+        delivery.deliver(work, out, (LIBRARIES, KERNELS))
+
+    stage = Stage(options.stage, work, begin, start, keep=keep, limit=options.limit)
     outcomes = stage.run(parts(options.stage, work, architecture))
     for o in outcomes:
         print(f"{o.name:12} {o.status:12} {o.seconds:6.1f} s  {o.note}")
     wrong = delivery.beyond(out)
     print("\n".join([f"results in {work}; to carry away: {out}", *(f"beyond the limits: {line}" for line in wrong)]))
-    print(f"{time.monotonic() - begin:.0f} s of {LIMIT:.0f}")
+    print(f"{time.monotonic() - begin:.0f} s of {options.limit:.0f}")
     return 1 if wrong else status(outcomes)
 
 

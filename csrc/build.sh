@@ -5,7 +5,7 @@
 #   export SPARSE_FFN_LIBRARY=FOLDER/libsparse_ffn_cpu.so SPARSE_FFN_CUDA_LIBRARY=FOLDER/libsparse_ffn_cuda.so
 # With cmake it does as an installation does; without it (or with SPARSE_FFN_NO_CMAKE=1) calls the compilers itself, with
 # CXXFLAGS after its own, and with SPARSE_FFN_ISAS=generic no code for wider vectors (tests only). SPARSE_FFN_CUDA=0 leaves
-# out the CUDA kernels.
+# out the CUDA kernels, SPARSE_FFN_CPU=0 the CPU core.
 set -euo pipefail
 usage="usage: csrc/build.sh [--dry-run] FOLDER"
 dry=""
@@ -29,16 +29,22 @@ jobs=$(nproc 2>/dev/null || echo 2)
 cxx=${CXX:-$(command -v g++ || command -v clang++ || true)}
 nvcc=${CUDACXX:-$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null || true)}
 if [ "${SPARSE_FFN_CUDA:-}" = 0 ]; then nvcc=""; fi
+cpu=${SPARSE_FFN_CPU:-1}
+if [ -z "$nvcc" ] && [ "$cpu" = 0 ]; then echo "nothing to build: no nvcc here" && exit; fi
 [ -n "$cxx" ] || { echo "no C++ compiler here" >&2; exit 3; }
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 
 if command -v cmake >/dev/null && [ -z "${SPARSE_FFN_NO_CMAKE:-}" ]; then
-  with_cuda=OFF
+  with_cuda=OFF target=all
   [ -z "$nvcc" ] || with_cuda=ON
+  [ "$cpu" != 0 ] || target=sparse_ffn_cuda
+  if ! command -v make >/dev/null && command -v ninja >/dev/null; then export CMAKE_GENERATOR=Ninja; fi
   CUDACXX=$nvcc run cmake -S "$here" -B "$out/cmake" -DCMAKE_BUILD_TYPE=Release -DSPARSE_FFN_CUDA=$with_cuda \
     -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$out"
-  run cmake --build "$out/cmake" --parallel "$jobs"
+  run cmake --build "$out/cmake" --parallel "$jobs" --target $target
+  # CMake leaves the kernels out, with a warning, where it cannot use the compiler
+  if [ -n "$nvcc" ] && [ -z "$dry" ] && [ ! -f "$out/libsparse_ffn_cuda.so" ]; then echo "$nvcc built nothing" >&2 && exit 1; fi
   echo "built in $SECONDS s on $jobs processors" >&2
   exit
 fi
@@ -66,24 +72,28 @@ compile() {  # compile SOURCE OBJECT FLAGS...
   objects+=("$out/$2.o")
   commands+=("$(printf '%q ' $cxx $flags "${@:3}" ${CXXFLAGS:-} -I"$here/include" -c "$here/$1" -o "$out/$2.o")")
 }
-for source in $(values CMakeLists.txt once); do
-  compile "$source" "$(basename "$source" .cpp)" $x86
-done
-for name in $names; do
-  own=flags_$name
-  for source in $(values CMakeLists.txt core); do
-    compile "$source" "$name-$(basename "$source" .cpp)" ${!own} "-DSPARSE_FFN_ISA_NAME=$name"
+build_core() {
+  local source name own
+  for source in $(values CMakeLists.txt once); do
+    compile "$source" "$(basename "$source" .cpp)" $x86
   done
-done
-if [ -n "$dry" ]; then
-  printf '%s\n' "${commands[@]}"
-else
-  printf '%s\0' "${commands[@]}" | xargs -0 -P "$jobs" -n 1 sh -c
-fi
-run $cxx -shared -fopenmp -Wl,--no-undefined -o "$out/libsparse_ffn_cpu.so" "${objects[@]}"
+  for name in $names; do
+    own=flags_$name
+    for source in $(values CMakeLists.txt core); do
+      compile "$source" "$name-$(basename "$source" .cpp)" ${!own} "-DSPARSE_FFN_ISA_NAME=$name"
+    done
+  done
+  if [ -n "$dry" ]; then
+    printf '%s\n' "${commands[@]}"
+  else
+    printf '%s\0' "${commands[@]}" | xargs -0 -P "$jobs" -n 1 sh -c
+  fi
+  run $cxx -shared -fopenmp -Wl,--no-undefined -o "$out/libsparse_ffn_cpu.so" "${objects[@]}"
+}
+if [ "$cpu" != 0 ]; then build_core; fi
 if [ -n "$nvcc" ]; then
   cd "$here/cuda"
-  run "$nvcc" -std=c++17 -O3 -shared -cudart static -Xcompiler -fPIC,-fvisibility=hidden -I"$here/include" \
+  run "$nvcc" -std=c++17 -O3 --threads 0 -shared -cudart static -Xcompiler -fPIC,-fvisibility=hidden -I"$here/include" \
     -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90 \
     -o "$out/libsparse_ffn_cuda.so" $(values cuda/CMakeLists.txt kernels)
 fi

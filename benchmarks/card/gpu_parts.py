@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.contenders.gpu_peers import TUNED
 from benchmarks.shapes import GPU_FINE, GPU_WIDE
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +32,7 @@ class Part:
         environment: added to the environment.
         makes: what it leaves for others. Where that is gone, the part is not done.
         optional: whether the stage is whole without it where what it needs is missing.
-        sums_up: whether it shows what those before it have found: it is done anew if one of them was run.
+        sums_up: whether it uses what those before it have made or found: it is done anew if one of them was run.
     """
 
     name: str
@@ -77,21 +78,23 @@ class _Parts:
         """What is compiled comes first, on all cores; then all tests on the card; then NVIDIA's checkers on some."""
         chosen = "test_cvmm_of_any_size or test_expert_ffn_of_any_size or test_weighted_bag or stable_topk"
         chosen += " or of_nobody or outside_of_the_table"
-
-        def checked(tool: str) -> tuple[str, ...]:
-            program = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
-            return (*program, *module("pytest", *PYTEST), "tests/gpu", "-k", chosen)
-
+        some = ("tests/gpu", "tests/test_cuda.py", "-m", "gpu or not gpu", "-k", chosen)
         needs = ("compute-sanitizer", "python:pytest")
-        # else a write past a tensor lands in torch's own pool
-        uncached = self.untuned | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+        def checked(seconds: float, tool: str, *options: str, **environment: str) -> Part:
+            program = ("compute-sanitizer", "--tool", tool, *options, "--error-exitcode", "9")
+            own = self.untuned | self.libraries | environment
+            return Part(tool, seconds, (*program, *module("pytest", *PYTEST, *some)), needs, own, optional=True)
+
+        # else what is just past a tensor lies in its own margin, or in torch's pool
+        bare = {"SPARSE_FFN_TEST_MARGIN": "0", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         return [
-            Part("info", 40, module("sparse_ffn.info")),
+            Part("info", 60, module("sparse_ffn.info")),
             self.build(60),
-            self.gate("gate", 90, "--quick"),
-            self.pool(220, *POOLED),
-            Part("memcheck", 55, checked("memcheck"), needs, uncached, optional=True),
-            Part("racecheck", 45, checked("racecheck"), needs, self.untuned, optional=True),
+            self.gate("gate", 80, "--quick"),
+            self.pool(215, *POOLED),
+            checked(55, "memcheck", "--report-api-errors", "no", **bare),  # torch asks for what a driver may lack
+            checked(45, "racecheck"),
         ]
 
     def tests_rehearsed(self) -> list[Part]:
@@ -104,12 +107,14 @@ class _Parts:
         ]
 
     def bench(self) -> list[Part]:
-        """The layers first, in bf16, with the libraries that they are compared with."""
-        both = ("--dtype", "bf16", "fp32")
+        """The layers first, in bf16, with the libraries to compare with; those that tune themselves last."""
+        both, authors = ("--dtype", "bf16", "fp32"), ("--shapes", str(GPU_WIDE), "--dtype", "bf16", "--peers", *TUNED)
         return [
-            self.timed("layers", "bench_layers", 260, "--seconds", "1", *both),
-            self.timed("cvmm", "bench_cvmm", 85, "--seconds", "0.7", *both),
-            self.timed("sweeps", "sweeps", 110, "--seconds", "0.7", "--dtype", "bf16"),
+            self.gate("gate", 40, "--quick"),
+            self.timed("layers", "bench_layers", 210, "--seconds", "1", *both, "--without", *TUNED),
+            self.timed("cvmm", "bench_cvmm", 60, "--seconds", "0.7", *both, "--without", *TUNED),
+            self.timed("sweeps", "sweeps", 80, "--seconds", "0.7", "--dtype", "bf16"),
+            self.timed("authors", "bench_layers", 85, "--seconds", "1", *authors, "--layers", "moe", "moe-glu"),
             *self.shown(),
         ]
 
@@ -127,8 +132,8 @@ class _Parts:
         tune = module("sparse_ffn.tune", "--dtype", "bf16")
         return [
             self.gate("candidates", 80, "--candidates"),
-            Part("tune", 240, (*tune, "--seconds", "230", "--resume"), (), self.tuned),
-            Part("crossovers", 70, (*tune, "--crossovers", "--seconds", "55"), (), self.tuned),
+            Part("tune", 240, (*tune, "--seconds", "215", "--resume"), (), self.tuned),
+            Part("crossovers", 70, (*tune, "--crossovers", "--seconds", "45"), (), self.tuned),
             self.tuned_layers(80),
             self.page(),
         ]
@@ -137,9 +142,10 @@ class _Parts:
         return [Part("tune", 400, module("sparse_ffn.tune", "--dry-run", "--dtype", "bf16"), (), self.tuned)]
 
     def build(self, seconds: float) -> Part:
-        """The CPU core, and the CUDA kernels where nvcc is."""
+        """The CUDA kernels, where nvcc is."""
         command = ("csrc/build.sh", *(["--dry-run"] if self.rehearsal else []), str(self.work / LIBRARIES))
-        return Part("build", seconds, command, ("g++",), makes=(self.work / LIBRARIES,), optional=True)
+        own = {} if self.rehearsal else {"SPARSE_FFN_CPU": "0"}
+        return Part("build", seconds, command, ("g++",), own, (self.work / LIBRARIES,), optional=True)
 
     def gate(self, name: str, seconds: float, what: str) -> Part:
         """Compiles the kernels on all cores into the cache that the other parts read."""
@@ -152,7 +158,7 @@ class _Parts:
         environment = self.untuned | self.libraries
         if self.rehearsal:
             command, environment = (*command, "--jobs", "2"), environment | {"TRITON_INTERPRET": "1"}
-        return Part("tests", seconds, (*command, "--", *PYTEST, *what), ("python:pytest",), environment)
+        return Part("tests", seconds, (*command, "--", *PYTEST, *what), ("python:pytest",), environment, sums_up=True)
 
     def timed(self, name: str, program: str, seconds: float, *arguments: str) -> Part:
         """A benchmark, which goes on where it was stopped."""

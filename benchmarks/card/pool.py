@@ -42,26 +42,34 @@ class Pool:
     def __init__(self, folder: Path, arguments: Sequence[str]) -> None:
         self.folder, self.arguments = folder, arguments
         self.workers: dict[subprocess.Popen[bytes], int] = {}
+        self.interrupted: list[str] = []
 
     def run(self, jobs: int) -> None:
         """Run what has no verdict yet, in so many processes.
 
         Raises:
-            Unusable: a process ended before it had begun a test.
+            Unusable: a process ended before any had begun a test.
         """
         with tempfile.TemporaryDirectory() as name:
             claims = Path(name)
             for n in range(jobs):
                 self._start(n, claims)
-            while self.workers:
-                for process in [p for p in self.workers if p.poll() is not None]:
-                    n = self.workers.pop(process)
-                    if process.returncode in (0, 1):
-                        continue
-                    if process.returncode != BROKEN:
-                        self._blame(process, n, claims)
-                    self._start(n, claims)
-                time.sleep(0.05)
+            try:
+                while self.workers:
+                    for process in [p for p in self.workers if p.poll() is not None]:
+                        self._ended(process, self.workers.pop(process), claims)
+                    time.sleep(0.05)
+            except SystemExit:
+                self.interrupted = sorted(file.read_text() for file in claims.glob("pid-*"))
+                raise
+
+    def _ended(self, process: subprocess.Popen[bytes], n: int, claims: Path) -> None:
+        if process.returncode in (0, 1):
+            return
+        if process.returncode == BROKEN or self._blame(process, claims):
+            self._start(n, claims)
+        elif not any(claims.iterdir()):
+            raise Unusable(f"exit status {process.returncode} before any test, see worker-{n}.log")
 
     def _start(self, n: int, claims: Path) -> None:
         environment = os.environ | {FOLDER: str(self.folder), CLAIMS: str(claims), "OMP_NUM_THREADS": "1"}
@@ -70,19 +78,25 @@ class Pool:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
         self.workers[process] = n
 
-    def _blame(self, process: subprocess.Popen[bytes], n: int, claims: Path) -> None:
-        """The test that was running when its process ended has failed; what the process had taken beside is free."""
-        try:
-            test = (claims / f"pid-{process.pid}").read_text()
-        except FileNotFoundError:
-            raise Unusable(f"exit status {process.returncode} before any test, see worker-{n}.log") from None
-        write(self.folder, test, FAILED, 0.0, f"its process ended with status {process.returncode}")
-        known = verdicts(self.folder)
+    def _blame(self, process: subprocess.Popen[bytes], claims: Path) -> bool:
+        """The test that was running when its process ended has failed; what the process had taken beside is free.
+
+        Returns:
+            Whether it had taken any. It may have ended between two, or after the last.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            running = claims / f"pid-{process.pid}"
+            write(self.folder, running.read_text(), FAILED, 0.0, f"its process ended with status {process.returncode}")
+            running.unlink()
+        known, began = verdicts(self.folder), False
         for claim in claims.glob("*"):
             with contextlib.suppress(ValueError, FileNotFoundError):
                 owner, taken = claim.read_text().split(" ", 1)
-                if owner == str(process.pid) and taken not in known:
-                    claim.unlink()
+                if owner == str(process.pid):
+                    began = True
+                    if taken not in known:
+                        claim.unlink()
+        return began
 
     def stop(self) -> None:
         """End the processes that are left."""
@@ -128,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"no verdict: {error}")
         return 1
     except SystemExit:
-        print("stopped before the end")
+        print("\n".join(["stopped before the end, in the middle of", *pool.interrupted]))
     finally:
         pool.stop()
     return pool.report()

@@ -23,8 +23,9 @@ FOLDER, CLAIMS = "POOL_FOLDER", "POOL_CLAIMS"
 BROKEN = 70
 """Exit status of a process that gave up since its CUDA context is of no more use."""
 PASSED, SKIPPED, FAILED, NO_MEMORY = "passed", "skipped", "failed", "no memory"
-POISON = re.compile(r"CUDA error|Triton Error \[CUDA\]|device-side assert|cudaError")
-MEMORY = re.compile(r"OutOfMemoryError|out of memory", re.IGNORECASE)
+POISON = re.compile(r"CUDA error|Triton Error \[CUDA\]|device-side assert|cudaError|sparse_ffn CUDA kernels.*\(\d{3}\)")
+# a library that cannot get its workspace says that it could not begin
+MEMORY = re.compile(r"OutOfMemoryError|out of memory|CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)", re.IGNORECASE)
 MOST = 3000  # characters of a failure that are kept
 
 
@@ -99,8 +100,9 @@ class Worker:
         return True
 
     def _free(self, items: list[pytest.Item]) -> Iterator[pytest.Item]:
-        known = {test for test, verdict in verdicts(self.folder).items() if verdict["outcome"] != NO_MEMORY}
-        return (item for item in items if item.nodeid not in known and self.take(item.nodeid))
+        # what was skipped may have lacked what has been built since
+        done = {test for test, verdict in verdicts(self.folder).items() if verdict["outcome"] in (PASSED, FAILED)}
+        return (item for item in items if item.nodeid not in done and self.take(item.nodeid))
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Say what runs, for the case that it ends the process."""
@@ -123,10 +125,12 @@ class Worker:
             if not self.broken:
                 _give_memory_back()
 
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Tell the pool that tests are left for another process."""
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self) -> None:
+        """Tell the pool that tests are left for another process; destructors on a useless context would abort."""
         if self.broken:
-            session.exitstatus = BROKEN
+            sys.stdout.flush()
+            os._exit(BROKEN)
 
 
 def _give_memory_back() -> None:

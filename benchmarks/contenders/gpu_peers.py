@@ -6,6 +6,7 @@ that cannot be imported, or that refuses a shape or a dtype, is a line in the ta
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from benchmarks.measuring.contender import Entry, Gradients, imported
 PEERS = Path(__file__).parents[2] / "runs" / "gpu-peers"
 """Where ``benchmarks/fetch_gpu_peers.sh`` puts them."""
 MOE_LAYER, CVMM = "moe_layer.cvmm", "cvmm_codex.cvmm"
+TUNED = ("moe_layer", "cvmm, 2026")
+"""Peers that compile and try dozens of kernels at each shape and dtype: a matter of minutes."""
 
 Experts = Callable[[sf.MoE], nn.Module]
 
@@ -37,9 +40,18 @@ def peer(module: str) -> ModuleType:
     """
     if str(PEERS) not in sys.path:
         sys.path.insert(0, str(PEERS))  # for good: some import more of themselves at their first call
-    # their kernels that are tuned at a first call would be so at every shape, for minutes
-    os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")
+    _tune_briefly()
     return imported(module, "benchmarks/fetch_gpu_peers.sh fetches it")
+
+
+@functools.cache
+def _tune_briefly() -> None:
+    """Peers that tune themselves at every shape would do so for minutes, and in each process anew."""
+    from triton import testing
+
+    os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
+    testing.do_bench = functools.partial(testing.do_bench, warmup=1, rep=10)  # milliseconds: a fifth of the default
 
 
 def versions() -> str:

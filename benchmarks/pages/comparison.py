@@ -54,12 +54,18 @@ def computed(machines: Sequence[Machine]) -> Table:
 
 def peers(machines: Sequence[Machine]) -> Table:
     """How many times longer a training step of other implementations takes: over all shapes the least and the most."""
-    columns = list(_columns(machines))
-    every = [row for machine in machines for row in machine.rows() if row.mode == "fwdbwd"]
+    columns, parts = list(_columns(machines)), ("layers", "authors")
+    every = [row for machine in machines for part in parts for row in machine.rows(part) if row.mode == "fwdbwd"]
     body = []
     for group, name in dict.fromkeys((row.group, r.name) for row in every for r in row.results if r.kind == "peer"):
         found = [
-            [r for row in rows(machine, group, "fwdbwd", dtype) for r in row.results if r.name == name]
+            [
+                r
+                for part in parts
+                for row in rows(machine, group, "fwdbwd", dtype, part)
+                for r in row.results
+                if r.name == name
+            ]
             for machine, dtype in columns
         ]
         body.append([f"{MEMORIES.get(group, '')}{name}", *map(_span, found)])

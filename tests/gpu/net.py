@@ -2,12 +2,14 @@
 
 Inputs lie inside larger buffers of NaN (or of huge indices), so that a read outside shows in the result. Whatever the
 host code allocates lies inside larger buffers too: filled with NaN, since reading what nothing wrote must show, and
-between canaries, since writing there must show. With ``guard_pages`` all of them lie beside memory without access
+between canaries, since writing there must show. (A checker that knows of each allocation wants no margins: see
+SPARSE_FFN_TEST_MARGIN.) With ``guard_pages`` all of them lie beside memory without access
 instead: that also shows what is read and not used.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,7 +26,7 @@ import sparse_ffn as sf
 from sparse_ffn import ops
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-MARGIN = 4096  # elements on either side
+MARGIN = int(os.environ.get("SPARSE_FFN_TEST_MARGIN", 4096))  # elements on either side
 CANARY = {torch.float32: -12345.5, torch.float16: -12344.0, torch.bfloat16: -12352.0}
 CANARY |= {torch.int32: -7777777, torch.int64: -7777777}
 # for sweeps: 16 bits go the ways of fp32, so that they may come after it
@@ -165,9 +167,7 @@ def magnitudes(case: Case, tensors: dict[str, Tensor], grad: Tensor | None) -> d
 
 def check(case: Case, device: str = "cpu", backend: str = "triton") -> dict[str, Tensor]:
     """Assert that a backend meets the reference in float64 on the same numbers; return its results."""
-    narrow = {
-        n: _cast(t, torch.float32 if n in case.wide else case.dtype, n).to(device) for n, t in case.tensors.items()
-    }
+    narrow = {n: _cast(t, torch.float32 if n in case.wide else case.dtype, n, device) for n, t in case.tensors.items()}
     wide = {n: t.detach().double() if t.is_floating_point() else t for n, t in narrow.items()}
     with sf.backend("reference"):
         grad = gradient(case, results(case, wide)["output"].shape, device)
@@ -241,12 +241,17 @@ def check_frozen(case: Case, device: str = "cpu", backend: str = "triton", *, ex
         assert torch.equal(actual[name], expected[name]), name
 
 
-def _cast(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def _cast(x: Tensor, dtype: torch.dtype, name: str, device: str) -> Tensor:
     if not x.is_floating_point():
-        return x
-    if name in ("gate", "reduction"):  # these keep a dtype of their own
-        return x.float()
-    return x.to(dtype) if 0 in x.stride() else torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x)
+        return moved(x, x.dtype, device)
+    # gates keep a dtype of their own
+    return moved(x, torch.float32 if name in ("gate", "reduction") else dtype, device)
+
+
+def moved(x: Tensor, dtype: torch.dtype, device: str) -> Tensor:
+    """The same numbers and strides elsewhere: Tensor.to closes gaps between rows and fills in what is expanded."""
+    once = x[tuple(slice(None if step else 1) for step in x.stride())]
+    return torch.empty_strided(once.shape, x.stride(), dtype=dtype, device=device).copy_(once).expand(x.shape)
 
 
 def random(*shape: int) -> Tensor:

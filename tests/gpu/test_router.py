@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from net import TOLERANCE, guard_pages, guarded, traps
+from net import TOLERANCE, guard_pages, guarded, moved, traps
 from test_seeded_bugs import alarm
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -66,7 +66,7 @@ def kernels(
 
 
 def check(tensors: dict[str, Tensor | None], k: int, gate_function: str, groups: int, device: str) -> None:
-    narrow = {n: None if t is None else t.to(device) for n, t in tensors.items()}
+    narrow = {n: None if t is None else moved(t, t.dtype, device) for n, t in tensors.items()}
     x, weight = narrow["x"], narrow["router_weight"]
     assert x is not None
     assert weight is not None

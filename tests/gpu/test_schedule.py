@@ -39,12 +39,12 @@ def test_every_block_of_every_row_is_visited_once(counts: tuple[int, ...], progr
     assert torch.equal(seen.cpu(), expected)
 
 
-def test_the_grid_depends_on_sizes_only() -> None:
+def test_the_grid_depends_on_sizes_only(device: str) -> None:
     """What the routing says is on the device: a captured graph has the same grid for any routing."""
     like, tile = torch.empty(0, dtype=torch.bfloat16), Tile.parse("128x128x64/8/3")
 
     def grid(index: Tensor, n_columns: int, tile: Tile) -> tuple[int, bool]:
-        plan = routing.sort_slots(index, 4, 1, 128, inverse=False)
+        plan = routing.sort_slots(index.to(device), 4, 1, 128, inverse=False)
         return schedule.grid(plan, like, n_columns, tile)
 
     with config.fixed(architecture="sm_90"):
