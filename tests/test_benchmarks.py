@@ -634,9 +634,13 @@ def test_cvmm_end_to_end(tmp_path: Path) -> None:
     result = bench_cvmm.main(["--shapes", str(TINY), *what])
     assert [row.group for row in result.rows] == ["cvmm-up", "cvmm-down"]
     assert all(r.status == "timed" for row in result.rows for r in row.results if r.name != "torch grouped_mm")
-    more = bench_cvmm.main(["--shapes", str(TINY), "4,8,4,8,2", *what])  # goes on after what the file has
+    left_out = ["--without", "per-expert loop"]
+    more = bench_cvmm.main(["--shapes", str(TINY), "4,8,4,8,2", *what, *left_out])  # goes on after what the file has
     assert more.rows[:2] == result.rows
     assert [row.shape for row in more.rows[2:]] == ["4,8,4,8,2"] * 2
+    assert [{r.name for r in row.results} & {"per-expert loop"} for row in more.rows] == [{"per-expert loop"}] * 2 + [
+        set()
+    ] * 2
 
 
 @pytest.mark.exhaustive

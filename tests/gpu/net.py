@@ -284,13 +284,15 @@ def expert_case(
     sizes: tuple[int, int, int] = (24, 20, 33),
     train: bool = True,
 ) -> Case:
-    """Expert FFN of D, G, O = sizes; form "everything" has GLU, bias and dropout."""
+    """Expert FFN of D, G, O = sizes; form "everything" has GLU, bias and dropout, "biased" the latter two."""
     (E, index), (D, G, O) = ROUTINGS[routing](), sizes
     T, K = index.shape
     tensors = {"x": random(T, D), "keys": random(E, G, D), "values": random(E, G, O), "index": index}
     tensors["gate"] = torch.rand(T, K, dtype=torch.float64)
     if form == "everything":
-        tensors |= {"gate_keys": random(E, G, D), "key_bias": random(E, G)}
+        tensors["gate_keys"] = random(E, G, D)
+    if form in ("everything", "biased"):
+        tensors["key_bias"] = random(E, G)
         tensors["dropout_mask"] = (torch.rand(T, K, G) > 0.3).double() * 1.5
     trained = tuple(n for n in tensors if n not in ("index", "dropout_mask")) if train else ()
     return Case(flat.expert_ffn, tensors, dtype, {"activation": activation}, trained)

@@ -212,5 +212,5 @@ def test_results_past_two_billion(monkeypatch: pytest.MonkeyPatch) -> None:
 
     parts, total = out, torch.empty(R, width, dtype=torch.float16)
     hot, begins, ends, part = (torch.full((R,), n, dtype=torch.int32) for n in (16, 0, 8, 16))
-    bag.hot_rows_kernel[(1,)](parts, total, hot, begins, ends, part, R, width, CAP=8, COLUMNS=16)
+    bag.hot_rows_kernel[(1,)](parts, total, hot, begins, ends, part, R, width, CAP=8, ROWS=8, COLUMNS=16)
     assert torch.equal(total[16, -16:], row[0, -16:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,6 +77,19 @@ def test_activations_and_their_derivatives_are_right_everywhere(
 def test_expert_ffn_of_no_size(sizes: tuple[int, int, int], form: str, device: str) -> None:
     """Nothing is left as it lay in memory: gates have gradients without a row of x, zeros without units."""
     check(expert_case("half of the slots void", form=form, sizes=sizes, activation="silu"), device)
+
+
+@fp32_first
+@routings
+@pytest.mark.parametrize("form", ["plain", "biased"])
+def test_experts_of_one_unit_are_rows_of_tables(form: str, routing: str, dtype: torch.dtype, device: str) -> None:
+    case = expert_case(routing, dtype, form=form, activation="silu", sizes=(24, 1, 33))
+    check(case, device)
+    check(replace(case, trained=()), device)
+    check_frozen(case, device)
+    if routing in VOID:
+        check_void(case, device)
+        check_nobody(case, device)
 
 
 @pytest.mark.exhaustive

@@ -11,7 +11,7 @@ import torch
 from net import ROUTINGS, check, cvmm_case, expert_case, guarded, traps
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparse_ffn.backends.triton import combine, config, decode, grouped, hidden, outer, routing
+from sparse_ffn.backends.triton import bag, combine, config, decode, grouped, hidden, outer, routing
 from sparse_ffn.ops import Units
 from sparse_ffn.ops.cvmm import triton as cvmm
 from sparse_ffn.ops.cvmm.backend import Slots
@@ -112,11 +112,13 @@ def test_a_layer_of_many_experts_meets_the_reference(
     check(expert_case("random", form="everything", activation="silu"), device)
 
 
-@pytest.mark.parametrize("form", ["plain", "everything"])
-def test_expert_ffn_never_waits_for_the_device(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [20, 1], ids=["", "experts of one unit"])
+@pytest.mark.parametrize("form", ["plain", "biased", "everything"])
+def test_expert_ffn_never_waits_for_the_device(form: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under FakeTensorMode a number that only the device knows cannot be read: .item() and its kin raise."""
     launched = without_launches(monkeypatch)
-    t = {n: x.float() if x.is_floating_point() else x for n, x in expert_case(form=form).tensors.items()}
+    case = expert_case(form=form, sizes=(24, size, 33))
+    t = {n: x.float() if x.is_floating_point() else x for n, x in case.tensors.items()}
     with FakeTensorMode() as mode:
         t = {n: mode.from_tensor(x) for n, x in t.items()}
         experts = Units(t["keys"], t["values"], t.get("gate_keys"), t.get("key_bias"))
@@ -127,12 +129,16 @@ def test_expert_ffn_never_waits_for_the_device(form: str, monkeypatch: pytest.Mo
         gradients = expert_ffn.backward(out, x, experts, gate, dropout_mask, saved, True, "relu")
         assert gradients.experts.keys.shape == t["keys"].shape
     names = {"count", "scan", "place", "plan", "up", "rows", "combine", "hidden_gradient", "outer"}
+    in_tables = size == 1 and form != "everything"
+    if in_tables:
+        names = {"dot_products", "bag", "bag_gradient", "hot_rows"}
     assert launched - {"sum_rows_kernel"} == {f"{name}_kernel" for name in names}
     launched.clear()
     with mode:
         gradients = expert_ffn.backward(out, x, experts, gate, dropout_mask, saved, False, "relu")
     assert gradients.experts is None
-    assert launched == {"plan_kernel", "hidden_gradient_kernel", "rows_kernel", "combine_kernel"}
+    names = {"dot_products", "bag"} if in_tables else {"plan", "hidden_gradient", "rows", "combine"}
+    assert launched == {f"{name}_kernel" for name in names}
 
 
 def test_cvmm_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +167,6 @@ def without_launches(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         assert isinstance(grid, int)
         names.add(kernel.fn.__name__)
 
-    for module in (routing, grouped, hidden, outer, combine, decode):
+    for module in (routing, grouped, hidden, outer, combine, decode, bag):
         monkeypatch.setattr(module, "launch", launch)
     return names

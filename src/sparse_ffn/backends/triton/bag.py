@@ -101,8 +101,10 @@ def dot_products_kernel(
 
 
 @triton.jit
-def hot_rows_kernel(parts, out, hot, begins, ends, row_part, R, O, CAP: tl.constexpr, COLUMNS: tl.constexpr):
-    """out[r] = the sum of row r's parts in order, for the rows that have several."""
+def hot_rows_kernel(
+    parts, out, hot, begins, ends, row_part, R, O, CAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """out[r] = the sum of row r's parts in a fixed order, for the rows that have several."""
     n_blocks = tl.cdiv(O, COLUMNS)
     o = (tl.program_id(0) % n_blocks) * COLUMNS + tl.arange(0, COLUMNS)
     r = tl.load(hot + tl.program_id(0) // n_blocks)
@@ -110,10 +112,12 @@ def hot_rows_kernel(parts, out, hot, begins, ends, row_part, R, O, CAP: tl.const
         return
     begin = tl.load(row_part + r).to(tl.int64)
     n_parts = tl.cdiv(tl.load(ends + r) - tl.load(begins + r), CAP)
-    total = tl.zeros([COLUMNS], tl.float32)
-    for i in range(0, n_parts):
-        total += tl.load(parts + (begin + i) * O + o, mask=o < O, other=0.0)
-    tl.store(out + r.to(tl.int64) * O + o, total.to(out.dtype.element_ty), mask=o < O)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, n_parts, ROWS):
+        i = start + tl.arange(0, ROWS)
+        at = parts + (begin + i)[:, None] * O + o[None, :]
+        total += tl.load(at, mask=(i < n_parts)[:, None] & (o < O)[None, :], other=0.0)
+    tl.store(out + r.to(tl.int64) * O + o, tl.sum(total, 0).to(out.dtype.element_ty), mask=o < O)
 
 
 def bag(values: Tensor, index: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -179,7 +183,7 @@ def bag_gradient(
     )  # fmt: skip
     launch(
         hot_rows_kernel, segments.hot.shape[0] * n_blocks, parts, out, segments.hot, segments.begins, segments.ends,
-        segments.part, R, O, CAP=segments.cap, COLUMNS=columns,
+        segments.part, R, O, CAP=segments.cap, ROWS=BAG.rows, COLUMNS=columns,
     )  # fmt: skip
     return None if dots is None else (dots[0] if n_blocks == 1 else dots.sum(0)).view(weight.shape)
 

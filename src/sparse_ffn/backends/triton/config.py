@@ -78,6 +78,8 @@ _SM80 = table("""
     outer  fp32   32x64x16/4/2   64x64x16/8/2
     pair   fp32   32x32x16/4/2   64x32x16/8/2
 """)
+# Its wgmma of tf32 wants both operands contiguous along the sum, which those of "outer" are not: copies that turn them
+# round go number by number, all to the same banks. Tiles of fewer than 64 rows, or of two warps, are for mma.sync.
 _SM90 = _SM80 | table("""
     one    half   16x64x64/4/4   16x128x64/4/4   32x64x64/4/4   32x128x64/4/4
     one    half   64x64x64/4/4   64x128x64/4/4   128x64x64/4/4  128x128x64/8/3  128x256x64/8/3
@@ -86,6 +88,8 @@ _SM90 = _SM80 | table("""
     pair   half   64x64x64/4/5   128x128x64/8/5
     one    tf32   16x64x32/4/4   16x128x32/4/4   32x64x32/4/4   32x128x32/4/3
     one    tf32   64x64x32/8/3   64x128x32/8/3   128x64x32/4/3  128x128x16/8/4
+    outer  tf32   32x64x32/4/7   64x64x32/2/7
+    pair   tf32   32x64x32/4/7
     one    odd    16x64x32/4/2   32x64x32/8/2    64x64x32/8/2
     one    fp32   16x64x16/4/2   32x64x16/8/3
     two    fp32   16x32x16/8/2   32x32x16/4/2

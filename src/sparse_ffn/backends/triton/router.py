@@ -41,7 +41,10 @@ class Blocks(NamedTuple):
         if dtype == torch.float32:
             return cls(tokens, rows, 16, 8)
         depth = max(min(SCORES // (rows * (8 if split else 2)), 64), 16)
-        return cls(tokens, rows, depth, 4 if tokens * rows <= 512 else 16 if rows > 256 else 8)
+        # 8 would share the columns, too, and the sum would be laid out anew between products that follow one another
+        one_layout = split and tokens == MAX_TOKENS and not gradient
+        warps = 4 if tokens * rows <= 512 or one_layout else 16 if rows > 256 else 8
+        return cls(tokens, rows, depth, warps)
 
 
 @triton.jit

@@ -205,12 +205,25 @@ def sort_slots(index: Tensor, n_experts: int, k: int, block_m: int, *, inverse: 
 def plan(order: Tensor, offsets: Tensor, k: int, block_m: int, *, inverse: bool) -> Plan:
     """The plan for slots that are in order already, ``k`` of them a token: what a forward pass kept."""
     S, E, made = order.shape[0], offsets.shape[0] - 1, _unmade(order, offsets, block_m, inverse)
+    n_tiles = made.n_tiles if SORT.experts >= E else 0  # of the kernel, each of whose programs passes all experts
     launch(
-        plan_kernel, max(cdiv(S, SORT.positions), cdiv(made.n_tiles, SORT.tiles)), *made.tensors,
-        S, E, k, made.n_tiles,
+        plan_kernel, max(cdiv(S, SORT.positions), cdiv(n_tiles, SORT.tiles)), *made.tensors, S, E, k, n_tiles,
         BLOCK_M=block_m, INVERSE=inverse, BLOCK=SORT.positions, TILES=SORT.tiles, PART=SORT.part,
     )  # fmt: skip
+    if SORT.experts < E:
+        _find_tiles(made)
     return made
+
+
+def _find_tiles(made: Plan) -> None:
+    """What ``store_tiles`` does, by torch."""
+    count = (made.offsets.diff() + (made.block_m - 1)) // made.block_m
+    last = count.cumsum(0, dtype=torch.int32)
+    tile = torch.arange(made.n_tiles, dtype=torch.int32, device=last.device)
+    expert = torch.searchsorted(last, tile, right=True).clamp_max_(len(count) - 1)
+    row = made.offsets[expert] + (tile - (last - count)[expert]) * made.block_m
+    made.tiles[0] = last[-1]
+    made.tiles[1:] = torch.stack((expert, row), 1).flatten()
 
 
 def _unmade(order: Tensor, offsets: Tensor, block_m: int, inverse: bool) -> Plan:

@@ -45,7 +45,11 @@ class Segments:
 
 def every_row(index: Tensor, n_rows: int, cap: int) -> Segments:
     """The segments of all rows of a table, those that no slot names included. Shape: index int [...]."""
-    order, offsets = _sort(index, n_rows)
+    return of_sorted(*_sort(index, n_rows), cap)
+
+
+def of_sorted(order: Tensor, offsets: Tensor, cap: int) -> Segments:
+    """The segments of all rows, from slots that are in order already."""
     return _cut(order, offsets[:-1], offsets[1:], cap)
 
 

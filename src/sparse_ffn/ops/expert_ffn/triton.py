@@ -10,6 +10,7 @@ from sparse_ffn.backends.device import on_device
 from sparse_ffn.backends.triton import columns, combine, config, decode, grouped, hidden, outer, routing
 from sparse_ffn.backends.triton.decode import use_decode
 from sparse_ffn.backends.triton.launch import cdiv, matrices, precision, rows
+from sparse_ffn.ops.expert_ffn import single_units
 from sparse_ffn.ops.expert_ffn.backend import Gradients, Saved
 from sparse_ffn.ops.units import Units
 
@@ -21,6 +22,8 @@ def forward(
     x: Tensor, experts: Units, index: Tensor, gate: Tensor, dropout_mask: Tensor | None, activation: str
 ) -> tuple[Tensor, Saved]:
     """The output, and what the backward pass needs."""
+    if single_units.takes(experts):
+        return single_units.forward(x, experts, index, gate, dropout_mask, activation)
     G = experts.keys.shape[1]
     up_SG = x.new_empty(index.numel(), G)
     glu_gate_SG = None if experts.gate_keys is None else torch.empty_like(up_SG)
@@ -33,6 +36,8 @@ def inference(
     x: Tensor, experts: Units, index: Tensor, gate: Tensor, dropout_mask: Tensor | None, activation: str
 ) -> Tensor:
     """The output, nothing kept."""
+    if single_units.takes(experts):
+        return single_units.inference(x, experts, index, gate, dropout_mask, activation)
     keys, values, gate_keys, key_bias = experts
     most = crossovers.decode_tokens_on_gpu(x, keys, index.shape[1])
     if not (use_decode(index.numel(), keys.shape[0]) if most is None else x.shape[0] <= most):
@@ -95,6 +100,8 @@ def backward(
     activation: str,
 ) -> Gradients:
     """The gradients."""
+    if single_units.takes(experts):
+        return single_units.backward(grad, x, experts, gate, dropout_mask, saved, needs_experts, activation)
     keys, values, gate_keys, key_bias = experts
     order, offsets, up_SG, glu_gate_SG = saved
     (E, G, D), (T, K), S = keys.shape, gate.shape, order.shape[0]
