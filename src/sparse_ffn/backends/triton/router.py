@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_ffn.backends.triton import config
 from sparse_ffn.backends.triton.launch import cdiv, launch, power_of_two
 from sparse_ffn.backends.triton.product_keys import number, ordered
 
@@ -30,9 +31,19 @@ class Blocks(NamedTuple):
 
     @classmethod
     def of(
-        cls, n_tokens: int, n_rows: int, dtype: torch.dtype, weights: torch.dtype, *, gradient: bool = False
+        cls,
+        n_tokens: int,
+        n_rows: int,
+        dtype: torch.dtype,
+        weights: torch.dtype,
+        target: str,
+        *,
+        gradient: bool = False,
     ) -> Blocks:
-        """For groups of so many tokens in a dtype, and the router's; or of its gradient, which holds more a score."""
+        """For groups of so many tokens in a dtype, and the router's; or of its gradient, which holds more a score.
+
+        ``target`` is what ``config.architecture`` says.
+        """
         rows = max(power_of_two(n_rows), 16)
         split = weights != dtype  # into three numbers, all of them in registers
         # without tensor cores operands are, too
@@ -42,7 +53,7 @@ class Blocks(NamedTuple):
             return cls(tokens, rows, 16, 8)
         depth = max(min(SCORES // (rows * (8 if split else 2)), 64), 16)
         # 8 would share the columns, too, and the sum would be laid out anew between products that follow one another
-        one_layout = split and tokens == MAX_TOKENS and not gradient
+        one_layout = split and tokens == MAX_TOKENS and not gradient and target != "sm_80"  # which spills then
         warps = 4 if tokens * rows <= 512 or one_layout else 16 if rows > 256 else 8
         return cls(tokens, rows, depth, warps)
 
@@ -226,7 +237,7 @@ def route(
     """
     (T, D), R, K = x.shape, weight.shape[0], index.shape[1]
     length = T // max(groups, 1)
-    blocks = Blocks.of(length, R, x.dtype, weight.dtype)
+    blocks = Blocks.of(length, R, x.dtype, weight.dtype, config.architecture(x.device))
     parts = gate.new_empty(groups, cdiv(length, blocks.tokens), R)
     launch(
         route_kernel, max(groups, 1) * cdiv(length, blocks.tokens), x, weight, bias, mask, index, gate, logits, parts,
@@ -258,7 +269,8 @@ def gradient(
     (R, D), (T, K) = weight.shape, index.shape
     groups = 1 if dsums is None else dsums.shape[0]
     length = T // groups
-    blocks = Blocks.of(length, R, dlogits.dtype, weight.dtype, gradient=True)
+    target = config.architecture(dlogits.device)
+    blocks = Blocks.of(length, R, dlogits.dtype, weight.dtype, target, gradient=True)
     launch(
         route_gradient_kernel, groups * cdiv(length, blocks.tokens), dgate, dsums, weight, mask, index, gate,
         logits, dlogits, dx, R, D, K, length, *weight.stride(),
