@@ -43,8 +43,9 @@ This is what sparsity costs: routing, gathering rows, and reading every expert's
 PEERS = """\
 ## Against other implementations
 
-How many times longer their training step takes, the least and the most over the shapes above. The experts of
-transformers are gated (SiLU), the others use ReLU. `python -m benchmarks.rows --contenders` says what each of them is.
+How many times longer their training step takes, the least and the most over the shapes above (on GPUs of libraries that
+tune themselves at every shape: over the first shape, in bf16). The experts of transformers are gated (SiLU), the others
+use ReLU. `python -m benchmarks.rows --contenders` says what each of them is.
 """
 TOPK = """\
 ## TopKFFN

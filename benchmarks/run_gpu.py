@@ -110,7 +110,7 @@ class Stage:
                 outcomes.append(before)
             else:
                 outcomes.append(self._run(part, min(end, self.begin + self.limit - RESERVE)))
-                anew = True
+                anew = anew or outcomes[-1].status != "skipped"
             self.summary[self.name] = [asdict(o) for o in outcomes]
             partial = self.file.with_suffix(".partial")
             partial.write_text(json.dumps(self.summary, indent=1) + "\n")
@@ -192,9 +192,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = arguments.parse_args(argv)
     card, architecture, *versions = "rehearsal", None
     if not options.rehearse:
-        found = subprocess.run((sys.executable, "-c", CARD), capture_output=True, text=True, timeout=SILENT)
-        if found.returncode:
-            reason = (found.stderr.strip().splitlines() or ["no reason given"])[-1]
+        try:
+            found = subprocess.run((sys.executable, "-c", CARD), capture_output=True, text=True, timeout=SILENT)
+            reason = (found.stderr.strip().splitlines() or ["no reason given"])[-1] if found.returncode else None
+        except subprocess.TimeoutExpired:
+            reason = f"no answer within {SILENT:.0f} s"
+        if reason is not None:
             print(f"no GPU that torch can use: {reason}. --rehearse needs none.", file=sys.stderr)
             return 2
         card, architecture, *versions = found.stdout.split()

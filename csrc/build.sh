@@ -30,10 +30,10 @@ cxx=${CXX:-$(command -v g++ || command -v clang++ || true)}
 nvcc=${CUDACXX:-$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null || true)}
 if [ "${SPARSE_FFN_CUDA:-}" = 0 ]; then nvcc=""; fi
 cpu=${SPARSE_FFN_CPU:-1}
-if [ -z "$nvcc" ] && [ "$cpu" = 0 ]; then echo "nothing to build: no nvcc here" && exit; fi
 [ -n "$cxx" ] || { echo "no C++ compiler here" >&2; exit 3; }
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
+if [ -z "$nvcc" ] && [ "$cpu" = 0 ]; then echo "nothing to build: no nvcc here" && exit; fi
 
 if command -v cmake >/dev/null && [ -z "${SPARSE_FFN_NO_CMAKE:-}" ]; then
   with_cuda=OFF target=all

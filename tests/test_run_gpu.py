@@ -124,6 +124,15 @@ def test_a_part_has_its_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (tmp_path / "log").read_text() == "hello installed.so\n"
 
 
+def test_a_card_that_does_not_answer_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_gpu, "CARD", "import time; time.sleep(100)")
+    monkeypatch.setattr(run_gpu, "SILENT", 0.1)
+    assert run_gpu.main(["tests"]) == 2
+    assert "no answer within" in capsys.readouterr().err
+
+
 def test_what_a_part_needs() -> None:
     assert run_gpu.missing(["python:torch", "sh"]) is None
     assert run_gpu.missing(["python:no_such_module"]) == "no_such_module cannot be imported"
@@ -142,7 +151,7 @@ def test_every_stage_fits_into_a_call_and_the_kernels_are_compiled_before_they_a
                     assert Path(part.environment["TRITON_CACHE_DIR"]).is_relative_to(tmp_path)
         names = [part.name for part in gpu_parts.parts(stage, tmp_path, "sm_90")]
         rehearsed = [part.name for part in gpu_parts.parts(stage, tmp_path, None)]
-        only = {"gate", "memcheck", "racecheck", "authors", "candidates", "crossovers", "tuned"}  # need a card
+        only = {"gate", "memcheck", "racecheck", "authors", "authors-cvmm", "candidates", "crossovers", "tuned"}
         assert [name for name in names if name not in only][: len(rehearsed)] == rehearsed
     names = [part.name for part in gpu_parts.parts("tests", tmp_path, "sm_90")]
     assert names[:4] == ["info", "build", "gate", "tests"]

@@ -236,6 +236,9 @@ def test_a_user_without_a_home_has_no_file(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
     monkeypatch.chdir(tmp_path)
     assert tuned.load(CARD, ENTRIES) is None
+    with pytest.raises(FileNotFoundError, match="set SPARSE_FFN_TUNED to a folder"):
+        tuned.save(measured(), CARD)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_file_is_read_as_it_was_written(folder: Path) -> None:

@@ -42,7 +42,7 @@ class Pool:
     def __init__(self, folder: Path, arguments: Sequence[str]) -> None:
         self.folder, self.arguments = folder, arguments
         self.workers: dict[subprocess.Popen[bytes], int] = {}
-        self.interrupted: list[str] = []
+        self.before, self.interrupted = 0, list[str]()
 
     def run(self, jobs: int) -> None:
         """Run what has no verdict yet, in so many processes.
@@ -50,6 +50,8 @@ class Pool:
         Raises:
             Unusable: a process ended before any had begun a test.
         """
+        with contextlib.suppress(FileNotFoundError):
+            self.before = len((self.folder / "verdicts.jsonl").read_text().splitlines())
         with tempfile.TemporaryDirectory() as name:
             claims = Path(name)
             for n in range(jobs):
@@ -60,7 +62,9 @@ class Pool:
                         self._ended(process, self.workers.pop(process), claims)
                     time.sleep(0.05)
             except SystemExit:
-                self.interrupted = sorted(file.read_text() for file in claims.glob("pid-*"))
+                for file in claims.glob("pid-*"):
+                    with contextlib.suppress(FileNotFoundError):  # it has ended since
+                        self.interrupted.append(file.read_text())
                 raise
 
     def _ended(self, process: subprocess.Popen[bytes], n: int, claims: Path) -> None:
@@ -88,7 +92,7 @@ class Pool:
             running = claims / f"pid-{process.pid}"
             write(self.folder, running.read_text(), FAILED, 0.0, f"its process ended with status {process.returncode}")
             running.unlink()
-        known, began = verdicts(self.folder), False
+        known, began = verdicts(self.folder, self.before), False
         for claim in claims.glob("*"):
             with contextlib.suppress(ValueError, FileNotFoundError):
                 owner, taken = claim.read_text().split(" ", 1)

@@ -29,11 +29,11 @@ MEMORY = re.compile(r"OutOfMemoryError|out of memory|CUBLAS_STATUS_(ALLOC_FAILED
 MOST = 3000  # characters of a failure that are kept
 
 
-def verdicts(folder: Path) -> dict[str, dict[str, Any]]:
-    """The last verdict of each test; a line that was cut off by a crash is none."""
+def verdicts(folder: Path, begin: int = 0) -> dict[str, dict[str, Any]]:
+    """The last verdict of each test, of the lines from ``begin`` on; one that was cut off by a crash is none."""
     found = {}
     with contextlib.suppress(FileNotFoundError):
-        for line in (folder / "verdicts.jsonl").read_text().splitlines():
+        for line in (folder / "verdicts.jsonl").read_text().splitlines()[begin:]:
             with contextlib.suppress(ValueError):
                 verdict = json.loads(line)
                 found[verdict["test"]] = verdict

@@ -11,7 +11,7 @@ from benchmarks import passes
 from benchmarks.measuring.records import Report, Row
 
 PUBLISHED = Path(__file__).parents[1] / "results"
-PARTS = ("layers", "wide", "topk", "cvmm", "sweeps", "authors", "tuned")
+PARTS = ("layers", "wide", "topk", "cvmm", "sweeps", "authors", "authors-cvmm", "tuned")
 
 
 @dataclass(frozen=True)

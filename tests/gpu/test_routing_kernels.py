@@ -101,8 +101,12 @@ def test_slots_of_unknown_experts_come_last(
 
 
 def test_too_many_slots_are_refused() -> None:
+    index = torch.empty(1, dtype=torch.int64).expand(1 << 30)
     with pytest.raises(ValueError, match="fewer than 2"):
-        routing.sort_slots(torch.empty(1, dtype=torch.int64).expand(1 << 30), 2, 1, 16, inverse=False)
+        routing.sort_slots(index, 2, 1, 16, inverse=False)
+    x, one_unit = torch.zeros(1, 4).expand(1 << 30, 4), Units(torch.zeros(2, 1, 4), torch.zeros(2, 1, 4), None, None)
+    with pytest.raises(ValueError, match="fewer than 2"):
+        expert_ffn.inference(x, one_unit, index.unsqueeze(1), torch.ones(1, 1).expand(1 << 30, 1), None, "relu")
 
 
 def test_a_layer_of_many_experts_meets_the_reference(

@@ -21,7 +21,7 @@ Key = Mapping[str, Any]
 def directory() -> Path:
     """$SPARSE_FFN_TUNED, or the folder sparse-ffn in the user's cache directory.
 
-    Without a home, as in some containers, "~" stays as it is: only the former is of use there.
+    Where there is no home, as in some containers, "~" stays as it is: a path at which nothing is written.
     """
     named = os.environ.get(DIRECTORY_VARIABLE)
     if named:
@@ -36,7 +36,13 @@ def file_of(*words: str) -> Path:
 
 
 def write(path: Path, key: Key, data: Mapping[str, Any], indent: int | None = None) -> None:
-    """The whole file or nothing: another process may read or write it."""
+    """The whole file or nothing: another process may read or write it.
+
+    Raises:
+        FileNotFoundError: there is no home directory.
+    """
+    if path.parts[0] == "~":
+        raise FileNotFoundError(f"there is no home directory for {path}: set {DIRECTORY_VARIABLE} to a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps({**key, **data}, indent=indent) + "\n")

@@ -169,14 +169,24 @@ def plan_kernel(
         store_tiles(program, None, offsets, tiles, E, False, BLOCK_M, TILES, PART)
 
 
+def check_slots(index: Tensor) -> int:
+    """How many slots there are; positions have 32 bits.
+
+    Raises:
+        ValueError: 2**30 or more.
+    """
+    S = index.numel()
+    if S >= 1 << 30:
+        raise ValueError(f"one call takes fewer than 2**30 slots (tokens times k), got {S}")
+    return S
+
+
 def sort_slots(index: Tensor, n_experts: int, k: int, block_m: int, *, inverse: bool) -> Plan:
     """Sort the slots of int64 [S], ``k`` of them a token, by expert, stably; those outside [0, E) come last.
 
     A counting sort; beyond ``SORT.experts`` torch sorts.
     """
-    S = index.numel()
-    if S >= 1 << 30:
-        raise ValueError(f"one call takes fewer than 2**30 slots (tokens times k), got {S}")
+    S = check_slots(index)
     if S == 0:
         order, offsets = (index.new_zeros(n, dtype=torch.int32) for n in (0, n_experts + 1))
         return plan(order, offsets, k, block_m, inverse=inverse)

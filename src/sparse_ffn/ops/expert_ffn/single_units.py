@@ -12,6 +12,7 @@ from torch import Tensor
 from sparse_ffn.backends.sort import sort_by_expert
 from sparse_ffn.backends.triton import bag, config, outer, segments
 from sparse_ffn.backends.triton.launch import rows
+from sparse_ffn.backends.triton.routing import check_slots
 from sparse_ffn.ops.activations import hidden_anywhere, hidden_backward
 from sparse_ffn.ops.expert_ffn.backend import Gradients, Saved
 from sparse_ffn.ops.expert_ffn.by_products import with_void
@@ -46,6 +47,7 @@ def _forward(
     x: Tensor, experts: Units, index: Tensor, gate: Tensor, dropout_mask: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor]:
     """The output, and the units before their activation, fp32 [T, K]."""
+    check_slots(index)
     keys_ED, values_EO, index = rows(experts.keys[:, 0]), rows(experts.values[:, 0]), index.contiguous()
     up_TK = bag.dot_products(rows(x), keys_ED, index)
     if experts.key_bias is not None:
@@ -78,9 +80,9 @@ def backward(
     index, up_TK = index.view_as(gate), up.view_as(gate).float()
     h_TK = hidden_anywhere(activation, up_TK, None, scale)
 
-    dvalues, groups = None, segments.of_sorted(order, offsets, config.BAG.cap)
+    dvalues, groups = None, None
     if needs_experts:
-        dvalues = values.new_empty(values.shape)
+        dvalues, groups = values.new_empty(values.shape), segments.of_sorted(order, offsets, config.BAG.cap)
         dots_TK = bag.bag_gradient(groups, grad, h_TK * gate, dvalues[:, 0], values_EO)
     else:
         dots_TK = bag.dot_products(grad, values_EO, index)
@@ -91,7 +93,7 @@ def backward(
 
     dx = x.new_empty(x.shape)
     bag.bag(keys_ED, index, dup_TK, dx)
-    if dvalues is None:
+    if dvalues is None or groups is None:
         return Gradients(dx, None, dgate)
     dkeys = keys.new_empty(keys.shape)
     bag.bag_gradient(groups, x, dup_TK, dkeys[:, 0])
