@@ -85,6 +85,11 @@ def cases(target: str, quick: bool) -> Iterator[Callable[[], None]]:
             yield partial(bags, dtype, width, dtype)
             if dtype != torch.float32:
                 yield partial(bags, dtype, width, torch.float32)
+            # experts of one unit are rows of tables
+            for weights in dict.fromkeys((dtype, torch.float32)):
+                yield partial(
+                    experts, dtype, "ieee", 16, 1, "gelu", width, k=32, weights=weights, n_experts=512, tokens=64
+                )
         for n, k in (
             *((20, 1), (20, 2), (20, 4), (64, 8), (128, 16)),
             *((256, 32), (512, 32), (1024, 64), (2000, 1), (2000, 64)),
