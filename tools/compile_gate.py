@@ -148,9 +148,24 @@ def usage(kernel: Any) -> tuple[int, int, str]:
         file.flush()
         resources = _output(TOOLS / "cuobjdump", "--dump-resource-usage", file.name)
         registers, stack = (int(re.search(rf"{name}:(\d+)", resources)[1]) for name in ("REG", "STACK"))
-        if stack:  # a stack frame may be there for another reason: look for what moves registers to and from it
-            stack = 4 * len(re.findall(r"\b(?:STL|LDL)\b", _output(TOOLS / "nvdisasm", "-c", file.name)))
+        if stack:  # a stack frame may be there for another reason
+            stack = spilled_bytes(_output(TOOLS / "nvdisasm", "-c", file.name))
     return registers, stack, kernel.asm["ptx"]
+
+
+def spilled_bytes(assembly: str) -> int:
+    """What moves between registers and the stack.
+
+    One register that is put away before the loops and comes back after them is none: it costs nothing there.
+    """
+    lines = assembly.splitlines()
+    labels = {line.strip().rstrip(":"): i for i, line in enumerate(lines) if line.startswith(".L")}
+    moves = [i for i, line in enumerate(lines) if re.search(r"\b(?:STL|LDL)\b", line)]
+    back = [
+        (labels.get(to[1], i), i) for i, line in enumerate(lines) if (to := re.search(r"\bBRA `\((\.L\w+)\)", line))
+    ]
+    looped = any(begin <= move <= end for move in moves for begin, end in back)
+    return 4 * len(moves) if looped or len(moves) > 2 else 0
 
 
 def _output(*command: str | Path) -> str:
