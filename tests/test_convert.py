@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -1134,6 +1135,70 @@ def test_a_clamp_that_only_large_values_show_is_seen(act: Any, inside: Any) -> N
     assert "clamps" in str(report.unknown)
 
 
+class Around(Mlp):
+    """Changes what goes into an FFN and what comes out of it."""
+
+    def __init__(self, before: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.before, self.after = before, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(super().forward(self.before(x)))
+
+
+def unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def clamped(x: Tensor) -> Tensor:
+    return x.clamp(-20, 20)
+
+
+@pytest.mark.parametrize(("before", "after"), [(unchanged, clamped), (clamped, unchanged)], ids=["output", "tokens"])
+def test_a_clamp_around_an_ffn_stays(before: Any, after: Any) -> None:
+    model = nn.Sequential(Block(Around(before, after))).eval()
+    x, dense = 1000 * torch.randn(2, 5, 6), copy.deepcopy(model)
+    assert sf.sparsify_(model, OPEN).names == ["0.ffn.a"]  # the maps alone
+    torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-4)
+
+
+def test_an_ffn_that_casts_its_tokens_is_left() -> None:
+    class Casts(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.to(self.a.weight.dtype)).to(x.dtype)
+
+    model = nn.Sequential(Block(Casts().bfloat16()))
+    report = sf.sparsify_(model, OPEN)
+    assert not report.names
+    assert "it changes the dtype of its tokens or of its output" in report.unknown["0.ffn.a"]
+
+
+def test_a_cast_of_an_ffns_output_stays() -> None:
+    class Casts(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).float()
+
+    model = nn.Sequential(Casts(), nn.Identity()).bfloat16()
+    assert sf.sparsify_(model, OPEN).names == ["0.a"]  # the maps alone
+    assert model(torch.randn(3, 6, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("part", ["a", "f"])
+def test_an_ffn_whose_parts_have_buffers_is_left(part: str) -> None:
+    model = nn.Sequential(Block())
+    model[0].ffn.get_submodule(part).register_buffer("seen", torch.zeros(1))
+    report = sf.sparsify_(model, OPEN)
+    assert not report.names
+    assert "it has buffers: seen" in str(report.unknown)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_a_gate_of_which_only_a_part_trains_is_left(frozen: str) -> None:
+    model = nn.Sequential(Block(Gated(bias=True)))
+    model[0].ffn.gate.get_parameter(frozen).requires_grad_(False)
+    assert "only one of them trains" in sf.sparsify_(model, OPEN).unknown["0.ffn"]
+
+
 class Pair(Mlp):
     def forward(self, x: Tensor) -> Any:
         return super().forward(x), None
@@ -1279,19 +1344,44 @@ def test_calibrate_runs_batches_leaves_padding_out_and_puts_everything_back() ->
         sf.calibrate(nn.Linear(3, 3), [torch.randn(1, 3)])
 
 
-def test_calibrate_leaves_padding_out_where_tokens_come_as_rows_and_knows_it_by_their_order() -> None:
+@pytest.mark.parametrize(
+    "mask",
+    [torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.tensor([[0.0, 0.0, -1e9], [0.0, -1e9, -1e9]])],
+    ids=["1 for tokens", "added to scores"],
+)
+def test_calibrate_leaves_padding_out_in_any_order_that_the_shapes_tell(mask: Tensor) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.rows, self.turned = Mlp(), Mlp()
+            self.rows, self.turned, self.others = Mlp(), Mlp(), Mlp()
 
         def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
-            return self.rows(x.flatten(0, 1)) + self.turned(x.transpose(0, 1)).transpose(0, 1).flatten(0, 1)
+            turned = self.turned(x.transpose(0, 1)).transpose(0, 1).flatten(0, 1)
+            return self.rows(x.flatten(0, 1)) + turned + self.others(x[:, 1:]).sum()
 
-    x, mask = torch.randn(2, 3, 6), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    x, tokens = torch.randn(2, 3, 6), torch.tensor([[True, True, False], [True, False, False]])
     found = sf.calibrate(Model(), [{"x": x, "attention_mask": mask}])
-    assert torch.equal(found["rows"], x[mask.bool()])
-    assert torch.equal(found["turned"], x.transpose(0, 1).flatten(0, 1))  # another order: no row is taken for padding
+    assert torch.equal(found["rows"], x[tokens])
+    assert torch.equal(found["turned"], x.transpose(0, 1)[tokens.t()])
+    assert torch.equal(found["others"], x[:, 1:].flatten(0, 1))  # another's mask: no row is taken for padding
+
+
+def test_encoders_of_torch_calibrate_on_padded_batches() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.encoder(x, src_key_padding_mask=attention_mask == 0)
+
+    model, x = Model().eval(), torch.randn(2, 3, 8)
+    assert model.encoder.use_nested_tensor
+    batch = {"x": x, "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}
+    assert {len(rows) for rows in sf.calibrate(model, [batch]).values()} == {3}
+    assert model.encoder.use_nested_tensor
+    config = sf.MoEConfig(router="unweighted", expert_size=4, active=0.5)
+    assert len(sf.sparsify_(model, config, calibration=[batch]).names) == 2
 
 
 @pytest.mark.parametrize("one", [{"x": torch.zeros(2, 6)}, torch.zeros(2, 6), "x"], ids=["dict", "tensor", "str"])

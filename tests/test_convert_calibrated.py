@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -16,6 +17,7 @@ from test_convert import Block, Gated, Mlp, same
 from torch import Tensor, nn
 
 import sparse_ffn as sf
+from sparse_ffn.backends.warning import SparseFFNWarning
 from sparse_ffn.convert import config, config_from_dict, config_of
 from sparse_ffn.convert.budget import Judge
 from sparse_ffn.convert.curve import Curve, Point, allocate
@@ -115,7 +117,12 @@ def test_what_no_config_says_of_a_shared_expert_is_an_error() -> None:
         ({"init": "upcycle", "expert_size": None, "shared_size": 4}, "shared_size = 4 is not for init = .upcycle"),
         ({"init": "upcycle", "expert_size": None, "active": 0.5}, r"active = 0\.5 is not for init = .upcycle"),
         ({"active": 0.25, "shared_size": 4}, r"shared_size = 4 leaves no expert of 4 units of active = 0\.25"),
-        ({"shared_size": 16}, r"n_experts·expert_size = 0·4 must be d_ff = 16 - shared_size = 16"),
+        ({"shared_size": 16}, r"shared_size = 16 must be below d_ff = 16"),
+        ({"expert_size": 20}, r"expert_size = 20 must be at most 16, the units of the experts"),
+        (
+            {"n_experts": 13, "expert_size": None, "shared_size": 4},
+            r"n_experts = 13 must be at most 12, the units of the experts",
+        ),
         ({"shared_size": 6}, r"n_experts·expert_size = 2·4 must be d_ff = 16 - shared_size = 6"),
     ],
 )
@@ -238,6 +245,72 @@ def test_a_shared_expert_of_any_size_leaves_each_ffn_an_expert(shared: int, d_ff
     assert all(layer.routed.k >= 1 for layer in layers)
 
 
+def units(model: nn.Module) -> int:
+    """That a token uses in all."""
+    layers = [m for m in model.modules() if isinstance(m, (SharedExpertMoE, sf.MoE))]
+    inside = {m.routed for m in layers if isinstance(m, SharedExpertMoE)}
+    return round(sum(m.active_fraction * m.d_ff for m in layers if m not in inside))
+
+
+@pytest.mark.parametrize("active", [0.3, 0.4, 0.5, 0.6])
+def test_no_more_units_are_used_than_asked_for_beside_a_shared_expert_of_another_size(active: float) -> None:
+    model = nn.Sequential(*(Block(Mlp(d_ff=256)) for _ in range(3))).eval()
+    asked = sf.MoEConfig(router="unweighted", n_experts=8, shared_size=64, active=active)  # of 24 units each
+    sf.sparsify_(model, asked, calibration=[torch.randn(20, 6)])
+    least = 3 * (64 + 24)
+    assert units(model) <= max(least, active * 3 * 256)
+    assert units(model) > active * 3 * 256 - 24 or active == 0.6  # where curves are flat the last expert may not fit
+
+
+def test_an_ffn_in_several_places_uses_units_in_each() -> None:
+    a, b = Block(Mlp(d_ff=32)), Block(Mlp(d_ff=32))
+    model = nn.Sequential(a, a, a, b).eval()
+    sf.sparsify_(model, dataclasses.replace(OPEN, active=0.5, init="cluster"), calibration=[torch.randn(50, 6)])
+    assert 3 * a.ffn.k * 4 + b.ffn.k * 4 <= 64
+
+
+@pytest.mark.parametrize("kind", ["a number", "cut off", "another output"])
+def test_outputs_that_tell_nothing_of_the_ffns_or_only_a_part(kind: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = stacked(0.01, 1.0)
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.blocks(x)
+            if kind == "a number":
+                return SimpleNamespace(logits=y.sum(-1, keepdim=True))
+            if kind == "cut off":
+                return SimpleNamespace(logits=y.masked_fill(torch.arange(6) > 3, -torch.inf))
+            return x, y
+
+    model = Model().eval()
+    asked = dataclasses.replace(OPEN, active=0.5, init="cluster")
+    told = pytest.warns(SparseFFNWarning, match="first outputs do not depend on any FFN: FFNs share out")
+    with told if kind == "another output" else contextlib.nullcontext():
+        report = sf.sparsify_(model, asked, calibration=[torch.randn(80, 6)])
+    first, second = (new.config.k for new in report.replacements)
+    assert first + second == 8
+    if kind == "another output":
+        assert all(point.change == point.error**2 for new in report.replacements for point in new.curve)
+    else:
+        assert first < second
+
+
+def test_outputs_that_are_not_finite_are_told() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = stacked(1.0, 1.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks(x) * torch.inf
+
+    with pytest.warns(SparseFFNWarning, match="first outputs are not finite") as told:
+        sf.sparsify_(Model().eval(), dataclasses.replace(OPEN, active=0.5), calibration=[torch.randn(80, 6)])
+    assert told[0].filename == __file__
+
+
 def test_logits_are_compared_as_distributions() -> None:
     class Output:
         def __init__(self, logits: Tensor) -> None:
@@ -288,6 +361,23 @@ def test_outputs_are_compared_at_a_bounded_number_of_real_tokens(logits: bool, m
 
 
 # ------------------------------------------------------------------------------------------------------------- auto
+
+
+def test_auto_chooses_for_fewer_experts_where_all_would_come_nearest_to_the_share() -> None:
+    model = nn.Sequential(*(Block(Mlp("relu", d_ff=64)) for _ in range(3))).eval()
+    asked = sf.MoEConfig(router="unweighted", init="auto", expert_size=32, active=0.8)  # of two experts
+    report = sf.sparsify_(model, asked, calibration=[torch.randn(300, 6)])
+    assert units(model) <= 0.8 * 3 * 64
+    fewer = [new for new in report.replacements if new.config.k < 2]
+    assert fewer
+    assert all(new.config.init == "cluster" or new.config.router_init != "mean_keys" for new in fewer)
+
+
+@pytest.mark.parametrize(("d_ff", "active"), [(256, 0.1), (256, 0.25), (256, 0.75), (64, 0.25), (1536, 0.3), (96, 0.5)])
+def test_the_size_of_experts_that_is_chosen_fits_the_active_share(d_ff: int, active: float) -> None:
+    layer = sf.from_dense(Mlp(d_ff=d_ff), sf.MoEConfig(router="unweighted", active=active))
+    assert layer.active_fraction == pytest.approx(active, rel=0.26 if active == 0.1 else 0.1)
+    assert sf.from_dense(Mlp(d_ff=1536), sf.MoEConfig(active=0.25)).expert_size == 128  # the largest that does
 
 
 def test_auto_is_no_worse_on_new_tokens_than_what_it_chooses_from() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn.checks import check_type, shown
+from sparse_ffn.convert.find.edits import set_attribute
 from sparse_ffn.module import in_evaluation, run_batch
 
 Watch = Callable[[tuple[Any, ...], dict[str, Any], "Tensor | None"], None]
@@ -45,12 +47,25 @@ def run(model: nn.Module, batches: Iterable[Any], watched: Iterable[tuple[nn.Mod
         mask_name = "decoder_attention_mask" if module in decoder else "attention_mask"
         handles.append(module.register_forward_pre_hook(partial(before, watch, mask_name), with_kwargs=True))
     try:
-        with in_evaluation(model):
+        with evaluated(model):
             for batch in batches:
                 run_batch(model, batch)
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, without the nested tensors that torch.nn's encoders make of padded batches."""
+    encoders = [m for m in model.modules() if vars(m).get("use_nested_tensor")]
+    undo = [set_attribute(encoder, "use_nested_tensor", False) for encoder in encoders]
+    try:
+        with in_evaluation(model):
+            yield
+    finally:
+        for step in undo:
+            step()
 
 
 class Batches:
@@ -90,8 +105,15 @@ def of_tokens(mask: Any, x: Any) -> Tensor | None:
     """A mask as that of the tokens of x [..., D], [T]; None if it is another's."""
     if not isinstance(mask, Tensor) or not isinstance(x, Tensor):
         return None
+    if mask.dim() == 2 and mask.shape != x.shape[:-1] and mask.t().shape == x.shape[:-1]:  # the length comes first
+        mask = mask.t()
     as_rows = x.dim() == 2 and mask.numel() == len(x)  # in the mask's order, we trust
-    return mask.bool().flatten().to(x.device) if as_rows or mask.shape == x.shape[:-1] else None
+    return real(mask).flatten().to(x.device) if as_rows or mask.shape == x.shape[:-1] else None
+
+
+def real(mask: Tensor) -> Tensor:
+    """Where a mask has tokens: numbers that are added to scores are negative elsewhere, others 0."""
+    return mask == 0 if mask.is_floating_point() and bool((mask < 0).any()) else mask.bool()
 
 
 def decoder_of(model: nn.Module) -> set[nn.Module]:

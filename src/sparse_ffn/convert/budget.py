@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,43 +12,65 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_ffn.convert.batches import decoder_of
+from sparse_ffn.backends.warning import SparseFFNWarning
+from sparse_ffn.convert.batches import decoder_of, evaluated, real
 from sparse_ffn.convert.config_base import FFNConfig
 from sparse_ffn.convert.config_experts import DEALT, ExpertsConfig
-from sparse_ffn.convert.curve import Curve, Point, allocate, experts_to_try
+from sparse_ffn.convert.curve import Curve, Point, allocate, shares_to_try
 from sparse_ffn.convert.group import Group
 from sparse_ffn.convert.init.build import Trial
 from sparse_ffn.convert.init.weights import wide
 from sparse_ffn.convert.places import Places, put, take_out
-from sparse_ffn.module import in_evaluation, run_batch
+from sparse_ffn.module import run_batch
 
 MOST_ROWS = 2048  # of a batch's outputs: logits of a large vocabulary take a gigabyte for so many
 CHUNK = 256  # rows that are compared at once, in fp32 at least
 
 
 @torch.no_grad()
-def share_out(model: nn.Module, groups: list[Group], places: Places, batches: Iterable[Any]) -> None:
+def share_out(
+    model: nn.Module, groups: list[Group], uses: Callable[[nn.Module], int], places: Places, batches: Iterable[Any]
+) -> None:
     """Give each group whose config says a share of active units its own share of all of theirs, and its curve.
 
     Args:
         model: before any is replaced; it is put back as it was.
         groups: all that are to be replaced.
+        uses: in how many places a module of the model is used.
         places: of the model's modules.
         batches: what the model's outputs are compared on.
+
+    Warns:
+        SparseFFNWarning: no output tells what is lost: FFNs go by the errors of their own outputs.
     """
     sharing = [group for group in groups if _shares(group.config)]
     if len(sharing) < 2:
         return
-    judge, curves, budget, chosen = Judge(model, batches), [], 0.0, []
+    judge, chosen = Judge(model, batches), []
     for group in sharing:
-        ffn, ways = group.members[0].weights(), _Ways(group)
-        units = ffn.d_ff * len(group.members)
-        budget += ways.active * units
+        chosen.append(ways := _Ways(group))
         group.curve = _curve(model, group, ways, places, judge)
-        curves.append(Curve(group.curve, 1 / ways.n, units))
-        chosen.append(ways)
+    _check_changes(sharing)
+    units = [ways.d_ff * sum(uses(f.module) for f in g.members) for g, ways in zip(sharing, chosen, strict=True)]
+    curves = [Curve(g.curve, ways.step, n) for g, ways, n in zip(sharing, chosen, units, strict=True)]
+    budget = sum(ways.active * n for ways, n in zip(chosen, units, strict=True))
     for group, ways, share in zip(sharing, chosen, allocate(curves, budget), strict=True):
-        group.config = ways.of(round(share * ways.n))
+        group.config = ways.of(ways.count(share))
+
+
+def _check_changes(groups: list[Group]) -> None:
+    """Where the model's outputs tell nothing, let the errors of the FFNs' own outputs stand for their changes."""
+    points = [point for group in groups for point in group.curve]
+    blind = any(p.error for p in points) and not any(p.change for p in points)
+    if blind or not all(math.isfinite(p.change) for p in points):
+        what = "do not depend on any FFN" if blind else "are not finite"
+        warnings.warn(
+            f"the model's first outputs {what}: FFNs share out the active units by the errors of their own outputs",
+            SparseFFNWarning,
+            stacklevel=6,  # beyond sparsify_ and the decorators
+        )
+        for group in groups:
+            group.curve = tuple(p._replace(change=p.error**2) for p in group.curve)
 
 
 def _shares(config: FFNConfig) -> bool:
@@ -55,32 +79,48 @@ def _shares(config: FFNConfig) -> bool:
 
 
 class _Ways:
-    """A group's configs for each number of active experts, the shared expert's units counted in experts.
+    """A group's configs for each number of active experts: those of the router, or with the shared expert's units.
 
-    Where the shared expert's size was left open, it stays in proportion.
+    A shared expert whose size was left open stays in proportion, and its units count as experts; one of a given size
+    stays, and the experts of the router count alone.
     """
 
     def __init__(self, group: Group) -> None:
         given: Any = group.config
-        group.settle()
-        ffn, config = group.members[0].weights(), group.config
-        assert isinstance(config, ExpertsConfig)
-        assert config.active is not None
-        scaled = given.shared_size is None
-        self.config, self.active = config, config.active
+        ffn = group.members[0].weights()
         with group.named():
-            self.size = config.resolve(ffn).expert_size or 1
-        self.n = ffn.d_ff // self.size
-        shared = config.shared_size or 0
-        self.ratio = shared / (config.active * ffn.d_ff) if scaled else None
-        self.least = 1 if scaled else min(self.n, 1 + -(-shared // self.size))  # one beside the shared one
+            sizes = given.resolve(ffn)
+        shared, size = sizes.shared_size or 0, sizes.expert_size
+        if sizes.k == sizes.n_experts > 1:  # a choice for all of them would be none for fewer
+            group.config = replace(given, active=(shared + (sizes.n_experts - 1) * size) / ffn.d_ff)
+        group.settle()
+        config = group.config
+        assert isinstance(config, ExpertsConfig)
+        self.config = config
+        self.d_ff: int = ffn.d_ff
+        self.active: float = given.active
+        self.size: int = size
+        self.fixed: int = 0 if given.shared_size is None else shared
+        self.n: int = (ffn.d_ff - self.fixed) // self.size
+        self.ratio = (config.shared_size or 0) / (config.active * ffn.d_ff) if not self.fixed and config.active else 0.0
+        self.step = self.size / ffn.d_ff
+
+    def count(self, share: float) -> int:
+        """The number of experts that comes nearest to a share of the units."""
+        experts = (share * self.d_ff - self.fixed) / self.size
+        return min(self.n, max(1, round(experts)))
+
+    def share(self, n: int) -> float:
+        """Of the units."""
+        return (self.fixed + n * self.size) / self.d_ff
 
     def of(self, n: int) -> ExpertsConfig:
         """Where n experts are active."""
-        shared = self.config.shared_size or 0
-        if self.ratio is not None:
-            shared = self.size * min(n - 1, round(self.ratio * n))
-        return replace(self.config, active=n / self.n, expert_size=self.size, n_experts=None, shared_size=shared)
+        beside = min(n - 1, round(self.ratio * n))
+        return replace(
+            self.config, active=None, k=n - beside, expert_size=self.size, n_experts=None,
+            shared_size=self.fixed + beside * self.size,
+        )  # fmt: skip
 
 
 def _curve(model: nn.Module, group: Group, ways: _Ways, places: Places, judge: Judge) -> tuple[Point, ...]:
@@ -89,15 +129,16 @@ def _curve(model: nn.Module, group: Group, ways: _Ways, places: Places, judge: J
     assert rows is not None
     trial = Trial(group.members[0].weights(), rows)
     with group.named():
-        tried = {n: trial.build(ways.of(n)) for n in experts_to_try(ways.active, ways.n, ways.least)}
-    new, error = tried[max(ways.least, round(ways.active * ways.n))]
+        counts = sorted({ways.count(share) for share in shares_to_try(ways.active)})
+        tried = {n: trial.build(ways.of(n)) for n in counts}
+    new, error = tried[ways.count(ways.active)]
     undo = put(model, [(f, new) for f in group.members], places)
     try:
         change = judge.change()
     finally:
         take_out(undo)
     scale = change / max(error, 1e-30) ** 2
-    return tuple(Point(n / ways.n, e, scale * e**2) for n, (_, e) in tried.items())
+    return tuple(Point(ways.share(n), e, scale * e**2) for n, (_, e) in tried.items())
 
 
 class Judge:
@@ -120,7 +161,8 @@ class Judge:
                 was, now = (wide(rows[start : start + CHUNK]) for rows in (old, new))
                 if is_logits:
                     of, to = F.log_softmax(was, -1), F.log_softmax(now, -1)
-                    lost += F.kl_div(to, of, reduction="sum", log_target=True).item()
+                    parts = F.kl_div(to, of, reduction="none", log_target=True)
+                    lost += parts.masked_fill_(of.isneginf(), 0).sum().item()  # 0 · log 0 is 0
                     whole += len(was)
                 else:
                     lost, whole = lost + (now - was).square().sum().item(), whole + was.square().sum().item()
@@ -129,7 +171,7 @@ class Judge:
     @torch.no_grad()
     def _outputs(self) -> list[tuple[Tensor, bool]]:
         """Of each batch rows [at most MOST_ROWS, n] of real tokens, and whether they are logits."""
-        with in_evaluation(self.model):
+        with evaluated(self.model):
             mask = "decoder_attention_mask" if decoder_of(self.model) else "attention_mask"
             return [
                 _rows(run_batch(self.model, batch), batch.get(mask) if isinstance(batch, Mapping) else None)
@@ -141,15 +183,17 @@ def _rows(output: Any, mask: Any) -> tuple[Tensor, bool]:
     from torch.utils._pytree import tree_leaves  # here: it would double the library's import time
 
     y: Any = getattr(output, "logits", None)
-    is_logits = isinstance(y, Tensor)
-    if not is_logits:
+    is_logits = isinstance(y, Tensor) and y.shape[-1] > 1  # one is a number, not a class
+    if not isinstance(y, Tensor):
         tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point() and t.dim()]
         if not tensors:
             raise ValueError("the model's outputs hold no floating tensor to compare: give every FFN its k")
         y = tensors[0]
     rows = y.reshape(-1, y.shape[-1])
     fits = isinstance(mask, Tensor) and mask.shape == y.shape[:-1]
-    real = mask.to(y.device).flatten().nonzero().flatten() if fits else torch.arange(len(rows), device=y.device)
-    if len(real) > MOST_ROWS:  # evenly spread, and so the same each time
-        real = real[torch.arange(MOST_ROWS, device=y.device) * len(real) // MOST_ROWS]
-    return rows[real], is_logits
+    chosen = torch.arange(len(rows), device=y.device)
+    if fits:
+        chosen = real(mask).to(y.device).flatten().nonzero().flatten()
+    if len(chosen) > MOST_ROWS:  # evenly spread, and so the same each time
+        chosen = chosen[torch.arange(MOST_ROWS, device=y.device) * len(chosen) // MOST_ROWS]
+    return rows[chosen], is_logits

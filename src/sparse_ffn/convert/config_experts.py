@@ -16,6 +16,9 @@ from sparse_ffn.routing import ROUTERS
 EXPERT_SIZES = (16, 128)
 """The least and the largest size of an expert that is chosen when the config gives none. The paper's best is 128."""
 
+OFF = 0.1
+"""How far, of itself, the active share may be off for a larger size of that choice."""
+
 DEALT = ("split", "cluster", "auto")
 """Inits whose experts are made of the FFN's hidden units."""
 
@@ -63,7 +66,8 @@ class ExpertsConfig(MixtureConfig):
         n_experts: E, those that the router chooses from; None for what expert_size makes of the units that are not the
             shared expert's (8 for ``"upcycle"``).
         expert_size: G; None for what n_experts makes of them, or if that is None too the largest divisor of d_ff from
-            16 to 128 that makes two experts or more (d_ff for ``"upcycle"``).
+            16 to 128 that makes two experts or more, some of which have ``active`` of the units but for a tenth of it
+            (d_ff for ``"upcycle"``).
         k: experts for a token; None for what ``active`` says, or a quarter of them (2 for ``"upcycle"``).
         active: share of the FFN's hidden units that a token uses, in (0, 1], instead of k; the shared expert's count.
         shared_size: units that all tokens use, beside the mixture: the layer is then a ``SharedExpertMoE``. 0 for none;
@@ -134,7 +138,12 @@ class ExpertsConfig(MixtureConfig):
             return self._copies(ffn)
         shared = self.shared_size or 0
         rest = ffn.d_ff - shared
-        size = self.expert_size or (rest // self.n_experts if self.n_experts else _expert_size(ffn.d_ff))
+        if rest < 1:
+            raise ValueError(f"shared_size = {shared} must be below d_ff = {ffn.d_ff}")
+        for name, other in (("n_experts", "expert_size"), ("expert_size", "n_experts")):
+            if getattr(self, other) is None and (given := getattr(self, name) or 0) > rest:
+                raise ValueError(f"{name} = {given} must be at most {rest}, the units of the experts")
+        size = self.expert_size or (rest // self.n_experts if self.n_experts else _expert_size(ffn.d_ff, self.active))
         n = self.n_experts or rest // max(1, size)
         if self.init != "fresh" and (n < 1 or n * size != rest):
             less = f" - shared_size = {shared}" if shared else ""
@@ -255,8 +264,8 @@ class LowRankMoEConfig(MixtureConfig):
         return {**self._copies(ffn), "rank": self.rank or max(1, ffn.d_ff // 16)}
 
 
-def _expert_size(d_ff: int) -> int:
-    """The largest divisor that makes two experts or more."""
+def _expert_size(d_ff: int, active: float | None) -> int:
+    """The largest divisor that makes two experts or more, some of which come near the active share."""
     least, largest = EXPERT_SIZES
     sizes = [size for size in range(least, min(largest, d_ff // 2) + 1) if d_ff % size == 0]
     if not sizes:
@@ -264,4 +273,7 @@ def _expert_size(d_ff: int) -> int:
             f"expert_size or n_experts must be given: d_ff = {d_ff} has no divisor from {least} to {largest} that "
             "makes two experts or more"
         )
-    return sizes[-1]
+    if active is None:
+        return sizes[-1]
+    off = {size: abs(max(1, round(active * d_ff / size)) * size / (active * d_ff) - 1) for size in sizes}
+    return max((size for size in sizes if off[size] <= OFF), default=min(sizes, key=off.__getitem__))

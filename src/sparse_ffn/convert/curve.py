@@ -38,10 +38,9 @@ class Curve(NamedTuple):
     """Hidden units in all places."""
 
 
-def experts_to_try(active: float, n: int, least: int) -> list[int]:
-    """Of n experts: below and above a share, as many as one is ready to give to or take from an FFN."""
-    shares = (active / 2, active * 0.75, active, active + (1 - active) / 4, active + (1 - active) / 2)
-    return sorted({min(n, max(least, round(share * n))) for share in shares})
+def shares_to_try(active: float) -> tuple[float, ...]:
+    """Below and above a share, as much as one is ready to take from or give to an FFN."""
+    return active / 2, active * 0.75, active, active + (1 - active) / 4, active + (1 - active) / 2
 
 
 def allocate(curves: Sequence[Curve], budget: float) -> list[float]:

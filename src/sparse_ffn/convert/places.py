@@ -48,7 +48,12 @@ def twins(f: Found, config: FFNConfig) -> object:
 def mixed(ffn: FFNWeights) -> str | None:
     """Why parameters of several kinds do not become one layer's."""
     kinds = {f"{t.dtype} on {t.device}" for t in ffn.tensors().values()}
-    return f"its parameters differ in dtype or device: {', '.join(sorted(kinds))}" if len(kinds) > 1 else None
+    if len(kinds) > 1:
+        return f"its parameters differ in dtype or device: {', '.join(sorted(kinds))}"
+    trains = ffn.trainable
+    if ffn.gate_bias is not None and trains and trains["gate_bias"] != trains["gate_keys"]:
+        return "the weight and the bias of its gate would become one matrix, and only one of them trains"
+    return None
 
 
 def replaceable(

@@ -67,7 +67,8 @@ def sparsify_(
             calibration lacks one, or is of another width; a lazy module has not run yet. The model is as it was.
 
     Warns:
-        SparseFFNWarning: nothing is replaced, though something looks like an FFN.
+        SparseFFNWarning: nothing is replaced, though something looks like an FFN; the outputs on the first batch do not
+            tell what FFNs lose that share out units.
     """
     for one in config.values() if isinstance(config, Mapping) else (config,):
         _check_config(one)
@@ -103,11 +104,11 @@ def sparsify_(
     groups: dict[object, Group] = {}
     for f in wanted:
         groups.setdefault(keys[f.name], Group(configs[f.name])).add(f, samples.get(f.name))
-    if batches is not None:
-        share_out(model, list(groups.values()), places, batches.first)
     every_name: dict[nn.Module, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         every_name[module].append(name)
+    if batches is not None:
+        share_out(model, list(groups.values()), lambda f: len(every_name[f]), places, batches.first)
     made = {key: group.make() for key, group in groups.items()}
     of_each = [(f, groups[keys[f.name]], made[keys[f.name]]) for f in wanted]
     replacements = [_replacement(f, new, group, every_name[f.module]) for f, group, new in of_each]

@@ -59,8 +59,7 @@ def match_block(name: str, module: nn.Module, ups: list[Linear], down: Linear) -
 
 def _match_block(name: str, module: nn.Module, ups: list[Linear], down: Linear) -> Found:
     linears = (*ups, down)
-    buffers = ", ".join(name for name, _ in module.named_buffers())
-    refuse(*(linear.obstacle for linear in linears), hooks(module), f"it has buffers: {buffers}" if buffers else None)
+    refuse(*(linear.obstacle for linear in linears), hooks(module), _buffers(module))
     x = probe_input(ups[0].n_in)
     seen = observe(module, [linear.within(name) for linear in linears], [Arguments((x,))])
     y = seen.down.output
@@ -68,7 +67,10 @@ def _match_block(name: str, module: nn.Module, ups: list[Linear], down: Linear) 
         raise Unknown("it returns something else than a tensor")
     if not all(close(call.input, x) for call in seen.ups) or not close(seen.trace.outputs[0], y):
         raise Unknown(f"more than {', '.join(linear.attribute for linear in linears)} and an activation")
+    if seen.trace.outputs[0].dtype != x.dtype or _casts(seen.copied, x):
+        raise Unknown("it changes the dtype of its tokens or of its output, which a layer does not")
     formula = seen.formula()
+    seen.check_large(x)
     trained, h = seen.train(formula)
     if not same_outputs(trained, seen.trace):
         raise Unknown("in training it does more than dropout")
@@ -101,13 +103,27 @@ def match_pair(name: str, module: nn.Module, up: Linear, down: Linear, examples:
     if dropout:
         edits.append(_edit_dropout(seen.copied, owners, trained, h, dropout))
     gone = [module.get_submodule(edit.owner)._modules.get(edit.attribute) for edit in edits]
-    refuse(*(hooks(part) for part in (up.module, *gone) if part is not None))
+    refuse(*(why for part in (up.module, *gone) if part is not None for why in (hooks(part), _buffers(part))))
     by_example = not any(seen.args is probe for probe in probes)
     found = Found(
         up.name, up.module, (up,), down, formula, dropout, enclosing=name, edits=tuple(edits), by_example=by_example
     )
     _verify(found, module, a, seen, trained)
     return found
+
+
+def _buffers(module: nn.Module) -> str | None:
+    """What a layer in a module's place would lose."""
+    names = ", ".join(name for name, _ in module.named_buffers())
+    return f"it has buffers: {names}" if names else None
+
+
+def _casts(copied: nn.Module, x: Tensor) -> bool:
+    """Whether a copy in fp64 takes tokens of another dtype, which a linear map does not."""
+    with suppress(Exception):
+        run(copied, Arguments((x.float(),)))
+        return True
+    return False
 
 
 def refuse(*reasons: str | None) -> None:
@@ -145,6 +161,14 @@ class Seen:
         if last is None or len(outputs) != len(first) or not close(formula.hidden(outputs), last.input):
             raise Unknown(f"the hidden units are {formula.name} only while they are small: something clamps them")
         return formula
+
+    def check_large(self, x: Tensor) -> None:
+        """Raise Unknown where tokens x or the output are cut off once they are large."""
+        trace, _ = run_first(self.copied, [Arguments((1000 * x,))], self.linears)
+        *first, last = (trace.only(linear) for linear in self.linears)
+        whole = all(call is not None and close(call.input, 1000 * x) for call in first)
+        if not whole or last is None or not close(trace.outputs[0], last.output):
+            raise Unknown("its tokens or its output are what a layer's are only while they are small")
 
     def train(self, formula: Formula) -> tuple[Trace, Tensor]:
         """What it does in training, and its hidden units there."""

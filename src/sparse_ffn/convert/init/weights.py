@@ -110,7 +110,8 @@ class FFNWeights:
     def with_constant_input(self) -> FFNWeights:
         """The same function of x with a 1 and PAD - 1 zeros appended: the gate's bias is then a column of its keys.
 
-        The layers have no gate bias: that column computes and learns the same.
+        The layers have no gate bias: that column computes the same and learns the same. One of ``keys``, 0 at first,
+        trains beside it.
         """
         assert self.gate_keys is not None
         gate_bias = self.gate_keys.new_zeros(self.d_ff) if self.gate_bias is None else self.gate_bias
