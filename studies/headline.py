@@ -40,7 +40,7 @@ def headline(records: Mapping[str, Sequence[Record]]) -> str:
         return "The runs that the [evidence](docs/evidence.md) is to come from have not finished."
     quoted = [_of_dense(paper.LAYERS[name].e8) for name in core]
     rows.insert(0, ["the paper: 41M parameters, 1.6 GB, one run", *quoted, ""])
-    said.append("Their learning rate was tuned on dense and SigmaMoE.")
+    said.append("Their learning rate was tuned on dense and SigmaMoE, at size S.")
     said.append(f"The paper's SwitchMoE is without dropout; with it {_of_dense(paper.SWITCH_WITH_DROPOUT)}.")
     table = markdown((["enwik8", *(VARIANTS[name].label for name in others)], rows))
     return (

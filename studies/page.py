@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.measuring.report import markdown
 
 from . import headline, paper, picture, plan
-from .results import EMULATED, RESULTS, Record, load_all
+from .results import EMULATED, RESULTS, STOPPED, Record, load, load_all
 from .sizes import SIZES
 from .statistics import ERRORS
 from .tables import beside_the_paper, bits_of, chosen, comparison, course, spread, verdicts
@@ -37,9 +37,9 @@ METHOD = f"""\
   and M, whose runs see less text than there is; size L has the paper's. Adam, a warm-up, then a cosine to 0.
 - **Equal parameters.** [`parameter_equal`](parameter-equal.md) gives each layer the parameters of the dense FFN.
 - **Same start, order and rate.** For one seed all layers start from the same weights outside the FFNs and see the
-  same windows in the same order. One learning rate serves all layers of sizes S and M: that of the lowest sum of
-  dense's and SigmaMoE's validation bits per byte at size S and seed 0. Other layers were not asked, and may want
-  another. Size L has the paper's, and a fifth of its steps.
+  same windows in the same order. One learning rate serves all layers of size S: that of the lowest sum of dense's and
+  SigmaMoE's validation bits per byte at seed 0. At size M, twice as wide, it is half of that. Other layers were not
+  asked, and may want another. Size L has the paper's, and a fifth of its steps.
 - **Differences** are paired by seed; ± is their standard error. Chance is taken to be as large in all runs of a size,
   and is what the layers' and the seeds' own shares leave of all its results (least squares). A difference within
   {ERRORS} standard errors is called none. All differences from dense share dense's runs, so that they err together.
@@ -74,7 +74,7 @@ Reasons that a result may be other than the paper's, the likeliest first; what i
 - A token uses few units, and mixtures choose them in small blocks: the paper warns of experts of fewer than 128 units
   and of fewer than 256 to 512 units for a token. Tested: the last table varies both.
 - The balance: the entropy loss weighs ten times what it does in the paper's Enwik8 models. Tested without it.
-- Each layer but dense and SigmaMoE may want another learning rate than theirs.
+- Each layer may want another learning rate than the one that all have: dense and SigmaMoE chose it, at size S.
 - SBaseMoE: the paper's Sinkhorn iteration did not balance ([the research code](reference-code.md)).
 """
 REPRODUCE = """\
@@ -92,8 +92,13 @@ unless their file is deleted. On another processor or with another number of thr
 """
 
 
-def page(records: Mapping[str, Sequence[Record]], trials: Sequence[Record], emulated: Sequence[Record]) -> str:
-    """The text; `records` by size, `emulated` those of processors that emulate bfloat16."""
+def page(
+    records: Mapping[str, Sequence[Record]],
+    trials: Sequence[Record],
+    emulated: Sequence[Record],
+    stopped: Sequence[Record] = (),
+) -> str:
+    """The text; `records` by size, `emulated` those of processors that emulate bfloat16, `stopped` those given up."""
     parts = [INTRODUCTION, missing(records)]
     if any(records.values()):
         parts += [trained(records)]
@@ -104,6 +109,8 @@ def page(records: Mapping[str, Sequence[Record]], trials: Sequence[Record], emul
         parts += ["## Curves\n", *pictures(records), METHOD.format(windows=_windows(records))]
     if trials:
         parts += [learning_rates(trials)]
+    if stopped:
+        parts += [given_up(stopped)]
     if any(records.values()):
         runs = [record for found in records.values() for record in found]
         parts += [machines([*runs, *(trial for trial in trials if trial not in runs)])]
@@ -253,7 +260,29 @@ def _chosen(trials: Sequence[Record]) -> str:
     own = ", ".join(f"{VARIANTS[variant].label} alone would have {rate:g}" for variant, rate in best.items())
     edge = chosen in (min(sums), max(sums))
     wider = " It is the last of the three that were tried: one beyond may be better still." if edge else ""
-    return f"The lowest sum is that of {chosen:g}; {own}.{wider} Size M has the same rate, untuned.\n"
+    return f"The lowest sum is that of {chosen:g}; {own}.{wider}\n"
+
+
+def given_up(stopped: Sequence[Record]) -> str:
+    """Why size M has another learning rate: runs that had that of size S."""
+    rate = stopped[0]["learning_rate"]
+    curves = {
+        record["variant"]: dict(zip(record["curve"]["bytes"], record["curve"]["bits_per_byte"], strict=True))
+        for record in stopped
+    }
+    points = sorted({done for curve in curves.values() for done in curve})
+    rows = [
+        [f"{done / 1e6:.1f} MB", *(f"{curve[done]:.4f}" if done in curve else "" for curve in curves.values())]
+        for done in points
+    ]
+    return (
+        f"Size M began with {rate:g} too. These two runs, of seed 0, were given up, since SigmaMoE's validation bits per "
+        "byte\nrose while the rate was near its highest:\n\n"
+        f"{markdown((['text', *(VARIANTS[variant].label for variant in curves)], rows))}\n\n"
+        "Adam's steps add up over a unit's inputs, so that the best rate falls with the width "
+        "([2203.03466](https://arxiv.org/abs/2203.03466)).\nSize M, twice as wide as size S, has half of its rate for all "
+        "layers, with no trials of its own.\n"
+    )
 
 
 def _valid(record: Record) -> str:
@@ -309,7 +338,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for size in SIZES
         for record in load_all(run.path(options.results / EMULATED) for run in plan.runs_of(size))
     ]
-    target.write_text(page(records, trials, emulated))
+    stopped = [record for path in sorted((options.results / STOPPED).glob("*.json")) if (record := load(path))]
+    target.write_text(page(records, trials, emulated, stopped))
     picture.draw(records, options.docs / "images")
     options.readme.write_text(headline.written(options.readme.read_text(), records))
     print(f"written: {target} and {options.readme}, from {sum(map(len, records.values()))} finished runs")

@@ -38,9 +38,14 @@ class Run:
         return root / f"{self.name}.json"
 
     def config(self, learning_rate: float | None) -> Config:
-        """With its own learning rate or the chosen one."""
+        """With its own learning rate or the chosen one, in wider models as much less as they are wider.
+
+        Steps of Adam add up over a unit's inputs (arXiv 2203.03466).
+        """
         size = SIZES[self.size]
-        rate = self.trial if self.trial is not None else learning_rate
+        rate = self.trial
+        if rate is None and learning_rate is not None:
+            rate = learning_rate * SIZES[TUNED_AT].config.d_model / size.config.d_model
         return replace(size.config, learning_rate=rate) if size.tune and rate is not None else size.config
 
 

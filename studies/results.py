@@ -12,6 +12,8 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 EMULATED = "emulated"
 """A folder within: runs of processors that emulate bfloat16, which others made again, to see what that changes."""
+STOPPED = "stopped"
+"""A folder within, of the curves of runs that were given up."""
 Record = dict[str, Any]
 
 

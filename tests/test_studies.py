@@ -333,6 +333,7 @@ def test_the_learning_rate_is_that_of_the_lowest_sum_over_dense_and_sigma(tmp_pa
     plan.adopt_trials(tmp_path)
     assert results.load(tmp_path / "S" / "dense-0.json") == results.load(tmp_path / "learning-rate/dense-0.002.json")
     assert plan.Run("S", "pkm", 1).config(2e-3).learning_rate == 2e-3
+    assert plan.Run("M", "pkm", 1).config(2e-3).learning_rate == 1e-3  # it is twice as wide
     assert plan.Run("L", "dense", 0).config(2e-3).learning_rate == 2.5e-4
 
 
@@ -660,6 +661,17 @@ def test_page_without_results_says_so(tmp_path: Path) -> None:
     assert "|" not in written.split("## How to reproduce")[0]
     assert not (tmp_path / "images").exists()
     assert "have not finished" in (tmp_path / "README.md").read_text()
+
+
+def test_page_says_why_runs_were_given_up(tmp_path: Path) -> None:
+    for variant, bits in (("dense", [2.5]), ("sigma", [2.6, 2.75])):
+        curve = {"bytes": [1_500_000, 3_000_000][: len(bits)], "bits_per_byte": bits}
+        record = {"size": "M", "variant": variant, "seed": 0, "learning_rate": 0.004, "curve": curve}
+        results.save(tmp_path / "results" / results.STOPPED / f"{variant}-0.json", record)
+    written = write_page(tmp_path)
+    assert "Size M began with 0.004 too" in written
+    assert row(written, "1.5 MB")[1:] == ["2.5000", "2.6000"]
+    assert row(written, "3.0 MB")[1:] == ["", "2.7500"]
 
 
 def row(written: str, label: str) -> list[str]:
