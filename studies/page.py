@@ -276,11 +276,11 @@ def given_up(stopped: Sequence[Record]) -> str:
         for done in points
     ]
     return (
-        f"Size M began with {rate:g} too. These two runs, of seed 0, were given up, since SigmaMoE's validation bits per "
-        "byte\nrose while the rate was near its highest:\n\n"
+        f"Size M began with {rate:g} too. These two runs, of seed 0, were given up, since SigmaMoE's validation bits\n"
+        "per byte rose while the rate was near its highest:\n\n"
         f"{markdown((['text', *(VARIANTS[variant].label for variant in curves)], rows))}\n\n"
-        "Adam's steps add up over a unit's inputs, so that the best rate falls with the width "
-        "([2203.03466](https://arxiv.org/abs/2203.03466)).\nSize M, twice as wide as size S, has half of its rate for all "
+        "Adam's steps add up over a unit's inputs, so that the best rate falls with the width\n"
+        "([2203.03466](https://arxiv.org/abs/2203.03466)). Size M, twice as wide as size S, has half of its rate for all\n"
         "layers, with no trials of its own.\n"
     )
 
