@@ -280,8 +280,8 @@ def given_up(stopped: Sequence[Record]) -> str:
         "per byte rose while the rate was near its highest:\n\n"
         f"{markdown((['text', *(VARIANTS[variant].label for variant in curves)], rows))}\n\n"
         "Adam's steps add up over a unit's inputs, so that the best rate falls with the width\n"
-        "([2203.03466](https://arxiv.org/abs/2203.03466)). Size M, twice as wide as size S, has half of its rate for all\n"
-        "layers, with no trials of its own.\n"
+        "([2203.03466](https://arxiv.org/abs/2203.03466)). Size M, twice as wide as size S, has half of its rate\n"
+        "for all layers, with no trials of its own.\n"
     )
 
 
