@@ -297,6 +297,38 @@ def test_going_back_refuses_a_layer_that_is_another_function() -> None:
         to_transformers(SharedExpertMoE(layer, sf.DenseFFN(D, 8)), config)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation": "relu"}, "its shared expert's activation is 'relu', not 'silu'"),
+        ({"glu": False}, "its shared expert's glu is False, not True"),
+        ({"bias": True}, "its shared expert's bias is True, not False"),
+    ],
+)
+def test_going_back_refuses_a_shared_expert_that_is_another_function(options: dict[str, Any], message: str) -> None:
+    config, _ = block("qwen2_moe")
+    routed = sf.MoE(D, E, G, K, router="softmax", activation="silu", glu=True)
+    shared = sf.DenseFFN(D, 20, **{"activation": "silu", "glu": True, "bias": False, **options})
+    with pytest.raises(ValueError, match=message):
+        to_transformers(SharedExpertMoE(routed, shared, gated=True), config)
+
+
+def test_going_back_refuses_biases_that_have_no_place_and_asks_for_those_that_have_one() -> None:
+    config, theirs = block("nemotron_h, latent")
+    layer = from_transformers(theirs.state_dict(), config)
+    routed = layer.routed if isinstance(layer, SharedExpertMoE) else layer
+    routed.down = nn.Linear(routed.down.weight.shape[1], routed.down.weight.shape[0])
+    with pytest.raises(ValueError, match="its projections' bias is True, not False"):
+        to_transformers(layer, config)
+    config, theirs = block("deepseek_v3, one group")
+    layer = from_transformers(theirs.state_dict(), config)
+    assert isinstance(layer, SharedExpertMoE)
+    assert isinstance(layer.routed, sf.MoE)
+    layer.routed.router.bias = None
+    with pytest.raises(ValueError, match="its selection bias is False, not True"):
+        to_transformers(layer, config)
+
+
 def moe_layer_state(bias: bool) -> dict[str, Tensor]:
     state = {"keys": torch.randn(E, D, G), "values": torch.randn(E, G, 8), "expert_sel": torch.randn(E, D)}
     return state | ({"bias": torch.randn(E, G), "o_bias": torch.randn(8)} if bias else {})

@@ -64,6 +64,19 @@ def test_a_layer_without_a_place_for_a_term_is_refused(layer: sf.DenseFFN, messa
         polynomial_units_(layer, 0.0, 1.0)
 
 
+def test_a_layer_without_numbers_is_refused_and_stays() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    layer = sf.DenseFFN(8, 16)
+    model = torch.nn.Sequential(layer)
+    accelerate.cpu_offload(model)
+    with pytest.raises(ValueError, match="key_bias is on meta, since accelerate holds these weights"):
+        polynomial_units_(layer, 0.5, 0.5)
+    with pytest.raises(ValueError, match="keys is on meta, since accelerate holds these weights"):
+        block_mask_(layer, 0.5, (2, 8))
+    assert layer.activation == "relu"
+    assert "keys" in layer._parameters
+
+
 def test_a_mask_keeps_whole_blocks_and_the_larger_ones() -> None:
     layer = sf.SigmaMoE(32, 3, 16, 2, glu=True)
     before = copy.deepcopy(layer)

@@ -162,7 +162,7 @@ def test_padding_is_left_out_and_modes_and_hooks_come_back(own_mask: bool) -> No
     assert list(sf.expert_stats(model, [x], lambda module, name: name == "first")) == ["first"]
 
 
-def test_a_mask_of_another_order_marks_no_tokens() -> None:
+def test_a_mask_of_the_other_order_marks_the_same_tokens() -> None:
     class Turned(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -173,8 +173,9 @@ def test_a_mask_of_another_order_marks_no_tokens() -> None:
             return y
 
     model, x = Turned(), torch.randn(2, 3, 6)
-    found = sf.expert_stats(model, [{"x": x, "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}])
-    assert_same(found["moe"], brute_force(model.moe, x.flatten(0, 1)), 1e-5)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    found = sf.expert_stats(model, [{"x": x, "attention_mask": mask}])
+    assert_same(found["moe"], brute_force(model.moe, x[mask.bool()]), 1e-5)
 
 
 def test_a_router_input_is_what_routes() -> None:
@@ -239,6 +240,24 @@ def test_transformers_models_are_measured_without_code_of_their_own(family: str)
             energy[e] += (g * y).square().sum().item()
     assert stats.tokens == 10
     torch.testing.assert_close(stats.energy, energy, rtol=1e-4, atol=1e-12)
+
+
+def test_a_family_with_other_names_is_measured() -> None:
+    pytest.importorskip("transformers", minversion="5")
+    from test_transformers_experts import model_of
+
+    model = model_of("gpt_oss", torch.float32)
+    (stats,) = sf.expert_stats(model, [{"input_ids": torch.randint(0, 20, (2, 6))}]).values()
+    assert stats.tokens == 12
+    assert stats.energy.sum() > 0
+
+
+def test_weights_that_accelerate_holds_are_not_measured() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(sf.SigmaMoE(6, 5, 4, 2))
+    accelerate.cpu_offload(model)
+    with pytest.raises(ValueError, match=r"0\.keys is on meta, since accelerate holds these weights"):
+        sf.expert_stats(model, [torch.randn(3, 6)])
 
 
 def test_a_split_layer_is_measured_before() -> None:

@@ -223,7 +223,10 @@ def test_bad_files_are_named_and_change_nothing(tmp_path: Path) -> None:
     torch.save([1], path)
     with pytest.raises(ValueError, match="holds no state dict"):
         sf.map_experts_(model, path)
-    for content in (b"", b"nonsense" * 9):
+    torch.save(model, path)
+    with pytest.raises(ValueError, match="holds more than a state dict"):
+        sf.map_experts_(model, path)
+    for content in (b"", b"nonsense" * 9, (2).to_bytes(8, "little") + b"[]"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"neither of safetensors nor of torch\.save"):
             sf.map_experts_(model, path)

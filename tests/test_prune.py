@@ -306,6 +306,10 @@ def test_what_is_not_the_layers_own_is_refused() -> None:
         model.b = sf.SigmaMoE(D, 8, 4, 2)
         model.b.keys = model.a.keys
 
+    def routed_alike(model: Model) -> None:
+        model.b = sf.SigmaMoE(D, 8, 4, 2)
+        model.b.router = model.a.router
+
     x = torch.randn(T, D)
     changes: list[tuple[Callable[[Model], Any], str]] = [
         (lambda model: parametrize.register_parametrization(model.a, "values", Doubled()), "values of 'a' is no plain"),
@@ -313,6 +317,7 @@ def test_what_is_not_the_layers_own_is_refused() -> None:
         (lambda model: prune.l1_unstructured(model.a.router, "weight", 0.5), r"router\.weight of 'a' is no plain"),
         (lambda model: setattr(model.a, "router", Wrapped(model.a.router)), "the router of 'a' is a Wrapped"),
         (tied, "keys of 'a' is tied to another"),
+        (routed_alike, "the router of 'a' is another module's too"),
     ]
     for change, message in changes:
         model = Model()

@@ -477,6 +477,15 @@ def test_dequantised_experts_are_parameters_of_the_same_function() -> None:
     assert all(p.grad is not None for p in layer.parameters())
 
 
+def test_dequantised_experts_are_in_the_order_of_an_optimizers_state() -> None:
+    layer = sf.SigmaMoE(8, 6, 4, 2, bias=True)
+    names = [name for name, _ in layer.named_parameters()]
+    for _ in range(2):
+        quantize_experts_(layer, ExpertQuantization(bits=8))
+        dequantize_experts_(layer)
+        assert [name for name, _ in layer.named_parameters()] == names
+
+
 def test_tied_stacks_stay_tied() -> None:
     a, b = layer_of(), layer_of()
     b.keys, b.values = a.keys, a.values
@@ -624,6 +633,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "auto": (layer_of, {}, r"group_size = 32 must divide d_model = 48 of 1.keys, .* take one of 16, 24, 48"),
     "given": (layer_of, {"bits": 8, "group_size": 12}, "must divide d_out = 16 of 1.values: take one of 4, 8, 16"),
     "odd": (layer_of, {"group_size": 3}, "in even groups at 4 bits: take one of 2, 4, 6"),
+    "odd width": (lambda: sf.SigmaMoE(15, 4, 6, 2), {}, "d_model = 15 of 1.keys, .* no size does, take bits = 8"),
 }
 
 

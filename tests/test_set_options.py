@@ -75,6 +75,13 @@ def test_what_the_constructor_refuses_is_refused_and_changes_nothing(name: str, 
     assert (repr(changed), getattr(changed, name)) == before
 
 
+def test_only_processes_are_synchronised() -> None:
+    changed = layer()
+    with pytest.raises(TypeError, match="sync_balance must be True, False or a torch"):
+        changed.sync_balance = "yes"
+    assert changed.sync_balance is False
+
+
 def test_a_balance_that_other_options_need_stays() -> None:
     null = layer(null_experts=2, null_share=0.5)
     mixed = MixedMoE(16, [(4, 8), (2, 16)], 2, balance_cost=True)

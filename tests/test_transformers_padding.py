@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -78,6 +80,51 @@ def test_checkpointing_computes_again_with_the_mask(reentrant: bool) -> None:
         model(IDS, attention_mask=MASK).logits.square().mean().backward()
         gradients.append(model.model.layers[0].mlp.router.weight.grad)
     torch.testing.assert_close(*gradients)
+
+
+def test_a_copy_has_masks_of_its_own_and_a_pickle_none() -> None:
+    model = decoder().train()
+    off = mask_padding(model)
+    model(IDS, attention_mask=MASK)
+    twin, other = copy.deepcopy(model), MASK.flip(0)
+    off()
+    twin(IDS, attention_mask=other)
+    assert all(torch.equal(mask, other.bool().flatten()) for mask in masks(twin))
+    mask_padding(model)
+    pickled = pickle.loads(pickle.dumps(model))
+    pickled(IDS, attention_mask=MASK)
+    assert masks(pickled) == [None, None]
+    model(IDS, attention_mask=MASK)
+    twin(IDS, attention_mask=other)
+    assert all(torch.equal(mask, MASK.bool().flatten()) for mask in masks(model))
+
+
+def test_a_copy_that_runs_before_the_backward_pass_changes_no_gradient() -> None:
+    gradients = []
+    for copied in (False, True):
+        model = decoder().train()
+        for layer in model.model.layers:
+            layer.mlp.aux, layer.mlp.balance_weight = "inject", 3.0
+        mask_padding(model)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        twin = copy.deepcopy(model).eval()
+        loss = model(IDS, attention_mask=MASK).logits.square().mean()
+        if copied:
+            twin(IDS, attention_mask=MASK.flip(0))
+        loss.backward()
+        gradients.append(model.model.layers[0].mlp.router.weight.grad)
+    assert torch.equal(*gradients)
+
+
+def test_the_mask_of_a_batch_that_failed_is_forgotten() -> None:
+    model = decoder()
+    mask_padding(model)
+    handle = model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(IDS, attention_mask=MASK)
+    handle.remove()
+    model.model(IDS)
+    assert masks(model) == [None, None]
 
 
 def test_each_half_of_an_encoder_decoder_has_its_own_mask() -> None:

@@ -262,6 +262,32 @@ def test_the_config_is_taken_from_where_the_weights_are(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(model))
 
 
+def test_options_of_the_config_are_set_in_it_and_others_are_the_models(tmp_path: Path) -> None:
+    model = model_of("LlamaForCausalLM")
+    record_conversion(model, sf.sparsify_(model, sf.TopKFFNConfig(k=5)))
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(str(tmp_path), use_cache=False, pad_token_id=5, dtype=torch.bfloat16)
+    assert (loaded.config.use_cache, loaded.config.pad_token_id) == (False, 5)
+    assert loaded.model.layers[0].mlp.keys.dtype == torch.bfloat16
+    eager = from_pretrained(str(tmp_path), config=str(tmp_path), attn_implementation="eager")
+    assert eager.config._attn_implementation == "eager"
+    torch.testing.assert_close(logits(eager), logits(model))
+    judge = from_pretrained(str(tmp_path), transformers.LlamaForSequenceClassification, num_labels=3, pad_token_id=1)
+    assert judge.score.out_features == 3
+
+
+def test_a_pickled_model_is_recorded_anew(tmp_path: Path) -> None:
+    model = model_of("LlamaForCausalLM")
+    with pytest.raises(ValueError, match="report must be given: the config of model records no conversion yet"):
+        record_conversion(model)
+    record_conversion(model, sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, k=1)))
+    pickled = pickle.loads(pickle.dumps(model))
+    record_conversion(pickled)
+    pickled.model.layers[0].mlp.k = 3
+    pickled.save_pretrained(tmp_path)
+    assert from_pretrained(str(tmp_path)).model.layers[0].mlp.k == 3
+
+
 def test_several_conversions_another_class_and_another_dtype(tmp_path: Path) -> None:
     model = model_of("LlamaForCausalLM")
     record_conversion(model, sf.sparsify_(model, sf.SigmaMoEConfig(k=1, n_experts=4), lambda m, name: "0" in name))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import sparse_ffn as sf
 from sparse_ffn import ExpertQuantization, dequantize_experts_, quantize_experts_
+from sparse_ffn.backends.warning import SparseFFNWarning
 from sparse_ffn.layers.rows import QuantizedRows
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -112,6 +113,13 @@ def test_experts_that_are_not_stored_keep_their_implementation() -> None:
     quantize_experts_(model, FOUR, lambda module, name: name == "extra")
     dequantize_experts_(model)
     assert model.config._experts_implementation == "eager"
+
+
+def test_a_part_has_no_config_to_say_what_is_stored() -> None:
+    model = model_of("mixtral", torch.float32)
+    with pytest.warns(SparseFFNWarning, match="a MixtralDecoderLayer is no model of transformers") as told:
+        quantize_experts_(model.model.layers[0], FOUR)
+    assert told[0].filename == __file__
 
 
 def test_a_record_is_of_what_is_stored_now() -> None:

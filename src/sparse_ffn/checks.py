@@ -136,6 +136,13 @@ def check_held(model: nn.Module, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} is {why}")
 
 
+def check_loaded(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Raise ValueError if a tensor of a model has no numbers."""
+    check_held(model, name, tensor)
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on meta: load the weights first")
+
+
 def check_tensor(name: str, x: Any) -> None:
     """Raise unless x is a tensor of numbers that lie in memory by strides, as kernels read them."""
     check_type(name, x, Tensor, "a tensor")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import prune
 
-from sparse_ffn.checks import check_positive, check_rate, check_real, check_type, shown
+from sparse_ffn.checks import check_loaded, check_positive, check_rate, check_real, check_type, shown
 from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.layers.rows.base import check_dense
 from sparse_ffn.layers.units import UnitsFFN
@@ -34,8 +34,8 @@ def polynomial_units_(layer: UnitsFFN, a: float, b: float, c: float = 0.0) -> No
 
     Raises:
         TypeError: ``layer`` has no units with keys.
-        ValueError: the layer has no biases, a GLU or stored rows; a coefficient is no finite number; a is 0; or c is
-            another than it may be.
+        ValueError: the layer has no biases, a GLU, stored rows or no numbers (on meta); a coefficient is no finite
+            number; a is 0; or c is another than it may be.
     """
     check_type("layer", layer, UnitsFFN, "a DenseFFN, a TopKFFN or a mixture of experts")
     check_dense(layer)
@@ -46,6 +46,8 @@ def polynomial_units_(layer: UnitsFFN, a: float, b: float, c: float = 0.0) -> No
         raise ValueError("layer must have biases (bias=True), into which a polynomial's terms go")
     if layer.gate_keys is not None:
         raise ValueError("layer must not be a GLU, whose activation is of the gate, which has no bias")
+    for name in ("key_bias", "out_bias", "values"):
+        check_loaded(layer, name, getattr(layer, name))
     constant = c - b * b / (4 * a)
     adds_all = isinstance(layer, DenseFFN) and getattr(layer, "k", layer.d_ff) == layer.d_ff
     if not adds_all and abs(constant) > 1e-6 * max(abs(c), abs(constant)):
@@ -75,8 +77,8 @@ def block_mask_(layer: UnitsFFN, share: float, block: tuple[int, int] = (8, 16))
 
     Raises:
         TypeError: ``layer`` has no units with keys, or ``block`` holds no ints.
-        ValueError: share outside its range, stored rows, a layer split by ``sparse_ffn.parallel``, or a block that
-            does not divide units and columns.
+        ValueError: share outside its range, stored rows or none (on meta), a layer split by ``sparse_ffn.parallel``, or
+            a block that does not divide units and columns.
     """
     check_type("layer", layer, UnitsFFN, "a DenseFFN, a TopKFFN or a mixture of experts")
     check_dense(layer)
@@ -87,6 +89,7 @@ def block_mask_(layer: UnitsFFN, share: float, block: tuple[int, int] = (8, 16))
     stacks: dict[str, Tensor] = {n: getattr(layer, n) for n in ("keys", "gate_keys", "values")}
     stacks = {name: stack for name, stack in stacks.items() if stack is not None}
     for name, stack in stacks.items():
+        check_loaded(layer, name, stack)
         if any(size % part for size, part in zip(stack.shape[-2:], sizes, strict=True)):
             raise ValueError(f"block = {sizes} must divide the units and columns of {name}, {tuple(stack.shape[-2:])}")
     for name, stack in stacks.items():

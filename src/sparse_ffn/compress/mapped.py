@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -128,7 +129,10 @@ def _files(path: Path) -> Iterator[Path]:
 def _read(path: Path) -> dict[str, Tensor]:
     """The file's tensors by name, all of them parts of one mapping."""
     if zipfile.is_zipfile(path):
-        stored = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+        try:
+            stored = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+        except UnpicklingError:
+            raise ValueError(f"path = {str(path)!r} holds more than a state dict, such as a whole model") from None
         found = {n: t for n, t in stored.items() if isinstance(t, Tensor)} if isinstance(stored, dict) else {}
         if not found:  # a state dict may hold other things than tensors, too
             raise ValueError(f"path = {str(path)!r} holds no state dict")
@@ -138,7 +142,9 @@ def _read(path: Path) -> dict[str, Tensor]:
         try:
             header = json.loads(file.read(size) if size < 100_000_000 else b"")
         except ValueError:
-            raise ValueError(f"path = {str(path)!r} is neither of safetensors nor of torch.save") from None
+            header = None
+        if not isinstance(header, dict):
+            raise ValueError(f"path = {str(path)!r} is neither of safetensors nor of torch.save")
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     known = {name: about for name, about in header.items() if about.get("dtype") in DTYPES}
     return {name: _view(memory, 8 + size + about["data_offsets"][0], about) for name, about in known.items()}

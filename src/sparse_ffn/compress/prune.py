@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sparse_ffn.checks import called, check_choice, check_held, check_module, check_positive, check_type, plain, shown
+from sparse_ffn.checks import called, check_choice, check_loaded, check_module, check_positive, check_type, plain, shown
 from sparse_ffn.compress.keep import SCORES, Score, best_of_all, best_of_each, check_kept, n_groups_of, score_of
 from sparse_ffn.compress.report import PrunedLayer, PruningReport
 from sparse_ffn.compress.statistics import Experts, ExpertStats
@@ -74,13 +74,14 @@ def prune_experts_(
     pruned = {name: layer for name, layer in layers.items() if len(protected[name]) < layer.n_experts}
     _check_stats(model, stats, pruned)
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    holders = Counter(id(child) for module in model.modules() for child in module._modules.values())
     for name, layer in pruned.items():
         _check_prunable(name, layer, uses, replace)
+        if holders[id(layer.router)] > 1:
+            raise ValueError(f"the router of {called(name)} is another module's too, which would not be pruned")
         for stack, (tensor, _) in layer._tensors().items():
-            if tensor is not None and tensor.is_meta:
-                place = f"{name}.{stack}" if name else stack
-                check_held(model, place, tensor)
-                raise ValueError(f"{place} is on meta: load the weights first")
+            if tensor is not None:
+                check_loaded(model, f"{name}.{stack}" if name else stack, tensor)
     lost = {name: stats[name].energy if replace is None else stats[name].residual for name in pruned}
     scores = {name: lost[name].clone() if by == "error" else score_of(by, name, stats[name]) for name in pruned}
     for name, score in scores.items():

@@ -166,10 +166,9 @@ def _check(name: str, stack: Stack, config: ExpertQuantization) -> None:
     if columns % group or (bits == 4 and group % 2):
         width = "d_out" if stack.is_values else "d_model"
         even = ", in even groups at 4 bits" if bits == 4 else ""
-        raise ValueError(
-            f"group_size = {group} must divide {width} = {columns} of {where}{even}: take one of "
-            f"{', '.join(map(str, _near(columns, group, bits)))}"
-        )
+        near = _near(columns, group, bits)
+        what = f"take one of {', '.join(map(str, near))}" if near else "no size does, take bits = 8"
+        raise ValueError(f"group_size = {group} must divide {width} = {columns} of {where}{even}: {what}")
     if not held.is_meta:
         bad = next((e for e, matrix in enumerate(stack.rows()) if not matrix.isfinite().all()), None)
         if bad is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.checks import check_count, check_module, check_positive
+from sparse_ffn.checks import check_count, check_loaded, check_module, check_positive
 from sparse_ffn.compress.report import aligned
 from sparse_ffn.convert.init.partition import balanced_assignment
 from sparse_ffn.convert.init.weights import relative_error, wide
@@ -97,9 +97,11 @@ def compress_experts_(model: nn.Module, rank: int, *, iterations: int = 8) -> Co
         check_positive("rank", rank, max(min(G, D), min(G, O)), f"that of the experts of {name}")
         for stack in ("keys", "gate_keys", "values", "key_bias"):
             held = getattr(layer, stack)
-            if held is not None and (held.is_meta or not held.isfinite().all()):
-                why = "is on meta: load the weights first" if held.is_meta else "is not finite"
-                raise ValueError(f"model's layer {name}: {stack} {why}")
+            if held is None:
+                continue
+            check_loaded(model, f"{name}.{stack}", held)
+            if not held.isfinite().all():
+                raise ValueError(f"model's layer {name}: {stack} is not finite")
     made: dict[MoE, tuple[LowRankMoE, CompressedLayer]] = {}
     for path, _, attribute, layer in places:
         if layer not in made:  # a layer in several places stays one

@@ -39,8 +39,10 @@ class Stack:
         held: Tensor = self.held.detach()
         return held.mT if self.transposed else held
 
-    def store(self, rows: nn.Module) -> None:
+    def store(self, rows: ExpertRows) -> None:
         """Put stored rows in the parameter's place."""
+        others = (child.order for child in self.module.children() if isinstance(child, ExpertRows))
+        rows.order = next(others, tuple(self.module._parameters))
         delattr(self.module, self.name)
         setattr(self.module, self.name, rows)
 
@@ -53,6 +55,9 @@ class Stack:
             made[number] = nn.Parameter(dense.mT.contiguous() if self.transposed else dense)
         delattr(self.module, self.name)
         setattr(self.module, self.name, made[number])
+        parameters = self.module._parameters  # optimizers know them by their order
+        for name in [name for name in rows.order if name in parameters]:
+            parameters[name] = parameters.pop(name)
 
     def check_whole(self, where: str, then: str) -> None:
         """Raise ValueError unless this is a plain parameter or rows of ``quantize_experts_``, in one process."""

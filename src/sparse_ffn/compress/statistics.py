@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn import ops
-from sparse_ffn.checks import called, check_flag, check_function, check_module
+from sparse_ffn.checks import called, check_flag, check_function, check_loaded, check_module
 from sparse_ffn.convert.batches import run
 from sparse_ffn.convert.calibrate import Filter
 from sparse_ffn.layers.moe import MoE
@@ -123,6 +123,8 @@ def expert_stats(
     for name, experts in found.items():
         if getattr(experts.module, "_split", None) is not None:
             raise ValueError(f"model's layer {name or 'itself'} is split by sparse_ffn.parallel: measure before")
+        for place, tensor in experts.module.named_parameters(name):
+            check_loaded(model, place, tensor)
     sums: dict[str, ExpertStats] = {}
 
     def add(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor | None) -> None:
@@ -134,6 +136,13 @@ def expert_stats(
     if not sums:
         raise ValueError(f"no layer saw a token of the batches: {', '.join(map(called, found))}")
     return {name: sums[name] for name in found if name in sums}
+
+
+ARGUMENTS = (
+    ("hidden_states", "top_k_index", "top_k_weights"),
+    ("hidden_states", "router_indices", "routing_weights"),
+)
+"""Of the forward of transformers' experts: tokens, and for each of them experts and gates."""
 
 
 @dataclass(frozen=True)
@@ -151,9 +160,9 @@ class Experts:
         """A module as one with experts, if it is one."""
         if isinstance(module, MoE):
             return cls(module, partial(route, module), partial(apply, module))
-        names = ("hidden_states", "top_k_index", "top_k_weights")
-        if hasattr(module, "num_experts") and tuple(inspect.signature(module.forward).parameters) == names:
-            return cls(module, _given, partial(_ask, module))
+        names = tuple(inspect.signature(module.forward).parameters)
+        if hasattr(module, "num_experts") and names in ARGUMENTS:
+            return cls(module, partial(_given, names), partial(_ask, module))
         return None
 
     @property
@@ -179,8 +188,10 @@ def apply(layer: MoE, x_SD: Tensor, expert_S: Tensor) -> Tensor:
     return layer._compute(x_SD, layer._units(), expert_S.unsqueeze(1), one.unsqueeze(1))
 
 
-def _given(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    return hidden_states.flatten(0, -2), top_k_index.flatten(0, -2), top_k_weights.flatten(0, -2), None
+def _given(names: tuple[str, ...], *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    x, index, gate = (given[name].flatten(0, -2) for name in names)
+    return x, index, gate, None
 
 
 def _ask(experts: nn.Module, x_SD: Tensor, expert_S: Tensor) -> Tensor:

@@ -237,7 +237,17 @@ def _check_fits(layer: MoE | LatentMoE | SharedExpertMoE, facts: Mapping[str, An
         "null_experts": (moe.null_experts, null_experts),
         "null_kind": (moe.null_kind if null_experts else None, "identity" if null_experts else None),
         "expert_size": (moe.expert_size, size),
+        "selection bias": (moe.router.bias is not None, family.correction is not None or moe.router.bias is not None),
     }
+    if isinstance(layer, SharedExpertMoE):
+        dense = layer._own_shared()
+        checks |= {
+            "shared expert's activation": (dense.activation, checks["activation"][1]),
+            "shared expert's glu": (dense.gate_keys is not None, family.glu),
+            "shared expert's bias": (dense.out_bias is not None, False),
+        }
+    if isinstance(routed, LatentMoE):
+        checks["projections' bias"] = (routed.down.bias is not None or routed.up.bias is not None, False)
     for what, (has, should) in checks.items():
         if has != should:
             raise ValueError(f"the layer is no {kind} block of this config: its {what} is {has!r}, not {should!r}")

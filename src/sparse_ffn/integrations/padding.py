@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,8 +25,8 @@ def mask_padding(model: nn.Module) -> Callable[[], None]:
     While the model runs, each mixture of experts in it gets ``attention_mask`` [batch, length] as its ``mask`` (in the
     decoder of an encoder-decoder ``decoder_attention_mask``), where it is given none and its tokens are so many: not in
     decoding with a cache. Gradient checkpointing computes layers again with the mask of the last forward pass, so there
-    each forward pass must be followed by its backward pass. Hooks do it, which no checkpoint holds: call this after
-    loading and after every conversion.
+    each forward pass must be followed by its backward pass. Hooks do it, which no checkpoint and no pickle holds: call
+    this after loading and after every conversion. A deep copy of the model has hooks of its own, which stay.
 
     Args:
         model: what is called with the mask, such as a ``transformers.PreTrainedModel``, with layers of this library.
@@ -49,25 +49,14 @@ def mask_padding(model: nn.Module) -> Callable[[], None]:
     layers = [module for module in whole if module not in parts]
     if not layers:
         raise ValueError(f"model, a {type(model).__name__}, holds no mixture of experts: convert it first")
-    decoder, held = decoder_of(model), _Held()
-
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        held.masks = {name: args[at] if at < len(args) else kwargs.get(name) for name, at in places.items()}
-        held.running = True
-
-    def done(*_: Any) -> None:
-        held.running = False
-
-    def give(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        mask = of_tokens(held.masks.get(name), first := first_of(args, kwargs))
-        if mask is None or kwargs.get("mask") is not None or not (held.running or in_backward()):
-            return None
-        return args, {**kwargs, "mask": mask.view(first.shape[:-1])}
-
-    handles = [model.register_forward_pre_hook(keep, with_kwargs=True), model.register_forward_hook(done)]
-    for layer in layers:
-        name = MASKS[layer in decoder]
-        handles.append(layer.register_forward_pre_hook(partial(give, name), with_kwargs=True))
+    decoder, held = decoder_of(model), _Held(places)
+    handles = [
+        model.register_forward_pre_hook(_Keep(held), with_kwargs=True),
+        model.register_forward_hook(_Done(held), always_call=True),
+    ]
+    handles += [
+        layer.register_forward_pre_hook(_Give(held, MASKS[layer in decoder]), with_kwargs=True) for layer in layers
+    ]
 
     def take_off() -> None:
         for handle in handles:
@@ -77,10 +66,73 @@ def mask_padding(model: nn.Module) -> Callable[[], None]:
 
 
 class _Held:
-    """The masks of the last forward pass, and whether it is still under way."""
+    """The masks of the last forward pass, and whether it is still under way.
 
-    masks: dict[str, Tensor | None]
-    running = False
+    Args:
+        places: of the masks among the model's arguments.
+    """
 
-    def __init__(self) -> None:
-        self.masks = {}
+    def __init__(self, places: dict[str, int]) -> None:
+        self.places = places
+        self.masks: dict[str, Tensor | None] = {}
+        self.running = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Held:
+        return _Held(self.places)  # a copy of the model runs by itself
+
+
+class _Hook:
+    """One of the hooks; in a pickle, as in a checkpoint, it is none."""
+
+    def __init__(self, held: _Held) -> None:
+        self.held = held
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        twin = copy.copy(self)
+        twin.held = copy.deepcopy(self.held, memo)
+        return twin
+
+    def __copy__(self) -> _Hook:
+        twin = type(self).__new__(type(self))
+        vars(twin).update(vars(self))
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Nothing, ()
+
+
+class _Nothing:
+    """What a hook is in a model that was pickled."""
+
+    def __call__(self, *_: Any) -> None:
+        return None
+
+
+class _Keep(_Hook):
+    """Before the model runs."""
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        places = self.held.places.items()
+        self.held.masks = {name: args[at] if at < len(args) else kwargs.get(name) for name, at in places}
+        self.held.running = True
+
+
+class _Done(_Hook):
+    """After it, and after an error."""
+
+    def __call__(self, *_: Any) -> None:
+        self.held.running = False
+
+
+class _Give(_Hook):
+    """Before a layer runs."""
+
+    def __init__(self, held: _Held, name: str) -> None:
+        super().__init__(held)
+        self.name = name
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        mask = of_tokens(self.held.masks.get(self.name), first := first_of(args, kwargs))
+        if mask is None or kwargs.get("mask") is not None or not (self.held.running or in_backward()):
+            return None
+        return args, {**kwargs, "mask": mask.view(first.shape[:-1])}

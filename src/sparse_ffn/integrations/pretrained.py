@@ -32,10 +32,12 @@ WHERE = (
     "cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
     "trust_remote_code",
 )  # fmt: skip
-"""Options that say where a config is."""
+"""Options that say where a config is, and where the weights are."""
+OF_MODELS = ("attn_implementation", "device_map", "dtype", "output_loading_info", "quantization_config", "torch_dtype")
+"""Options that are for a model and may have a config's names."""
 
 
-def record_conversion(model: Any, report: Report) -> None:
+def record_conversion(model: Any, report: Report | None = None) -> None:
     """Write what ``sparsify_`` did into ``model.config``, so that ``save_pretrained`` saves it with the weights.
 
     After it every way to save works: ``model.save_pretrained``, the Trainer's checkpoints, ``push_to_hub``. Each saves
@@ -45,14 +47,21 @@ def record_conversion(model: Any, report: Report) -> None:
 
     Args:
         model: a ``transformers.PreTrainedModel`` that ``sparsify_`` converted.
-        report: what ``sparsify_`` returned.
+        report: what ``sparsify_`` returned; None for a model that was recorded and then pickled, whose record no longer
+            follows its layers.
 
     Raises:
         TypeError: ``model`` is no model of transformers or ``report`` no report.
-        ValueError: the report names a module that the model does not have or that was not converted, or no config can
-            say what a layer is.
+        ValueError: the report names a module that the model does not have or that was not converted, no config can
+            say what a layer is, or there is no report and no record.
     """
     check_type("model", model, transformers.PreTrainedModel, "a transformers.PreTrainedModel")
+    known = getattr(model.config, KEY, None) or {}
+    if report is None:
+        if not known:
+            raise ValueError("report must be given: the config of model records no conversion yet")
+        setattr(model.config, KEY, Record(model, _present(model, known, _refuse)))
+        return
     check_type("report", report, Report, "what sparsify_ returned")
     places = dict(model.named_modules(remove_duplicate=False))
     missing = [name for name in report.names if name not in places]
@@ -62,8 +71,7 @@ def record_conversion(model: Any, report: Report) -> None:
     if dense:
         raise ValueError(f"report is of another model: of this one {', '.join(map(repr, dense))} was not converted")
     _tie(model)
-    names = {**(getattr(model.config, KEY, None) or {}), **report.configs}
-    setattr(model.config, KEY, Record(model, _present(model, names, _refuse)))
+    setattr(model.config, KEY, Record(model, _present(model, {**known, **report.configs}, _refuse)))
     matches = {new.name: new.match for new in report.replacements if new.match is not None}
     if matches:
         setattr(model.config, MATCHES, {**(getattr(model.config, MATCHES, None) or {}), **matches})
@@ -160,8 +168,12 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
     """
     check_type("path", path, (str, os.PathLike), "a folder or a name on the hub")
     config = options.pop("config", None)
-    if config is None:
-        config = transformers.AutoConfig.from_pretrained(path, **{n: options[n] for n in WHERE if n in options})
+    if config is None or isinstance(config, (str, os.PathLike)):
+        # as transformers does it: what a config has of the options is set in it, the others are the model's
+        others = {name: value for name, value in options.items() if name not in OF_MODELS}
+        place: Any = path if config is None else config
+        config, left = transformers.AutoConfig.from_pretrained(place, return_unused_kwargs=True, **others)
+        options = {n: v for n, v in options.items() if n in left or n in WHERE or n in OF_MODELS}
     record: dict[str, dict[str, Any]] = getattr(config, KEY, None) or {}
     stored = getattr(config, quantized.KEY, None)
     if not record and not stored:

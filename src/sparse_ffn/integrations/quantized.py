@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import transformers
 from torch import nn
 
+from sparse_ffn.backends.warning import SparseFFNWarning
 from sparse_ffn.checks import shown
 from sparse_ffn.compress.config import ExpertQuantization
 from sparse_ffn.compress.quantizer import empty
@@ -46,15 +48,24 @@ def _stacks(experts: Any) -> list[Stack]:
 def prepare(model: nn.Module) -> None:
     """Choose our implementation, which computes with stored rows, and write into the configs what is stored."""
     written: list[Any] = []
+    stored = False
     for part in model.modules():  # a model comes before those within it, which may share its config
         if dispatches(part) and any(isinstance(child, ExpertRows) for child in part.children()):
             register()
+            stored = True
             part.config._experts_implementation = NAME  # type: ignore[union-attr]
         if isinstance(part, transformers.PreTrainedModel) and not any(part.config is config for config in written):
             written.append(part.config)
             found = facts(part)
             if found or getattr(part.config, KEY, None):
                 setattr(part.config, KEY, found)
+    if stored and not written:
+        warnings.warn(
+            f"a {type(model).__name__} is no model of transformers, in whose config it would be written that these "
+            "experts are stored rows: to save the model that it is a part of, change the experts of the whole",
+            SparseFFNWarning,
+            stacklevel=5,  # beyond whoever tells this, and its decorator
+        )
 
 
 EXPERTS = Kind(_is_experts, _stacks)

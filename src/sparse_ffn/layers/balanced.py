@@ -89,7 +89,7 @@ class Balanced(WithProperties):
     ) -> None:
         self._balance, self._balance_weight = check_balance(names, weights)
         self.balance_over, self.aux = over, aux
-        self.sync_balance: Sync = check_sync("sync_balance", sync)
+        self.sync_balance = sync
 
     @property
     def balance(self) -> tuple[str, ...]:
@@ -138,6 +138,15 @@ class Balanced(WithProperties):
     def aux(self, aux: str) -> None:
         check_choice("aux", aux, ("attach", "inject"))
         self._aux_way = aux
+
+    @property
+    def sync_balance(self) -> Sync:
+        """Whether losses are pooled over all processes, or the process group over which they are; may be set."""
+        return self._sync_balance
+
+    @sync_balance.setter
+    def sync_balance(self, sync_balance: Sync) -> None:
+        self._sync_balance = check_sync("sync_balance", sync_balance)
 
     def _n_sequences(self, x: Tensor) -> int | None:
         """How many parts of x [..., d_model] are balanced each by itself; None for all tokens together."""
@@ -217,12 +226,12 @@ class Balanced(WithProperties):
     def __getstate__(self) -> dict[str, Any]:
         """Without what the last forward left behind: copies and pickles start clean."""
         sync = self.sync_balance if isinstance(self.sync_balance, bool) else SharedGroup(self.sync_balance)
-        return {**self.__dict__, "_last": None, "_calls": None, "sync_balance": sync}
+        return {**self.__dict__, "_last": None, "_calls": None, "_sync_balance": sync}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if isinstance(self.sync_balance, SharedGroup):
-            self.sync_balance = self.sync_balance.group
+        if isinstance(self._sync_balance, SharedGroup):
+            self.sync_balance = self._sync_balance.group
 
     def _balance_options(self) -> dict[str, tuple[Any, Any]]:
         """For the repr: each option with its default, the balance always."""

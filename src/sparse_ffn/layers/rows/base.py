@@ -23,6 +23,9 @@ class ExpertRows(nn.Module):
     ``.to(device)`` and loading onto meta are those of every module.
     """
 
+    order: tuple[str, ...] = ()
+    """The names of the parameters of the module that they stand in, before any of them became rows."""
+
     @property
     def shape(self) -> torch.Size:
         """(E, G, C)."""
