@@ -6,10 +6,10 @@ The library's own host code runs on CPU tensors under a driver that stands in fo
 launch would have run, with the same block sizes, dtypes and specialisations, and launches nothing. Of each kernel the
 gate reads registers, spills, shared memory and instructions from the assembly.
 
-It fails on a spill, on more shared memory than the target has, on a missing tensor-core instruction or a copy by TMA
-that is none, and where the gradient of the matrices has fewer than three buffers on an NVIDIA target, or a tile fewer
-buffers or programs a processor than it promises: those that the compiler made, for loads that depend on each other
-share a declared depth.
+It fails on a spill that costs time, on more shared memory than the target has, on a missing tensor-core instruction
+or a copy by TMA that is none, and where the gradient of the matrices has fewer than three buffers on an NVIDIA target,
+or a tile fewer buffers or programs a processor than it promises: those that the compiler made, for loads that depend on
+each other share a declared depth.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -43,6 +43,7 @@ from sparse_ffn.backends.triton import candidates, config
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KIB = 1024
+MOST_SPILLED = 128  # bytes
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "int", torch.int64: "int"}
 
 
@@ -137,26 +138,38 @@ def compiling(number: int, target: Target, seen: dict[int, tuple[JITFunction, di
         JITFunction.run, Tensor.new_empty = run, new_empty
 
 
-def usage(kernel: Any) -> tuple[int, int, str]:
-    """Registers, bytes spilled and assembly of a compiled kernel."""
+class Usage(NamedTuple):
+    """What a compiled kernel takes."""
+
+    registers: int
+    spilled: int
+    """Bytes that move between registers and the stack."""
+    costs: bool
+    """Whether that costs time: it is much, or more than a thirtieth of a loop's instructions."""
+    assembly: str
+
+
+def usage(kernel: Any) -> Usage:
+    """As the assembly says it."""
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
         registers, spilled = (re.search(rf"\.{name}:\s*(\d+)", text) for name in ("vgpr_count", "vgpr_spill_count"))
-        return int(registers[1]), 4 * int(spilled[1]), text
+        return Usage(int(registers[1]), 4 * int(spilled[1]), int(spilled[1]) > 0, text)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         resources = _output(TOOLS / "cuobjdump", "--dump-resource-usage", file.name)
         registers, stack = (int(re.search(rf"{name}:(\d+)", resources)[1]) for name in ("REG", "STACK"))
+        spilled, costs = 0, False
         if stack:  # a stack frame may be there for another reason
-            stack = spilled_bytes(_output(TOOLS / "nvdisasm", "-c", file.name))
-    return registers, stack, kernel.asm["ptx"]
+            spilled, costs = spills(_output(TOOLS / "nvdisasm", "-c", file.name))
+    return Usage(registers, spilled, costs, kernel.asm["ptx"])
 
 
-def spilled_bytes(assembly: str) -> int:
-    """What moves between registers and the stack.
+def spills(assembly: str) -> tuple[int, bool]:
+    """Bytes that move between registers and the stack, and whether that costs time.
 
-    One register that is put away before the loops and comes back after them is none: it costs nothing there.
+    A few are put away before a loop, and read in it or after it, so that one more program fits on a processor.
     """
     lines = assembly.splitlines()
     labels = {line.strip().rstrip(":"): i for i, line in enumerate(lines) if line.startswith(".L")}
@@ -164,8 +177,8 @@ def spilled_bytes(assembly: str) -> int:
     back = [
         (labels.get(to[1], i), i) for i, line in enumerate(lines) if (to := re.search(r"\bBRA `\((\.L\w+)\)", line))
     ]
-    looped = any(begin <= move <= end for move in moves for begin, end in back)
-    return 4 * len(moves) if looped or len(moves) > 2 else 0
+    dense = any(30 * sum(begin <= move <= end for move in moves) > end - begin for begin, end in back if begin < end)
+    return 4 * len(moves), dense or 4 * len(moves) > MOST_SPILLED
 
 
 def _output(*command: str | Path) -> str:
@@ -175,7 +188,7 @@ def _output(*command: str | Path) -> str:
 def judge(name: str, function: JITFunction, arguments: dict[str, Any], kernel: Any) -> Compiled:
     """What came out, and what is wrong with it."""
     target = TARGETS[name]
-    registers, spilled, text = usage(kernel)
+    registers, spilled, costs, text = usage(kernel)
     operands = [a.base if isinstance(a, TensorDescriptor) else a for a in arguments.values()]
     dtype = next(DTYPES[a.dtype] for a in operands if isinstance(a, Tensor) and a.dtype in DTYPES)
     if arguments.get("PRECISION") == "tf32":
@@ -199,7 +212,7 @@ def judge(name: str, function: JITFunction, arguments: dict[str, Any], kernel: A
         if "cp.async.bulk.tensor" not in text:
             problems.append("descriptors, but no copy by TMA")
         instruction += ", TMA"
-    if spilled:
+    if costs:
         problems.append("spills")
     if kernel.metadata.shared > target.shared:
         problems.append("too much shared memory")
