@@ -61,7 +61,8 @@ def compress_experts_(model: nn.Module, rank: int, *, iterations: int = 8) -> Co
     model smaller (see the documentation): it is for experts that began as copies, ``init="upcycle"``.
 
     Args:
-        model: any module that holds ``MoE`` layers; hooks on these are lost, and optimizers hold the old parameters.
+        model: any module that holds ``MoE`` layers; hooks on these are lost, ties between the parameters of several too,
+            and optimizers hold the old ones. A layer of which anything trained trains whole.
         rank: of what each expert keeps of its own, at most the least that loses nothing, max(min(G, D), min(G, O)).
         iterations: most rounds of assignment. scipy's ``linear_sum_assignment`` is used where it is installed; without
             it the assignment is near the best, and kept only where it is better than the one before.
