@@ -201,6 +201,16 @@ def test_it_stands_where_the_mixture_stood() -> None:
     assert list(sf.routing_stats(model)) == ["0.routed", "1.moe", "2"]
 
 
+@pytest.mark.parametrize("frozen", ["keys", "gate_keys", "values", "key_bias", "out_bias"])
+def test_what_is_made_of_a_frozen_parameter_is_frozen(frozen: str) -> None:
+    model = nn.Sequential(sf.SigmaMoE(8, 4, 6, 2, glu=True, bias=True))
+    model[0].get_parameter(frozen).requires_grad_(False)
+    compress_experts_(model, 3)
+    prefix = {"keys": "key_", "gate_keys": "gate_", "values": "value_"}.get(frozen)
+    of_frozen = {frozen, *((f"{prefix}up", f"{prefix}down") if prefix else ())}
+    assert {name for name, p in model[0].named_parameters() if not p.requires_grad} == of_frozen
+
+
 def test_what_cannot_be_compressed_is_said_and_stays() -> None:
     model = nn.Sequential(experts(), sf.MoE(D, E, 2, K, dtype=torch.float64))
     before = list(model)

@@ -19,6 +19,10 @@ from sparse_ffn.module import fork_random
 
 # E experts, G units of each, C numbers of a unit, D d_model, O d_out, R rank
 
+MADE_OF = {f"{part}_{end}": f"{part}s" for part in ("key", "value") for end in ("up", "down")}
+MADE_OF |= {"gate_up": "gate_keys", "gate_down": "gate_keys"}
+"""The stack that a low-rank factor is made of."""
+
 
 @dataclass(frozen=True)
 class CompressedLayer:
@@ -61,8 +65,8 @@ def compress_experts_(model: nn.Module, rank: int, *, iterations: int = 8) -> Co
     model smaller (see the documentation): it is for experts that began as copies, ``init="upcycle"``.
 
     Args:
-        model: any module that holds ``MoE`` layers; hooks on these are lost, ties between the parameters of several too,
-            and optimizers hold the old ones. A layer of which anything trained trains whole.
+        model: any module that holds ``MoE`` layers; hooks on these and ties between the parameters of several are lost,
+            and optimizers hold the old ones. What is made of a frozen parameter is frozen.
         rank: of what each expert keeps of its own, at most the least that loses nothing, max(min(G, D), min(G, O)).
         iterations: most rounds of assignment. scipy's ``linear_sum_assignment`` is used where it is installed; without
             it the assignment is near the best, and kept only where it is better than the one before.
@@ -134,9 +138,8 @@ def _compressed(name: str, layer: MoE, rank: int, iterations: int) -> tuple[LowR
             getattr(small, own_name).copy_(old)
     if layer.key_bias is not None:
         small._own()["key_bias"].copy_(layer.key_bias.gather(1, order_EG))
-    trains = any(p.requires_grad for p in layer.parameters(recurse=False))
-    for parameter in small.parameters(recurse=False):
-        parameter.requires_grad_(trains)
+    for own_name, parameter in small.named_parameters(recurse=False):
+        parameter.requires_grad_(getattr(layer, MADE_OF.get(own_name, own_name)).requires_grad)
     small.train(layer.training)
     return small, CompressedLayer(name, (layer.n_parameters, small.n_parameters), spread, errors)
 
