@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import sparse_ffn as sf
@@ -105,6 +106,27 @@ def test_a_model_of_layers_with_one_chain_trains_and_may_be_checkpointed() -> No
         assert torch.equal(a, b)
     model = Model(True, torch.bfloat16)
     assert model(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_parts_that_are_more_than_their_weights_compute() -> None:
+    made, x = chain(torch.float32), normal(3, D, dtype=torch.float32)
+    before = made(x, None, 0)
+    called: list[nn.Module] = []
+    for part in (made.projections[0], made.gru):
+        part.register_forward_hook(lambda module, *_: called.append(module))
+    torch.testing.assert_close(made(x, None, 0), before)
+    assert called == [made.projections[0], made.gru]
+    prune.random_unstructured(made.projections[0], "weight", 0.5)
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+    for _ in range(2):  # the mask is applied anew in each
+        optimizer.zero_grad()
+        made(x, None, 0).square().sum().backward()
+        optimizer.step()
+    assert not (made.projections[0].weight * (1 - made.projections[0].weight_mask)).any()
+    peft = pytest.importorskip("peft")
+    lora = chain(torch.float32)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["projections.0"], init_lora_weights=False), lora)
+    assert not torch.equal(lora(x, None, 0), before)
 
 
 def test_a_wrong_layer_or_state_is_named() -> None:

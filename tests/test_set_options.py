@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import sparse_ffn as sf
-from sparse_ffn.layers import MixedMoE
+from sparse_ffn.layers import LatentMoE, MixedMoE, SharedExpertMoE, SwitchHeadAttention
 
 
 def layer(**options: Any) -> sf.SigmaMoE:
@@ -106,3 +107,86 @@ def test_a_memory_may_be_set_to_the_softmax_that_it_alone_has() -> None:
     assert "softmax" in repr(memory)
     with pytest.raises(ValueError, match="activation must be one of"):
         sf.TopKFFN(16, 32, k=4).activation = "softmax"
+
+
+def wrappers() -> dict[str, nn.Module]:
+    return {
+        "latent": LatentMoE(16, 8, 4, 8, 2),
+        "shared": SharedExpertMoE(sf.SigmaMoE(16, 4, 8, 2), sf.DenseFFN(16, 8)),
+        "attention": SwitchHeadAttention(16, 2, 4),
+    }
+
+
+@pytest.mark.parametrize("kind", wrappers())
+def test_options_of_a_wrapper_are_those_of_its_parts(kind: str) -> None:
+    made = wrappers()[kind]
+    values = {"balance_weight": 0.5, "balance_over": "sequence", "aux": "inject", "expert_dropout": 0.25}
+    values |= {"balance": "switch", "sync_balance": True}
+    values |= {"activation": "silu", "dropout": 0.125} if kind == "latent" else {}
+    parts = [module for module in made.modules() if hasattr(module, "_balance_options")]
+    assert len(parts) == (2 if kind == "attention" else 1)
+    for name, value in values.items():
+        setattr(made, name, value)
+        for part in parts:
+            holder = part.router if name == "expert_dropout" else part
+            found = getattr(holder, name)
+            assert found == ((value,) if name in ("balance", "balance_weight") else value)
+            assert getattr(made, name) == found
+    for name in ("aux", "balance", "balance_over"):
+        with pytest.raises(ValueError, match=f"{name} must be one of"):
+            setattr(made, name, "nonsense")
+    with pytest.raises(ValueError, match="expert_dropout must be in"):
+        made.expert_dropout = 7
+
+
+def test_what_attention_and_topk_alone_have_is_checked_too() -> None:
+    attention, topk = SwitchHeadAttention(16, 2, 4), sf.TopKFFN(16, 32, 8)
+    gated, memory = sf.TopKFFN(16, 32, 8, glu=True), sf.ProductKeyMemory(16, 6, 5, experts=True)
+    for module, name, value, message in (
+        (attention, "dropout", 2.0, "dropout must be in"),
+        (attention, "rotary", 3.0, "rotary must be in"),
+        (topk, "rank_by", "gate", 'rank_by = "gate" needs a gate'),
+        (gated, "rank_by", "gats", "rank_by must be one of"),
+        (memory, "activation", "softmax", "activation must be one of"),
+    ):
+        before = getattr(module, name)
+        with pytest.raises(ValueError, match=message):
+            setattr(module, name, value)
+        assert getattr(module, name) == before
+    with pytest.raises(TypeError, match="norm_aware must be"):
+        topk.norm_aware = "no"
+    gated.rank_by = "gate"
+    assert "rank_by='gate'" in repr(gated)
+
+
+def test_a_router_of_another_size_is_named() -> None:
+    made = sf.SigmaMoE(16, 8, 4, 2)
+    for router in (sf.routing.SigmoidRouter(16, 9, 2), sf.routing.SigmoidRouter(18, 8, 2)):
+        made.router = router
+        with pytest.raises(ValueError, match=r"router scores \d+ experts of tokens of width \d+, the layer has 8"):
+            made(torch.randn(3, 16))
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
+def test_a_router_in_evaluation_counts_nothing(backend: str) -> None:
+    made = sf.MoE(16, 8, 4, 2, balance="bias")
+    made.train().router.eval()
+    with sf.backend(backend):
+        made(torch.randn(20, 16))
+    sf.update_router_bias(made)
+    assert not made.router.bias.any()
+
+
+def test_a_parametrised_router_costs_as_much() -> None:
+    made = sf.SigmaMoE(16, 8, 4, 2)
+    flops = made.flops_per_token()
+    nn.utils.parametrizations.weight_norm(made.router, "weight", dim=0)
+    assert made.flops_per_token() == flops
+
+
+def test_a_form_with_a_k_of_its_own_has_an_equal() -> None:
+    class Four(sf.MoE):
+        def __init__(self, d_model: int, n_experts: int, expert_size: int = 8, k: int = 4, **options: Any) -> None:
+            super().__init__(d_model, n_experts, expert_size, k, **options)
+
+    assert sf.parameter_equal(Four, 32, 64)["n_experts"] == 8

@@ -250,6 +250,18 @@ def test_a_routers_rows_beyond_the_experts_are_void(
         assert (got.double() - wanted).abs().max() <= TOLERANCE[dtype] * scale
 
 
+def test_nothing_of_a_token_in_void_slots_alone_reaches_a_weight(on_backend: str) -> None:
+    x, keys, values = torch.randn(4, D), torch.randn(E, G, D, requires_grad=True), torch.randn(E, G, O)
+    x[2, 3] = torch.nan
+    index = torch.tensor([[0, 1], [1, 2], [E, E], [3, E]])
+    with sf.backend(on_backend):
+        functional.expert_ffn(x, keys, values, index, torch.rand(4, 2)).sum().backward()
+        weight = torch.randn(E, D, O, requires_grad=True)
+        functional.cvmm(x, weight, torch.tensor([0, 1, E, 3])).sum().backward()
+    assert keys.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
+
+
 @pytest.mark.skipif(cpu.PROBLEM is not None, reason="no compiler when the package was installed")
 def test_the_reference_of_a_wider_router() -> None:
     """Its own oracle: void slots of the reference are those of ``expert_ffn``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, Union
 
@@ -167,6 +167,27 @@ def unwrapped(name: str, module: nn.Module, kind: type[M]) -> M:
         if isinstance(found, kind):
             return found
     raise TypeError(f"{name} must be a {kind.__name__} or wrap one, got {shown(module)}")
+
+
+class OptionOf:
+    """An option of a module that its parts have: read from the first of them, set and checked in all.
+
+    Args:
+        parts: of the module.
+    """
+
+    def __init__(self, parts: Callable[[Any], Sequence[nn.Module]]) -> None:
+        self.parts = parts
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: Any, owner: type) -> Any:
+        return self if module is None else getattr(self.parts(module)[0], self.name)
+
+    def __set__(self, module: Any, value: Any) -> None:
+        for part in self.parts(module):
+            setattr(part, self.name, value)
 
 
 def is_plain(module: nn.Module, weight: str = "weight") -> bool:

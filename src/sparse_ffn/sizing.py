@@ -50,9 +50,10 @@ def parameter_equal(layer_cls: type[SparseFFN], d_model: int, d_ff: int, **choic
         )
     if free in choices:
         raise ValueError(f"{free} = {choices[free]!r} is what parameter_equal chooses: leave it out")
+    parameters = inspect.signature(layer_cls).parameters
     required = [
         name
-        for name, p in inspect.signature(layer_cls).parameters.items()
+        for name, p in parameters.items()
         if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and name not in ("d_model", free)
     ]
     missing = [name for name in required if name not in choices]
@@ -68,8 +69,9 @@ def parameter_equal(layer_cls: type[SparseFFN], d_model: int, d_ff: int, **choic
         return layer_cls(**{**arguments(size), "device": "meta"}).n_parameters
 
     target = DenseFFN(d_model, d_ff, device="meta").n_parameters
-    k = check_positive("k", choices.get("k", 1))
-    least = max(1, k - check_count("null_experts", choices.get("null_experts", 0)))
+    given = {name: p.default for name, p in parameters.items() if p.default is not p.empty} | choices
+    k = check_positive("k", given.get("k", 1))
+    least = max(1, k - check_count("null_experts", given.get("null_experts", 0)))
     low = high = 1 + math.isqrt(k - 1) if free == "n_sub_keys" else least  # a layer of that size has k to select
     while count(high) < target:
         low, high = high, 2 * high

@@ -73,7 +73,7 @@ class FusedPath(Routed, UnitsFFN):
             dropout_mask=self._dropout_mask(x_TD, x_TD.shape[0], router.k, self.expert_size),
             activation=self.activation,
         )
-        if bias is not None and self.training:
+        if bias is not None and router.training:
             router.count(index_TK, mask_T)
         loss = self._balance_loss(FusedRouting(softmax_BE, index_TK, gate_TK), mask_T, n_sequences)
         self._keep(loss, index_TK, mask_T, (y_TO,))  # the loss's backward pass reaches its node
@@ -125,7 +125,7 @@ class FusedPath(Routed, UnitsFFN):
         index_TK, gate_TK, softmax_BE = ops.route(
             x_TR, weight, k=router.k, gate_function=gate_function, router_bias=bias, mask=mask_T, groups=groups
         )
-        if bias is not None and self.training:
+        if bias is not None and router.training:
             router.count(index_TK, mask_T)
         return FusedRouting(softmax_BE, index_TK, gate_TK)
 

@@ -11,7 +11,7 @@ from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.projection import Projection
 from sparse_ffn.layers.routed import InnerOptions, Routed, RouterChoice
 from sparse_ffn.layers.rows.base import n_numbers
-from sparse_ffn.module import CheckedOptions, Unpack, is_brought, unwrapped
+from sparse_ffn.module import CheckedOptions, OptionOf, Unpack, is_brought, unwrapped
 
 
 class LatentOptions(InnerOptions, RouterChoice, total=False):
@@ -44,6 +44,9 @@ class LatentMoE(CheckedOptions, nn.Module):
 
     d_model: int
     d_out: int
+    activation, dropout, expert_dropout, balance, balance_weight, balance_over, aux, sync_balance = (
+        OptionOf(lambda layer: [layer._own_moe()]) for _ in range(8)
+    )
 
     def __init__(
         self,

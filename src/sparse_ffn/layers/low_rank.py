@@ -150,8 +150,7 @@ class LowRankMoE(Routed):
         keys = 1 if self.gate_keys is None else 2
         base = 2 * self.expert_size * (keys * self.d_model + self.d_out)
         own = keys * (self.expert_size + self.d_model) + self.expert_size + self.d_out
-        router = sum(2 * p.numel() for p in self.router.parameters())
-        return router + base + 2 * min(self.k, self.n_experts) * self.rank * own
+        return self._router_flops() + base + 2 * min(self.k, self.n_experts) * self.rank * own
 
     def extra_repr(self) -> str:
         """Sizes and what differs from the defaults; the balance always."""

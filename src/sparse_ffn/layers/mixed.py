@@ -174,8 +174,7 @@ class MixedMoE(Routed):
             mean = sum(share * size for share, size in zip(load.tolist(), self.expert_sizes, strict=True))
         glu = self._banks()[0].gate_keys is not None
         of_a_unit = 2 * (self.d_model * (2 if glu else 1) + self.d_out)
-        router = sum(2 * p.numel() for p in self.router.parameters())
-        return router + round(min(self.k, self.n_experts) * mean * of_a_unit)
+        return self._router_flops() + round(min(self.k, self.n_experts) * mean * of_a_unit)
 
     def extra_repr(self) -> str:
         """Sizes and what differs from the defaults; the balance always."""

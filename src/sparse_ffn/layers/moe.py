@@ -139,7 +139,7 @@ class MoE(FusedPath):
     def flops_per_token(self) -> int:
         """Router scores (twice for noisy top-k) and k experts; null ones among them make it less."""
         n_units = min(self.k, self.n_experts) * self.expert_size
-        return sum(2 * p.numel() for p in self.router.parameters()) + self._flops(n_units, n_units)
+        return self._router_flops() + self._flops(n_units, n_units)
 
     def extra_repr(self) -> str:
         """Sizes and what differs from the defaults; the balance always."""

@@ -15,7 +15,7 @@ from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.layers.data_parallel import check_no_ddp
 from sparse_ffn.layers.projection import Projection
 from sparse_ffn.module import is_plain, unwrapped
-from sparse_ffn.ops.activations import activate
+from sparse_ffn.ops.activations import ACTIVATIONS, activate
 from sparse_ffn.ops.autocast import autocast_dtype, without_autocast
 
 # einops notes each type of tensor that it meets, and torch.compile would compile a layer again when it has
@@ -118,6 +118,7 @@ class ProductKeyMemory(SparseFFN):
         if self.experts and (self.sparse_grad or activation == "softmax"):
             wrong = "sparse_grad = True" if self.sparse_grad else "activation = 'softmax'"
             raise ValueError(f"experts = True and {wrong} do not fit: its gradients are dense, its gates softmaxes")
+        self._activations = (*ACTIVATIONS, *(() if self.experts else ("softmax",)))
         self.sub_keys = self._parameter(2, self.n_heads, self.n_sub_keys, width // 2)
         query = (self.d_model, self.n_heads * width, self.init_scale)
         self.query = None if query_dim is None else Projection(*query, bias=query_bias, **self._factory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
@@ -209,7 +210,17 @@ class Routed(NullExperts, Balanced, SparseFFN):
     def _check_router(self, n_experts: int, weight: Tensor, bias: Tensor | None = None) -> None:
         experts = n_experts + self.null_experts
         if weight.shape != (experts, self.d_router) or (bias is not None and bias.shape != (experts,)):
-            raise self._shape_error()
+            if str(error := self._shape_error()):  # which names a weight of another shape than its router was made with
+                raise error
+            raise ValueError(
+                f"router scores {weight.shape[0]} experts of tokens of width {weight.shape[1]}, the layer has "
+                f"{experts} of d_router = {self.d_router}"
+            )
+
+    def _router_flops(self) -> int:
+        """Of the scores, without biases."""
+        shapes = [shape for tensor, shape in self._own_router()._tensors().values() if tensor is not None]
+        return sum(2 * math.prod(shape) for shape in shapes if len(shape) > 1)
 
     def _tensors(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
         router = {f"router.{name}": tensor for name, tensor in self._own_router()._tensors().items()}

@@ -10,7 +10,7 @@ from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.layers.latent import LatentMoE
 from sparse_ffn.layers.routed import Routed
 from sparse_ffn.layers.rows.base import n_numbers
-from sparse_ffn.module import is_brought, is_called_alone, unwrapped
+from sparse_ffn.module import OptionOf, is_brought, is_called_alone, unwrapped
 
 
 class SharedExpertMoE(nn.Module):
@@ -32,6 +32,9 @@ class SharedExpertMoE(nn.Module):
     gate: nn.Linear | None
     d_model: int
     d_out: int
+    expert_dropout, balance, balance_weight, balance_over, aux, sync_balance = (
+        OptionOf(lambda layer: [layer._own_moe()]) for _ in range(6)
+    )
 
     def __init__(self, routed: Routed | LatentMoE, shared: DenseFFN, *, gated: bool = False) -> None:
         super().__init__()

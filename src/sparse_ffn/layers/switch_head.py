@@ -30,7 +30,7 @@ from sparse_ffn.layers.balanced import Balanced
 from sparse_ffn.layers.base import check_input, initial_scale
 from sparse_ffn.layers.projection import Projection
 from sparse_ffn.layers.rows.base import n_numbers
-from sparse_ffn.module import CheckedOptions, is_brought, normal_, unwrapped
+from sparse_ffn.module import CheckedOptions, OptionOf, is_brought, normal_, unwrapped
 from sparse_ffn.ops.select import stable_topk
 from sparse_ffn.routing.balance import Terms, check_balance
 from sparse_ffn.routing.base import AnyRouting, Routing
@@ -180,6 +180,9 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
 
     values: HeadExperts
     outputs: HeadExperts
+    balance, balance_weight, balance_over, aux, sync_balance = (
+        OptionOf(lambda layer: [layer._own_experts(name) for name in layer._projections]) for _ in range(5)
+    )
 
     def __init__(
         self,
@@ -211,8 +214,7 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
                 f"d_head must be given where n_heads = {self.n_heads} does not divide d_model = {self.d_model}"
             )
         self.d_head = self.d_model // self.n_heads if d_head is None else check_positive("d_head", d_head)
-        self.rotary = check_rate("rotary", rotary, inclusive=True)
-        self.dropout = check_rate("dropout", dropout, inclusive=True)
+        self.rotary, self.dropout = rotary, dropout
         self.init_scale, self.d_out = initial_scale(init_scale, n_layers), self.d_model
         names, weights = check_balance(balance, balance_weight)
         if "l1" in names:
@@ -325,6 +327,35 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
     def _projections(self) -> dict[str, tuple[int, int]]:
         """Widths of the rows that experts read and write."""
         return {"values": (self.d_model, self.d_head), "outputs": (self.d_head, self.d_model)}
+
+    @property
+    def rotary(self) -> float:
+        """The share of a head's channels that positions turn; may be set."""
+        return self._rotary
+
+    @rotary.setter
+    def rotary(self, rotary: float) -> None:
+        self._rotary = check_rate("rotary", rotary, inclusive=True)
+
+    @property
+    def dropout(self) -> float:
+        """The rate of dropout on the attention's weights; may be set."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, dropout: float) -> None:
+        self._dropout = check_rate("dropout", dropout, inclusive=True)
+
+    @property
+    def expert_dropout(self) -> float:
+        """The routers' ``expert_dropout``; may be set."""
+        return self._own_experts("values")._own_router().expert_dropout
+
+    @expert_dropout.setter
+    def expert_dropout(self, expert_dropout: float) -> None:
+        expert_dropout = check_rate("expert_dropout", expert_dropout)
+        for name in self._projections:
+            self._own_experts(name)._own_router().expert_dropout = expert_dropout
 
     @property
     def k(self) -> int:

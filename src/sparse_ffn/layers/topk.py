@@ -62,9 +62,7 @@ class TopKFFN(DenseFFN):
     ) -> None:
         k = check_positive("k", k, at_most=check_positive("d_ff", d_ff), limit="d_ff")  # before weights are drawn
         norm_aware = check_flag("norm_aware", norm_aware)
-        check_choice("rank_by", rank_by, RANK_BY)
-        if rank_by == "gate" and not check_flag("glu", glu):
-            raise ValueError('rank_by = "gate" needs a gate: glu=True')
+        _check_rank_by(rank_by, check_flag("glu", glu))
         super().__init__(
             d_model, d_ff, activation=activation, glu=glu, bias=bias, d_out=d_out, dropout=dropout,
             init_scale=init_scale, n_layers=n_layers, device=device, dtype=dtype,
@@ -79,6 +77,25 @@ class TopKFFN(DenseFFN):
     @k.setter
     def k(self, k: int) -> None:
         self._k = check_positive("k", k, at_most=self.d_ff, limit="d_ff")
+
+    @property
+    def norm_aware(self) -> bool:
+        """Whether units are ranked by what they add; may be set."""
+        return self._norm_aware
+
+    @norm_aware.setter
+    def norm_aware(self, norm_aware: bool) -> None:
+        self._norm_aware = check_flag("norm_aware", norm_aware)
+
+    @property
+    def rank_by(self) -> str:
+        """``"hidden"`` or ``"gate"``; may be set."""
+        return self._rank_by
+
+    @rank_by.setter
+    def rank_by(self, rank_by: str) -> None:
+        _check_rank_by(rank_by, self.gate_keys is not None)
+        self._rank_by = rank_by
 
     def _compute(self, x: Tensor, units: ops.Units) -> Tensor:
         return ops.topk_ffn(
@@ -107,3 +124,9 @@ class TopKFFN(DenseFFN):
         text = super().extra_repr().replace(f"d_ff={self.d_ff}", f"d_ff={self.d_ff}, k={self.k}", 1)
         text += ", norm_aware=True" if self.norm_aware else ""
         return text + (", rank_by='gate'" if self.rank_by == "gate" else "")
+
+
+def _check_rank_by(rank_by: str, glu: bool) -> None:
+    check_choice("rank_by", rank_by, RANK_BY)
+    if rank_by == "gate" and not glu:
+        raise ValueError('rank_by = "gate" needs a gate: glu=True')

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_ffn.checks import check_count, check_device, check_dtype, check_floating, check_places, check_positive
+from sparse_ffn.module import is_plain, unwrapped
 from sparse_ffn.ops.autocast import without_autocast
 
 
@@ -67,7 +68,14 @@ class RouterChain(nn.Module):
             raise ValueError(f"x must have shape [..., d_model = {self.d_model}], got {list(x.shape)}")
         if check_count("layer", layer) >= self.n_layers:
             raise IndexError(f"layer must be in [0, n_layers = {self.n_layers}), got {layer}")
-        check_places(x, self.parameters())
+        projection, gru = self.projections[layer], self.gru
+        plain = (
+            type(projection) is nn.Linear and is_plain(projection),
+            type(gru) is nn.GRUCell and is_plain(gru, "weight_hh"),
+        )
+        for part, is_one in zip((projection, gru), plain, strict=True):
+            if is_one:
+                check_places(x, part.parameters())
         shape = (*x.shape[:-1], self.d_state)
         if state is not None:
             check_floating("state", state)
@@ -75,16 +83,25 @@ class RouterChain(nn.Module):
                 raise ValueError(f"state must have shape {list(shape)}, d_state last, got {list(state.shape)}")
             if state.device != x.device:
                 raise ValueError(f"state is on {state.device}, x is on {x.device}")
-        wide = torch.promote_types(self.gru.weight_hh.dtype, torch.float32)
+        wide = torch.promote_types(self._dtype, torch.float32)
         with without_autocast(x):
-            weight: Tensor = self.projections[layer].weight  # type: ignore[assignment]
-            seen = F.linear(x.to(wide), weight.to(wide))
+            # pruned, parametrised, with LoRA or offloaded parts: whatever they are now, they compute what they do
+            if plain[0]:
+                seen = F.linear(x.to(wide), projection.weight.to(wide))  # type: ignore[arg-type]
+            else:
+                seen = projection(x.to(self._dtype)).to(wide)
             state = seen.new_zeros(shape) if state is None else state.to(wide)
-            gru = self.gru
-            own = (gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh)
             flat = (seen.reshape(-1, self.d_state), state.reshape(-1, self.d_state))
-            new = torch.gru_cell(*flat, *(parameter.to(wide) for parameter in own))
+            if plain[1]:
+                own = (gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh)
+                new = torch.gru_cell(*flat, *(parameter.to(wide) for parameter in own))
+            else:
+                new = gru(*(part.to(self._dtype) for part in flat)).to(wide)
         return new.view(shape)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return unwrapped("gru", self.gru, nn.GRUCell).weight_hh.dtype
 
     def extra_repr(self) -> str:
         """The sizes."""

@@ -12,6 +12,7 @@ def cvmm(x: Tensor, weight: Tensor, slots: Slots, n_out: int) -> Tensor:
     """out[scatter[s]] += reduction[s] · x[gather[s]] @ weight[expert[s]]; shapes as in ``sparse_ffn.ops.cvmm``."""
     expert, gather, scatter, reduction = slots
     rows_SM = x if gather is None else x.index_select(0, gather)
+    rows_SM = torch.where((expert == weight.shape[0]).unsqueeze(1), 0, rows_SM)  # a void slot reads nothing, not NaN
     products_SEL = torch.einsum("sm,eml->sel", rows_SM, weight)
     void_S1L = products_SEL.new_zeros(expert.shape[0], 1, weight.shape[2])  # torch 2.9's F.pad refuses L = 0
     every_SEL = torch.cat((products_SEL, void_S1L), 1)

@@ -20,7 +20,9 @@ def expert_ffn(
 ) -> Tensor:
     """y[t] = sum_j gate[t, j] * FFN of expert index[t, j] (x[t]); shapes as in ``sparse_ffn.ops.expert_ffn``."""
     keys, values, gate_keys, key_bias = experts
-    gate = gate.masked_fill(index >= keys.shape[0], 0)  # void slots
+    void = index >= keys.shape[0]
+    gate = gate.masked_fill(void, 0)
+    x = torch.where(void.all(1, keepdim=True), 0, x)  # nobody reads it, though it be NaN
     # T tokens, K slots, E experts, G units of an expert, D d_model, O d_out
     # one-hot products instead of a scatter: deterministic on every device
     chosen_TKE = (index.unsqueeze(-1) == torch.arange(keys.shape[0], device=index.device)).to(x.dtype)
