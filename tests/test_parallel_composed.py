@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 import sparse_ffn as sf
 from sparse_ffn.layers import LatentMoE, SharedExpertMoE
-from sparse_ffn.parallel import ExpertParallel, HiddenParallel, clip_grad_norm_
+from sparse_ffn.parallel import ExpertParallel, HiddenParallel, clip_grad_norm_, plan
 from sparse_ffn.parallel.exchange import EXCHANGES
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.exhaustive]
@@ -106,6 +107,10 @@ def overlapped(rank: int) -> None:
     torch.testing.assert_close(run(wrapped, x), expected, rtol=1e-12, atol=1e-14)
 
 
+def expected_of(rank: int) -> Any:
+    return pytest.raises((ValueError, RuntimeError), match="shape" if rank == 1 else "rank 1 raised an error")
+
+
 def told(rank: int) -> None:
     """A part that is checked before tokens travel tells the others, who wait for these."""
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
@@ -114,10 +119,26 @@ def told(rank: int) -> None:
     if rank == 1:
         broken.shared.values = nn.Parameter(torch.zeros(3, D, dtype=torch.float64))
     for layer, width in ((wide, D + rank), (latent, D + rank), (broken, D)):
-        with pytest.raises((ValueError, RuntimeError), match="shape" if rank == 1 else "rank 1 raised an error"):
+        with expected_of(rank):
             layer(torch.zeros(3, width, dtype=torch.float64))
         if layer is not broken:
             layer(tokens(rank))  # all goes on
+    # the shared expert, with tokens that travel too, hears it first, and nobody is told again
+    hooked = shared_expert()
+    both = {"experts": ExpertParallel(), "hidden": HiddenParallel(input_layouts=Shard(0))}
+    parallelize_module(hooked, mesh, plan(hooked, **both))
+    handle = hooked.routed.register_forward_hook(lambda *_: None)
+    for wrong in (True, False):
+        with expected_of(rank) if wrong else contextlib.nullcontext():
+            hooked(torch.zeros(3, D + rank, dtype=torch.float64) if wrong else tokens(rank))
+    handle.remove()
+    # what raises between the check and the experts tells too
+    narrow = shared_expert(latent=True).routed
+    parallelize_module(narrow.moe, mesh, ExpertParallel())
+    if rank == 1:
+        narrow.down.register_forward_pre_hook(lambda *_: torch.zeros(2).view(3))
+    with expected_of(rank):
+        narrow(tokens(rank))
 
 
 # ------------------------------------------------------------------------------------------------ scaled, mixed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import os
 import signal
 import time
@@ -462,6 +463,21 @@ def test_a_plan_names_the_mixtures_that_no_style_splits() -> None:
             assert list(plan(net, **styles)) == ["0"]
     with pytest.raises(ValueError, match="experts = ExpertParallel, but the model has no layer for it"):
         plan(mixed, experts=ExpertParallel())
+
+
+def test_a_plan_gives_both_parts_of_a_shared_expert_the_same_tokens() -> None:
+    net = nn.Sequential(SharedExpertMoE(mixture(False), sf.DenseFFN(D, 8)))
+    with pytest.raises(ValueError, match="both parts of '0', a SharedExpertMoE, get the same tokens"):
+        plan(net, experts=ExpertParallel(), hidden=HiddenParallel())
+    styles = {"experts": ExpertParallel(), "hidden": HiddenParallel(input_layouts=Shard(0))}
+    assert list(plan(net, **styles)) == ["0.routed", "0.shared"]
+
+
+def test_without_a_bound_nothing_is_clipped() -> None:
+    parameter = nn.Parameter(torch.zeros(4))
+    parameter.grad = torch.full((4,), 1e25)
+    assert clip_grad_norm_([parameter], math.inf) == math.inf
+    assert torch.equal(parameter.grad, torch.full((4,), 1e25))
 
 
 def said(call: Callable[[], Any]) -> str:

@@ -154,6 +154,8 @@ def _check(name: str, stack: Stack, config: ExpertQuantization) -> None:
     where, held = f"{name}.{stack.name}" if name else stack.name, stack.held
     if isinstance(held, ExpertRows):
         raise ValueError(f"{where} are stored rows already: call dequantize_experts_ first, or leave them out")
+    if getattr(stack.module, "_split", None) is not None:
+        raise ValueError(f"{where} is split by sparse_ffn.parallel, and stored rows are not: one process quantises")
     if stack.name not in stack.module._parameters or is_traceable_wrapper_subclass(held):
         raise ValueError(
             f"{where} must be a plain parameter, got {type(held).__name__} that something computes or shards: quantise "

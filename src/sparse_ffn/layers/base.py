@@ -30,6 +30,10 @@ from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.autocast import autocast_enabled
 
 
+class OthersFailed(RuntimeError):
+    """Another process has told that it raises, and all hear that who wait for its tokens: nobody has to be told."""
+
+
 class SparseFFN(CheckedOptions, Parametrizable, WithProperties):
     """Base of all layers: a feed-forward block x [..., d_model] -> [..., d_out], a sum over hidden units.
 

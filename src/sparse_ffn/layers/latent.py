@@ -74,10 +74,11 @@ class LatentMoE(CheckedOptions, nn.Module):
         try:
             self._check_call(x, mask)
             seen = self._selector_input(x, router_input)
+            narrow = self.down(x)
         except Exception:
             self._own_moe()._tell_failure()
             raise
-        y: Tensor = self.up(self.moe(self.down(x), mask=mask, router_input=seen))
+        y: Tensor = self.up(self.moe(narrow, mask=mask, router_input=seen))
         return y
 
     def _own_moe(self) -> Routed:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn.checks import check_flag, check_type, shape_error
+from sparse_ffn.layers.base import OthersFailed
 from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.layers.latent import LatentMoE
 from sparse_ffn.layers.routed import Routed
@@ -65,6 +66,8 @@ class SharedExpertMoE(nn.Module):
             return self._while_tokens_travel(moe, x, mask, router_input)
         try:
             shared = self._weighed(x)
+        except OthersFailed:
+            raise
         except Exception:
             moe._tell_failure()
             raise

@@ -77,6 +77,8 @@ def clip_grad_norm_(
     norm = powers if norm_type == math.inf else powers ** (1 / norm_type)
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(f"the norm of the gradients is {norm.item()}: pass error_if_nonfinite=False to go on")
+    if max_norm == math.inf:  # infinity over infinity would be NaN
+        return norm
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for parts in groups.values():
         for part in parts:

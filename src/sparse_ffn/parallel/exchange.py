@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from sparse_ffn.checks import check_choice
+from sparse_ffn.layers.base import OthersFailed
 from sparse_ffn.parallel.collectives import all_to_all
 
 Arrivals = tuple[Tensor, Tensor, Tensor, Any]
@@ -100,7 +101,7 @@ class Exchange:
         # nor in simulations, where they are numbers of all processes at once
         if failed := [rank for rank, number in enumerate(numbers[-1]) if isinstance(number, int) and number < 0]:
             ranks = [torch.distributed.get_global_rank(self.mesh.get_group(), rank) for rank in failed]
-            raise RuntimeError(
+            raise OthersFailed(
                 f"rank {', '.join(map(str, ranks))} raised an error before it sent its tokens to the experts: see there"
             )
         return numbers

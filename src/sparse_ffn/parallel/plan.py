@@ -19,6 +19,7 @@ from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.product_key import ProductKeyMemory
 from sparse_ffn.layers.routed import Routed
+from sparse_ffn.layers.shared_expert import SharedExpertMoE
 from sparse_ffn.parallel.exchange import shares
 
 
@@ -39,7 +40,8 @@ def plan(
 
     Raises:
         TypeError: the model is no module, or a style no ParallelStyle.
-        ValueError: the model has no layer for a style.
+        ValueError: the model has no layer for a style, or styles of other ``input_layouts`` would split the parts of
+            a ``SharedExpertMoE``.
 
     Warns:
         SparseFFNWarning: other layers are split, but not these mixtures, which no style can split (``MixedMoE``,
@@ -68,6 +70,14 @@ def plan(
     for argument, style in (("experts", experts), ("hidden", hidden), ("memory", memory)):
         if style is not None and id(style) not in used:
             raise ValueError(f"{argument} = {type(style).__name__}, but the model has no layer for it")
+    for name, module in model.named_modules():
+        if isinstance(module, SharedExpertMoE) and experts is not None and hidden is not None:
+            of_both = [getattr(style, "input_layouts", None) for style in (experts, hidden)]
+            if None not in of_both and of_both[0] != of_both[1]:
+                raise ValueError(
+                    f"experts has input_layouts = {of_both[0]} and hidden has {of_both[1]}, but both parts of "
+                    f"{called(name)}, a SharedExpertMoE, get the same tokens: give both styles the same"
+                )
     if whole:
         warnings.warn(f"no style splits {', '.join(whole)}: every process holds all of it", SparseFFNWarning, 2)
     return found

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from sparse_ffn import ops
 from sparse_ffn.checks import is_dtensor, shown
 from sparse_ffn.layers.base import SparseFFN
+from sparse_ffn.layers.rows.base import ExpertRows
 from sparse_ffn.parallel.collectives import scale_gradient
 from sparse_ffn.parallel.exchange import Exchange, NoExchange, shares
 
@@ -107,6 +108,10 @@ def check_layer(style: object, layer: Any, kinds: tuple[type[SparseFFN], ...], n
         raise ValueError(f"module {type(layer).__name__} is split already, by {type(layer._split).__name__}")
     for name in names:
         parameter = getattr(layer, name)
+        if isinstance(parameter, ExpertRows):
+            raise ValueError(
+                f"{name} of module {type(layer).__name__} are stored rows, which no style splits: dequantize_experts_"
+            )
         if parameter is not None and layer._parameters.get(name) is not parameter:
             raise ValueError(f"{name} of module {type(layer).__name__} is no parameter: split it before it is changed")
         if is_dtensor(parameter):
