@@ -74,7 +74,8 @@ METHOD = """\
   the layer as it is timed the output alone, widely (70%).
 - **Routing.** Routers are as they are initialised and inputs are random, so that loads are nearly even. Trained routers
   load some experts more.
-- **In turns.** Contenders take turns in random order. Each ratio is taken within a round, and its median is shown.
+- **In turns.** Contenders take turns in random order. Each ratio is taken within a round, and its median is shown. What
+  takes long has few rounds: of the dense FFN of equal parameters it is often one.
 - **Training step** is forward and backward, with the balance loss and fresh gradients of all parameters. **Forward** is
   evaluation without gradients.
 - A contender that fails, is wrong, or needs more than half of the free memory is named as such and never left out.

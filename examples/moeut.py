@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import sparse_ffn as sf
 from examples.language_model import data, report, train
+from examples.language_model.arguments import positive, seed
 from examples.language_model.configs import DEMO, Config
 from examples.language_model.model import Attention, ByteModel
 from examples.language_model.variants import build
@@ -91,10 +92,12 @@ def fitting(make: Callable[[int], nn.Module], least: int, n_parameters: int) -> 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.moeut", description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=DEMO.steps, help=f"of training (default: {DEMO.steps})")
-    parser.add_argument("--group", type=int, default=2, help=f"layers that {DEMO.n_layers} are made of (default: 2)")
+    parser.add_argument("--steps", type=positive, default=DEMO.steps, help=f"of training (default: {DEMO.steps})")
+    parser.add_argument(
+        "--group", type=positive, default=2, help=f"layers that {DEMO.n_layers} are made of (default: 2)"
+    )
     parser.add_argument("--data", default="python", help="as the demo's")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of weights and batches (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("runs/moeut"), help="folder of the checkpoint")
     return parser.parse_args(argv)
 
@@ -104,7 +107,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, tuple[int, float]]:
     args = parse(argv)
     config = DEMO.with_steps(args.steps)
     args.out.mkdir(parents=True, exist_ok=True)
-    corpus = data.load(args.data, config.context)
+    try:
+        corpus = data.load(args.data, config.context)
+    except data.DataError as error:
+        raise SystemExit(f"error: {error}") from error
     dense = build("dense", config, args.seed)
     torch.manual_seed(args.seed)
     models: dict[str, ByteModel] = {"dense": dense, "MoEUT": SharedTransformer(config, args.group, count(dense))}

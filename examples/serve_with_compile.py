@@ -23,7 +23,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backend", default="inductor", help="of torch.compile (default inductor)")
     parser.add_argument("--requests", type=int, default=20, help="requests to serve (default 20)")
     parser.add_argument("--width", type=int, default=256, help="of the model (default 256)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.requests < 1:
+        parser.error(f"--requests {args.requests} is not at least 1")
+    return args
 
 
 def converted(width: int) -> Any:

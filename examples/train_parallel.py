@@ -41,7 +41,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps in all, those of earlier runs included")
     parser.add_argument("--experts", type=int, default=12, help="experts of each layer, over all processes")
     parser.add_argument("--out", default="runs/parallel", help="folder of the checkpoint; one that is there is resumed")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps} is not at least 1")
+    return args
 
 
 def text() -> Tensor:
@@ -97,6 +100,10 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
         held = sum(p.to_local().numel() for p in split) + sum(p.numel() for p in rest)
         print(f"{world} processes, {held:,} of {sum(p.numel() for p in net.parameters()):,} parameters on each")
 
+    if first >= arguments.steps:
+        if rank == 0:
+            print(f"{arguments.out} has done step {first} already: nothing is left of {arguments.steps}")
+        return []
     losses, source = [], text()
     for step in range(first, arguments.steps):
         tokens = batch(source, step).chunk(world)[rank].to(device)

@@ -33,7 +33,9 @@ def windows(path: str | None, length: int = 64) -> list[dict[str, Tensor]]:
     else:
         with open(path, "rb") as file:
             raw = file.read()
-    rows = torch.tensor(list(raw)).split(length)[:-1]
+    rows = [row for row in torch.tensor(list(raw)).split(length) if len(row) == length]
+    if len(rows) < 2:
+        raise SystemExit(f"error: {path} has {len(raw)} bytes, and at least {2 * length} are needed")
     return [{"input_ids": row, "labels": row} for row in rows]
 
 

@@ -15,6 +15,7 @@ from types import FrameType
 import torch
 
 from examples.language_model import data
+from examples.language_model.arguments import positive
 
 from . import plan
 from .results import RESULTS
@@ -23,13 +24,6 @@ from .speed import Clock
 from .training import steps_done
 from .variants import VARIANTS
 from .work import Order, work
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -56,6 +50,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in args.sizes:
         if SIZES[name].needs_gpu and args.device != "cuda":
             parser.error(f"--sizes {name} would take months on a CPU: add --device cuda")
+    if args.data != "enwik8" and args.results == RESULTS:
+        parser.error(f"--data {args.data} needs a folder of its own: add --results, where those of enwik8 are not")
     if not plan.queue(args.sizes, args.variants, args.seeds):
         parser.error("there is no run of these sizes, layers and seeds")
     return args

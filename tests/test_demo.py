@@ -433,6 +433,11 @@ def test_resume_refuses_what_it_cannot_continue(
     out = ["--out", str(tmp_path / "out"), "--variants", "dense"]
     assert cli.main([*tiny, *out, "--resume"]) == 1
     assert "nothing to resume: no checkpoint at" in capsys.readouterr().err
+    (tmp_path / "out").mkdir(exist_ok=True)
+    torch.save([1], tmp_path / "out" / "checkpoint.pt")
+    assert cli.main([*tiny, *out, "--resume"]) == 1
+    assert "is no checkpoint of this program" in capsys.readouterr().err
+    (tmp_path / "out" / "checkpoint.pt").unlink()
     assert cli.main([*tiny, *out]) == 0
     assert cli.main([*tiny, *out, "--resume", "--seed", "1"]) == 1
     assert "of another run: it differs in seed" in capsys.readouterr().err
@@ -445,8 +450,8 @@ def test_resume_refuses_what_it_cannot_continue(
     [
         (["--config", "huge"], "invalid choice: 'huge'"),
         (["--variants", "dense", "lstm"], "invalid choice: 'lstm'"),
-        (["--steps", "0"], "0 is not at least 1"),
-        (["--threads", "-1"], "-1 is not at least 1"),
+        (["--steps", "0"], "0 is not from 1 to"),
+        (["--threads", "-1"], "-1 is not from 1 to"),
         (["--device", "abacus"], "'abacus' is no device torch knows"),
         (["--device", "meta"], "'meta': only cpu and cuda are supported"),
     ],

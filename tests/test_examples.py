@@ -71,6 +71,18 @@ def test_moeut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.exhaustive
+def test_too_little_of_anything_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "short").write_bytes(b"x" * 100)
+    with pytest.raises(SystemExit, match="has 100 bytes, and at least 128 are needed"):
+        train_with_trainer.main(["--text", str(tmp_path / "short")])
+    with pytest.raises(SystemExit, match="error: "):
+        moeut.main(["--data", str(tmp_path / "nothing"), "--out", str(tmp_path)])
+    for example, name in ((serve_with_compile, "--requests"), (moeut, "--steps"), (moeut, "--group")):
+        with pytest.raises(SystemExit):
+            example.main([name, "0"])
+        assert name in capsys.readouterr().err
+
+
 def test_serve_with_compile() -> None:
     assert serve_with_compile.main(["--backend", "aot_eager", "--requests", "6", "--width", "32"]) == 1
 

@@ -91,6 +91,12 @@ def test_info_names_versions_devices_backends_and_the_choice() -> None:
     env = {**os.environ, "SPARSE_FFN_BACKEND": "reference"}
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
     assert "reference (forced by SPARSE_FFN_BACKEND)" in out
+    for name, words in (
+        ("foo", "cpu: none: environment variable"),
+        ("triton", "cpu: none: backend 'triton' is forced, but"),
+    ):
+        env = {**os.environ, "SPARSE_FFN_BACKEND": name}
+        assert words in subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
 
 
 def test_unknown_backend_in_the_environment_is_an_error_that_lists_the_known() -> None:

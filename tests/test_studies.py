@@ -337,6 +337,12 @@ def test_the_learning_rate_is_that_of_the_lowest_sum_over_dense_and_sigma(tmp_pa
     assert plan.Run("L", "dense", 0).config(2e-3).learning_rate == 2.5e-4
 
 
+def test_another_text_has_results_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        enwik8.parse(["--data", "mine.txt"])
+    assert "--data mine.txt needs a folder of its own: add --results" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("tiny")
 def test_plan_says_what_is_left_and_how_long_it_takes(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -498,6 +498,27 @@ def test_the_choice_is_the_best_way_where_one_crossing_can_say_it() -> None:
     assert crossings.choose(noise) == 16  # rather 1.06 of the best once than 8.5 twice
 
 
+def test_times_that_were_cut_short_tell_only_what_they_saw() -> None:
+    device = torch.device("cpu")
+    every = list(crossings.tokens(device))
+    slower = {"decode": dict.fromkeys(every, 1.0), "sorted": dict.fromkeys(every, 2.0)}
+    assert crossings.tell(slower, device)
+    few = {way: {n: of[n] for n in every[:3]} for way, of in slower.items()}
+    assert not crossings.tell(few, device)
+    few["sorted"][every[2]] = 0.5
+    assert crossings.tell(few, device)
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(kept.DIRECTORY_VARIABLE, str(tmp_path / "file"))
+    monkeypatch.setattr(crossings, "measure", lambda *_: pytest.fail("measured"))
+    assert command.main(["--device", "cpu", "--layer", "16", "4", "8", "2", "--dtype", "fp32"]) == 2
+    assert f"nothing can be written to {tmp_path / 'file'}" in capsys.readouterr().err
+
+
 def test_what_was_measured_counts_for_layers_of_its_class(crossing: Path) -> None:
     layer = crossovers.Layer.of(torch.float32, 1000, 60, 128, 8)
     assert layer == ("float32", 1024, 64, 128, 8)

@@ -17,15 +17,9 @@ from sparse_ffn import info
 from sparse_ffn.backends.warning import how_to_install
 
 from . import data
+from .arguments import positive, seed
 from .configs import CONFIGS
 from .variants import VARIANTS, build
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
 
 
 def device(text: str) -> torch.device:
@@ -50,7 +44,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--data", default="python", help="python (default: its documentation and library), enwik8 (fetched) or a file")
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="what to compare (default: all)")
     add("--steps", type=positive, help="instead of the configuration's number")
-    add("--seed", type=int, default=0, help="of weights, batches and dropout (default: 0)")
+    add("--seed", type=seed, default=0, help="of weights, batches and dropout (default: 0)")
     add("--device", type=device, default="cpu", help="cpu (default), or cuda, with bfloat16 autocast")
     add("--threads", type=positive, help="CPU threads (default: torch decides)")
     add("--out", type=Path, help="folder for the results (default: runs/CONFIG)")
@@ -122,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     missing = [name for name in ("matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"error: {' and '.join(missing)} missing: {how_to_install('bench')}", file=sys.stderr)
+        print(f"error: {' and '.join(missing)} missing: {how_to_install('demo')}", file=sys.stderr)
         return 2
     from .train import TrainingError
 

@@ -131,6 +131,8 @@ def load_checkpoint(path: Path, about: dict[str, Any], learners: list[Learner]) 
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except (EOFError, RuntimeError, UnpicklingError) as error:
         raise TrainingError(f"the checkpoint at {path} cannot be read: {error}") from error
+    if not isinstance(stored, dict) or not {"about", "learners", "step"} <= stored.keys():
+        raise TrainingError(f"the file at {path} is no checkpoint of this program")
     differing = [key for key in about if stored["about"].get(key) != about[key]]
     if differing:
         raise TrainingError(f"the checkpoint at {path} is of another run: it differs in {', '.join(differing)}")

@@ -139,10 +139,14 @@ def explain(device: torch.device | str = "cpu") -> str:
     """One sentence: which backend computes on this device and why."""
     device = torch.device(device)
     forced = _forced()
-    if forced not in (None, "auto"):
-        return f"{forced} (forced by sparse_ffn.backend)"
-    if forced is None and _environment != "auto":
-        return f"{_environment} (forced by {ENVIRONMENT_VARIABLE})"
+    name, how = (_environment, ENVIRONMENT_VARIABLE) if forced is None else (forced, "sparse_ffn.backend")
+    if name != "auto":
+        try:
+            _check(name, f"environment variable {ENVIRONMENT_VARIABLE}")
+        except ValueError as error:
+            return f"none: {error}"
+        reason = unavailable(name, device)
+        return f"none: backend {name!r} is forced, but {reason}" if reason else f"{name} (forced by {how})"
     reasons = {name: unavailable(name, device) for name in _fast(device)}
     fast = next((name for name, reason in reasons.items() if not reason), None)
     if fast is None:

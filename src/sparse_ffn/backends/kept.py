@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from sparse_ffn.backends.warning import SparseFFNWarning
 
 DIRECTORY_VARIABLE = "SPARSE_FFN_TUNED"
+NO_HOME = f"there is no home directory for {{}}: set {DIRECTORY_VARIABLE} to a folder"
 T = TypeVar("T")
 Key = Mapping[str, Any]
 """What the numbers depend on: a file with another one does not count."""
@@ -35,6 +36,21 @@ def file_of(*words: str) -> Path:
     return directory() / f"{re.sub('[^a-z0-9_]+', '-', ' '.join(words).lower()).strip('-')}.json"
 
 
+def problem() -> str | None:
+    """Why nothing can be kept, or None."""
+    folder = directory()
+    if folder.parts[0] == "~":
+        return NO_HOME.format(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = folder / f"{os.getpid()}.trial"
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        return f"nothing can be written to {folder} ({error.strerror}): set {DIRECTORY_VARIABLE} to another folder"
+    return None
+
+
 def write(path: Path, key: Key, data: Mapping[str, Any], indent: int | None = None) -> None:
     """The whole file or nothing: another process may read or write it.
 
@@ -42,7 +58,7 @@ def write(path: Path, key: Key, data: Mapping[str, Any], indent: int | None = No
         FileNotFoundError: there is no home directory.
     """
     if path.parts[0] == "~":
-        raise FileNotFoundError(f"there is no home directory for {path}: set {DIRECTORY_VARIABLE} to a folder")
+        raise FileNotFoundError(NO_HOME.format(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps({**key, **data}, indent=indent) + "\n")

@@ -18,7 +18,7 @@ from contextlib import suppress
 
 import torch
 
-from sparse_ffn.backends import cpu, crossovers
+from sparse_ffn.backends import cpu, crossovers, kept
 from sparse_ffn.backends.triton import config, tuned
 from sparse_ffn.tune import crossings
 from sparse_ffn.tune.problems import KERNELS, KINDS, Problem, choices, heights, problems
@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(argv)
     device: torch.device = options.device
     why = _unmeasurable(device)
-    if why and not options.dry_run:
-        print(why, file=sys.stderr)
+    if not options.dry_run and (problem := why or kept.problem()):
+        print(problem, file=sys.stderr)
         return 2
     if options.crossovers:
         return _crossovers(options)
@@ -95,6 +95,9 @@ def _crossovers(options: argparse.Namespace) -> int:
         found = crossings.choose(times)
         for n in next(iter(times.values())):
             print(f"  {n:6} tokens: " + ", ".join(f"{way} {of[n] * 1e6:.0f} µs" for way, of in times.items()))
+        if not crossings.tell(times, device):
+            print("  not kept: the time was up before decoding took longer than the other way")
+            continue
         path = crossovers.save({crossovers.Layer.of(dtype, *sizes): found}, device)
         print(f"  decoded up to {found} tokens, in {path}")
     return 0 if whole else 3

@@ -88,6 +88,12 @@ def choose(times: Times) -> int:
     return min((0, *measured), key=lambda most: (max(losses(most)), sum(losses(most))))
 
 
+def tell(times: Times, device: torch.device) -> bool:
+    """Whether times that may have been cut short say where the ways cross."""
+    last = max(times["decode"])
+    return len(times["decode"]) == len(list(tokens(device))) or times["sorted"][last] < times["decode"][last]
+
+
 def way_of(most: int, tokens: int) -> str:
     """What inference takes."""
     return "decode" if tokens <= most else "sorted"
