@@ -13,7 +13,6 @@ import math
 import random
 import re
 import tempfile
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -200,13 +199,8 @@ class Entry:
 
 def parameters(call: Callable[..., Any]) -> Iterator[tuple[str, inspect.Parameter]]:
     for name, parameter in inspect.signature(call).parameters.items():
-        function = call.__init__ if isinstance(call, type) else call  # type: ignore[misc]
-        options = typing.get_type_hints(function).get(name) if parameter.kind is parameter.VAR_KEYWORD else None
-        if typing.is_typeddict(options):
-            base = inspect.signature(sf.MoE if "glu" in options.__annotations__ else routing.Router).parameters
-            yield from ((option, base[option]) for option in options.__annotations__)
-        elif name != "self":
-            yield name, parameter
+        if name != "self":  # of an option that a part has the part says more
+            yield name, inspect.signature(sf.MoE).parameters[name] if parameter.default is ... else parameter
 
 
 MOE = {"d_model": 4, "n_experts": 6, "expert_size": 5, "k": 2}

@@ -469,9 +469,18 @@ def test_options_can_be_asked_for(cls: type) -> None:
     assert "dtype" in get_type_hints(cls.__init__)["options"].__annotations__
 
 
-@pytest.mark.parametrize("cls", [sf.MoE, sf.SigmaMoE, sf.SBaseMoE, routing.Router, routing.SinkhornRouter])
-def test_signatures_are_those_of_the_constructors(cls: type) -> None:
-    assert inspect.signature(cls) == inspect.signature(cls.__init__.__get__(object()))
+@pytest.mark.parametrize("cls", [sf.MoE, sf.SigmaMoE, sf.SBaseMoE, LatentMoE, routing.Router, routing.SinkhornRouter])
+def test_signatures_have_the_options_by_name(cls: Any) -> None:
+    shown, own = (dict(inspect.signature(c).parameters) for c in (cls, cls.__init__.__get__(object())))
+    options = own.pop("options", None)
+    assert {name: shown[name] for name in own} == own
+    if options is not None:
+        base = inspect.signature(cls.__mro__[1]).parameters  # a part of LatentMoE has its options
+        for name in get_type_hints(cls.__init__)["options"].__annotations__:
+            assert shown[name].default == (... if cls is LatentMoE else base[name].default)
+    assert "options" not in shown
+    sizes = (8, 6, 2) if issubclass(cls, routing.Router) else (8, 4, 6, 5, 2) if cls is LatentMoE else (8, 6, 5, 2)
+    assert not any(p.is_meta for p in nn.utils.skip_init(cls, *sizes).parameters())
 
 
 def test_options_are_those_of_the_base() -> None:

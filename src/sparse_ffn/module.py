@@ -7,7 +7,7 @@ import inspect
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, Union
+from typing import TYPE_CHECKING, Any, TypeVar, Union
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +25,36 @@ T = TypeVar("T", bound="CheckedOptions")
 M = TypeVar("M", bound=nn.Module)
 
 
+class _Signature:
+    """What ``inspect.signature`` and ``help`` show of a class: ``__init__``, with the options by name.
+
+    An option's default is that of the base which has it; an ellipsis where a part of the class has it.
+    """
+
+    def __get__(self, instance: object, owner: type) -> inspect.Signature:
+        init: Any = owner.__init__  # type: ignore[misc]
+        signature = inspect.signature(init)
+        parameters = list(signature.parameters.values())[1:]
+        names = _options(owner)
+        if names is not None and parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+            shown = {parameter.name for parameter in parameters}
+            bases: list[Any] = [base.__init__ for base in owner.__mro__[1:] if "__init__" in vars(base)]  # type: ignore[misc]
+            known = [inspect.signature(base).parameters for base in bases]
+            parameters[-1:] = [
+                next(
+                    (p[name] for p in known if name in p),
+                    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=...),
+                )
+                for name in names
+                if name not in shown
+            ]
+        return signature.replace(parameters=parameters)
+
+
 class CheckedOptions:
     """A base that checks the names of options before ``__init__``, where it is still known which class was called."""
 
-    __signature__: ClassVar[inspect.Signature]
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        """Let ``inspect.signature`` show ``__init__``: before Python 3.11.4 it shows an inherited ``__new__``."""
-        super().__init_subclass__(**options)
-        signature = inspect.signature(cls.__init__)
-        cls.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+    __signature__ = _Signature()
 
     def __new__(cls: type[T], *args: Any, **options: Any) -> T:
         """Check the names of the options."""
