@@ -330,6 +330,10 @@ def entries() -> dict[str, Entry]:
     add("SwitchHeadAttention.forward", attention.forward,
         {"x": TOKENS, "router_input": TOKENS + 1, "value_input": TOKENS + 2, "mask": REAL})  # fmt: skip
     add("SwitchHeadAttention.k", functools.partial(set_k, attention), {"k": 2}, wrong={"k": (*SIZE, 4)})
+    for option in ("dropout", "expert_dropout", "rotary"):
+        add(f"SwitchHeadAttention.{option}", functools.partial(set_option, attention),
+            {option: getattr(attention, option)},
+            signature=inspect.getattr_static(SwitchHeadAttention, option).fset)  # fmt: skip
 
     rows = torch.tensor([0, 2, 1])
     add("cvmm", functional.cvmm, {
