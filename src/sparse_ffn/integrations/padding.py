@@ -88,13 +88,8 @@ class _Hook:
         self.held = held
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        twin = copy.copy(self)
-        twin.held = copy.deepcopy(self.held, memo)
-        return twin
-
-    def __copy__(self) -> _Hook:
         twin = type(self).__new__(type(self))
-        vars(twin).update(vars(self))
+        vars(twin).update(vars(self), held=copy.deepcopy(self.held, memo))
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -110,7 +110,8 @@ def check_layer(style: object, layer: Any, kinds: tuple[type[SparseFFN], ...], n
         parameter = getattr(layer, name)
         if isinstance(parameter, ExpertRows):
             raise ValueError(
-                f"{name} of module {type(layer).__name__} are stored rows, which no style splits: dequantize_experts_"
+                f"{name} of module {type(layer).__name__} are stored rows, which no style splits: call "
+                "dequantize_experts_ first"
             )
         if parameter is not None and layer._parameters.get(name) is not parameter:
             raise ValueError(f"{name} of module {type(layer).__name__} is no parameter: split it before it is changed")
