@@ -8,14 +8,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from textwrap import fill
 from typing import Any
 
 from benchmarks.measuring.report import markdown
 
 from . import headline, paper, picture, plan
-from .results import EMULATED, RESULTS, STOPPED, Record, load, load_all
+from .reasons import reasons
+from .results import EMULATED, RESULTS, STOPPED, Record, emulated, load, load_all
 from .sizes import SIZES
-from .statistics import ERRORS
+from .statistics import ERRORS, LEAST_FREEDOM, Noise, noise
 from .tables import beside_the_paper, bits_of, chosen, comparison, course, spread, verdicts
 from .variants import BOUND, DENSE, SIGMA, VARIANTS
 
@@ -43,17 +45,18 @@ METHOD = f"""\
 - **Differences** are paired by seed; ± is their standard error. Chance is taken to be as large in all runs of a size,
   and is what the layers' and the seeds' own shares leave of all its results (least squares). A difference within
   {ERRORS} standard errors is called none. All differences from dense share dense's runs, so that they err together.
-  An interval of that width misses the true mean once in 9 times where the
-  error has 4 degrees of freedom, once in 14 with 10, once in 19 with 40: in a table of many rows, some verdicts are
-  chance.
+  An interval of that width misses the true mean once in 9 times where the error has 4 degrees of freedom, once in 14
+  with 10, once in 19 with 40: in a table of many rows, some verdicts are chance. Of fewer than {LEAST_FREEDOM} no
+  error is told, and nothing called.
 - **FLOPs** of training count the forward pass thrice, routers included. **Time** is what the processor computes in
   training steps, without waiting for a core, or wall-clock time where a GPU computes. Evaluation is left out, and so
   are processors without instructions for bfloat16, where it costs more than fp32 would.
 - **Layers.** SigmaMoE has the entropy loss and the sizes that the table of sizes gives, SoftmaxMoE too: it differs in
   its gates only. SwitchMoE has experts of k times the size, of which one is used. SBaseMoE and NoisyTopKMoE have
-  SigmaMoE's sizes. All else is the layers' own default: dense and TopKFFN have biases and the others none, and
-  each has its own initialisation, both as in the paper. A mixture's outputs start smaller than dense's, for a part of
-  the units makes them, and smallest where gates share out one (SoftmaxMoE, NoisyTopKMoE).
+  SigmaMoE's sizes. All else is the layers' own default: dense and TopKFFN have biases and the others none, as in the
+  paper, and each has its own initialisation, as in the paper too but for SwitchMoE: its keys start 3.2 and its values
+  1.6 times as large as there. A mixture's outputs start smaller than dense's, for a part of the units makes them, and
+  smallest where gates share out one (SoftmaxMoE, NoisyTopKMoE).
 
 ## What differs from the paper
 
@@ -61,21 +64,11 @@ Its Enwik8 model is a Transformer-XL of 41M parameters, which sees 1.6 GB of tex
 earlier ones. Its SigmaMoE uses 4 experts of 128 units for a token, 512 units in all, and it found that experts of fewer
 than 128 units usually hurt, and fewer than 256 to 512 units for a token. Experts are smaller at sizes S and M, and at
 size S a token has fewer units. Its Enwik8 mixtures have an expert dropout of 0.05 and a tenth of the weight of the
-entropy loss that sizes S and M have, which have its WikiText-103 models' weight and no expert dropout. Those models
-read sub-words. Its ProductKeyMemory read all values; its Switch loss was weaker than its Eq. 17, the regulariser
-of its renormalised softmax did not see all logits, and its Sinkhorn iteration did not balance: see [the research
+entropy loss that sizes S and M have, which have no expert dropout and the weight of its WikiText-103 models in its
+Table 3; those of its Tables 4 and 10 had a tenth of that, by all signs. Those models read sub-words. Its
+ProductKeyMemory read all values; its Switch loss was weaker than its Eq. 17, the regulariser of its renormalised
+softmax did not see all logits, and its Sinkhorn iteration did not balance: see [the research
 code](reference-code.md). Its numbers are of single runs. So only directions and orders can be compared.
-"""
-REASONS = """\
-Reasons that a result may be other than the paper's, the likeliest first; what is not said to be tested is not.
-
-- The models are far smaller and see far less text. The table of the course tells which way differences go, another size
-  of the study what becomes of them.
-- A token uses few units, and mixtures choose them in small blocks: the paper warns of experts of fewer than 128 units
-  and of fewer than 256 to 512 units for a token. Tested: the last table varies both.
-- The balance: the entropy loss weighs ten times what it does in the paper's Enwik8 models. Tested without it.
-- Each layer may want another learning rate than the one that all have: dense and SigmaMoE chose it, at size S.
-- SBaseMoE: the paper's Sinkhorn iteration did not balance ([the research code](reference-code.md)).
 """
 REPRODUCE = """\
 ## How to reproduce
@@ -95,10 +88,10 @@ unless their file is deleted. On another processor or with another number of thr
 def page(
     records: Mapping[str, Sequence[Record]],
     trials: Sequence[Record],
-    emulated: Sequence[Record],
+    twice: Sequence[Record],
     stopped: Sequence[Record] = (),
 ) -> str:
-    """The text; `records` by size, `emulated` those of processors that emulate bfloat16, `stopped` those given up."""
+    """The text; `records` by size, `twice` those that were made again, `stopped` those given up."""
     parts = [INTRODUCTION, missing(records)]
     if any(records.values()):
         parts += [trained(records)]
@@ -106,16 +99,15 @@ def page(
         if found:
             parts += [f"## Size {size}\n", *layers(found), *units(found), *ablations(found)]
     if any(records.values()):
-        parts += ["## Curves\n", *pictures(records), METHOD.format(windows=_windows(records))]
+        parts += [reasons(records), "## Curves\n", *pictures(records), METHOD.format(windows=_windows(records))]
     if trials:
-        parts += [learning_rates(trials)]
+        parts += [learning_rates(trials, noise(bits_of(records[plan.TUNED_AT])))]
     if stopped:
         parts += [given_up(stopped)]
     if any(records.values()):
         runs = [record for found in records.values() for record in found]
         parts += [machines([*runs, *(trial for trial in trials if trial not in runs)])]
-        if emulated:
-            parts += [twins(runs, emulated)]
+        parts += [rounded(runs, twice)]
     return "\n".join([*parts, REPRODUCE])
 
 
@@ -185,7 +177,6 @@ def layers(records: Sequence[Record]) -> Iterator[str]:
     yield from beside_the_paper(records, names, DENSE, paper.LAYERS)
     yield course(records, names, DENSE)
     yield chosen(records)
-    yield REASONS
 
 
 def units(records: Sequence[Record]) -> Iterator[str]:
@@ -230,7 +221,7 @@ def _windows(records: Mapping[str, Sequence[Record]]) -> str:
     return " or ".join(str(number) for number in sorted(numbers))
 
 
-def learning_rates(trials: Sequence[Record]) -> str:
+def learning_rates(trials: Sequence[Record], chance: Noise | None) -> str:
     """Validation bits per byte of the trials."""
     rows = []
     for rate in plan.LEARNING_RATES:
@@ -241,10 +232,10 @@ def learning_rates(trials: Sequence[Record]) -> str:
         rows.append(row)
     header = ["learning rate", *(VARIANTS[variant].label for variant in (DENSE, SIGMA))]
     what = f"Validation bits per byte at size {plan.TUNED_AT}, seed 0, after whole runs."
-    return f"## The learning rate\n\n{what}\n\n{markdown((header, rows))}\n\n{_chosen(trials)}"
+    return f"## The learning rate\n\n{what}\n\n{markdown((header, rows))}\n\n{_chosen(trials, chance)}"
 
 
-def _chosen(trials: Sequence[Record]) -> str:
+def _chosen(trials: Sequence[Record], chance: Noise | None) -> str:
     """Which it is, and whether each of the two and a wider choice would have agreed."""
     best = {}
     for variant in (DENSE, SIGMA):
@@ -260,7 +251,11 @@ def _chosen(trials: Sequence[Record]) -> str:
     own = ", ".join(f"{VARIANTS[variant].label} alone would have {rate:g}" for variant, rate in best.items())
     edge = chosen in (min(sums), max(sums))
     wider = " It is the last of the three that were tried: one beyond may be better still." if edge else ""
-    return f"The lowest sum is that of {chosen:g}; {own}.{wider}\n"
+    first, second = sorted(sums.values())[:2]
+    near = f" The next sum is {second - first:.4f} above"
+    if chance:
+        near += f", where chance alone gives such a difference a standard deviation of about {2 * chance.deviation:.3f}"
+    return fill(f"The lowest sum is that of {chosen:g}; {own}.{near}.{wider}", 118) + "\n"
 
 
 def given_up(stopped: Sequence[Record]) -> str:
@@ -281,7 +276,8 @@ def given_up(stopped: Sequence[Record]) -> str:
         f"{markdown((['text', *(VARIANTS[variant].label for variant in curves)], rows))}\n\n"
         "Adam's steps add up over a unit's inputs, so that the best rate falls with the width\n"
         "([2203.03466](https://arxiv.org/abs/2203.03466)). Size M, twice as wide as size S, has half of its rate\n"
-        "for all layers, with no trials of its own.\n"
+        "for all layers, with no trials of its own. Dense fell as long as it ran, and what it would have reached with\n"
+        "the higher rate is not known: that all have the lower one may favour SigmaMoE.\n"
     )
 
 
@@ -305,22 +301,35 @@ def machines(records: Sequence[Record]) -> str:
     return f"## The machines\n\n{table}\n{mixed if several else ''}"
 
 
-def twins(records: Sequence[Record], emulated: Sequence[Record]) -> str:
-    """What it changed that a processor multiplied rounded operands in fp32: of runs that were made both ways."""
+def rounded(records: Sequence[Record], twice: Sequence[Record]) -> str:
+    """Which runs of the tables are of a processor that multiplies rounded operands in fp32, and what that changes.
 
-    def bits(found: Sequence[Record]) -> dict[tuple[str, str, int], float]:
+    `twice` are those of such a processor that another made again.
+    """
+
+    def bits(found: Sequence[Record], of: str) -> dict[tuple[str, str, int], float]:
         whole = (record for record in found if not record["diverged"])
-        return {(r["size"], r["variant"], r["seed"]): r["bits_per_byte"]["test"] for r in whole}
+        return {(r["size"], r["variant"], r["seed"]): r["bits_per_byte"][of] for r in whole}
 
-    here, there = bits(records), bits(emulated)
-    of = [there[run] - here[run] for run in there.keys() & here.keys()]
-    if not of:
-        return ""
-    error = f" ± {stdev(of) / math.sqrt(len(of)):.4f}" if len(of) > 1 else ""
-    return (
-        f"{len(of)} runs were made twice, first on a processor that multiplies rounded operands in fp32: their bits\n"
-        f"per byte were {mean(of):+.4f}{error} from those of the second time, which are the ones in the tables.\n"
-    )
+    said = []
+    if own := [
+        f"{VARIANTS[r['variant']].label} (size {r['size']}, seed {r['seed']})" for r in filter(emulated, records)
+    ]:
+        said += [f"Of the runs in the tables, {len(own)} are of a processor that multiplies rounded operands in fp32:"]
+        said += [f"{', '.join(own)}."]
+    changed = {}
+    for of in ("test", "valid"):
+        here, there = bits(records, of), bits(twice, of)
+        changed[of] = [there[run] - here[run] for run in sorted(there.keys() & here.keys())]
+    if test := changed["test"]:
+        error = f" ± {stdev(test) / math.sqrt(len(test)):.4f}" if len(test) > 1 else ""
+        furthest = max(map(abs, changed["valid"]))
+        said += [f"{_counted(len(test), 'other run').capitalize()} of such a processor were made again by another that"]
+        said += [
+            f"has such instructions, which are the ones in the tables: the first had {mean(test):+.4f}{error} test"
+        ]
+        said += [f"bits per byte more, and validation bits that were up to {furthest:.4f} away."]
+    return fill(" ".join(said), 118) + "\n" if said else ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -333,13 +342,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = {size: load_all(run.path(options.results) for run in plan.runs_of(size)) for size in SIZES}
     trials = load_all(run.path(options.results) for rate in plan.LEARNING_RATES for run in plan.trials(rate))
     target = options.docs / "evidence.md"
-    emulated = [
+    twice = [
         record
         for size in SIZES
         for record in load_all(run.path(options.results / EMULATED) for run in plan.runs_of(size))
     ]
     stopped = [record for path in sorted((options.results / STOPPED).glob("*.json")) if (record := load(path))]
-    target.write_text(page(records, trials, emulated, stopped))
+    target.write_text(page(records, trials, twice, stopped))
     picture.draw(records, options.docs / "images")
     options.readme.write_text(headline.written(options.readme.read_text(), records))
     print(f"written: {target} and {options.readme}, from {sum(map(len, records.values()))} finished runs")

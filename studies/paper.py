@@ -32,6 +32,7 @@ SWITCH_WITH_DROPOUT = 1.08
 """Of Enwik8, Table 10. The study's layers have no dropout."""
 ABLATIONS = {
     "sigma": Row(1.08, 11.59, "Tables 4 and 10: another run than Table 3's"),
+    "sigma-2": Row(1.08, 11.58, "Tables 4 and 10, K = 8"),
     "sigma-no-balance": Row(1.08, 11.83, "Tables 4 and 10, no expert dropout either"),
     "sigma-values-std": Row(1.08, 11.80, "Tables 4 and 10, standard init"),
     "sigma-k1": Row(1.09, 11.90, "Tables 4 and 10, K = 1, G = 512"),

@@ -12,6 +12,8 @@ import torch
 
 ERRORS = 2
 """A difference within so many standard errors is called none."""
+LEAST_FREEDOM = 4
+"""Of fewer degrees of freedom an error is not told: with one, two of them miss the mean 3 times in 10."""
 
 Bits = Mapping[str, Mapping[int, float]]
 """Per byte, by layer and seed."""
@@ -40,7 +42,7 @@ class Noise(NamedTuple):
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean over seeds, its standard error (None of a single seed), and how many seeds there are."""
+    """The mean over seeds, its standard error (None of a single seed or of few runs), and how many seeds there are."""
 
     mean: float
     error: float | None
@@ -57,9 +59,9 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """In one word, or that it takes another seed."""
+        """In one word, or that it takes another seed or other runs."""
         if self.error is None:
-            return "one seed"
+            return "one seed" if self.n == 1 else "too few runs"
         low, high = self.interval
         return "lower" if high < 0 else "higher" if low > 0 else "none"
 
@@ -75,7 +77,7 @@ def noise(bits: Bits) -> Noise | None:
     for i, (layer, seed) in enumerate(runs):
         shares[i, layers.index(layer)] = shares[i, len(layers) + seeds.index(seed)] = 1
     freedom = len(runs) - int(torch.linalg.matrix_rank(shares)) if runs else 0
-    if not freedom:
+    if freedom < LEAST_FREEDOM:
         return None
     values = torch.tensor([bits[layer][seed] for layer, seed in runs], dtype=torch.float64)
     left = values - shares @ (torch.linalg.pinv(shares) @ values)

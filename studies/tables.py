@@ -110,8 +110,8 @@ def beside_the_paper(
     yield "The ranks among the layers that the paper has too, 1 the lowest. Layers that cannot be told apart share"
     yield "theirs: here those between which the difference is called none, there those whose bits are within"
     yield f"{paper.NEAR['e8']} of each other and may be equal but for rounding, or whose perplexities are within"
-    yield f"{paper.NEAR['wt_s']}: so far apart are the paper's two runs of SigmaMoE. How much chance is in its runs of"
-    yield "Enwik8 is not known.\n"
+    yield f"{paper.NEAR['wt_s']}: so far apart are the paper's two runs of SigmaMoE, which by all signs differ in the"
+    yield "weight of their loss too. How much chance is in its runs of Enwik8 is not known.\n"
     yield markdown((["FFN", "here", *paper.COLUMNS.values()], rows)) + "\n"
     numbers, there = columns[paper.SAME_TEXT], theirs[paper.SAME_TEXT]
     moved = [
@@ -150,22 +150,28 @@ def verdicts(records: Sequence[Record], names: Sequence[str], base: str) -> Iter
     """In words: how many layers are called what, and whether their differences grow in the course of training."""
     bits, label = bits_of(records), _short(base)
     chance = noise(bits)
+    diverged = {record["variant"] for record in records if record["diverged"]}
     called: dict[str, list[str]] = {"higher": [], "none": [], "lower": []}
     for name in names:
         found = paired(bits.get(name, {}), bits.get(base, {}), chance) if name != base else None
-        if found is not None and found.error is not None:
+        if found is not None and found.error is not None and name not in diverged:
             called[found.verdict].append(VARIANTS[name].label)
     n = sum(map(len, called.values()))
-    if not n or chance is None:
+    if not n:
         return
     words = {"higher": f"above {label}", "none": f"not told from {label}", "lower": f"below {label}"}
     said = "; ".join(f"{words[verdict]}: {' / '.join(of) or 'none'}" for verdict, of in called.items())
-    yield f"**Of {n} layers with two seeds or more, {said}.**"
+    lost = " / ".join(VARIANTS[name].label for name in names if name in diverged)
+    yield f"**Of {n} layers with two seeds or more, {said}.{f' Some runs diverged of {lost}.' if lost else ''}**"
+    if counted := grown(records, names, base):
+        yield f"From a quarter of the text to its end the difference from {label} grew for {counted}."
+
+
+def grown(records: Sequence[Record], names: Sequence[str], base: str) -> str:
+    """Of how many layers the difference is larger after all of the text than after the first part; "" if of none."""
     first, last = (_course(records, names, base, part) for part in (PARTS[0], PARTS[-1]))
-    both = first.keys() & last.keys()
-    grown = sum(last[name].mean > first[name].mean for name in both)
-    if both:
-        yield f"From a quarter of the text to its end the difference from {label} grew for {grown} of {len(both)}."
+    both = [name for name in first.keys() & last.keys() if last[name].error is not None]
+    return f"{sum(last[name].mean > first[name].mean for name in both)} of {len(both)}" if both else ""
 
 
 def spread(records: Sequence[Record]) -> str:

@@ -608,13 +608,13 @@ def test_the_papers_size_is_for_gpus(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_differences_are_paired_by_seed() -> None:
-    bits = {"a": {0: 2.0, 1: 2.2, 2: 2.5, 7: 9.0}, "b": {0: 2.1, 1: 2.3, 2: 2.5}}
+    bits = {"a": {0: 2.0, 1: 2.2, 2: 2.5, 3: 2.1, 4: 2.3, 7: 9.0}, "b": {0: 2.1, 1: 2.3, 2: 2.5, 3: 2.1, 4: 2.4}}
     found = statistics.paired(bits["a"], bits["b"], statistics.noise(bits))
     assert found is not None
-    assert found.n == 3
-    assert found.mean == pytest.approx(-0.2 / 3)
-    assert found.error == pytest.approx(torch.tensor([-0.1, -0.1, 0.0]).std().item() / 3**0.5)
-    assert str(found) == "-0.0667 ± 0.0333"
+    assert found.n == 5
+    assert found.mean == pytest.approx(-0.06)
+    assert found.error == pytest.approx(torch.tensor([-0.1, -0.1, 0.0, 0.0, -0.1]).std().item() / 5**0.5)
+    assert str(found) == "-0.0600 ± 0.0245"
     assert statistics.paired({0: 2.0}, {1: 2.0}, None) is None
 
 
@@ -640,8 +640,18 @@ def test_runs_that_share_nothing_say_nothing_of_chance() -> None:
     assert statistics.noise({}) is None
     assert statistics.noise({"a": {0: 2.0, 1: 2.1}, "b": {0: 2.0}}) is None
     assert statistics.noise({"a": {0: 2.0, 1: 2.1}, "b": {2: 2.0, 3: 2.5}}) is None
-    found = statistics.noise({"a": {0: 2.0, 1: 2.1}, "b": {0: 2.5, 1: 2.6, 5: 3.0}})
-    assert found == statistics.Noise(pytest.approx(0.0, abs=1e-9), 1)
+    shared = {seed: 2.0 + seed / 10 for seed in range(5)}
+    found = statistics.noise({"a": shared, "b": {seed: of + 0.5 for seed, of in shared.items()} | {5: 3.0}})
+    assert found == statistics.Noise(pytest.approx(0.0, abs=1e-9), 4)
+
+
+def test_of_few_degrees_of_freedom_no_error_is_told() -> None:
+    """Four seeds of two layers have three."""
+    bits = {"a": {seed: 2.0 for seed in range(4)}, "b": {seed: 2.1 for seed in range(4)}}
+    assert statistics.noise(bits) is None
+    found = statistics.paired(bits["b"], bits["a"], None)
+    assert found is not None
+    assert (str(found), found.verdict) == ("+0.1000", "too few runs")
 
 
 @pytest.mark.parametrize(
@@ -722,10 +732,10 @@ def test_page_of_some_results(tmp_path: Path) -> None:
     assert "from dense of SoftmaxMoE, renormalised (higher here, none there).\n" in ranks
     assert "known from 6 degrees of\nfreedom; without the runs of any one layer it would be" in written
     assert (
-        "**Of 3 layers with two seeds or more, above dense: SoftmaxMoE, renormalised; not told from dense: "
-        "TopKFFN, k = d_ff/16; below dense: SigmaMoE, 25%.**" in written
+        "**Of 2 layers with two seeds or more, above dense: none; not told from dense: TopKFFN, k = d_ff/16; "
+        "below dense: SigmaMoE, 25%. Some runs diverged of SwitchMoE / SoftmaxMoE, renormalised.**" in written
     )
-    assert "the difference from dense grew for 0 of 4." in written
+    assert "the difference from dense grew for 0 of 3." in written  # of those with an error
     assert "With one seed each it cannot be told" not in written
     assert (
         "dense FFN uses for a byte, from the first layer to the last: 11, 21 (3 seeds). SigmaMoE computes 128"
@@ -744,7 +754,7 @@ def test_a_difference_says_of_how_many_seeds_it_is_where_not_of_all() -> None:
 
 
 def test_the_course_of_differences_is_read_off_the_curves() -> None:
-    runs = [Run("S", name, seed) for name in ("dense", "pkm") for seed in (0, 1)]
+    runs = [Run("S", name, seed) for name in ("dense", "pkm", "noisy") for seed in (0, 1, 2)]
     records = [fake(run, 2.0) for run in runs]
     for record in records:
         points = 8 if record["variant"] == "pkm" else 4
@@ -753,7 +763,7 @@ def test_the_course_of_differences_is_read_off_the_curves() -> None:
         record["curve"]["bits_per_byte"] = [start - i / points for i in range(points)]
     found = row(tables.course(records, ["dense", "pkm"], "dense"), "ProductKeyMemory, ReLU")
     assert found[1:] == [f"{0.5 - 0.125:+.4f} ± 0.0000"] * 4
-    assert tables.course(records[:2], ["dense", "pkm"], "dense") == ""
+    assert tables.course(records[:3], ["dense", "pkm"], "dense") == ""
 
 
 @pytest.mark.parametrize(
@@ -819,6 +829,9 @@ def test_the_headline_tells_of_seeds_that_diverged() -> None:
     assert row(headline.headline({"M": records[:-1] + lost}), "M: 0.0M parameters, 30 MB of text, 1/2 seeds")[4] == (
         "+0.0000, 1 diverged"
     )
+    assert "with runs that diverged: SwitchMoE." in headline.headline({"M": records[:-1] + lost}).replace("\n", " ")
+    assert "Size M has half of it, untuned" in text.replace("\n", " ")
+    assert "Size M" not in headline.headline({"S": small})
 
 
 def test_the_units_that_a_token_uses_are_those_of_the_layers() -> None:
@@ -829,12 +842,12 @@ def test_the_units_that_a_token_uses_are_those_of_the_layers() -> None:
             assert (layer.k * layer.expert_size, layer.expert_size) == (share * 512, size * 32)
         else:
             assert (layer.k, size) == (share * 512, 0)
-    runs = [Run("S", name, seed) for name in ("dense", "topk-4", "sigma-2") for seed in (0, 1)]
+    runs = [Run("S", name, seed) for name in ("dense", "topk-4", "sigma-2") for seed in (0, 1, 2)]
     records = [fake(run, 2.0, test=2.0 + 0.1 * (run.variant == "sigma-2")) for run in runs]
     table = tables.chosen(records)
-    assert row(table, "1") == ["1", "128", "+0.0000 ± 0.0000", "none", "2"]
-    assert row(table, "32") == ["32", "256", "+0.1000 ± 0.0000", "higher", "2"]
-    assert tables.chosen(records[:3]) == ""
+    assert row(table, "1") == ["1", "128", "+0.0000 ± 0.0000", "none", "3"]
+    assert row(table, "32") == ["32", "256", "+0.1000 ± 0.0000", "higher", "3"]
+    assert tables.chosen(records[:4]) == ""
 
 
 def test_layers_of_unlike_seeds_stand_in_the_order_of_their_differences() -> None:
@@ -868,7 +881,13 @@ def test_page_of_complete_sizes_and_trials(tmp_path: Path) -> None:
     assert row(readme, "M: 0.0M parameters, 30 MB of text, 2 seeds")[1:] == [*["+0.0000 ± 0.0000"] * 4, ""]
     assert row(written, "0.002") == ["0.002", "2.0200", "2.0200"]
     assert "The lowest sum is that of 0.001; dense, ReLU alone would have 0.001, SigmaMoE, 25% alone would" in written
-    assert "It is the last of the three that were tried" in written
+    flat = " ".join(written.split())
+    assert "The next sum is 0.0200 above, where chance alone" in flat
+    assert "It is the last of the three that were tried" in flat
+    assert written.count("## Why results may be other than the paper's") == 1
+    assert "with 64, 128 and 256 units for a token: +0.0000, +0.0000, +0.0000; of TopKFFN with 32 and 128" in flat
+    assert "From SigmaMoE, without that loss: +0.0000 ± 0.0000, called none" in flat
+    assert "Differences from dense: SigmaMoE, 25% +0.0000 ± 0.0000 at S, +0.0000 ± 0.0000 at M" in flat
 
 
 def test_page_of_real_runs(whole: Path, tmp_path: Path) -> None:
@@ -879,10 +898,10 @@ def test_page_of_real_runs(whole: Path, tmp_path: Path) -> None:
     )
     assert row(written, "SigmaMoE, 25%")[4] == f"{sum(sigma) / 2:.4f}"
     difference = [a - b for a, b in zip(sigma, dense, strict=True)]
-    assert row(written, "SigmaMoE, 25%")[5].startswith(f"{sum(difference) / 2:+.4f} ± ")
+    assert row(written, "SigmaMoE, 25%")[5:7] == [f"{sum(difference) / 2:+.4f}", "too few runs"]
 
 
-def test_of_runs_that_were_made_twice_the_first_are_in_no_table(tmp_path: Path) -> None:
+def test_of_runs_that_were_made_again_the_first_are_in_no_table(tmp_path: Path) -> None:
     for variant, test in (("dense", 2.0), ("sigma", 2.1)):
         for seed in (0, 1):
             run = Run("S", variant, seed)
@@ -891,8 +910,21 @@ def test_of_runs_that_were_made_twice_the_first_are_in_no_table(tmp_path: Path) 
             results.save(run.path(tmp_path / "results" / results.EMULATED), again)
     written = write_page(tmp_path)
     assert row(written, "SigmaMoE, 25%")[4] == "2.1000"
-    assert "4 runs were made twice" in written
-    assert "per byte were +0.0200 ± 0.0058 from those of the second time" in written
+    flat = " ".join(written.split())
+    assert "4 other runs of such a processor were made again" in flat
+    assert "the first had +0.0200 ± 0.0058 test bits per byte more, and validation bits that were up to 0.0000" in flat
+    assert "Of the runs in the tables" not in flat
+
+
+def test_the_page_names_the_runs_of_processors_that_round(tmp_path: Path) -> None:
+    run = Run("S", "dense", 1)
+    record = fake(run, 2.0)
+    record["machine"] = record["machine"] | {"CPU core": "avx2"}
+    results.save(run.path(tmp_path / "results"), record)
+    assert (
+        "Of the runs in the tables, 1 are of a processor that multiplies rounded operands in fp32: dense, ReLU ("
+        in (" ".join(write_page(tmp_path).split()))
+    )
 
 
 def test_one_seed_each_tells_nothing() -> None:
