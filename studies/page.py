@@ -312,9 +312,7 @@ def rounded(records: Sequence[Record], twice: Sequence[Record]) -> str:
         return {(r["size"], r["variant"], r["seed"]): r["bits_per_byte"][of] for r in whole}
 
     said = []
-    if own := [
-        f"{VARIANTS[r['variant']].label} (size {r['size']}, seed {r['seed']})" for r in filter(emulated, records)
-    ]:
+    if own := [f"{_label(r)} (size {r['size']}, seed {r['seed']})" for r in records if emulated(r)]:
         said += [f"Of the runs in the tables, {len(own)} are of a processor that multiplies rounded operands in fp32:"]
         said += [f"{', '.join(own)}."]
     changed = {}
@@ -325,11 +323,14 @@ def rounded(records: Sequence[Record], twice: Sequence[Record]) -> str:
         error = f" ± {stdev(test) / math.sqrt(len(test)):.4f}" if len(test) > 1 else ""
         furthest = max(map(abs, changed["valid"]))
         said += [f"{_counted(len(test), 'other run').capitalize()} of such a processor were made again by another that"]
-        said += [
-            f"has such instructions, which are the ones in the tables: the first had {mean(test):+.4f}{error} test"
-        ]
-        said += [f"bits per byte more, and validation bits that were up to {furthest:.4f} away."]
+        said += ["has such instructions, which are the ones in the tables: the first had"]
+        said += [f"{mean(test):+.4f}{error} test bits per byte more, and validation bits that were up to"]
+        said += [f"{furthest:.4f} away."]
     return fill(" ".join(said), 118) + "\n" if said else ""
+
+
+def _label(record: Record) -> str:
+    return VARIANTS[record["variant"]].label
 
 
 def main(argv: Sequence[str] | None = None) -> None:

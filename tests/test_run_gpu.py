@@ -271,3 +271,38 @@ def test_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert capsys.readouterr().out.count("in an earlier call") == 3
     again = json.loads((work / "summary.json").read_text())["tests"]
     assert [o["seconds"] for o in again] == [o["seconds"] for o in summary["tests"]]
+
+
+AS_IF_ON_A_CARD = """
+import os
+
+import torch
+
+torch.cuda.is_available = lambda: True
+torch.cuda.Stream = lambda *arguments, **options: None
+
+
+def pytest_collection_finish(session):
+    import importlib
+    import pkgutil
+
+    import sparse_ffn.backends.triton as kernels
+    from triton.runtime.interpreter import InterpretedFunction
+
+    modules = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+    found = {name for m in modules for name, of in vars(m).items() if isinstance(of, InterpretedFunction)}
+    print("variable:", os.environ.get("TRITON_INTERPRET"), "interpreted:", sorted(found), "tests:", len(session.items))
+"""
+
+
+def test_on_a_card_no_kernel_is_interpreted(tmp_path: Path) -> None:
+    """Any module that sets the variable while tests are collected would have later modules' kernels interpreted."""
+    pytest.importorskip("triton")
+    (tmp_path / "as_if_on_a_card.py").write_text(AS_IF_ON_A_CARD)
+    files = ("tests/gpu", "tests/test_cuda.py", "tests/test_offload.py", "tests/test_gpu_peers.py")
+    command = [sys.executable, "-m", "pytest", "-p", "as_if_on_a_card", "-p", "no:cacheprovider", "-o", "addopts="]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), "src", "."])
+    collect = [*command, "-q", "--collect-only", *files]
+    done = subprocess.run(collect, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    assert "variable: None interpreted: [] tests: " in done.stdout, done.stdout + done.stderr
