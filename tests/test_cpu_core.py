@@ -19,6 +19,7 @@ import sparse_ffn as sf
 from sparse_ffn import functional, ops
 from sparse_ffn.backends import cpu
 from sparse_ffn.backends.choice import choose
+from sparse_ffn.layers import LatentMoE
 
 WIDE = ("avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
 built = pytest.mark.skipif(cpu.PROBLEM is not None, reason="no compiler when the package was installed")
@@ -79,6 +80,8 @@ BUT_FOR_ROUNDING: dict[str, Callable[..., nn.Module]] = {
     "SBaseMoE": lambda d: sf.SBaseMoE(d, 8, 24, 3, balance="z"),
     "NoisyTopKMoE": lambda d: sf.NoisyTopKMoE(d, 8, 24, 3),
     "expert dropout": lambda d: sf.SigmaMoE(d, 8, 24, 3, expert_dropout=0.2),
+    "ProductKeyMemory, gated": lambda d: sf.ProductKeyMemory(d, 16, 8, n_heads=2, gated=True),
+    "LatentMoE": lambda d: LatentMoE(d, d // 2, 8, 24, 3),
 }
 SHAPES = ((24, 100), (40, 300), (64, 4100))
 
@@ -359,7 +362,7 @@ except RuntimeError as error:
     result = run(code, SPARSE_FFN_LIBRARY="/nowhere/lib.so")
     warning, error = result.stdout.splitlines()
     assert warning.count("the CPU core is missing") == 1
-    assert "Install a C++ compiler and reinstall: pip install" in warning
+    assert "Unset SPARSE_FFN_LIBRARY, or name a library that csrc/build.sh has made of these sources" in warning
     assert "backend 'cpu' is forced, but the CPU core is missing" in error
     info = subprocess.run(
         [sys.executable, "-m", "sparse_ffn.info"],
@@ -531,3 +534,21 @@ stop = True
 """
     done = run(code)
     assert done.returncode == 0, done.stderr
+
+
+@built
+def test_an_exported_program_says_that_it_wants_the_core(tmp_path: Path) -> None:
+    """It keeps the backend that it was made with."""
+    code = f"""
+import torch, sparse_ffn as sf
+path = {str(tmp_path / "layer.pt2")!r}
+"""
+    make = "torch.export.save(torch.export.export(sf.TopKFFN(8, 16, 4).eval(), (torch.randn(5, 8),)), path)"
+    use = "torch.export.load(path).module()(torch.randn(5, 8))"
+    assert not run(code + make).returncode
+    assert not run(code + use).returncode
+    error = run(code + use, SPARSE_FFN_LIBRARY="/nowhere/lib.so").stderr
+    assert "keeps its backend, here cpu: make one inside of sparse_ffn.backend('torch')" in error
+    with_torch = f"with sf.backend('torch'): {make}"
+    assert not run(code + with_torch).returncode
+    assert not run(code + use, SPARSE_FFN_LIBRARY="/nowhere/lib.so").returncode

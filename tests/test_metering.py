@@ -87,6 +87,43 @@ def test_agreement_is_the_common_share_of_the_experts() -> None:
     assert not first[1]._forward_hooks
 
 
+class Twice(nn.Module):
+    """Runs its layers, the first of them twice."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (self.layers[0], *self.layers):
+            x = layer(x)
+        return x
+
+
+def test_agreement_is_of_all_calls_of_a_layer() -> None:
+    """In the first call both choose alike; their outputs differ, so that they do not in the second."""
+    first = Twice(sf.SigmaMoE(D, 8, 4, 2))
+    second = copy.deepcopy(first)
+    with torch.no_grad():
+        second.layers[0].values.normal_()
+    x = tokens(40)
+    found = sf.routing_agreement(first, second, x)["layers.0"]
+    single = sf.routing_agreement(first.layers[0], second.layers[0], x)[""]
+    with torch.no_grad():
+        later = [model.layers[0].router(model.layers[0](x)).index_TK.tolist() for model in (first, second)]
+    shared = sum(len(set(a) & set(b)) for a, b in zip(*later, strict=True)) / 80
+    assert (single, found) == (1.0, pytest.approx((1 + shared) / 2))
+
+
+def test_agreement_wants_the_same_calls_whichever_model_is_first() -> None:
+    """A layer that one of the models leaves out."""
+    whole, part = (Twice(sf.SigmaMoE(D, 8, 4, 2), sf.SigmaMoE(D, 8, 4, 2)) for _ in range(2))
+    part.forward = lambda x: part.layers[0](part.layers[0](x))
+    for models in ((whole, part), (part, whole)):
+        with pytest.raises(ValueError, match=r"the same tokens through 'layers\.1'"):
+            sf.routing_agreement(*models, tokens(5))
+
+
 def test_agreement_keeps_padding_out_and_wants_models_alike() -> None:
     layer, x = sf.SigmaMoE(D, 5, 3, 2), tokens(10)
     other = copy.deepcopy(layer)

@@ -236,6 +236,9 @@ def test_sparse_gradient_of_the_bag_is_the_dense_one_on_the_rows_read(on_backend
     assert sparse[0]._nnz() == index.unique().numel()
     torch.testing.assert_close(sparse[0].to_dense(), dense[0])
     torch.testing.assert_close(sparse[1], dense[1])
+    table = values.detach().requires_grad_()
+    ops.weighted_bag(table, index, weight, sparse_grad=True).square().sum().backward()
+    assert torch.equal(table.grad._indices()[0], index.unique())  # each once and in order, though not marked so
 
 
 @pytest.mark.parametrize("sparse_grad", [False, True])
@@ -332,6 +335,43 @@ def test_product_key_topk_is_the_top_k_of_all_sums(n: int, k: int, scores: str, 
     assert torch.equal(best, every.sort(dim=-1, descending=True).values[..., :k])
     assert torch.equal(every.gather(-1, index), best)
     assert all(len(set(row)) == k for row in index.flatten(0, 1).tolist())
+
+
+def test_product_keys_of_more_sub_keys_than_a_kernel_counts(on_backend: str) -> None:
+    first, second = (torch.randn(2, 40_000, requires_grad=True) for _ in range(2))
+    best, index = functional.product_key_topk(first, second, 4)
+    assert torch.equal(first.gather(-1, index // 40_000) + second.gather(-1, index % 40_000), best)
+    tops = [t.detach().topk(4).values for t in (first, second)]
+    every = (tops[0].unsqueeze(-1) + tops[1].unsqueeze(-2)).flatten(-2)
+    assert torch.equal(best, every.topk(4).values)
+    best.sum().backward()
+    assert first.grad is not None
+    assert first.grad.sum() == 8
+    assert torch.equal(first.grad, torch.zeros_like(first).scatter_add_(-1, index // 40_000, torch.ones_like(best)))
+
+
+def test_product_keys_of_either_16_bit_dtype_under_autocast_of_the_other(on_backend: str) -> None:
+    """Autocast casts what is multiplied, and refuses to stack the dtype that it does not cast to."""
+    for dtype, other in ((torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)):
+        scores = torch.randn(2, 3, 5).to(dtype)
+        with torch.autocast("cpu", other):
+            best, index = functional.product_key_topk(*scores, 4)
+            with pytest.raises(TypeError, match="second has dtype"):
+                functional.product_key_topk(scores[0], scores[1].to(other), 4)
+        expected = functional.product_key_topk(*scores, 4)
+        assert torch.equal(best, expected[0])
+        assert torch.equal(index, expected[1])
+
+
+def test_product_keys_are_exported_for_any_number_of_rows(on_backend: str) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+            return functional.product_key_topk(first, second, 3)
+
+    rows = {0: torch.export.Dim("rows")}
+    program = torch.export.export(Module(), (torch.randn(6, 5), torch.randn(6, 5)), dynamic_shapes=(rows, rows))
+    scores = torch.randn(2, 9, 5)
+    torch.testing.assert_close(program.module()(*scores), functional.product_key_topk(*scores, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -513,6 +553,13 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("weighted_bag", {"index": torch.full((3, 2), 9)}, IndexError, r"index must be in \[0, 9\)"),
     ("weighted_bag", {"index": torch.zeros(3, 2)}, TypeError, "index must be int64, got float32"),
     ("weighted_bag", {"weight": torch.zeros(3, 4)}, ValueError, "index must have shape"),
+    (
+        "cvmm",
+        {"x": torch.zeros(3, D).to(torch.float8_e5m2)},
+        TypeError,
+        "x must be float64, float32, bfloat16 or float16",
+    ),
+    ("product_key_topk", {"second": torch.zeros(3, 4).half()}, TypeError, "second has dtype torch.float16, first has"),
     ("product_key_topk", {"second": torch.zeros(3, 5)}, ValueError, "must have one shape"),
     ("product_key_topk", {"k": 17}, ValueError, "k must be at least 1 and at most n² = 16, got 17"),
     ("topk_ffn", {"k": 0}, ValueError, "k must be at least 1 and at most d_ff = 7, got 0"),

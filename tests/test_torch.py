@@ -152,6 +152,27 @@ def transformed(layer: nn.Module) -> None:
     torch.func.grad(lambda p: functional_call(layer, p, (torch.randn(5, 8),)).sum())(parameters)
 
 
+@pytest.mark.parametrize("make", [lambda: sf.TopKFFN(8, 12, 3), lambda: sf.MoE(8, 9, 4, 3, balance="z").eval()])
+@pytest.mark.parametrize("tracer", ["eager", "aot_eager"])
+def test_a_transform_inside_of_compile_is_right_or_refused(
+    make: Callable[[], nn.Module], tracer: str, on_backend: str
+) -> None:
+    """Dynamo's tensors do not tell that a derivative is wanted: the op without one gave zeros."""
+    torch._dynamo.reset()
+    layer, x = make(), torch.randn(5, 8)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def gradients(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return torch.func.grad(lambda p: functional_call(layer, p, (x,)).square().sum())(parameters)
+
+    expected = gradients(parameters)
+    try:
+        found = torch.compile(gradients, fullgraph=True, backend=tracer)(parameters)
+    except (RuntimeError, torch._dynamo.exc.TorchDynamoException):
+        return
+    torch.testing.assert_close(found, expected)
+
+
 def test_asking_for_the_loss_after_the_transform_says_that_it_is_over(on_backend: str) -> None:
     layer = sf.SigmaMoE(8, 9, 4, 3)
     transformed(layer)

@@ -82,7 +82,10 @@ def _float(name: str, value: Any, allowed: str) -> float:
     """The value, if it is a number."""
     if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
         raise TypeError(f"{name} must be {allowed}, got {shown(value)}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be {allowed}, got more than the largest float") from None
 
 
 def check_flag(name: str, value: Any) -> bool:
@@ -156,6 +159,8 @@ def check_floating(name: str, x: Any) -> None:
     check_tensor(name, x)
     if not x.is_floating_point():
         raise TypeError(f"{name} must be a floating tensor, got {_word(x.dtype)}")
+    if x.dtype.itemsize < 2:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {_word(x.dtype)}")
 
 
 def check_mask(mask: Any, x: Tensor) -> None:

@@ -6,13 +6,15 @@ would wait for the device, so an index out of range there is an error of the dev
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from sparse_ffn import ops
 from sparse_ffn.checks import check_choice, check_count, check_flag, check_floating, check_positive, check_tensor
 from sparse_ffn.ops.activations import ACTIVATIONS
-from sparse_ffn.ops.autocast import autocast_enabled
+from sparse_ffn.ops.autocast import autocast_enabled, without_autocast
 from sparse_ffn.ops.topk_ffn.reference import RANK_BY
 
 
@@ -120,7 +122,8 @@ def weighted_bag(values: Tensor, index: Tensor, weight: Tensor, *, sparse_grad: 
         values: [F, O] floating.
         index: int64 [N, K] in [0, F); an index named twice counts twice.
         weight: [N, K] floating.
-        sparse_grad: give ``values`` a coalesced sparse gradient of the rows that were read (not under torch.compile).
+        sparse_grad: give ``values`` a sparse gradient of the rows that were read, each once and in ascending order (not
+            under torch.compile). It is coalesced, but autograd does not keep that mark where it adds it to ``.grad``.
 
     Returns:
         [N, O] in the dtype of values (autocast's under autocast).
@@ -146,7 +149,8 @@ def product_key_topk(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Ten
 
     Returns:
         The sums [..., k], largest first (NaN before infinity), differentiable, and their indices i·n + j, int64
-        [..., k]. Ties go to the lower position in the k x k list of candidates.
+        [..., k]. Ties go to the lower position in the k x k list of candidates. Pairs of an infinite and a minus
+        infinite score, whose sum is NaN, are not looked for.
 
     Raises:
         TypeError: no dense tensor, or a wrong dtype.
@@ -154,12 +158,15 @@ def product_key_topk(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Ten
     """
     _check_float("first", first, None)
     _check_float("second", second, None, like=first, of="first")
+    if first.dtype != second.dtype:  # under autocast too, which casts what is multiplied
+        raise TypeError(f"second has dtype {second.dtype}, first has {first.dtype}")
     if first.dim() == 0 or first.shape != second.shape:
         raise ValueError(f"first and second must have one shape [..., n], got {list(first.shape)} and "
                          f"{list(second.shape)}")  # fmt: skip
     k = check_positive("k", k, at_most=first.shape[-1] ** 2, limit="n²")
     n = first.shape[-1]
-    scores = torch.stack((first, second), -2).reshape(first.shape[:-1].numel(), 1, 2, n)
+    with without_autocast(first):  # it would not stack the 16-bit dtype that it does not cast to
+        scores = torch.stack((first, second), -2).reshape(math.prod(first.shape[:-1]), 1, 2, n)
     best, index = ops.product_key_topk(scores, k)
     return best.view(*first.shape[:-1], k), index.view(*first.shape[:-1], k)
 

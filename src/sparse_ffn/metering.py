@@ -124,28 +124,36 @@ def routing_agreement(first: nn.Module, second: nn.Module, batch: Any) -> dict[s
         raise ValueError("first and second have no MoE layer")
     if sizes[0] != sizes[1]:
         raise ValueError(f"first and second must have the same MoE layers, got {sizes[0]} and {sizes[1]} (E, N, k)")
-    used = [_experts_used(model, layers, batch) for model, layers in zip((first, second), chosen, strict=True)]
+    ours, theirs = (_experts_used(model, layers, batch) for model, layers in zip((first, second), chosen, strict=True))
     found = {}
-    for name, (ours, real) in used[0].items():
-        theirs = used[1].get(name, (None, None))[0]
-        if theirs is None or theirs.shape != ours.shape:
+    for name in (name for name in chosen[0] if name in ours or name in theirs):
+        calls = [[len(experts) for experts, _ in used.get(name, ())] for used in (ours, theirs)]
+        if calls[0] != calls[1]:
             raise ValueError(f"first and second must send the same tokens through {name!r}, which they did not")
-        most = torch.maximum(ours.sum(1), theirs.sum(1))  # k, but of routers that leave slots void
-        common = torch.where(most > 0, (ours & theirs).sum(1) / most.double(), 1)
-        found[name] = (common if real is None else common[real]).mean().item()
+        shares = [_common(*a, b) for a, (b, _) in zip(ours[name], theirs[name], strict=True)]
+        found[name] = torch.cat(shares).mean().item()
     return found
 
 
-def _experts_used(model: nn.Module, layers: dict[str, Balanced], batch: Any) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """For each layer the experts that each token uses, bool [T, E] on the CPU, and its mask."""
-    used: dict[str, tuple[Tensor, Tensor | None]] = {}
+def _common(ours: Tensor, real: Tensor | None, theirs: Tensor) -> Tensor:
+    """Which share of its experts each real token has in common in two calls: bool [T, E] and [T] -> [T]."""
+    most = torch.maximum(ours.sum(1), theirs.sum(1))  # k, but of routers that leave slots void
+    common = torch.where(most > 0, (ours & theirs).sum(1) / most.double(), 1)
+    return common if real is None else common[real]
+
+
+def _experts_used(
+    model: nn.Module, layers: dict[str, Balanced], batch: Any
+) -> dict[str, list[tuple[Tensor, Tensor | None]]]:
+    """For each call of each layer the experts that each token uses, bool [T, E] on the CPU, and its mask."""
+    used: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
 
     def note(name: str, layer: Balanced, args: Any, y: Any) -> None:
         assert layer._routed is not None
         index_TK, mask_T = (None if t is None else t.cpu() for t in layer._routed)
         assert index_TK is not None
         every = torch.zeros(len(index_TK), layer.n_experts + layer.null_experts + 1, dtype=torch.bool)
-        used[name] = every.scatter_(1, index_TK, True)[:, :-1], mask_T
+        used.setdefault(name, []).append((every.scatter_(1, index_TK, True)[:, :-1], mask_T))
 
     handles = [layer.register_forward_hook(partial(note, name)) for name, layer in layers.items()]
     try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -252,16 +253,25 @@ def _warn_once(device: str) -> None:
     _warned.add(device)
     if device == "cpu":
         why = f"the CPU core is missing ({cpu.PROBLEM})"
-        remedy = f"a C++ compiler and reinstall: {how_to_install(options='--force-reinstall --no-deps')}"
+        remedy = _how_to_get_the_core()
     else:
         reasons = (f"{name}: {unavailable(name, torch.device(device))}" for name in _fast(torch.device(device)))
         why = f"the GPU kernels cannot run ({'; '.join(reasons)})"
         remedy = (
-            "Triton 3.5 or later, which may need a C compiler, on a GPU of compute capability 8.0 or later, or ROCm"
+            "Install Triton 3.5 or later, which may need a C compiler, on a GPU of compute capability 8.0 or later, or "
+            "ROCm."
         )
     warnings.warn(
-        f"{why}; computing with torch instead, more slowly. Install {remedy}. To silence this, set "
+        f"{why}; computing with torch instead, more slowly. {remedy} To silence this, set "
         f"{ENVIRONMENT_VARIABLE}=torch.",
         SparseFFNWarning,
         stacklevel=2,
     )
+
+
+def _how_to_get_the_core() -> str:
+    if os.environ.get(cpu.LIBRARY_VARIABLE):
+        return f"Unset {cpu.LIBRARY_VARIABLE}, or name a library that csrc/build.sh has made of these sources."
+    if sys.platform != "linux":
+        return "It is for Linux."
+    return f"Install a C++ compiler and reinstall: {how_to_install(options='--force-reinstall --no-deps')}."

@@ -78,6 +78,7 @@ def call(name: str, tensors: tuple[Tensor | None, ...], *options: int) -> None:
 
     Raises:
         ValueError, TypeError, IndexError, MemoryError: what the core refused, and why.
+        RuntimeError: there is no core.
     """
     block = [
         _ABSENT
@@ -85,7 +86,14 @@ def call(name: str, tensors: tuple[Tensor | None, ...], *options: int) -> None:
         else _PACK[t.ndim](_CODES[t.dtype] if t.is_cpu else _FOREIGN, t.data_ptr(), *t.shape, *t.stride())
         for t in tensors
     ]
-    status = _functions[name](b"".join(block), *options, torch.get_num_threads())
+    try:
+        function = _functions[name]
+    except KeyError:
+        raise RuntimeError(
+            f"the CPU core is missing ({PROBLEM}), and a program that torch.export made keeps its backend, here cpu: "
+            "make one inside of sparse_ffn.backend('torch'), or install the core"
+        ) from None
+    status = function(b"".join(block), *options, torch.get_num_threads())
     if status:
         raise _ERRORS[status](_library.sparse_ffn_error().decode())
 

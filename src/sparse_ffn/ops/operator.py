@@ -240,7 +240,8 @@ class Operator:
 def wanted(*operands: Tensor | None) -> bool:
     """Whether the gradient of an operand may be asked for, so that the forward pass must keep what it needs."""
     asked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    return asked or under_transforms()
+    # where dynamo traces a transform its tensors do not tell: without this torch.func.grad would be 0, not refused
+    return asked or under_transforms() or torch._C._are_functorch_transforms_active()
 
 
 def _unpacked(call: str, results: list[Part], returned: list[Part]) -> list[str]:

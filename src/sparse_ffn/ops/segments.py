@@ -46,7 +46,9 @@ def segment_mm(rows: Tensor, weight: Tensor, segments: Segments) -> Tensor:
 def segment_outer(left: Tensor, right: Tensor, segments: Segments) -> Tensor:
     """left[a:b].T @ right[a:b] for each expert's segment: [S, M] x [S, N] -> [E, M, N], zero where it is empty."""
     if use_grouped_mm(left, right):
-        return F.grouped_mm(left.t(), right, offs=segments.offsets[1:])
+        product = F.grouped_mm(left.t(), right, offs=segments.offsets[1:])
+        # of an expert without rows it may hold anything on compute capability 10 (pytorch issue 172439)
+        return product.masked_fill_((segments.offsets.diff() == 0)[:, None, None], 0)
     out = left.new_empty(segments.offsets.shape[0] - 1, left.shape[1], right.shape[1])
     for e, (a, b) in enumerate(pairwise(segments.bounds)):
         if b > a:

@@ -26,7 +26,10 @@ def weighted_bag(values: Tensor, index: Tensor, weight: Tensor, *, sparse_grad: 
     """
     if sparse_grad:  # casts inside: torch's cast cannot pass a sparse gradient on
         if under_transforms():
-            raise RuntimeError("sparse_grad=True does not work inside torch.func's transforms: take sparse_grad=False")
+            raise RuntimeError(
+                "sparse_grad=True does not work inside torch.func's transforms, nor in forward-mode AD: take "
+                "sparse_grad=False"
+            )
         out: Tensor = _SparseGradient.apply(values, index, weight)  # type: ignore[no-untyped-call]
         return out
     dtype = autocast_dtype(values)
