@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.utils import prune
 
 import sparse_ffn as sf
@@ -111,3 +112,17 @@ def test_a_block_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"layer is split by sparse_ffn\.parallel: mask its blocks before"):
         block_mask_(layer, 0.5)
     assert "keys" in dict(layer.named_parameters())
+
+
+def test_an_activation_is_not_given_to_what_is_computed_anew() -> None:
+    """The next forward would make it again of the numbers before."""
+    for change in (
+        lambda layer: block_mask_(layer, 0.5, (1, 1)),
+        lambda layer: nn.utils.parametrizations.weight_norm(layer, "values"),
+    ):
+        layer = sf.DenseFFN(8, 16, bias=True)
+        change(layer)
+        with pytest.raises(ValueError, match="values is no plain parameter"):
+            polynomial_units_(layer, 2.0, 1.0)
+        assert layer.activation == "relu"
+        assert not layer.key_bias.any()

@@ -232,3 +232,37 @@ def test_what_cannot_be_compressed_is_said_and_stays() -> None:
     sf.quantize_experts_(stored, sf.ExpertQuantization(bits=8))
     with pytest.raises(ValueError, match="dequantize_experts_"):
         compress_experts_(stored, 2)
+
+
+@pytest.mark.parametrize("glu", [False, True])
+def test_what_equal_experts_do_not_need_learns_all_the_same(glu: bool) -> None:
+    """Two factors that are 0 would give each other no gradient: one of each pair starts as in a new layer."""
+    layer = sf.MoE(D, E, G, K, glu=glu, dtype=torch.float64)
+    with torch.no_grad():
+        for stack in layer._units():
+            if stack is not None:
+                stack.copy_(stack[:1].expand_as(stack).clone())
+        layer.keys[1] += 0.1 * torch.outer(torch.randn(G), torch.randn(D))  # of rank 1
+    model, x = nn.Sequential(layer), normal(40, D)
+    expected = layer(x)
+    compress_experts_(model, R)
+    small = model[0]
+    torch.testing.assert_close(small(x), expected)
+    small(x).square().sum().backward()
+    moving = ["key", "value", *(["gate"] if glu else [])]
+    for name in moving:
+        assert getattr(small, f"{name}_up").grad.abs().amax((1, 2)).min() > 1e-6, name
+        assert getattr(small, f"{name}_down").isfinite().all()
+
+
+def test_masked_and_parametrised_experts_are_refused() -> None:
+    """Their stacks are computed, and may be a step old."""
+    for change in (
+        lambda layer: nn.utils.parametrizations.weight_norm(layer, "values"),
+        lambda layer: nn.utils.prune.random_unstructured(layer, "keys", 0.5),
+    ):
+        model = nn.Sequential(sf.MoE(D, E, G, K))
+        change(model[0])
+        with pytest.raises(ValueError, match=r"is no plain parameter, but masked, parametrised or sharded"):
+            compress_experts_(model, R)
+        assert type(model[0]).__name__ != "LowRankMoE"

@@ -236,3 +236,14 @@ def test_bad_files_are_named_and_change_nothing(tmp_path: Path) -> None:
         sf.map_experts_(nn.Linear(2, 2), path)
     assert model.keys is keys
     assert not model._forward_pre_hooks
+
+
+def test_codes_with_zero_points_do_not_fit_a_model_without(tmp_path: Path) -> None:
+    saved, model = (sf.SigmaMoE(32, 4, 32, 2) for _ in range(2))
+    sf.quantize_experts_(saved, sf.ExpertQuantization(symmetric=False))
+    sf.quantize_experts_(model, sf.ExpertQuantization(symmetric=True))
+    torch.save(saved.state_dict(), tmp_path / "saved.pt")
+    before = model.keys.codes.qdata
+    with pytest.raises(ValueError, match=r"has keys\.zero_point, values\.zero_point, which the model has not"):
+        sf.map_experts_(model, tmp_path / "saved.pt")
+    assert model.keys.codes.qdata is before

@@ -334,3 +334,28 @@ def test_on_a_gpu(coded: bool) -> None:
                 y, cached = model[0](x), model[0](x)
                 assert torch.equal(y, cached)
                 assert torch.equal(y, resident[0](x))
+
+
+def test_an_interrupted_call_leaves_no_expert_that_was_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = layer_of("plain"), torch.randn(3, D)
+    twin, expected = offloaded(layer, cache=E), layer(x).detach()
+
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        with monkeypatch.context() as patched:
+            patched.setattr(Copies, "_copy", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                twin(x)
+        torch.testing.assert_close(twin(x), expected)
+
+
+def test_what_an_offloaded_layer_refuses_is_not_counted() -> None:
+    layer = sf.MoE(D, E, G, K, balance="bias").eval()
+    sf.offload_experts_(layer, cache=E, device="cpu")
+    layer.train()
+    for refused in (lambda: layer(torch.randn(3, D)), lambda: layer.prefetch(torch.randn(3, D))):
+        with pytest.raises(RuntimeError, match="in evaluation only"):
+            refused()
+    assert not layer.router.load.any()

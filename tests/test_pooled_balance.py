@@ -163,3 +163,19 @@ def test_what_cannot_be_pooled_is_said_at_the_end() -> None:
         layer(x).sum().backward(retain_graph=True)
         layer(x)
     sf.aux_loss(layer).backward()
+
+
+def test_a_mask_may_be_filled_anew_for_the_next_call() -> None:
+    layer, x = sf.SigmaMoE(8, 6, 4, 2), torch.randn(2, 9, 8)
+    masks = torch.rand(2, 9) < 0.6
+    with sf.pooled_balance(layer):
+        for part, mask in zip(x, masks, strict=True):
+            layer(part, mask=mask)
+    expected, one = sf.aux_loss(layer), torch.empty(9, dtype=torch.bool)
+    with sf.pooled_balance(layer):
+        for part, mask in zip(x, masks, strict=True):
+            layer(part, mask=one.copy_(mask))
+    assert sf.aux_loss(layer) == expected
+    before = sf.routing_stats(layer)[""]
+    one.zero_()
+    torch.testing.assert_close(sf.routing_stats(layer)[""], before)

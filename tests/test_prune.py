@@ -344,3 +344,9 @@ def test_a_layer_on_meta_has_nothing_to_prune() -> None:
     with pytest.raises(ValueError, match=r"router\.weight is on meta: load the weights first"):
         sf.prune_experts_(layer.to("meta"), stats, 0.5)
     assert layer.n_experts == 8
+
+
+def test_a_relu_router_aims_at_no_more_experts_than_are_left() -> None:
+    layer = sf.MoE(D, 8, 4, 2, router=sf.routing.ReLURouter(D, 8, 2, active=6), balance="l1")
+    sf.prune_experts_(layer, sf.expert_stats(layer, [torch.randn(50, D)]), keep=4)
+    assert layer.router.active == 4

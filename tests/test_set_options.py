@@ -122,7 +122,7 @@ def test_options_of_a_wrapper_are_those_of_its_parts(kind: str) -> None:
     made = wrappers()[kind]
     values = {"balance_weight": 0.5, "balance_over": "sequence", "aux": "inject", "expert_dropout": 0.25}
     values |= {"balance": "switch", "sync_balance": True}
-    values |= {"activation": "silu", "dropout": 0.125} if kind == "latent" else {}
+    values |= {"activation": "silu", "dropout": 0.125} if kind != "attention" else {}
     parts = [module for module in made.modules() if hasattr(module, "_balance_options")]
     assert len(parts) == (2 if kind == "attention" else 1)
     for name, value in values.items():
@@ -132,6 +132,8 @@ def test_options_of_a_wrapper_are_those_of_its_parts(kind: str) -> None:
             found = getattr(holder, name)
             assert found == ((value,) if name in ("balance", "balance_weight") else value)
             assert getattr(made, name) == found
+    if kind == "shared":
+        assert (made.shared.activation, made.shared.dropout) == ("silu", 0.125)
     for name in ("aux", "balance", "balance_over"):
         with pytest.raises(ValueError, match=f"{name} must be one of"):
             setattr(made, name, "nonsense")
@@ -142,12 +144,16 @@ def test_options_of_a_wrapper_are_those_of_its_parts(kind: str) -> None:
 def test_what_attention_and_topk_alone_have_is_checked_too() -> None:
     attention, topk = SwitchHeadAttention(16, 2, 4), sf.TopKFFN(16, 32, 8)
     gated, memory = sf.TopKFFN(16, 32, 8, glu=True), sf.ProductKeyMemory(16, 6, 5, experts=True)
+    affine = sf.ProductKeyMemory(16, 6, 5, query_norm="rms", norm_affine=True)
     for module, name, value, message in (
         (attention, "dropout", 2.0, "dropout must be in"),
         (attention, "rotary", 3.0, "rotary must be in"),
         (topk, "rank_by", "gate", 'rank_by = "gate" needs a gate'),
         (gated, "rank_by", "gats", "rank_by must be one of"),
         (memory, "activation", "softmax", "activation must be one of"),
+        (memory, "query_norm", "layr", "query_norm must be one of"),
+        (affine, "query_norm", None, "norm_affine = True needs query_norm"),
+        (affine, "query_norm", "layer", "query_norm is 'rms', whose parameters norm_affine = True made"),
     ):
         before = getattr(module, name)
         with pytest.raises(ValueError, match=message):
@@ -157,6 +163,9 @@ def test_what_attention_and_topk_alone_have_is_checked_too() -> None:
         topk.norm_aware = "no"
     gated.rank_by = "gate"
     assert "rank_by='gate'" in repr(gated)
+    memory.query_norm = "layer"
+    assert torch.equal(memory(x := torch.randn(3, 16)), copy.deepcopy(memory)(x))
+    assert "query_norm='layer'" in repr(memory)
 
 
 def test_a_router_of_another_size_is_named() -> None:

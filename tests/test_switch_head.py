@@ -238,3 +238,9 @@ def test_what_does_not_fit_is_said() -> None:
     wrong = nn.Parameter(layer.outputs.weight[:, 1:])
     with pytest.raises(ValueError, match=r"outputs.weight must have shape \[12, 6, 8\], got \[12, 5, 8\]"):
         torch.func.functional_call(layer, {"outputs.weight": wrong}, x)
+
+
+def test_a_mask_of_any_strides_is_taken() -> None:
+    layer, x = SwitchHeadAttention(16, 2, 4), torch.randn(2, 3, 5, 16)
+    mask = (torch.rand(3, 5) < 0.7)[None].expand(2, 3, 5)
+    torch.testing.assert_close(layer(x, mask=mask), layer(x, mask=mask.contiguous()))

@@ -146,6 +146,15 @@ def check_loaded(model: nn.Module, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} is on meta: load the weights first")
 
 
+def check_plain(module: nn.Module, name: str, where: str, then: str) -> None:
+    """Raise ValueError unless a tensor is the module's own parameter, which a change in place or a copy is enough for.
+
+    What a mask, a parametrisation or weight_norm makes is computed anew, by some of them in the next forward only.
+    """
+    if name not in module._parameters or is_traceable_wrapper_subclass(module._parameters[name]):
+        raise ValueError(f"{where}: {name} is no plain parameter, but masked, parametrised or sharded: {then}")
+
+
 def check_tensor(name: str, x: Any) -> None:
     """Raise unless x is a tensor of numbers that lie in memory by strides, as kernels read them."""
     check_type(name, x, Tensor, "a tensor")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import prune
 
-from sparse_ffn.checks import check_loaded, check_positive, check_rate, check_real, check_type, shown
+from sparse_ffn.checks import check_loaded, check_plain, check_positive, check_rate, check_real, check_type, shown
 from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.layers.rows.base import check_dense
 from sparse_ffn.layers.units import UnitsFFN
@@ -34,8 +34,8 @@ def polynomial_units_(layer: UnitsFFN, a: float, b: float, c: float = 0.0) -> No
 
     Raises:
         TypeError: ``layer`` has no units with keys.
-        ValueError: the layer has no biases, a GLU, stored rows or no numbers (on meta); a coefficient is no finite
-            number; a is 0; or c is another than it may be.
+        ValueError: the layer has no biases, a GLU, stored rows, no numbers (on meta), or parameters that are masked or
+            parametrised; a coefficient is no finite number; a is 0; or c is another than it may be.
     """
     check_type("layer", layer, UnitsFFN, "a DenseFFN, a TopKFFN or a mixture of experts")
     check_dense(layer)
@@ -48,6 +48,7 @@ def polynomial_units_(layer: UnitsFFN, a: float, b: float, c: float = 0.0) -> No
         raise ValueError("layer must not be a GLU, whose activation is of the gate, which has no bias")
     for name in ("key_bias", "out_bias", "values"):
         check_loaded(layer, name, getattr(layer, name))
+        check_plain(layer, name, "layer", "give it the activation first")
     constant = c - b * b / (4 * a)
     adds_all = isinstance(layer, DenseFFN) and getattr(layer, "k", layer.d_ff) == layer.d_ff
     if not adds_all and abs(constant) > 1e-6 * max(abs(c), abs(constant)):

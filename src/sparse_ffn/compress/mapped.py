@@ -9,7 +9,7 @@ import mmap
 import os
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
@@ -49,9 +49,10 @@ def map_experts_(model: nn.Module, path: str | os.PathLike[str], *, prefetch: bo
 
     Raises:
         TypeError: an argument of a wrong type.
-        ValueError: the model has no ``MoE``; a stack is not in the file, has another shape or dtype there, is on
-            another device than the CPU and meta, or is neither a plain parameter nor rows of ``quantize_experts_``:
-            parametrised, pruned by a mask, offloaded, held by accelerate or distributed. Nothing was changed then.
+        ValueError: the model has no ``MoE``; a stack is not in the file, has another shape or dtype there or tensors that
+            the model has not, is on another device than the CPU and meta, or is neither a plain parameter nor rows of
+            ``quantize_experts_``: parametrised, pruned by a mask, offloaded, held by accelerate or distributed. Nothing
+            was changed then.
         OSError: a file cannot be read.
     """
     check_module("model", model)
@@ -70,6 +71,7 @@ def map_experts_(model: nn.Module, path: str | os.PathLike[str], *, prefetch: bo
         for prefix, layer in layers
         for owner, attribute, name in _stacks(layer, prefix)
     ]
+    _check_none_else(layers, stored, path)
     made: dict[Tensor, Tensor] = {}  # tied stacks stay tied
     for owner, attribute, tensor in mapped:
         old = getattr(owner, attribute)
@@ -93,6 +95,16 @@ def _stacks(layer: MoE, prefix: str) -> Iterator[tuple[nn.Module, str, str]]:
             name = f"{module_name}.{attribute}" if module_name else attribute
             if tensor is not None and name.partition(".")[0] in STACKS:
                 yield module, attribute, start + name
+
+
+def _check_none_else(layers: list[tuple[str, MoE]], stored: Iterable[str], path: Any) -> None:
+    """Raise if the file has more of a stack than the model, such as the zero points of codes."""
+    for prefix, layer in layers:
+        start = f"{prefix}." if prefix else ""
+        names = {name for _, _, name in _stacks(layer, prefix)}
+        stacks = tuple(f"{start}{stack}." for stack in STACKS)
+        if more := [name for name in stored if name.startswith(stacks) and name not in names]:
+            raise ValueError(f"{path} has {', '.join(more)}, which the model has not: its experts are stored otherwise")
 
 
 def _checked(name: str, old: Tensor, stored: dict[str, Tensor], path: Any) -> Tensor:

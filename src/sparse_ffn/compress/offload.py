@@ -36,7 +36,8 @@ def offload_experts_(model: nn.Module, *, cache: float, device: Any = "cuda", pi
         cache: experts of each layer (of a ``MixedMoE`` of each bank) on the device, an int; or their share, a float in
             (0, 1], rounded up.
         device: where the layers compute: a CUDA device, or ``"cpu"`` for trials.
-        pin: put the experts into page-locked memory, from which copies overlap with computing.
+        pin: put the experts into page-locked memory, from which the copies that ``prefetch`` begins overlap with
+            computing.
 
     Raises:
         TypeError: an argument of a wrong type.

@@ -17,6 +17,7 @@ from sparse_ffn.compress.statistics import Experts, ExpertStats
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.ops import Units
 from sparse_ffn.routing.base import Router
+from sparse_ffn.routing.relu import ReLURouter
 
 
 @torch.no_grad()
@@ -197,6 +198,8 @@ def _cut(layer: MoE, kept: list[int], removed: list[int], constants: Tensor | No
     layer.d_ff = layer.n_experts * layer.expert_size
     layer.router.n_experts = len(scored)
     layer.router.load = layer.router.load.new_zeros(layer.router.load_shape)
+    if isinstance(layer.router, ReLURouter) and layer.router.active is not None:
+        layer.router.active = min(layer.router.active, float(len(scored)))
     if constants is not None:
         new = constants.to(layer.values)
         rows = new if layer.constants is None else torch.cat([layer.constants, new])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.checks import check_count, check_loaded, check_module, check_positive
+from sparse_ffn.checks import check_count, check_loaded, check_module, check_plain, check_positive
 from sparse_ffn.compress.report import aligned
 from sparse_ffn.convert.init.partition import balanced_assignment
 from sparse_ffn.convert.init.weights import relative_error, wide
@@ -105,6 +105,7 @@ def compress_experts_(model: nn.Module, rank: int, *, iterations: int = 8) -> Co
             if held is None:
                 continue
             check_loaded(model, f"{name}.{stack}", held)
+            check_plain(layer, stack, f"model's layer {name}", "compress before")
             if not held.isfinite().all():
                 raise ValueError(f"model's layer {name}: {stack} is not finite")
     made: dict[MoE, tuple[LowRankMoE, CompressedLayer]] = {}
@@ -126,13 +127,18 @@ def _compressed(name: str, layer: MoE, rank: int, iterations: int) -> tuple[LowR
     for stack, own in stacks.items():
         rows = own.gather(1, index_EG1.expand_as(own))
         base = rows.mean(0)
-        left, right = _factors(rows - base, rank)
+        left, right, live = _factors(rows - base, rank, rows)
         errors[stack] = relative_error(base + left @ right, rows)
         getattr(small, stack).copy_(base)
         prefix = {"keys": "key", "gate_keys": "gate", "values": "value"}[stack]
-        first, second = (f"{prefix}_up", f"{prefix}_down") if stack != "values" else ("value_down", "value_up")
-        getattr(small, first).copy_(left)
-        getattr(small, second).copy_(right)
+        up, down = getattr(small, f"{prefix}_up"), getattr(small, f"{prefix}_down")
+        # what no residual needs keeps a new layer's factors: two that are 0 would never get a gradient
+        if stack != "values":
+            up.copy_(torch.where(live.unsqueeze(1), left, up))
+            down.copy_(torch.where(live.unsqueeze(2), right, down))
+        else:
+            down.copy_(torch.where(live.unsqueeze(1), left, down))
+            up.copy_(torch.where(live.unsqueeze(2), right, up))
     for own_name in ("out_bias", "constants"):
         if (old := getattr(layer, own_name)) is not None:
             getattr(small, own_name).copy_(old)
@@ -161,15 +167,19 @@ def _empty(layer: MoE, rank: int) -> LowRankMoE:
         )  # fmt: skip
 
 
-def _factors(residual_EGC: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Matrices [E, G, R] and [E, R, C] whose products are nearest to the residuals."""
+def _factors(residual_EGC: Tensor, rank: int, rows_EGC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Matrices [E, G, R] and [E, R, C] whose products are nearest to the residuals of the rows.
+
+    Also which of the R are more than what rounding the rows leaves, bool [E, R]; of the others both are 0.
+    """
     left, sizes, right = torch.linalg.svd(residual_EGC, full_matrices=False)
-    roots = sizes[:, :rank].sqrt().unsqueeze(1)
-    missing = rank - roots.shape[2]
+    missing = max(rank - sizes.shape[1], 0)
+    rounding = torch.finfo(sizes.dtype).eps * max(rows_EGC.shape[1:])
+    live = sizes[:, :rank] > rounding * torch.linalg.matrix_norm(rows_EGC).unsqueeze(1)
+    roots = torch.where(live, sizes[:, :rank].sqrt(), 0).unsqueeze(1)
     first, second = left[:, :, :rank] * roots, right[:, :rank] * roots.mT
-    if missing > 0:
-        first, second = (nn.functional.pad(first, (0, missing)), nn.functional.pad(second, (0, 0, 0, missing)))
-    return first, second
+    pad = nn.functional.pad
+    return pad(first, (0, missing)), pad(second, (0, 0, 0, missing)), pad(live, (0, missing))
 
 
 def barycenter(rows_EGC: Tensor, iterations: int) -> tuple[Tensor, tuple[float, ...]]:

@@ -21,7 +21,8 @@ def quantization_error(layer: MoE, config: ExpertQuantization | None, inputs: Te
     """What each expert's rounding adds to the squared error of the output (QuantMoE-Bench, arXiv 2406.08155).
 
     Cross terms aside: Σ g²·‖f_e(x) - f̂_e(x)‖² over the tokens x that are routed to e, f̂ the quantised expert. It says
-    where bits are spent well: compare configs, stacks (``values_bits``) and layers. The layer stays as it is.
+    where bits are spent well: compare configs, stacks (``values_bits``) and layers. The layer stays as it is, but for a
+    balance loss that waits for its backward pass, and ``routing_stats``.
 
     Args:
         layer: a layer whose router sees what its experts see.

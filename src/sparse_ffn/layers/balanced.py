@@ -159,7 +159,7 @@ class Balanced(WithProperties):
         if self._calls is not None and not in_backward():
             assert isinstance(routing, Routing), "no fused call within pooled_balance"
             self._calls.routings.append(routing)
-            self._calls.masks.append(mask_T)
+            self._calls.masks.append(_own(mask_T))
             self._calls.n_sequences.append(n_sequences)
         return None
 
@@ -200,7 +200,7 @@ class Balanced(WithProperties):
         """Keep what ``LastForward`` takes."""
         # an exported program has no module to keep these; is_exporting() is true for all that torch 2.9 compiles
         if not torch.compiler._is_exporting_flag and not in_backward():
-            last = LastForward(loss, index_TK, mask_T, results)
+            last = LastForward(loss, index_TK, _own(mask_T), results)
             object.__setattr__(self, "_last", last)  # Module's own costs as much as a small op
             if self._calls is not None and self._calls.open and self.training:
                 nodes = nodes_of(results)
@@ -263,6 +263,11 @@ def slots_of_all(layers: dict[str, Balanced], counts: dict[str, Tensor], sync: S
         vectors.append(vector)
     totals = zip(layers, summed(vectors, sync), strict=True)
     return {name: total[:-1] for name, total in totals if total[-1]}
+
+
+def _own(mask_T: Tensor | None) -> Tensor | None:
+    """A copy: the caller may fill its mask anew for the next call."""
+    return None if mask_T is None else mask_T.clone()
 
 
 def balanced_in(model: nn.Module) -> dict[str, Balanced]:

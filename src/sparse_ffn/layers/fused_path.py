@@ -106,6 +106,7 @@ class FusedPath(Routed, UnitsFFN):
         rows = self.values
         if not isinstance(rows, OffloadedRows):
             raise RuntimeError("prefetch is for offloaded experts, and offload_experts_ was not called on this layer")
+        rows.check_mode()  # before the router counts
         rows.prefetch(self._routing_of(x, None, router_input).index_TK.clamp_max(self.n_experts))
 
     def _routing_of(self, x: Tensor, mask: Tensor | None, router_input: Tensor | None) -> Routing:

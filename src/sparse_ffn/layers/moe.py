@@ -13,6 +13,7 @@ from sparse_ffn import ops
 from sparse_ffn.checks import check_positive
 from sparse_ffn.layers.fused_path import FusedPath
 from sparse_ffn.layers.routed import Routed
+from sparse_ffn.layers.rows.base import ExpertRows
 from sparse_ffn.layers.units import UnitsFFN
 from sparse_ffn.routing.base import Router
 from sparse_ffn.routing.distributed import Sync
@@ -126,6 +127,8 @@ class MoE(FusedPath):
         units, n_sequences = self._units(), self._n_sequences(x)
         if x is router_input and (y_TO := self._fused(x_TD, mask_T, units, n_sequences)) is not None:
             return y_TO
+        if isinstance(units.values, ExpertRows):
+            units.values.check_mode()  # before the router counts
         experts, n_experts = partial(self._experts, units=units), units.values.shape[0]
         return self._mixture(x_TD, router_input, mask_T, n_sequences, n_experts, experts)
 

@@ -97,14 +97,10 @@ class ProductKeyMemory(SparseFFN):
         )  # fmt: skip
         self.n_sub_keys, self.n_heads = check_positive("n_sub_keys", n_sub_keys), check_positive("n_heads", n_heads)
         check_choice("value_init", value_init, ("paper", "standard"))
-        if query_norm is not None:
-            check_choice("query_norm", query_norm, ("layer", "rms"))
         query_bias = check_flag("query_bias", query_bias)
         norm_affine = check_flag("norm_affine", norm_affine)
         if query_bias and query_dim is None:
             raise ValueError("query_bias = True needs query_dim: x itself is the query, and has no bias")
-        if norm_affine and query_norm is None:
-            raise ValueError("norm_affine = True needs query_norm, 'layer' or 'rms'")
         width = self.d_model if query_dim is None else check_positive("query_dim", query_dim)
         if width % 2:
             name, hint = ("d_model", "; or give an even query_dim") if query_dim is None else ("query_dim", "")
@@ -112,7 +108,8 @@ class ProductKeyMemory(SparseFFN):
         self.d_ff = self.n_sub_keys**2
         self.k = k
         self.query_dim, self.query_bias = None if query_dim is None else width, query_bias
-        self.query_norm, self.norm_affine = query_norm, norm_affine
+        self.norm_affine = norm_affine
+        self.query_norm = query_norm
         self.value_init, self.sparse_grad = value_init, check_flag("sparse_grad", sparse_grad)
         self.experts, self.gated = check_flag("experts", experts), check_flag("gated", gated)
         if self.experts and (self.sparse_grad or activation == "softmax"):
@@ -139,6 +136,23 @@ class ProductKeyMemory(SparseFFN):
     @k.setter
     def k(self, k: int) -> None:
         self._k = check_positive("k", k, at_most=self.n_sub_keys**2, limit="n_sub_keys²")
+
+    @property
+    def query_norm(self) -> str | None:
+        """How each half of the query is normalised; may be set where that has no parameters."""
+        return self._query_norm
+
+    @query_norm.setter
+    def query_norm(self, query_norm: str | None) -> None:
+        if query_norm is not None:
+            check_choice("query_norm", query_norm, ("layer", "rms"))
+        if self.norm_affine and query_norm is None:
+            raise ValueError("norm_affine = True needs query_norm, 'layer' or 'rms'")
+        if self.norm_affine and query_norm != getattr(self, "_query_norm", query_norm):
+            raise ValueError(
+                f"query_norm is {self.query_norm!r}, whose parameters norm_affine = True made: make a new layer"
+            )
+        self._query_norm = query_norm
 
     def reset_parameters(self) -> None:
         """Normal query, sub-keys and values; no bias yet, and scales of 1."""

@@ -36,6 +36,7 @@ class SharedExpertMoE(nn.Module):
     expert_dropout, balance, balance_weight, balance_over, aux, sync_balance = (
         OptionOf(lambda layer: [layer._own_moe()]) for _ in range(6)
     )
+    activation, dropout = (OptionOf(lambda layer: [layer._own_moe(), layer._own_shared()]) for _ in range(2))
 
     def __init__(self, routed: Routed | LatentMoE, shared: DenseFFN, *, gated: bool = False) -> None:
         super().__init__()

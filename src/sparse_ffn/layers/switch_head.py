@@ -274,7 +274,7 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
         with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
             y = F.scaled_dot_product_attention(
                 q, k, v.to(q.dtype),
-                attn_mask=None if mask is None else _attended(mask.view(n_sequences, time), causal),
+                attn_mask=None if mask is None else _attended(mask.reshape(n_sequences, time), causal),
                 dropout_p=self.dropout if self.training else 0.0,
                 is_causal=causal and mask is None,
             )  # fmt: skip

@@ -84,6 +84,9 @@ class ExpertRows(nn.Module):
         out: Tensor = values.down(h, expert, token, gate.reshape(-1), tokens)
         return out
 
+    def check_mode(self) -> None:
+        """Raise RuntimeError if they cannot compute in the mode that they are in."""
+
     def stored(self) -> list[Tensor]:
         """The tensors that hold the rows: the same ones in tied stacks."""
         return list(self.buffers())

@@ -54,11 +54,15 @@ class ExpertCache:
 
     def _bring(self, experts: list[int]) -> list[int]:
         """Begin to copy those of one wave that are not here; the slots of all."""
-        taken = [self.lru.take(expert) for expert in experts]
-        missing = [(slot, expert) for expert, (slot, here) in zip(experts, taken, strict=True) if not here]
-        if missing:
-            self.copies.start(missing)
-            self.bytes += len(missing) * sum(host[0].nbytes for host, _ in self.copies.pairs)
+        try:
+            taken = [self.lru.take(expert) for expert in experts]
+            missing = [(slot, expert) for expert, (slot, here) in zip(experts, taken, strict=True) if not here]
+            if missing:
+                self.copies.start(missing)
+        except BaseException:  # an interrupt, too: experts that were not copied must not count as here
+            self.lru.clear()
+            raise
+        self.bytes += len(missing) * sum(host[0].nbytes for host, _ in self.copies.pairs)
         return [slot for slot, _ in taken]
 
     def compute(self, index: Tensor, ffn: FFN) -> Tensor:
@@ -84,8 +88,10 @@ class ExpertCache:
                 slot_of[expert], expert_of[slot] = slot, expert
             by_slot = torch.tensor(slot_of, device=index.device)[index]
             self.copies.wait(slots)
-            y = ffn(here, by_slot, torch.tensor(expert_of, device=index.device))
-            self.copies.used()
+            try:
+                y = ffn(here, by_slot, torch.tensor(expert_of, device=index.device))
+            finally:
+                self.copies.used()
             if len(waves) == 1:
                 return y
             wide = y.to(torch.promote_types(y.dtype, torch.float32))
@@ -202,7 +208,7 @@ class OffloadedRows(ExpertRows):
         Raises:
             RuntimeError: the layer is in training.
         """
-        self._check_mode()
+        self.check_mode()
         compute = functools.partial(self.cache.compute, index, ffn)
         y: Tensor = _WithoutGradient.apply(compute, *operands)  # type: ignore[no-untyped-call]
         return y
@@ -213,10 +219,11 @@ class OffloadedRows(ExpertRows):
         Raises:
             RuntimeError: the layer is in training.
         """
-        self._check_mode()
+        self.check_mode()
         self.cache.prefetch(index)
 
-    def _check_mode(self) -> None:
+    def check_mode(self) -> None:
+        """Raise RuntimeError in training."""
         if self.training:
             raise RuntimeError("offloaded experts compute in evaluation only: call eval() on the model")
 
