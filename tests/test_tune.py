@@ -16,7 +16,7 @@ import torch
 import sparse_ffn as sf
 from sparse_ffn import info, ops
 from sparse_ffn.backends import cpu, crossovers, kept
-from sparse_ffn.backends.triton import candidates, config, tuned
+from sparse_ffn.backends.triton import candidates, columns, config, tuned
 from sparse_ffn.backends.triton.tile import Tile
 from sparse_ffn.backends.triton.tuned import Card, Tuned
 from sparse_ffn.tune import __main__ as command
@@ -26,6 +26,8 @@ from sparse_ffn.tune.search import Search, merged
 
 CPU, CARD = torch.device("cpu"), Card("NVIDIA H100 80GB HBM3", "sm_90")
 ENTRIES = list(config.launchable("sm_90"))
+CACHE = 0
+"""Bytes of a card's, of which nothing stays."""
 PROBLEM = Problem("half", 2048, 64, 8, 128, 1024, glu=False)
 BEST, GOOD = Tile.parse("128x128x32/8/5"), Tile.parse("128x128x64/8/4")
 
@@ -69,28 +71,34 @@ def test_problems_reach_every_class_of_common_sizes() -> None:
     found = list(problems(["half", "tf32", "half"]))
     assert len(found) == 2 * (4 * 3 + 1) * 2
     assert str(found[0]) == "half ReLU-like: 16384 tokens of 1024, 8 of 64 experts of 128 units"
-    assert found[0].coordinates(64) == (
-        ("one", "half", 64, 128, 1024),
-        ("one", "half", 64, 1024, 128),
-        ("two", "half", 64, 128, 1024),
-        ("outer", "half", 128, 1024, 1024),
-    )
+    assert found[0].coordinates(64, CACHE) == {
+        ("one", "half", 64, 128, 1024): False,
+        ("one", "half", 64, 1024, 128): False,
+        ("two", "half", 64, 128, 1024): False,
+        ("outer", "half", 128, 1024, 1024): True,
+    }
+    assert ("one", "half", 64, 128, 128) in found[0].coordinates(64, 50 << 20)  # an H100's: blocks stay in its cache
+    assert found[-1].coordinates(16, CACHE)["one", "tf32", 16, 1024, 64] is False
+    assert found[6].coordinates(128, CACHE)["one", "half", 128, 1024, 1024] is True  # of experts of 1024 units
     assert heights(ENTRIES, found[0]) == [128, 64]
     assert [heights(ENTRIES, p) for p in found[8:24:6]] == [[64, 32], [32, 16], [16]]
 
 
 def test_choices_are_no_wider_than_their_class() -> None:
     for coordinate in found_coordinates():
-        tiles = choices(ENTRIES, coordinate)
+        tiles = choices(ENTRIES, coordinate, large=True)
         assert tiles
+        small = choices(ENTRIES, coordinate, large=False)
+        assert coordinate[0] == "outer" or all(t.m * t.n <= config.MOST for t in small)
         assert all(t.n <= coordinate[3] for t in tiles)
         assert all((t.m <= coordinate[2]) if coordinate[0] == "outer" else t.m == coordinate[2] for t in tiles)
     wide = Tile.parse("128x256x64/8/3")
-    assert [d for d in tuned.WIDTHS if wide in choices(ENTRIES, ("one", "half", 128, 1024, d))] == [1024]
+    coordinate = ("one", "half", 128, 1024, 1024)
+    assert [large for large in (False, True) if wide in choices(ENTRIES, coordinate, large)] == [True]
 
 
 def found_coordinates() -> set[tuned.Key]:
-    return {c for p in problems(["half", "tf32"]) for m in heights(ENTRIES, p) for c in p.coordinates(m)}
+    return {c for p in problems(["half", "tf32"]) for m in heights(ENTRIES, p) for c in p.coordinates(m, CACHE)}
 
 
 # the search
@@ -117,7 +125,9 @@ class Made:
 
 
 def search(runner: Made, seconds: float = 1e9, **options: object) -> Search:
-    return Search(ENTRIES, runner, seconds=seconds, say=lambda line: None, clock=lambda: runner.now, **options)  # type: ignore[arg-type]
+    return Search(
+        ENTRIES, runner, cache=CACHE, seconds=seconds, say=lambda line: None, clock=lambda: runner.now, **options
+    )  # type: ignore[arg-type]
 
 
 def test_the_best_tile_of_each_class_is_chosen() -> None:
@@ -404,6 +414,7 @@ def test_the_command_stores_what_it_finds(
     made = Made({BEST: 10.0}, per_call=0.0)
     monkeypatch.setattr(command, "_no_gpu", lambda device: None)
     monkeypatch.setattr(command, "problems", lambda kinds: [PROBLEM])
+    monkeypatch.setattr(columns, "cache_bytes", lambda device: CACHE)
     monkeypatch.setattr(stopwatch, "GPUStopwatch", lambda device: None)
     monkeypatch.setattr(runner, "DeviceRunner", lambda device, seconds_of: made)
     earlier = Tuned({("tf32", 16): 16}, {("one", "half", 128, 1024, 128): GOOD})

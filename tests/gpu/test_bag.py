@@ -115,9 +115,11 @@ def test_two_runs_are_bit_equal(device: str) -> None:
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
-def test_indices_outside_of_the_table_touch_nothing(device: str) -> None:
+@pytest.mark.parametrize("others", [(-1, 4, 10**6), (2**32 + 1, -(2**32), 2**63 - 1)])
+def test_indices_outside_of_the_table_touch_nothing(others: tuple[int, ...], device: str) -> None:
+    """Not those either that 32 bits would hold as rows of it."""
     values, weight = guarded(random(4, 20).to(device).float()), torch.ones(1, 4, device=device)
-    index = torch.tensor([[2, -1, 4, 10**6]], device=device)
+    index = torch.tensor([[2, *others]], device=device)
     with traps():
         assert torch.equal(weighted_bag.forward(values, index, weight, values.dtype)[0], values[2])
         dvalues, dweight = weighted_bag.backward(values[:1], values, index, weight)

@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.errors import OutOfResources
 
 from sparse_ffn.backends import kept
-from sparse_ffn.backends.triton import config, grouped, hidden, tuned
+from sparse_ffn.backends.triton import columns, combine, config, grouped, hidden, outer, routing, tuned
 from sparse_ffn.backends.triton.tile import Tile
 from sparse_ffn.backends.triton.tuned import Card, Tuned
+from sparse_ffn.ops import Units
+from sparse_ffn.ops.expert_ffn import triton as expert_ffn
 from sparse_ffn.tune import runner as module
-from sparse_ffn.tune.problems import Problem
-from sparse_ffn.tune.runner import DeviceRunner
+from sparse_ffn.tune.problems import DTYPES, Problem, problems
+from sparse_ffn.tune.runner import DeviceRunner, arithmetic
 from sparse_ffn.tune.search import Search
 
 TINY = Problem("fp32", 3, 4, 1, 20, 16, glu=True)
@@ -57,7 +60,7 @@ def test_a_search_over_the_kernels(
         return 1.0 - 0.1 * tiles.count(wide)  # each launch of it saves time
 
     runner = DeviceRunner(torch.device(device), stopwatch)
-    search = Search(ENTRIES, runner, seconds=1e9, kernels=("two",), say=lambda line: None)
+    search = Search(ENTRIES, runner, cache=0, seconds=1e9, kernels=("two",), say=lambda line: None)
     assert search.run([TINY])
     assert search.found.heights == {("fp32", 16): 16}
     assert search.found.tiles == {("two", "fp32", 16, 64, 64): wide}
@@ -104,7 +107,7 @@ def test_a_candidate_that_does_not_compile_ends_nothing(
         monkeypatch.setattr(products, "launch", fails)
     lines: list[str] = []
     runner = DeviceRunner(torch.device(device), lambda call: 1.0)
-    search = Search(ENTRIES, runner, seconds=1e9, kernels=("two",), say=lines.append)
+    search = Search(ENTRIES, runner, cache=0, seconds=1e9, kernels=("two",), say=lines.append)
     assert search.run([TINY])
     assert [line for line in lines if f"16x32x16/4/2: does not run ({type(failure).__name__})" in line]
 
@@ -115,3 +118,29 @@ def small_tables(monkeypatch: pytest.MonkeyPatch, small_blocks: None) -> None:
     monkeypatch.setattr(config, "_fixed", None)
     small = {(kernel, "fp32"): (Tile.parse(tiles[0]),) for kernel, tiles in TILES.items()}
     monkeypatch.setattr(config, "TABLES", dict.fromkeys(config.TABLES, small))
+
+
+@pytest.mark.parametrize("cache", [0, 50 << 20], ids=["no cache", "an H100's"])
+@pytest.mark.parametrize("problem", list(problems(["half", "tf32"])), ids=str)
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_a_step_looks_up_what_tuning_chooses(problem: Problem, cache: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the host's code alone: a class that no step looks up would be decided by noise."""
+    seen: set[tuned.Key] = set()
+
+    class Seen(Tuned):
+        def tile(self, kernel: str, kind: str, m: int, n: int, depth: float) -> None:
+            rows = tuned.size_class(m, tuned.WIDTHS) if kernel == "outer" else m
+            seen.add((kernel, kind, rows, tuned.size_class(n, tuned.WIDTHS), tuned.size_class(depth, tuned.WIDTHS)))
+
+    monkeypatch.setattr(columns, "cache_bytes", lambda device: cache)
+    for products in (combine, grouped, hidden, outer, routing):
+        monkeypatch.setattr(products, "launch", lambda *arguments, **meta: None)
+    (T, D, E, G, K), dtype = (problem.T, problem.D, problem.E, problem.G, problem.K), DTYPES[problem.kind]
+    table = Seen({(problem.kind, tuned.size_class(problem.rows, tuned.ROWS)): 64})
+    with FakeTensorMode(), config.fixed(architecture="sm_90"), config.using(table), arithmetic(problem.kind):
+        x, *stacks = (torch.empty(*shape, dtype=dtype) for shape in ((T, D), *[(E, G, D)] * 3))
+        units = Units(stacks[0], stacks[1], stacks[2] if problem.glu else None, None)
+        gate, index = torch.empty(T, K), torch.empty(T, K, dtype=torch.int64)
+        y, saved = expert_ffn.forward(x, units, index, gate, None, "silu")
+        expert_ffn.backward(y, x, units, gate, None, saved, True, "silu")
+    assert {key for key in seen if key[0] != "pair"} == problem.coordinates(64, cache).keys()

@@ -49,8 +49,8 @@ def map_experts_(model: nn.Module, path: str | os.PathLike[str], *, prefetch: bo
 
     Raises:
         TypeError: an argument of a wrong type.
-        ValueError: the model has no ``MoE``; a stack is not in the file, has another shape or dtype there or tensors that
-            the model has not, is on another device than the CPU and meta, or is neither a plain parameter nor rows of
+        ValueError: the model has no ``MoE``; a stack is not in the file, has another shape or dtype or more tensors
+            there, is on another device than the CPU and meta, or is neither a plain parameter nor rows of
             ``quantize_experts_``: parametrised, pruned by a mask, offloaded, held by accelerate or distributed. Nothing
             was changed then.
         OSError: a file cannot be read.

@@ -19,7 +19,9 @@ from contextlib import suppress
 import torch
 
 from sparse_ffn.backends import cpu, crossovers, kept
-from sparse_ffn.backends.triton import config, tuned
+from sparse_ffn.backends.triton import columns, config, tuned
+from sparse_ffn.backends.triton.tile import Tile
+from sparse_ffn.backends.triton.tuned import Key
 from sparse_ffn.tune import crossings
 from sparse_ffn.tune.problems import KERNELS, KINDS, Problem, choices, heights, problems
 from sparse_ffn.tune.search import Search, merged
@@ -41,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = list(problems(KINDS[name] for name in options.dtype))
     if options.dry_run:
         name = "sm_90" if why else config.architecture(device)
-        return _show(found, name, options.kernels, f"no GPU here, so for {name}" if why else f"for {name}")
+        cache = columns.cache_bytes(torch.device("cpu") if why else options.device)
+        return _show(found, name, options.kernels, cache, f"no GPU here, so for {name}" if why else f"for {name}")
 
     from sparse_ffn.tune.runner import DeviceRunner
     from sparse_ffn.tune.stopwatch import GPUStopwatch
@@ -53,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     search = Search(
         entries,
         DeviceRunner(device, GPUStopwatch(device)),
+        cache=columns.cache_bytes(device),
         seconds=options.seconds,
         kernels=options.kernels,
         say=say,
@@ -185,18 +189,17 @@ def _no_gpu(device: torch.device) -> str | None:
     return None if torch.cuda.is_available() else "torch sees none"
 
 
-def _show(found: list[Problem], name: str, kernels: Sequence[str], where: str) -> int:
-    entries, seen = list(config.launchable(name)), set()
+def _show(found: list[Problem], name: str, kernels: Sequence[str], cache: int, where: str) -> int:
+    entries, seen = list(config.launchable(name)), dict[Key, list[Tile]]()
     print(f"Would check and time ({where}):")
     for problem in found:
         print(f"{problem}, tiles of {' or '.join(map(str, heights(entries, problem)))} rows")
         for m in heights(entries, problem):
-            for coordinate in problem.coordinates(m):
+            for coordinate, large in problem.coordinates(m, cache).items():
                 if coordinate[0] in kernels and coordinate not in seen:
-                    seen.add(coordinate)
-                    tiles = " ".join(map(str, choices(entries, coordinate)))
-                    print(f"  {' '.join(map(str, coordinate))}: {tiles}")
-    print(f"{sum(len(choices(entries, c)) for c in seen)} tiles in {len(seen)} classes")
+                    seen[coordinate] = choices(entries, coordinate, large)
+                    print(f"  {' '.join(map(str, coordinate))}: {' '.join(map(str, seen[coordinate]))}")
+    print(f"{sum(map(len, seen.values()))} tiles in {len(seen)} classes")
     return 0
 
 

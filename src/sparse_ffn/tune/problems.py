@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sparse_ffn.backends.triton import columns
 from sparse_ffn.backends.triton.config import DEEP, MOST
 from sparse_ffn.backends.triton.tile import Tile
 from sparse_ffn.backends.triton.tuned import ROWS, WIDTHS, Key, size_class
@@ -45,12 +46,20 @@ class Problem:
         """Tokens."""
         return max(self.rows * self.E // self.K, 1)
 
-    def coordinates(self, m: int) -> tuple[Key, ...]:
-        """What can be chosen at tiles of m rows: for the units, for the output, for the matrices' gradients."""
+    def coordinates(self, m: int, cache: int) -> dict[Key, bool]:
+        """What a step looks up at tiles of m rows, on a card whose second-level cache holds so many bytes.
+
+        For the units, for the blocks of the output and of the input's gradient, for the matrices' gradients; and
+        whether one of the products of a class may take the tiles of more than ``MOST`` numbers.
+        """
         units, width, rows = (size_class(n, WIDTHS) for n in (self.G, self.D, self.rows))
-        up = ("two" if self.glu else "one", self.kind, m, units, width)
-        down, hidden_gradient = ("one", self.kind, m, width, units), ("two", self.kind, m, units, width)
-        return tuple(dict.fromkeys((up, down, hidden_gradient, ("outer", self.kind, units, width, rows))))
+        found = {("two" if self.glu else "one", self.kind, m, units, width): False}
+        for depth in (self.G, 2 * self.G if self.glu else self.G):
+            block = columns.fitting(cache, DTYPES[self.kind].itemsize, self.T * self.K, self.D, depth, columns.STEP)
+            found["one", self.kind, m, size_class(block, WIDTHS), units] = self.G >= DEEP
+        found.setdefault(("two", self.kind, m, units, width), False)
+        found["outer", self.kind, units, width, rows] = True
+        return found
 
     def __str__(self) -> str:
         form = "GLU" if self.glu else "ReLU-like"
@@ -78,16 +87,19 @@ def heights(entries: Iterable[Entry], problem: Problem) -> list[int]:
     return [m for m in reversed(known) if m <= usual][:2]
 
 
-def choices(entries: Iterable[Entry], coordinate: Key) -> list[Tile]:
-    """The tiles that a class may take: none wider than the class, where a narrower one is there."""
-    kernel, kind, rows, columns, depth = coordinate
+def choices(entries: Iterable[Entry], coordinate: Key, large: bool) -> list[Tile]:
+    """The tiles that a class may take: none wider than the class, where a narrower one is there.
+
+    ``large``: also those of more than ``MOST`` numbers. A step would launch another in their place.
+    """
+    kernel, kind, rows, n_columns, _ = coordinate
     found = [t for k, c, t in entries if (k, c) == (kernel, kind)]
     if kernel == "outer":
         tall = max(rows, min(t.m for t in found))
         found = [t for t in found if t.m <= tall]
     else:
-        found = [t for t in found if t.m == rows and (depth >= DEEP or t.m * t.n <= MOST)]
-    wide = max(columns, min((t.n for t in found), default=0))
+        found = [t for t in found if t.m == rows and (large or t.m * t.n <= MOST)]
+    wide = max(n_columns, min((t.n for t in found), default=0))
     return list(dict.fromkeys(t for t in found if t.n <= wide))
 
 

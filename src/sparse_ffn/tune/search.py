@@ -34,6 +34,7 @@ class Search:
     Args:
         entries: kernel, arithmetic and tile of all that may be launched.
         runner: checks and times.
+        cache: bytes of the card's second-level cache.
         seconds: the budget.
         kernels: which kernels to choose tiles for.
         say: takes lines about what is going on.
@@ -46,6 +47,7 @@ class Search:
         entries: Iterable[Entry],
         runner: Runner,
         *,
+        cache: int,
         seconds: float,
         kernels: Collection[str] = KERNELS,
         say: Callable[[str], None] = print,
@@ -53,7 +55,7 @@ class Search:
         before: Tuned | None = None,
     ) -> None:
         self.entries, self.runner, self.kernels, self.say, self.clock = list(entries), runner, kernels, say, clock
-        self.end = clock() + seconds
+        self.cache, self.end = cache, clock() + seconds
         self.found = Tuned() if before is None else copy.deepcopy(before)
 
     def run(self, problems: Iterable[Problem], keep: Callable[[Tuned], object] = lambda found: None) -> bool:
@@ -85,22 +87,22 @@ class Search:
             seconds = self._try(problem, table, f"tiles of {m} rows")
             if seconds is None:
                 continue
-            for coordinate in self._coordinates(problem, m):
+            for coordinate, large in self._coordinates(problem, m).items():
                 if coordinate not in self.found.decided:
-                    seconds = self._choose(problem, table, coordinate, seconds)
+                    seconds = self._choose(problem, table, coordinate, large, seconds)
             if best is None or seconds < best[0] * (1 - GAIN):
                 best = seconds, m
         if best is not None:
             self.found.heights[key] = best[1]
 
-    def _coordinates(self, problem: Problem, m: int) -> list[Key]:
-        return [c for c in problem.coordinates(m) if c[0] in self.kernels]
+    def _coordinates(self, problem: Problem, m: int) -> dict[Key, bool]:
+        return {c: large for c, large in problem.coordinates(m, self.cache).items() if c[0] in self.kernels}
 
-    def _choose(self, problem: Problem, table: Tuned, coordinate: Key, seconds: float) -> float:
+    def _choose(self, problem: Problem, table: Tuned, coordinate: Key, large: bool, seconds: float) -> float:
         """Enter the best tile of a class into the table and into what was found; the seconds with it."""
         chosen: Tile | None = None
         try:
-            for tile in choices(self.entries, coordinate):
+            for tile in choices(self.entries, coordinate, large):
                 trial = copy.deepcopy(table)
                 trial.tiles[coordinate] = tile
                 found = self._try(problem, trial, f"{' '.join(map(str, coordinate))}: {tile}")

@@ -66,7 +66,8 @@ def named_rows(index: Tensor, n_rows: int, cap: int) -> tuple[Segments, Tensor]:
 def _sort(index: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
     if index.numel() >= 1 << 30 or n_rows >= 1 << 30:
         raise ValueError(f"fewer than 2**30 slots and rows are possible, got {index.numel()} and {n_rows}")
-    return sort_by_expert(index.flatten().to(torch.int32), n_rows)  # 32-bit keys take half the passes of 64
+    index = index.flatten().clamp(-1, n_rows)  # what is in no row must not become one by the cast
+    return sort_by_expert(index.to(torch.int32), n_rows)  # 32-bit keys take half the passes of 64
 
 
 def _cut(order: Tensor, begins: Tensor, ends: Tensor, cap: int) -> Segments:
