@@ -1,4 +1,7 @@
-"""What compress_experts_ costs a byte language model: experts that were trained from the start, and upcycled ones."""
+"""What compress_experts_ costs a byte language model: experts that were trained from the start, and upcycled ones.
+
+Other ways to make the same models smaller stand beside it.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +42,21 @@ def costs(whole: ByteModel, ranks: Sequence[int], n_windows: int) -> dict[int, t
     return found
 
 
+def others(whole: ByteModel, n_windows: int) -> dict[str, float]:
+    """The bits per byte that pruning and quantising cost the same model."""
+    before, stats, found = whole.bits_per_byte(whole.model, n_windows), None, {}
+    for keep in (0.75, 0.5):
+        stats = stats or sf.expert_stats(whole.model, whole.calibration())
+        small = copy.deepcopy(whole.model)
+        sf.prune_experts_(small, stats, keep, replace="mean")
+        found[f"{keep:.0%} of the experts kept"] = whole.bits_per_byte(small, n_windows) - before
+    for bits in (8, 4):
+        small = copy.deepcopy(whole.model)
+        sf.quantize_experts_(small, sf.ExpertQuantization(bits=bits))
+        found[f"{bits} bits"] = whole.bits_per_byte(small, n_windows) - before
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[int, tuple[float, float]]]:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -60,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[int, tuple[float, 
             judged = ""
             if name == "upcycled" and rank == size // 4:
                 judged = f"  {'holds' if more <= BAR else 'misses'} the bar of {BAR:+.2f}"
-            print(f"  rank {rank:3}: {share:6.1%} of the parameters, {more:+.4f}{judged}")
+            print(f"  rank {rank:3}: {share:6.1%} of the parameters, {more:+.4f}{judged}", flush=True)
+        for way, more in others(model, options.windows).items():
+            print(f"  {way}: {more:+.4f}", flush=True)
     return found
 
 

@@ -22,7 +22,7 @@ from sparse_ffn.convert import ConstantInput, LowRankMoEConfig, config, config_f
 from sparse_ffn.convert.budget import Judge
 from sparse_ffn.convert.calibrate import Reservoir
 from sparse_ffn.convert.init.partition import balanced_assignment, balanced_kmeans
-from sparse_ffn.layers.shared_expert import SharedExpertMoE
+from sparse_ffn.layers import LatentMoE, SharedExpertMoE, SwitchHeadAttention
 from sparse_ffn.ops.activations import ACTIVATIONS, activate
 from sparse_ffn.routing.routers import SigmoidRouter
 
@@ -168,6 +168,9 @@ class Own(sf.SigmaMoE):
 def test_what_no_config_can_say_is_an_error() -> None:
     with pytest.raises(TypeError, match="no config is for Own: there are DenseFFNConfig"):
         config_of(Own(6, 4, 3, 2))
+    for ours in (LatentMoE(16, 8, 4, 8, 2), SwitchHeadAttention(16, 2, 4)):
+        with pytest.raises(TypeError, match=f"no config is for {type(ours).__name__}: there are DenseFFNConfig"):
+            config_of(ours)
     with pytest.raises(TypeError, match="layer must be a layer of sparse_ffn, got Linear"):
         config_of(nn.Linear(6, 6))
     layer = sf.SigmaMoE(6, 4, 3, 2)
@@ -542,7 +545,9 @@ class OwnRouter(SigmoidRouter):
 
 def test_the_layer_within_is_named_where_to_dense_gets_what_holds_it() -> None:
     layer = sf.from_dense(nn.Sequential(Mlp(), nn.Dropout(0.1)), OPEN)
-    with pytest.raises(TypeError, match=r"must be a layer of sparse_ffn, got Sequential: give the layer in it, at '0'"):
+    with pytest.raises(
+        TypeError, match=r"must be a SparseFFN or SharedExpertMoE, got Sequential: give the layer in it, at '0'"
+    ):
         sf.to_dense(layer)
     with pytest.raises(TypeError, match=r"got Linear$"):
         sf.to_dense(nn.Linear(3, 3))

@@ -194,3 +194,8 @@ def test_traffic_says_when_not_to_split() -> None:
     one = traffic(few, 100, 1)
     assert one.step == one.fsdp == 0
     assert one.parameters == one.parameters_whole
+
+
+def test_what_no_split_is_for_has_no_traffic() -> None:
+    with pytest.raises(ValueError, match="experts = True, which MemoryParallel does not split"):
+        traffic(sf.ProductKeyMemory(D, 4, 2, experts=True), 10, 2)

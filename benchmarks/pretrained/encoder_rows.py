@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from textwrap import wrap
 
 import torch
 from torch import Tensor, nn
@@ -133,12 +134,16 @@ class Encoding:
         ours, dense = self._embed(model), self.dense
         before, after = (sum(new.flops[i] for new in report.replacements) for i in (0, 1))
         first = [(queries @ documents.t()).argmax(1) for queries, documents in (ours, dense)]
+        same = (first[0] == first[1]).float()
+        ranks, of_dense = reciprocal_ranks(*ours), reciprocal_ranks(*dense)
         both = torch.cat(ours), torch.cat(dense)
         return {
             "FLOPs": after / before,
             "cosine": (both[0] * both[1]).sum(1).mean().item(),
-            "MRR": reciprocal_ranks(*ours).mean().item(),
-            "same first": (first[0] == first[1]).float().mean().item(),
+            "MRR": ranks.mean().item(),
+            "MRR error of the queries": ((ranks - of_dense).std() / len(ranks) ** 0.5).item(),
+            "same first": same.mean().item(),
+            "same first error of the queries": (same.std() / len(same) ** 0.5).item(),
             "largest": (both[0] - both[1]).abs().max().item(),
         }
 
@@ -170,9 +175,20 @@ def table(record: Record, speed: Record | None) -> list[str]:
             )
     largest = record.cells[CASES[0][1].cell(100, 0)]["largest"]
     samples = record.finished(way.cells(share) for share, way in CASES if way.data)
+    ranks, same = (
+        [found for cell in record.cells.values() if (found := cell.get(f"{name} error of the queries"))]
+        for name in ("MRR", "same first")
+    )  # older cells are without
+    text = f"Samples of calibration text: {samples}. Errors in the table are those of this text alone."
+    if ranks:
+        text += f" Over the queries, the difference of a MRR from dense's has one of {min(ranks):.3f} to"
+        text += (
+            f" {max(ranks):.3f}, and a share of the same first has one of {min(same):.1%} to {max(same):.1%} (in the"
+        )
+        text += f" {len(ranks)} cells that tell)."
     return [
         *lines,
         "",
         f"At 100% the largest difference of an embedding's component is {largest:.0e}.",
-        f"Samples of calibration text: {samples}.",
+        *wrap(text, 118),
     ]

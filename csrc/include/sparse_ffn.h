@@ -258,7 +258,8 @@ SPARSE_FFN_API int sparse_ffn_normalised_backward(const sparse_ffn_normalised_ar
  * All selections are exact and in torch.topk's order: NaN first, then by value descending; ties, also among NaNs, go to
  * the lower index. */
 /* Product keys: the K best of the n*n sums scores[t,h,0,i] + scores[t,h,1,j] of each row; index = i*n + j; ties go to the
- * lower position in the K x K list of both halves' best. */
+ * lower position in the K x K list of both halves' best. NaN is found where a half has it, not where an infinite and a
+ * minus infinite score meet. */
 typedef struct sparse_ffn_product_key_topk_args {
   sparse_ffn_tensor scores;            /* [T, H, 2, n] fp32, rows */
   sparse_ffn_tensor index;             /* [T, H, K] int64 */

@@ -61,8 +61,8 @@ def compress_experts_(model: nn.Module, rank: int, *, iterations: int = 8) -> Co
     and the base becomes their mean, until it stays. What is left of an expert's keys, gate keys and values becomes the
     product of two matrices of the rank, by its singular values; its key_bias stays as it is. The router is the old one.
 
-    Experts that were trained from the start have little in common, and then this loses more than other ways to make a
-    model smaller (see the documentation): it is for experts that began as copies, ``init="upcycle"``.
+    Experts that were trained from the start have less in common: it is for those that began as copies,
+    ``init="upcycle"``. The documentation has what it costs, beside pruning and quantising.
 
     Args:
         model: any module that holds ``MoE`` layers; hooks on these and ties between the parameters of several are lost,

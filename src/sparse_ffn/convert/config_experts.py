@@ -14,7 +14,7 @@ from sparse_ffn.layers.shared_expert import SharedExpertMoE
 from sparse_ffn.routing import ROUTERS
 
 EXPERT_SIZES = (16, 128)
-"""The least and the largest size of an expert that is chosen when the config gives none. The paper's best is 128."""
+"""The least and the largest size of an expert that is chosen when the config gives none. The paper's have 128."""
 
 OFF = 0.1
 """How far, of itself, the active share may be off for a larger size of that choice."""

@@ -10,7 +10,7 @@ from torch import nn
 from sparse_ffn.convert.config import CONFIGS, FFNConfig
 from sparse_ffn.convert.config_base import Converted
 from sparse_ffn.convert.config_experts import ExpertsConfig
-from sparse_ffn.layers import SparseFFN
+from sparse_ffn.layers import LatentMoE, SparseFFN, SwitchHeadAttention
 from sparse_ffn.layers.routed import Routed
 from sparse_ffn.layers.shared_expert import SharedExpertMoE
 from sparse_ffn.routing import ROUTERS, Router
@@ -29,7 +29,7 @@ def config_of(layer: Converted) -> FFNConfig:
     """
     if isinstance(layer, SharedExpertMoE):
         return _beside_shared(layer)
-    if not isinstance(layer, SparseFFN):
+    if not isinstance(layer, (SparseFFN, LatentMoE, SwitchHeadAttention)):
         raise TypeError(f"layer must be a layer of sparse_ffn, got {type(layer).__name__}")
     kind: Any = next((kind for kind in CONFIGS if kind.layer is _own_class(layer)), None)
     if kind is None:

@@ -46,7 +46,7 @@ def to_dense(layer: Converted) -> DenseFFN:
         modules = layer.named_modules() if isinstance(layer, nn.Module) else ()
         inside = [name for name, module in modules if isinstance(module, SparseFFN)]
         hint = f": give the layer in it, at {', '.join(map(repr, inside))}" if inside else ""
-        raise TypeError(f"layer must be a layer of sparse_ffn, got {type(layer).__name__}{hint}")
+        raise TypeError(f"layer must be a SparseFFN or SharedExpertMoE, got {type(layer).__name__}{hint}")
     if isinstance(layer, MoE):
         weights = _experts(layer)
     elif isinstance(layer, ProductKeyMemory):

@@ -114,8 +114,8 @@ class SBaseMoE(MoE):
 class NoisyTopKMoE(MoE):
     """Sparsely-gated MoE: noise on the logits in training, softmax over the selected (1701.06538; Eq. 13-14).
 
-    Arguments: ``MoE``'s. One more parameter, ``router.noise_weight`` [E, d_model], which starts at zero. At k = 1 a
-    gate is always 1 and ``"cv2"`` has no gradient: take k >= 2 or another balance loss.
+    Arguments: ``MoE``'s. One more parameter, ``router.noise_weight`` [E + null_experts, d_router], which starts at
+    zero. At k = 1 a gate is always 1 and ``"cv2"`` has no gradient: take k >= 2 or another balance loss.
     """
 
     def __init__(

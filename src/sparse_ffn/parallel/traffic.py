@@ -55,9 +55,11 @@ def traffic(
 
     Raises:
         TypeError: another layer, or sizes that are no ints.
-        ValueError: no process, or fewer than no tokens.
+        ValueError: no process, fewer than no tokens, or a memory that ``MemoryParallel`` does not split.
     """
     check_type("layer", layer, (MoE, ProductKeyMemory), "a sparse_ffn.MoE or ProductKeyMemory")
+    if isinstance(layer, ProductKeyMemory) and layer.experts:
+        raise ValueError("layer has experts = True, which MemoryParallel does not split")
     tokens, ranks = check_count("tokens", tokens), check_positive("ranks", ranks)
     ranks_per_node = check_positive("ranks_per_node", ranks_per_node)
     check_dtype(dtype)

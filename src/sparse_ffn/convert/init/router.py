@@ -61,7 +61,7 @@ def fit_ranking(ffn: FFNWeights, n_experts: int, k: int, inputs: Tensor) -> Tens
 def _regression(
     ffn: FFNWeights, n_experts: int, inputs: Tensor, loss: Callable[[Tensor], Tensor], n_steps: int = 20
 ) -> Tensor:
-    """Weights whose logits have the least loss. Few steps of L-BFGS do better than many on tokens not seen."""
+    """Weights whose logits have a small loss, by a few steps of L-BFGS."""
     x_TD = wide(inputs.to(ffn.keys))
     scale = x_TD.square().mean().sqrt().clamp_min(1e-12)
     x_TD = x_TD / scale
