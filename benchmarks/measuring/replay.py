@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import torch
 
@@ -70,8 +71,18 @@ def captured(run: Run) -> Run | None:
             run.call()
     except RuntimeError:  # a library that waits in a way of its own; or there is no memory for the graph
         torch.cuda.synchronize()
+        _end_capturing()
         return None
     return Run(lambda: None, graph.replay)
+
+
+def _end_capturing() -> None:
+    """Capture nothing: a capture that failed leaves torch's random numbers in its mode, one that ends takes them out.
+
+    By torch's source; no card has shown it.
+    """
+    with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.current_stream()):
+        pass
 
 
 def host_seconds(run: Run, samples: int = SAMPLES) -> Quartiles:
