@@ -463,6 +463,14 @@ def test_equal_loads_do_not_move():
     assert biases(layer) == pytest.approx([-RATE, 0, 0, RATE])
 
 
+@pytest.mark.parametrize("load", [2**24 - 1, 1_234_567, 2**40 + 1])
+def test_equal_loads_that_fp32_does_not_add_up_do_not_move(load):
+    layer = sf.MoE(4, 15, 4, 2, balance="bias")
+    layer.router.load.fill_(load)
+    sf.update_router_bias(layer)
+    assert not layer.router.bias.any()
+
+
 def test_a_mean_that_is_no_integer():
     layer = biased()
     layer(likes(0, 0, 1, 2, 3))  # loads 2, 1, 1, 1 around 1.25
@@ -705,6 +713,22 @@ def test_a_layer_shared_by_several_blocks_injects_for_each_call():
     layer.zero_grad()
     (layer(x).sum() + layer(z).sum()).backward()
     torch.testing.assert_close(layer.router.weight.grad, separate[0] + separate[1])
+
+
+def test_an_injected_loss_has_weight_1_whatever_scales_the_main_one():
+    """A GradScaler divides it too; of parts that are accumulated each adds the whole of its own."""
+    layer, x, z = selector("z", aux="inject", router="unweighted"), normal(4, E), normal(4, E, seed=1)
+
+    def gradient(loss):
+        layer.zero_grad()
+        loss().backward()
+        return layer.router.weight.grad.clone()
+
+    whole = gradient(lambda: layer(x).sum())  # an unweighted router learns from its balance loss alone
+    assert whole.any()
+    assert torch.equal(gradient(lambda: 1024 * layer(x).sum()), whole)  # so that what is divided is a 1024th
+    other = gradient(lambda: layer(z).sum())
+    torch.testing.assert_close(gradient(lambda: (layer(x).sum() + layer(z).sum()) / 2), whole + other)
 
 
 # ------------------------------------------------------------------------------------------------ routing_stats

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import sparse_ffn as sf
 
@@ -141,6 +142,22 @@ def test_hooks_on_the_query_run(on_backend: str) -> None:
     plain = layer(x)
     layer.query.register_forward_hook(lambda module, args, y: 2 * y)
     torch.testing.assert_close(layer(x), 2 * plain)  # scores and so ReLU's weights double
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_hooks_that_change_nothing_change_no_selection(dtype: torch.dtype, on_backend: str) -> None:
+    """FlopCounterMode's, a profiler's: the query is still computed in fp32 at least."""
+    layer = sf.ProductKeyMemory(64, 32, 16, n_heads=2, query_dim=64, query_norm="layer", dtype=dtype)
+    exact, x = sf.ProductKeyMemory(64, 32, 16, n_heads=2, query_dim=64, query_norm="layer"), torch.randn(200, 64)
+    exact.load_state_dict({name: value.float() for name, value in layer.state_dict().items()})
+    x = x.to(dtype)
+    expected = exact(x.float())
+    before = (layer(x).float() - expected).norm()
+    with FlopCounterMode(display=False):
+        counted = layer(x)
+    layer.query.register_forward_hook(lambda module, args, y: None)
+    for y in (counted, layer(x)):
+        assert (y.float() - expected).norm() < 2 * before
 
 
 # -------------------------------------------------------------------------- what a transform of torch.func cannot do

@@ -13,7 +13,7 @@ from sparse_ffn import ops
 from sparse_ffn.checks import check_choice, check_finite, check_flag, check_places, check_positive, is_dtensor
 from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.layers.data_parallel import check_no_ddp
-from sparse_ffn.layers.projection import Projection
+from sparse_ffn.layers.projection import Projection, Query
 from sparse_ffn.module import is_plain, unwrapped
 from sparse_ffn.ops.activations import ACTIVATIONS, activate
 from sparse_ffn.ops.autocast import autocast_dtype, without_autocast
@@ -118,7 +118,7 @@ class ProductKeyMemory(SparseFFN):
         self._activations = (*ACTIVATIONS, *(() if self.experts else ("softmax",)))
         self.sub_keys = self._parameter(2, self.n_heads, self.n_sub_keys, width // 2)
         query = (self.d_model, self.n_heads * width, self.init_scale)
-        self.query = None if query_dim is None else Projection(*query, bias=query_bias, **self._factory)
+        self.query = None if query_dim is None else Query(*query, bias=query_bias, **self._factory)
         self.norm_weight = self._parameter(width // 2) if norm_affine else None
         self.norm_bias = self._parameter(width // 2) if norm_affine and query_norm == "layer" else None
         self.keys = self._parameter(self.d_ff, self.d_model) if self.experts else None
@@ -222,17 +222,15 @@ class ProductKeyMemory(SparseFFN):
                 query_TSC = self._affine(ops.normalise(rearrange(x, "t (s c) -> t s c", s=2), self.query_norm))
                 score_STM = ops.wide_product(query_TSC.transpose(0, 1), self.sub_keys.flatten(1, 2))
                 return rearrange(score_STM, "s t (h n) -> t h s n", h=self.n_heads)
-            plain = type(self.query) is Projection and is_plain(self.query)
+            own = isinstance(self.query, Query)
+            plain = type(self.query) is Query and is_plain(self.query)
             if plain:
                 check_places(x, (self.query.weight, self.query.bias))
                 self._check_query(self.query)
             if plain and self.query.bias is None:
                 query_TBC = ops.normalised_product(x, self.query.weight, 2 * self.n_heads, self.query_norm)
-            else:
-                if plain:
-                    query_TM = ops.wide_product(x.unsqueeze(0), self.query.weight.unsqueeze(0))[0] + self.query.bias
-                else:  # quantised, pruned, parametrised, with LoRA: whatever it is now, it computes the query
-                    query_TM = self.query(x.to(self.values.dtype))
+            else:  # with hooks, quantised, pruned, parametrised, with LoRA: whatever it is now, it computes the query
+                query_TM = self.query(x if own else x.to(self.values.dtype))
                 if query_TM.shape[1:] != (self.n_heads * self._width,):
                     raise ValueError(
                         f"query must give [tokens, {self.n_heads * self._width}], got {list(query_TM.shape)}"
@@ -259,7 +257,7 @@ class ProductKeyMemory(SparseFFN):
         return self.d_model if self.query_dim is None else self.query_dim
 
     def _tensors(self) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
-        query = self.query if type(self.query) is Projection else None  # others may store it packed
+        query = self.query if type(self.query) is Query else None  # others may store it packed
         rows, half = self.n_heads * self._width, (self._width // 2,)
         return {
             "sub_keys": (self.sub_keys, (2, self.n_heads, self.n_sub_keys, *half)),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sparse_ffn import ops
 from sparse_ffn.module import normal_
 
 
@@ -29,3 +31,14 @@ class Projection(nn.Linear):
         normal_(self.weight, self.init_scale / math.sqrt(self.in_features))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+
+class Query(Projection):
+    """A projection that multiplies in fp32 at least and gives that: what is ranked by it is not rounded to 16 bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_in] to [..., d_out]."""
+        if is_traceable_wrapper_subclass(self.weight):  # quantised or distributed: it has products of its own
+            return super().forward(x)
+        y = ops.wide_product(x.reshape(1, -1, x.shape[-1]), self.weight.unsqueeze(0))[0].view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias

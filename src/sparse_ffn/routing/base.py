@@ -277,10 +277,10 @@ class Router(CheckedOptions, nn.Module):
     def adapt(self, load: Tensor, rate: float, targets: Targets | None) -> None:
         """What ``sparse_ffn.update_router_bias`` does with this router, by the load since it was last called."""
         assert self.bias is not None
-        load = load.to(self.bias.dtype)
-        if targets is None:
-            self.bias.add_(torch.sign(load.mean() - load), alpha=rate)
+        if targets is None:  # in integers: a mean would be rounded
+            self.bias.add_(torch.sign(load.sum() - len(load) * load), alpha=rate)
             return
+        load = load.to(self.bias.dtype)
         wished = load.mean() * targets.times_experts(load)
         targets.own(self.bias).add_(targets.own(torch.sign(wished - load)), alpha=rate)
 

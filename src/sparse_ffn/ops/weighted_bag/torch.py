@@ -1,4 +1,7 @@
-"""Weighted bag by torch's embedding bag, or by one matrix product where the table is small."""
+"""Weighted bag by torch's embedding bag, or on a CPU by one matrix product where the table is small.
+
+On a GPU the product's matrix would be made by float atomics, since a bag may name a row several times.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,8 @@ def backward_rows(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -
 
 
 def _dense(values: Tensor, index: Tensor) -> bool:
-    return values.shape[0] <= DENSE_UP_TO * index.shape[1] or index.numel() == 0 or values.shape[1] == 0
+    small = values.device.type == "cpu" and values.shape[0] <= DENSE_UP_TO * index.shape[1]
+    return small or index.numel() == 0 or values.shape[1] == 0
 
 
 def _flat(values: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
