@@ -255,6 +255,23 @@ def test_what_equal_experts_do_not_need_learns_all_the_same(glu: bool) -> None:
         assert getattr(small, f"{name}_down").isfinite().all()
 
 
+def test_what_a_low_rank_layer_would_not_do_is_refused() -> None:
+    class Doubled(sf.SigmaMoE):
+        def forward(self, x: Tensor, **options: Tensor) -> Tensor:
+            return 2 * super().forward(x, **options)
+
+    wrapped = sf.SigmaMoE(D, E, G, K)
+    wrapped.router = nn.Sequential(wrapped.router)
+    for layer, message in (
+        (Doubled(D, E, G, K), "model's layer 0 is a Doubled, whose own forward would be lost"),
+        (wrapped, "the router of 0 is a Sequential: compress before it is wrapped"),
+    ):
+        model = nn.Sequential(layer)
+        with pytest.raises(ValueError, match=message):
+            compress_experts_(model, R)
+        assert model[0] is layer
+
+
 def test_masked_and_parametrised_experts_are_refused() -> None:
     """Their stacks are computed, and may be a step old."""
     for change in (

@@ -24,7 +24,7 @@ def polynomial_units_(layer: UnitsFFN, a: float, b: float, c: float = 0.0) -> No
     The layer's activation becomes ``"square"``: a·z² + b·z + c = a (z + b/2a)² + c - b²/4a. So b/2a is added to
     ``key_bias``, ``values`` are multiplied by a, and the constant, times the sum of the values, goes to ``out_bias``.
     That is where a layer computes all units; in another one the constant must be 0, which c = b²/4a makes it. Training
-    the layer then trains its coefficients, unit by unit.
+    the layer then trains its coefficients, unit by unit. Parameters that are tied to another layer's change there too.
 
     Args:
         layer: a ``DenseFFN``, ``TopKFFN`` or mixture with biases and without a GLU.

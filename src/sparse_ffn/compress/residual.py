@@ -16,6 +16,7 @@ from sparse_ffn.layers.low_rank import LowRankMoE
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.rows.base import check_dense
 from sparse_ffn.module import fork_random
+from sparse_ffn.routing.base import Router
 
 # E experts, G units of each, C numbers of a unit, D d_model, O d_out, R rank
 
@@ -77,8 +78,8 @@ def compress_experts_(model: nn.Module, rank: int, *, iterations: int = 8) -> Co
     Raises:
         TypeError: an argument of a wrong type.
         ValueError: no ``MoE`` in the model, or the model itself is one; a rank that is too large for one of them;
-            stored rows, experts on meta or not finite, or a layer that ``sparse_ffn.parallel`` has split. Nothing has
-            been changed then.
+            stored rows, experts on meta, not finite, masked or parametrised, a wrapped router, a subclass with a
+            forward of its own, or a layer that ``sparse_ffn.parallel`` has split. Nothing has been changed then.
     """
     check_module("model", model)
     check_positive("rank", rank)
@@ -96,6 +97,10 @@ def compress_experts_(model: nn.Module, rank: int, *, iterations: int = 8) -> Co
     for path, _, attribute, layer in places:
         name = f"{path}.{attribute}" if path else attribute
         check_dense(layer)
+        if type(layer).forward is not MoE.forward or type(layer)._forward is not MoE._forward:
+            raise ValueError(f"model's layer {name} is a {type(layer).__name__}, whose own forward would be lost")
+        if not isinstance(layer.router, Router):
+            raise ValueError(f"the router of {name} is a {type(layer.router).__name__}: compress before it is wrapped")
         if layer._split is not None:
             raise ValueError(f"model's layer {name} is split by sparse_ffn.parallel: compress before")
         D, O, G = layer.d_model, layer.d_out, layer.expert_size

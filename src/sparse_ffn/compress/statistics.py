@@ -94,7 +94,7 @@ def expert_stats(
     Args:
         model: its ``MoE`` layers are measured, and its modules of transformers' experts, which are known by their
             forward(hidden_states, top_k_index, top_k_weights). It runs in evaluation mode, and its modes are as before
-            afterwards.
+            afterwards; a balance loss that waits for its backward pass is forgotten.
         batches: as ``calibrate``'s. Tokens that a mapping's ``attention_mask`` marks as padding are left out, or those
             that the model gives its layer as ``mask``.
         filter_fn: as ``sparsify_``'s: only these layers.

@@ -14,7 +14,7 @@ from sparse_ffn.layers.rows.base import ExpertRows, rows_ffn
 from sparse_ffn.layers.rows.copies import Copies, StreamedCopies
 from sparse_ffn.layers.rows.lru import LRU
 from sparse_ffn.layers.rows.quantized import QuantizedRows
-from sparse_ffn.ops import Codes, Units
+from sparse_ffn.ops import Codes, Units, under_transforms
 
 Stack = Tensor | Codes
 FFN = Callable[[dict[str, Any], Tensor, Tensor], Tensor]
@@ -206,9 +206,13 @@ class OffloadedRows(ExpertRows):
             operands: what else it computes with, to which there are no gradients.
 
         Raises:
-            RuntimeError: the layer is in training.
+            RuntimeError: the layer is in training, or inside a transform of torch.func.
         """
         self.check_mode()
+        if under_transforms():
+            raise RuntimeError(
+                "offloaded experts do not work inside torch.func's transforms: dequantize_experts_ first"
+            )
         compute = functools.partial(self.cache.compute, index, ffn)
         y: Tensor = _WithoutGradient.apply(compute, *operands)  # type: ignore[no-untyped-call]
         return y

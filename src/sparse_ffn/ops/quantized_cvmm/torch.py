@@ -29,7 +29,8 @@ def forward(x: Tensor, codes: Codes, slots: Slots, down: bool, n_out: int) -> Te
     if reduction is not None:
         void = expert.index_select(0, order) == n_experts
         y_SL *= reduction.index_select(0, order).to(y_SL.dtype).masked_fill(void, 0).unsqueeze(1)
-    return unsort(y_SL, order) if scatter is None else add_rows(n_out, scatter.index_select(0, order), y_SL)
+    y_SL = unsort(y_SL, order)  # a token's slots are added as they come, whatever the experts are called
+    return y_SL if scatter is None else add_rows(n_out, scatter, y_SL)
 
 
 def backward(grad: Tensor, x: Tensor, codes: Codes, slots: Slots, down: bool) -> Gradients:
