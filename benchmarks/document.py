@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import machine, targets
+from benchmarks import targets
 from benchmarks.measuring.report import markdown
 from benchmarks.pages import comparison, gpu_page, machines
 from benchmarks.pages.machines import PUBLISHED, Machine
@@ -44,8 +44,10 @@ PEERS = """\
 ## Against other implementations
 
 How many times longer their training step takes, the least and the most over the shapes above (on GPUs of libraries that
-tune themselves at every shape: over the first shape, in bf16). The experts of transformers are gated (SiLU), the others
-use ReLU. `python -m benchmarks.rows --contenders` says what each of them is.
+tune themselves at every shape: over the first shape, in bf16, with a tenth of the time that they give each trial, and
+Liger's without its trials). Where some shapes were not timed, the count says of how many it is; the rows say why. The
+experts of transformers are gated (SiLU), the others use ReLU. `python -m benchmarks.rows --contenders` says what each
+of them is.
 """
 TOPK = """\
 ## TopKFFN
@@ -71,11 +73,17 @@ METHOD = """\
 - **Checked first.** Output and all gradients of each contender are compared with the reference in float64 at the same
   weights. A contender that is wrong is reported and not timed. Inputs whose selection is a near-tie are drawn again.
   In bf16 a `TopKFFN` or a memory may select other units than float64 does: there a copy in fp32 is compared so, and of
-  the layer as it is timed the output alone, widely (70%).
+  the layer as it is timed the output alone, widely (70%). st-moe-pytorch is compared in fp32, on 64 tokens for which it
+  has room; transformers' batched_mm on 64 tokens.
 - **Routing.** Routers are as they are initialised and inputs are random, so that loads are nearly even. Trained routers
   load some experts more.
 - **In turns.** Contenders take turns in random order. Each ratio is taken within a round, and its median is shown. What
-  takes long has few rounds: of the dense FFN of equal parameters it is often one.
+  takes long has few rounds. What takes longer than its share of the time, as the dense FFN of equal parameters often
+  does, is called once, before the rounds, and its ratio is to our call of the first round: such a ratio is not paired.
+- **Warm.** A call of less than 2 ms is repeated, after one that is not timed: weights that fit are read from caches. In
+  a model other layers may have taken their place.
+  [Steps and their floors](benchmarks-targets.md#steps-and-their-floors) has some of the shapes with cold caches, where
+  few tokens take several times as long and the ratios are others.
 - **Training step** is forward and backward, with the balance loss and fresh gradients of all parameters. **Forward** is
   evaluation without gradients.
 - A contender that fails, is wrong, or needs more than half of the free memory is named as such and never left out.
@@ -115,7 +123,8 @@ Milliseconds of a step of the CPU core, router and balance loss included. The fl
 the rate of `torch.mm` in the same process, in fp32 or the layer's dtype, whichever is faster. Beyond the floor a step
 packs gathered rows and weights, adds up a token's experts, computes the last tile of each expert, and waits for memory.
 Decoding reads weights most of the time. Where the rate of reading was measured, it stands beside that of `torch.sum`
-over as many bytes, and the floor is the longer of both; where not, the floor says little.
+over as many bytes, and the floor is the longer of both; where not, the floor says little. Of one token both rates are
+those of short, cold calls: a step may be below such a floor.
 `python -m benchmarks.rows --part passes` prints every pass of every step.
 """
 FEW = (10,)  # percent of the units of a TopKFFN
@@ -134,7 +143,7 @@ def _sections(found: Sequence[Machine]) -> Iterator[str]:
     if not found:
         return
     said = comparison.instructions(found)
-    busy = "".join(f"\n{BUSY.format(m.title)}" for m in found if machine.was_busy(m.facts))
+    busy = "".join(f"\n{BUSY.format(m.title)}" for m in found if m.busy)
     facts = markdown(comparison.facts(found)).replace("---:", "---")  # words, to the left
     yield f"## The machines\n\n{facts}\n{busy}"
     yield f"{REPLACED}\n{said}\n\n{markdown(comparison.replaced(found))}\n"

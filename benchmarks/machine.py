@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
 import time
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -29,13 +31,35 @@ def describe(device: torch.device) -> dict[str, str]:
         "16-bit instructions": ", ".join(filter(supported, ("avx512_bf16", "amx_tile"))) or "none",
         "CPU core": cpu.PROBLEM or cpu.instruction_set(),
         "backend": info.chosen(device),
+        "sparse-ffn": f"{info.version('sparse-ffn')}, commit {commit(*TIMED)}",
         OTHERS: used_by_others(),
     }
+    found = {name: info.version(name) for name in PEERS}
+    facts["peers"] = ", ".join(f"{name} {version}" for name, version in found.items() if version != "not installed")
     if device.type == "cuda":
         facts["GPU"] = torch.cuda.get_device_name(device)
         facts["CUDA"] = str(torch.version.cuda)
-        facts["peers"] = gpu_peers.versions()
+        facts["peers"] = ", ".join(filter(None, (facts["peers"], gpu_peers.versions())))
     return facts
+
+
+PEERS = ("transformers", "st-moe-pytorch", "PEER-pytorch", "product-key-memory")
+TIMED = ("src", "csrc", "benchmarks/contenders", "benchmarks/measuring")
+ROOT = Path(__file__).parents[1]
+
+
+@cache
+def commit(*paths: str) -> str:
+    """Of this checkout, "-dirty" if a file below these paths differs from it; "unknown" without git."""
+
+    def git(*arguments: str) -> str:
+        try:
+            return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""
+
+    changed = git("status", "--porcelain", "--", *paths)
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def has_amx(facts: Mapping[str, str]) -> bool:

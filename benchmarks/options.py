@@ -54,7 +54,10 @@ def collect(
     torch.manual_seed(0)
     rows: list[Row] = []
     if options.resume and options.json and options.json.is_file():
-        rows += Report.load(options.json).rows
+        before = Report.load(options.json)
+        if other := [name for name in ("processor", "GPU", "torch") if before.machine.get(name) != facts.get(name)]:
+            raise SystemExit(f"--resume: {options.json} is of another {', '.join(other)}: give another file")
+        rows += before.rows
     done = {(row.group, row.shape, row.dtype) for row in rows}
     names = {"all", "none"}
     if options.device.type == "cuda":

@@ -218,9 +218,10 @@ def dense(shape: MoEShape, *, glu: bool, card: Card = H100) -> Step:
     T, D, F, n = shape.T, shape.D, shape.G * shape.k, 2 if glu else 1
     product, x, units, matrix = 2 * T * D * F, SIZE * T * D, SIZE * T * F, SIZE * D * F
     of_x = Kernel("dx", n * product, n * units + x + n * matrix)
-    forward = [Kernel("up", n * product, x + n * matrix + n * units), Kernel("down", product, units + matrix + x)]
+    written = 3 * units if glu else units  # a GLU keeps what it multiplies, beside the units
+    forward = [Kernel("up", n * product, x + n * matrix + written), Kernel("down", product, units + matrix + x)]
     backward = [
-        Kernel("gradient of the units", product, x + matrix + units),
+        Kernel("gradient of the units", product, x + matrix + 2 * n * units),
         Kernel("dvalues", product, units + x + matrix),
         *(of_x, replace(of_x, name="dkeys")),
     ]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
 from functools import cache
 from pathlib import Path
+
+from benchmarks import machine
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("src/sparse_ffn", "csrc", "examples/language_model")
@@ -23,15 +24,6 @@ def source() -> str:
     return found.hexdigest()[:12]
 
 
-@cache
 def commit() -> str:
     """The commit, "-dirty" if a file of the source differs from it."""
-    changed = _git("status", "--porcelain", "--", *PARTS, *(f"studies/{name}" for name in OWN))
-    return (_git("rev-parse", "--short=12", "HEAD") or "unknown") + ("-dirty" if changed else "")
-
-
-def _git(*arguments: str) -> str:
-    try:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
+    return machine.commit(*PARTS, *(f"studies/{name}" for name in OWN))

@@ -76,11 +76,9 @@ def whole(layer: nn.Module, world: int) -> dict[str, Tensor]:
 
 def worst(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Largest error relative to the largest number."""
-    assert actual.keys() == expected.keys()
-    return max(
-        ((actual[name] - e).abs().max() / e.abs().max().clamp_min(1e-6)).item() if e.numel() else 0.0
-        for name, e in expected.items()
-    )
+    assert {n: t.shape for n, t in actual.items()} == {n: t.shape for n, t in expected.items()}
+    errors = [(actual[n] - e).abs().max() / e.abs().max().clamp_min(1e-6) for n, e in expected.items() if e.numel()]
+    return torch.stack(errors).max().item()  # NaN if any is
 
 
 def error(rank: int, world: int, alone: nn.Module, layer: nn.Module, counts: tuple[int, ...]) -> float:

@@ -45,7 +45,8 @@ class BagMemory(nn.Module):
         if self.query is None:
             score_THSN = torch.einsum("tsc,shnc->thsn", rearrange(x, "t (s c) -> t s c", s=2), self.sub_keys)
         else:
-            query_THSC = rearrange(self.query(x), "t (h s c) -> t h s c", h=n_heads, s=2)
+            query = F.linear(x, self.query.weight)  # torch's product, not ours
+            query_THSC = rearrange(query, "t (h s c) -> t h s c", h=n_heads, s=2)
             query_THSC = F.layer_norm(query_THSC, query_THSC.shape[-1:])
             score_THSN = torch.einsum("thsc,shnc->thsn", query_THSC, self.sub_keys)
         best, place = score_THSN.topk(self.k, dim=-1)

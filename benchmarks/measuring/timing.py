@@ -107,7 +107,7 @@ def race(
     Args:
         runs: the contenders by name.
         seconds: about how long the whole may take. A slow contender takes part in fewer rounds; of one whose first call
-            takes more than its share, that call counts.
+            takes more than its share, that call counts, as if it were of the first round.
         lead: contenders that get half of the time for themselves and take part in every round: those whose ratio
             matters most, and whom all others are compared with.
         first: seconds that a first call took, for contenders that had one already.

@@ -16,13 +16,14 @@ COMPUTE, PARAMETERS = "dense, equal compute", "dense, equal parameters"
 KEPT = ("sparse-ffn", COMPUTE, PARAMETERS, "per-expert loop", "torch grouped_mm")
 LEAST = 256  # tokens from which a shape is a training step, not a few tokens that are decoded
 FACTS = ("processor", "cores", "16-bit instructions", "CPU core", "torch", OTHERS)
+OPTIONAL = ("load average before the run", "sparse-ffn", "peers", "provenance")
 MEMORIES = {"pkm": "ProductKeyMemory: ", "pkm-query": "ProductKeyMemory with a query: "}
 
 
 def facts(machines: Sequence[Machine]) -> Table:
     """What the machines are, one a column."""
-    names = [*FACTS, "provenance"] if any("provenance" in m.facts for m in machines) else FACTS
-    return ("", *titles(machines)), [[name, *(m.facts.get(name, "not recorded") for m in machines)] for name in names]
+    asked = (*FACTS, *(name for name in OPTIONAL if any(name in m.facts for m in machines)))
+    return ("", *titles(machines)), [[name, *(m.facts.get(name, "not recorded") for m in machines)] for name in asked]
 
 
 def titles(machines: Sequence[Machine]) -> list[str]:
@@ -139,14 +140,15 @@ def _times_faster(of_dtype: Mapping[str, Row], dtype: str) -> str:
     row = of_dtype.get(dtype)
     if row is None or (ours := row.results[0].seconds) is None:
         return "-"
-    exact = [] if dtype == "fp32" or "fp32" not in of_dtype else of_dtype["fp32"].results
+    exact = None if dtype == "fp32" else of_dtype.get("fp32")
     factors = []
     for name in (PARAMETERS, COMPUTE):
         own = relative(row, name)
         if own is None:
             return "-"
-        in_fp32 = [r.seconds.median / ours.median for r in exact if r.name == name and r.seconds]
-        factors.append(min(1 / own, *in_fp32) if in_fp32 else 1 / own)
+        factors.append(1 / own)
+        if exact and (in_fp32 := relative(exact, name)) and exact.results[0].seconds:  # each ratio is of a round
+            factors[-1] = min(1 / own, exact.results[0].seconds.median / in_fp32 / ours.median)
     return f"{digits(ours.median * 1e3)} ms, {' / '.join(f'{factor:.1f}×' for factor in factors)}"
 
 
@@ -222,7 +224,8 @@ def _span(results: Sequence[Result]) -> str:
     if not times:
         return results[0].status if results else "-"
     low, high = (f"{factor:.1f}" if factor < 10 else f"{factor:.0f}" for factor in (min(times), max(times)))
-    return low if low == high else f"{low} – {high}"
+    few = "" if len(times) == len(results) else f" ({len(times)} of {len(results)})"
+    return (low if low == high else f"{low} – {high}") + few
 
 
 def _millions(row: Row, name: str) -> str:

@@ -37,10 +37,10 @@ host until a call returns:
 PREDICTED = """\
 ## Predicted for a GPU, not measured
 
-The table says what the peak rates of an H100 allow in bf16 (`benchmarks/predict.py`). Each kernel takes its operations
+The table says what rates near an H100's best allow in bf16 (`benchmarks/predict.py`). Each kernel takes its operations
 at {compute:.0%} of {operations:.0f} TF/s or its bytes at {stream:.0%} of {memory:.1f} TB/s, whichever is longer, and
 {launch:.0f} µs. For another library's kernels, tuned for this card (Liger-Kernel, pull request 1294), the same model
-predicts the forward rate that is reported there, and 1.2 times that of both passes. So these are bounds rather than
+predicts the forward rate that is reported there, and 1.2 times that of both passes. So these are hopes rather than
 forecasts. "Of dense" is the rate of both passes over that of the dense FFN of equal arithmetic, predicted likewise. "In
 cache" is what it would be if rows that are gathered or handed from kernel to kernel never left the second-level cache.
 "Whole layer" counts the router, too, and the blocks of columns that this card gets, which stay in its cache, and reads

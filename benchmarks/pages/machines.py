@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import passes
+from benchmarks.machine import was_busy
 from benchmarks.measuring.records import Report, Row
 
 PUBLISHED = Path(__file__).parents[1] / "results"
@@ -32,6 +33,11 @@ class Machine:
     def facts(self) -> Mapping[str, str]:
         """What ``machine.describe`` said before the first of its runs."""
         return next(iter(self.reports.values())).machine
+
+    @property
+    def busy(self) -> bool:
+        """Whether other programs used more than half a processor before any of its runs."""
+        return any(was_busy(report.machine) for report in self.reports.values())
 
     @property
     def title(self) -> str:
@@ -62,6 +68,8 @@ def load(folders: Iterable[Path]) -> list[Machine]:
             files = {part: place / f"{part}.json" for part in PARTS}
             reports = {part: Report.load(file) for part, file in files.items() if file.is_file()}
             timed = place / "passes.json"
+            if len({tuple(map(r.machine.get, ("processor", "GPU", "torch"))) for r in reports.values()}) > 1:
+                raise ValueError(f"{place} has parts of several machines or versions of torch")
             if reports:
                 found.append(Machine(place.name, reports, passes.load(timed) if timed.is_file() else ()))
     return found

@@ -44,15 +44,15 @@ REASONS = (
     Reason(
         r"topk(-glu)? T=32 D=576 ",
         ZEN5,
-        "From 10% of the units on the products are the dense FFN's, in 16 bits 0.2 ms; activating, selecting and "
-        "masking 32 rows of 1536 takes 0.04 to 0.07 ms more.",
+        "From 10% of the units on the products are the dense FFN's; activating, selecting and masking 32 rows of 1536 "
+        "comes on top of them.",
         "python -m benchmarks.bench_topk --tokens 32",
     ),
     Reason(
         r"moe(-glu)? 1,512,16,128,4 \S+ fwdbwd times faster",
         ZEN5 + XEON,
-        "A step of one token writes the gradients of all 16 experts, which are zero but for four of them; grouped_mm "
-        "writes as much. It is most of both steps, and little is left to be faster in.",
+        "The core's passes are a small part of a step of one token, as the profile shows: the rest is calls, and both "
+        "have those. Both write the gradients of all 16 experts, which are zero but for four of them.",
         STEP.format("1,512,16,128,4"),
     ),
     Reason(
@@ -64,8 +64,8 @@ REASONS = (
     Reason(
         r"moe 1,(512,16|1024,32),128,4 \S+ fwd time",
         ZEN5 + XEON,
-        "The arithmetic of one token takes 5 µs. Beside it a call of this layer costs 30 µs, nearly all Python, and "
-        "one of nn.Linear 12 at most.",
+        "The core's passes are a small part of the time of one token, as the profile shows: the rest is the call, "
+        "which does more in Python than one of nn.Linear.",
         STEP.format("1,512,16,128,4"),
     ),
     Reason(
