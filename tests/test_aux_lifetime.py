@@ -189,3 +189,12 @@ def test_asking_inside_of_a_compiled_function(on_backend: str) -> None:
     for _ in range(2):
         total(x(40)).backward()
         assert sf.aux_loss(layer) == 0
+
+
+def test_what_is_done_to_the_loss_is_not_done_to_the_layer() -> None:
+    layer = sf.SigmaMoE(8, 5, 3, 2, balance_weight=1.0)
+    layer(torch.randn(9, 8))
+    loss = sf.aux_loss(layer)
+    before = loss.item()
+    loss /= 4
+    assert sf.aux_loss(layer).item() == before

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import sparse_ffn as sf
-from sparse_ffn.routing import SigmoidRouter, balance_loss
+from sparse_ffn.routing import Routing, SigmoidRouter, balance_loss
 
 E = 4
 LOSSES = ["entropy", "switch", "cv2", "z"]
@@ -729,6 +729,18 @@ def test_an_injected_loss_has_weight_1_whatever_scales_the_main_one():
     assert torch.equal(gradient(lambda: 1024 * layer(x).sum()), whole)  # so that what is divided is a 1024th
     other = gradient(lambda: layer(z).sum())
     torch.testing.assert_close(gradient(lambda: (layer(x).sum() + layer(z).sum()) / 2), whole + other)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_padding_holds_reaches_no_loss(name):
+    """Not even NaN, as uninitialised memory may hold it."""
+    logits = normal(6, E)
+    logits[5] = math.nan
+    routing = Routing(logits, torch.zeros(6, 1, dtype=torch.int64), torch.ones(6, 1))
+    mask = torch.arange(6) < 4
+    found = balance_loss(routing, ((name, 1.0),), mask_T=mask)
+    kept = Routing(*(t[:4] for t in (routing.logits_TE, routing.index_TK, routing.gate_TK)))
+    torch.testing.assert_close(found, balance_loss(kept, ((name, 1.0),)))
 
 
 # ------------------------------------------------------------------------------------------------ routing_stats

@@ -23,6 +23,7 @@ from sparse_ffn.convert.budget import Judge
 from sparse_ffn.convert.curve import Curve, Point, allocate
 from sparse_ffn.convert.find.examples import _shorter
 from sparse_ffn.convert.init.auto import choose
+from sparse_ffn.convert.init.refit import _Fit
 from sparse_ffn.convert.init.router import fit_ranking
 from sparse_ffn.convert.init.weights import FFNWeights
 from sparse_ffn.layers import SharedExpertMoE
@@ -545,3 +546,18 @@ def test_led_and_lxmert_are_converted_by_an_example(kind: str) -> None:
     assert len(report.replacements) == count, report
     ours, theirs = model(**batch), dense(**batch)
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [sf.SigmaMoEConfig(expert_size=4, k=1), sf.SwitchMoEConfig(expert_size=4)])
+def test_experts_that_no_token_of_the_calibration_selects_are_finite(config: Any) -> None:
+    layer = sf.from_dense(sf.DenseFFN(8, 16), config, inputs=torch.randn(1, 8).repeat(20, 1))
+    assert all(parameter.isfinite().all() for parameter in layer.parameters())
+
+
+def test_without_an_output_bias_values_are_refitted_without_an_intercept() -> None:
+    units, outputs = torch.rand(50, 4).double() + 1, torch.randn(50, 3).double() + 5
+    gram = units.T @ units
+    expected = torch.linalg.solve(gram + torch.eye(4) * gram.diagonal().mean(), units.T @ outputs)
+    values, bias = _Fit(units, outputs, centred=False).solve(1.0)
+    torch.testing.assert_close(values, expected)
+    assert not bias.any()

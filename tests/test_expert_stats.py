@@ -297,3 +297,16 @@ def test_quantised_experts_are_pruned_before() -> None:
     sf.quantize_experts_(layer, sf.ExpertQuantization(group_size=None))
     with pytest.raises(ValueError, match=r"keys of the layer is no plain parameter: prune before it is .* quantised"):
         sf.prune_experts_(layer, sf.expert_stats(layer, [x]), 0.5)
+
+
+def test_what_a_model_gives_its_layer_as_mask_counts_before_the_batchs() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.moe = sf.SigmaMoE(8, 5, 4, 2)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.moe(x, mask=torch.arange(5).expand(2, 5) < 1)
+
+    stats = sf.expert_stats(Model(), [{"x": torch.randn(2, 5, 8), "attention_mask": torch.ones(2, 5)}])
+    assert stats["moe"].tokens == 2

@@ -96,3 +96,8 @@ def test_quantised_experts_have_the_flops_of_what_they_stand_for() -> None:
 def test_our_import_does_not_bring_the_counter() -> None:
     script = "import sys, sparse_ffn, sparse_ffn.integrations; assert 'torch.utils.flop_counter' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_ranking_by_the_gate_computes_all_gates_and_the_keys_of_k_units() -> None:
+    layer = sf.TopKFFN(10, 20, 5, glu=True, rank_by="gate", d_out=3)
+    assert layer.flops_per_token() == 2 * (20 * 10 + 5 * 10 + 5 * 3)

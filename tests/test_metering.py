@@ -166,3 +166,31 @@ def test_the_routers_parameters_make_a_group_that_re_warms() -> None:
 def test_its_benchmark_times_steps_that_are_counted() -> None:
     small = replace(DEMO, d_model=16, n_layers=2, n_heads=1, d_head=16, d_ff=32, expert_size=4, context=8, batch_size=2)
     assert bench_meter.ratio(small, 0.05).median > 0
+
+
+def relu(sign: int, experts: int = 5) -> sf.MoE:
+    """All experts have the sign of the first number of a token, from ``experts`` on the other one."""
+    layer = sf.MoE(D, 5, 4, 3, router="relu")
+    with torch.no_grad():
+        layer.router.weight[:, 0] = 9.0 * sign
+        layer.router.weight[experts:] *= -1
+    return layer
+
+
+def test_a_model_that_selects_nobody_has_nothing_in_common() -> None:
+    x = tokens(20)
+    x[:, 0] = 3.0
+    for models in ((relu(-1), relu(1)), (relu(1), relu(-1))):
+        assert sf.routing_agreement(*models, x) == {"": 0.0}
+    few, many = relu(1, experts=1), relu(1, experts=3)
+    shared = sf.routing_agreement(few, many, x)[""]
+    assert 0 < shared < 1
+    assert sf.routing_agreement(many, few, x)[""] == pytest.approx(shared)
+
+
+def test_agreement_records_no_gradients() -> None:
+    layer, seen = sf.SigmaMoE(D, 5, 3, 2), []
+    layer.register_forward_hook(lambda *arguments: seen.append(torch.is_grad_enabled()))
+    sf.routing_agreement(layer, copy.deepcopy(layer), tokens(4))
+    assert seen
+    assert not any(seen)

@@ -199,3 +199,11 @@ def test_traffic_says_when_not_to_split() -> None:
 def test_what_no_split_is_for_has_no_traffic() -> None:
     with pytest.raises(ValueError, match="experts = True, which MemoryParallel does not split"):
         traffic(sf.ProductKeyMemory(D, 4, 2, experts=True), 10, 2)
+
+
+def test_of_16_processes_8_are_on_other_nodes() -> None:
+    with torch.device("meta"):
+        layer = sf.SigmaMoE(D, 64, 4, 4)
+    found = traffic(layer, 100, 16)
+    assert found.between_nodes["slots"] == pytest.approx(found.forward["slots"] * 8 / 15)
+    assert not any(traffic(layer, 100, 8).between_nodes.values())

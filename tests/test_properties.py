@@ -768,3 +768,8 @@ def test_expert_ffn_is_the_layer_without_its_router(layer, n_tokens, seed):
     gate_keys = getattr(layer, "gate_keys", None)
     how = {"gate_keys": gate_keys, "activation": layer.activation}
     close(F.expert_ffn(x, layer.keys, layer.values, index, gate, **how), layer(x))
+
+
+def test_experts_of_a_memory_drop_units():
+    layer, x = sf.ProductKeyMemory(8, 5, 6, experts=True, dropout=0.5), torch.randn(30, 8)
+    assert not torch.allclose(layer(x), layer.eval()(x))

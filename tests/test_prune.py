@@ -350,3 +350,9 @@ def test_a_relu_router_aims_at_no_more_experts_than_are_left() -> None:
     layer = sf.MoE(D, 8, 4, 2, router=sf.routing.ReLURouter(D, 8, 2, active=6), balance="l1")
     sf.prune_experts_(layer, sf.expert_stats(layer, [torch.randn(50, D)]), keep=4)
     assert layer.router.active == 4
+
+
+def test_over_a_model_a_k_beyond_the_experts_keeps_all() -> None:
+    layer = sf.SigmaMoE(D, 4, 4, 5, null_experts=3)
+    sf.prune_experts_(layer, sf.expert_stats(layer, [torch.randn(30, D)]), 1.0, scope="model")
+    assert layer.n_experts == 4

@@ -672,3 +672,9 @@ def test_an_experts_error_is_what_its_rounding_adds_to_the_outputs() -> None:
     score = (columns.amax(1) / columns.mean(1)).max().item()
     assert report.layers[0].outliers["values"] == pytest.approx(score)
     assert f"values {score:.1f}" in str(report)
+
+
+def test_an_experts_error_is_that_of_evaluation() -> None:
+    layer, x = sf.SigmaMoE(8, 5, 8, 2, dropout=0.5), torch.randn(20, 8)
+    config = ExpertQuantization(group_size=8)
+    assert torch.equal(quantization_error(layer, config, x), quantization_error(layer.eval(), config, x))

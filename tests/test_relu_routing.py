@@ -197,3 +197,9 @@ def test_what_does_not_fit_is_said() -> None:
     with pytest.raises(RuntimeError, match=r"balance=.l1. counts .* torch.func"):
         torch.func.grad(lambda x: made(balance="l1")(x).sum())(normal(4, D))
     assert not SigmoidRouter.voids_zeros
+
+
+def test_what_the_l1_weight_adapts_to_leaves_padding_out() -> None:
+    layer, x = sf.MoE(D, E, G, K, router="relu", balance="l1"), torch.randn(20, D)
+    layer(x, mask=torch.arange(20) < 7)
+    assert layer.router.load.tolist() == [int((x[:7] @ layer.router.weight.T > 0).sum()), 7]

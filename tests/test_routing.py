@@ -23,6 +23,7 @@ from sparse_ffn.routing import (
     UnweightedRouter,
 )
 from sparse_ffn.routing.sinkhorn import sinkhorn_potential
+from sparse_ffn.routing.statistics import coactivation
 
 ROUTERS = ["sigmoid", "softmax", "softmax_topk", "sinkhorn", "noisy_topk", "unweighted"]
 EVERY_ROUTER = pytest.mark.parametrize("router", ROUTERS)
@@ -529,3 +530,17 @@ def test_a_dropped_expert_stays_last_whatever_its_bias(router):
     _, _, gate = module.router(normal(200, 4), None)
     alive = gate != 0
     assert (alive[:, :-1] | ~alive[:, 1:]).all()
+
+
+def test_one_real_token_among_padding_gets_its_plain_top_k():
+    """Nothing is to be balanced: its potentials are zero."""
+    router, x, mask = SinkhornRouter(8, 6, 2).train(), torch.randn(9, 8), torch.arange(9) == 4
+    found = router(x, mask)
+    assert torch.equal(found.index_TK[4], found.logits_TE[4].topk(2).indices)
+
+
+def test_coactivation_is_the_share_of_the_rows_tokens_that_the_columns_expert_has_too():
+    index = torch.tensor([[0, 1], [0, 2], [0, 1], [2, 3]])
+    found = coactivation(index, torch.tensor([True, True, True, False]), 4)
+    expected = torch.tensor([[1, 2 / 3, 1 / 3, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]])
+    torch.testing.assert_close(found, expected)
