@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sparse_ffn as sf
 from sparse_ffn.layers import SwitchHeadAttention
-from sparse_ffn.layers.switch_head import turned
+from sparse_ffn.layers.rotary import turned
 
 D, H, E, K, C, T = 8, 3, 4, 2, 6, 5
 
