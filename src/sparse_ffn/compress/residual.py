@@ -82,7 +82,7 @@ def compress_experts_(model: nn.Module, rank: int, *, iterations: int = 8) -> Co
             forward of its own, or a layer that ``sparse_ffn.parallel`` has split. Nothing has been changed then.
     """
     check_module("model", model)
-    check_positive("rank", rank)
+    rank = check_positive("rank", rank)
     iterations = check_count("iterations", iterations)
     if isinstance(model, MoE):
         raise ValueError("model is itself a MoE, and no place for another layer: put it into a torch.nn.Sequential")
