@@ -99,10 +99,10 @@ class DenseFFN(UnitsFFN):
         # the gradient first: a compiled training then has no guard on the number of tokens
         return (
             not (torch.is_grad_enabled() or self.training or ops.under_transforms())
-            and x.shape[0] <= SKIP_TOKENS
             and units.values.numel() >= DECODE_WEIGHTS
             and all(t is None or (t.dtype == x.dtype and not is_traceable_wrapper_subclass(t)) for t in units)
             and choose(x) == "cpu"
+            and _few(x.shape[0])
         )
 
     def _as_one_expert(self, x: Tensor, units: ops.Units) -> Tensor:
@@ -128,3 +128,12 @@ class DenseFFN(UnitsFFN):
             glu=(self.gate_keys is not None, False),
             bias=(self.out_bias is not None, True),
         )
+
+
+def _few(n_tokens: int) -> bool:
+    """Whether a token count is a decoding step's; an exported program is not tied to such a one."""
+    if not torch.compiler.is_compiling():
+        return n_tokens <= SKIP_TOKENS
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # here: it imports sympy
+
+    return statically_known_true(n_tokens <= SKIP_TOKENS)
