@@ -124,6 +124,24 @@ def test_agreement_wants_the_same_calls_whichever_model_is_first() -> None:
             sf.routing_agreement(*models, tokens(5))
 
 
+def test_agreement_wants_models_whose_layers_can_be_seen() -> None:
+    """Hooks that come after a compilation are not called."""
+    model = nn.Sequential(sf.SigmaMoE(D, 5, 3, 2)).eval()
+    compiled, x = torch.compile(model, backend="eager"), tokens(10)
+    with torch.no_grad():
+        compiled(x)
+    for models in ((compiled, compiled), (compiled, copy.deepcopy(compiled))):
+        with pytest.raises(ValueError, match="no MoE layer ran on the batch where it could be seen"):
+            sf.routing_agreement(*models, x)
+    assert sf.routing_agreement(model, compiled._orig_mod, x) == {"0": 1.0}
+
+
+def test_agreement_does_not_ask_for_the_default_device() -> None:
+    layer, x = sf.SigmaMoE(D, 5, 3, 2), tokens(10)
+    with torch.device("meta"):
+        assert sf.routing_agreement(layer, layer, x) == {"": 1.0}
+
+
 def test_agreement_keeps_padding_out_and_wants_models_alike() -> None:
     layer, x = sf.SigmaMoE(D, 5, 3, 2), tokens(10)
     other = copy.deepcopy(layer)

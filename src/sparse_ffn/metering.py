@@ -152,7 +152,7 @@ def _experts_used(
         assert layer._routed is not None
         index_TK, mask_T = (None if t is None else t.cpu() for t in layer._routed)
         assert index_TK is not None
-        every = torch.zeros(len(index_TK), layer.n_experts + layer.null_experts + 1, dtype=torch.bool)
+        every = index_TK.new_zeros(len(index_TK), layer.n_experts + layer.null_experts + 1, dtype=torch.bool)
         used.setdefault(name, []).append((every.scatter_(1, index_TK, True)[:, :-1], mask_T))
 
     handles = [layer.register_forward_hook(partial(note, name)) for name, layer in layers.items()]
@@ -162,6 +162,11 @@ def _experts_used(
     finally:
         for handle in handles:
             handle.remove()
+    if not used:
+        raise ValueError(
+            "no MoE layer ran on the batch where it could be seen: of a model that torch.compile has compiled give the "
+            "original"
+        )
     return used
 
 
