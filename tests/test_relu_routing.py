@@ -152,6 +152,25 @@ def test_its_weight_follows_the_number_of_active_experts() -> None:
     assert layer.router.l1.item() == pytest.approx(1e-3)
 
 
+def test_its_weight_stays_a_number_that_can_change() -> None:
+    """Multiplied by 1.2 for ever it would be infinite, whose product with a weight of 0 is NaN, and at last 0."""
+    layer, x = made(balance="l1", balance_weight=0.0), normal(20, D)
+    for start, wished, grows in ((3e38, 0.01, True), (1e-44, 8, False), (1e-44, 0.01, True)):
+        layer.router.active = wished
+        layer.router.l1.fill_(start)
+        layer(x)
+        sf.update_router_bias(layer)
+        before = layer.router.l1.item()
+        layer(x)
+        (loss := sf.aux_loss(layer)).backward()
+        sf.update_router_bias(layer)
+        assert loss.isfinite()
+        assert layer.router.weight.grad.isfinite().all()
+        assert 0 < layer.router.l1.item() < math.inf
+        if grows and start < 1:
+            assert layer.router.l1.item() > before
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 def test_training_reaches_the_wished_number_of_experts(mixed: bool) -> None:
     torch.manual_seed(0)

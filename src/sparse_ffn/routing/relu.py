@@ -11,6 +11,7 @@ from sparse_ffn.routing.base import Router, RouterOptions
 from sparse_ffn.routing.targets import Targets
 
 START, FACTOR = 1e-8, 1.2
+SMALLEST, LARGEST = 1e-30, 1e30  # beyond these fp32 ends: 0 times infinity is NaN, and a subnormal times 1.2 may stay
 
 
 class ReLURouter(Router):
@@ -86,7 +87,7 @@ class ReLURouter(Router):
         """One step of the loss's weight; ``rate`` is for biases."""
         active, tokens = load.to(self.l1.dtype)
         wished = self.k if self.active is None else self.active
-        self.l1.mul_(FACTOR ** torch.sign(active - wished * tokens))
+        self.l1.mul_(FACTOR ** torch.sign(active - wished * tokens)).clamp_(SMALLEST, LARGEST)
 
     def extra_repr(self) -> str:
         """Sizes and what differs from the defaults."""
