@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import sparse_ffn as sf
 from sparse_ffn.compress import offload
+from sparse_ffn.layers import MixedMoE
 from sparse_ffn.layers.rows import OffloadedRows
 from sparse_ffn.layers.rows.copies import Copies
 from sparse_ffn.layers.rows.lru import LRU
@@ -376,4 +377,12 @@ def test_what_an_offloaded_layer_refuses_is_not_counted() -> None:
     for refused in (lambda: layer(torch.randn(3, D)), lambda: layer.prefetch(torch.randn(3, D))):
         with pytest.raises(RuntimeError, match="in evaluation only"):
             refused()
+    assert not layer.router.load.any()
+
+
+def test_what_an_offloaded_mixture_of_sizes_refuses_is_not_counted() -> None:
+    layer = MixedMoE(D, [(2, 3), (2, 5)], K, balance="bias").eval()
+    sf.offload_experts_(layer, cache=2, device="cpu")
+    with pytest.raises(RuntimeError, match="in evaluation only"):
+        layer.train()(torch.randn(5, D))
     assert not layer.router.load.any()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparse_ffn.checks import check_flag, check_parameters, check_positive, check_tensor, shown
 from sparse_ffn.layers.routed import Routed, RoutedOptions, check_one_of
-from sparse_ffn.layers.rows.base import check_dense, rows_ffn
+from sparse_ffn.layers.rows.base import ExpertRows, check_dense, rows_ffn
 from sparse_ffn.layers.units import fit, units_of
 from sparse_ffn.module import Parametrizable, Unpack, is_brought
 
@@ -125,6 +125,9 @@ class MixedMoE(Routed):
             super()._check_input(name, x, *also)
 
     def _forward(self, x: Tensor, mask: Tensor | None, router_input: Tensor) -> Tensor:
+        for bank in self._banks():
+            if isinstance(bank.values, ExpertRows):
+                bank.values.check_mode()  # before the router counts
         mask_T = None if mask is None else mask.reshape(-1)
         x_TD, n_sequences = x.reshape(-1, self.d_model), self._n_sequences(x)
         return self._mixture(x_TD, router_input, mask_T, n_sequences, self.n_experts, self._experts)
