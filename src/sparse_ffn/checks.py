@@ -189,16 +189,16 @@ def is_dtensor(x: Any) -> bool:
     return type(x) not in (Tensor, nn.Parameter) and isinstance(x, Tensor) and hasattr(x, "device_mesh")
 
 
-def check_places(x: Tensor, parameters: Iterable[Tensor | None]) -> None:
-    """Raise unless all are where x is: kernels trust pointers, and loaders leave parameters on meta.
+def check_places(x: Tensor, parameters: Mapping[str, Tensor | None]) -> None:
+    """Raise unless all, by name, are where x is: kernels trust pointers, and loaders leave parameters on meta.
 
     Raises:
         ValueError: a parameter on another device.
         TypeError: a DTensor.
     """
-    for parameter in parameters:
+    for name, parameter in parameters.items():
         if parameter is not None:
-            _check_place(x, parameter, False)
+            _check_place(x, name, parameter, False)
 
 
 def check_parameters(
@@ -217,7 +217,7 @@ def check_parameters(
     for name, parameter in parameters.items():
         if parameter is None:
             continue
-        _check_place(x, parameter, split)
+        _check_place(x, name, parameter, split)
         kind = type(parameter)
         if kind is nn.Parameter or kind is type(x) or not is_traceable_wrapper_subclass(parameter):
             continue
@@ -229,13 +229,13 @@ def check_parameters(
             )
 
 
-def _check_place(x: Tensor, parameter: Tensor, split: bool) -> None:
+def _check_place(x: Tensor, name: str, parameter: Tensor, split: bool) -> None:
     if parameter.device != x.device:
-        raise ValueError(f"x is on {x.device}, but a parameter of the layer is on {parameter.device}")
+        raise ValueError(f"x is on {x.device}, but the layer's {name} is on {parameter.device}")
     if is_dtensor(parameter) and not split:
         raise TypeError(
-            f"a parameter of shape {list(parameter.shape)} is a DTensor, which this layer does not compute with: "
-            "split layers with the styles of sparse_ffn.parallel, or shard them with fully_shard"
+            f"the layer's {name}, of shape {list(parameter.shape)}, is a DTensor, which this layer does not compute "
+            "with: split layers with the styles of sparse_ffn.parallel, or shard them with fully_shard"
         )
 
 

@@ -140,7 +140,7 @@ class FusedPath(Routed, UnitsFFN):
         weight, bias = tensors_of(self.router, "weight", "bias")
         if not available(x_TR, weight, bias, *experts):
             return None
-        check_places(x_TR, (weight, bias))
+        check_places(x_TR, {"router.weight": weight, "router.bias": bias})
         self._check_router(n_experts, weight, bias)
         return gate_function, weight, bias
 

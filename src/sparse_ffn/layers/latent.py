@@ -101,7 +101,7 @@ class LatentMoE(CheckedOptions, nn.Module):
                 continue
             weight, bias = projection.weight, projection.bias
             if not weight.is_meta:
-                check_places(x, (weight, bias))
+                check_places(x, {f"{name}.weight": weight, f"{name}.bias": bias})
             if weight.shape != (d_out, d_in) or (bias is not None and bias.shape != (d_out,)):
                 raise shape_error({f"{name}.weight": (weight, (d_out, d_in)), f"{name}.bias": (bias, (d_out,))})
 

@@ -225,7 +225,7 @@ class ProductKeyMemory(SparseFFN):
             own = isinstance(self.query, Query)
             plain = type(self.query) is Query and is_plain(self.query)
             if plain:
-                check_places(x, (self.query.weight, self.query.bias))
+                check_places(x, {"query.weight": self.query.weight, "query.bias": self.query.bias})
                 self._check_query(self.query)
             if plain and self.query.bias is None:
                 query_TBC = ops.normalised_product(x, self.query.weight, 2 * self.n_heads, self.query_norm)

@@ -75,7 +75,7 @@ class RouterChain(nn.Module):
         )
         for part, is_one in zip((projection, gru), plain, strict=True):
             if is_one:
-                check_places(x, part.parameters())
+                check_places(x, dict(part.named_parameters()))
         shape = (*x.shape[:-1], self.d_state)
         if state is not None:
             check_floating("state", state)
