@@ -294,6 +294,7 @@ def test_sequences_of_padding_do_not_count_in_the_average(balance):
 
 BAD = [
     ((), {}, ValueError, r"terms must hold a \(name, weight\) pair or more, got \(\); names are entropy, switch"),
+    ([], {}, ValueError, r"terms must hold a \(name, weight\) pair or more, got \[\]"),
     ((("entropie", 1.0),), {}, ValueError, "the name in terms must be one of 'entropy', 'switch'.*got 'entropie'"),
     ((("bias", 1.0),), {}, ValueError, "the name in terms must be one of.*got 'bias'"),
     ((("entropy", 1.0),), {"n_sequences": 3}, ValueError, "n_sequences = 3 must divide the number of tokens, 8"),
@@ -485,6 +486,48 @@ def test_no_tokens_do_not_move():
     layer(likes(0, 1), mask=torch.zeros(2, dtype=torch.bool))
     sf.update_router_bias(layer)
     assert biases(layer) == [0] * E
+
+
+@pytest.mark.parametrize(("router", "balance"), [("sigmoid", "bias"), ("relu", "l1")])
+def test_a_dry_run_in_inference_mode_leaves_loads_that_count(router, balance):
+    with torch.device("meta"):
+        layer = sf.MoE(E, E, 2, 1, router=router, balance=balance, dtype=torch.float64)
+    layer.to_empty(device="cpu").reset_parameters()
+    with torch.inference_mode():
+        layer(likes(0))
+    layer(likes(0, 1)).sum().backward()
+    assert layer.router.load.any()
+    sf.update_router_bias(layer)
+    assert not layer.router.load.any()
+
+
+def replica(module):
+    """A copy as ``nn.DataParallel`` makes one for each device."""
+    copied = module._replicate_for_data_parallel()
+    for name, parameter in module.named_parameters(recurse=False):
+        setattr(copied, name, parameter.view_as(parameter))
+    for name, child in module.named_children():
+        setattr(copied, name, replica(child))
+    return copied
+
+
+@pytest.mark.parametrize("aux", ["attach", "inject"])
+@pytest.mark.parametrize(
+    ("balance", "router"), [("entropy", "sigmoid"), (("z", "bias"), "sigmoid"), ("bias", "sigmoid"), ("l1", "relu")]
+)
+def test_a_balance_is_not_lost_in_the_copies_of_data_parallel(balance, router, aux):
+    weight = 1.0 if isinstance(balance, str) else (1.0, 1.0)
+    layer = sf.MoE(E, 3, 2, 1, router=router, balance=balance, balance_weight=weight, aux=aux)
+    copied, x = replica(layer), torch.randn(6, E)
+    with pytest.raises(RuntimeError, match=r"does not work in torch\.nn\.DataParallel.*DistributedDataParallel"):
+        copied(x)
+    assert not layer.router.load.any()
+    torch.testing.assert_close(replica(layer.eval())(x), layer(x))
+
+
+def test_what_is_not_balanced_trains_in_data_parallel():
+    layer, x = sf.SigmaMoE(E, 3, 2, 1, balance="none"), torch.randn(6, E)
+    torch.testing.assert_close(replica(layer)(x), layer(x))
 
 
 def test_loads_add_up_over_training_forwards_and_are_cleared_by_the_update():

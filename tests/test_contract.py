@@ -433,6 +433,9 @@ BAD: list[tuple[Any, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     (sf.SigmaMoE, (4, 3, 5, 1), {"gain": 1}, TypeError, "SigmaMoE has no argument 'gain'; it takes d_model, n_experts"),
     (sf.SigmaMoE, (4, 3, 5, 1), {"gain": 1}, TypeError, "balance_weight, activation, glu.*dtype, d_out, d_router$"),
     (sf.SigmaMoE, (4, 3, 5, 1), {"n_iters": 1}, TypeError, "SigmaMoE has no argument 'n_iters'"),
+    (sf.SigmaMoE, (4, 3, 5), {"top_k": 1}, TypeError, r"SigmaMoE has no argument 'top_k' \(did you mean 'k'\?\)"),
+    (sf.SigmaMoE, (4, 3, 5), {"num_experts_per_tok": 1}, TypeError, "did you mean 'k'"),
+    (sf.TopKFFN, (4, 6, 2), {"moe_intermediate_size": 1}, TypeError, "'moe_intermediate_size'; it takes d_model, d_ff"),
     (sf.DenseFFN, (4, 6), {"activaton": "gelu"}, TypeError, r"DenseFFN.*'activaton' \(did you mean 'activation'\?\)"),
     (sf.TopKFFN, (4, 6, 2), {"key_bias": True}, TypeError, "TopKFFN has no argument 'key_bias'"),
     (sf.DenseFFN, (4, 6), {"dtype": torch.int64}, TypeError, "dtype must be one of torch.float32.*got torch.int64"),
@@ -481,6 +484,13 @@ def test_signatures_have_the_options_by_name(cls: Any) -> None:
     assert "options" not in shown
     sizes = (8, 6, 2) if issubclass(cls, routing.Router) else (8, 4, 6, 5, 2) if cls is LatentMoE else (8, 6, 5, 2)
     assert not any(p.is_meta for p in nn.utils.skip_init(cls, *sizes).parameters())
+
+
+@pytest.mark.parametrize("made", [sf.SigmaMoE(4, 3, 5, 1), routing.SigmoidRouter(4, 3, 1), sf.TopKFFN(4, 6, 2)])
+def test_a_layer_is_called_with_what_its_forward_takes(made: nn.Module) -> None:
+    inspect.signature(made).bind(torch.randn(2, 4))
+    assert "d_model" not in inspect.signature(made).parameters
+    assert "d_model" in inspect.signature(type(made)).parameters
 
 
 def test_options_are_those_of_the_base() -> None:
@@ -567,6 +577,17 @@ def test_param_groups_give_the_value_table_its_own_learning_rate() -> None:
     memory = sf.ProductKeyMemory(4, 3, 2, query_dim=4)
     optimizer = torch.optim.Adam(memory.param_groups(values_lr=1e-2), lr=1e-3)
     assert [(g["lr"], len(g["params"])) for g in optimizer.param_groups] == [(1e-2, 1), (1e-3, 2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_query_that_is_called_as_a_module_takes_no_tokens(dtype: torch.dtype) -> None:
+    """One with a bias, or with a hook: both are called."""
+    biased = sf.ProductKeyMemory(8, 4, 3, query_dim=6, query_bias=True, dtype=dtype)
+    hooked = sf.ProductKeyMemory(8, 4, 3, query_dim=6, dtype=dtype)
+    hooked.query.register_forward_hook(lambda *called: None)
+    for memory in (biased, hooked):
+        for train in (True, False):
+            assert memory.train(train)(torch.randn(2, 0, 8, dtype=dtype)).shape == (2, 0, 8)
 
 
 def test_sparse_value_gradients_train_with_sparse_adam() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,9 @@ import torch
 from torch import nn
 
 import sparse_ffn as sf
+from sparse_ffn.convert import config_of
 from sparse_ffn.layers import LatentMoE, MixedMoE, SharedExpertMoE, SwitchHeadAttention
+from sparse_ffn.layers.routed import Routed
 
 
 def layer(**options: Any) -> sf.SigmaMoE:
@@ -74,6 +79,49 @@ def test_what_the_constructor_refuses_is_refused_and_changes_nothing(name: str, 
     with pytest.raises(ValueError, match=message):
         setattr(changed, name, value)
     assert (repr(changed), getattr(changed, name)) == before
+
+
+def test_the_options_of_a_router_are_checked_there_too() -> None:
+    layer = sf.SBaseMoE(16, 8, 8, 2, init_scale=4.0)
+    for module, name, value in (
+        (layer, "n_iters", 0),
+        (layer.router, "n_iters", -3),
+        (layer.router, "expert_dropout", 5),
+        (layer.router, "k", 9),
+    ):
+        before = getattr(module, name)
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            setattr(module, name, value)
+        assert getattr(module, name) == before
+
+
+def test_iterations_that_are_set_balance_more() -> None:
+    torch.manual_seed(0)
+    layer, x = sf.SBaseMoE(16, 8, 8, 2, init_scale=4.0), torch.randn(200, 16) + 1
+    busiest = []
+    for n_iters in (1, 50):
+        layer.n_iters = n_iters
+        layer(x)
+        busiest.append(sf.routing_stats(layer)[""]["load"].max().item())
+    assert busiest[1] < 0.9 * busiest[0]
+    assert config_of(layer).n_iters == 50
+
+
+@pytest.mark.parametrize("share", [1.5, 1.0, 0.0, -0.2])
+def test_a_share_of_null_experts_that_is_none_is_refused(share: float) -> None:
+    layer = sf.SigmaMoE(16, 8, 8, 2, null_experts=2, null_share=0.5)
+    with pytest.raises(ValueError, match="null_share must be in"):
+        layer.null_share = share
+    assert layer.null_share == 0.5
+    layer.null_share = 0.25
+    assert "null_share=0.25" in repr(layer)
+    for other, message in (
+        (sf.SigmaMoE(16, 8, 8, 2), "null_share = 0.5 needs null experts"),
+        (sf.SigmaMoE(16, 8, 8, 2, null_experts=2, balance="z"), "null_share = 0.5 needs one of 'entropy'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            other.null_share = 0.5
+        assert other.null_share is None
 
 
 def test_only_processes_are_synchronised() -> None:
@@ -177,13 +225,16 @@ def test_a_router_of_another_size_is_named() -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
-def test_a_router_in_evaluation_counts_nothing(backend: str) -> None:
-    made = sf.MoE(16, 8, 4, 2, balance="bias")
+@pytest.mark.parametrize(("router", "balance"), [("sigmoid", "bias"), ("relu", "l1")])
+def test_a_router_in_evaluation_counts_nothing(router: str, balance: str, backend: str) -> None:
+    made = sf.MoE(16, 8, 4, 2, router=router, balance=balance)
     made.train().router.eval()
+    before = copy.deepcopy(made.router.state_dict())
     with sf.backend(backend):
         made(torch.randn(20, 16))
+    assert not made.router.load.any()
     sf.update_router_bias(made)
-    assert not made.router.bias.any()
+    assert all(torch.equal(old, made.router.state_dict()[name]) for name, old in before.items())
 
 
 def test_a_parametrised_router_costs_as_much() -> None:
@@ -199,3 +250,24 @@ def test_a_form_with_a_k_of_its_own_has_an_equal() -> None:
             super().__init__(d_model, n_experts, expert_size, k, **options)
 
     assert sf.parameter_equal(Four, 32, 64)["n_experts"] == 8
+
+
+def test_the_api_page_has_every_option_that_may_be_set() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+    listed = {find(name): text for name, text in re.findall(r"^::: sparse_ffn\.([\w.]+)\n((?:    .*\n)*)", page, re.M)}
+    ours = (sf.SparseFFN, sf.routing.Router, SwitchHeadAttention)
+    for cls in (cls for cls in listed if isinstance(cls, type) and issubclass(cls, ours)):
+        told = [listed.get(base, "") for base in cls.__mro__]
+        if issubclass(cls, Routed):
+            told.append(listed[sf.MoE])  # all mixtures' options
+        options = {name for base in cls.__mro__ for name, found in vars(base).items() if settable(name, found)}
+        assert not {name for name in options if not re.search(rf"\b{name}\b", " ".join(told))}, cls
+
+
+def find(name: str) -> Any:
+    module, _, attribute = f"sparse_ffn.{name}".rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def settable(name: str, found: object) -> bool:
+    return isinstance(found, property) and found.fset is not None and not name.startswith("_")

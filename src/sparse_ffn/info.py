@@ -16,6 +16,7 @@ from sparse_ffn.ops.products import supported
 
 def chosen(device: torch.device | str = "cpu") -> str:
     """One line: what computes the ops on this device."""
+    check_type("device", device, (torch.device, str), "a torch.device or its name")
     check_device(device)
     return f"{torch.device(device).type}: {explain(device)}"
 

@@ -32,6 +32,8 @@ class _Signature:
     """
 
     def __get__(self, instance: object, owner: type) -> inspect.Signature:
+        if instance is not None:  # a layer is called with what its forward takes
+            raise AttributeError("__signature__")
         init: Any = owner.__init__  # type: ignore[misc]
         signature = inspect.signature(init)
         parameters = list(signature.parameters.values())[1:]
@@ -63,8 +65,19 @@ class CheckedOptions:
         return super().__new__(cls)
 
 
+_ELSEWHERE = {
+    "top_k": "k", "topk": "k", "num_experts_per_tok": "k",
+    "num_experts": "n_experts", "num_local_experts": "n_experts", "n_routed_experts": "n_experts",
+    "moe_intermediate_size": "expert_size", "intermediate_size": "d_ff", "dim_feedforward": "d_ff",
+    "hidden_features": "d_ff", "hidden_size": "d_model", "dim": "d_model", "in_features": "d_model",
+    "out_features": "d_out", "hidden_act": "activation", "num_keys": "n_sub_keys",
+    "router_aux_loss_coef": "balance_weight",
+}  # fmt: skip
+"""Our names of what other libraries' configs call otherwise (docs/names.md), which no likeness of letters tells."""
+
+
 def check_options(cls: type, options: Iterable[str]) -> None:
-    """Raise unless ``cls(...)`` takes all these names, and say which are near or which base takes them."""
+    """Raise unless ``cls(...)`` takes all these names, and say which are meant or which base takes them."""
     allowed = _options(cls)
     if allowed is None:
         return
@@ -72,7 +85,8 @@ def check_options(cls: type, options: Iterable[str]) -> None:
         if name in allowed:
             continue
         base = next((base for base in cls.__mro__[1:] if name in (_options(base) or ())), None)
-        near = difflib.get_close_matches(name, allowed, n=1)
+        own = _ELSEWHERE.get(name)
+        near = [own] if own in allowed else difflib.get_close_matches(name, allowed, n=1)
         hint = f" ({base.__name__} has it)" if base else f" (did you mean {near[0]!r}?)" if near else ""
         raise TypeError(f"{cls.__name__} has no argument {name!r}{hint}; it takes {', '.join(allowed)}")
 
@@ -168,6 +182,18 @@ def tensors_of(module: nn.Module, *names: str) -> list[Any]:
     """
     own, buffers = module._parameters, module._buffers
     return [own[n] if n in own else buffers[n] if n in buffers else getattr(module, n) for n in names]
+
+
+def check_original(module: Any, balance: str) -> None:
+    """Raise in a copy that ``nn.DataParallel`` made, whose forward takes with it what balances the original.
+
+    Its loss would be lost with ``aux="attach"`` and count once a copy with ``"inject"``.
+    """
+    if module._is_replica:
+        raise RuntimeError(
+            f"balance = {balance!r} does not work in torch.nn.DataParallel, whose copies of a layer are gone before "
+            'aux_loss and update_router_bias look: use DistributedDataParallel (torchrun), or balance = "none"'
+        )
 
 
 def unwrapped(name: str, module: nn.Module, kind: type[M]) -> M:

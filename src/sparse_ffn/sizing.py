@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 from sparse_ffn.backends.warning import SparseFFNWarning
-from sparse_ffn.checks import check_count, check_positive, plain
+from sparse_ffn.checks import check_count, check_positive, plain, shown
 from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.layers.moe import MoE
@@ -46,7 +46,7 @@ def parameter_equal(layer_cls: type[SparseFFN], d_model: int, d_ff: int, **choic
     free = next((size for cls, size in _FREE_SIZES if isinstance(layer_cls, type) and issubclass(layer_cls, cls)), None)
     if free is None:
         raise TypeError(
-            f"layer_cls must be MoE or one of its forms, ProductKeyMemory, DenseFFN or TopKFFN, got {layer_cls!r}"
+            f"layer_cls must be MoE or one of its forms, ProductKeyMemory, DenseFFN or TopKFFN, got {shown(layer_cls)}"
         )
     if free in choices:
         raise ValueError(f"{free} = {choices[free]!r} is what parameter_equal chooses: leave it out")

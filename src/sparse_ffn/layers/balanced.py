@@ -11,7 +11,7 @@ from torch.autograd.graph import Node
 
 from sparse_ffn.checks import check_choice, check_positive
 from sparse_ffn.layers.last_forward import LastForward, nodes_of, watch
-from sparse_ffn.module import WithProperties, unwrapped
+from sparse_ffn.module import WithProperties, check_original, unwrapped
 from sparse_ffn.ops.library import in_backward
 from sparse_ffn.routing.balance import LOSSES, Terms, check_balance, groups, weighted_losses
 from sparse_ffn.routing.base import AnyRouting, Router, Routing
@@ -55,6 +55,7 @@ class Balanced(WithProperties):
     """Those that compute something."""
     null_experts: int = 0
     """The router's rows behind them."""
+    _is_replica = False
     _last: LastForward | None = None
     _calls: Calls | None = None
 
@@ -154,6 +155,8 @@ class Balanced(WithProperties):
 
     def _balance_loss(self, routing: AnyRouting, mask_T: Tensor | None, n_sequences: int | None) -> Tensor | None:
         """The weighted loss, if the layer has one now."""
+        if self.training and any(name in LOSSES for name in self.balance):
+            check_original(self, ", ".join(self.balance))
         if not self._pooled():
             return self._weighted_loss(routing, mask_T, n_sequences)
         if self._calls is not None and not in_backward():
@@ -191,7 +194,8 @@ class Balanced(WithProperties):
         router = self._own_router()
         assert isinstance(router, ReLURouter), "make_router checks it"
         assert isinstance(routing, Routing), "l1 is in NEED_LOGITS"
-        router.count_active(routing.logits_TE, mask_T)
+        if router.training:
+            router.count_active(routing.logits_TE, mask_T)
         return tuple((name, weight * router.l1 if name == "l1" else weight) for name, weight in terms)
 
     def _keep(

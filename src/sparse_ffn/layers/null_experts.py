@@ -41,13 +41,18 @@ class NullExperts(nn.Module):
         check_choice("null_kind", kind, KINDS)
         if kind == "identity" and self.d_out != self.d_model:
             raise ValueError(f"null_kind = 'identity' adds x, so d_out = {self.d_out} must be d_model = {self.d_model}")
-        if share is not None and not check_rate("null_share", share):
-            raise ValueError(f"null_share must be in (0, 1), got {shown(share)}")
-        if share is not None and not self.null_experts:
-            raise ValueError(f"null_share = {shown(share)} needs null experts, and null_experts = 0")
-        self.null_kind, self.null_share = kind, None if share is None else float(share)
+        self.null_kind, self.null_share = kind, share
         has_constants = self.null_experts and kind == "constant"
         self.constants = self._parameter(self.null_experts, self.d_out) if has_constants else None
+
+    def _checked_share(self, share: float | None) -> float | None:
+        if share is None:
+            return None
+        if not check_rate("null_share", share):
+            raise ValueError(f"null_share must be in (0, 1), got {shown(share)}")
+        if not self.null_experts:
+            raise ValueError(f"null_share = {shown(share)} needs null experts, and null_experts = 0")
+        return float(share)
 
     @property
     def _targets(self) -> Targets | None:

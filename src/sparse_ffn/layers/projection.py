@@ -40,5 +40,6 @@ class Query(Projection):
         """[..., d_in] to [..., d_out]."""
         if is_traceable_wrapper_subclass(self.weight):  # quantised or distributed: it has products of its own
             return super().forward(x)
-        y = ops.wide_product(x.reshape(1, -1, x.shape[-1]), self.weight.unsqueeze(0))[0].view(*x.shape[:-1], -1)
+        y = ops.wide_product(x.reshape(1, -1, x.shape[-1]), self.weight.unsqueeze(0))[0]
+        y = y.view(*x.shape[:-1], len(self.weight))  # torch finds no -1 for zero tokens
         return y if self.bias is None else y + self.bias

@@ -114,16 +114,26 @@ class Routed(NullExperts, Balanced, SparseFFN):
 
     @property
     def expert_dropout(self) -> float:
-        """The router's ``expert_dropout``; may be set."""
+        """The router's; may be set."""
         return self._own_router().expert_dropout
 
     @expert_dropout.setter
     def expert_dropout(self, expert_dropout: float) -> None:
-        self._own_router().expert_dropout = check_rate("expert_dropout", expert_dropout)
+        self._own_router().expert_dropout = expert_dropout
+
+    @property
+    def null_share(self) -> float | None:
+        """The share of all slots that is wished on null experts; may be set. None for that of equal experts."""
+        return self._null_share
+
+    @null_share.setter
+    def null_share(self, null_share: float | None) -> None:
+        null_share = self._checked_share(null_share)
+        _check_share_served(null_share, self.balance)
+        self._null_share = null_share
 
     def _check_served(self, balance: tuple[str, ...]) -> None:
-        if self.null_share is not None:
-            check_one_of(f"null_share = {self.null_share}", balance, "entropy", "switch", "bias")
+        _check_share_served(self.null_share, balance)
 
     def _make_experts(self, glu: bool, bias: bool) -> None:
         """Check these two and make the experts' parameters."""
@@ -245,6 +255,11 @@ class Routed(NullExperts, Balanced, SparseFFN):
             null_share=(self.null_share, None),
             **self._balance_options(),
         )
+
+
+def _check_share_served(null_share: float | None, balance: tuple[str, ...]) -> None:
+    if null_share is not None:
+        check_one_of(f"null_share = {null_share}", balance, "entropy", "switch", "bias")
 
 
 def check_one_of(option: str, balance: tuple[str, ...], *served: str) -> None:

@@ -215,7 +215,7 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
             if type(projection) is not Projection:  # others may store their weight packed
                 continue
             if not is_dtensor(projection.weight):
-                check_places(x, (projection.weight,))
+                check_places(x, {f"{name}.weight": projection.weight})
             if projection.weight.shape != dense:
                 raise shape_error({f"{name}.weight": (projection.weight, dense)})
         return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
@@ -250,7 +250,6 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
 
     @expert_dropout.setter
     def expert_dropout(self, expert_dropout: float) -> None:
-        expert_dropout = check_rate("expert_dropout", expert_dropout)
         for name in self._projections:
             self._own_experts(name)._own_router().expert_dropout = expert_dropout
 

@@ -8,7 +8,7 @@ from functools import partial
 from sparse_ffn.checks import check_choice
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.routed import MoEOptions
-from sparse_ffn.module import Unpack
+from sparse_ffn.module import Unpack, unwrapped
 from sparse_ffn.routing.routers import SinkhornRouter
 
 
@@ -109,6 +109,15 @@ class SBaseMoE(MoE):
             d_model, n_experts, expert_size, k,
             router=partial(SinkhornRouter, n_iters=n_iters), balance=balance, balance_weight=balance_weight, **options,
         )  # fmt: skip
+
+    @property
+    def n_iters(self) -> int:
+        """The router's; may be set."""
+        return unwrapped("router", self.router, SinkhornRouter).n_iters
+
+    @n_iters.setter
+    def n_iters(self, n_iters: int) -> None:
+        unwrapped("router", self.router, SinkhornRouter).n_iters = n_iters
 
 
 class NoisyTopKMoE(MoE):

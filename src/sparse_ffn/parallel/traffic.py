@@ -25,7 +25,7 @@ class Traffic(NamedTuple):
     between_nodes: dict[str, float]
     """Those of ``forward`` that leave the node."""
     auto: str
-    """What ``"auto"`` chooses."""
+    """What ``"auto"`` chooses for a layer of that dtype."""
     step: float
     """Forward and backward pass with "auto"."""
     fsdp: float

@@ -273,7 +273,7 @@ def weighted_losses(
 def _checked(terms: Any) -> Terms:
     pairs = isinstance(terms, (tuple, list)) and all(isinstance(t, (tuple, list)) and len(t) == 2 for t in terms)
     if not pairs or not terms:
-        error = ValueError if terms == () else TypeError
+        error = ValueError if pairs else TypeError
         raise error(f"terms must hold a (name, weight) pair or more, got {shown(terms)}; names are {', '.join(LOSSES)}")
     for name, _ in terms:
         check_choice("the name in terms", name, LOSSES)

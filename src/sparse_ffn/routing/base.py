@@ -23,7 +23,7 @@ from sparse_ffn.checks import (
     check_rate,
     shape_error,
 )
-from sparse_ffn.module import CheckedOptions, normal_
+from sparse_ffn.module import CheckedOptions, check_original, normal_
 from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.ops.library import in_backward, under_transforms
 from sparse_ffn.ops.select import stable_topk
@@ -89,6 +89,8 @@ class Router(CheckedOptions, nn.Module):
 
     voids_zeros = False
     """Whether a slot whose gate is 0 has no expert: nothing is computed for it, and no load is counted."""
+    _is_replica = False
+    """Set by ``nn.DataParallel`` on its copies."""
     bias: Tensor | None
     load: Tensor
 
@@ -107,7 +109,7 @@ class Router(CheckedOptions, nn.Module):
         super().__init__()
         self.d_model, self.n_experts = check_positive("d_model", d_model), check_positive("n_experts", n_experts)
         self.k = k
-        self.expert_dropout = check_rate("expert_dropout", expert_dropout)
+        self.expert_dropout = expert_dropout
         self.init_scale = check_finite("init_scale", init_scale)
         selection_bias = check_flag("selection_bias", selection_bias)
         check_device(device)
@@ -133,6 +135,15 @@ class Router(CheckedOptions, nn.Module):
 
     def _checked_k(self, k: int) -> int:
         return check_positive("k", k, at_most=self.n_experts, limit="n_experts")
+
+    @property
+    def expert_dropout(self) -> float:
+        """Chance in training that a token cannot use an expert; may be set."""
+        return self._expert_dropout
+
+    @expert_dropout.setter
+    def expert_dropout(self, expert_dropout: float) -> None:
+        self._expert_dropout = check_rate("expert_dropout", expert_dropout)
 
     def add_parameters(self) -> None:
         """Make what a router has beyond ``weight`` and ``bias``. ``_tensors`` lists it, ``reset_parameters`` sets."""
@@ -196,7 +207,7 @@ class Router(CheckedOptions, nn.Module):
         if mask_T is not None:
             check_mask(mask_T, x_TD)
         tensors = self._tensors()
-        check_places(x_TD, (tensor for tensor, _ in tensors.values()))
+        check_places(x_TD, {f"router.{name}": tensor for name, (tensor, _) in tensors.items()})
         n_experts = self.weight.shape[:1]
         if any(tensor is not None and tensor.shape != (*n_experts, *shape[1:]) for tensor, shape in tensors.values()):
             raise shape_error({f"router.{name}": tensor for name, tensor in tensors.items()})
@@ -253,6 +264,7 @@ class Router(CheckedOptions, nn.Module):
         """Add to what ``adapt`` gets, once where checkpointing computes it twice; ``balance`` is for the error."""
         if in_backward():
             return
+        check_original(self, balance)
         if under_transforms():
             raise RuntimeError(
                 f"balance=\"{balance}\" counts the experts' loads as a side effect, which is lost inside torch.func's "
@@ -261,7 +273,9 @@ class Router(CheckedOptions, nn.Module):
         if load.is_meta:  # there is nothing to count
             return
         if self.load.device != load.device:  # the router was moved
-            self.load = torch.zeros_like(load) if self.load.is_meta else self.load.to(load.device)
+            with torch.inference_mode(False):  # made in inference it could not be added to in training
+                moved = torch.zeros(self.load_shape, dtype=load.dtype, device=load.device)
+            self.load = moved if self.load.is_meta else moved.copy_(self.load)
         self.load.add_(load)
 
     @property

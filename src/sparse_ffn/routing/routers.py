@@ -98,8 +98,17 @@ class SinkhornRouter(SigmoidRouter):
     def __init__(
         self, d_model: int, n_experts: int, k: int, *, n_iters: int = 3, **options: Unpack[RouterOptions]
     ) -> None:
-        self.n_iters = check_positive("n_iters", n_iters)
+        self.n_iters = n_iters
         super().__init__(d_model, n_experts, k, **options)
+
+    @property
+    def n_iters(self) -> int:
+        """Sinkhorn iterations; may be set."""
+        return self._n_iters
+
+    @n_iters.setter
+    def n_iters(self, n_iters: int) -> None:
+        self._n_iters = check_positive("n_iters", n_iters)
 
     def rank(self, logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
         """Logits plus the experts' Sinkhorn potentials; a token's own potential would not change its ranking."""
