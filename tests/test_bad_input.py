@@ -309,7 +309,9 @@ def entries() -> dict[str, Entry]:
         router = cls(**SMALL)
         if cls is not routing.Router:
             add(f"{cls.__name__}.forward", router.forward, {"x_TD": TOKENS, "mask_T": REAL})
-        add(f"{cls.__name__}.k", functools.partial(set_k, router), {"k": 2}, wrong={"k": (*SIZE, 99)})
+        for option in settable(cls):
+            add(f"{cls.__name__}.{option}", functools.partial(set_option, router), {option: getattr(router, option)},
+                wrong={"k": (*SIZE, 99)}, signature=inspect.getattr_static(cls, option).fset)  # fmt: skip
     for cls, given in CONFIGS.items():
         add(cls.__name__, cls, given, wrong={"router": ("nonsense", 3, ["sigmoid"], nn.Linear(2, 2), FOREIGN, None)})
     shared = {"routed": sf.SigmaMoE(**MOE, dropout=0.5), "shared": sf.DenseFFN(4, 6, dropout=0.5)}

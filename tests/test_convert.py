@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import itertools
 import json
 import re
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from sparse_ffn.convert import ConstantInput, LowRankMoEConfig, config, config_f
 from sparse_ffn.convert.budget import Judge
 from sparse_ffn.convert.calibrate import Reservoir
 from sparse_ffn.convert.init.partition import balanced_assignment, balanced_kmeans
+from sparse_ffn.convert.outputs import tensors_in
 from sparse_ffn.layers import LatentMoE, SharedExpertMoE, SwitchHeadAttention
 from sparse_ffn.ops.activations import ACTIVATIONS, activate
 from sparse_ffn.routing.routers import SigmoidRouter
@@ -484,6 +487,15 @@ def test_back_to_dense(layer: sf.SparseFFN) -> None:
     dense = sf.to_dense(layer)
     assert type(dense) is sf.DenseFFN
     same(dense, layer, rtol=1e-4)
+
+
+def test_the_way_back_is_computed_in_the_layers_dtype_under_autocast() -> None:
+    layer = sf.ProductKeyMemory(6, 3, 9, n_heads=2, query_dim=4, query_bias=True)
+    dense = sf.to_dense(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        back = sf.to_dense(layer)
+    assert torch.equal(back.keys, dense.keys)
+    assert torch.equal(back.key_bias, dense.key_bias)
 
 
 @pytest.mark.parametrize("kind", [sf.SigmaMoEConfig, sf.SoftmaxMoEConfig, sf.NoisyTopKMoEConfig])
@@ -983,6 +995,57 @@ def test_dropouts_are_kept() -> None:
     assert (layer.dropout, after.p) == (0.25, 0.5)
 
 
+class Rates(nn.Module):
+    """Two dropouts whose rates are numbers, before the FFN and on its hidden units."""
+
+    def __init__(self, first: str, second: str, hidden: str) -> None:
+        super().__init__()
+        self.a, self.f, self.b = nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 6)
+        setattr(self, first, 0.25)
+        setattr(self, second, 0.25)
+        self.before, self.hidden = {first, second} - {hidden}, hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        (before,) = self.before
+        h = self.f(self.a(F.dropout(x, getattr(self, before), self.training)))
+        return x + self.b(F.dropout(h, getattr(self, self.hidden), self.training))
+
+
+@pytest.mark.parametrize(("before", "hidden"), itertools.permutations(["dropout", "activation_dropout", "rate"], 2))
+def test_of_two_rates_that_are_equal_the_hidden_units_is_taken(before: str, hidden: str) -> None:
+    for first, second in ((before, hidden), (hidden, before)):
+        model = nn.Sequential(Rates(first, second, hidden))
+        assert sf.sparsify_(model, OPEN).names == ["0.a"]
+        assert (getattr(model[0], before), getattr(model[0], hidden), model[0].a.dropout) == (0.25, 0.0, 0.25)
+
+
+def test_an_ffn_whose_hidden_units_are_dropped_from_twice_is_left() -> None:
+    class Twice(Inline):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.first, self.second = nn.ReLU(), nn.Dropout(0.25), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.b(self.second(self.first(self.f(self.a(self.norm(x))))))
+
+    report = sf.sparsify_(nn.Sequential(Twice()), OPEN)
+    assert not report.names
+    assert "Twice does not compute the same with the FFN replaced" in report.unknown["0.a"]
+
+
+@pytest.mark.parametrize("between", [[nn.ReLU()], [nn.ReLU(), nn.Dropout(0.25)]], ids=["activation", "dropout too"])
+def test_what_stands_at_several_places_of_a_sequential_goes_from_those_of_the_ffn(between: list[nn.Module]) -> None:
+    after = [nn.LayerNorm(6), *between[1:]]
+    model = nn.Sequential(
+        nn.Linear(6, 16), *between, nn.Linear(16, 6), *after, nn.Linear(6, 16), *between, nn.Linear(16, 6), *after
+    ).eval()
+    dense = copy.deepcopy(model)
+    second = len(between) + 2 + len(after)
+    assert sf.sparsify_(model, OPEN).names == ["0", str(second)]
+    assert [type(m) for m in model[second + 1 :]] == [nn.Identity] * (len(between) + 1) + [type(m) for m in after]
+    same(model, dense)
+
+
 def test_a_failure_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(Block(), Block(Mlp(d_ff=10)), nn.TransformerEncoderLayer(6, 2, 16))
     before = state(model)
@@ -1040,6 +1103,37 @@ def test_what_is_unknown_is_listed_with_what_was_seen() -> None:
         "* (Embedding 9x6)": 1, "*.ffn.a (Linear 16x6)": 1, "*.ffn.b (Linear 6x16)": 1, "*.a (Linear 16x6)": 1,
         "*.b (Linear 6x16)": 1, "*.* (Linear 16x6)": 1, "*.* (Linear 6x16)": 1, "* (Linear 3x6)": 1,
     }  # fmt: skip
+
+
+class Wrapped(nn.Module):
+    """An activation as a module of its own with another inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        return y
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.BatchNorm1d(3)], ids=["LayerNorm", "BatchNorm"])
+@pytest.mark.parametrize(
+    "act", [Wrapped(), nn.Sequential(nn.GELU()), nn.GELU(), F.gelu], ids=["wrapped", "Sequential", "module", "function"]
+)
+def test_an_activation_that_is_an_attribute_is_found(act: Any, norm: nn.Module) -> None:
+    class Outside(Inline):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.norm = act, norm
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.b(self.f(self.a(self.norm(x))))
+
+    model = nn.Sequential(Outside()).eval()
+    x, dense = torch.randn(2, 3, 6), copy.deepcopy(model)
+    assert sf.sparsify_(model, OPEN).names == ["0.a"]
+    torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-5)
 
 
 class Receptance(nn.Module):
@@ -1226,6 +1320,83 @@ def test_an_ffn_that_returns_a_tuple_goes_on_returning_one() -> None:
     same(model, dense)
 
 
+class Beside(Inline):
+    """Returns more than its output, in one way or another."""
+
+    def __init__(self, returned: Callable[[Tensor, Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.f, self.returned = nn.ReLU(), returned
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.f(self.a(x))
+        return self.returned(self.norm(x + self.b(h)), x, h)
+
+
+@dataclasses.dataclass
+class Output:
+    y: Tensor
+    h: Any
+
+
+@dataclasses.dataclass
+class Slots:
+    __slots__ = ("h", "y")
+    y: Tensor
+    h: Any
+
+
+class Fields(dict[str, Any]):
+    """A mapping that pytree does not know."""
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda y, x, h: (y, h),
+        lambda y, x, h: Output(y, h),
+        lambda y, x, h: Slots(y, h),
+        lambda y, x, h: SimpleNamespace(y=y, more=[Output(y, {"h": h})]),
+        lambda y, x, h: Fields(y=y, h=h),
+    ],
+    ids=["tuple", "dataclass", "slots", "object", "mapping"],
+)
+def test_hidden_units_that_are_returned_in_any_way_stay(returned: Any) -> None:
+    report = sf.sparsify_(nn.Sequential(Beside(returned)), OPEN)
+    assert not report.names
+    assert "Beside does not compute the same with the FFN replaced" in report.unknown["0.a"]
+
+
+def test_an_ffn_in_a_module_that_returns_no_tensor_is_left() -> None:
+    report = sf.sparsify_(nn.Sequential(Beside(lambda y, x, h: None)), OPEN)
+    assert not report.names
+    assert "Beside returns no tensor that would show whether it computes the same" in report.unknown["0.a"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        lambda x: x.ne(0).any(-1),
+        lambda x: torch.full(x.shape[:1], x.shape[1]),
+        lambda x: (x @ x.mT).masked_fill(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1), -torch.inf),
+    ],
+    ids=["flags", "counts", "scores"],
+)
+@pytest.mark.parametrize("kind", [tuple, Output])
+def test_what_is_returned_beside_the_output_need_not_be_finite_numbers(more: Any, kind: Any) -> None:
+    def returned(y: Tensor, x: Tensor, h: Tensor) -> Any:
+        return (y, more(x)) if kind is tuple else Output(y, more(x))
+
+    assert sf.sparsify_(nn.Sequential(Beside(returned)), OPEN).names == ["0.a"]
+
+
+def test_tensors_are_seen_once_each_in_what_holds_itself() -> None:
+    x, y = torch.zeros(2), torch.ones(2)
+    inner = SimpleNamespace(y=y, name="inner", kind=Output, owner=nn.Linear(2, 2))
+    outer = SimpleNamespace(x=x, parts=[inner, {"again": inner}])
+    inner.outer = outer
+    assert [id(t) for t in tensors_in((outer, None))] == [id(x), id(y)]
+
+
 class Noise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.randn_like(x) if self.training else x
@@ -1282,9 +1453,19 @@ def test_the_report_prints_and_rebuilds() -> None:
         sf.sparsify_(dense, {"nowhere": sf.SigmaMoEConfig()})
 
 
+class Written(Mlp):
+    """Its activation is no attribute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x)))
+
+
 def test_a_root_that_is_an_ffn() -> None:
     report = sf.sparsify_(Gated(), OPEN)
     assert "the model itself is the FFN: from_dense" in report.unknown[""]
+    report = sf.sparsify_(Written(), OPEN)
+    assert report.unknown["a"].startswith("the model itself is the FFN: from_dense makes a layer of it; the activation")
+    same(sf.from_dense(dense := Written(), OPEN), dense)
     model = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 6))
     dense = copy.deepcopy(model)
     assert sf.sparsify_(model, OPEN).names == ["0"]
@@ -1351,8 +1532,8 @@ def test_calibrate_runs_batches_leaves_padding_out_and_puts_everything_back() ->
 
 @pytest.mark.parametrize(
     "mask",
-    [torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.tensor([[0.0, 0.0, -1e9], [0.0, -1e9, -1e9]])],
-    ids=["1 for tokens", "added to scores"],
+    [torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.tensor([[0.0, 0.0, -1e9], [0.0, -1e9, -1e9]]), torch.zeros(2, 3)],
+    ids=["1 for tokens", "added to scores", "added, no padding"],
 )
 def test_calibrate_leaves_padding_out_in_any_order_that_the_shapes_tell(mask: Tensor) -> None:
     class Model(nn.Module):
@@ -1364,7 +1545,7 @@ def test_calibrate_leaves_padding_out_in_any_order_that_the_shapes_tell(mask: Te
             turned = self.turned(x.transpose(0, 1)).transpose(0, 1).flatten(0, 1)
             return self.rows(x.flatten(0, 1)) + turned + self.others(x[:, 1:]).sum()
 
-    x, tokens = torch.randn(2, 3, 6), torch.tensor([[True, True, False], [True, False, False]])
+    x, tokens = torch.randn(2, 3, 6), torch.tensor([[True, True, False], [True, False, False]]) | ~mask.any()
     found = sf.calibrate(Model(), [{"x": x, "attention_mask": mask}])
     assert torch.equal(found["rows"], x[tokens])
     assert torch.equal(found["turned"], x.transpose(0, 1)[tokens.t()])
@@ -1451,6 +1632,13 @@ def test_calibrate_takes_what_a_linear_map_gets_by_name() -> None:
 
     x = torch.randn(2, 3, 6)
     torch.testing.assert_close(sf.calibrate(nn.Sequential(Named()), [x])["0"], x.flatten(0, 1))
+
+
+def test_a_token_without_a_batch_is_a_row() -> None:
+    model, x = nn.Sequential(nn.LayerNorm(6), Mlp()), torch.randn(6)
+    assert torch.equal(sf.calibrate(model, [x, x.view(1, 6)])["1"], model[0](x).detach().expand(2, 6))
+    report = sf.sparsify_(model, dataclasses.replace(OPEN, k=2), calibration=[x])
+    assert report.replacements[0].relative_error is not None
 
 
 def test_calibrate_knows_that_a_decoder_has_a_mask_of_its_own() -> None:

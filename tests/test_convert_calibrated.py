@@ -100,6 +100,11 @@ def test_what_no_config_says_of_a_shared_expert_is_an_error() -> None:
         config_of(gated)
     routed.k = 4
     nn.init.zeros_(routed.router.weight)
+    part = SharedExpertMoE(routed, sf.TopKFFN(6, 8, 4, activation="gelu", bias=False))
+    with pytest.raises(ValueError, match="no MoEConfig makes a layer with a shared expert that is a TopKFFN"):
+        config_of(part)
+    with pytest.raises(ValueError, match="what this TopKFFN does: each token uses its own k = 4 of d_ff = 8 units"):
+        sf.to_dense(part)
     for layer, why in (
         (gated, "depends on the token"),
         (SharedExpertMoE(routed, sf.DenseFFN(6, 8, bias=False)), "another kind"),
@@ -270,7 +275,7 @@ def test_an_ffn_in_several_places_uses_units_in_each() -> None:
     assert 3 * a.ffn.k * 4 + b.ffn.k * 4 <= 64
 
 
-@pytest.mark.parametrize("kind", ["a number", "cut off", "another output"])
+@pytest.mark.parametrize("kind", ["a number", "cut off", "in an object", "another output", "no numbers"])
 def test_outputs_that_tell_nothing_of_the_ffns_or_only_a_part(kind: str) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -283,16 +288,19 @@ def test_outputs_that_tell_nothing_of_the_ffns_or_only_a_part(kind: str) -> None
                 return SimpleNamespace(logits=y.sum(-1, keepdim=True))
             if kind == "cut off":
                 return SimpleNamespace(logits=y.masked_fill(torch.arange(6) > 3, -torch.inf))
-            return x, y
+            if kind == "in an object":
+                return SimpleNamespace(y=y)
+            return y.argmax(-1) if kind == "no numbers" else (x, y)
 
     model = Model().eval()
     asked = dataclasses.replace(OPEN, active=0.5, init="cluster")
     told = pytest.warns(SparseFFNWarning, match="first outputs do not depend on any FFN: FFNs share out")
-    with told if kind == "another output" else contextlib.nullcontext():
+    tells_nothing = kind in ("another output", "no numbers")
+    with told if tells_nothing else contextlib.nullcontext():
         report = sf.sparsify_(model, asked, calibration=[torch.randn(80, 6)])
     first, second = (new.config.k for new in report.replacements)
     assert first + second == 8
-    if kind == "another output":
+    if tells_nothing:
         assert all(point.change == point.error**2 for new in report.replacements for point in new.curve)
     else:
         assert first < second
@@ -359,6 +367,27 @@ def test_outputs_are_compared_at_a_bounded_number_of_real_tokens(logits: bool, m
     model.scale = 1.0
     ((rows, _),) = Judge(model, [{"x": x, "attention_mask": mask}]).before
     assert torch.equal(rows, real[[i * len(real) // 8 for i in range(8)]])
+
+
+def test_padding_counts_in_no_order_of_the_outputs() -> None:
+    class Outputs(nn.Module):
+        def __init__(self, change: Any) -> None:
+            super().__init__()
+            self.added, self.change = 0.0, change
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Any:
+            return self.change(x + self.added)
+
+    x, mask = torch.randn(2, 5, 6), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]])
+    x[mask == 0] = 100.0
+    changes = []
+    for change in (lambda y: y, lambda y: y.flatten(0, 1), lambda y: y.transpose(0, 1)):
+        model = Outputs(change)
+        judge = Judge(model, [{"x": x, "attention_mask": mask}])
+        model.added = 1.0
+        changes.append(judge.change())
+    assert changes == [pytest.approx(changes[0])] * 3
+    assert changes[0] > 0.1
 
 
 # ------------------------------------------------------------------------------------------------------------- auto
@@ -521,7 +550,8 @@ def test_only_what_is_surely_a_sequence_is_cut_to_fewer_positions(what: str) -> 
 def test_real_tokens_are_left_where_padding_comes_first() -> None:
     mask = (torch.arange(20) >= torch.tensor([[15], [0], [3]])).long()
     for padded, expected in ((mask, IDS[:2, -8:]), (mask.flip(1), IDS[:2, :8])):
-        assert torch.equal(next(iter(_shorter({"ids": IDS, "attention_mask": padded})))["ids"], expected)
+        for given in (padded, -1e9 * (1 - padded)):  # 1 for tokens, and added to scores
+            assert torch.equal(next(iter(_shorter({"ids": IDS, "attention_mask": given})))["ids"], expected)
 
 
 @pytest.mark.exhaustive
@@ -552,6 +582,28 @@ def test_led_and_lxmert_are_converted_by_an_example(kind: str) -> None:
 def test_experts_that_no_token_of_the_calibration_selects_are_finite(config: Any) -> None:
     layer = sf.from_dense(sf.DenseFFN(8, 16), config, inputs=torch.randn(1, 8).repeat(20, 1))
     assert all(parameter.isfinite().all() for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        dataclasses.replace(OPEN, k=2, init="cluster", router_init="ranked", refit=True, bias=True),
+        dataclasses.replace(OPEN, active=0.5, init="auto"),
+    ],
+    ids=["refitted", "auto"],
+)
+def test_layers_are_made_in_their_own_dtype_under_autocast(chosen: Any) -> None:
+    x, made = torch.randn(64, 6) + 4 * torch.randn(6), []
+    dense = nn.Sequential(Block(Mlp("gelu", d_ff=32)))
+    for on in (False, True):
+        model = copy.deepcopy(dense)
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            report = sf.sparsify_(model, chosen, calibration={"0.ffn": x})
+        made.append((model, report.replacements[0].relative_error))
+    (plain, error), (cast, same_error) = made
+    assert error == same_error
+    for ours, theirs in zip(cast.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_without_an_output_bias_values_are_refitted_without_an_intercept() -> None:

@@ -112,8 +112,9 @@ def of_tokens(mask: Any, x: Any) -> Tensor | None:
 
 
 def real(mask: Tensor) -> Tensor:
-    """Where a mask has tokens: numbers that are added to scores are negative elsewhere, others 0."""
-    return mask == 0 if mask.is_floating_point() and bool((mask < 0).any()) else mask.bool()
+    """Where a mask has tokens: numbers that are added to scores are 0 there, others are not."""
+    added = mask.is_floating_point() and not bool((mask > 0).any())  # to scores: 0 all over where nothing is padding
+    return mask == 0 if added else mask.bool()
 
 
 def decoder_of(model: nn.Module) -> set[nn.Module]:

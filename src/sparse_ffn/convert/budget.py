@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_ffn.backends.warning import SparseFFNWarning
-from sparse_ffn.convert.batches import decoder_of, evaluated, real
+from sparse_ffn.convert.batches import decoder_of, evaluated, of_tokens
 from sparse_ffn.convert.config_base import FFNConfig
 from sparse_ffn.convert.config_experts import DEALT, ExpertsConfig
 from sparse_ffn.convert.curve import Curve, Point, allocate, shares_to_try
 from sparse_ffn.convert.group import Group
 from sparse_ffn.convert.init.build import Trial
 from sparse_ffn.convert.init.weights import wide
+from sparse_ffn.convert.outputs import tensors_in
 from sparse_ffn.convert.places import Places, put, take_out
 from sparse_ffn.module import run_batch
 
@@ -88,7 +89,7 @@ class _Ways:
     def __init__(self, group: Group) -> None:
         given: Any = group.config
         ffn = group.members[0].weights()
-        with group.named():
+        with group.at_work():
             sizes = given.resolve(ffn)
         shared, size = sizes.shared_size or 0, sizes.expert_size
         if sizes.k == sizes.n_experts > 1:  # a choice for all of them would be none for fewer
@@ -128,7 +129,7 @@ def _curve(model: nn.Module, group: Group, ways: _Ways, places: Places, judge: J
     rows = group.rows
     assert rows is not None
     trial = Trial(group.members[0].weights(), rows)
-    with group.named():
+    with group.at_work():
         counts = sorted({ways.count(share) for share in shares_to_try(ways.active)})
         tried = {n: trial.build(ways.of(n)) for n in counts}
     new, error = tried[ways.count(ways.active)]
@@ -180,20 +181,13 @@ class Judge:
 
 
 def _rows(output: Any, mask: Any) -> tuple[Tensor, bool]:
-    from torch.utils._pytree import tree_leaves  # here: it would double the library's import time
-
     y: Any = getattr(output, "logits", None)
     is_logits = isinstance(y, Tensor) and y.shape[-1] > 1  # one is a number, not a class
     if not isinstance(y, Tensor):
-        tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point() and t.dim()]
-        if not tensors:
-            raise ValueError("the model's outputs hold no floating tensor to compare: give every FFN its k")
-        y = tensors[0]
-    rows = y.reshape(-1, y.shape[-1])
-    fits = isinstance(mask, Tensor) and mask.shape == y.shape[:-1]
-    chosen = torch.arange(len(rows), device=y.device)
-    if fits:
-        chosen = real(mask).to(y.device).flatten().nonzero().flatten()
+        nothing = torch.empty(0, 1, device="cpu")
+        y = next((t for t in tensors_in(output) if t.is_floating_point() and t.dim()), nothing)
+    rows, of_rows = y.reshape(-1, y.shape[-1]), of_tokens(mask, y)
+    chosen = torch.arange(len(rows), device=y.device) if of_rows is None else of_rows.nonzero().flatten()
     if len(chosen) > MOST_ROWS:  # evenly spread, and so the same each time
         chosen = chosen[torch.arange(MOST_ROWS, device=y.device) * len(chosen) // MOST_ROWS]
     return rows[chosen], is_logits

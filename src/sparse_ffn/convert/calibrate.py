@@ -90,7 +90,7 @@ def sample(model: nn.Module, found: list[Found], batches: Iterable[Any], max_tok
 
     def keep(sample: Reservoir, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor | None) -> None:
         x: Tensor = first_of(args, kwargs)
-        rows = x.flatten(0, -2)
+        rows = x.reshape(-1, x.shape[-1])
         sample.add(rows if mask is None else rows[mask])
 
     run(model, batches, [(f.ups[0].module, partial(keep, samples[f.name])) for f in found])

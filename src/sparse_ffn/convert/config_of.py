@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from sparse_ffn.convert.config import CONFIGS, FFNConfig
+from sparse_ffn.convert.config import CONFIGS, DenseFFNConfig, FFNConfig
 from sparse_ffn.convert.config_base import Converted
 from sparse_ffn.convert.config_experts import ExpertsConfig
 from sparse_ffn.layers import LatentMoE, SparseFFN, SwitchHeadAttention
@@ -50,11 +50,16 @@ def _beside_shared(layer: SharedExpertMoE) -> FFNConfig:
     routed: Any = layer._own_routed()  # a LatentMoE is no layer that has a config
     config, shared = config_of(routed), config_of(layer._own_shared())
     names = ("activation", "glu", "bias", "dropout", "init_scale")
-    differing = [name for name in names if getattr(config, name, None) != getattr(shared, name)]
     if not isinstance(config, ExpertsConfig):
         raise ValueError(f"no {type(config).__name__} makes a layer with a shared expert")
-    if layer.gate is not None or differing:
-        why = f"whose {', '.join(differing)} differ" if differing else "with a gate"
+    why = None
+    if type(shared) is not DenseFFNConfig:
+        why = f"that is a {shared.layer.__name__}"
+    elif differing := [name for name in names if getattr(config, name) != getattr(shared, name)]:
+        why = f"whose {', '.join(differing)} differ"
+    elif layer.gate is not None:
+        why = "with a gate"
+    if why is not None:
         raise ValueError(f"no {type(config).__name__} makes a layer with a shared expert {why}")
     return replace(config, shared_size=layer.shared.d_ff)
 

@@ -12,6 +12,7 @@ from sparse_ffn.convert.config_base import FFNConfig
 from sparse_ffn.convert.curve import Point
 from sparse_ffn.convert.find.found import Found
 from sparse_ffn.convert.init.build import Built, build, settle
+from sparse_ffn.ops.autocast import without_autocast
 
 
 class Group:
@@ -44,24 +45,25 @@ class Group:
         return torch.cat(list(self._rows.values())) if self._rows else None
 
     @contextmanager
-    def named(self) -> Iterator[None]:
-        """Errors within say which FFN they are about."""
+    def at_work(self) -> Iterator[None]:
+        """What is made within is computed in the FFN's own dtype, and errors say which FFN they are about."""
         f = self.members[0]
         try:
-            yield
+            with without_autocast(f.ups[0].weight):  # autocast is for the model's batches
+                yield
         except (ValueError, TypeError) as error:
             what = f"{f.name or 'the FFN'} ({f.pattern}, d_ff = {f.weights().d_ff})"
             raise type(error)(f"{what}: {error}") from error
 
     def settle(self) -> None:
         """Replace what the config leaves to calibration, but the shares of the units."""
-        with self.named():
+        with self.at_work():
             self.config = settle(self.config, self.members[0].weights(), self.rows)
 
     def make(self) -> Built:
         """The layer, without touching the model."""
         f = self.members[0]
-        with self.named():
+        with self.at_work():
             built = build(self.config, f.weights(), self.rows, f.out_dropout)
         built.module.train(f.module.training)
         return built

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn.backends.warning import SparseFFNWarning
-from sparse_ffn.checks import check_floating, check_function, check_module, check_type
+from sparse_ffn.checks import check_floating, check_function, check_module, check_type, shown
 from sparse_ffn.convert.batches import Batches
 from sparse_ffn.convert.budget import share_out
 from sparse_ffn.convert.calibrate import Filter, sample
@@ -29,6 +29,7 @@ from sparse_ffn.convert.places import mixed, places_of, put, replaceable, twins
 from sparse_ffn.convert.report import Replacement, Report
 from sparse_ffn.layers import LowRankMoE, MoE
 from sparse_ffn.layers.shared_expert import SharedExpertMoE
+from sparse_ffn.ops.autocast import without_autocast
 
 NOISE = 64  # tokens
 
@@ -146,7 +147,7 @@ def from_dense(ffn: nn.Module, config: FFNConfig, *, inputs: Tensor | None = Non
 
 def _check_config(config: object) -> None:
     if not isinstance(config, FFNConfig):
-        raise TypeError(f"config must be a config of sparse_ffn, such as SigmaMoEConfig(k=4), got {config!r}")
+        raise TypeError(f"config must be a config of sparse_ffn, such as SigmaMoEConfig(k=4), got {shown(config)}")
 
 
 def _check_calibration(calibration: object) -> Batches | None:
@@ -213,7 +214,7 @@ def _replacement(f: Found, new: Built, group: Group, names: list[str]) -> Replac
         generator = torch.Generator().manual_seed(0)
         rows = torch.randn(NOISE, ffn.d_model, generator=generator, device="cpu").to(ffn.keys)
     if rows is not None and new.config.init != "fresh":
-        with evaluating(new.module):
+        with evaluating(new.module), without_autocast(rows):
             error = relative_error(new.module(rows), ffn.output(rows))
     tied = None if f.name == first else first
     return Replacement(

@@ -16,6 +16,7 @@ from sparse_ffn.convert.init.weights import FFNWeights
 from sparse_ffn.layers import DenseFFN, MoE, ProductKeyMemory, SparseFFN
 from sparse_ffn.layers.rows.base import check_dense
 from sparse_ffn.layers.shared_expert import SharedExpertMoE
+from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.routing.deepseek import DeepSeekRouter
 from sparse_ffn.routing.routers import ROUTERS, UnweightedRouter
 
@@ -72,7 +73,7 @@ def _dense(weights: FFNWeights) -> DenseFFN:
 
 def _with_shared(layer: SharedExpertMoE) -> DenseFFN:
     """The units of the shared expert and of all others in one."""
-    routed, shared = to_dense(layer._own_moe()), layer._own_shared()
+    routed, shared = to_dense(layer._own_moe()), to_dense(layer._own_shared())
     if layer._own_moe() is not layer._own_routed():
         raise _no_dense(layer, "its routed experts lie between two projections")
     if layer.gate is not None:
@@ -139,7 +140,8 @@ def _memory(layer: ProductKeyMemory) -> FFNWeights:
     keys = product_keys(layer.sub_keys)
     bias: Tensor | None = None
     if layer.query is not None:
-        if layer.query.bias is not None:
-            bias = (keys @ layer.query.bias.view(layer.n_heads, -1, 1)).flatten()
-        keys = keys @ layer.query.weight.view(layer.n_heads, -1, layer.d_model)
+        with without_autocast(keys):
+            if layer.query.bias is not None:
+                bias = (keys @ layer.query.bias.view(layer.n_heads, -1, 1)).flatten()
+            keys = keys @ layer.query.weight.view(layer.n_heads, -1, layer.d_model)
     return FFNWeights(keys.flatten(0, 1), layer.values.repeat(layer.n_heads, 1), layer.activation, key_bias=bias)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.convert.batches import run
+from sparse_ffn.convert.batches import real, run
 from sparse_ffn.convert.find.probe import FP64, Arguments
 
 ROWS, POSITIONS = 2, 8  # of a batch: modules are copied and run in fp64 on what they get of it
@@ -73,7 +73,7 @@ def _shorter(batch: Any) -> Iterator[Any]:
         return
     n_rows, length = tensors[0].shape[:2]
     mask = batch.get("attention_mask") if isinstance(batch, dict) else None
-    padded_left = isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:ROWS, 0].all())
+    padded_left = isinstance(mask, Tensor) and mask.dim() == 2 and not bool(real(mask)[:ROWS, 0].all())
     positions = slice(-POSITIONS, None) if padded_left else slice(POSITIONS)
 
     def fewer(t: Tensor) -> Tensor:

@@ -120,9 +120,12 @@ class _Search:
         """Any other module, with the linear maps inside: an FFN itself, the holder of pairs, or neither."""
         reasons: list[str] = []
         block = block_roles(module, inside) if self.undecided(*inside) else None
-        if block is not None and name:
+        if block is not None:
             try:
-                self.found.append(match_block(name, module, *block))
+                whole = match_block(name, module, *block)
+                if not name:
+                    raise Unknown(ROOT)
+                self.found.append(whole)
                 return self.decide(*inside)
             except Unknown as why:
                 reasons.append(str(why))

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparse_ffn.convert.find.edits import Edit, apply, set_attribute
 from sparse_ffn.convert.find.examples import Examples
@@ -29,6 +29,7 @@ from sparse_ffn.convert.find.probe import (
     probe_input,
     run,
     run_first,
+    same_dropouts,
     same_outputs,
 )
 from sparse_ffn.convert.init.weights import FFNWeights
@@ -95,21 +96,20 @@ def match_pair(name: str, module: nn.Module, up: Linear, down: Linear, examples:
     probes = probe_arguments(up.n_in)
     seen = observe(module, [a, b], itertools.chain(probes, more))
     formula = seen.formula()
-    trained, h = seen.train(formula)
     (up_owner, _, _), (owner, _, attribute) = a.rpartition("."), b.rpartition(".")
     owners = list(dict.fromkeys(["", up_owner, owner]))
-    edits = [_edit_activation(seen, owners), Edit(owner, attribute, nn.Identity)]
+    edits = (_edit_activation(seen, owners), Edit(owner, attribute, nn.Identity))
+    trained, h = seen.train(formula)  # last: training may change buffers of the copy
     dropout = next((rate for rate, dropped in trained.dropouts if close(dropped, h)), 0.0)
-    if dropout:
-        edits.append(_edit_dropout(seen.copied, owners, trained, h, dropout))
-    gone = [module.get_submodule(edit.owner)._modules.get(edit.attribute) for edit in edits]
-    refuse(*(why for part in (up.module, *gone) if part is not None for why in (hooks(part), _buffers(part))))
     by_example = not any(seen.args is probe for probe in probes)
-    found = Found(
-        up.name, up.module, (up,), down, formula, dropout, enclosing=name, edits=tuple(edits), by_example=by_example
-    )
-    _verify(found, module, a, seen, trained)
-    return found
+    found = Found(up.name, up.module, (up,), down, formula, dropout, enclosing=name, edits=edits, by_example=by_example)
+    if not dropout:
+        return _verified(found, module, a, seen, trained)
+    *others, last = [(*edits, edit) for edit in _dropout_edits(seen.copied, owners, trained, h, dropout)]
+    for tried in others:
+        with suppress(Unknown):
+            return _verified(replace(found, edits=tried), module, a, seen, trained)
+    return _verified(replace(found, edits=last), module, a, seen, trained)
 
 
 def _buffers(module: nn.Module) -> str | None:
@@ -140,7 +140,6 @@ class Seen:
     copied: nn.Module
     linears: list[nn.Module]
     """The first ones and the last one."""
-    leaves: list[nn.Module]
     args: Arguments
     """What it ran on."""
     trace: Trace
@@ -172,7 +171,7 @@ class Seen:
 
     def train(self, formula: Formula) -> tuple[Trace, Tensor]:
         """What it does in training, and its hidden units there."""
-        trained, _ = run_first(self.copied, [self.args], {*self.leaves, *self.linears}, train=True)
+        trained, _ = run_first(self.copied, [self.args], self.copied.modules(), train=True)
         calls = [call for linear in self.linears if (call := trained.only(linear)) is not None]
         if len(calls) < len(self.linears):
             raise Unknown("in training its linear maps are not called once each")
@@ -183,14 +182,13 @@ def observe(module: nn.Module, names: list[str], choices: Iterable[Arguments]) -
     """Run a copy of a module with the first arguments that it takes, and watch its linear maps of these names."""
     copied = probe_copy(module)
     linears = [copied.get_submodule(name) for name in names]
-    leaves = [m for m in copied.modules() if not any(True for _ in m.children())]
-    trace, args = run_first(copied, choices, {*leaves, *linears})
+    trace, args = run_first(copied, choices, copied.modules())
     *ups, down = calls = [call for linear in linears if (call := trace.only(linear)) is not None]
     if len(calls) < len(names):
         raise Unknown(f"{' and '.join(names)} are not called once each")
     if not bool(down.input.isfinite().all()):
         raise Unknown("the hidden units are not finite on the probe")
-    return Seen(copied, linears, leaves, args, trace, ups, down)
+    return Seen(copied, linears, args, trace, ups, down)
 
 
 def _between(module: nn.Module, up: str, down: str) -> nn.Module:
@@ -199,7 +197,8 @@ def _between(module: nn.Module, up: str, down: str) -> nn.Module:
         return module
     names = list(module._modules)
     first, last = (names.index(name.partition(".")[0]) for name in (up, down))
-    return nn.Sequential(OrderedDict(list(module.named_children())[first : last + 1]))
+    # by name: named_children() passes over what has stood in an earlier place
+    return nn.Sequential(OrderedDict((name, module.get_submodule(name)) for name in names[first : last + 1]))
 
 
 def _edit_activation(seen: Seen, owners: list[str]) -> Edit:
@@ -225,36 +224,45 @@ def _edit_activation(seen: Seen, owners: list[str]) -> Edit:
     raise Unknown(f"the activation is written into forward of {kind}: make it an attribute, or the FFN a module")
 
 
-def _edit_dropout(copied: nn.Module, owners: list[str], trained: Trace, h: Tensor, rate: float) -> Edit:
-    """An edit that takes out the hidden units' dropout: a module or a rate that is an attribute of an owner."""
+def _dropout_edits(copied: nn.Module, owners: list[str], trained: Trace, h: Tensor, rate: float) -> list[Edit]:
+    """Edits that may take out the hidden units' dropout: a module or a rate that is an attribute of an owner."""
+    edits: list[Edit] = []
     for owner in owners:
         for attribute, child in copied.get_submodule(owner).named_children():
             call = trained.only(child)
             if isinstance(child, nn.Dropout) and call is not None and close(call.input, h):
-                return Edit(owner, attribute, nn.Identity)
+                edits.append(Edit(owner, attribute, nn.Identity))
     for owner in owners:
         rates = [n for n, v in vars(copied.get_submodule(owner)).items() if isinstance(v, float) and v == rate]
-        if rates:  # preferably one that is named after the activation; _verify tries it
-            return Edit(owner, min(rates, key=lambda n: "activation" not in n), 0.0)
-    raise Unknown(f"the dropout {rate} of the hidden units has no attribute of its own")
+        # those first that are named after the activation
+        edits += [Edit(owner, n, 0.0) for n in sorted(rates, key=lambda n: "activation" not in n)]
+    if not edits:
+        raise Unknown(f"the dropout {rate} of the hidden units has no attribute of its own")
+    return edits
 
 
-def _verify(found: Found, module: nn.Module, up: str, seen: Seen, trained: Trace) -> None:
-    """Raise Unknown unless the module gives the same outputs and dropouts with a layer in place of the FFN."""
+def _verified(found: Found, module: nn.Module, up: str, seen: Seen, trained: Trace) -> Found:
+    """The same, if the module gives the same outputs and dropouts with a layer in place of the FFN; raises Unknown."""
+    gone = [module.get_submodule(edit.owner)._modules.get(edit.attribute) for edit in found.edits]
+    parts = (part for part in (found.ups[0].module, *gone) if part is not None)
+    refuse(*(why for part in parts for why in (hooks(part), _buffers(part))))
+    if not seen.trace.outputs:
+        raise Unknown(f"{type(module).__name__} returns no tensor that would show whether it computes the same")
     copied = probe_copy(module)
     linear = replace(found.ups[0], module=copied.get_submodule(up))
     down = replace(found.down, module=copied.get_submodule(found.down.within(found.enclosing)))
     weights = replace(found, ups=(linear,), down=down).weights()
     owner, _, attribute = up.rpartition(".")
-    apply(copied, (Edit(owner, attribute, lambda: _DenseStandIn(weights)), *found.edits))
+    stand_in = _DenseStandIn(weights, found.formula.scale)
+    apply(copied, (Edit(owner, attribute, lambda: stand_in), *found.edits))
     try:
         same = same_outputs(run(copied, seen.args), seen.trace)
         again = run(copied, seen.args, train=True)
     except Exception as error:
         raise Unknown(f"{type(module).__name__} does not run with the FFN replaced ({error})") from error
-    same = same and same_outputs(again, trained)
-    if not same or sorted(rate for rate, _ in again.dropouts) != sorted(rate for rate, _ in trained.dropouts):
+    if not (same and same_outputs(again, trained) and same_dropouts(again, trained)):
         raise Unknown(f"{type(module).__name__} does not compute the same with the FFN replaced")
+    return found
 
 
 def rejection(found: Found, holder: nn.Module, examples: Examples) -> str | None:
@@ -291,13 +299,14 @@ def rejection(found: Found, holder: nn.Module, examples: Examples) -> str | None
 class _DenseStandIn(nn.Module):
     """Computes the dense function where a converted layer will stand."""
 
-    def __init__(self, weights: FFNWeights) -> None:
+    def __init__(self, weights: FFNWeights, scale: float) -> None:
         super().__init__()
-        self.ffn = weights
+        self.ffn, self.scale = weights, scale
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.ffn.output(x)
-        return y + 0 * nn.functional.dropout(torch.ones_like(y), self.ffn.dropout, self.training)
+        h = self.ffn.hidden(x) / self.scale  # as the module has them: what is dropped from is compared
+        h = self.scale * F.dropout(h, self.ffn.dropout, self.training)
+        return F.linear(h, self.ffn.values.t(), self.ffn.out_bias)
 
 
 class _LayerStandIn(nn.Module):

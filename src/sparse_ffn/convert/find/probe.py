@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from sparse_ffn.convert.batches import first_of
 from sparse_ffn.convert.find.edits import switch_off_fast_path
+from sparse_ffn.convert.outputs import tensors_in
 
 
 class Arguments(NamedTuple):
@@ -141,8 +142,6 @@ class _Dropouts(TorchFunctionMode):
 
 def run(copied: nn.Module, given: Arguments, watch: Iterable[nn.Module] = (), train: bool = False) -> Trace:
     """Run what ``probe_copy`` returned, in training mode if asked, and note the calls of the modules to watch."""
-    from torch.utils._pytree import tree_leaves  # here: it would double the library's import time
-
     trace = Trace()
 
     def note(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -171,13 +170,29 @@ def run(copied: nn.Module, given: Arguments, watch: Iterable[nn.Module] = (), tr
             stack.enter_context(_Dropouts(trace.dropouts))
         output = copied(*given.args, **given.kwargs)
     trace.bare = isinstance(output, Tensor)
-    trace.outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+    trace.outputs = tensors_in(output)
     return trace
 
 
 def same_outputs(a: Trace, b: Trace) -> bool:
     """Whether two runs gave the same tensors."""
-    return len(a.outputs) == len(b.outputs) and all(close(x, y) for x, y in zip(a.outputs, b.outputs, strict=True))
+    return len(a.outputs) == len(b.outputs) and all(_same(x, y) for x, y in zip(a.outputs, b.outputs, strict=True))
+
+
+def same_dropouts(a: Trace, b: Trace) -> bool:
+    """Whether two runs dropped from the same tensors at the same rates, in any order."""
+    rest = list(b.dropouts)
+    for rate, x in a.dropouts:
+        at = next((i for i, (other, y) in enumerate(rest) if other == rate and _same(x, y)), None)
+        if at is None:
+            return False
+        del rest[at]
+    return not rest
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are close, or equal: flags, counts and scores of -inf are never close."""
+    return close(a, b) or torch.equal(a, b)
 
 
 def probe_input(width: int, seed: int = 1) -> Tensor:
