@@ -19,7 +19,7 @@ def made() -> transformers.PreTrainedModel:
         vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, num_local_experts=8, num_experts_per_tok=2,
     )  # fmt: skip
-    return transformers.MixtralForCausalLM(config).to(torch.bfloat16)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import sparse_ffn as sf
 from sparse_ffn.convert import to_dense
@@ -295,6 +296,32 @@ def test_going_back_refuses_a_layer_that_is_another_function() -> None:
     torch.testing.assert_close(theirs(torch.ones(1, 3, D)), layer(torch.ones(1, 3, D)))
     with pytest.raises(ValueError, match="shared expert is True, not False"):
         to_transformers(SharedExpertMoE(layer, sf.DenseFFN(D, 8)), config)
+
+
+@pytest.mark.parametrize("name", ["routed.keys", "routed.router.weight", "shared.values"])
+def test_going_back_refuses_what_only_the_next_forward_computes(name: str) -> None:
+    config, theirs = block("qwen2_moe")
+    layer = from_transformers(theirs.state_dict(), config)
+    owner, _, attribute = name.rpartition(".")
+    prune.l1_unstructured(layer.get_submodule(owner), attribute, 0.5)
+    with pytest.raises(ValueError, match=rf"^{name} is masked .* by torch\.nn\.utils\.prune\.remove"):
+        to_transformers(layer, config)
+    prune.remove(layer.get_submodule(owner), attribute)
+    theirs.load_state_dict(to_transformers(layer, config))
+    x = torch.randn(1, 3, D)
+    torch.testing.assert_close(theirs(x), layer.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_going_back_refuses_what_accelerate_holds() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    config, theirs = block("mixtral")
+    layer, own = from_transformers(theirs.state_dict(), config), sf.SigmaMoE(D, E, G, K)
+    for held in (layer, own):
+        accelerate.cpu_offload(held)
+    with pytest.raises(ValueError, match=r"^keys is on meta, since accelerate holds these weights"):
+        to_transformers(layer, config)
+    with pytest.raises(ValueError, match="is on meta, since accelerate holds these weights"):
+        to_moe_layer(own)
 
 
 @pytest.mark.parametrize(

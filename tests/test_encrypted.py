@@ -114,6 +114,15 @@ def test_a_block_that_does_not_fit_is_refused() -> None:
     assert "keys" in dict(layer.named_parameters())
 
 
+def test_a_mask_is_not_laid_on_what_is_computed_anew() -> None:
+    layer = sf.DenseFFN(8, 16)
+    nn.utils.parametrizations.weight_norm(layer, "values")
+    names = set(layer.state_dict())
+    with pytest.raises(ValueError, match=r"values is no plain parameter, .*: mask its blocks first"):
+        block_mask_(layer, 0.5, (1, 1))
+    assert set(layer.state_dict()) == names  # the keys have none either
+
+
 def test_an_activation_is_not_given_to_what_is_computed_anew() -> None:
     """The next forward would make it again of the numbers before."""
     for change in (

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", minversion="5")
 pytest.importorskip("accelerate")
@@ -94,7 +95,10 @@ def test_serve_with_compile() -> None:
 def test_quantize_moe(tmp_path: Path) -> None:
     assert 0 < quantize_moe.main([]) < 0.1
     folder = tmp_path / "model"
-    quantize_moe.made().save_pretrained(folder)
+    model = quantize_moe.made().eval()
+    model.save_pretrained(folder)
+    same, tokens = type(model).from_pretrained(folder).eval(), torch.arange(32).unsqueeze(0)
+    assert torch.equal(same(tokens).logits, model(tokens).logits)  # so that the error is the quantiser's alone
     error = quantize_moe.main(["--model", str(folder), "--out", str(tmp_path / "smaller"), "--bits", "8"])
     assert 0 < error < 0.02
     sizes = [(where / "model.safetensors").stat().st_size for where in (folder, tmp_path / "smaller")]

@@ -254,6 +254,17 @@ def test_protected_layers_and_experts_stay() -> None:
     assert [len(of) for of in kept.values()] == [4, 3, 2]
 
 
+@pytest.mark.parametrize("keep", [14, 0.75])
+@pytest.mark.parametrize("protect", [["a"], {"a": range(8)}, {"a": range(7)}], ids=["layer", "all", "all but one"])
+def test_over_a_model_protected_experts_count(keep: float, protect: Any) -> None:
+    """Of 18, 8 of them in the layer that is protected: its 8th expert would be the last to go, too."""
+    model = Model(scale=1e-3)
+    model.a.values.data *= 1e3
+    sf.prune_experts_(model, sf.expert_stats(model, [torch.randn(T, D)]), keep, scope="model", protect=protect)
+    assert model.a.n_experts == 8
+    assert model.a.n_experts + model.b.n_experts + model.shared.routed.n_experts == 14
+
+
 def test_the_report_is_a_table_with_the_old_numbers() -> None:
     model = Model()
     report = sf.prune_experts_(model, sf.expert_stats(model, [torch.randn(T, D)]), 0.75, protect=["b"])
@@ -271,7 +282,8 @@ def test_bad_input_changes_nothing_and_is_named() -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"keep": 0.3}, "'b' would keep 2 of its experts, fewer than its k = 3"),
         ({"keep": 7}, "keep = 7 is more than the n_experts = 6 of 'b'"),
-        ({"keep": 5, "scope": "model"}, "keep = 5 of the model's experts must be in"),
+        ({"keep": 5, "scope": "model"}, r"keep = 5 of the model's experts must be in \[7, 18\]"),
+        ({"keep": 12, "scope": "model", "protect": ["a"]}, r"must be in \[13, 18\]: .* and a protected one all"),
         ({"stats": {"a": stats["a"]}}, "lacks b, shared.routed"),
         ({"stats": {**stats, "a": stats["b"]}}, r"stats\['a'\] are of \[6, 6\]"),
         ({"stats": {**stats, "c": stats["b"]}}, "stats has 'c'"),

@@ -530,26 +530,31 @@ def test_the_report_tells_the_error_of_the_output_on_batches() -> None:
     assert all(map(torch.equal, exact.state_dict().values(), model.state_dict().values()))
 
 
-@pytest.mark.parametrize("kind", ["plain", "shared", "latent"])
-def test_padding_adds_nothing_to_the_error_of_the_output(kind: str) -> None:
+@pytest.mark.parametrize("name", ["attention_mask", "mask"])
+@pytest.mark.parametrize("kind", ["plain", "shared", "latent", "mixed"])
+def test_padding_adds_nothing_to_the_error_of_the_output(kind: str, name: str) -> None:
+    """Whether the batch says what is padding or the model, which gives its layer a mask."""
+
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            moe = sf.SigmaMoE(D, E, G, 2)
+            moe, mixed = sf.SigmaMoE(D, E, G, 2), sf.layers.MixedMoE(D, [(2, G), (3, 4)], 2)
             shared, latent = sf.layers.SharedExpertMoE(moe, sf.DenseFFN(D, 4)), sf.layers.LatentMoE(D, D, E, G, 2)
-            self.layer = {"plain": moe, "shared": shared, "latent": latent}[kind]
+            self.layer = {"plain": moe, "shared": shared, "latent": latent, "mixed": mixed}[kind]
 
-        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
-            return self.layer(x)
+        def forward(self, x: Tensor, attention_mask: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+            return self.layer(x, mask=mask)
 
-    model, x, mask = Model(), torch.randn(2, 5, D), torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
-    wild = torch.where(mask.bool().unsqueeze(2), x, 1000 * torch.randn_like(x))
+    model, x = Model(), torch.randn(2, 5, D)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
+    wild = torch.where(mask.unsqueeze(2), x, 1000 * torch.randn_like(x))
 
-    def error(x: Tensor) -> float | None:
-        config, batches = ExpertQuantization(group_size=16), [{"x": x, "attention_mask": mask}]
-        return quantize_experts_(copy.deepcopy(model), config, batches=batches).layers[0].output_error
+    def errors(x: Tensor) -> list[float | None]:
+        config, batches = ExpertQuantization(group_size=16), [{"x": x, name: mask}]
+        report = quantize_experts_(copy.deepcopy(model), config, batches=batches)
+        return [layer.output_error for layer in report.layers]
 
-    assert error(wild) == pytest.approx(error(x), rel=1e-5)
+    assert errors(wild) == pytest.approx(errors(x), rel=1e-5)
 
 
 def test_a_converted_ffn_with_all_experts_loses_what_the_report_says_of_its_stacks() -> None:

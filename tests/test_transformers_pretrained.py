@@ -7,6 +7,7 @@ import gc
 import json
 import pickle
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import sparse_ffn as sf
+from sparse_ffn.layers import SparseFFN
 from sparse_ffn.routing import SigmoidRouter
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -235,6 +237,30 @@ def test_a_model_whose_blocks_are_tied_is_saved_and_loaded(kind: str, balance: s
     assert torch.equal(logits(loaded), logits(model))
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(from_pretrained(str(tmp_path / "again"), type(model))), logits(model))
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "8 bits": lambda model: sf.quantize_experts_(model, sf.ExpertQuantization(bits=8, group_size=8)),
+    "residuals": lambda model: sf.compress.compress_experts_(model, 3),
+    "constants": lambda model: sf.prune_experts_(model, sf.expert_stats(model, [tokens(2, 7)]), 3, replace="mean"),
+    "host memory": lambda model: sf.offload_experts_(model, cache=2, device="cpu"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", ["Zamba", "explicit"])
+def test_tied_blocks_whose_experts_were_changed_are_saved_and_loaded(kind: str, change: str, tmp_path: Path) -> None:
+    model = tied(kind)
+    record_conversion(model, sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, k=2, init="cluster")))
+    CHANGES[change](model)
+    model.save_pretrained(tmp_path)
+    loaded, found = from_pretrained(str(tmp_path), type(model), output_loading_info=True)
+    assert not any(found.values())
+    layers = [{id(m) for m in of.modules() if isinstance(m, SparseFFN)} for of in (model, loaded)]
+    assert len(layers[0]) == len(layers[1])
+    torch.testing.assert_close(logits(loaded), logits(model))
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(from_pretrained(str(tmp_path / "again"), type(model))), logits(loaded))
 
 
 class OldModel(TiedModel):

@@ -115,6 +115,17 @@ def test_experts_that_are_not_stored_keep_their_implementation() -> None:
     assert model.config._experts_implementation == "eager"
 
 
+@pytest.mark.parametrize("chosen", ["eager", {"": "grouped_mm"}], ids=str)
+def test_stored_rows_keep_ours(chosen: Any) -> None:
+    model = model_of("mixtral", torch.float32).eval()
+    quantize_experts_(model, FOUR)
+    expected = logits(model)
+    with pytest.raises(ValueError, match="experts_implementation must be 'sparse_ffn' for experts that are stored"):
+        model.set_experts_implementation(chosen)
+    assert torch.equal(logits(model), expected)
+    model.set_experts_implementation({})  # what is not named stays
+
+
 def test_a_part_has_no_config_to_say_what_is_stored() -> None:
     model = model_of("mixtral", torch.float32)
     with pytest.warns(SparseFFNWarning, match="a MixtralDecoderLayer is no model of transformers") as told:

@@ -63,6 +63,7 @@ def polynomial_units_(layer: UnitsFFN, a: float, b: float, c: float = 0.0) -> No
     layer.values.mul_(a)
 
 
+@torch.inference_mode(False)  # a tensor that is made in it never trains
 @torch.no_grad()
 def block_mask_(layer: UnitsFFN, share: float, block: tuple[int, int] = (8, 16)) -> None:
     """Zero a share of the blocks of a layer's keys, gate keys and values, in each those of least norm.
@@ -78,8 +79,8 @@ def block_mask_(layer: UnitsFFN, share: float, block: tuple[int, int] = (8, 16))
 
     Raises:
         TypeError: ``layer`` has no units with keys, or ``block`` holds no ints.
-        ValueError: share outside its range, stored rows or none (on meta), a layer split by ``sparse_ffn.parallel``, or
-            a block that does not divide units and columns.
+        ValueError: share outside its range, stored rows or none (on meta), parametrised ones, a layer split by
+            ``sparse_ffn.parallel``, or a block that does not divide units and columns. Nothing was masked then.
     """
     check_type("layer", layer, UnitsFFN, "a DenseFFN, a TopKFFN or a mixture of experts")
     check_dense(layer)
@@ -91,6 +92,8 @@ def block_mask_(layer: UnitsFFN, share: float, block: tuple[int, int] = (8, 16))
     stacks = {name: stack for name, stack in stacks.items() if stack is not None}
     for name, stack in stacks.items():
         check_loaded(layer, name, stack)
+        if f"{name}_mask" not in layer._buffers:  # a mask may be masked again
+            check_plain(layer, name, "layer", "mask its blocks first")
         if any(size % part for size, part in zip(stack.shape[-2:], sizes, strict=True)):
             raise ValueError(f"block = {sizes} must divide the units and columns of {name}, {tuple(stack.shape[-2:])}")
     for name, stack in stacks.items():

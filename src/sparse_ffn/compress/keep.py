@@ -64,19 +64,22 @@ def best_of_each(layers: Mapping[str, MoE], scores: Mapping[str, Tensor], keep: 
 
 
 def best_of_all(layers: Mapping[str, MoE], scores: Mapping[str, Tensor], keep: float) -> dict[str, list[int]]:
-    """The best experts of all layers together, and k of each layer at least."""
-    if grouped := [name for name, layer in layers.items() if n_groups_of(layer) > 1]:
+    """The best experts of all layers together, and k of each layer at least; layers without scores stay whole."""
+    scored = {name: layers[name] for name in scores}
+    if grouped := [name for name, layer in scored.items() if n_groups_of(layer) > 1]:
         raise ValueError(f"scope = 'model' would leave groups of unlike sizes in {', '.join(grouped)}: take 'layer'")
     n_experts = sum(layer.n_experts for layer in layers.values())
-    number, least = _number(keep, n_experts), sum(map(_least, layers.values()))
+    number = _number(keep, n_experts)
+    least = sum(_least(layer) if name in scores else layer.n_experts for name, layer in layers.items())
     if not least <= number <= n_experts:
         raise ValueError(
-            f"keep = {number} of the model's experts must be in [{least}, {n_experts}]: each layer keeps k at least"
+            f"keep = {number} of the model's experts must be in [{least}, {n_experts}]: each layer keeps k at least, "
+            "and a protected one all"
         )
     ranked = {name: _ranked(score) for name, score in scores.items()}
-    kept = {name: ranked[name][: _least(layer)] for name, layer in layers.items()}
+    kept = {name: ranked[name][: _least(layer)] for name, layer in scored.items()}
     others = [
-        (-float(scores[name][e]), name, e) for name, layer in layers.items() for e in ranked[name][_least(layer) :]
+        (-float(scores[name][e]), name, e) for name, layer in scored.items() for e in ranked[name][_least(layer) :]
     ]
     for _, name, e in sorted(others, key=lambda other: other[0])[: number - least]:
         kept[name].append(e)

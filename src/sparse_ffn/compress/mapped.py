@@ -32,6 +32,7 @@ DTYPES = {
 """Those of safetensors that stacks can have."""
 
 
+@torch.inference_mode(False)  # a tensor that is made in it never trains
 def map_experts_(model: nn.Module, path: str | os.PathLike[str], *, prefetch: bool = True) -> None:
     """Let the experts of a model's MoE layers be pages of a file, so that the model may be larger than memory.
 

@@ -19,6 +19,7 @@ from sparse_ffn.layers.rows.offloaded import ExpertCache
 from sparse_ffn.ops import Codes
 
 
+@torch.inference_mode(False)  # a tensor that is made in it never trains
 @torch.no_grad()
 def offload_experts_(model: nn.Module, *, cache: float, device: Any = "cuda", pin: bool = True) -> None:
     """Keep a model's experts in host memory, in place, and copy them to a GPU as tokens select them.

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparse_ffn.compress.stacks import Stack
-from sparse_ffn.convert.batches import run
+from sparse_ffn.convert.batches import Watch, run
+from sparse_ffn.layers.mixed import MixedMoE
 from sparse_ffn.layers.rows import ExpertRows
 
 
@@ -33,6 +34,10 @@ def output_errors(
         By the layer's name; of one that saw no token NaN.
     """
     sums = {name: (0.0, 0.0) for name, _, _ in layers}
+    of_banks: dict[nn.Module, Tensor | None] = {}  # the mask that their layer was given
+
+    def note(layer: MixedMoE, args: Any, kwargs: dict[str, Any], mask: Tensor | None) -> None:
+        of_banks.update(dict.fromkeys(layer.banks, kwargs.get("mask")))
 
     def add(
         name: str, module: nn.Module, stacks: list[Stack], args: Any, kwargs: dict[str, Any], mask: Tensor | None
@@ -41,14 +46,18 @@ def output_errors(
         with _rounded(stacks, rows):
             error = module.forward(*args, **kwargs).double() - exact
         error, exact = (y.reshape(-1, y.shape[-1]).square().sum(1) for y in (error, exact))
-        own = kwargs.get("mask")
+        own = of_banks.get(module, kwargs.get("mask"))
         real = mask if own is None else own.reshape(-1)
         if real is not None:
             error, exact = error[real], exact[real]
         lost, whole = sums[name]
         sums[name] = lost + error.sum().item(), whole + exact.sum().item()
 
-    run(model, batches, [(module, partial(add, name, module, stacks)) for name, module, stacks in layers])
+    watched: list[tuple[nn.Module, Watch]] = [
+        (layer, partial(note, layer)) for layer in model.modules() if isinstance(layer, MixedMoE)
+    ]
+    watched += [(module, partial(add, name, module, stacks)) for name, module, stacks in layers]
+    run(model, batches, watched)
     return {name: math.sqrt(lost / whole) if whole else math.nan for name, (lost, whole) in sums.items()}
 
 

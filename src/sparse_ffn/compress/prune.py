@@ -20,6 +20,7 @@ from sparse_ffn.routing.base import Router
 from sparse_ffn.routing.relu import ReLURouter
 
 
+@torch.inference_mode(False)  # a tensor that is made in it never trains
 @torch.no_grad()
 def prune_experts_(
     model: nn.Module,
@@ -49,7 +50,7 @@ def prune_experts_(
             ``"constant"``, with the constant that replaces it best, ``stats.mean``, and keeps its row of the router, so
             that no token goes elsewhere (MoNE, arXiv 2507.00390).
         scope: ``"layer"`` keeps the same share or number in each layer, ``"model"`` the best of all layers' experts
-            together, by ``by`` as it is; a number is then that of the whole model.
+            together, by ``by`` as it is; ``keep`` is then of the whole model, protected layers included.
         protect: names of layers that stay as they are; or for names of layers the experts that stay.
 
     Returns:
@@ -87,7 +88,7 @@ def prune_experts_(
     scores = {name: lost[name].clone() if by == "error" else score_of(by, name, stats[name]) for name in pruned}
     for name, score in scores.items():
         score[sorted(protected[name])] = math.inf
-    kept = best_of_each(pruned, scores, keep) if scope == "layer" else best_of_all(pruned, scores, keep)
+    kept = best_of_each(pruned, scores, keep) if scope == "layer" else best_of_all(layers, scores, keep)
     for name, experts in kept.items():
         check_kept(name, pruned[name], experts, protected[name])
     before, done = _size(model), []

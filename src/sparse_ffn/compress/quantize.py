@@ -23,6 +23,7 @@ Made = dict[int, tuple[QuantizedRows, float, float]]
 """By the id of a parameter: what is stored of it, its relative error and its outlier score."""
 
 
+@torch.inference_mode(False)  # a tensor that is made in it never trains
 @torch.no_grad()
 def quantize_experts_(
     model: nn.Module,
@@ -79,6 +80,7 @@ def quantize_experts_(
     return QuantizationReport(tuple(reports))
 
 
+@torch.inference_mode(False)  # a tensor that is made in it never trains
 @torch.no_grad()
 def dequantize_experts_(model: nn.Module, filter_fn: Filter | None = None) -> None:
     """Make parameters of stored rows again, in place: of the numbers that they stand for, in the layer's dtype.

@@ -53,6 +53,7 @@ class CompressionReport:
         return "\n".join(aligned(rows))
 
 
+@torch.inference_mode(False)  # a tensor that is made in it never trains
 @torch.no_grad()
 def compress_experts_(model: nn.Module, rank: int, *, iterations: int = 8) -> CompressionReport:
     """Make a ``LowRankMoE`` of each ``MoE`` in a model, in place: a base and low-rank residuals (ResMoE, 2503.06881).

@@ -52,6 +52,8 @@ class Stack:
         number = rows.stored()[0]
         if number not in made:
             dense = rows.dense()
+            if dense.is_inference():  # of a model that was made in inference mode: it would not train
+                dense = dense.clone()
             made[number] = nn.Parameter(dense.mT.contiguous() if self.transposed else dense)
         delattr(self.module, self.name)
         setattr(self.module, self.name, made[number])

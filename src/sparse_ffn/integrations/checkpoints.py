@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.checks import check_flag, check_tensor, check_type, shown
+from sparse_ffn.checks import check_flag, check_held, check_tensor, check_type, shown
 from sparse_ffn.integrations.families import (
     ACTIVATIONS,
     FAMILIES,
@@ -119,7 +119,7 @@ def to_transformers(
         Names and tensors; its scaling factor is divided out of the values.
 
     Raises:
-        ValueError: the layer is not what the config says.
+        ValueError: the layer is not what the config says, masked, or held by accelerate.
         TypeError: no ``MoE``, ``LatentMoE`` or ``SharedExpertMoE``.
     """
     if not isinstance(layer, (MoE, LatentMoE, SharedExpertMoE)):
@@ -129,6 +129,10 @@ def to_transformers(
     facts, moe = facts_of(config), _moe(layer)
     check_dense(moe)
     _check_fits(layer, facts)
+    others = names(facts, isinstance(layer, SharedExpertMoE))
+    core = next(f"{name}." if name else "" for name, module in layer.named_modules() if module is moe)
+    for name in (*(core + stack for stack in ("keys", "gate_keys", "values")), *others):
+        _check_current(layer, name)
     family = FAMILIES[facts["model_type"]]
     if family.correction is None and moe.router.bias is not None and moe.router.bias.any():
         raise ValueError(f"the layer is no {facts['model_type']} block: its router's selection bias has no place there")
@@ -143,10 +147,24 @@ def to_transformers(
         unread = moe.keys.new_zeros(moe.null_experts, 2 * moe.expert_size, moe.d_model)  # transformers stores them
         state = {"experts.gate_up_proj": torch.cat((torch.cat((moe.gate_keys, moe.keys), 1), unread))}
         state["experts.down_proj"] = down
-    for name, theirs in names(facts, isinstance(layer, SharedExpertMoE)).items():
+    for name, theirs in others.items():
         tensor: Tensor = attrgetter(name)(layer)
         state[theirs] = tensor.mT if name == "shared.values" else tensor
     return {prefix + name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
+
+
+def _check_current(layer: nn.Module, name: str) -> None:
+    """Raise ValueError unless a tensor of a layer, if it has one, is what its next forward computes with."""
+    tensor: Tensor | None = attrgetter(name)(layer)
+    if tensor is None:
+        return
+    check_held(layer, name, tensor)
+    owner, _, attribute = name.rpartition(".")
+    if attribute in vars(layer.get_submodule(owner)):  # neither parameter nor buffer: a hook sets it in each forward
+        raise ValueError(
+            f"{name} is masked or normalised by a hook, and may be a step old: make it permanent first, by "
+            "torch.nn.utils.prune.remove or remove_weight_norm"
+        )
 
 
 def _moe(layer: MoE | LatentMoE | SharedExpertMoE) -> MoE:

@@ -16,6 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from sparse_ffn import ops
 from sparse_ffn.backends.warning import SparseFFNWarning
+from sparse_ffn.checks import shown
 from sparse_ffn.layers.rows import ExpertRows, OffloadedRows
 
 NAME = "sparse_ffn"
@@ -124,6 +125,11 @@ def dispatches(module: nn.Module) -> bool:
     return hasattr(module, "is_transposed")
 
 
+def stores_rows(module: nn.Module) -> bool:
+    """Whether these are such experts as stored rows, with which only our implementation computes."""
+    return dispatches(module) and any(isinstance(child, ExpertRows) for child in module.children())
+
+
 def _moe_modules(module: nn.Module, submodels: bool) -> Iterator[nn.Module]:
     """The outermost MoE modules, those of models within the model only with ``submodels``."""
     for child in module.children():
@@ -140,6 +146,14 @@ def _check_made(model: Any) -> None:
 
 def _check_chosen(model: Any, experts_implementation: str | dict[str, str]) -> None:
     chosen = experts_implementation
+    configs: list[Any] = [module.config for module in model.modules() if stores_rows(module)]
+    if others := [config for config in configs if config._experts_implementation != NAME]:
+        for config in others:
+            config._experts_implementation = NAME  # as it was
+        raise ValueError(
+            f"experts_implementation must be {NAME!r} for experts that are stored rows, got {shown(chosen)}: call "
+            "dequantize_experts_ first"
+        )
     if NAME in (chosen.values() if isinstance(chosen, dict) else (chosen,)):
         _warn_of_bypass(model, submodels=True)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_ffn.checks import check_type
+from sparse_ffn.checks import check_held, check_type
 from sparse_ffn.integrations.checkpoints import Keys, check_free, filled
 from sparse_ffn.layers import MoE
 from sparse_ffn.layers.rows.base import check_dense
@@ -62,7 +62,8 @@ def to_moe_layer(layer: MoE, *, prefix: str = "") -> dict[str, Tensor]:
         prefix: put before each name.
 
     Raises:
-        ValueError: the layer has a parameter that the paper's code has no place for, or a router of its own width.
+        ValueError: the layer has a parameter that the paper's code has no place for, or a router of its own width, or
+            accelerate holds it.
         TypeError: no ``MoE``.
     """
     if not isinstance(layer, MoE):
@@ -83,5 +84,7 @@ def to_moe_layer(layer: MoE, *, prefix: str = "") -> dict[str, Tensor]:
         raise ValueError(f"the paper's layer has no null experts, this one has null_experts = {layer.null_experts}")
     if foreign := sorted(state.keys() - names.keys()):
         raise ValueError(f"the paper's MoE layer has no place for {', '.join(foreign)}")
+    for name, tensor in state.items():
+        check_held(layer, name, tensor)
     state["keys"] = state["keys"].mT
     return {prefix + names[name]: tensor.detach().clone().contiguous() for name, tensor in state.items()}

@@ -94,10 +94,14 @@ class Record(dict[str, Any]):
         self._model = weakref.ref(model)
 
     def now(self) -> dict[str, Any]:
-        """The configs as the layers are now; places that hold no layer any more are left out."""
+        """The configs as the layers are now; places that hold no layer any more are left out.
+
+        transformers, which looks at tensors after it has asked for these, hears which of them the layers now share.
+        """
         model = self._model()
         if model is None:
             return dict(self)
+        _tie(model)
         found = _present(model, self, _note)
         self.update(found)
         return found
@@ -201,9 +205,9 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
                 if configs:
                     fresh = {name: dataclasses.replace(chosen, init="fresh") for name, chosen in configs.items()}
                     sparsify_(self, fresh, example_inputs=Examples(self, known=_known(self, config, fresh)))
-            _tie(self)
             if stored:
                 quantized.store(self, stored, partial(_places, self))
+            _tie(self)
 
         # a layer in several places is loaded in one
         def mark_tied_weights_as_initialized(self, *loading_info: Any) -> None:
@@ -298,7 +302,7 @@ def _shared(model: Any) -> dict[str, str]:
     """The tensors of converted layers that are in several places: each further name of one, and its first name."""
     first: dict[int, str] = {}
     layers = [(f"{n}.", m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, SparseFFN)]
-    tensors = [(path + n, t) for path, m in layers for n, t in (*m.named_parameters(), *m.named_buffers())]
+    tensors = [(path + n, t) for path, m in layers for n, t in m.state_dict(keep_vars=True).items()]
     return {name: place for name, tensor in tensors if (place := first.setdefault(id(tensor), name)) != name}
 
 

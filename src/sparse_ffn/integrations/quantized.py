@@ -15,7 +15,7 @@ from sparse_ffn.checks import shown
 from sparse_ffn.compress.config import ExpertQuantization
 from sparse_ffn.compress.quantizer import empty
 from sparse_ffn.compress.stacks import CHANGED, KINDS, Kind, Stack, experts_of
-from sparse_ffn.integrations.experts import NAME, dispatches, register
+from sparse_ffn.integrations.experts import NAME, dispatches, register, stores_rows
 from sparse_ffn.layers.rows import ExpertRows, QuantizedRows
 
 KEY = "sparse_ffn_experts"  # of the record in config.json
@@ -50,7 +50,7 @@ def prepare(model: nn.Module) -> None:
     written: list[Any] = []
     stored = False
     for part in model.modules():  # a model comes before those within it, which may share its config
-        if dispatches(part) and any(isinstance(child, ExpertRows) for child in part.children()):
+        if stores_rows(part):
             register()
             stored = True
             part.config._experts_implementation = NAME  # type: ignore[union-attr]
@@ -64,7 +64,7 @@ def prepare(model: nn.Module) -> None:
             f"a {type(model).__name__} is no model of transformers, in whose config it would be written that these "
             "experts are stored rows: to save the model that it is a part of, change the experts of the whole",
             SparseFFNWarning,
-            stacklevel=5,  # beyond whoever tells this, and its decorator
+            stacklevel=6,  # beyond whoever tells this, and its decorators
         )
 
 
