@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import flat
 import processes
@@ -17,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparse_ffn as sf
 from sparse_ffn import functional, ops
-from sparse_ffn.backends import cpu
+from sparse_ffn.backends import choice, cpu
 from sparse_ffn.backends.choice import choose
 from sparse_ffn.layers import LatentMoE
 
@@ -142,6 +144,30 @@ else:
 """
     result = run(code)
     assert result.stdout.strip() == str(threads), result.stderr
+
+
+@built
+def test_calls_end_no_thread_and_start_none() -> None:
+    """Whatever the share of the threads that a pass has work for: libgomp ends those that a smaller team leaves out."""
+    code = """
+import os, torch, sparse_ffn as sf
+torch.set_num_threads(4)
+def new_threads(call):
+    call()
+    before = set(os.listdir("/proc/self/task"))
+    for _ in range(5):
+        call()
+    return len(set(os.listdir("/proc/self/task")) - before)
+moe, x = sf.SigmaMoE(64, 8, 32, 2), torch.randn(129, 64)
+values, index, weight = torch.randn(5, 16, requires_grad=True), torch.randint(0, 5, (60, 2)), torch.rand(60, 2)
+found = {f"SigmaMoE of {T}": new_threads(lambda: moe(x[:T]).sum().backward()) for T in (16, 33, 65, 129)}
+found["bag"] = new_threads(lambda: sf.functional.weighted_bag(values, index, weight).sum().backward())
+sf.quantize_experts_(moe.eval(), sf.ExpertQuantization(group_size=32))
+found["codes"] = new_threads(lambda: moe(x[:3]))
+print({name: new for name, new in found.items() if new})
+"""
+    result = run(code)
+    assert result.stdout == "{}\n", result.stdout + result.stderr
 
 
 @built
@@ -341,6 +367,26 @@ def test_forcing_the_core_where_it_cannot_compute_is_an_error() -> None:
         layer = sf.SigmaMoE(8, 4, 4, 2, device="meta")
         with pytest.raises(RuntimeError, match="it computes on the CPU, not on meta"):
             layer(torch.randn(3, 8, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("system", "remedy"),
+    [
+        ("linux", "Install a C++ compiler and reinstall"),
+        ("darwin", "Install a C++ compiler and reinstall"),
+        ("win32", "It is for Linux and macOS"),
+    ],
+)
+def test_a_missing_core_is_told_of_in_the_dtypes_that_it_has(
+    system: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(cpu.LIBRARY_VARIABLE, raising=False)
+    monkeypatch.setattr(cpu, "PROBLEM", "it was not built")
+    monkeypatch.setattr(choice, "_warned", set())
+    monkeypatch.setattr(choice, "sys", SimpleNamespace(platform=system))
+    assert choose(torch.zeros(1, dtype=torch.float64)) == "torch"  # a warning is an error here
+    with pytest.warns(sf.SparseFFNWarning, match=rf"the CPU core is missing \(it was not built\).*{re.escape(remedy)}"):
+        assert choose(torch.zeros(1)) == "torch"
 
 
 @pytest.mark.exhaustive

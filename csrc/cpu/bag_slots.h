@@ -43,12 +43,12 @@ struct SortedSlots {
 template <class T> static void sort_bag_slots(const sparse_ffn_bag& p, const SortedSlots& s) {
   const T* weight = static_cast<const T*>(p.weight);
   int32_t* next = s.next;
-#pragma omp parallel num_threads(static_cast<int>(s.threads))
+#pragma omp parallel num_threads(team(s.threads, p.n_threads))
   {
-    const int64_t n = thread_count(), i = thread_index();
-    const int64_t first = p.T * i / n, last = p.T * (i + 1) / n;
+    const int64_t n = lesser<int64_t>(thread_count(), s.threads), i = thread_index();
+    const int64_t first = lesser(p.T, p.T * i / n), last = lesser(p.T, p.T * (i + 1) / n);  // none for i >= n
     int32_t* mine = next + i * p.N;
-    memset(mine, 0, static_cast<size_t>(p.N) * 4);
+    if (i < n) memset(mine, 0, static_cast<size_t>(p.N) * 4);
     for (int64_t slot = first * p.J; slot < last * p.J; slot++) mine[p.index[slot]]++;
 #pragma omp barrier
 #pragma omp single

@@ -173,8 +173,7 @@ template <class T, class Finisher> static bool run_row_gemm(const RowGemm<T>& g,
   const int64_t k_words = words<T>(g.K), c_stride = g.matrices() * g.padded();
   const int64_t panels = count_panels<T>(g.offsets, g.E);
   int failed = 0;
-  const int threads = static_cast<int>(larger<int64_t>(1, lesser<int64_t>(g.n_threads, panels)));
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(team(panels, g.n_threads))
   {
     const TilesInUse<T> tiles;
     float* pa = scratch_of<float>(kBufferA, kPanels<T> * panel_size<T>(g.K));

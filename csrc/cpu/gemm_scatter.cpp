@@ -269,7 +269,7 @@ template <class T> bool run_scatter_gemm(const ScatterGemm<T>& g) {
   const ScatterSplit split = split_scatter(g.rows_out, g.N, g.offsets[g.E], g.E, chunked, threads);
   const int64_t most_columns = split.most_columns(), most_rows = split.most_rows();
   int failed = 0;
-#pragma omp parallel num_threads(static_cast<int>(lesser(threads, split.pieces())))
+#pragma omp parallel num_threads(team(split.pieces(), g.n_threads))
   {
     const int64_t row_words = larger(g.matrices() * words<T>(g.K), words<T>(g.extra_K));
     const TilesInUse<T> tiles;

@@ -231,7 +231,7 @@ template <class T, int kBits> bool quantized_few(const sparse_ffn_quantized& q, 
     if (summed) sum_steps<T>(p, x_steps, x_sums);
   }
   int failed = 0;
-#pragma omp parallel num_threads(static_cast<int>(larger<int64_t>(1, lesser<int64_t>(p.n_threads, units))))
+#pragma omp parallel num_threads(team(units, p.n_threads))
   {
     const int64_t t = thread_index(), n = thread_count();
     const int64_t n0 = lesser(p.L, units * t / n * unit), n1 = lesser(p.L, units * (t + 1) / n * unit);

@@ -103,7 +103,7 @@ int route_tokens(const sparse_ffn_experts& p, const sparse_ffn_router& r, int64_
   if (!scored) return SPARSE_FFN_NO_MEMORY;
   const int64_t padded = round_up(R, VL);
   int failed = 0;
-#pragma omp parallel num_threads(static_cast<int>(larger<int64_t>(1, lesser<int64_t>(p.n_threads, chunks))))
+#pragma omp parallel num_threads(team(chunks, p.n_threads))
   {
     const Candidates candidates = Candidates::reserve(R);
     float* row = scratch_of<float>(kBufferC, 2 * padded + R);
@@ -196,7 +196,7 @@ const T* score_gradient(const sparse_ffn_experts& p, const RouterGradient& g, co
   const int64_t length = p.T / g.router->groups;
   const int64_t padded = round_up(R, VL);
   int failed = 0;
-#pragma omp parallel num_threads(static_cast<int>(larger<int64_t>(1, lesser<int64_t>(p.n_threads, ceil_div(p.T, kChunk)))))
+#pragma omp parallel num_threads(team(ceil_div(p.T, kChunk), p.n_threads))
   {
     float* row = scratch_of<float>(kBufferC, 3 * padded + p.K);
     if (!row) {

@@ -16,4 +16,8 @@ static ALWAYS_INLINE int thread_index() { return 0; }
 static ALWAYS_INLINE int thread_count() { return 1; }
 #endif
 
+// What a parallel region with so many pieces of work asks for: all threads, or one. libgomp ends the threads that a smaller
+// team of several leaves over, with their scratch, and starts new ones for the next region.
+static ALWAYS_INLINE int team(int64_t pieces, int n_threads) { return pieces > 1 ? larger(1, n_threads) : 1; }
+
 SPARSE_FFN_END

@@ -116,7 +116,8 @@ def choose(x: Tensor, dtype: torch.dtype | None = None) -> str:
         if x.is_cpu:
             if cpu.PROBLEM is None:
                 return "cpu" if dtype in DTYPES else "torch"
-            _warn_once("cpu")
+            if dtype in DTYPES:
+                _warn_once("cpu")
         fast = next((fast for fast in _fast(x.device) if not unavailable(fast, x.device, dtype)), None)
         if fast is None and dtype in DTYPES and x.is_cuda and torch.cuda.is_available():  # it is no fake one
             _warn_once("cuda")
@@ -272,6 +273,6 @@ def _warn_once(device: str) -> None:
 def _how_to_get_the_core() -> str:
     if os.environ.get(cpu.LIBRARY_VARIABLE):
         return f"Unset {cpu.LIBRARY_VARIABLE}, or name a library that csrc/build.sh has made of these sources."
-    if sys.platform != "linux":
-        return "It is for Linux."
+    if sys.platform not in ("linux", "darwin"):
+        return "It is for Linux and macOS."
     return f"Install a C++ compiler and reinstall: {how_to_install(options='--force-reinstall --no-deps')}."
