@@ -6,6 +6,8 @@ DEMO := .venv/.demo
 DEV := .venv/.ready
 PEERS := .venv/.peers
 DOCS := .venv/.docs
+# what an installation compiles: a change of it is installed anew
+CORE := $(shell find csrc -type f)
 # modules are compiled when they are imported, most of what is installed never is; and once, not by each of hundreds of processes
 unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --no-compile
@@ -66,12 +68,12 @@ format: $(DEV)
 clean:  # not runs: it holds hours of work
 	rm -rf .venv site build dist
 
-$(DEMO): pyproject.toml
+$(DEMO): pyproject.toml $(CORE)
 	$(PYTHON) -m venv .venv
 	$(INSTALL) '.[demo]'
 	touch $(DEMO)
 
-$(DEV): pyproject.toml
+$(DEV): pyproject.toml $(CORE)
 	$(PYTHON) -m venv .venv
 	$(INSTALL) '.[dev]'
 	touch $(DEMO) $(DEV)

@@ -37,13 +37,13 @@ if [ -z "$nvcc" ] && [ "$cpu" = 0 ]; then echo "nothing to build: no nvcc here" 
 
 if command -v cmake >/dev/null && [ -z "${SPARSE_FFN_NO_CMAKE:-}" ]; then
   with_cuda=OFF target=all
-  [ -z "$nvcc" ] || with_cuda=ON
+  # CMake leaves the kernels out, with a warning, where it cannot use the compiler: an old library would hide that
+  if [ -n "$nvcc" ]; then with_cuda=ON && run rm -f "$out/libsparse_ffn_cuda.so"; fi
   [ "$cpu" != 0 ] || target=sparse_ffn_cuda
   if ! command -v make >/dev/null && command -v ninja >/dev/null; then export CMAKE_GENERATOR=Ninja; fi
   CUDACXX=$nvcc run cmake -S "$here" -B "$out/cmake" -DCMAKE_BUILD_TYPE=Release -DSPARSE_FFN_CUDA=$with_cuda \
     -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$out"
   run cmake --build "$out/cmake" --parallel "$jobs" --target $target
-  # CMake leaves the kernels out, with a warning, where it cannot use the compiler
   if [ -n "$nvcc" ] && [ -z "$dry" ] && [ ! -f "$out/libsparse_ffn_cuda.so" ]; then echo "$nvcc built nothing" >&2 && exit 1; fi
   echo "built in $SECONDS s on $jobs processors" >&2
   exit

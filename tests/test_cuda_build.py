@@ -28,6 +28,19 @@ def test_scheduling_keeps_its_promises(tmp_path: Path) -> None:
     assert result.stdout == "ok\n", result.stderr
 
 
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_the_build_script_calls_no_old_library_a_new_one(tmp_path: Path) -> None:
+    """Where CMake leaves the kernels out, because it cannot use the compiler."""
+    for name in ("cmake", "nvcc"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / cuda.LIBRARY_NAME).touch()
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SPARSE_FFN_")}
+    env |= {"PATH": f"{tmp_path}:{env['PATH']}", "CUDACXX": str(tmp_path / "nvcc")}
+    result = subprocess.run([ROOT / "csrc" / "build.sh", tmp_path], env=env, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (1, f"{tmp_path / 'nvcc'} built nothing\n")
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The library, and what the compiler said of each kernel."""

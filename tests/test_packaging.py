@@ -164,6 +164,15 @@ def test_without_cmake_the_same_sources_are_compiled_with_the_same_flags(tmp_pat
     assert sorted(map(compilation, by_hand)) == sorted(map(compilation, by_cmake))
 
 
+@pytest.mark.parametrize("options", [(), ("-DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON",)], ids=["with", "without"])
+def test_a_build_without_openmp_says_that_the_core_will_not_use_torchs_threads(
+    options: tuple[str, ...], tmp_path: Path
+) -> None:
+    cmake = shutil.which("cmake") or Path(sys.executable).with_name("cmake")
+    result = subprocess.run([cmake, "-S", ROOT / "csrc", "-B", tmp_path, *options], capture_output=True, text=True)
+    assert ("uses torch's threads" in " ".join(result.stderr.split())) == bool(options)
+
+
 def compilation(command: str) -> tuple[str, list[str]]:
     """The source file of a compiler's command, and all options that say what comes out of it."""
     words = shlex.split(command)

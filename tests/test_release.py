@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,17 @@ def test_a_workflow_pins_its_actions_and_may_read_only(path: Path) -> None:
     granted = [job["permissions"] for job in workflow["jobs"].values() if "permissions" in job]
     writing = [what for permissions in granted for what, level in permissions.items() if level == "write"]
     assert writing == (["id-token"] if path.stem == "release" else [])  # PyPI's trusted publishing
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("target", ["test", "demo"])
+def test_make_installs_anew_what_has_changed_in_the_core(target: str, tmp_path: Path) -> None:
+    for stamp in ("DEMO", "DEV"):
+        (tmp_path / stamp).touch()
+    command = ("make", "-C", ROOT, "--dry-run", target, *(f"{stamp}={tmp_path / stamp}" for stamp in ("DEMO", "DEV")))
+    for changed, installs in (((), False), (("-W", "csrc/cpu/bag.cpp"), True)):
+        result = subprocess.run([*command, *changed], capture_output=True, text=True, check=True)
+        assert ("pip install" in result.stdout) == installs
 
 
 def test_ci_makes_what_the_makefile_has() -> None:

@@ -128,11 +128,21 @@ def test_a_library_without_all_symbols_is_not_used_and_the_reason_is_told(missin
 
 @pytest.mark.exhaustive
 @compiled
-def test_a_cuda_library_without_all_symbols_is_not_used_and_the_reason_is_told(tmp_path: Path) -> None:
-    source = f"int sparse_ffn_cuda_abi_version(void) {{ return {cuda.ABI_VERSION}; }}"
+@pytest.mark.parametrize(
+    ("abi", "why"),
+    [
+        (cuda.ABI_VERSION, "cannot be loaded: "),
+        (cuda.ABI_VERSION - 1, f"has ABI version {cuda.ABI_VERSION - 1}, this package needs {cuda.ABI_VERSION}"),
+    ],
+    ids=["of this version", "of an older one"],
+)
+def test_a_cuda_library_without_all_symbols_is_not_used_and_the_reason_is_told(
+    abi: int, why: str, tmp_path: Path
+) -> None:
+    source = f"int sparse_ffn_cuda_abi_version(void) {{ return {abi}; }}"
     path = library(tmp_path / "old.so", source)
     report = run("from sparse_ffn.info import report; print(report())", SPARSE_FFN_CUDA_LIBRARY=str(path))
-    assert f"CUDA library: {path} cannot be loaded: " in report.stdout, report.stderr
+    assert f"CUDA library: {path} {why}" in report.stdout, report.stderr
 
 
 @pytest.mark.exhaustive

@@ -530,6 +530,12 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_measured(
     assert f"nothing can be written to {tmp_path / 'file'}" in capsys.readouterr().err
 
 
+def test_the_folder_may_be_the_current_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(kept.DIRECTORY_VARIABLE, ".")
+    assert kept.problem() is None
+
+
 def test_what_was_measured_counts_for_layers_of_its_class(crossing: Path) -> None:
     layer = crossovers.Layer.of(torch.float32, 1000, 60, 128, 8)
     assert layer == ("float32", 1024, 64, 128, 8)

@@ -74,12 +74,12 @@ def library() -> Library:
     try:
         loaded = ctypes.CDLL(str(path))
         version = loaded.sparse_ffn_cuda_abi_version()
+        if version != ABI_VERSION:
+            return Library({}, f"{path} has ABI version {version}, this package needs {ABI_VERSION}")
         functions = {name: getattr(loaded, f"sparse_ffn_cuda_{name}") for name in _SIGNATURES}
         emulated = bool(loaded.sparse_ffn_cuda_emulated())
     except (OSError, AttributeError) as error:
         return Library({}, f"{path} cannot be loaded: {error}")
-    if version != ABI_VERSION:
-        return Library({}, f"{path} has ABI version {version}, this package needs {ABI_VERSION}")
     for name, function in functions.items():
         function.argtypes = _SIGNATURES[name]
         function.restype = _i32

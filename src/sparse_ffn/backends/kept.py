@@ -39,7 +39,7 @@ def file_of(*words: str) -> Path:
 def problem() -> str | None:
     """Why nothing can be kept, or None."""
     folder = directory()
-    if folder.parts[0] == "~":
+    if folder.parts[:1] == ("~",):  # the current folder has no parts
         return NO_HOME.format(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
