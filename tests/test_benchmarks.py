@@ -21,6 +21,7 @@ import sparse_ffn as sf
 from benchmarks import (
     bench_cvmm,
     bench_layers,
+    bench_parallel,
     bench_topk,
     bench_wide,
     document,
@@ -980,3 +981,9 @@ def test_others_products_in_the_benchmark_compute_the_same(whose: str) -> None:
     for name, call in getattr(bench_quantized, f"of_{whose}")(layer).items():
         error = (call(x).float() - expected).norm() / expected.norm()
         assert error < (0.2 if "4" in name else 0.03), name
+
+
+def test_the_page_of_parallelism_has_the_tables_that_its_command_prints() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "parallel.md").read_text()
+    for table in (bench_parallel.expert_table(), bench_parallel.memory_table()):
+        assert bench_parallel.written(table) in page

@@ -98,7 +98,7 @@ def test_the_layer_computes_what_the_block_does_and_goes_back(name: str, fused: 
     layer = from_transformers({**state, "norm.weight": torch.ones(D)}, config, prefix="mlp.").eval()
     x = torch.randn(2, 25, D)
     with torch.no_grad():
-        torch.testing.assert_close(layer(x), theirs(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer(x), theirs(x), rtol=1e-5, atol=1e-5)
 
     back = to_transformers(layer, config.to_dict(), prefix="mlp.", fused=fused)
     assert back.keys() == state.keys()

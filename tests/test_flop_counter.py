@@ -23,6 +23,7 @@ LAYERS: dict[str, Callable[[], sf.SparseFFN]] = {
     "NoisyTopKMoE": lambda: sf.NoisyTopKMoE(D, 8, 16, 2),
     "TopKFFN": lambda: sf.TopKFFN(D, 64, k=8),
     "TopKFFN, GLU": lambda: sf.TopKFFN(D, 64, k=8, glu=True),
+    "TopKFFN, by gate": lambda: sf.TopKFFN(D, 64, k=8, glu=True, rank_by="gate", d_out=24),
     "ProductKeyMemory": lambda: sf.ProductKeyMemory(D, 8, k=4, n_heads=2),
     "ProductKeyMemory, query": lambda: sf.ProductKeyMemory(D, 8, k=4, n_heads=2, query_dim=16, query_norm="layer"),
 }

@@ -72,7 +72,12 @@ def _routed_ffn_backward(
 
 
 @_formula(_ops.topk_ffn, _ops.topk_ffn_inference)
-def _topk_ffn(x: Shape, keys: Shape, values: Shape, gate_keys: Any, key_bias: Any, k: int, *_: Any, **__: Any) -> int:
+def _topk_ffn(
+    x: Shape, keys: Shape, values: Shape, gate_keys: Any, key_bias: Any, k: int, dropout_mask: Any, activation: str,
+    norm_aware: bool, rank_by: str, *_: Any, **__: Any
+) -> int:  # fmt: skip
+    if rank_by == "gate":  # the other keys of the selected units alone
+        return 2 * x[0] * (prod(gate_keys) + k * (keys[1] + values[1]))
     return 2 * x[0] * (prod(keys) * (1 if gate_keys is None else 2) + k * values[1])
 
 

@@ -16,8 +16,8 @@ from sparse_ffn.ops.topk_ffn.reference import RANK_BY
 class TopKFFN(DenseFFN):
     """y = sum of h_i·values_i over the k units of the largest |h_i| (arXiv 2310.10837, Eq. 6-7).
 
-    All keys are computed, only k values are read: it saves up to half of the arithmetic. Ties go to the lower unit.
-    Parameters and initialisation are ``DenseFFN``'s, and with k = d_ff so is the function.
+    All keys are computed, only k values are read: of equal widths that saves up to half of the arithmetic. Ties go to
+    the lower unit. Parameters and initialisation are ``DenseFFN``'s, and with k = d_ff so is the function.
 
     Args:
         d_model: input width.
