@@ -186,6 +186,35 @@ def test_small_gates_keep_the_digits_of_a_scaled_loss_in_fp16(size: float, on_ba
     (found,) = torch.autograd.grad(y, weight, grad)
     wanted = torch.stack([gate[0, 0] * half[e::2].double().T @ grad[e::2].double() for e in range(2)])
     assert (found - wanted).abs().max() < 2e-3 * wanted.abs().max()
+    if on_backend == "reference":  # a row's slots are one product there, gates and all
+        return
+    keys = torch.eye(32).half().expand(2, 32, 32)
+    y = functional.expert_ffn(half, keys, weight, index, gate, activation="identity")
+    (found,) = torch.autograd.grad(y, weight, grad)
+    assert (found - wanted).abs().max() < 2e-3 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("sparse_grad", [False, True])
+@pytest.mark.parametrize(("dtype", "bags"), [(torch.bfloat16, 4096), (torch.float16, 8192)])
+def test_a_row_that_many_bags_read_has_the_sum_of_their_gradients(
+    dtype: torch.dtype, bags: int, sparse_grad: bool, on_backend: str
+) -> None:
+    """Added one by one in 16 bits it would end at 256 or 2048."""
+    values = torch.zeros(300, 4, dtype=dtype, requires_grad=True)
+    index = torch.cat([torch.zeros(bags, 1, dtype=torch.int64), torch.arange(300).unsqueeze(1)])
+    y = functional.weighted_bag(values, index, torch.ones(len(index), 1), sparse_grad=sparse_grad)
+    (found,) = torch.autograd.grad(y, values, torch.ones_like(y))
+    found = found.to_dense()
+    assert found[0].tolist() == pytest.approx([bags + 1] * 4, rel=0.01)
+    assert (found[1:] == 1).all()
+
+
+def test_a_sparse_gradient_that_nobody_asks_for_asks_for_nothing() -> None:
+    layer, x = sf.ProductKeyMemory(8, 5, 7, sparse_grad=True).eval(), torch.randn(2, 3, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(layer)(x), torch.stack([layer(one) for one in x]))
+        program = torch.export.export(layer, (x[0],), dynamic_shapes={"x": {0: torch.export.Dim("tokens")}})
+        torch.testing.assert_close(program.module()(x[1][:2]), layer(x[1][:2]))
 
 
 def test_two_cvmms_make_the_sigma_moe_of_the_paper(on_backend: str) -> None:
@@ -633,3 +662,12 @@ def test_a_relu_expert_ffn_keeps_its_hidden_units_its_gates_and_the_order_for_ba
     elements = sum(t.untyped_storage().nbytes() // t.element_size() for t in kept.values())
     if on_backend != "reference":  # which computes every expert for every token
         assert elements <= tokens * k * (G * (1 + glu) + 4)
+
+
+def test_fp64_mixes_with_no_other_dtype_under_autocast_either() -> None:
+    x, units = torch.randn(3, 4), torch.randn(5, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        for x_, units_ in ((x, units.double()), (x.double(), units)):
+            with pytest.raises(TypeError, match=r"keys has dtype torch\.float"):
+                functional.topk_ffn(x_, units_, units_, 2)
+        assert functional.topk_ffn(x, units, units, 2).dtype == torch.bfloat16

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 import sparse_ffn as sf
 from sparse_ffn import info, ops
-from sparse_ffn.backends import cpu, crossovers, kept
+from sparse_ffn.backends import cpu, crossovers, kept, versions
 from sparse_ffn.backends.triton import candidates, columns, config, tuned
 from sparse_ffn.backends.triton.tile import Tile
 from sparse_ffn.backends.triton.tuned import Card, Tuned
@@ -403,6 +404,40 @@ def test_the_help_says_where_the_file_lies(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         command.main(["--help"])
     assert kept.DIRECTORY_VARIABLE in capsys.readouterr().out
+
+
+def test_a_card_that_triton_refuses_is_told_of_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command, "unavailable", lambda name, device: f"{name}: the card is too old")
+    assert command.main(["--dtype", "bf16"]) == 2
+    assert "measures on a GPU, and triton: the card is too old" in capsys.readouterr().err
+    assert not list(folder.glob("*"))
+
+
+def test_a_problem_of_which_nothing_runs_is_told_of() -> None:
+    runner, said = Made({}), list[str]()
+    runner.check = lambda problem, table: "does not run"  # type: ignore[method-assign]
+    found = search(runner)
+    found.say = said.append
+    assert not found.run([PROBLEM])
+    assert f"{PROBLEM}: no tile computes it right here (--verbose says why of each)" in said
+
+
+def test_a_triton_of_another_distribution_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+
+    def nowhere(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(versions, "version", nowhere)
+    tuned.versions.cache_clear()
+    try:
+        assert tuned.versions()["triton"] == info.version("triton") == triton.__version__
+    finally:
+        tuned.versions.cache_clear()
+    assert info.version("nobody_has_this") == "not installed"
 
 
 def test_the_command_stores_what_it_finds(

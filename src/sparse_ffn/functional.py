@@ -221,13 +221,17 @@ Shape = tuple[int | None, ...]
 def _check_float(
     name: str, x: Tensor, shape: Shape | None, fit: str = "", like: Tensor | None = None, of: str = "x"
 ) -> None:
-    """Raise unless x is floating, of this shape, and on the device and (but for autocast) of the dtype of another."""
+    """Raise unless x is floating, of this shape, and on the device and (but for autocast) of the dtype of another.
+
+    Autocast leaves fp64 alone, which then mixes with nothing.
+    """
     check_floating(name, x)
     if shape is not None:
         _check_shape(name, x, shape, fit)
     if like is not None:
         _check_device(name, x, like, of)
-        if x.dtype != like.dtype and not autocast_enabled(x):
+        double = torch.float64 in (x.dtype, like.dtype)
+        if x.dtype != like.dtype and (double or not autocast_enabled(x)):
             raise TypeError(f"{name} has dtype {x.dtype}, {of} has {like.dtype}")
 
 

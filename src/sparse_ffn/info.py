@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import sys
 
@@ -10,6 +9,7 @@ import torch
 
 from sparse_ffn.backends import cpu, crossovers, cuda
 from sparse_ffn.backends.choice import BACKENDS, ENVIRONMENT_VARIABLE, explain, unavailable
+from sparse_ffn.backends.versions import version_of
 from sparse_ffn.checks import check_device, check_type
 from sparse_ffn.ops.products import supported
 
@@ -67,10 +67,7 @@ def _crossovers() -> list[str]:
 def version(package: str) -> str:
     """An installed package's version."""
     check_type("package", package, str, "a package's name")
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    return version_of(package) or "not installed"
 
 
 def _accelerators() -> list[str]:

@@ -77,7 +77,7 @@ def _topk_ffn(
     norm_aware: bool, rank_by: str, *_: Any, **__: Any
 ) -> int:  # fmt: skip
     if rank_by == "gate":  # the other keys of the selected units alone
-        return 2 * x[0] * (prod(gate_keys) + k * (keys[1] + values[1]))
+        return 2 * x[0] * (prod(keys) + k * (keys[1] + values[1]))
     return 2 * x[0] * (prod(keys) * (1 if gate_keys is None else 2) + k * values[1])
 
 

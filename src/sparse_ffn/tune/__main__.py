@@ -19,6 +19,7 @@ from contextlib import suppress
 import torch
 
 from sparse_ffn.backends import cpu, crossovers, kept
+from sparse_ffn.backends.choice import unavailable
 from sparse_ffn.backends.triton import columns, config, tuned
 from sparse_ffn.backends.triton.tile import Tile
 from sparse_ffn.backends.triton.tuned import Key
@@ -31,7 +32,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; 0 if all was measured or shown, 2 if nothing can be, 3 if the time was too short."""
+    """Run from the command line; 0 if all was measured or shown, 2 if nothing can be, 3 if something was not."""
     options = _options(argv)
     device: torch.device = options.device
     why = _unmeasurable(device)
@@ -186,7 +187,7 @@ def _unmeasurable(device: torch.device) -> str | None:
 def _no_gpu(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"{device} is none"
-    return None if torch.cuda.is_available() else "torch sees none"
+    return unavailable("triton", device) if torch.cuda.is_available() else "torch sees none"
 
 
 def _show(found: list[Problem], name: str, kernels: Sequence[str], cache: int, where: str) -> int:

@@ -62,23 +62,28 @@ class Search:
         """Decide all classes of the problems; ``keep`` gets the result after each.
 
         Returns:
-            Whether the budget was enough. Undecided classes have no entry: the built-in tables count there.
+            Whether all are decided: the budget was enough, and something ran of each problem. Undecided classes have no
+            entry: the built-in tables count there.
         """
+        all_ran = True
         try:
             for problem in problems:
-                self._decide(problem)
+                if not self._decide(problem):
+                    self.say(f"{problem}: no tile computes it right here (--verbose says why of each)")
+                    all_ran = False
                 keep(self.found)
         except OutOfTime:
             self.say("the time is up; the classes not reached keep the built-in tiles")
             keep(self.found)
             return False
-        return True
+        return all_ran
 
-    def _decide(self, problem: Problem) -> None:
+    def _decide(self, problem: Problem) -> bool:
+        """Whether there is a tile that runs."""
         key = rows_class(problem)
         options = [self.found.heights[key]] if key in self.found.heights else heights(self.entries, problem)
         if key in self.found.heights and all(c in self.found.decided for c in self._coordinates(problem, options[0])):
-            return
+            return True
         self.say(str(problem))
         best: tuple[float, int] | None = None
         for m in options:
@@ -92,8 +97,10 @@ class Search:
                     seconds = self._choose(problem, table, coordinate, large, seconds)
             if best is None or seconds < best[0] * (1 - GAIN):
                 best = seconds, m
-        if best is not None:
-            self.found.heights[key] = best[1]
+        if best is None:
+            return False
+        self.found.heights[key] = best[1]
+        return True
 
     def _coordinates(self, problem: Problem, m: int) -> dict[Key, bool]:
         return {c: large for c, large in problem.coordinates(m, self.cache).items() if c[0] in self.kernels}

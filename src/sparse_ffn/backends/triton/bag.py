@@ -39,7 +39,7 @@ def bag_kernel(
 @triton.jit(do_not_specialize=OF_TOKENS)
 def bag_gradient_kernel(
     grad, weight, values, named, out, parts, dots, order, begins, ends, segment_row, segment_first, row_part,
-    S, K, R, O, stride_grad, stride_values,
+    S, K, n_rows, O, stride_grad, stride_values,
     DOT: tl.constexpr, NAMED: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One segment's sum of weight · grad, and for each of its slots the part of grad · value in these columns."""
@@ -49,7 +49,7 @@ def bag_gradient_kernel(
     o = block * COLUMNS + tl.arange(0, COLUMNS)
     o_ok = o < O
     r = tl.load(segment_row + segment)
-    if r >= R:
+    if r >= n_rows:
         return
     nth = segment - tl.load(segment_first + r)
     row_begin, row_end = tl.load(begins + r), tl.load(ends + r)
@@ -100,15 +100,15 @@ def dot_products_kernel(
     tl.store(dots + n * K + j, tl.where(ok, tl.sum(total, 1), 0.0), mask=j < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_TOKENS)
 def hot_rows_kernel(
-    parts, out, hot, begins, ends, row_part, R, O, CAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    parts, out, hot, begins, ends, row_part, n_rows, O, CAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """out[r] = the sum of row r's parts in a fixed order, for the rows that have several."""
     n_blocks = tl.cdiv(O, COLUMNS)
     o = (tl.program_id(0) % n_blocks) * COLUMNS + tl.arange(0, COLUMNS)
     r = tl.load(hot + tl.program_id(0) // n_blocks)
-    if r >= R:
+    if r >= n_rows:
         return
     begin = tl.load(row_part + r).to(tl.int64)
     n_parts = tl.cdiv(tl.load(ends + r) - tl.load(begins + r), CAP)

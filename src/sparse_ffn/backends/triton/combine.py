@@ -76,7 +76,7 @@ def segments_kernel(y, members, offsets, out, N, stride_y, stride_out, BLOCK_N: 
     tl.store(out + r * stride_out + n, total.to(out.dtype.element_ty), mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_TOKENS)
 def add_parts_kernel(parts, out, size, n_parts, BLOCK: tl.constexpr):
     """out = parts[0] + parts[1] + ..., each of ``size`` numbers."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OF_TOKENS = ("S", "T", "n_blocks", "n_tiles")
+OF_TOKENS = ("S", "T", "n_blocks", "n_tiles", "n_parts", "n_rows")
 """What grows with the number of tokens. Kernels are not compiled anew for such a number that is a multiple of 16, or 1:
 it makes no access wider, and batches of every length would make a run stand still for seconds now and then. Not so the
 router's ``length``: without what is known of it two of its kernels spill."""

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from sparse_ffn.backends.triton import combine
 from sparse_ffn.backends.triton.config import Tile, n_processors
-from sparse_ffn.backends.triton.launch import cdiv, launch
+from sparse_ffn.backends.triton.launch import OF_TOKENS, cdiv, launch
 
 MAX_PARTS, ROWS_OF_A_PART, SUM_BLOCK_S, SUM_BLOCK_N = 16, 256, 64, 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_TOKENS)
 def outer_kernel(
     left, left2, left_rows, right, right_rows, scale, order, offsets, out, out2,
     M, N, E, n_parts, stride_left, stride_left2, stride_right,

@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 
 import sparse_ffn.backends.kept as kept
 from sparse_ffn.backends.triton.tile import Tile
+from sparse_ffn.backends.versions import version_of
 
 FORMAT = 2
 ROWS = (16, 32, 64, 128)
@@ -124,14 +124,10 @@ class Card:
 @functools.cache
 def versions() -> dict[str, str]:
     """What the measurements depend on beyond the card: Triton, and the source of the kernels."""
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = "none"
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
-    return {"triton": triton, "kernels": digest.hexdigest()[:16]}
+    return {"triton": version_of("triton") or "none", "kernels": digest.hexdigest()[:16]}
 
 
 def save(found: Tuned, card: Card, **facts: str) -> Path:

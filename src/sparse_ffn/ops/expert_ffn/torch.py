@@ -51,7 +51,8 @@ class _Sorted:
         grad, weight = self.of_tokens(grad), self._gates(gate).to(h.dtype)
         dh = segment_mm(grad, values.transpose(1, 2), self.segments)
         dgate = self.segments.clear(row_dots(dh, h, gate.dtype))
-        dvalues = segment_outer(h * weight, grad, self.segments) if needs else None
+        # grad times gate, and not h: a loss scale keeps gradients above fp16's smallest numbers
+        dvalues = segment_outer(h, grad * weight, self.segments) if needs else None
         return dh * weight, dvalues, unsort(dgate, self.order).view(gate.shape)
 
     def sums(self, rows: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ def weighted_bag(values: Tensor, index: Tensor, weight: Tensor, *, sparse_grad: 
     autocast's. With ``sparse_grad`` the gradient of values is a coalesced sparse tensor of the rows that were read
     (not under torch.compile); on a GPU its size is why the backward pass waits for the device once.
     """
-    if sparse_grad:  # casts inside: torch's cast cannot pass a sparse gradient on
+    if sparse_grad and values.requires_grad and torch.is_grad_enabled():
+        # casts inside: torch's cast cannot pass a sparse gradient on
         if under_transforms():
             raise RuntimeError(
                 "sparse_grad=True does not work inside torch.func's transforms, nor in forward-mode AD: take "

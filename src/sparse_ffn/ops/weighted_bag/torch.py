@@ -44,10 +44,13 @@ def backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, needs_
     if not needs_values:
         return Gradients(None, dweight)
     size = torch.full_like(offsets, k)
+    if values.is_cpu:  # there rows are added in the dtype of the gradient: in bf16 a sum of ones ends at 256
+        wide = torch.promote_types(values.dtype, torch.float32)
+        grad, flat_weight = grad.to(wide), flat_weight.to(wide)
     dvalues: Tensor = _aten._embedding_bag_dense_backward(
         grad, flat, bag, size, offsets.new_empty(0), values.shape[0], False, _SUM, flat_weight
     )
-    return Gradients(dvalues, dweight)
+    return Gradients(dvalues.to(values.dtype), dweight)
 
 
 def backward_rows(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
