@@ -11,8 +11,8 @@ from benchmarks.measuring.report import markdown
 from . import paper
 from .results import Record
 from .sizes import CORE
-from .statistics import Difference, noise, paired
-from .tables import bits_of
+from .statistics import ERRORS, Difference, noise, once_in, paired
+from .tables import bits_of, diverged_of
 from .variants import BOUND, DENSE, VARIANTS
 
 BEGIN, END = "<!-- evidence: written by python -m studies.page -->", "<!-- end of evidence -->"
@@ -23,28 +23,33 @@ def headline(records: Mapping[str, Sequence[Record]]) -> str:
     core = [name for name in CORE if name != DENSE]
     others, rows = [*core, BOUND], []
     said: list[str] = []
+    rates: list[str] = []
     for size, found in records.items():
         bits = bits_of(found)
         chance = noise(bits)
-        differences = [paired(bits.get(name, {}), bits.get(DENSE, {}), chance) for name in others]
-        ran = {name: [record for record in found if record["variant"] == name] for name in others}
-        lost = {name: sum(bool(record["diverged"]) for record in ran[name]) for name in others}
-        if all(len(ran[name]) > 1 for name in core):
-            cells = [
-                _cell(difference, lost[name]) if len(ran[name]) > 1 else ""
-                for name, difference in zip(others, differences, strict=True)
-            ]
-            dense = next(record for record in found if record["variant"] == DENSE)
-            seeds = {difference.n for difference in differences[: len(core)] if difference}
-            parameters, text = dense["parameters"] / 1e6, dense["training_bytes"] / 1e6
-            what = f"{size}: {parameters:.1f}M parameters, {text:.0f} MB of text"
-            rows.append([f"{what}, {'/'.join(map(str, sorted(seeds)))} seeds", *cells])
-            diverged = [name for name, n in lost.items() if n]
-            said.append(_said(size, dict(zip(others, differences, strict=True)), diverged))
+        differences = {name: paired(bits.get(name, {}), bits.get(DENSE, {}), chance) for name in others}
+        ran = {name: [record for record in found if record["variant"] == name] for name in [DENSE, *others]}
+        lost = {name: sum(bool(record["diverged"]) for record in of) for name, of in ran.items()}
+        if all(len(ran[name]) > 1 for name in CORE):
+            cells = [_cell(differences[name], lost[name]) if len(ran[name]) > 1 else "" for name in others]
+            parameters, text = (ran[DENSE][0][key] / 1e6 for key in ("parameters", "training_bytes"))
+            of_core = {name: differences[name] for name in core}
+            seeds = {difference.n for difference in of_core.values() if difference}
+            what = [f"{size}: {parameters:.1f}M parameters", f"{text:.0f} MB of text"]
+            what += [f"{'/'.join(map(str, sorted(seeds)))} seed{'' if seeds == {1} else 's'}"] if seeds else []
+            what += [f"{lost[DENSE]} of dense diverged"] if lost[DENSE] else []
+            rows.append([", ".join(what), *cells])
+            said.append(_said(size, of_core, diverged_of(found)))
+            if chance:
+                freedom = f"({chance.freedom} degrees of freedom)"
+                rates.append(f"once in {once_in(chance.freedom)} times at size {size} {freedom}")
     if not rows:
         return "The runs that the [evidence](docs/evidence.md) is to come from have not finished."
     quoted = [_of_dense(paper.LAYERS[name].e8) for name in core]
     rows.insert(0, ["the paper: 41M parameters, 1.6 GB, one run", *quoted, ""])
+    if rates:
+        said.append(f"Chance alone takes a layer beyond {ERRORS} standard errors {', '.join(rates)};")
+        said.append("the layers of a size share dense's runs, and err together.")
     said.append("Their learning rate was tuned on dense and SigmaMoE, at size S.")
     if any(cells[0].startswith("M:") for cells in rows):
         said.append("Size M has half of it, untuned: with all of it SigmaMoE's loss rose.")
@@ -59,18 +64,21 @@ def headline(records: Mapping[str, Sequence[Record]]) -> str:
 
 def _said(size: str, differences: Mapping[str, Difference | None], diverged: Collection[str]) -> str:
     """In words: which layers differ from dense."""
-    core = {name: difference for name, difference in differences.items() if name != BOUND}
-    named: dict[str, list[str]] = {}
-    for name, difference in core.items():
-        if name in diverged:
-            named.setdefault("diverged", []).append(VARIANTS[name].label)
-        elif difference and difference.error is not None:
-            named.setdefault(difference.verdict, []).append(VARIANTS[name].label)
-    words = {"higher": "above dense by more than chance", "none": "not told from dense", "lower": "below it by more"}
-    words["diverged"] = "with runs that diverged"
+    words = {
+        "higher": f"above dense by more than {ERRORS} standard errors",
+        "none": "not told from dense",
+        "lower": f"below dense by more than {ERRORS} standard errors",
+        "few": "of too few runs to call",
+        "diverged": "with runs that diverged",
+    }
+    named: dict[str, list[str]] = {called: [] for called in words}
+    for name, difference in differences.items():
+        called = difference.verdict if difference and difference.error is not None else "few"
+        named["diverged" if name in diverged else called].append(VARIANTS[name].label)
     text = "; ".join(
-        f"{words[verdict]}: {'all four sparse layers' if len(labels) == len(core) else ' / '.join(labels)}"
-        for verdict, labels in named.items()
+        f"{words[called]}: {'all four sparse layers' if len(labels) == len(differences) else ' / '.join(labels)}"
+        for called, labels in named.items()
+        if labels
     )
     return f"Size {size}, {text}."
 
@@ -81,7 +89,7 @@ def _of_dense(bits: float) -> str:
 
 def _cell(difference: Difference | None, diverged: int) -> str:
     said = [str(difference)] if difference else []
-    return ", ".join([*said, f"{diverged} diverged"] if diverged else said)
+    return ", ".join([*said, f"{diverged} diverged"] if diverged else said) or "–"
 
 
 def written(readme: str, records: Mapping[str, Sequence[Record]]) -> str:

@@ -17,7 +17,7 @@ from . import headline, paper, picture, plan
 from .reasons import reasons
 from .results import EMULATED, RESULTS, STOPPED, Record, emulated, load, load_all
 from .sizes import SIZES
-from .statistics import ERRORS, LEAST_FREEDOM, Noise, noise
+from .statistics import ERRORS, LEAST_FREEDOM, Noise, noise, once_in
 from .tables import beside_the_paper, bits_of, chosen, comparison, course, spread, verdicts
 from .variants import BOUND, DENSE, SIGMA, VARIANTS
 
@@ -40,14 +40,15 @@ METHOD = f"""\
 - **Equal parameters.** [`parameter_equal`](parameter-equal.md) gives each layer the parameters of the dense FFN.
 - **Same start, order and rate.** For one seed all layers start from the same weights outside the FFNs and see the
   same windows in the same order. One learning rate serves all layers of size S: that of the lowest sum of dense's and
-  SigmaMoE's validation bits per byte at seed 0. At size M, twice as wide, it is half of that. Other layers were not
-  asked, and may want another. Size L has the paper's, and a fifth of its steps.
+  SigmaMoE's validation bits per byte at seed 0. The rate's trials are also both layers' runs of seed 0 at this size:
+  chosen for low bits, they may favour these two layers a little over the others. At size M, twice as wide, the rate is
+  half of that. Other layers were not asked, and may want another. Size L has the paper's, and a fifth of its steps.
 - **Differences** are paired by seed; ± is their standard error. Chance is taken to be as large in all runs of a size,
   and is what the layers' and the seeds' own shares leave of all its results (least squares). A difference within
   {ERRORS} standard errors is called none. All differences from dense share dense's runs, so that they err together.
-  An interval of that width misses the true mean once in 9 times where the error has 4 degrees of freedom, once in 14
-  with 10, once in 19 with 40: in a table of many rows, some verdicts are chance. Of fewer than {LEAST_FREEDOM} no
-  error is told, and nothing called.
+  An interval of that width misses the true mean once in {once_in(4)} times where the error has 4 degrees of freedom,
+  once in {once_in(10)} with 10, once in {once_in(40)} with 40: in a table of many rows, some verdicts are chance. Of
+  fewer than {LEAST_FREEDOM} no error is told, and nothing called.
 - **FLOPs** of training count the forward pass thrice, routers included. **Time** is what the processor computes in
   training steps, without waiting for a core, or wall-clock time where a GPU computes. Evaluation is left out, and so
   are processors without instructions for bfloat16, where it costs more than fp32 would.
@@ -80,8 +81,10 @@ python -m studies.page                    # this page again
 ```
 
 A run that was stopped goes on from its last checkpoint to the same numbers, if the source of the layers and of the
-training is the same, and the processor, and the number of threads; else it starts anew. Finished runs are not run again
-unless their file is deleted. On another processor or with another number of threads the last digits differ.
+training is the same, and the processor, the backend, the versions of torch and Triton, and the number of threads; else
+it starts anew. Finished runs are not run again unless their file is deleted. Those of dense and SigmaMoE of seed 0 at
+size S are copies of trials in `learning-rate`, which come back unless those are deleted too. On another processor or
+with another number of threads the last digits differ.
 """
 
 
@@ -148,7 +151,7 @@ def trained(records: Mapping[str, Sequence[Record]]) -> str:
                     _span([r["parameters"] for r in found if r["variant"] != "dense-equal-flops"]),
                     f"{config['steps'] * config['batch_size'] * config['context'] / 1e6:.0f} MB",
                     f"{config['batch_size']} x {config['context']}",
-                    f"{config['learning_rate']:g}",
+                    " / ".join(f"{rate:g}" for rate in sorted({r["config"]["learning_rate"] for r in found})),
                     f"{config['experts_k']} of {config['n_experts']} x {config['expert_size']}",
                     f"{config['balance_weight']:g}",
                     f"{config['expert_dropout']:g}",
@@ -208,10 +211,13 @@ def ablations(records: Sequence[Record]) -> Iterator[str]:
 
 def pictures(records: Mapping[str, Sequence[Record]]) -> Iterator[str]:
     """The links to what `picture.draw` makes."""
-    if all(record["diverged"] for found in records.values() for record in found):
-        yield "All runs diverged: there is nothing to draw.\n"
+    drawn = {size: picture.of_shared_seeds(found) for size, found in records.items() if found}
+    said = [f"Size {size} is not drawn: no seed has whole runs of all its layers." for size in drawn if not drawn[size]]
+    if not any(drawn.values()):
+        yield " ".join(said) + "\n"
         return
-    yield "The last part of the runs; means over the seeds that all layers of a picture have.\n"
+    what = "The last part of the runs; means over the seeds that all layers of a picture have."
+    yield " ".join([what, *said]) + "\n"
     yield f"![Validation bits per byte against bytes](images/{picture.BYTES})\n"
     yield f"![Validation bits per byte against FLOPs and CPU time](images/{picture.COSTS})\n"
 
@@ -249,8 +255,8 @@ def _chosen(trials: Sequence[Record], chance: Noise | None) -> str:
     }
     chosen = min(sums, key=lambda rate: sums[rate])
     own = ", ".join(f"{VARIANTS[variant].label} alone would have {rate:g}" for variant, rate in best.items())
-    edge = chosen in (min(sums), max(sums))
-    wider = " It is the last of the three that were tried: one beyond may be better still." if edge else ""
+    way = {min(sums): "low", max(sums): "high"}.get(chosen)
+    wider = f" It is the {way}est of the three that were tried: a {way}er one may be better still." if way else ""
     first, second = sorted(sums.values())[:2]
     near = f" The next sum is {second - first:.4f} above"
     if chance:

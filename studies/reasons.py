@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from textwrap import fill
 
 from .results import Record
 from .sizes import CORE
 from .statistics import Difference, noise, paired
-from .tables import bits_of, grown
+from .tables import bits_of, diverged_of, other_runs, risen
 from .variants import BOUND, DENSE, SIGMA, VARIANTS
 
 CHANGES = ("sigma-2", "sigma-8", "sigma-k8", "sigma-k2", "sigma-k1", "sigma-no-balance", "sigma-expert-dropout")
@@ -41,16 +42,20 @@ def _tested(records: Mapping[str, Sequence[Record]]) -> Iterator[str]:
     size, found = next(((size, of) for size, of in records.items() if needed <= bits_of(of).keys()), ("", ()))
     if not found:
         return
-    bits = bits_of(found)
+    bits, diverged = bits_of(found), diverged_of(found)
     chance = noise(bits)
 
     def of(name: str, base: str) -> str:
         difference = paired(bits[name], bits[base], chance)
-        return f"{difference}, called {difference.verdict}" if difference else "–"
+        return f"{difference}, called {'diverged' if name in diverged else difference.verdict}" if difference else "–"
 
     def means(*names: str) -> str:
         differences = (paired(bits[name], bits[DENSE], chance) for name in names)
-        return ", ".join(f"{difference.mean:+.4f}" for difference in differences if difference)
+        return ", ".join(f"{difference.mean:+.4f}" if difference else "–" for difference in differences)
+
+    def from_sigma(name: str) -> float:
+        difference = paired(bits[name], bits[SIGMA], chance)
+        return difference.mean if difference else math.inf
 
     config = found[0]["config"]
     units, block, d_ff = config["experts_k"] * config["expert_size"], config["expert_size"], config["d_ff"]
@@ -70,25 +75,29 @@ def _tested(records: Mapping[str, Sequence[Record]]) -> Iterator[str]:
         f"an expert dropout of 0.05 too. From SigmaMoE, without that loss: {of('sigma-no-balance', SIGMA)}; with that "
         f"dropout: {of('sigma-expert-dropout', SIGMA)}."
     )
-    lowest = min(CHANGES, key=lambda name: sum(bits[name].values()) / len(bits[name]))
+    lowest = min(CHANGES, key=from_sigma)
     yield (
         f"The lowest of these changes of SigmaMoE is “{VARIANTS[lowest].label}”: {of(lowest, DENSE)}, from dense; "
         f"{of(lowest, SIGMA)}, from SigmaMoE."
     )
+    if left_out := other_runs(found, [name for name in VARIANTS if name in needed]):
+        yield left_out
 
 
 def _by_size(records: Mapping[str, Sequence[Record]]) -> Iterator[str]:
-    """Whether more text of the same run, or a larger model with more text, brings layers nearer to dense."""
+    """What more text of the same run, or a larger model with more text, does to the differences from dense."""
     names = [name for name, variant in VARIANTS.items() if not variant.ablation and name != BOUND]
-    said = "**The models are far smaller and see far less text** than the paper's 41M parameters and 1.6 GB."
+    said = "**The models of sizes S and M are far smaller and see far less text** than the paper's 41M parameters and "
+    said += "1.6 GB."
     sizes: dict[str, dict[str, Difference]] = {}
     for size, found in records.items():
-        if counted := grown(found, names, DENSE):
-            said += f" From a quarter of size {size}'s text to its end the difference from dense grew for {counted}."
+        if counted := risen(found, names, DENSE):
+            said += f" From a quarter of size {size}'s text to its end the difference from dense, with its sign, rose "
+            said += f"for {counted}."
         bits = bits_of(found)
         chance = noise(bits)
         differences = {name: paired(bits.get(name, {}), bits.get(DENSE, {}), chance) for name in CORE if name != DENSE}
-        known = {name: difference for name, difference in differences.items() if difference and difference.error}
+        known = {name: of for name, of in differences.items() if of and of.error is not None}
         if known:
             sizes[size] = known
     if len(sizes) > 1:

@@ -23,8 +23,11 @@ def save(path: Path, record: Record) -> None:
     part = path.with_suffix(f".{os.getpid()}.part")
     dumps = partial(json.dumps, ensure_ascii=False, allow_nan=False)
     lines = (f"{dumps(key)}: {dumps(value)}" for key, value in record.items())
-    part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    part.replace(path)  # there is a whole file or none
+    with part.open("w") as file:
+        file.write("{\n" + ",\n".join(lines) + "\n}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)  # an interruption, of the machine too, leaves a whole file or none
 
 
 def machine_of(record: Record) -> tuple[str, int]:

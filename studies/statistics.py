@@ -84,6 +84,14 @@ def noise(bits: Bits) -> Noise | None:
     return Noise(math.sqrt(left.square().sum().item() / freedom), freedom)
 
 
+def once_in(freedom: int) -> int:
+    """Of how many intervals of ERRORS standard errors to each side one misses the true mean, by Student's t."""
+    angles = torch.linspace(0, math.pi / 2, 10_001, dtype=torch.float64)
+    density = angles.cos() ** (freedom - 1)  # of t = sqrt(freedom) * tan(angle)
+    outside = angles > math.atan(ERRORS / math.sqrt(freedom))
+    return round((density.sum() / density[outside].sum()).item())
+
+
 def paired(bits: Mapping[int, float], base: Mapping[int, float], noise: Noise | None) -> Difference | None:
     """Of the seeds that both have: what the same weights and the same text in the same order come to."""
     differences = [bits[seed] - base[seed] for seed in sorted(bits.keys() & base.keys())]

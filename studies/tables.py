@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from statistics import mean
 
 from benchmarks.measuring.report import markdown
@@ -61,6 +61,18 @@ def bits_of(records: Sequence[Record]) -> dict[str, dict[int, float]]:
     return bits
 
 
+def diverged_of(records: Sequence[Record]) -> set[str]:
+    """The layers of which some runs diverged."""
+    return {record["variant"] for record in records if record["diverged"]}
+
+
+def other_runs(records: Sequence[Record], names: Collection[str]) -> str:
+    """That what is told of some of these layers leaves out runs; "" if none diverged."""
+    diverged = diverged_of(records)
+    lost = " / ".join(VARIANTS[name].label for name in names if name in diverged)
+    return f"Some runs diverged of {lost}: what is told of them here is of their other runs." if lost else ""
+
+
 def _difference(difference: Difference | None, is_base: bool) -> str:
     return "" if is_base else str(difference or "–")
 
@@ -107,12 +119,15 @@ def beside_the_paper(
         [VARIANTS[name].label, str(here[name]), *(str(found[name]) for found in theirs.values())]
         for name, _ in sorted(above.items(), key=lambda item: item[1].mean if item[1] else math.inf)
     ]
+    near = paper.NEAR
     yield "The ranks among the layers that the paper has too, 1 the lowest. Layers that cannot be told apart share"
-    yield "theirs: here those between which the difference is called none, there those whose bits are within"
-    yield f"{paper.NEAR['e8']} of each other and may be equal but for rounding, or whose perplexities are within"
-    yield f"{paper.NEAR['wt_s']}: so far apart are the paper's two runs of SigmaMoE, which by all signs differ in the"
+    yield "theirs: here those between which the difference is called neither higher nor lower, there those whose bits"
+    yield f"are within {near['e8']} of each other and may be equal but for rounding, or whose perplexities are within"
+    yield f"{near['wt_s']}: so far apart are the paper's two runs of SigmaMoE, which by all signs differ in the"
     yield "weight of their loss too. How much chance is in its runs of Enwik8 is not known.\n"
     yield markdown((["FFN", "here", *paper.COLUMNS.values()], rows)) + "\n"
+    if left_out := other_runs(records, bits):
+        yield f"{left_out}\n"
     numbers, there = columns[paper.SAME_TEXT], theirs[paper.SAME_TEXT]
     moved = [
         f"{VARIANTS[name].label} ({here[name]} here, {there[name]} there)"
@@ -139,7 +154,8 @@ def beside_the_paper(
     elif told:
         yield f"Of the {told} with more than one seed none is known to be other than in {where}.\n"
     else:
-        yield f"With one seed each it cannot be told whether they are other than in {where}.\n"
+        few = "With one seed each" if all(len(of) == 1 for of in bits.values()) else "Of so few runs"
+        yield f"{few} it cannot be told whether they are other than in {where}.\n"
 
 
 def _printed_ranks(values: Mapping[str, float], column: str) -> dict[str, Ranks]:
@@ -147,10 +163,10 @@ def _printed_ranks(values: Mapping[str, float], column: str) -> dict[str, Ranks]
 
 
 def verdicts(records: Sequence[Record], names: Sequence[str], base: str) -> Iterator[str]:
-    """In words: how many layers are called what, and whether their differences grow in the course of training."""
+    """In words: how many layers are called what, and whether their differences rise in the course of training."""
     bits, label = bits_of(records), _short(base)
     chance = noise(bits)
-    diverged = {record["variant"] for record in records if record["diverged"]}
+    diverged = diverged_of(records)
     called: dict[str, list[str]] = {"higher": [], "none": [], "lower": []}
     for name in names:
         found = paired(bits.get(name, {}), bits.get(base, {}), chance) if name != base else None
@@ -163,12 +179,15 @@ def verdicts(records: Sequence[Record], names: Sequence[str], base: str) -> Iter
     said = "; ".join(f"{words[verdict]}: {' / '.join(of) or 'none'}" for verdict, of in called.items())
     lost = " / ".join(VARIANTS[name].label for name in names if name in diverged)
     yield f"**Of {n} layers with two seeds or more, {said}.{f' Some runs diverged of {lost}.' if lost else ''}**"
-    if counted := grown(records, names, base):
-        yield f"From a quarter of the text to its end the difference from {label} grew for {counted}."
+    if counted := risen(records, names, base):
+        yield f"From a quarter of the text to its end the difference from {label}, with its sign, rose for {counted}."
 
 
-def grown(records: Sequence[Record], names: Sequence[str], base: str) -> str:
-    """Of how many layers the difference is larger after all of the text than after the first part; "" if of none."""
+def risen(records: Sequence[Record], names: Sequence[str], base: str) -> str:
+    """Of how many layers the difference, with its sign, is higher after all of the text than after the first part.
+
+    "" where no layer has an error.
+    """
     first, last = (_course(records, names, base, part) for part in (PARTS[0], PARTS[-1]))
     both = [name for name in first.keys() & last.keys() if last[name].error is not None]
     return f"{sum(last[name].mean > first[name].mean for name in both)} of {len(both)}" if both else ""
@@ -179,12 +198,13 @@ def spread(records: Sequence[Record]) -> str:
     bits = bits_of(records)
     without = [noise({name: of for name, of in bits.items() if name != left}) for left in bits if len(bits[left]) > 1]
     chance, others = noise(bits), [found.deviation for found in without if found]
-    if chance is None or not others:
+    if chance is None:
         return ""
-    return (
-        f"Chance adds a standard deviation of {chance.deviation:.4f} to a run, known from {chance.freedom} degrees of\n"
-        f"freedom; without the runs of any one layer it would be {min(others):.4f} to {max(others):.4f}."
-    )
+    said = f"Chance adds a standard deviation of {chance.deviation:.4f} to a run, known from {chance.freedom} degrees"
+    said += " of\nfreedom"
+    if others:
+        said += f"; without the runs of any one layer it would be {min(others):.4f} to {max(others):.4f}"
+    return f"{said}."
 
 
 def _course(records: Sequence[Record], names: Sequence[str], base: str, part: float) -> dict[str, Difference]:
@@ -242,13 +262,14 @@ many times SigmaMoE's size."""
 
 def chosen(records: Sequence[Record]) -> str:
     """The difference from dense by how many units a token uses, and in what blocks they are chosen."""
-    bits = bits_of(records)
+    bits, diverged = bits_of(records), diverged_of(records)
     chance, config = noise(bits), records[0]["config"]
     rows = []
     for name, (share, size) in CHOSEN.items():
         if found := paired(bits.get(name, {}), bits.get(DENSE, {}), chance):
             block = round(size * config["expert_size"]) or 1
-            rows.append([str(block), str(round(share * config["d_ff"])), str(found), found.verdict, str(found.n)])
+            called = "diverged" if name in diverged else found.verdict
+            rows.append([str(block), str(round(share * config["d_ff"])), str(found), called, str(found.n)])
     if len(rows) < 2:
         return ""
     what = (

@@ -37,6 +37,8 @@ from .source import commit, source
 from .variants import VARIANTS
 
 WHOLE = 10**9  # windows: more than any part has
+MACHINE = ("processor", "GPU", "torch", "triton", "CPU core", "backend", "sparse-ffn")
+"""What of it changes the numbers, by their rounding at least."""
 
 
 def learner_of(run: Run, config: Config, device: torch.device) -> Learner:
@@ -54,8 +56,7 @@ def train_run(
         "run": run.name,
         "config": asdict(config),
         "data": corpus.digest,
-        # what changes the numbers, by their rounding at least
-        "machine": [str(facts.get(key)) for key in ("processor", "GPU", "torch", "CPU core", "sparse-ffn")],
+        "machine": [str(facts.get(key)) for key in MACHINE],
         "source": source(),
         "threads": torch.get_num_threads(),
     }

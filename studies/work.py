@@ -51,7 +51,8 @@ class Stop:
     """Asked between two steps: was there a signal, is the time over, is whoever started the workers gone?"""
 
     deadline: float | None
-    parent: int | None = field(default_factory=lambda: os.getppid() if multiprocessing.parent_process() else None)
+    parent: int | None = field(default_factory=lambda: p.pid if (p := multiprocessing.parent_process()) else None)
+    """Not os.getppid(), which is another's if whoever started the workers went while they imported."""
     signalled: bool = False
 
     def __call__(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -11,8 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks import machine
 from examples.language_model import data, train
 from examples.language_model.configs import Config
 from examples.language_model.variants import ffn_flops, transformer
@@ -32,9 +35,11 @@ from studies import (
     paper,
     picture,
     plan,
+    reasons,
     results,
     rounded,
     sizes,
+    source,
     statistics,
     tables,
     training,
@@ -322,6 +327,13 @@ def fake(run: Run, valid: float, *, test: float = 2.0, diverged: str | None = No
     }
 
 
+def test_results_are_on_the_disk_before_their_checkpoint_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, synced = tmp_path / "S" / "dense-0.json", []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((os.fstat(file).st_size, path.exists())))
+    results.save(path, fake(Run("S", "dense", 0), 2.0))
+    assert synced == [(path.stat().st_size, False)]  # all of it, before it has its name
+
+
 def test_the_learning_rate_is_that_of_the_lowest_sum_over_dense_and_sigma(tmp_path: Path) -> None:
     bits = {1e-3: (2.0, 2.3), 2e-3: (2.1, 2.1), 4e-3: (1.9, None)}
     for rate, values in bits.items():
@@ -506,7 +518,7 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_from(
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("fault", ["another source", "an empty file"])
+@pytest.mark.parametrize("fault", ["another source", "another backend", "an empty file"])
 def test_a_checkpoint_that_would_not_give_the_same_numbers_is_not_gone_on_from(
     fault: str, whole: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -517,12 +529,21 @@ def test_a_checkpoint_that_would_not_give_the_same_numbers_is_not_gone_on_from(
         patch.setattr(work.Stop, "__call__", lambda self: next(asked))
         if fault == "another source":
             patch.setattr(training, "source", lambda: "0123456789ab")
+        if fault == "another backend":
+            facts = machine.describe(torch.device("cpu"))
+            patch.setattr(machine, "describe", lambda device: facts | {"backend": "cpu: torch"})
         work.work(order)
     if fault == "an empty file":
         (tmp_path / "runs" / f"{run.name}.pt").write_bytes(b"")
     work.work(order)
     assert "starts anew, since the checkpoint" in capsys.readouterr().out
     assert comparable(load(tmp_path, run.name)) == comparable(load(whole, run.name))
+
+
+def test_the_source_of_a_run_is_all_of_the_kernels_and_of_the_library() -> None:
+    files = [path for part in ("csrc", "src/sparse_ffn") for path in (ROOT / part).rglob("*") if path.is_file()]
+    unread = {".pyc", ".so", ".typed"}
+    assert {path for path in files if path.suffix not in unread} <= set(source.files())
 
 
 @pytest.mark.usefixtures("tiny")
@@ -597,6 +618,12 @@ def test_a_worker_whose_parent_is_gone_stops() -> None:
     assert work.Stop(deadline=time.time() - 1)()
 
 
+def test_a_worker_whose_parent_went_while_it_imported_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    for pid, gone in ((os.getppid(), False), (os.getppid() + 1, True)):
+        monkeypatch.setattr(multiprocessing, "parent_process", lambda pid=pid: SimpleNamespace(pid=pid))
+        assert work.Stop(None)() == gone
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_papers_size_is_for_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
@@ -652,6 +679,11 @@ def test_of_few_degrees_of_freedom_no_error_is_told() -> None:
     found = statistics.paired(bits["b"], bits["a"], None)
     assert found is not None
     assert (str(found), found.verdict) == ("+0.1000", "too few runs")
+
+
+@pytest.mark.parametrize(("freedom", "misses"), [(1, 0.2952), (2, 0.1835), (4, 0.1161), (10, 0.0734), (38, 0.0527)])
+def test_two_errors_of_few_degrees_of_freedom_miss_as_student_says(freedom: int, misses: float) -> None:
+    assert statistics.once_in(freedom) == round(1 / misses)
 
 
 @pytest.mark.parametrize(
@@ -735,7 +767,8 @@ def test_page_of_some_results(tmp_path: Path) -> None:
         "**Of 2 layers with two seeds or more, above dense: none; not told from dense: TopKFFN, k = d_ff/16; "
         "below dense: SigmaMoE, 25%. Some runs diverged of SwitchMoE / SoftmaxMoE, renormalised.**" in written
     )
-    assert "the difference from dense grew for 0 of 3." in written  # of those with an error
+    assert "the difference from dense, with its sign, rose for 0 of 3." in written  # of those with an error
+    assert "Some runs diverged of SoftmaxMoE, renormalised: what is told of them here is of their other runs." in ranks
     assert "With one seed each it cannot be told" not in written
     assert (
         "dense FFN uses for a byte, from the first layer to the last: 11, 21 (3 seeds). SigmaMoE computes 128"
@@ -764,6 +797,18 @@ def test_the_course_of_differences_is_read_off_the_curves() -> None:
     found = row(tables.course(records, ["dense", "pkm"], "dense"), "ProductKeyMemory, ReLU")
     assert found[1:] == [f"{0.5 - 0.125:+.4f} ± 0.0000"] * 4
     assert tables.course(records[:3], ["dense", "pkm"], "dense") == ""
+
+
+def test_a_difference_that_comes_nearer_to_0_from_below_rises() -> None:
+    runs = [Run("S", name, seed) for name in ("dense", "pkm", "noisy") for seed in (0, 1, 2)]
+    records = [fake(run, 2.0) for run in runs]
+    for record in records:
+        if record["variant"] == "pkm":
+            points = record["curve"]["bits_per_byte"]
+            record["curve"]["bits_per_byte"] = [bits - 0.5 / (i + 1) for i, bits in enumerate(points)]
+    said = [*tables.verdicts(records, ["pkm"], "dense"), reasons.reasons({"S": records})]
+    assert all("with its sign, rose for 1 of" in " ".join(text.split()) for text in said[1:])
+    assert not any("grew" in text for text in said)
 
 
 @pytest.mark.parametrize(
@@ -813,18 +858,36 @@ def test_curves_are_of_the_seeds_that_all_layers_have() -> None:
     assert picture.of_shared_seeds([fake(Run("S", "pkm", 0), 2.0, diverged="the loss is nan")]) == {}
 
 
+def test_the_page_says_which_size_is_not_drawn() -> None:
+    lost = (Run("M", "sigma", 0), Run("M", "pkm", 1))
+    runs = {size: plan.runs_of(size) for size in ("S", "M")}
+    records = {
+        size: [fake(run, 2.0, diverged="the loss is nan" if run in lost else None) for run in of]
+        for size, of in runs.items()
+    }
+    without = "Size M is not drawn: no seed has whole runs of all its layers."
+    assert next(page.pictures(records)).endswith(f"that all layers of a picture have. {without}\n")
+    assert list(page.pictures({"M": records["M"]})) == [f"{without}\n"]
+
+
+def test_the_page_tells_all_learning_rates_of_a_size() -> None:
+    records = [fake(Run("M", "dense", seed), 2.0) for seed in (0, 1)]
+    records[1]["config"]["learning_rate"] = 4e-3
+    assert row(page.trained({"M": records}), "M")[7] == "0.001 / 0.004"
+
+
 def test_the_headline_tells_of_seeds_that_diverged() -> None:
     runs = [Run("M", variant, seed) for variant in sizes.CORE for seed in (0, 1)]
     records = [fake(run, 2.0, test=2.0 + 0.1 * (run.variant == "pkm")) for run in runs]
     text = headline.headline({"S": [], "M": records})
     assert row(text, "M: 0.0M parameters, 30 MB of text, 2 seeds")[3] == "+0.1000 ± 0.0000"
     assert row(text, "the paper: 41M parameters, 1.6 GB, one run")[1:] == ["+0.00", "-0.01", "+0.03", "+0.02", ""]
-    assert "Size M, not told from dense: SigmaMoE, 25% / TopKFFN, k = d_ff/16 / SwitchMoE; above dense" in text
+    assert "once in 9 times at size M (4 degrees of freedom); the layers of a size" in text.replace("\n", " ")
     assert "with it +0.00." in text
     more = {"dense": 2.0, "sigma": 2.03, "topk-16": 1.9, "pkm": 2.0, "switch": 2.1, headline.BOUND: 2.12}
     small = [fake(Run("S", name, seed), 2.0, test=test) for name, test in more.items() for seed in (0, 1)]
-    assert "below it by more: TopKFFN, k = d_ff/16; not told" in headline.headline({"S": small})
     assert "not finished" in headline.headline({"M": records[:-1]})
+    assert "not finished" in headline.headline({"M": records[1:]})  # dense has one
     lost = [fake(run, 2.0, diverged="the loss is nan") for run in runs[-1:]]
     assert row(headline.headline({"M": records[:-1] + lost}), "M: 0.0M parameters, 30 MB of text, 1/2 seeds")[4] == (
         "+0.0000, 1 diverged"
@@ -832,6 +895,55 @@ def test_the_headline_tells_of_seeds_that_diverged() -> None:
     assert "with runs that diverged: SwitchMoE." in headline.headline({"M": records[:-1] + lost}).replace("\n", " ")
     assert "Size M has half of it, untuned" in text.replace("\n", " ")
     assert "Size M" not in headline.headline({"S": small})
+
+
+@pytest.mark.parametrize(
+    ("diverged", "ran", "cells", "said"),
+    [
+        (
+            [],
+            "2 seeds",
+            ["-0.1000 ± 0.0000", "+0.0000 ± 0.0000", "+0.1000 ± 0.0000", "+0.0000 ± 0.0000"],
+            "above dense by more than 2 standard errors: ProductKeyMemory, ReLU; not told from dense: TopKFFN, "
+            "k = d_ff/16 / SwitchMoE; below dense by more than 2 standard errors: SigmaMoE, 25%.",
+        ),
+        (
+            ["sigma-1"],
+            "1/2 seeds",
+            ["-0.1000, 1 diverged", "+0.0000", "+0.1000", "+0.0000"],
+            "of too few runs to call: TopKFFN, k = d_ff/16 / ProductKeyMemory, ReLU / SwitchMoE; with runs that "
+            "diverged: SigmaMoE, 25%.",
+        ),
+        (
+            ["dense-1"],
+            "1 seed, 1 of dense diverged",
+            ["-0.1000", "+0.0000", "+0.1000", "+0.0000"],
+            "of too few runs to call: all four sparse layers.",
+        ),
+        (
+            ["dense-0", "dense-1"],
+            "2 of dense diverged",
+            ["–"] * 4,
+            "of too few runs to call: all four sparse layers.",
+        ),
+    ],
+)
+def test_the_headline_has_each_layer_in_one_place_however_the_runs_end(
+    diverged: list[str], ran: str, cells: list[str], said: str
+) -> None:
+    offsets = {"sigma": -0.1, "pkm": 0.1}
+    records = [
+        fake(
+            run,
+            2.0,
+            test=2.0 + offsets.get(run.variant, 0.0),
+            diverged="the loss is nan" if f"{run.variant}-{run.seed}" in diverged else None,
+        )
+        for run in plan.runs_of("M")
+    ]
+    text = headline.headline({"M": records})
+    assert row(text, f"M: 0.0M parameters, 30 MB of text, {ran}")[1:5] == cells
+    assert f"Size M, {said}" in text.replace("\n", " ")
 
 
 def test_the_units_that_a_token_uses_are_those_of_the_layers() -> None:
@@ -842,12 +954,31 @@ def test_the_units_that_a_token_uses_are_those_of_the_layers() -> None:
             assert (layer.k * layer.expert_size, layer.expert_size) == (share * 512, size * 32)
         else:
             assert (layer.k, size) == (share * 512, 0)
-    runs = [Run("S", name, seed) for name in ("dense", "topk-4", "sigma-2") for seed in (0, 1, 2)]
+    runs = [Run("S", name, seed) for name in ("dense", "topk-4", "noisy", "sigma-2") for seed in (0, 1, 2)]
     records = [fake(run, 2.0, test=2.0 + 0.1 * (run.variant == "sigma-2")) for run in runs]
     table = tables.chosen(records)
     assert row(table, "1") == ["1", "128", "+0.0000 ± 0.0000", "none", "3"]
     assert row(table, "32") == ["32", "256", "+0.1000 ± 0.0000", "higher", "3"]
     assert tables.chosen(records[:4]) == ""
+    records[-1] = fake(runs[-1], 2.0, diverged="the loss is nan")
+    assert row(tables.chosen(records), "32") == ["32", "256", "+0.1000 ± 0.0000", "diverged", "2"]
+
+
+def test_the_lowest_change_is_that_of_the_lowest_difference_whatever_seeds_it_has() -> None:
+    """The third seed is easier, and the change that is lower on the others diverged there."""
+    records = [fake(run, 2.0, test=1.5 if run.seed == 2 else 2.0) for run in plan.runs_of("S")]
+    for i, run in enumerate(plan.runs_of("S")):
+        if run.variant == "sigma-2":
+            records[i] = fake(run, 2.0, test=1.9, diverged="the loss is nan" if run.seed == 2 else None)
+    flat = " ".join(reasons.reasons({"S": records}).split())
+    assert "SigmaMoE is “8 experts of 16, 50%”: -0.1000 ± 0.0000, called diverged, from dense; -0.1000" in flat
+    assert "Some runs diverged of 8 experts of 16, 50%: what is told of them here is of their other runs." in flat
+
+
+def test_sizes_without_chance_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reasons, "noise", lambda bits: statistics.Noise(0.0, 4))
+    records = {size: [fake(run, 2.0) for run in plan.runs_of(size)] for size in ("S", "M")}
+    assert "SigmaMoE, 25% +0.0000 ± 0.0000 at S, +0.0000 ± 0.0000 at M" in " ".join(reasons.reasons(records).split())
 
 
 def test_layers_of_unlike_seeds_stand_in_the_order_of_their_differences() -> None:
@@ -883,7 +1014,10 @@ def test_page_of_complete_sizes_and_trials(tmp_path: Path) -> None:
     assert "The lowest sum is that of 0.001; dense, ReLU alone would have 0.001, SigmaMoE, 25% alone would" in written
     flat = " ".join(written.split())
     assert "The next sum is 0.0200 above, where chance alone" in flat
-    assert "It is the last of the three that were tried" in flat
+    assert "It is the lowest of the three that were tried: a lower one may be better still." in flat
+    assert "degrees of freedom; without the runs of any one layer it would be" in flat.split("## Size M")[0]
+    assert "known from 4 degrees of freedom. | FFN |" in flat.split("## Size M")[1]
+    assert "The models of sizes S and M are far smaller" in flat
     assert written.count("## Why results may be other than the paper's") == 1
     assert "with 64, 128 and 256 units for a token: +0.0000, +0.0000, +0.0000; of TopKFFN with 32 and 128" in flat
     assert "From SigmaMoE, without that loss: +0.0000 ± 0.0000, called none" in flat
@@ -934,10 +1068,18 @@ def test_one_seed_each_tells_nothing() -> None:
     assert list(tables.verdicts(records, ["sigma"], "dense")) == []
 
 
+@pytest.mark.parametrize("n", [7, 8, 9])
+def test_of_few_runs_of_two_seeds_nothing_is_told_either(n: int) -> None:
+    records = [fake(run, 2.0) for run in plan.runs_of("M")[:n]]
+    found = "\n".join(tables.beside_the_paper(records, sizes.CORE, "dense", paper.LAYERS))
+    assert "Of so few runs it cannot be told whether they are other than in" in found
+    assert "theirs: here those between which the difference is called neither higher nor lower" in found
+
+
 def test_committed_results_are_whole_and_of_the_plan() -> None:
-    folders = (results.RESULTS, results.RESULTS / results.EMULATED)
-    known = {run.path(folder) for folder in folders for size in sizes.SIZES for run in plan.runs_of(size)}
-    known |= {run.path(results.RESULTS) for rate in plan.LEARNING_RATES for run in plan.trials(rate)}
+    folders, chosen = (results.RESULTS, results.RESULTS / results.EMULATED), plan.learning_rate(results.RESULTS)
+    known = {run.path(folder): run for folder in folders for size in sizes.SIZES for run in plan.runs_of(size)}
+    known |= {run.path(results.RESULTS): run for rate in plan.LEARNING_RATES for run in plan.trials(rate)}
     for path in results.RESULTS.rglob("*"):
         if path.is_file() and path.parent.name != results.STOPPED:
             assert path in known
@@ -947,5 +1089,6 @@ def test_committed_results_are_whole_and_of_the_plan() -> None:
                 assert (results.RESULTS / path.relative_to(results.RESULTS / results.EMULATED)).exists()
             assert path.name.startswith(f"{record['variant']}-")
             config = record["config"]
+            assert config == asdict(known[path].config(chosen))
             whole_run = config["steps"] * config["batch_size"] * config["context"]
             assert record["training_bytes"] == whole_run or record["diverged"]
