@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import sparse_ffn as sf
+from conftest import BACKENDS
 from sparse_ffn import functional, ops
 from sparse_ffn.backends import cpu
 from sparse_ffn.ops.activations import ACTIVATIONS, SMOOTH
@@ -175,22 +176,35 @@ def test_a_gate_of_fp16_gets_its_gradient_where_that_of_its_row_would_overflow(o
         torch.testing.assert_close(dgate, torch.full_like(gate, 60))
 
 
-@pytest.mark.parametrize("size", [1.0, 1e3], ids=["small products", "large products"])
-def test_small_gates_keep_the_digits_of_a_scaled_loss_in_fp16(size: float, on_backend: str) -> None:
-    """h times a gate may lie beyond fp16's range, below or above, where the gradient of the values does not."""
-    index = torch.arange(80).remainder(2).unsqueeze(1)
+SMALL_GATES = pytest.mark.parametrize("size", [1.0, 1e3], ids=["small products", "large products"])
+
+
+def small_gates(size: float) -> tuple[Tensor, ...]:
+    """Tokens, experts, their gates, a gradient, all for fp16 but the gates; and the gradient of the values."""
     gate = torch.full((80, 1), 1e-5 if size == 1.0 else 3e4)
     x, weight = 1e-2 * size * torch.randn(80, 32), torch.randn(2, 32, 40).half().requires_grad_()
     half, grad = x.half(), (500 / size**2 * torch.randn(80, 40)).half()
-    y = functional.cvmm(half, weight, index.flatten(), reduction_weight=gate.flatten())
-    (found,) = torch.autograd.grad(y, weight, grad)
     wanted = torch.stack([gate[0, 0] * half[e::2].double().T @ grad[e::2].double() for e in range(2)])
-    assert (found - wanted).abs().max() < 2e-3 * wanted.abs().max()
-    if on_backend == "reference":  # a row's slots are one product there, gates and all
-        return
-    keys = torch.eye(32).half().expand(2, 32, 32)
-    y = functional.expert_ffn(half, keys, weight, index, gate, activation="identity")
+    return half, weight, gate, grad, wanted
+
+
+@SMALL_GATES
+def test_small_gates_keep_the_digits_of_a_scaled_loss_in_fp16(size: float, on_backend: str) -> None:
+    """h times a gate may lie beyond fp16's range, below or above, where the gradient of the values does not."""
+    half, weight, gate, grad, wanted = small_gates(size)
+    y = functional.cvmm(half, weight, torch.arange(80).remainder(2), reduction_weight=gate.flatten())
     (found,) = torch.autograd.grad(y, weight, grad)
+    assert (found - wanted).abs().max() < 2e-3 * wanted.abs().max()
+
+
+@SMALL_GATES
+@pytest.mark.parametrize("backend", BACKENDS[1:])  # the reference weighs h in the dtype of x
+def test_so_do_those_of_experts(size: float, backend: str) -> None:
+    half, weight, gate, grad, wanted = small_gates(size)
+    index, keys = torch.arange(80).remainder(2).unsqueeze(1), torch.eye(32).half().expand(2, 32, 32)
+    with sf.backend(backend):
+        y = functional.expert_ffn(half, keys, weight, index, gate, activation="identity")
+        (found,) = torch.autograd.grad(y, weight, grad)
     assert (found - wanted).abs().max() < 2e-3 * wanted.abs().max()
 
 

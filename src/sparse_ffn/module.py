@@ -184,16 +184,15 @@ def tensors_of(module: nn.Module, *names: str) -> list[Any]:
     return [own[n] if n in own else buffers[n] if n in buffers else getattr(module, n) for n in names]
 
 
-def check_original(module: Any, balance: str) -> None:
-    """Raise in a copy that ``nn.DataParallel`` made, whose forward takes with it what balances the original.
+def lost_in_copies(balance: str) -> RuntimeError:
+    """The error for balancing in a copy that ``nn.DataParallel`` made, which takes with it what balances the original.
 
     Its loss would be lost with ``aux="attach"`` and count once a copy with ``"inject"``.
     """
-    if module._is_replica:
-        raise RuntimeError(
-            f"balance = {balance!r} does not work in torch.nn.DataParallel, whose copies of a layer are gone before "
-            'aux_loss and update_router_bias look: use DistributedDataParallel (torchrun), or balance = "none"'
-        )
+    return RuntimeError(
+        f"balance = {balance!r} does not work in torch.nn.DataParallel, whose copies of a layer are gone before "
+        'aux_loss and update_router_bias look: use DistributedDataParallel (torchrun), or balance = "none"'
+    )
 
 
 def unwrapped(name: str, module: nn.Module, kind: type[M]) -> M:

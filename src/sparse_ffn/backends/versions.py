@@ -12,5 +12,5 @@ def version_of(package: str) -> str | None:
     with suppress(PackageNotFoundError):
         return version(package)
     with suppress(ImportError):
-        return str(import_module(package).__version__)
+        return getattr(import_module(package), "__version__", None)
     return None

@@ -11,7 +11,7 @@ from torch.autograd.graph import Node
 
 from sparse_ffn.checks import check_choice, check_positive
 from sparse_ffn.layers.last_forward import LastForward, nodes_of, watch
-from sparse_ffn.module import WithProperties, check_original, unwrapped
+from sparse_ffn.module import WithProperties, lost_in_copies, unwrapped
 from sparse_ffn.ops.library import in_backward
 from sparse_ffn.routing.balance import LOSSES, Terms, check_balance, groups, weighted_losses
 from sparse_ffn.routing.base import AnyRouting, Router, Routing
@@ -155,8 +155,8 @@ class Balanced(WithProperties):
 
     def _balance_loss(self, routing: AnyRouting, mask_T: Tensor | None, n_sequences: int | None) -> Tensor | None:
         """The weighted loss, if the layer has one now."""
-        if self.training and any(name in LOSSES for name in self.balance):
-            check_original(self, ", ".join(self.balance))
+        if self._is_replica and self.training and any(name in LOSSES for name in self.balance):
+            raise lost_in_copies(", ".join(self.balance))
         if not self._pooled():
             return self._weighted_loss(routing, mask_T, n_sequences)
         if self._calls is not None and not in_backward():

@@ -23,7 +23,7 @@ from sparse_ffn.checks import (
     check_rate,
     shape_error,
 )
-from sparse_ffn.module import CheckedOptions, check_original, normal_
+from sparse_ffn.module import CheckedOptions, lost_in_copies, normal_
 from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.ops.library import in_backward, under_transforms
 from sparse_ffn.ops.select import stable_topk
@@ -264,7 +264,8 @@ class Router(CheckedOptions, nn.Module):
         """Add to what ``adapt`` gets, once where checkpointing computes it twice; ``balance`` is for the error."""
         if in_backward():
             return
-        check_original(self, balance)
+        if self._is_replica:
+            raise lost_in_copies(balance)
         if under_transforms():
             raise RuntimeError(
                 f"balance=\"{balance}\" counts the experts' loads as a side effect, which is lost inside torch.func's "
