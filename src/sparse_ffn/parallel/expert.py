@@ -40,8 +40,9 @@ class ExpertParallel(ParallelStyle):
 
     Args:
         exchange: ``"gather"`` brings all tokens to all processes, ``"slots"`` sends a row for each token and expert,
-            ``"tokens"`` one for each token and process; ``"auto"`` is "gather" where a token needs more than 0.9 of the
-            processes anyway, else "tokens"; a name given to ``register_exchange``, or a subclass of ``Exchange``.
+            ``"tokens"`` one for each token and process; ``"auto"`` is "gather" where 1 - (1 - 1/processes)^k, about the
+            share of the processes that a token needs, is above 0.9, else "tokens"; a name given to
+            ``register_exchange``, or a subclass of ``Exchange``.
         input_layouts: ``Shard(0)`` where each process of the mesh has tokens of its own (any number); ``Replicate()``
             where all have the same ones, as in a group of tensor parallelism.
         gradients: ``"mean"`` for losses that are means over a process's own tokens, as DDP and FSDP expect: the
