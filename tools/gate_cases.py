@@ -19,6 +19,7 @@ from sparse_ffn.ops.negative_entropy import triton as negative_entropy
 from sparse_ffn.ops.product_key_topk import triton as product_key_topk
 from sparse_ffn.ops.quantized_cvmm import triton as quantized_cvmm
 from sparse_ffn.ops.route import triton as route
+from sparse_ffn.ops.route.backend import Router
 from sparse_ffn.ops.route.op import MAX_ROWS
 from sparse_ffn.ops.topk_ffn import triton as topk_ffn
 from sparse_ffn.ops.weighted_bag import triton as weighted_bag
@@ -258,9 +259,10 @@ def routes(
     bias, mask, groups = None, None, 1
     if form == "full":
         bias, mask, groups = torch.empty(rows), torch.zeros(tokens, dtype=torch.bool), 2 if tokens > 1 else 1
-    gates, selected, sums, logits = route.forward(x, weight, bias, mask, k, gate, groups)
-    route.inference(x, weight, bias, mask, k, gate, groups)
-    route.inference(x[:1], weight, bias, mask, k, gate, groups)
+    router = Router(weight, bias, mask)
+    gates, selected, sums, logits = route.forward(x, router, k, gate, groups)
+    route.inference(x, router, k, gate, groups)
+    route.inference(x[:1], router, k, gate, groups)
     route.backward(gates, sums, x, weight, mask, gates, selected, logits, gate)
     if mask is None:
         loss = negative_entropy.forward(sums, tokens // groups, 1e-3)

@@ -1,8 +1,8 @@
 """sparse-ffn: sparse feed-forward layers for PyTorch."""
 
 from sparse_ffn import functional as functional
-from sparse_ffn.backends.choice import SparseFFNWarning as SparseFFNWarning
 from sparse_ffn.backends.choice import backend as backend
+from sparse_ffn.backends.warning import SparseFFNWarning as SparseFFNWarning
 from sparse_ffn.compress import ExpertQuantization as ExpertQuantization
 from sparse_ffn.compress import dequantize_experts_ as dequantize_experts_
 from sparse_ffn.compress import expert_stats as expert_stats

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.backends.choice import SparseFFNWarning
+from sparse_ffn.backends.warning import SparseFFNWarning
 from sparse_ffn.checks import called, check_finite, check_module
 from sparse_ffn.layers.balanced import balanced_in, slots_of_all
 from sparse_ffn.routing.base import Router

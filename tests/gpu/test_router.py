@@ -20,6 +20,7 @@ from sparse_ffn import ops
 from sparse_ffn.backends.triton import router
 from sparse_ffn.ops.route import reference
 from sparse_ffn.ops.route import triton as route
+from sparse_ffn.ops.route.backend import Router
 from sparse_ffn.ops.route.op import MAX_ROWS
 
 D = 37
@@ -117,7 +118,7 @@ def test_strided_arguments(device: str) -> None:
 
 def test_a_bias_that_is_a_column_ranks_in_inference(device: str) -> None:
     x, weight, bias = torch.zeros(1, D), torch.zeros(4, D), torch.tensor([[0, 9], [1, 9], [2, 9], [3, 9.0]])
-    _, index = route.inference(x.to(device), weight.to(device), bias.to(device)[:, 0], None, 2, "sigmoid", 0)
+    _, index = route.inference(x.to(device), Router(weight.to(device), bias.to(device)[:, 0], None), 2, "sigmoid", 0)
     assert index.tolist() == [[3, 2]]
 
 
@@ -143,7 +144,7 @@ def test_ties_go_to_the_lower_row_and_nan_ranks_first(k: int, kind: str, device:
         score = torch.tensor(values)[torch.randint(0, len(values), (rows,))].to(wide)
         weight, x = torch.zeros(rows, D, dtype=wide), torch.zeros(1, D, dtype=dtype)
         weight[:, 20], x[:, 20] = score, 1
-        _, found = route.inference(x.to(device), weight.to(device), None, None, k, "sigmoid", 0)
+        _, found = route.inference(x.to(device), Router(weight.to(device), None, None), k, "sigmoid", 0)
         assert torch.equal(found[0].cpu(), score.sort(descending=True, stable=True).indices[:k])
 
 
@@ -151,7 +152,7 @@ def test_a_token_that_is_no_number_shows_in_its_gates(device: str) -> None:
     x, weight = torch.randn(3, D), torch.randn(8, D)
     x[1] = float("nan")
     for gate_function in reference.GATES:
-        gate, index = route.inference(x.to(device), weight.to(device), None, None, 2, gate_function, 0)
+        gate, index = route.inference(x.to(device), Router(weight.to(device), None, None), 2, gate_function, 0)
         assert gate[1].isnan().all()
         assert gate[[0, 2]].isfinite().all()
         assert index[1].tolist() == [0, 1]
@@ -162,7 +163,7 @@ def test_fp32_weights_are_not_rounded_for_tokens_in_bf16(device: str) -> None:
     x = torch.ones(1, D, dtype=torch.bfloat16)
     weight = torch.full((2, D), 1 / 3)
     weight[1, 5] += 2.0**-12
-    _, index = route.inference(x.to(device), weight.to(device), None, None, 1, "sigmoid", 0)
+    _, index = route.inference(x.to(device), Router(weight.to(device), None, None), 1, "sigmoid", 0)
     assert index.item() == 1
 
 

@@ -25,8 +25,7 @@ from torch import Tensor
 
 from sparse_ffn.backends import cpu, cuda
 from sparse_ffn.backends.libraries import DTYPES
-from sparse_ffn.backends.warning import SparseFFNWarning as SparseFFNWarning
-from sparse_ffn.backends.warning import how_to_install
+from sparse_ffn.backends.warning import SparseFFNWarning, how_to_install
 
 ENVIRONMENT_VARIABLE = "SPARSE_FFN_BACKEND"
 BACKENDS = {
@@ -217,17 +216,7 @@ def _no_cuda(device: torch.device) -> str | None:
         return f"the CUDA library is missing: {library.problem}"
     if library.emulated:
         return "the library was built to emulate a GPU on the CPU"
-    return _too_old(device) or _no_driver() or _no_code(device)
-
-
-@functools.cache
-def _no_driver() -> str | None:
-    return cuda.driver_problem()
-
-
-@functools.cache
-def _no_code(device: torch.device) -> str | None:
-    return cuda.device_problem(device)
+    return _too_old(device) or cuda.driver_problem() or cuda.device_problem(device)
 
 
 @functools.cache

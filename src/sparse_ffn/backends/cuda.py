@@ -87,6 +87,7 @@ def library() -> Library:
     return Library(functions, None, emulated)
 
 
+@functools.cache
 def driver_problem() -> str | None:
     """Why the library sees no GPU, or None if it does."""
     count = _i32(0)
@@ -94,6 +95,7 @@ def driver_problem() -> str | None:
     return None if status == 0 and count.value > 0 else _text(status)
 
 
+@functools.cache
 def device_problem(device: torch.device) -> str | None:
     """Why the library's code does not run on a GPU, or None if it does.
 

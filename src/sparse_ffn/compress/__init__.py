@@ -9,12 +9,12 @@ from sparse_ffn.compress.offload import offload_stats as offload_stats
 from sparse_ffn.compress.prune import prune_experts_ as prune_experts_
 from sparse_ffn.compress.quantize import dequantize_experts_ as dequantize_experts_
 from sparse_ffn.compress.quantize import quantize_experts_ as quantize_experts_
+from sparse_ffn.compress.report import CompressedLayer as CompressedLayer
+from sparse_ffn.compress.report import CompressionReport as CompressionReport
 from sparse_ffn.compress.report import PrunedLayer as PrunedLayer
 from sparse_ffn.compress.report import PruningReport as PruningReport
 from sparse_ffn.compress.report import QuantizationReport as QuantizationReport
 from sparse_ffn.compress.report import QuantizedLayer as QuantizedLayer
-from sparse_ffn.compress.residual import CompressedLayer as CompressedLayer
-from sparse_ffn.compress.residual import CompressionReport as CompressionReport
 from sparse_ffn.compress.residual import compress_experts_ as compress_experts_
 from sparse_ffn.compress.sensitivity import quantization_error as quantization_error
 from sparse_ffn.compress.statistics import ExpertStats as ExpertStats

@@ -1,4 +1,4 @@
-"""The reports of quantize_experts_ and prune_experts_, which print as tables."""
+"""The reports of quantize_experts_, prune_experts_ and compress_experts_, which print as tables."""
 
 from __future__ import annotations
 
@@ -78,6 +78,34 @@ class PruningReport:
             rows.append((of.name, f"{of.n_experts} -> {len(of.kept)}{constants}", f"{of.error:.2%}"))
         head = f"{len(self.layers)} layers pruned: parameters {before} -> {after} ({after / max(before, 1):.0%})"
         return "\n".join([head, *aligned(rows)])
+
+
+@dataclass(frozen=True)
+class CompressedLayer:
+    """What became of one layer."""
+
+    name: str
+    parameters: tuple[int, int]
+    """Before and after."""
+    spread: tuple[float, ...]
+    """The mean of ‖P_e W_e - C‖² over the experts, after each round: how far they are from the base."""
+    errors: dict[str, float]
+    """Of each stack ‖W - Ŵ‖ / ‖W‖."""
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """The layers whose experts were compressed. ``print`` it."""
+
+    layers: tuple[CompressedLayer, ...]
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [("name", "parameters", "relative error")]
+        for of in self.layers:
+            before, after = of.parameters
+            errors = ", ".join(f"{stack} {error:.2%}" for stack, error in of.errors.items())
+            rows.append((of.name, f"{before} -> {after} ({after / before:.1%})", errors))
+        return "\n".join(aligned(rows))
 
 
 def aligned(rows: list[tuple[str, ...]]) -> Iterable[str]:

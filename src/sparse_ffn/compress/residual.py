@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparse_ffn.checks import check_count, check_loaded, check_module, check_plain, check_positive
-from sparse_ffn.compress.report import aligned
+from sparse_ffn.compress.report import CompressedLayer, CompressionReport
 from sparse_ffn.convert.init.partition import balanced_assignment
 from sparse_ffn.convert.init.weights import relative_error, wide
 from sparse_ffn.layers.low_rank import LowRankMoE
@@ -23,34 +22,6 @@ from sparse_ffn.routing.base import Router
 MADE_OF = {f"{part}_{end}": f"{part}s" for part in ("key", "value") for end in ("up", "down")}
 MADE_OF |= {"gate_up": "gate_keys", "gate_down": "gate_keys"}
 """The stack that a low-rank factor is made of."""
-
-
-@dataclass(frozen=True)
-class CompressedLayer:
-    """What became of one layer."""
-
-    name: str
-    parameters: tuple[int, int]
-    """Before and after."""
-    spread: tuple[float, ...]
-    """The mean of ‖P_e W_e - C‖² over the experts, after each round: how far they are from the base."""
-    errors: dict[str, float]
-    """Of each stack ‖W - Ŵ‖ / ‖W‖."""
-
-
-@dataclass(frozen=True)
-class CompressionReport:
-    """The layers whose experts were compressed. ``print`` it."""
-
-    layers: tuple[CompressedLayer, ...]
-
-    def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [("name", "parameters", "relative error")]
-        for of in self.layers:
-            before, after = of.parameters
-            errors = ", ".join(f"{stack} {error:.2%}" for stack, error in of.errors.items())
-            rows.append((of.name, f"{before} -> {after} ({after / before:.1%})", errors))
-        return "\n".join(aligned(rows))
 
 
 @torch.inference_mode(False)  # a tensor that is made in it never trains

@@ -72,22 +72,14 @@ class Stack:
             )
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of module with experts."""
-
-    matches: Callable[[nn.Module], bool]
-    stacks: Callable[[Any], list[Stack]]
+def stacks_of_moe(module: nn.Module) -> list[Stack]:
+    """The stacks of one of our layers, or of a bank of its experts; none of another module."""
+    names = ("keys", "gate_keys", "values") if isinstance(module, (MoE, Bank)) else ()
+    return [Stack(module, name, name == "values") for name in names if getattr(module, name) is not None]
 
 
-def stacks_of_moe(layer: MoE | Bank) -> list[Stack]:
-    """The stacks of one of our layers, or of a bank of its experts."""
-    names = ("keys", "gate_keys", "values")
-    return [Stack(layer, name, name == "values") for name in names if getattr(layer, name) is not None]
-
-
-KINDS: list[Kind] = [Kind(lambda module: isinstance(module, (MoE, Bank)), stacks_of_moe)]
-
+KINDS: list[Callable[[nn.Module], list[Stack]]] = [stacks_of_moe]
+"""Of each kind of modules with experts, what their stacks are; none of other modules."""
 
 CHANGED: list[Callable[[nn.Module], None]] = []
 """Called with a model in which experts were quantised, offloaded, or made dense again."""
@@ -109,9 +101,8 @@ def untaught(model: nn.Module) -> str:
 def experts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Stack]]]:
     """The modules with experts in a model, each once, by name, with their stacks."""
     for name, module in model.named_modules():
-        kind = next((kind for kind in KINDS if kind.matches(module)), None)
-        if kind is not None:
-            yield name, module, kind.stacks(module)
+        if stacks := next((found for stacks_of in KINDS if (found := stacks_of(module))), None):
+            yield name, module, stacks
 
 
 def check_here(model: nn.Module, places: Iterable[tuple[str, nn.Module, list[Stack]]]) -> None:

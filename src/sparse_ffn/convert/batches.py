@@ -69,21 +69,20 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 
 
 class Batches:
-    """Batches that are iterated over once, of which the first ones stay.
+    """Batches that are iterated over once, of which the first stays.
 
     Args:
         batches: as ``run``'s.
-        n_kept: how many stay.
 
     Raises:
         TypeError: ``batches`` cannot be iterated over, or is itself a batch.
     """
 
-    def __init__(self, batches: Iterable[Any], n_kept: int = 1) -> None:
+    def __init__(self, batches: Iterable[Any]) -> None:
         _check(batches)
         self._rest = iter(batches)
-        self.first = list(itertools.islice(self._rest, n_kept))
-        """The first ones, fewer if there are no more."""
+        self.first = list(itertools.islice(self._rest, 1))
+        """The first one, if there is one."""
 
     def __iter__(self) -> Iterator[Any]:
         yield from self.first

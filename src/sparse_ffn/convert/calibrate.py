@@ -21,9 +21,9 @@ Filter = Callable[[nn.Module, str], bool]
 class Reservoir:
     """A uniform sample of at most ``size`` of the rows that went by."""
 
-    def __init__(self, size: int, seed: int = 0) -> None:
+    def __init__(self, size: int) -> None:
         self.size, self.seen = size, 0
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(0)
         self._rank = torch.empty(0, device="cpu")
         self.rows = torch.empty(0, 0, device="cpu")
         """The sample [at most size, width], on the CPU, in the order in which the rows came."""

@@ -154,11 +154,7 @@ def _check_calibration(calibration: object) -> Batches | None:
     """The batches, if it is some; what ``calibrate`` returned is checked."""
     if calibration is None:
         return None
-    if (
-        not isinstance(calibration, Mapping)
-        and isinstance(calibration, Iterable)
-        and not isinstance(calibration, (Tensor, str))
-    ):
+    if isinstance(calibration, Iterable) and not isinstance(calibration, (Mapping, Tensor, str)):
         return Batches(calibration)
     values = list(calibration.values()) if isinstance(calibration, Mapping) else [calibration]
     if not isinstance(calibration, Mapping) or not all(isinstance(value, Tensor) for value in values):

@@ -74,7 +74,7 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     if top_k_weights.shape != top_k_index.shape:
         raise ValueError(f"top_k_weights must have the shape of top_k_index, {list(top_k_index.shape)}, "
                          f"got {list(top_k_weights.shape)}")  # fmt: skip
-    names = ("gate_up_proj" if _flag(experts, "has_gate", True) else "up_proj"), "down_proj"
+    names = stack_names(experts)
     stacks = {name: getattr(experts, name) for name in names}
     biases = {name: getattr(experts, f"{name}_bias") for name in names if experts.has_bias}
     down = stacks["down_proj"]
@@ -113,6 +113,11 @@ def _ffn(
     if _flag(experts, "has_post_expert_norm", False):
         y = experts.post_expert_norm(y)
     return (y * weight).view(tokens, k, y.shape[1]).sum(1).to(x_TD.dtype)
+
+
+def stack_names(experts: Any) -> tuple[str, str]:
+    """What transformers calls the two stacks of some experts."""
+    return ("gate_up_proj" if _flag(experts, "has_gate", True) else "up_proj"), "down_proj"
 
 
 def _flag(experts: Any, name: str, default: bool) -> bool:

@@ -7,132 +7,58 @@ operands want a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-Formula = Callable[..., int]
-Shape = Sequence[int]
-_ops = torch.ops.sparse_ffn
+
+def _count(formula: Callable[[Any], Any], *names: str) -> None:
+    """Let a formula count ops: of their arguments by name, tensors as their shapes, and of ``result``'s."""
+    for name in names:
+        op = getattr(torch.ops.sparse_ffn, name)
+        arguments = [argument.name for argument in op.default._schema.arguments]
+
+        def count(*given: Any, out_shape: Any, arguments: list[str] = arguments, **others: Any) -> Any:
+            by_name = {**dict(zip(arguments, given, strict=False)), **others}
+            return formula(SimpleNamespace(**by_name, result=out_shape))
+
+        register_flop_formula(op)(count)
 
 
-def _formula(*ops: Any) -> Callable[[Formula], Formula]:
-    return register_flop_formula(list(ops))
-
-
-def _units(n: int, keys: Shape, values: Shape, gate_keys: Shape | None) -> int:
+def _units(n: int, a: Any) -> Any:
     """Of so many hidden units."""
-    return 2 * n * (keys[-1] * (1 if gate_keys is None else 2) + values[-1])
+    return 2 * n * (a.keys[-1] * (1 if a.gate_keys is None else 2) + a.values[-1])
 
 
-@_formula(_ops.expert_ffn, _ops.expert_ffn_inference)
-def _expert_ffn(
-    x: Shape, keys: Shape, values: Shape, gate_keys: Any, key_bias: Any, index: Shape, *_: Any, **__: Any
-) -> int:
-    return _units(prod(index) * keys[1], keys, values, gate_keys)
+def _router(a: Any) -> Any:
+    return 2 * a.x[0] * prod(a.router_weight)
 
 
-@_formula(_ops.expert_ffn_backward)
-def _expert_ffn_backward(
-    grad: Shape, x: Shape, keys: Shape, values: Shape, gate_keys: Any, key_bias: Any, gate: Shape, dropout_mask: Any,
-    order: Shape, offsets: Shape, up: Shape, glu_gate: Any, needs_experts: bool, *_: Any, **__: Any
-) -> int:  # fmt: skip
-    return (1 + needs_experts) * _units(prod(gate) * keys[1], keys, values, gate_keys)
+def _topk_ffn(a: Any) -> Any:
+    if a.rank_by == "gate":  # the other keys of the selected units alone
+        return 2 * a.x[0] * (prod(a.keys) + a.k * (a.keys[1] + a.values[1]))
+    return 2 * a.x[0] * (prod(a.keys) * (1 if a.gate_keys is None else 2) + a.k * a.values[1])
 
 
-@_formula(_ops.route, _ops.route_inference)
-def _route(x: Shape, router_weight: Shape, *_: Any, **__: Any) -> int:
-    return 2 * x[0] * prod(router_weight)
-
-
-@_formula(_ops.route_backward)
-def _route_backward(grad: Any, grad_sums: Any, x: Shape, router_weight: Shape, *_: Any, **__: Any) -> int:
-    return 4 * x[0] * prod(router_weight)
-
-
-@_formula(_ops.routed_ffn, _ops.routed_ffn_inference)
-def _routed_ffn(
-    x: Shape, router_weight: Shape, router_bias: Any, mask: Any, keys: Shape, values: Shape, gate_keys: Any,
-    key_bias: Any, dropout_mask: Any, k: int, *_: Any, **__: Any
-) -> int:  # fmt: skip
-    return 2 * x[0] * prod(router_weight) + _units(x[0] * k * keys[1], keys, values, gate_keys)
-
-
-@_formula(_ops.routed_ffn_backward)
-def _routed_ffn_backward(
-    grad: Any, grad_gate: Any, grad_sums: Any, x: Shape, router_weight: Shape, mask: Any, keys: Shape, values: Shape,
-    gate_keys: Any, key_bias: Any, dropout_mask: Any, selected: Shape, gate: Shape, order: Shape, offsets: Shape,
-    up: Shape, glu_gate: Any, needs_experts: bool, *_: Any, **__: Any
-) -> int:  # fmt: skip
-    experts = (1 + needs_experts) * _units(prod(selected) * keys[1], keys, values, gate_keys)
-    return 4 * x[0] * prod(router_weight) + experts
-
-
-@_formula(_ops.topk_ffn, _ops.topk_ffn_inference)
-def _topk_ffn(
-    x: Shape, keys: Shape, values: Shape, gate_keys: Any, key_bias: Any, k: int, dropout_mask: Any, activation: str,
-    norm_aware: bool, rank_by: str, *_: Any, **__: Any
-) -> int:  # fmt: skip
-    if rank_by == "gate":  # the other keys of the selected units alone
-        return 2 * x[0] * (prod(keys) + k * (keys[1] + values[1]))
-    return 2 * x[0] * (prod(keys) * (1 if gate_keys is None else 2) + k * values[1])
-
-
-@_formula(_ops.topk_ffn_backward)
-def _topk_ffn_backward(
-    grad: Shape, x: Shape, keys: Shape, values: Shape, gate_keys: Any, key_bias: Any, dropout_mask: Any,
-    selected: Shape, up: Shape, glu_gate: Any, needs_units: bool, *_: Any, **__: Any
-) -> int:  # fmt: skip
-    return (1 + needs_units) * _units(prod(up), keys, values, gate_keys)
-
-
-@_formula(_ops.weighted_bag)
-def _weighted_bag(values: Shape, index: Shape, *_: Any, **__: Any) -> int:
-    return 2 * prod(index) * values[1]
-
-
-@_formula(_ops.weighted_bag_backward)
-def _weighted_bag_backward(
-    grad: Shape, values: Shape, index: Shape, weight: Shape, needs_values: bool, *_: Any, **__: Any
-) -> int:
-    return (1 + needs_values) * 2 * prod(index) * values[1]
-
-
-@_formula(_ops.cvmm)
-def _cvmm(x: Shape, weight: Shape, expert: Shape, *_: Any, **__: Any) -> int:
-    return 2 * prod(expert) * prod(weight[1:])
-
-
-@_formula(_ops.cvmm_backward)
-def _cvmm_backward(
-    grad: Shape, x: Shape, weight: Shape, expert: Shape, gather: Any, scatter: Any, reduction: Any, needs_weight: bool,
-    *_: Any, **__: Any
-) -> int:  # fmt: skip
-    return (1 + needs_weight) * 2 * prod(expert) * prod(weight[1:])
-
-
-@_formula(_ops.quantized_cvmm)
-def _quantized_cvmm(
-    x: Shape, qdata: Shape, scale: Shape, zero_point: Any, expert: Shape, *_: Any, out_shape: Shape, **__: Any
-) -> int:
-    return 2 * prod(expert) * x[-1] * out_shape[-1]
-
-
-@_formula(_ops.quantized_cvmm_backward)
-def _quantized_cvmm_backward(
-    grad: Shape, x: Shape, qdata: Shape, scale: Shape, zero_point: Any, expert: Shape, *_: Any, **__: Any
-) -> int:
-    return 2 * prod(expert) * x[-1] * grad[-1]
-
-
-@_formula(_ops.wide_product, _ops.normalised_product)
-def _wide_product(x: Shape, w: Shape, *_: Any, **__: Any) -> int:
-    return 2 * prod(x) * w[-2]
-
-
-@_formula(_ops.wide_product_backward, _ops.normalised_product_backward)
-def _wide_product_backward(grad: Shape, x: Shape, w: Shape, *_: Any, **__: Any) -> int:
-    return 4 * prod(x) * w[-2]
+_count(lambda a: _units(prod(a.index) * a.keys[1], a), "expert_ffn", "expert_ffn_inference")
+_count(lambda a: (1 + a.needs_experts) * _units(prod(a.gate) * a.keys[1], a), "expert_ffn_backward")
+_count(_router, "route", "route_inference")
+_count(lambda a: 2 * _router(a), "route_backward")
+_count(lambda a: _router(a) + _units(a.x[0] * a.k * a.keys[1], a), "routed_ffn", "routed_ffn_inference")
+_count(
+    lambda a: 2 * _router(a) + (1 + a.needs_experts) * _units(prod(a.selected) * a.keys[1], a), "routed_ffn_backward"
+)
+_count(_topk_ffn, "topk_ffn", "topk_ffn_inference")
+_count(lambda a: (1 + a.needs_units) * _units(prod(a.up), a), "topk_ffn_backward")
+_count(lambda a: 2 * prod(a.index) * a.values[1], "weighted_bag")
+_count(lambda a: (1 + a.needs_values) * 2 * prod(a.index) * a.values[1], "weighted_bag_backward")
+_count(lambda a: 2 * prod(a.expert) * prod(a.weight[1:]), "cvmm")
+_count(lambda a: (1 + a.needs_weight) * 2 * prod(a.expert) * prod(a.weight[1:]), "cvmm_backward")
+_count(lambda a: 2 * prod(a.expert) * a.x[-1] * a.result[-1], "quantized_cvmm")
+_count(lambda a: 2 * prod(a.expert) * a.x[-1] * a.grad[-1], "quantized_cvmm_backward")
+_count(lambda a: 2 * prod(a.x) * a.w[-2], "wide_product", "normalised_product")
+_count(lambda a: 4 * prod(a.x) * a.w[-2], "wide_product_backward", "normalised_product_backward")

@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from sparse_ffn.backends.choice import SparseFFNWarning
+from sparse_ffn.backends.warning import SparseFFNWarning
 from sparse_ffn.checks import check_type, shown
 from sparse_ffn.convert import Report, config_from_dict, config_of, sparsify_
 from sparse_ffn.convert.find.examples import Examples

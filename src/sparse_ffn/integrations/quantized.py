@@ -14,8 +14,8 @@ from sparse_ffn.backends.warning import SparseFFNWarning
 from sparse_ffn.checks import shown
 from sparse_ffn.compress.config import ExpertQuantization
 from sparse_ffn.compress.quantizer import empty
-from sparse_ffn.compress.stacks import CHANGED, KINDS, Kind, Stack, experts_of
-from sparse_ffn.integrations.experts import NAME, dispatches, register, stores_rows
+from sparse_ffn.compress.stacks import CHANGED, KINDS, Stack, experts_of
+from sparse_ffn.integrations.experts import NAME, dispatches, register, stack_names, stores_rows
 from sparse_ffn.layers.rows import ExpertRows, QuantizedRows
 
 KEY = "sparse_ffn_experts"  # of the record in config.json
@@ -23,24 +23,22 @@ KEY = "sparse_ffn_experts"  # of the record in config.json
 
 def teach() -> None:
     """Let ``quantize_experts_`` and ``offload_experts_`` find these experts too. Calling this again changes nothing."""
-    if EXPERTS not in KINDS:
-        KINDS.append(EXPERTS)
+    if _stacks not in KINDS:
+        KINDS.append(_stacks)
         CHANGED.append(prepare)
 
 
 def _is_experts(module: nn.Module) -> bool:
     return dispatches(module) and all(
         isinstance(held, ExpertRows) or (isinstance(held, torch.Tensor) and held.dim() == 3)
-        for held in (getattr(module, name, None) for name in _names(module))
+        for held in (getattr(module, name, None) for name in stack_names(module))
     )
 
 
-def _names(experts: Any) -> tuple[str, str]:
-    return ("gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"), "down_proj"
-
-
 def _stacks(experts: Any) -> list[Stack]:
-    up, down = _names(experts)
+    if not _is_experts(experts):
+        return []
+    up, down = stack_names(experts)
     transposed = bool(experts.is_transposed)
     return [Stack(experts, up, transposed=transposed), Stack(experts, down, is_values=True, transposed=not transposed)]
 
@@ -66,9 +64,6 @@ def prepare(model: nn.Module) -> None:
             SparseFFNWarning,
             stacklevel=6,  # beyond whoever tells this, and its decorators
         )
-
-
-EXPERTS = Kind(_is_experts, _stacks)
 
 
 def facts(model: nn.Module) -> dict[str, dict[str, dict[str, Any]]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from sparse_ffn import ops
 from sparse_ffn.checks import check_choice, check_count, check_rate, shown
+from sparse_ffn.layers.balanced import Balanced
+from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.module import tensors_of
 from sparse_ffn.routing.targets import Targets
 
@@ -18,21 +17,14 @@ from sparse_ffn.routing.targets import Targets
 KINDS = ("zero", "identity", "constant")
 
 
-class NullExperts(nn.Module):
+class NullExperts(Balanced, SparseFFN):
     """The part of a layer that adds its null experts' slots; for ``ops.expert_ffn`` those are void (MoE++, 2410.07348).
 
     They come behind the E others: an index e >= E selects null expert e - E.
     """
 
-    d_model: int
-    d_out: int
-    _parameter: Callable[..., nn.Parameter]
-    n_experts: int
-    null_experts: int
     null_kind: str
     null_share: float | None
-    _split: Any
-    _shape_error: Callable[[], ValueError]
     constants: nn.Parameter | None
     """One row [d_out] for each null expert of the kind ``"constant"``."""
 

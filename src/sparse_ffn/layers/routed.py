@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn.checks import check_rate, shown
-from sparse_ffn.layers.balanced import Balanced
-from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.layers.null_experts import NullExperts
 from sparse_ffn.ops.autocast import autocast_dtype
 from sparse_ffn.routing.base import AnyRouting, Router, Routing
@@ -61,7 +59,7 @@ class RoutedOptions(MoEOptions, RouterChoice, total=False):
     """All of them."""
 
 
-class Routed(NullExperts, Balanced, SparseFFN):
+class Routed(NullExperts):
     """y = sum over the k selected experts of gate_e · f_e(x). Subclasses make the experts and compute f.
 
     Before this constructor they set ``n_experts`` and ``d_ff``; arguments are ``MoE``'s.

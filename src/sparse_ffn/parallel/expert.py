@@ -83,7 +83,7 @@ class ExpertParallel(ParallelStyle):
             for part in module.router.modules():
                 distribute(part, list(part._parameters), device_mesh, Replicate())
         if exchange is None:
-            module._split = ReplicatedExperts(device_mesh, module.n_experts)
+            module._split = ReplicatedExperts(Exchange(device_mesh, module.n_experts))
         else:
             module._split = ExchangedExperts(exchange(device_mesh, module.n_experts), mean(self.gradients, device_mesh))
         return module
@@ -123,7 +123,10 @@ class ExchangedExperts(_Experts):
         """As ``_Experts``."""
         units = self.units(units)
         self.met = True
-        x_RD, index_RK, gate_RK, state = self.awaited(self.exchange.dispatch(x_TD, index_TK, gate_TK))
+        waiting = self.exchange.dispatch(x_TD, index_TK, gate_TK)
+        if self.errand is not None:
+            self.errand()
+        x_RD, index_RK, gate_RK, state = waiting()
         return self.exchange.combine(layer._compute(x_RD, units, index_RK, gate_RK), state)
 
     def whole(self, tensor: Tensor) -> Tensor:
@@ -135,13 +138,12 @@ class ReplicatedExperts(_Experts):
     """A process's experts, for tokens that all processes have.
 
     Args:
-        mesh: as in ``Split``.
-        n_experts: of all processes.
+        places: says which experts are here; nothing travels.
     """
 
-    def __init__(self, mesh: DeviceMesh, n_experts: int) -> None:
-        super().__init__(mesh, 1.0)
-        self.places = Exchange(mesh, n_experts)
+    def __init__(self, places: Exchange) -> None:
+        super().__init__(places.mesh, 1.0)
+        self.places = places
 
     def route(self, router: nn.Module, x_TR: Tensor, mask_T: Tensor | None) -> Routing:
         """As ``_Experts``; noise and expert dropout are drawn from one seed, so that all processes decide alike."""

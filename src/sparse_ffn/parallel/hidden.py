@@ -71,10 +71,8 @@ class HiddenParallel(ParallelStyle):
         if isinstance(module, MoE):
             check_share("expert_size", module.expert_size, device_mesh)
             distribute(module, UNITS, device_mesh, Shard(1))
-            if own:
-                module._split = _UnitsOfExpertsOfAll(_Everywhere(device_mesh, module.n_experts), factor)
-            else:
-                module._split = _UnitsOfExperts(device_mesh, module.n_experts)
+            everywhere = _Everywhere(device_mesh, module.n_experts)
+            module._split = _UnitsOfExpertsOfAll(everywhere, factor) if own else _UnitsOfExperts(everywhere)
         else:
             assert isinstance(module, DenseFFN)
             check_share("d_ff", module.d_ff, device_mesh)
@@ -85,7 +83,15 @@ class HiddenParallel(ParallelStyle):
         return module
 
 
-class _Units(Split):
+class _OfUnits(Split):
+    """A part that is a process's hidden units, of each expert if there are several."""
+
+    def of_units(self, mask: Tensor) -> Tensor:
+        """As ``Split``."""
+        return mask.chunk(self.mesh.size(), -1)[self.mesh.get_local_rank()].contiguous()
+
+
+class _Units(_OfUnits):
     """A process's units of a dense FFN, for tokens that all processes have, or with an exchange for those of all."""
 
     exchange: GatherExchange | None
@@ -98,10 +104,6 @@ class _Units(Split):
         self.met = True
         (rows,), _ = self.exchange.gathered((x, 0))
         return reduce_scatter(self._part(layer, arrived(rows), units), self.mesh)[: x.shape[0]]
-
-    def of_units(self, mask: Tensor) -> Tensor:
-        """As ``Split``."""
-        return _own(mask, self.mesh)
 
     def _part(self, layer: DenseFFN, x: Tensor, units: ops.Units) -> Tensor:
         return layer._compute(x, units)
@@ -132,25 +134,12 @@ class _UnitsTopK(_Units):
         return ops.weighted_bag(values, best, torch.where(kept, h_TF.gather(1, best), 0))
 
 
-class _UnitsOfExperts(ReplicatedExperts):
+class _UnitsOfExperts(_OfUnits, ReplicatedExperts):
     """A process's units of every expert, for tokens that all processes have."""
 
-    def experts(self, layer: MoE, x_TD: Tensor, units: ops.Units, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
-        """As ``ReplicatedExperts``."""
-        x_TD, gate_TK = sum_backward(x_TD, self.mesh), sum_backward(gate_TK, self.mesh)
-        return sum_forward(layer._compute(x_TD, self.units(units), index_TK, gate_TK), self.mesh)
 
-    def of_units(self, mask: Tensor) -> Tensor:
-        """As ``Split``."""
-        return _own(mask, self.mesh)
-
-
-class _UnitsOfExpertsOfAll(ExchangedExperts):
+class _UnitsOfExpertsOfAll(_OfUnits, ExchangedExperts):
     """A process's units of every expert, for the tokens of all processes."""
-
-    def of_units(self, mask: Tensor) -> Tensor:
-        """As ``Split``."""
-        return _own(mask, self.mesh)
 
 
 class _Everywhere(GatherExchange):
@@ -158,8 +147,3 @@ class _Everywhere(GatherExchange):
 
     def _local(self, index: Tensor) -> Tensor:
         return index
-
-
-def _own(mask: Tensor, mesh: DeviceMesh) -> Tensor:
-    """This process's part of the last dimension."""
-    return mask.chunk(mesh.size(), -1)[mesh.get_local_rank()].contiguous()

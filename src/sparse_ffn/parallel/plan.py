@@ -115,7 +115,7 @@ def shard_placement_fn(model: nn.Module, dp_mesh: DeviceMesh, expert_dp_mesh: De
             "this version of torch shards all parameters of a module over one mesh: split layers with "
             'ExpertParallel(rest="replicate") and give fully_shard the expert_dp_mesh'
         ) from None
-    split = {id(p): p for p in _split_parameters(model).values()}
+    split = {id(p): p for p in _dtensors(model).values() if not all(to.is_replicate() for to in p.placements)}
     if not split:
         raise ValueError("model has no layer that is split: call parallelize_module first")
 
@@ -192,8 +192,3 @@ def _parts(parameter: DTensor) -> tuple[int, list[int]]:
     (placement,) = parameter.placements
     assert isinstance(placement, Shard)
     return placement.dim, shares(parameter.shape[placement.dim], parameter.device_mesh.size())
-
-
-def _split_parameters(model: nn.Module) -> dict[str, DTensor]:
-    """Those of them that differ between processes."""
-    return {name: p for name, p in _dtensors(model).items() if not all(to.is_replicate() for to in p.placements)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -16,7 +16,6 @@ from sparse_ffn.layers.rows.base import ExpertRows
 from sparse_ffn.parallel.collectives import scale_gradient
 from sparse_ffn.parallel.exchange import Exchange, NoExchange, shares
 
-T = TypeVar("T")
 UNITS = ("keys", "values", "gate_keys", "key_bias")
 
 
@@ -62,12 +61,6 @@ class Split:
         met, self.met = self.met, False
         if self.exchange is not None and not met:
             self.exchange.fail()
-
-    def awaited(self, waiting: Callable[[], T]) -> T:
-        """What a function gives that waits for tokens, after the errand."""
-        if self.errand is not None:
-            self.errand()
-        return waiting()
 
 
 def _local(tensor: Tensor) -> Tensor:

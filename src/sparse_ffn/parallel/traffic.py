@@ -74,9 +74,8 @@ def traffic(
         assert isinstance(layer, ProductKeyMemory)
         sent = memory_bytes(layer, ranks, dtype or torch.bfloat16)
         auto, split = min(sent, key=lambda name: (sent[name], name)), [layer.values]
-        share = shares(*((layer.d_out if auto == "columns" else layer.d_ff), ranks))[0] / (
-            layer.d_out if auto == "columns" else layer.d_ff
-        )
+        whole = layer.d_out if auto == "columns" else layer.d_ff
+        share = shares(whole, ranks)[0] / whole
     n_split, n_all = sum(p.numel() for p in split), sum(p.numel() for p in layer.parameters())
     per_token = 2 * sent[auto]
     weights = 3 * n_split * size * off
@@ -113,8 +112,7 @@ def _expert_bytes(layer: MoE, ranks: int, size: int) -> dict[str, float]:
 
 def _distinct(n_experts: int, ranks: int, k: int) -> float:
     """Processes that hold one of k different experts, on average."""
-    held = [max(0, n) for n in shares(n_experts, ranks)]
-    return sum(1 - comb(n_experts - n, k) / comb(n_experts, k) for n in held)
+    return sum(1 - comb(n_experts - n, k) / comb(n_experts, k) for n in shares(n_experts, ranks))
 
 
 def memory_bytes(layer: ProductKeyMemory, ranks: int, dtype: torch.dtype) -> dict[str, float]:

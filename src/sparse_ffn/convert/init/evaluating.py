@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from torch import nn
 
 from sparse_ffn.layers.balanced import Balanced
+from sparse_ffn.module import in_evaluation
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode for a new module, which keeps nothing of what runs in it."""
-    training = module.training
-    module.eval()
     try:
-        yield
+        with in_evaluation(module):
+            yield
     finally:
-        for inner in module.train(training).modules():
+        for inner in module.modules():
             if isinstance(inner, Balanced):
                 inner._last = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -28,12 +29,14 @@ class Backend(Protocol):
         """The gradients, for that of the output, of any strides."""
 
 
-def backward_of(backend: Backend, grad: Tensor, x: Tensor, codes: Codes, slots: Slots, down: bool) -> Gradients:
+def backward_of(
+    forward: Callable[..., Tensor], grad: Tensor, x: Tensor, codes: Codes, slots: Slots, down: bool
+) -> Gradients:
     """The gradients by a backend's forward: that of x is a product with the same rows, the other way."""
     expert, gather, scatter, reduction = slots
     if reduction is None:
-        return Gradients(backend.forward(grad, codes, Slots(expert, scatter, gather), not down, x.shape[0]), None)
-    dx_SM = backend.forward(grad, codes, Slots(expert, scatter), not down, expert.shape[0])
+        return Gradients(forward(grad, codes, Slots(expert, scatter, gather), not down, x.shape[0]), None)
+    dx_SM = forward(grad, codes, Slots(expert, scatter), not down, expert.shape[0])
     x_SM = x if gather is None else x.index_select(0, gather)
     void = expert == codes.shape[0]  # 0 times what they have may be NaN
     dreduction = row_dots(dx_SM, x_SM, reduction.dtype).squeeze(1).masked_fill_(void, 0)

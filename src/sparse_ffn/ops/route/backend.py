@@ -7,6 +7,14 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 
+class Router(NamedTuple):
+    """A linear router [R, D], its bias for the ranking alone, fp32 [R], and which tokens are real, bool [T]."""
+
+    router_weight: Tensor
+    router_bias: Tensor | None
+    mask: Tensor | None
+
+
 class Selected(NamedTuple):
     """The gates, fp32 [T, K], and the rows that they are of, int64 [T, K]."""
 
@@ -33,28 +41,10 @@ class Gradients(NamedTuple):
 class Backend(Protocol):
     """Shapes are those of ``sparse_ffn.ops.route``."""
 
-    def forward(
-        self,
-        x: Tensor,
-        router_weight: Tensor,
-        router_bias: Tensor | None,
-        mask: Tensor | None,
-        k: int,
-        gate_function: str,
-        groups: int,
-    ) -> Routed:
+    def forward(self, x: Tensor, router: Router, k: int, gate_function: str, groups: int) -> Routed:
         """The results."""
 
-    def inference(
-        self,
-        x: Tensor,
-        router_weight: Tensor,
-        router_bias: Tensor | None,
-        mask: Tensor | None,
-        k: int,
-        gate_function: str,
-        groups: int,
-    ) -> Selected:
+    def inference(self, x: Tensor, router: Router, k: int, gate_function: str, groups: int) -> Selected:
         """The first two results, nothing kept."""
 
     def backward(

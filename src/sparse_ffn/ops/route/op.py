@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparse_ffn.backends.choice import choose
 from sparse_ffn.ops.operator import Operator, wanted
-from sparse_ffn.ops.route.backend import Backend, Routed
+from sparse_ffn.ops.route.backend import Backend, Routed, Router
 
 # a program of the kernel has all scores of its tokens in registers, and in fp32 the operands of its products
 MAX_ROWS = {torch.bfloat16: 512, torch.float32: 128}
@@ -57,20 +57,11 @@ def implementation(backend: str) -> Backend:
     return triton
 
 
-def _shapes(
-    x: Tensor,
-    router_weight: Tensor,
-    router_bias: Tensor | None,
-    mask: Tensor | None,
-    k: int,
-    gate_function: str,
-    groups: int,
-    backend: str,
-) -> Routed:
+def _shapes(x: Tensor, router: Router, k: int, gate_function: str, groups: int, backend: str) -> Routed:
     def wide(*shape: int) -> Tensor:
         return x.new_empty(shape, dtype=torch.float32)
 
-    T, R = x.shape[0], router_weight.shape[0]
+    T, R = x.shape[0], router.router_weight.shape[0]
     return Routed(wide(T, k), x.new_empty(T, k, dtype=torch.int64), wide(groups, R), wide(T, R))
 
 

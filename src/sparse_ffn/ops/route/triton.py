@@ -7,43 +7,29 @@ from torch import Tensor
 
 from sparse_ffn.backends.device import on_device
 from sparse_ffn.backends.layout import contiguous
-from sparse_ffn.backends.triton import router
+from sparse_ffn.backends.triton import router as kernels
 from sparse_ffn.backends.triton.launch import precision, rows
-from sparse_ffn.ops.route.backend import Gradients, Routed, Selected
+from sparse_ffn.ops.route.backend import Gradients, Routed, Router, Selected
 
 
 @on_device
-def forward(
-    x: Tensor,
-    router_weight: Tensor,
-    router_bias: Tensor | None,
-    mask: Tensor | None,
-    k: int,
-    gate_function: str,
-    groups: int,
-) -> Routed:
+def forward(x: Tensor, router: Router, k: int, gate_function: str, groups: int) -> Routed:
     """The results."""
+    router_weight, router_bias, mask = router
     selected, gate = _slots(x, k)
     logits = gate.new_empty(x.shape[0], router_weight.shape[0])
     operands = (rows(x), router_weight, contiguous(router_bias), contiguous(mask))
-    sums = router.route(*operands, selected, gate, logits, groups, gate_function, precision(router_weight))
+    sums = kernels.route(*operands, selected, gate, logits, groups, gate_function, precision(router_weight))
     return Routed(gate, selected, gate.new_empty(0, logits.shape[1]) if sums is None else sums, logits)
 
 
 @on_device
-def inference(
-    x: Tensor,
-    router_weight: Tensor,
-    router_bias: Tensor | None,
-    mask: Tensor | None,
-    k: int,
-    gate_function: str,
-    groups: int,
-) -> Selected:
+def inference(x: Tensor, router: Router, k: int, gate_function: str, groups: int) -> Selected:
     """The first two results, nothing kept."""
+    router_weight, router_bias, _ = router
     selected, gate = _slots(x, k)
     operands = (rows(x), router_weight, contiguous(router_bias), None)
-    router.route(*operands, selected, gate, None, 0, gate_function, precision(router_weight))
+    kernels.route(*operands, selected, gate, None, 0, gate_function, precision(router_weight))
     return Selected(gate, selected)
 
 
@@ -68,7 +54,7 @@ def backward(
         dlogits = x.new_empty(logits.shape)
         # one kernel for both: in 16 bits the rows of the router, however many, fit into registers
         dx = None if x.dtype == torch.float32 else x.new_empty(x.shape)
-        router.gradient(dgate, dsums, router_weight, mask, selected, gate, logits, dlogits, dx, gate_function)
+        kernels.gradient(dgate, dsums, router_weight, mask, selected, gate, logits, dlogits, dx, gate_function)
         dx = torch.mm(dlogits, router_weight) if dx is None else dx
         return Gradients(dx, _weight_gradient(dlogits, x, router_weight.dtype))
 

@@ -12,6 +12,7 @@ from sparse_ffn.backends.cpu import ACTIVATIONS, GATES
 from sparse_ffn.backends.layout import contiguous, rows
 from sparse_ffn.ops.expert_ffn.backend import Saved
 from sparse_ffn.ops.expert_ffn.cpu import NO_UNITS, NOTHING_SAVED, empty_like, empty_saved, units
+from sparse_ffn.ops.route.backend import Router
 from sparse_ffn.ops.units import Units
 
 
@@ -42,9 +43,7 @@ class Gradients(NamedTuple):
 
 def inference(
     x: Tensor,
-    router_weight: Tensor,
-    router_bias: Tensor | None,
-    mask: Tensor | None,
+    router: Router,
     experts: Units,
     dropout_mask: Tensor | None,
     k: int,
@@ -57,7 +56,7 @@ def inference(
     found = Selected(
         cpu.empty(tokens, experts.values.shape[-1], dtype=x.dtype), cpu.empty(tokens, k, dtype=torch.int64)
     )
-    operands = (*units(x, experts), *map(contiguous, (router_weight, router_bias, mask, dropout_mask)))
+    operands = (*units(x, experts), *map(contiguous, (*router, dropout_mask)))
     options = (GATES[gate_function], ACTIVATIONS[activation], crossovers.decode_tokens(x.dtype, experts.keys, k))
     cpu.call("moe_forward", (*operands, *found, None, None, *NOTHING_SAVED), *options)
     return found
@@ -65,9 +64,7 @@ def inference(
 
 def forward(
     x: Tensor,
-    router_weight: Tensor,
-    router_bias: Tensor | None,
-    mask: Tensor | None,
+    router: Router,
     experts: Units,
     dropout_mask: Tensor | None,
     k: int,
@@ -81,10 +78,10 @@ def forward(
         cpu.empty(tokens, experts.values.shape[2], dtype=x.dtype),
         cpu.empty(tokens, k, dtype=torch.int64),
         cpu.empty(tokens, k, dtype=torch.float32),
-        cpu.empty(groups, router_weight.shape[0], dtype=torch.float32),
+        cpu.empty(groups, router.router_weight.shape[0], dtype=torch.float32),
         empty_saved(x, experts, tokens * k),
     )
-    operands = (*units(x, experts), *map(contiguous, (router_weight, router_bias, mask, dropout_mask)))
+    operands = (*units(x, experts), *map(contiguous, (*router, dropout_mask)))
     options = (GATES[gate_function], ACTIVATIONS[activation], 0)  # what is kept is not decoded
     cpu.call("moe_forward", (*operands, *found[:4], *found.saved), *options)
     return found

@@ -15,6 +15,7 @@ from sparse_ffn.backends.choice import choose
 from sparse_ffn.ops.autocast import autocast_enabled
 from sparse_ffn.ops.expert_ffn import op as expert_ffn
 from sparse_ffn.ops.operator import Operator
+from sparse_ffn.ops.route.backend import Router
 from sparse_ffn.ops.routed_ffn import cpu
 from sparse_ffn.ops.units import Units
 
@@ -76,11 +77,11 @@ def routed_ffn_inference(
     return found
 
 
-def _shapes(x: Tensor, router_weight: Tensor, *rest: Any) -> cpu.Routed:
-    _, _, experts, _, k, _, groups, _ = rest
+def _shapes(x: Tensor, router: Router, experts: Units, *rest: Any) -> cpu.Routed:
+    _, k, _, groups, _ = rest
     selected, gate = (x.new_empty(x.shape[0], k, dtype=dtype) for dtype in (torch.int64, torch.float32))
     out, saved = expert_ffn.shapes(x, experts, selected)
-    sums = x.new_empty(groups, router_weight.shape[0], dtype=torch.float32)
+    sums = x.new_empty(groups, router.router_weight.shape[0], dtype=torch.float32)
     return cpu.Routed(out, selected, gate, sums, saved)
 
 
