@@ -200,6 +200,21 @@ def test_asking_for_the_loss_after_the_transform_says_that_it_is_over(on_backend
     assert sf.aux_loss(layer) != 0
 
 
+@pytest.mark.filterwarnings("error::sparse_ffn.SparseFFNWarning")
+def test_a_transformed_loss_is_not_said_to_have_no_gradient() -> None:
+    layer, x = sf.SigmaMoE(8, 9, 4, 3), torch.randn(5, 8)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return functional_call(layer, parameters, (x,)).square().mean() + sf.aux_loss(layer)
+
+    gradients = torch.func.grad(loss)(parameters)
+    with sf.backend("reference"):
+        ones = {name: torch.ones_like(p) for name, p in parameters.items()}
+        _, tangent = torch.func.jvp(loss, (parameters,), (ones,))
+    torch.testing.assert_close(tangent, sum(g.sum() for g in gradients.values()), check_dtype=False)
+
+
 def test_counting_loads_in_a_transform_is_refused(on_backend: str) -> None:
     with pytest.raises(RuntimeError, match=r'balance="bias" counts .* take another balance'):
         transformed(sf.SigmaMoE(8, 9, 4, 3, balance="bias"))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparse_ffn.backends.warning import SparseFFNWarning
 from sparse_ffn.checks import called, check_finite, check_module
 from sparse_ffn.layers.balanced import balanced_in, slots_of_all
+from sparse_ffn.ops.library import under_transforms
 from sparse_ffn.routing.base import Router
 from sparse_ffn.routing.distributed import Sync, check_group, check_sync, running, summed
 from sparse_ffn.routing.statistics import slot_counts, summary
@@ -44,7 +45,7 @@ def aux_loss(model: nn.Module) -> Tensor:
         return torch.zeros((), dtype=torch.float32, device="cpu")
     for name, layer, loss in losses:
         trains = layer.training and any(p.requires_grad for p in layer.router.parameters())
-        if torch.is_grad_enabled() and trains and not loss.requires_grad:
+        if torch.is_grad_enabled() and trains and not loss.requires_grad and not under_transforms():
             warnings.warn(
                 f"the balance loss of {called(name)} has no gradient: its forward ran without gradients, as "
                 'under reentrant checkpointing. Use checkpoint(..., use_reentrant=False) or aux="inject".',
