@@ -84,6 +84,16 @@ def test_all_else_is_torchs(glu: bool) -> None:
     assert (called.ops, called.dtypes) == (set(), {torch.float32})
 
 
+@core
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_trace_of_few_tokens_is_not_tied_to_them() -> None:
+    layer, x = dense(False).eval(), torch.randn(9, 64)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x[:4])
+        torch.testing.assert_close(traced(x), layer(x))
+    assert "expert_ffn" not in str(traced.inlined_graph)
+
+
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor without instructions for 16 bits."""

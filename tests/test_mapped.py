@@ -156,6 +156,14 @@ def test_only_the_selected_experts_are_asked_for(tmp_path: Path, monkeypatch: py
     assert set(asked) == {(s[e].data_ptr(), "MADV_WILLNEED") for s in stacks if s is not None for e in chosen}
 
 
+def test_a_mapped_layer_is_exported(tmp_path: Path) -> None:
+    model = sf.SigmaMoE(8, 6, 5, 2).eval()
+    sf.map_experts_(model, save(model.state_dict(), tmp_path / "model", "torch"))
+    x = torch.randn(4, 8)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("tokens")},))
+    torch.testing.assert_close(program.module()(x[:3]), model(x[:3]))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="counts what Linux reads")
 def test_a_cold_token_reads_its_experts_and_little_more(tmp_path: Path) -> None:
     layer = sf.SigmaMoE(256, 64, 64, 2).eval()  # 128 KiB an expert

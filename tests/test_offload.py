@@ -116,6 +116,13 @@ def test_transforms_of_an_offloaded_layer_are_refused() -> None:
         torch.func.vmap(twin)(torch.randn(2, 3, D))
 
 
+@pytest.mark.parametrize("way", [torch.export.export, torch.jit.trace], ids=["export", "trace"])
+def test_a_program_of_an_offloaded_layer_is_refused(way: Callable[[nn.Module, tuple[Tensor]], object]) -> None:
+    twin = offloaded(layer_of("plain"), E)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"can not be exported or traced.*dequantize_experts_"):
+        way(twin, (torch.randn(3, D),))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bf16", "fp64"])
 def test_waves_are_added_in_fp32_at_least(dtype: torch.dtype) -> None:
     layer = layer_of(dtype=dtype)

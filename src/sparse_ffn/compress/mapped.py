@@ -46,7 +46,7 @@ def map_experts_(model: nn.Module, path: str | os.PathLike[str], *, prefetch: bo
         path: a file of safetensors, or one of ``torch.save(model.state_dict(), path)``, with these names; or what
             ``save_pretrained`` wrote: the folder, or the index (``*.index.json``) of several files.
         prefetch: in evaluation, before the layer computes, route its tokens and ask the kernel for all their experts at
-            once, so that reading them overlaps. Waits for the router, so not for torch.compile.
+            once, so that reading them overlaps. Waits for the router, where torch.compile breaks its graph.
 
     Raises:
         TypeError: an argument of a wrong type.
@@ -174,8 +174,8 @@ def _view(memory: mmap.mmap, start: int, about: dict[str, Any]) -> Tensor:
 @torch.no_grad()
 def _prefetch(layer: MoE, args: Any, kwargs: Any) -> None:
     """Before a layer's forward: ask the kernel for the experts that it will select."""
-    if layer.training:
-        return  # a step reads all experts, and to route twice would draw and count twice
+    if layer.training or torch.compiler.is_exporting():
+        return  # a step reads all experts, and to route twice would draw and count twice; a program holds no advice
     _, index_TK, _, _ = route(layer, *args, **kwargs)
     experts = [e for e in set(index_TK.flatten().tolist()) if e < layer.n_experts]
     for owner, attribute, _ in _stacks(layer, ""):

@@ -131,9 +131,9 @@ class DenseFFN(UnitsFFN):
 
 
 def _few(n_tokens: int) -> bool:
-    """Whether a token count is a decoding step's; an exported program is not tied to such a one."""
+    """Whether a token count is a decoding step's; an exported or traced program is not tied to such a one."""
     if not torch.compiler.is_compiling():
-        return n_tokens <= SKIP_TOKENS
+        return n_tokens <= SKIP_TOKENS and torch._C._get_tracing_state() is None
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # here: it imports sympy
 
     return statically_known_true(n_tokens <= SKIP_TOKENS)

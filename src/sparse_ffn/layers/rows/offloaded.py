@@ -206,12 +206,13 @@ class OffloadedRows(ExpertRows):
             operands: what else it computes with, to which there are no gradients.
 
         Raises:
-            RuntimeError: the layer is in training, or inside a transform of torch.func.
+            RuntimeError: the layer is in training, exported, traced, or inside a transform of torch.func.
         """
         self.check_mode()
-        if under_transforms():
+        if under_transforms() or torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
             raise RuntimeError(
-                "offloaded experts do not work inside torch.func's transforms: dequantize_experts_ first"
+                "offloaded experts can not be exported or traced, and do not work inside torch.func's transforms: "
+                "dequantize_experts_ first"
             )
         compute = functools.partial(self.cache.compute, index, ffn)
         y: Tensor = _WithoutGradient.apply(compute, *operands)  # type: ignore[no-untyped-call]
