@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from sparse_ffn.checks import check_module
 from sparse_ffn.layers.balanced import Balanced, balanced_in, slots_of_all
-from sparse_ffn.module import in_evaluation, run_batch
 from sparse_ffn.ops.library import in_backward, under_transforms
 from sparse_ffn.routing.distributed import Sync, check_group, check_sync
 from sparse_ffn.routing.statistics import slot_counts, summary
+from sparse_ffn.running import in_evaluation, run_batch
 
 
 class _Hook:

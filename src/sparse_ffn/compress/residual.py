@@ -14,8 +14,8 @@ from sparse_ffn.convert.init.weights import relative_error, wide
 from sparse_ffn.layers.low_rank import LowRankMoE
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.rows.base import check_dense
-from sparse_ffn.module import fork_random
 from sparse_ffn.routing.base import Router
+from sparse_ffn.running import fork_random
 
 # E experts, G units of each, C numbers of a unit, D d_model, O d_out, R rank
 

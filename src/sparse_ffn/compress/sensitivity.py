@@ -13,7 +13,7 @@ from sparse_ffn.compress.config import ExpertQuantization
 from sparse_ffn.compress.quantize import quantize_experts_
 from sparse_ffn.compress.statistics import Experts, apply, measure, route
 from sparse_ffn.layers.moe import MoE
-from sparse_ffn.module import in_evaluation
+from sparse_ffn.running import in_evaluation
 
 
 @torch.no_grad()

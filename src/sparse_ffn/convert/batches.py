@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparse_ffn.checks import check_type, shown
 from sparse_ffn.convert.find.edits import set_attribute
-from sparse_ffn.module import in_evaluation, run_batch
+from sparse_ffn.running import in_evaluation, run_batch
 
 Watch = Callable[[tuple[Any, ...], dict[str, Any], "Tensor | None"], None]
 """Gets a call's arguments, those by keyword, and the batch's mask of the tokens [T] of the first; None without one."""

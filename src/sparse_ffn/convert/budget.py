@@ -22,7 +22,7 @@ from sparse_ffn.convert.init.build import Trial
 from sparse_ffn.convert.init.weights import wide
 from sparse_ffn.convert.outputs import tensors_in
 from sparse_ffn.convert.places import Places, put, take_out
-from sparse_ffn.module import run_batch
+from sparse_ffn.running import run_batch
 
 MOST_ROWS = 2048  # of a batch's outputs: logits of a large vocabulary take a gigabyte for so many
 CHUNK = 256  # rows that are compared at once, in fp32 at least

@@ -11,7 +11,7 @@ from sparse_ffn import layers
 from sparse_ffn.checks import check_choice, check_positive, plain
 from sparse_ffn.convert.init.weights import FFNWeights
 from sparse_ffn.layers.shared_expert import SharedExpertMoE
-from sparse_ffn.module import check_options
+from sparse_ffn.options import check_options
 
 Self = TypeVar("Self", bound="FFNConfig")
 SIZES = ("d_ff", "n_sub_keys", "n_experts", "expert_size", "k", "rank")

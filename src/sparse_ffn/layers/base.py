@@ -25,9 +25,10 @@ from sparse_ffn.checks import (
     shape_error,
 )
 from sparse_ffn.layers.rows.base import n_numbers
-from sparse_ffn.module import CheckedOptions, Parametrizable, WithProperties, normal_
+from sparse_ffn.module import Parametrizable, WithProperties, normal_
 from sparse_ffn.ops.activations import ACTIVATIONS
 from sparse_ffn.ops.autocast import autocast_enabled
+from sparse_ffn.options import CheckedOptions
 
 
 class OthersFailed(RuntimeError):

@@ -11,7 +11,8 @@ from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.projection import Projection
 from sparse_ffn.layers.routed import InnerOptions, Routed, RouterChoice
 from sparse_ffn.layers.rows.base import n_numbers
-from sparse_ffn.module import CheckedOptions, OptionOf, Unpack, is_brought, unwrapped
+from sparse_ffn.module import is_brought, unwrapped
+from sparse_ffn.options import CheckedOptions, OptionOf, Unpack
 
 
 class LatentOptions(InnerOptions, RouterChoice, total=False):

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from sparse_ffn import ops
 from sparse_ffn.checks import check_flag, check_positive
 from sparse_ffn.layers.routed import MoEOptions, Routed
-from sparse_ffn.module import Unpack, tensors_of
+from sparse_ffn.module import tensors_of
 from sparse_ffn.ops.activations import hidden_anywhere
 from sparse_ffn.ops.products import linear
+from sparse_ffn.options import Unpack
 from sparse_ffn.routing.base import Router
 
 # T tokens, D d_model, O d_out, E experts, G units of each, R rank, K selected experts, S slots: T times K

@@ -12,7 +12,8 @@ from sparse_ffn.checks import check_flag, check_parameters, check_positive, chec
 from sparse_ffn.layers.routed import Routed, RoutedOptions, check_one_of
 from sparse_ffn.layers.rows.base import ExpertRows, check_dense, rows_ffn
 from sparse_ffn.layers.units import fit, units_of
-from sparse_ffn.module import Parametrizable, Unpack, is_brought
+from sparse_ffn.module import Parametrizable, is_brought
+from sparse_ffn.options import Unpack
 
 # T tokens, D d_model, O d_out, E experts of all banks, K selected experts
 

@@ -11,7 +11,8 @@ from sparse_ffn.layers.dense import DenseFFN
 from sparse_ffn.layers.latent import LatentMoE
 from sparse_ffn.layers.routed import Routed
 from sparse_ffn.layers.rows.base import n_numbers
-from sparse_ffn.module import OptionOf, is_brought, is_called_alone, unwrapped
+from sparse_ffn.module import is_brought, is_called_alone, unwrapped
+from sparse_ffn.options import OptionOf
 
 
 class SharedExpertMoE(nn.Module):

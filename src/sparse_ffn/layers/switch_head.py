@@ -30,7 +30,8 @@ from sparse_ffn.layers.head_experts import HeadExperts, HeadRouter
 from sparse_ffn.layers.projection import Projection
 from sparse_ffn.layers.rotary import turned
 from sparse_ffn.layers.rows.base import n_numbers
-from sparse_ffn.module import CheckedOptions, OptionOf, is_brought, unwrapped
+from sparse_ffn.module import is_brought, unwrapped
+from sparse_ffn.options import CheckedOptions, OptionOf
 from sparse_ffn.routing.balance import check_balance
 from sparse_ffn.routing.distributed import Sync
 

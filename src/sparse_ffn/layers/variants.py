@@ -8,7 +8,8 @@ from functools import partial
 from sparse_ffn.checks import check_choice
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.routed import MoEOptions
-from sparse_ffn.module import Unpack, unwrapped
+from sparse_ffn.module import unwrapped
+from sparse_ffn.options import Unpack
 from sparse_ffn.routing.routers import SinkhornRouter
 
 

@@ -11,7 +11,6 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from sparse_ffn import ops
 from sparse_ffn.checks import check_choice, is_dtensor
 from sparse_ffn.layers.moe import MoE
-from sparse_ffn.module import fork_random, seed_random
 from sparse_ffn.parallel.collectives import all_to_all, sum_backward, sum_forward
 from sparse_ffn.parallel.exchange import Exchange, choose
 from sparse_ffn.parallel.split import UNITS, Split, check_layer, check_mesh, check_placement, distribute, mean
@@ -25,6 +24,7 @@ from sparse_ffn.routing import (
     SoftmaxTopKRouter,
     UnweightedRouter,
 )
+from sparse_ffn.running import fork_random, seed_random
 
 _DRAW_NOTHING = (
     SigmoidRouter, SoftmaxRouter, SoftmaxTopKRouter, SinkhornRouter, UnweightedRouter, DeepSeekRouter,

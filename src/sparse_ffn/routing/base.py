@@ -23,10 +23,11 @@ from sparse_ffn.checks import (
     check_rate,
     shape_error,
 )
-from sparse_ffn.module import CheckedOptions, lost_in_copies, normal_
+from sparse_ffn.module import lost_in_copies, normal_
 from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.ops.library import in_backward, under_transforms
 from sparse_ffn.ops.select import stable_topk
+from sparse_ffn.options import CheckedOptions
 from sparse_ffn.routing.statistics import slot_counts
 from sparse_ffn.routing.targets import Targets
 

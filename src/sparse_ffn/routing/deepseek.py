@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.checks import check_flag, check_positive
-from sparse_ffn.module import Unpack
 from sparse_ffn.ops.select import stable_topk
+from sparse_ffn.options import Unpack
 from sparse_ffn.routing.base import RouterOptions
 from sparse_ffn.routing.routers import SigmoidRouter
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.checks import check_finite
-from sparse_ffn.module import Unpack
+from sparse_ffn.options import Unpack
 from sparse_ffn.routing.base import RouterOptions
 from sparse_ffn.routing.routers import SoftmaxRouter
 

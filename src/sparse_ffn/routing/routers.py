@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_ffn.checks import check_positive, shown
-from sparse_ffn.module import Unpack
+from sparse_ffn.options import Unpack
 from sparse_ffn.routing.base import Router, RouterOptions
 from sparse_ffn.routing.relu import ReLURouter
 from sparse_ffn.routing.sinkhorn import sinkhorn_potential

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from sparse_ffn.layers.balanced import Balanced
-from sparse_ffn.module import in_evaluation
+from sparse_ffn.running import in_evaluation
 
 
 @contextmanager
