@@ -702,6 +702,26 @@ def twins(*tied: str) -> nn.Sequential:
 ALL = ("a.weight", "a.bias", "b.weight", "b.bias")
 
 
+class Twice(nn.Module):
+    """An FFN that a larger module calls twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = x + self.fc2(self.act(self.fc1(x)))
+        return x
+
+
+def test_linear_maps_that_are_called_twice_are_left_and_listed() -> None:
+    model = nn.Sequential(nn.LayerNorm(8), Twice(), nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)))
+    report = sf.sparsify_(model, sf.DenseFFNConfig())
+    assert report.names == ["2"]
+    assert "are not called once each" in report.unknown["1.fc1"]
+
+
 def test_no_parameter_is_untied() -> None:
     both = {"0.ffn", "1.ffn"}
     assert set(sf.sparsify_(twins("a.weight", "b.weight"), OPEN).unknown) == both  # their biases differ
@@ -1011,7 +1031,7 @@ class Rates(nn.Module):
         return x + self.b(F.dropout(h, getattr(self, self.hidden), self.training))
 
 
-@pytest.mark.parametrize(("before", "hidden"), itertools.permutations(["dropout", "activation_dropout", "rate"], 2))
+@pytest.mark.parametrize(("before", "hidden"), [*itertools.permutations(["dropout", "activation_dropout", "rate"], 2)])
 def test_of_two_rates_that_are_equal_the_hidden_units_is_taken(before: str, hidden: str) -> None:
     for first, second in ((before, hidden), (hidden, before)):
         model = nn.Sequential(Rates(first, second, hidden))

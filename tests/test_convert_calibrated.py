@@ -498,6 +498,28 @@ def test_a_layer_that_needs_more_arguments_is_found_by_an_example() -> None:
     assert sf.sparsify_(dense, exact, calibration=[x]).names == ["layers.0.up", "layers.1.up"]
 
 
+class Embedded(nn.Module):
+    """An FFN of small tokens without a norm, its dropout before its activation in the module's order."""
+
+    def __init__(self, d_model: int = 64) -> None:
+        super().__init__()
+        self.table, self.up = nn.Embedding(20, d_model), nn.Linear(d_model, 4 * d_model)
+        self.dropout, self.act, self.down = nn.Dropout(0.1), nn.ReLU(), nn.Linear(4 * d_model, d_model)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.down(self.dropout(self.act(self.up(self.table(ids)))))
+        return y
+
+
+@pytest.mark.parametrize("d_model", [32, 256])
+def test_a_dropout_is_not_taken_for_the_activation_where_the_tokens_are_small(d_model: int) -> None:
+    model, ids = nn.Sequential(Embedded(d_model)).eval(), torch.arange(12).view(2, 6)
+    expected = model(ids)
+    assert sf.sparsify_(model, sf.DenseFFNConfig(), example_inputs=ids).names == ["0.up"]
+    assert isinstance(model[0].act, nn.Identity)
+    torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("size", "rows", "shape"), [(4, 1, (2, 8, 6)), (16, 1, (2, 48, 6)), (16, 5, (5, 48, 6))], ids=str
 )

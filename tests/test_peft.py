@@ -188,3 +188,23 @@ def test_layers_with_adapted_parts_have_their_sizes_and_reset_what_is_their_own(
     shared.k = attention.k = 1
     assert all(p.isfinite().all() for n, p in model.named_parameters() if ".1." in n)
     sf.update_router_bias(model)
+
+
+CHANGES = {
+    "quantize": lambda model: sf.quantize_experts_(model, sf.ExpertQuantization(bits=8)),
+    "offload": lambda model: sf.offload_experts_(model, cache=E, device="cpu"),
+    "compress": lambda model: sf.compress.compress_experts_(model, rank=1),
+    "prune": lambda model: sf.prune_experts_(model, sf.expert_stats(model, [torch.randn(9, D)]), keep=2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_experts_with_an_adapter_are_not_changed(change: str) -> None:
+    model, x = adapted(layer_of(), "keys", "values").eval(), torch.randn(7, D)
+    before = model(x)
+    with pytest.raises(ValueError, match=r"(keys|values) has an adapter of peft: call merge_and_unload"):
+        CHANGES[change](model)
+    assert torch.equal(model(x), before)
+    whole = model.merge_and_unload()
+    CHANGES[change](whole)
+    assert whole(x).isfinite().all()

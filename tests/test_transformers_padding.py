@@ -139,6 +139,36 @@ def test_each_half_of_an_encoder_decoder_has_its_own_mask() -> None:
     assert torch.equal(second, other.bool().flatten())
 
 
+class OfImages(transformers.PreTrainedModel):
+    """As Florence-2 and BLIP-2: what its decoder is said to be is a whole encoder-decoder."""
+
+    config_class = transformers.BartConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.language_model = transformers.BartModel(config)
+        self.post_init()
+
+    def get_encoder(self, modality: str | None = None) -> Any:
+        return self.language_model.get_encoder()
+
+    def get_decoder(self, modality: str | None = None) -> Any:
+        return self.language_model
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.language_model(**inputs)
+
+
+def test_an_encoder_is_no_part_of_a_decoder_that_holds_it() -> None:
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 8}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    model = OfImages(transformers.BartConfig(vocab_size=32, **heads, **layers))
+    batch = {"input_ids": IDS, "attention_mask": MASK, "decoder_input_ids": IDS}
+    seen = sf.calibrate(model, [batch])
+    encoder, decoder = sorted(seen, key=lambda name: "decoder" in name)
+    assert [len(seen[encoder]), len(seen[decoder])] == [int(MASK.sum()), IDS.numel()]
+
+
 def test_generation_with_a_cache_goes_on_without_a_mask() -> None:
     model = decoder().eval()
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 1, "attention_mask": MASK}

@@ -345,6 +345,21 @@ def test_a_converted_model_generates_as_its_whole_forward_says(name: str) -> Non
     assert torch.equal(written[:, 5:], scores.argmax(-1))
 
 
+def test_so_are_those_whose_output_is_of_another_width(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 12, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = transformers.MarkupLMModel(transformers.MarkupLMConfig(**TOKENS, **sizes)).eval()
+    batch = {"input_ids": tokens(2, 8)}
+    expected = model(**batch)[0]
+    report = sf.sparsify_(model, sf.DenseFFNConfig(), example_inputs=batch)
+    assert any(isinstance(layer, sf.DenseFFN) and layer.d_out != layer.d_model for layer in model.modules())
+    record_conversion(model, report)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        loaded = from_pretrained(str(tmp_path))(**batch)[0]
+        torch.testing.assert_close(loaded, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(loaded, model(**batch)[0])
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_ffns_that_only_an_example_shows_are_loaded_without_one(dropout: float, tmp_path: Path) -> None:
     layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sparse_ffn.checks import called, check_choice, check_loaded, check_module, check_positive, check_type, plain, shown
+from sparse_ffn.checks import (
+    called,
+    check_choice,
+    check_loaded,
+    check_module,
+    check_positive,
+    check_type,
+    check_unadapted,
+    plain,
+    shown,
+)  # fmt: skip
 from sparse_ffn.compress.keep import SCORES, Score, best_of_all, best_of_each, check_kept, n_groups_of, score_of
 from sparse_ffn.compress.report import PrunedLayer, PruningReport
 from sparse_ffn.compress.statistics import Experts, ExpertStats
@@ -79,6 +89,7 @@ def prune_experts_(
     holders = Counter(id(child) for module in model.modules() for child in module._modules.values())
     for name, layer in pruned.items():
         _check_prunable(name, layer, uses, replace)
+        check_unadapted(model, called(name), layer, layer._parameters)
         if holders[id(layer.router)] > 1:
             raise ValueError(f"the router of {called(name)} is another module's too, which would not be pruned")
         for stack, (tensor, _) in layer._tensors().items():

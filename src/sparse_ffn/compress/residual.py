@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.checks import check_count, check_loaded, check_module, check_plain, check_positive
+from sparse_ffn.checks import check_count, check_loaded, check_module, check_plain, check_positive, check_unadapted
 from sparse_ffn.compress.report import CompressedLayer, CompressionReport
 from sparse_ffn.convert.init.partition import balanced_assignment
 from sparse_ffn.convert.init.weights import relative_error, wide
@@ -69,6 +69,7 @@ def compress_experts_(model: nn.Module, rank: int, *, iterations: int = 8) -> Co
     for path, _, attribute, layer in places:
         name = f"{path}.{attribute}" if path else attribute
         check_dense(layer)
+        check_unadapted(model, name, layer, layer._parameters)
         if type(layer).forward is not MoE.forward or type(layer)._forward is not MoE._forward:
             raise ValueError(f"model's layer {name} is a {type(layer).__name__}, whose own forward would be lost")
         if not isinstance(layer.router, Router):

@@ -122,4 +122,8 @@ def decoder_of(model: nn.Module) -> set[nn.Module]:
         return set()
     get: Any = getattr(model, "get_decoder", lambda: None)
     decoder = get()  # an encoder by itself has none, or gives itself
-    return set(decoder.modules()) if isinstance(decoder, nn.Module) and decoder is not model else set()
+    if not isinstance(decoder, nn.Module) or decoder is model:
+        return set()
+    encoder: Any = getattr(model, "get_encoder", lambda: None)()
+    parts = set(decoder.modules())  # of a model of images and text it is a whole encoder-decoder
+    return parts - set(encoder.modules()) if encoder in parts and encoder is not decoder else parts

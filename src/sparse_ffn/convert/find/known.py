@@ -51,6 +51,6 @@ def from_values(model: nn.Module, name: str, values: Any, linears: Mapping[str, 
         )  # fmt: skip
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"what is known of the FFN at {name!r} does not fit this model: {error!r}") from error
-    if not here or (up.n_in, up.n_out) != (down.n_out, down.n_in):
+    if not here or up.n_out != down.n_in:
         raise ValueError(f"what is known of the FFN at {name!r} does not fit this model: {values}")
     return found

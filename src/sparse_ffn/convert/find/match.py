@@ -183,9 +183,10 @@ def observe(module: nn.Module, names: list[str], choices: Iterable[Arguments]) -
     copied = probe_copy(module)
     linears = [copied.get_submodule(name) for name in names]
     trace, args = run_first(copied, choices, copied.modules())
-    *ups, down = calls = [call for linear in linears if (call := trace.only(linear)) is not None]
+    calls = [call for linear in linears if (call := trace.only(linear)) is not None]
     if len(calls) < len(names):
         raise Unknown(f"{' and '.join(names)} are not called once each")
+    *ups, down = calls
     if not bool(down.input.isfinite().all()):
         raise Unknown("the hidden units are not finite on the probe")
     return Seen(copied, linears, args, trace, ups, down)

@@ -72,7 +72,7 @@ def _tensors(module: nn.Module, numbers: bool) -> dict[int, Any]:
     generator = torch.Generator().manual_seed(0)
     # accelerate's hooks hold the weights of the whole model
     memo: dict[int, Any] = {id(m._hf_hook): m._hf_hook for m in module.modules() if hasattr(m, "_hf_hook")}
-    for parameter in module.parameters():
+    for name, parameter in module.named_parameters():
         if not numbers:
             value = torch.full((), 0.5, **FP64).expand(parameter.shape)
         elif parameter.dim() == 2:
@@ -81,6 +81,8 @@ def _tensors(module: nn.Module, numbers: bool) -> dict[int, Any]:
             value = torch.randn(parameter.shape, generator=generator, **FP64) / parameter.shape[-1] ** 0.5
         else:
             value = 0.5 + torch.rand(parameter.shape, generator=generator, **FP64)
+            if value.dim() and name.endswith("bias"):  # of both signs: small tokens would else be on one side of a ReLU
+                value[1::2] *= -1
         memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
     for buffer in module.buffers():
         dtype = torch.float64 if buffer.is_floating_point() and not buffer.is_meta else buffer.dtype
