@@ -156,6 +156,17 @@ def test_only_the_selected_experts_are_asked_for(tmp_path: Path, monkeypatch: py
     assert set(asked) == {(s[e].data_ptr(), "MADV_WILLNEED") for s in stacks if s is not None for e in chosen}
 
 
+def test_a_compiled_layer_asks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sf.SigmaMoE(8, 6, 5, 2).eval()
+    sf.map_experts_(model, save(model.state_dict(), tmp_path / "model", "torch"))
+    asked: list[str] = []
+    advise = torch.compiler.disable(lambda _, advice: asked.append(advice))
+    monkeypatch.setattr(mapped, "_advise", advise)
+    with torch.no_grad():
+        torch.compile(model, backend="eager")(torch.randn(1, 8))
+    assert asked == ["MADV_WILLNEED"] * 4
+
+
 def test_a_mapped_layer_is_exported(tmp_path: Path) -> None:
     model = sf.SigmaMoE(8, 6, 5, 2).eval()
     sf.map_experts_(model, save(model.state_dict(), tmp_path / "model", "torch"))

@@ -190,6 +190,14 @@ def test_layers_with_adapted_parts_have_their_sizes_and_reset_what_is_their_own(
     sf.update_router_bias(model)
 
 
+def test_stored_rows_beside_an_adapter_become_parameters_again() -> None:
+    model = nn.Sequential(layer_of(), sf.MoE(O, E, G, 2))
+    sf.quantize_experts_(model, sf.ExpertQuantization(bits=8), lambda _, name: name == "0")
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_parameters=["1.values"], target_modules=[]))
+    sf.dequantize_experts_(model)
+    assert isinstance(model.base_model.model[0].keys, nn.Parameter)
+
+
 CHANGES = {
     "quantize": lambda model: sf.quantize_experts_(model, sf.ExpertQuantization(bits=8)),
     "offload": lambda model: sf.offload_experts_(model, cache=E, device="cpu"),

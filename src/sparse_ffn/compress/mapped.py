@@ -52,8 +52,8 @@ def map_experts_(model: nn.Module, path: str | os.PathLike[str], *, prefetch: bo
         TypeError: an argument of a wrong type.
         ValueError: the model has no ``MoE``; a stack is not in the file, has another shape or dtype or more tensors
             there, is on another device than the CPU and meta, or is neither a plain parameter nor rows of
-            ``quantize_experts_``: parametrised, pruned by a mask, offloaded, held by accelerate or distributed. Nothing
-            was changed then.
+            ``quantize_experts_``: parametrised, pruned by a mask, adapted by peft, offloaded, held by accelerate or
+            distributed. Nothing was changed then.
         OSError: a file cannot be read.
     """
     check_module("model", model)
@@ -174,7 +174,8 @@ def _view(memory: mmap.mmap, start: int, about: dict[str, Any]) -> Tensor:
 @torch.no_grad()
 def _prefetch(layer: MoE, args: Any, kwargs: Any) -> None:
     """Before a layer's forward: ask the kernel for the experts that it will select."""
-    if layer.training or torch.compiler.is_exporting():
+    # is_exporting() is true for all that torch 2.9 compiles
+    if layer.training or torch.compiler._is_exporting_flag:
         return  # a step reads all experts, and to route twice would draw and count twice; a program holds no advice
     _, index_TK, _, _ = route(layer, *args, **kwargs)
     experts = [e for e in set(index_TK.flatten().tolist()) if e < layer.n_experts]

@@ -43,8 +43,8 @@ def offload_experts_(model: nn.Module, *, cache: float, device: Any = "cuda", pi
     Raises:
         TypeError: an argument of a wrong type.
         ValueError: the model has no experts, the cache of a ``MoE`` would hold fewer than its k, the device is of
-            another kind, or a layer's stacks are offloaded already, on meta, parametrised, or distributed. Nothing was
-            changed then.
+            another kind, or a layer's stacks are offloaded already, on meta, parametrised, adapted by peft, or
+            distributed. Nothing was changed then.
         RuntimeError: there is no such device, or it has too little memory.
     """
     check_module("model", model)

@@ -69,7 +69,8 @@ def prune_experts_(
     Raises:
         TypeError: an argument of a wrong type.
         ValueError: a layer has no statistics or those of another one, would keep fewer experts than k, is parametrised,
-            quantised, on meta, wrapped or tied to something else; the names are listed. Nothing was changed then.
+            adapted by peft, quantised, on meta, wrapped or tied to something else; the names are listed. Nothing was
+            changed then.
     """
     check_module("model", model)
     check_type("stats", stats, Mapping, "what expert_stats returned, a dict by the layers' names")

@@ -52,8 +52,8 @@ def quantize_experts_(
     Raises:
         TypeError: an argument of a wrong type.
         ValueError: nothing to quantise; a group size that does not divide d_model or d_out; fp64, weights that are not
-            finite, or a stack that is no plain parameter: stored rows already, sharded, parametrised, or held by
-            accelerate. Nothing has been changed then.
+            finite, or a stack that is no plain parameter: stored rows already, sharded, parametrised, adapted
+            by peft, or held by accelerate. Nothing has been changed then.
     """
     check_module("model", model)
     config = ExpertQuantization() if config is None else config
@@ -100,11 +100,11 @@ def dequantize_experts_(model: nn.Module, filter_fn: Filter | None = None) -> No
         check_function("filter_fn", filter_fn, "module and name")
     made: dict[Tensor, nn.Parameter] = {}
     found = [place for place in experts_of(model) if filter_fn is None or filter_fn(place[1], place[0])]
-    check_here(model, found)
-    for _, _, stacks in found:
+    stored = [(name, of, [s for s in stacks if isinstance(s.held, ExpertRows)]) for name, of, stacks in found]
+    check_here(model, stored)
+    for _, _, stacks in stored:
         for stack in stacks:
-            if isinstance(stack.held, ExpertRows):
-                stack.restore(made)
+            stack.restore(made)
     tell(model)
 
 

@@ -133,7 +133,7 @@ class DenseFFN(UnitsFFN):
 def _few(n_tokens: int) -> bool:
     """Whether a token count is a decoding step's; an exported or traced program is not tied to such a one."""
     if not torch.compiler.is_compiling():
-        return n_tokens <= SKIP_TOKENS and torch._C._get_tracing_state() is None
+        return torch._C._get_tracing_state() is None and n_tokens <= SKIP_TOKENS
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # here: it imports sympy
 
     return statically_known_true(n_tokens <= SKIP_TOKENS)

@@ -45,8 +45,8 @@ class LatentMoE(CheckedOptions, nn.Module):
 
     d_model: int
     d_out: int
-    k, activation, dropout, expert_dropout, balance, balance_weight, balance_over, aux, sync_balance = (
-        OptionOf(lambda layer: [layer._own_moe()]) for _ in range(9)
+    activation, dropout, expert_dropout, balance, balance_weight, balance_over, aux, sync_balance = (
+        OptionOf(lambda layer: [layer._own_moe()]) for _ in range(8)
     )
 
     def __init__(
@@ -109,6 +109,15 @@ class LatentMoE(CheckedOptions, nn.Module):
     def _selector_input(self, x: Tensor, router_input: Tensor | None) -> Tensor:
         moe, seen = self._own_moe(), x if router_input is None else router_input
         return seen if is_brought(moe, moe._typical) else moe._selector_input(x, seen)
+
+    @property
+    def k(self) -> int:
+        """Experts selected for a token; may be set at any time."""
+        return self._own_moe().k
+
+    @k.setter
+    def k(self, k: int) -> None:
+        self._own_moe().k = k
 
     @property
     def d_ff(self) -> int:

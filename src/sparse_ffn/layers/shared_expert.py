@@ -34,8 +34,8 @@ class SharedExpertMoE(nn.Module):
     gate: nn.Linear | None
     d_model: int
     d_out: int
-    k, expert_dropout, balance, balance_weight, balance_over, aux, sync_balance = (
-        OptionOf(lambda layer: [layer._own_moe()]) for _ in range(7)
+    expert_dropout, balance, balance_weight, balance_over, aux, sync_balance = (
+        OptionOf(lambda layer: [layer._own_moe()]) for _ in range(6)
     )
     activation, dropout = (OptionOf(lambda layer: [layer._own_moe(), layer._own_shared()]) for _ in range(2))
 
@@ -120,6 +120,15 @@ class SharedExpertMoE(nn.Module):
 
     def _own_moe(self) -> Routed:
         return unwrapped("routed", self.routed, Routed)
+
+    @property
+    def k(self) -> int:
+        """Routed experts selected for a token; may be set at any time."""
+        return self._own_moe().k
+
+    @k.setter
+    def k(self, k: int) -> None:
+        self._own_moe().k = k
 
     @property
     def d_ff(self) -> int:

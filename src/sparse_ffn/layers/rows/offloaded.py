@@ -209,7 +209,7 @@ class OffloadedRows(ExpertRows):
             RuntimeError: the layer is in training, exported, traced, or inside a transform of torch.func.
         """
         self.check_mode()
-        if under_transforms() or torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+        if under_transforms() or torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None:
             raise RuntimeError(
                 "offloaded experts can not be exported or traced, and do not work inside torch.func's transforms: "
                 "dequantize_experts_ first"
