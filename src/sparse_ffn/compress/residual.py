@@ -51,7 +51,8 @@ def compress_experts_(model: nn.Module, rank: int, *, iterations: int = 8) -> Co
         TypeError: an argument of a wrong type.
         ValueError: no ``MoE`` in the model, or the model itself is one; a rank that is too large for one of them;
             stored rows, experts on meta, not finite, masked, parametrised or adapted by peft, a wrapped router, a
-            subclass with a forward of its own, or a layer that ``sparse_ffn.parallel`` has split. Nothing has been changed then.
+            subclass with a forward of its own, or a layer that ``sparse_ffn.parallel`` has split. Nothing has
+            been changed then.
     """
     check_module("model", model)
     rank = check_positive("rank", rank)
