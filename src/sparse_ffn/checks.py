@@ -155,16 +155,17 @@ def check_plain(module: nn.Module, name: str, where: str, then: str) -> None:
         raise ValueError(f"{where}: {name} is no plain parameter, but masked, parametrised or sharded: {then}")
 
 
-def check_unadapted(model: nn.Module, where: str, module: nn.Module, names: Iterable[str]) -> None:
-    """Raise ValueError if one of a module's parameters has an adapter by peft's ``target_parameters``.
+def check_unadapted(model: nn.Module, parameters: Iterable[tuple[nn.Module, Iterable[str]]]) -> None:
+    """Raise ValueError if one of some modules' parameters has an adapter by peft's ``target_parameters``.
 
     Such a wrapper is around the module, finds the parameter by its name in each forward, and merges into it.
     """
-    names = {*names}
-    for wrapper in model.modules():
-        name, base = (getattr(wrapper, attribute, None) for attribute in ("parameter_name", "get_base_layer"))
-        if isinstance(name, str) and name in names and callable(base) and base() is module:
-            raise ValueError(f"{where}: {name} has an adapter of peft: call merge_and_unload() or unload() first")
+    names = {module: {*some} for module, some in parameters}
+    for place, wrapper in model.named_modules():
+        base = getattr(wrapper, "get_base_layer", None)
+        name: Any = getattr(wrapper, "parameter_name", None)
+        if base is not None and name in names.get(base(), ()):
+            raise ValueError(f"{called(place)}: {name} has an adapter of peft: call merge_and_unload() or unload()")
 
 
 def check_tensor(name: str, x: Any) -> None:

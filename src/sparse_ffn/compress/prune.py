@@ -20,7 +20,7 @@ from sparse_ffn.checks import (
     check_unadapted,
     plain,
     shown,
-)  # fmt: skip
+)
 from sparse_ffn.compress.keep import SCORES, Score, best_of_all, best_of_each, check_kept, n_groups_of, score_of
 from sparse_ffn.compress.report import PrunedLayer, PruningReport
 from sparse_ffn.compress.statistics import Experts, ExpertStats
@@ -86,11 +86,11 @@ def prune_experts_(
     protected = _check_protect(protect, layers)
     pruned = {name: layer for name, layer in layers.items() if len(protected[name]) < layer.n_experts}
     _check_stats(model, stats, pruned)
+    check_unadapted(model, [(layer, layer._parameters) for layer in pruned.values()])
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     holders = Counter(id(child) for module in model.modules() for child in module._modules.values())
     for name, layer in pruned.items():
         _check_prunable(name, layer, uses, replace)
-        check_unadapted(model, called(name), layer, layer._parameters)
         if holders[id(layer.router)] > 1:
             raise ValueError(f"the router of {called(name)} is another module's too, which would not be pruned")
         for stack, (tensor, _) in layer._tensors().items():

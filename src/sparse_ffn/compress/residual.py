@@ -67,10 +67,10 @@ def compress_experts_(model: nn.Module, rank: int, *, iterations: int = 8) -> Co
     ]
     if not places:
         raise ValueError(f"model, a {type(model).__name__}, holds no MoE")
+    check_unadapted(model, [(layer, layer._parameters) for *_, layer in places])
     for path, _, attribute, layer in places:
         name = f"{path}.{attribute}" if path else attribute
         check_dense(layer)
-        check_unadapted(model, name, layer, layer._parameters)
         if type(layer).forward is not MoE.forward or type(layer)._forward is not MoE._forward:
             raise ValueError(f"model's layer {name} is a {type(layer).__name__}, whose own forward would be lost")
         if not isinstance(layer.router, Router):

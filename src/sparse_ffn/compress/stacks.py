@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sparse_ffn.checks import called, check_held, check_unadapted
+from sparse_ffn.checks import check_held, check_unadapted
 from sparse_ffn.layers.mixed import Bank
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.rows import ExpertRows, QuantizedRows
@@ -107,9 +107,10 @@ def experts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Stack]]]
 
 def check_here(model: nn.Module, places: Iterable[tuple[str, nn.Module, list[Stack]]]) -> None:
     """Raise ValueError where accelerate holds a stack or peft adapts one; ``places`` are of ``experts_of``."""
+    places = list(places)
+    check_unadapted(model, [(module, [stack.name for stack in stacks]) for _, module, stacks in places])
     for name, _, stacks in places:
         for stack in stacks:
-            check_unadapted(model, called(name), stack.module, [stack.name])
             held = stack.held
             for tensor in held.stored() if isinstance(held, ExpertRows) else [held]:
                 check_held(model, f"{name}.{stack.name}" if name else stack.name, tensor)

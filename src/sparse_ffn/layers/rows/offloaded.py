@@ -211,7 +211,7 @@ class OffloadedRows(ExpertRows):
         self.check_mode()
         if under_transforms() or torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None:
             raise RuntimeError(
-                "offloaded experts can not be exported or traced, and do not work inside torch.func's transforms: "
+                "offloaded experts cannot be exported or traced, and do not work inside torch.func's transforms: "
                 "dequantize_experts_ first"
             )
         compute = functools.partial(self.cache.compute, index, ffn)
