@@ -1674,7 +1674,7 @@ def test_calibrate_knows_that_a_decoder_has_a_mask_of_its_own() -> None:
     batch["decoder_attention_mask"] = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0]])
     given = {name: len(rows) for name, rows in sf.calibrate(model, [batch]).items()}
     assert [n for name, n in given.items() if name.startswith("decoder")] == [3]
-    ((logits, _),) = Judge(model, [batch]).before
+    (logits,) = Judge(model, [batch]).before
     assert logits.shape == (3, 20)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import gc
 import itertools
 import json
 from pathlib import Path
@@ -355,7 +356,7 @@ def test_outputs_are_compared_at_a_bounded_number_of_real_tokens(logits: bool, m
     model, x = Outputs(), torch.randn(5, 7, 6)
     mask = torch.rand(5, 7) < 0.7
     judge = Judge(model, [{"x": x, "attention_mask": mask.long()}])
-    monkeypatch.setattr("sparse_ffn.convert.budget.CHUNK", 4)
+    monkeypatch.setattr("sparse_ffn.convert.budget.CHUNK", 4 * 6)
     model.scale = 1.5
     real = x[mask]
     if logits:
@@ -365,8 +366,21 @@ def test_outputs_are_compared_at_a_bounded_number_of_real_tokens(logits: bool, m
         assert judge.change() == pytest.approx(0.25, rel=1e-5)
     monkeypatch.setattr("sparse_ffn.convert.budget.MOST_ROWS", 8)
     model.scale = 1.0
-    ((rows, _),) = Judge(model, [{"x": x, "attention_mask": mask}]).before
+    (rows,) = Judge(model, [{"x": x, "attention_mask": mask}]).before
     assert torch.equal(rows, real[[i * len(real) // 8 for i in range(8)]])
+
+
+def test_outputs_are_compared_a_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Logits(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            in_memory.append(sum(isinstance(t, Tensor) and t.shape == (10, 6) for t in gc.get_objects()))
+            return SimpleNamespace(logits=x.clone())
+
+    monkeypatch.setattr("sparse_ffn.convert.budget.CHUNK", 12)
+    in_memory: list[int] = []
+    judge = Judge(Logits(), torch.randn(3, 2, 5, 6).unbind())
+    assert judge.change() == 0
+    assert in_memory == [0, 1, 2, 3, 3, 3]  # those from before, and of new ones the model's
 
 
 def test_padding_counts_in_no_order_of_the_outputs() -> None:

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from sparse_ffn.convert.places import Places, put, take_out
 from sparse_ffn.running import run_batch
 
 MOST_ROWS = 2048  # of a batch's outputs: logits of a large vocabulary take a gigabyte for so many
-CHUNK = 256  # rows that are compared at once, in fp32 at least
+CHUNK = 1 << 20  # numbers that are compared at once, in fp32 at least: in caches, and in memory that is used again
 
 
 @torch.no_grad()
@@ -152,42 +152,56 @@ class Judge:
 
     def __init__(self, model: nn.Module, batches: Iterable[Any]) -> None:
         self.model, self.batches = model, list(batches)
-        self.before = self._outputs()
+        self.mask = "decoder_attention_mask" if decoder_of(model) else "attention_mask"
+        with evaluated(model):
+            self.before = [self._outputs(batch).taken() for batch in self.batches]
 
     def change(self) -> float:
-        """Of the outputs, as ``Point`` has it."""
+        """Of the outputs, as ``Point`` has it. Those of one batch at a time: they may take gigabytes."""
         lost = whole = 0.0
-        for (old, is_logits), (new, _) in zip(self.before, self._outputs(), strict=True):
-            for start in range(0, len(old), CHUNK):
-                was, now = (wide(rows[start : start + CHUNK]) for rows in (old, new))
-                if is_logits:
-                    of, to = F.log_softmax(was, -1), F.log_softmax(now, -1)
-                    parts = F.kl_div(to, of, reduction="none", log_target=True)
-                    lost += parts.masked_fill_(of.isneginf(), 0).sum().item()  # 0 · log 0 is 0
-                    whole += len(was)
-                else:
-                    lost, whole = lost + (now - was).square().sum().item(), whole + was.square().sum().item()
+        with evaluated(self.model):
+            for batch, old in zip(self.batches, self.before, strict=True):
+                new = self._outputs(batch)
+                step = max(1, CHUNK // max(1, old.shape[-1]))
+                for start in range(0, len(old), step):
+                    rows = slice(start, start + step)
+                    was, now = wide(old[rows]), wide(new.taken(rows))
+                    if new.logits:
+                        of, to = F.log_softmax(was, -1), F.log_softmax(now, -1)
+                        parts = F.kl_div(to, of, reduction="none", log_target=True)
+                        lost += parts.masked_fill_(of.isneginf(), 0).sum().item()  # 0 · log 0 is 0
+                        whole += len(was)
+                    else:
+                        lost, whole = lost + (now - was).square().sum().item(), whole + was.square().sum().item()
+                del new  # before the model makes the next
         return lost / max(whole, 1e-30)
 
     @torch.no_grad()
-    def _outputs(self) -> list[tuple[Tensor, bool]]:
-        """Of each batch rows [at most MOST_ROWS, n] of real tokens, and whether they are logits."""
-        with evaluated(self.model):
-            mask = "decoder_attention_mask" if decoder_of(self.model) else "attention_mask"
-            return [
-                _rows(run_batch(self.model, batch), batch.get(mask) if isinstance(batch, Mapping) else None)
-                for batch in self.batches
-            ]
+    def _outputs(self, batch: Any) -> _Outputs:
+        mask = batch.get(self.mask) if isinstance(batch, Mapping) else None
+        return _Outputs.of(run_batch(self.model, batch), mask)
 
 
-def _rows(output: Any, mask: Any) -> tuple[Tensor, bool]:
-    y: Any = getattr(output, "logits", None)
-    is_logits = isinstance(y, Tensor) and y.shape[-1] > 1  # one is a number, not a class
-    if not isinstance(y, Tensor):
-        nothing = torch.empty(0, 1, device="cpu")
-        y = next((t for t in tensors_in(output) if t.is_floating_point() and t.dim()), nothing)
-    rows, of_rows = y.reshape(-1, y.shape[-1]), of_tokens(mask, y)
-    chosen = torch.arange(len(rows), device=y.device) if of_rows is None else of_rows.nonzero().flatten()
-    if len(chosen) > MOST_ROWS:  # evenly spread, and so the same each time
-        chosen = chosen[torch.arange(MOST_ROWS, device=y.device) * len(chosen) // MOST_ROWS]
-    return rows[chosen], is_logits
+class _Outputs(NamedTuple):
+    """Of a batch: all rows [rows, n], which of them are compared, at most MOST_ROWS of real tokens, what they are."""
+
+    rows: Tensor
+    chosen: Tensor
+    logits: bool
+
+    @classmethod
+    def of(cls, output: Any, mask: Any) -> _Outputs:
+        y: Any = getattr(output, "logits", None)
+        is_logits = isinstance(y, Tensor) and y.shape[-1] > 1  # one is a number, not a class
+        if not isinstance(y, Tensor):
+            nothing = torch.empty(0, 1, device="cpu")
+            y = next((t for t in tensors_in(output) if t.is_floating_point() and t.dim()), nothing)
+        rows, of_rows = y.reshape(-1, y.shape[-1]), of_tokens(mask, y)
+        chosen = torch.arange(len(rows), device=y.device) if of_rows is None else of_rows.nonzero().flatten()
+        if len(chosen) > MOST_ROWS:  # evenly spread, and so the same each time
+            chosen = chosen[torch.arange(MOST_ROWS, device=y.device) * len(chosen) // MOST_ROWS]
+        return cls(rows, chosen, is_logits)
+
+    def taken(self, which: slice = slice(None)) -> Tensor:
+        """A copy of those of the chosen rows."""
+        return self.rows[self.chosen[which]]
