@@ -373,12 +373,12 @@ def test_outputs_are_compared_at_a_bounded_number_of_real_tokens(logits: bool, m
 def test_outputs_are_compared_a_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     class Logits(nn.Module):
         def forward(self, x: Tensor) -> Any:
-            in_memory.append(sum(isinstance(t, Tensor) and t.shape == (10, 6) for t in gc.get_objects()))
+            in_memory.append(sum(type(t) is Tensor and t.shape == (10, 613) for t in gc.get_objects()))
             return SimpleNamespace(logits=x.clone())
 
-    monkeypatch.setattr("sparse_ffn.convert.budget.CHUNK", 12)
+    monkeypatch.setattr("sparse_ffn.convert.budget.CHUNK", 2 * 613)
     in_memory: list[int] = []
-    judge = Judge(Logits(), torch.randn(3, 2, 5, 6).unbind())
+    judge = Judge(Logits(), torch.randn(3, 2, 5, 613).unbind())
     assert judge.change() == 0
     assert in_memory == [0, 1, 2, 3, 3, 3]  # those from before, and of new ones the model's
 
