@@ -62,12 +62,12 @@ def test_activations_and_their_derivatives_are_right_everywhere(
     if dtype == torch.bfloat16:  # hosts' products may take numbers below the normal ones as zero
         z = z[(z == 0) | ~(z.abs() < torch.finfo(dtype).tiny)]
     x = z.to(device).unsqueeze(1).requires_grad_()
-    one = torch.ones(3, 1, 1, dtype=dtype, device=device)
+    ones = torch.ones(3, 2, 1, dtype=dtype, device=device)  # two units: those of one are no product
     gate = x.new_ones(len(z), 1)
     with sf.backend("triton"):
-        y = flat.expert_ffn(x, one, one, gate.long() - 1, gate, activation=activation)
+        y = flat.expert_ffn(x, ones, ones, gate.long() - 1, gate, activation=activation)
     (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    value, derivative = exact(activation, z)
+    value, derivative = (2 * expected for expected in exact(activation, z))
     assert_near(activation, z, y.detach().cpu()[:, 0], value)
     assert_near(f"the derivative of {activation}", z, slope.cpu()[:, 0], derivative)
 
