@@ -221,16 +221,18 @@ def test_activations_and_their_derivatives_are_right_everywhere(
 
 @dtypes
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_topk_ffn_computes_the_same_activations(name: str, dtype: torch.dtype, on_backend: str) -> None:
+@pytest.mark.parametrize("width", [1, 64])
+def test_topk_ffn_computes_the_same_activations(name: str, width: int, dtype: torch.dtype, on_backend: str) -> None:
+    """Of equal units, of which half are taken: partial vectors of one unit and whole ones."""
     z = numbers(dtype)
     if name in SMOOTH and (on_backend == "torch" or (on_backend == "cpu" and dtype == torch.float64)):
         z = z[~z.isinf()]
-    ones = torch.ones(1, 1, dtype=dtype)
+    ones, k = torch.ones(width, 1, dtype=dtype), (width + 1) // 2
     # on some processors torch's product takes bf16's smallest numbers as zero
-    lost = (z.unsqueeze(1) @ ones)[:, 0] == 0
+    lost = (z.unsqueeze(1) @ ones[:1])[:, 0] == 0
     z = z[~lost | (z == 0) | (z.abs() >= torch.finfo(dtype).tiny)]
     x = z.unsqueeze(1).requires_grad_()
-    y = flat.topk_ffn(x, ones, ones, 1, activation=name)
+    y = flat.topk_ffn(x, ones, ones / k, k, activation=name)
     (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
     value, derivative = exact(name, z)
     assert_near(name, z, y.detach()[:, 0], value)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import test_bag
 import test_codes
+import test_kernels
 import test_large
 import test_product_keys
 import test_topk
@@ -22,6 +23,7 @@ from net import check, cvmm_case, expert_case, guard_pages, guarded, traps
 from nobody import check_nobody
 
 from sparse_ffn.backends.triton import (
+    activations,
     bag,
     codes,
     columns,
@@ -52,6 +54,10 @@ def everything() -> None:
 def plain() -> None:
     check(expert_case("ragged"))
     check(cvmm_case("random", form="gather, scatter, reduction"))
+
+
+def anywhere() -> None:
+    test_kernels.test_activations_and_their_derivatives_are_right_everywhere("silu", torch.float32, "cpu")
 
 
 def sort() -> None:
@@ -174,6 +180,8 @@ FAULTS: dict[str, tuple[ModuleType, str, str, Callable[[], Any]]] = {
         hidden, "block.to(tl.int64) * S", "0", everything,
     ),
     "derivative at the wrong place": (hidden, "gradient(dh, pre, ACTIVATION)", "gradient(dh, dh, ACTIVATION)", plain),
+    "infinity times zero": (activations, "return above(z) * tl.sigmoid(z)", "return z * tl.sigmoid(z)", anywhere),
+    "infinity times zero in the gradient": (activations, "derivative(near(z), ", "derivative(z, ", anywhere),
     "gate left out of the sum": (combine, "        if WEIGHTED:", "        if False:", plain),
     "a token's sum cut short": (combine, "for j in range(0, K)", "for j in range(0, K - 1)", one_sum),
     "parts that overlap": (outer, "end = tl.minimum(end, begin + length)", "end = end", in_parts),
