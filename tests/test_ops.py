@@ -267,6 +267,16 @@ def test_weighted_bag_of_wide_rows_meets_its_reference(bags: int, columns: int, 
     assert_meets_reference(ops.weighted_bag, tensors, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weighted_bag_of_a_large_table_whose_rows_are_read_often_meets_its_reference(dtype: torch.dtype) -> None:
+    tensors = {  # the core sorts the slots of 1024 bags at a time by row; a block of columns has a ragged end
+        "values": leaf(2050, 1037, dtype=dtype),
+        "index": torch.randint(0, 2050, (1400, 9)),
+        "weight": torch.randn(1400, 9).requires_grad_(),
+    }
+    assert_meets_reference(ops.weighted_bag, tensors, dtype)
+
+
 def test_sparse_gradient_of_the_bag_is_the_dense_one_on_the_rows_read(on_backend: str) -> None:
     values, index = torch.randn(300, O, requires_grad=True), torch.randint(0, 40, (6, 3))
     weight = torch.randn(6, 3, requires_grad=True)
@@ -365,7 +375,7 @@ def test_the_core_predicts_that_few_rows_are_gathered_and_many_multiplied(monkey
         assert topk_ffn.gathers(1, 4096, 2048, 1024, torch.float32)  # the rows come from memory in any case
 
 
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 1), (3, 4), (3, 9), (7, 5), (40, 32), (5, 25)])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 1), (3, 4), (3, 9), (7, 5), (40, 32), (5, 25), (40, 700)])
 @pytest.mark.parametrize("scores", ["distinct", "tied", "all equal"])
 def test_product_key_topk_is_the_top_k_of_all_sums(n: int, k: int, scores: str, on_backend: str) -> None:
     first, second = torch.randn(6, 2, n), torch.randn(6, 2, n)
