@@ -7,16 +7,19 @@ Everything here patches triton.runtime.interpreter in the process that imports i
 - A masked load without ``other`` gives NaN (or a huge integer) in the masked lanes, not 0.
 - Programs run in a shuffled order, which ``seed`` picks, so that none can count on another's output.
 - Integer arithmetic that overflows 32 bits is an error; so is a tl.dot of fewer than 16 along any axis.
-- A launch looks through the language once for each module of the kernels, and not at each call of a function in them.
+- A launch looks through the language once for each module of the kernels, and not at each call of a function in them;
+  integers are checked by numpy, and dtypes looked up in a table that is made once.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
@@ -35,6 +38,8 @@ def install() -> None:
     _shuffle()
     _dots_of_sixteen()
     _look_once()
+    _overflows()
+    _one_table_of_dtypes()
     object.__setattr__(interpreter.interpreter_builder.options, "debug", True)  # turns the overflow checks on
 
 
@@ -138,3 +143,24 @@ def _look_once() -> None:
         return launch(self, *args, **options)
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = _patch_lang, __call__
+
+
+def _overflows() -> None:
+    exact = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+    def check(self: Any, lhs: Any, rhs: Any, operation: Any) -> None:
+        """As the semantics' own, which makes a dozen tensors of the language for each sum of indices."""
+        kind, name = lhs.type.scalar, operation.__name__
+        if kind.int_bitwidth < 64:
+            result = exact[name](lhs.handle.data, rhs.handle.data, dtype=np.int64)
+            least, most = kind.get_int_min_value(), kind.get_int_max_value()
+            assert result.min() >= least, f"{name} below {kind}"
+            assert result.max() <= most, f"{name} above {kind}"
+
+    TritonSemantic.binary_op_sanitize_overflow_impl = check
+
+
+def _one_table_of_dtypes() -> None:
+    of = functools.cache(interpreter._get_np_dtype)
+    pointers = np.dtype(np.uint64)
+    interpreter._get_np_dtype = lambda kind: pointers if kind.scalar.is_ptr() else of(kind.scalar)
