@@ -159,10 +159,11 @@ def test_a_token_that_is_no_number_shows_in_its_gates(device: str) -> None:
 
 
 def test_fp32_weights_are_not_rounded_for_tokens_in_bf16(device: str) -> None:
-    """Two rows differ by less than bf16 can say."""
-    x = torch.ones(1, D, dtype=torch.bfloat16)
+    """Two rows differ by less than a sum of two numbers of bf16 can say."""
+    x = torch.zeros(1, D, dtype=torch.bfloat16)
+    x[0, 5] = 1
     weight = torch.full((2, D), 1 / 3)
-    weight[1, 5] += 2.0**-12
+    weight[1, 5] += 2.0**-22
     _, index = route.inference(x.to(device), Router(weight.to(device), None, None), 1, "sigmoid", 0)
     assert index.item() == 1
 
