@@ -101,6 +101,17 @@ def test_any_size(tokens: int, rows: int, k: int, device: str) -> None:
         check(made(tokens, rows, kind, everything=True), k, "softmax", 1, device)
 
 
+@gates
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_whose_exponential_is_none(gate_function: str, kind: str, device: str) -> None:
+    tensors = made(12, 21, kind, everything=False)
+    x, weight = tensors["x"], tensors["router_weight"]
+    assert x is not None
+    assert weight is not None
+    x.zero_()[:, 0], weight[:, 0] = torch.tensor([1, -1]).repeat(6), torch.arange(-240, 264, 24)
+    check(tensors, 3, gate_function, 1, device)
+
+
 def test_strided_arguments(device: str) -> None:
     tensors = made(20, 9, "bf16", everything=True)
     x, weight = tensors["x"], tensors["router_weight"]
