@@ -116,6 +116,24 @@ def test_every_activation(activation: str, device: str, monkeypatch: pytest.Monk
     check(topk_case(activation=activation), device)
 
 
+def test_units_go_by_their_gate_alone(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of so many some have a negative gate: the larger it is, the smaller is silu there, and its product is not."""
+    choose(True, monkeypatch)
+    check(topk_case((5, 10, 37, 19, 24), form="everything", activation="silu", rank_by="gate"), device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_that_round_to_the_same_number_are_ties(dtype: torch.dtype, device: str) -> None:
+    """A GLU's products are rounded before dropout's multiplier as torch rounds them: the lowest of equal units win."""
+    up, glu_gate, scale = (torch.randn(9, 200, device=device).to(dtype) for _ in range(3))
+    (h, of), (h_sorted, of_sorted) = (
+        select(up, glu_gate, scale, None, 70, "relu", "hidden") for select in (topk_ffn._select, topk_ffn._sorted)
+    )
+    order = of_sorted.selected.long().argsort(1)
+    assert torch.equal(of.selected, of_sorted.selected.gather(1, order))
+    assert torch.equal(h, h_sorted.gather(1, order))
+
+
 def test_strided_arguments_and_the_gradient_of_a_sum(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     choose(True, monkeypatch)
     case = topk_case(form="everything")
