@@ -269,7 +269,7 @@ def test_weighted_bag_of_wide_rows_meets_its_reference(bags: int, columns: int, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weighted_bag_of_a_large_table_whose_rows_are_read_often_meets_its_reference(dtype: torch.dtype) -> None:
-    tensors = {  # the core sorts the slots of 1024 bags at a time by row; a block of columns has a ragged end
+    tensors = {  # the core sorts slots by row, 1024 bags or more at a time; a block of columns has a ragged end
         "values": leaf(2050, 1037, dtype=dtype),
         "index": torch.randint(0, 2050, (1400, 9)),
         "weight": torch.randn(1400, 9).requires_grad_(),

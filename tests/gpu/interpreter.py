@@ -1,6 +1,6 @@
 """Makes Triton's interpreter as strict as a GPU, and right in bf16: what it lacks, and what it lets pass.
 
-Everything here patches triton.runtime.interpreter in the process that imports it, before a kernel runs.
+Everything here patches Triton's interpreter and language in the process that imports it, before a kernel runs.
 
 - bf16: the interpreter computes on the raw 16 bits. Here loads, stores, casts and tl.dot are right (casts round to
   nearest even) and any other arithmetic on bf16 is an error: kernels compute in fp32.

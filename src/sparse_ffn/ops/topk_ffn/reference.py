@@ -41,10 +41,9 @@ def topk_ffn(
     up_TF = F.linear(x, keys, key_bias)
     if rank_by == "gate":
         assert glu_gate_TF is not None
-        ranked_TF = hidden_anywhere(activation, glu_gate_TF.detach(), None, dropout_mask)
+        ranked_TF = hidden_anywhere(activation, glu_gate_TF, None, dropout_mask)
     else:
-        gate_TF = None if glu_gate_TF is None else glu_gate_TF.detach()
-        ranked_TF = hidden_anywhere(activation, up_TF.detach(), gate_TF, dropout_mask)
+        ranked_TF = hidden_anywhere(activation, up_TF, glu_gate_TF, dropout_mask)
     index = stable_topk(rank(ranked_TF, values, norm_aware), k)
     selected = torch.zeros_like(ranked_TF, dtype=torch.bool).scatter(1, index, 1)  # torch.jit takes no True
     # before the activation, which is 0 at 0: after it, no gradient times an infinite slope would be NaN
