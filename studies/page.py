@@ -75,9 +75,9 @@ REPRODUCE = """\
 ## How to reproduce
 
 ```sh
-python -m studies.enwik8 --plan           # what is left, and how long it takes on your machine
-nice python -m studies.enwik8 --jobs 2    # run it; stopped at any time, the same command goes on
-python -m studies.page                    # this page again
+python -m studies.enwik8 --plan         # what is left, and how long that takes here
+nice python -m studies.enwik8 --jobs 2  # run it; stopped at any time, it goes on next time
+python -m studies.page                  # this page again
 ```
 
 A run that was stopped goes on from its last checkpoint to the same numbers, if the source of the layers and of the

@@ -149,7 +149,7 @@ WRONG: dict[str, Sequence[Any] | Callable[[Any], list[Any]]] = {
     "keep": (0, -1, 0.0, 1.5, math.nan, "0.5", True, [2], torch.tensor(0.5), None, 1, 7),
     "by": ("nonsense", 3, ["error"], {}, None),
     **dict.fromkeys(("scope", "replace"), WORD),
-    "protect": (3, "nonsense", ["nonsense"], {"": [6]}, {"": ["0"]}, {"": 0}, [3]),
+    "protect": (3, "nonsense", ["nonsense"], {"": [6]}, {"": ["0"]}, {"": 0}, [3], [[]]),
     "layer_cls": (None, 3, "SigmaMoE", nn.Linear, nn.Linear(2, 2), sf.SparseFFN, SharedExpertMoE),
     "state_dict": (None, 3, "nonsense", [torch.ones(2)], nn.Linear(2, 2)),
     "shared": (None, 3, nn.Linear(4, 4), sf.DenseFFN(4, 6, d_out=3)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import math
 import pickle
 
@@ -470,6 +471,19 @@ def test_equal_loads_that_fp32_does_not_add_up_do_not_move(load):
     layer.router.load.fill_(load)
     sf.update_router_bias(layer)
     assert not layer.router.bias.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_loads_beside_null_experts_do_not_move(dtype):
+    for experts, null in itertools.product(range(1, 12), range(1, 6)):
+        layer = sf.MoE(4, experts, 4, 1, null_experts=null, balance="bias", dtype=dtype)
+        layer.router.load.fill_(100)
+        sf.update_router_bias(layer)
+        assert not layer.router.bias.any(), (experts, null)
+        layer.router.load.fill_(100)
+        layer.router.load[-1] = 99
+        sf.update_router_bias(layer)
+        assert layer.router.bias[:experts].lt(0).all(), (experts, null)
 
 
 def test_a_mean_that_is_no_integer():

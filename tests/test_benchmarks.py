@@ -906,7 +906,20 @@ def test_compressed_experts_cost_no_more_than_their_bars(tmp_path: Path) -> None
     """On a model that has hardly learnt, which is trained once."""
     from benchmarks import bench_compress
 
-    few = ["--steps", "60", "--seeds", "1", "--windows", "16", "--queries", "0", "--folder", str(tmp_path)]
+    few = [
+        "--steps",
+        "60",
+        "--seeds",
+        "1",
+        "--windows",
+        "16",
+        "--queries",
+        "0",
+        "--decoder",
+        "0",
+        "--folder",
+        str(tmp_path),
+    ]
     found = bench_compress.main(few)
     assert len(list(tmp_path.iterdir())) == 1
     assert bench_compress.main(few) == found

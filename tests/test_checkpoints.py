@@ -211,6 +211,9 @@ def test_options_that_the_checkpoint_decides_are_refused() -> None:
         from_transformers(theirs.state_dict(), config, balance="entropy")
     with pytest.raises(ValueError, match="bias = True is for the checkpoint to say: leave it out"):
         from_moe_layer(moe_layer_state(False), K, bias=True)
+    for load, option in ((from_moe_layer, "dtype"), (from_xlm, "n_heads"), (from_product_key_memory, "query_dim")):
+        with pytest.raises(ValueError, match=f"{option} = 2 is for the checkpoint to say: leave it out"):
+            load({}, K, **{option: 2})
 
 
 def test_a_router_wider_than_its_experts_stays_so() -> None:

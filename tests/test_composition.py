@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -166,3 +168,47 @@ def test_a_normalised_table_has_a_group_of_its_own(normalise: Callable[..., nn.M
     groups = memory.param_groups(1e-2)
     torch.optim.AdamW(groups, lr=1e-3)
     assert [len(group["params"]) for group in groups] == [2, 1]
+
+
+def pickled(module: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(module))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        sf.SigmaMoE(D, 5, 4, 2, balance="bias"),
+        MixedMoE(D, [(3, 4), (2, 8)], 2),
+        LatentMoE(D, 4, 5, 4, 2),
+        SwitchHeadAttention(D, 2, 3, d_head=4),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_a_copy_of_a_compiled_layer_computes_with_its_own_weights(layer: nn.Module, copied: Any) -> None:
+    """Module leaves what ``compile`` made behind; a copy that kept it would run, and train, the original."""
+
+    def never(*given: Any) -> Any:
+        raise AssertionError("the original was compiled")
+
+    layer, x = copy.deepcopy(layer).eval(), torch.randn(2, 3, D)
+    expected = layer(x)
+    for module in layer.modules():
+        module.compile(backend=never)
+    twin = copied(layer)
+    assert torch.equal(twin(x), expected)
+    for parameter in twin.parameters():
+        nn.init.zeros_(parameter)
+    assert not twin(x).any()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_layer_balanced_by_sequences_is_exported_for_any_number_of_them(masked: bool) -> None:
+    layer = sf.SigmaMoE(D, 5, 4, 2, balance_over="sequence").eval()
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    given = {"mask": torch.ones(4, 6, dtype=torch.bool)} if masked else {}
+    shapes = {name: {0: batch, 1: length} for name in ("x", *given)}
+    program = torch.export.export(layer, (torch.randn(4, 6, D),), given, dynamic_shapes=shapes)
+    for size in ((4, 6), (3, 5)):
+        x, some = torch.randn(*size, D), {name: mask.new_ones(size) for name, mask in given.items()}
+        torch.testing.assert_close(program.module()(x, **some), layer(x, **some))

@@ -164,6 +164,15 @@ def test_everything_public_has_its_place_in_the_documentation() -> None:
                 assert any(value is one for one in documented), f"{package.__name__}.{name}"
 
 
+def test_code_of_the_pages_fits_its_column() -> None:
+    """A window 1300 pixels wide has room for 92 columns: docs/stylesheets/extra.css."""
+    root = Path(__file__).parents[1]
+    for page in (root / "README.md", *(root / "docs").rglob("*.md")):
+        for block in re.findall(r"^```\w+\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+            for line in block.splitlines():
+                assert len(line) <= 92, f"{page.name}: {line}"
+
+
 def _is_of(package: Any, value: Any) -> bool:
     """Whether a package has made this name public, and not only imported it for itself."""
     home = getattr(value, "__module__", "")

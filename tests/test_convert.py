@@ -582,6 +582,24 @@ def test_no_way_back_is_said(layer: sf.SparseFFN, why: str) -> None:
         sf.to_dense(layer)
 
 
+@pytest.mark.parametrize("made", [lambda: sf.DenseFFN(6, 8), lambda: sf.ProductKeyMemory(6, 3, 9)])
+def test_what_may_be_a_step_old_is_not_made_dense(made: Callable[[], sf.SparseFFN]) -> None:
+    """A mask's product is of the last forward: after the optimizer's step it is stale."""
+    layer = made()
+    prune.random_unstructured(layer, "values", 0.5)
+    with pytest.raises(ValueError, match="values is masked or normalised by a hook, and may be a step old"):
+        sf.to_dense(layer)
+    prune.remove(layer, "values")
+    same(sf.to_dense(layer), layer)
+
+
+def test_what_is_made_dense_in_inference_mode_trains() -> None:
+    with torch.inference_mode():
+        dense = sf.to_dense(sf.DenseFFN(6, 8))
+    dense(torch.randn(2, 6)).sum().backward()
+    assert dense.keys.grad is not None
+
+
 # --------------------------------------------------------------------------------------- the model's own properties
 
 

@@ -25,7 +25,7 @@ from sparse_ffn.convert.curve import Curve, Point, allocate
 from sparse_ffn.convert.find.examples import _shorter
 from sparse_ffn.convert.init.auto import choose
 from sparse_ffn.convert.init.refit import _Fit
-from sparse_ffn.convert.init.router import fit_ranking
+from sparse_ffn.convert.init.router import contributions, fit_ranking
 from sparse_ffn.convert.init.weights import FFNWeights
 from sparse_ffn.layers import SharedExpertMoE
 
@@ -618,6 +618,36 @@ def test_led_and_lxmert_are_converted_by_an_example(kind: str) -> None:
 def test_experts_that_no_token_of_the_calibration_selects_are_finite(config: Any) -> None:
     layer = sf.from_dense(sf.DenseFFN(8, 16), config, inputs=torch.randn(1, 8).repeat(20, 1))
     assert all(parameter.isfinite().all() for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"refit": True, "k": 2}, {"init": "auto", "active": 0.5}])
+def test_calibration_beyond_the_ffns_dtype_is_told_with_its_name(options: dict[str, Any]) -> None:
+    """A token whose output overflows would make the whole router NaN."""
+    model = nn.Sequential(Block(Mlp("relu", d_ff=32))).half()
+    next(model[0].ffn.parameters()).data.fill_(1.0)
+    x = torch.randn(64, 6).half()
+    x[3] = 2e4
+    before = list(model[0].children())
+    config = sf.SigmaMoEConfig(n_experts=4, **{"k": 2, **options}) if "init" not in options else None
+    with pytest.raises(ValueError, match=r"0\.ffn: its calibration must give finite outputs of the FFN, .* float16"):
+        sf.sparsify_(model, config or dataclasses.replace(OPEN, **options), calibration={"0.ffn": x})
+    assert list(model[0].children()) == before
+
+
+def test_a_router_is_fitted_though_one_experts_part_is_beyond_fp16() -> None:
+    """Two parts of 1.2e5 and -1.2e5: the FFN's output is finite."""
+    values = torch.tensor([[400.0], [400.0], [-400.0], [-400.0]]).half()
+    ffn = FFNWeights(torch.ones(4, 1).half(), values, "relu")
+    x = torch.full((3, 1), 150.0).half()
+    assert ffn.output(x).isfinite().all()
+    assert contributions(ffn, 2, x).tolist() == [[120000.0, 120000.0]] * 3
+
+
+def test_one_token_and_one_expert_give_a_finite_router() -> None:
+    config = sf.SigmaMoEConfig(n_experts=1, k=1)
+    layer = sf.from_dense(sf.DenseFFN(8, 16), config, inputs=torch.randn(1, 8))
+    assert layer.router.weight.isfinite().all()
+    assert layer(torch.randn(2, 8)).isfinite().all()
 
 
 @pytest.mark.parametrize(

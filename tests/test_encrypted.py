@@ -123,6 +123,37 @@ def test_a_mask_is_not_laid_on_what_is_computed_anew() -> None:
     assert set(layer.state_dict()) == names  # the keys have none either
 
 
+def test_a_second_mask_ranks_the_present_weights() -> None:
+    """Not those of the last forward, which an optimizer's step leaves behind."""
+    layer = sf.DenseFFN(4, 4)
+    nn.init.ones_(layer.keys)
+    block_mask_(layer, 0.25, (2, 2))
+    with torch.no_grad():
+        layer.keys_orig[2:, 2:] = 0.1
+    block_mask_(layer, 0.5, (2, 2))
+    left = layer.keys_mask[::2, ::2]
+    assert left.sum() == 2
+    assert not left[1, 1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "a", "b", "term"),
+    [(torch.float16, 1e-6, 1.0, "b/2a"), (torch.float32, 1.0, 1e200, "b/2a"), (torch.float16, 1e5, 0.0, "a")],
+)
+def test_a_term_beyond_the_layers_dtype_changes_nothing(dtype: torch.dtype, a: float, b: float, term: str) -> None:
+    layer = sf.DenseFFN(4, 8, bias=True, dtype=dtype)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError, match=f"^{term} must be a number of the layer's dtype"):
+        polynomial_units_(layer, a, b)
+    assert layer.activation == "relu"
+    assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
+    with torch.inference_mode():
+        layer = sf.DenseFFN(4, 8, bias=True)
+    with pytest.raises(ValueError, match="was made in inference mode"):
+        polynomial_units_(layer, 1.0, 0.0)
+    assert layer.activation == "relu"
+
+
 def test_an_activation_is_not_given_to_what_is_computed_anew() -> None:
     """The next forward would make it again of the numbers before."""
     for change in (

@@ -267,6 +267,14 @@ def test_a_split_layer_is_measured_before() -> None:
         sf.expert_stats(model, [torch.randn(2, 5, 6)])
 
 
+def test_a_module_whose_forward_tells_nothing_has_no_experts() -> None:
+    model, x = nn.Sequential(sf.SigmaMoE(6, 5, 4, 2), nn.ReLU(), nn.ReLU()), torch.randn(4, 6)
+    for module in model[1:]:
+        module.forward = torch.relu  # a builtin without a signature
+    model[2].num_experts = 3
+    assert list(sf.expert_stats(model, [x])) == ["0"]
+
+
 def test_errors_say_what_is_missing() -> None:
     layer, x = sf.SigmaMoE(6, 5, 4, 2), torch.randn(4, 6)
     with pytest.raises(ValueError, match="no MoE layer"):

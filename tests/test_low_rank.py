@@ -5,6 +5,7 @@ The oracles are a loop over tokens and slots in float64, and ``MoE`` where the r
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 
@@ -61,6 +62,20 @@ def test_void_slots_add_nothing_of_the_base_either() -> None:
     plain.load_state_dict(full(layer.state_dict()))
     torch.testing.assert_close(layer(x), plain(x))
     assert (layer.router(x).index_TK >= E).any()
+
+
+def test_a_token_without_an_expert_may_hold_anything() -> None:
+    """Its units of the base are not multiplied with 0, which NaN outlives."""
+    layer = made(null_experts=2, null_kind="zero", d_router=1)
+    with torch.no_grad():
+        layer.router.weight.copy_(torch.cat([torch.ones(E, 1), -torch.ones(2, 1)]))
+    layer.k, x, seen = 1, normal(4, D), torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]).double()
+    x[seen[:, 0] < 0] = torch.nan
+    y = layer(x, router_input=seen)
+    assert not y[seen[:, 0] < 0].any()
+    assert y[seen[:, 0] > 0].isfinite().all()
+    y.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
 
 
 def test_a_training_loop_finds_it() -> None:
@@ -277,9 +292,20 @@ def test_masked_and_parametrised_experts_are_refused() -> None:
     for change in (
         lambda layer: nn.utils.parametrizations.weight_norm(layer, "values"),
         lambda layer: nn.utils.prune.random_unstructured(layer, "keys", 0.5),
+        lambda layer: nn.utils.prune.random_unstructured(layer, "out_bias", 0.5),
     ):
-        model = nn.Sequential(sf.MoE(D, E, G, K))
+        model = nn.Sequential(sf.MoE(D, E, G, K, bias=True))
         change(model[0])
         with pytest.raises(ValueError, match=r"is no plain parameter, but masked, parametrised or sharded"):
             compress_experts_(model, R)
         assert type(model[0]).__name__ != "LowRankMoE"
+
+
+def test_autocast_does_not_reach_the_assignment() -> None:
+    plain = nn.Sequential(sf.MoE(D, E, G, K))
+    cast = copy.deepcopy(plain)
+    compress_experts_(plain, R)
+    with torch.autocast("cpu", torch.bfloat16):
+        compress_experts_(cast, R)
+    for ours, theirs in zip(cast.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs)

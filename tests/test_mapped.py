@@ -262,6 +262,37 @@ def test_bad_files_are_named_and_change_nothing(tmp_path: Path) -> None:
     assert not model._forward_pre_hooks
 
 
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    model = sf.SigmaMoE(8, 6, 5, 2)
+    path = save(model.state_dict(), tmp_path / "model.safetensors", "safetensors")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=rf"{path}' ends at byte {len(whole) - 100}, before \S+ does, at {len(whole)}"):
+        sf.map_experts_(model, path)
+    for index in (tmp_path / "model.safetensors.index.json", tmp_path):
+        (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {')
+        with pytest.raises(ValueError, match="must have a weight_map"):
+            sf.map_experts_(model, index)
+
+
+def test_a_files_metadata_are_no_tensors(tmp_path: Path) -> None:
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    model = sf.SigmaMoE(8, 6, 5, 2)
+    save_file(model.state_dict(), tmp_path / "model", metadata={"dtype": "F32"})
+    sf.map_experts_(model, tmp_path / "model")
+
+
+def test_advice_is_no_obstacle_to_transforms_nor_to_meta(tmp_path: Path) -> None:
+    model = sf.SigmaMoE(8, 6, 5, 2).eval()
+    sf.map_experts_(model, save(model.state_dict(), tmp_path / "model", "torch"))
+    x = torch.randn(3, 4, 8)
+    torch.testing.assert_close(torch.func.vmap(model)(x), model(x))
+    slope = torch.func.grad(lambda x: model(x).sum())(x)
+    assert slope.isfinite().all()
+    assert slope.any()
+    assert model.to("meta")(x.to("meta")).shape == x.shape
+
+
 def test_codes_with_zero_points_do_not_fit_a_model_without(tmp_path: Path) -> None:
     saved, model = (sf.SigmaMoE(32, 4, 32, 2) for _ in range(2))
     sf.quantize_experts_(saved, sf.ExpertQuantization(symmetric=False))

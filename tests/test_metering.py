@@ -181,6 +181,15 @@ def test_the_routers_parameters_make_a_group_that_re_warms() -> None:
     assert rates == [[0.1, 0.0], [0.1, 0.5], [0.1, 1.0]]
 
 
+def test_a_layer_that_was_pruned_meanwhile_is_told() -> None:
+    model, x = nn.Sequential(sf.SigmaMoE(6, 4, 4, 2)), torch.randn(9, 6)
+    with sf.RoutingMeter(model):
+        model(x)
+        sf.prune_experts_(model, sf.expert_stats(model, [x]), 0.75)
+        with pytest.raises(RuntimeError, match="layer '0' has other experts than when RoutingMeter began"):
+            model(x)
+
+
 def test_its_benchmark_times_steps_that_are_counted() -> None:
     small = replace(DEMO, d_model=16, n_layers=2, n_heads=1, d_head=16, d_ff=32, expert_size=4, context=8, batch_size=2)
     assert bench_meter.ratio(small, 0.05).median > 0

@@ -172,6 +172,13 @@ def test_traffic_is_the_bytes_of_rows_that_leave_a_rank_of_evenly_drawn_experts(
     assert found.forward == pytest.approx(counted, rel=0.02)
 
 
+def test_traffic_is_of_layers_that_can_be_split() -> None:
+    layer = sf.SigmaMoE(32, 4, 32, 2)
+    sf.quantize_experts_(layer)
+    with pytest.raises(ValueError, match="dequantize_experts_"):
+        traffic(layer, 10, 2)
+
+
 def test_traffic_of_more_slots_than_experts_is_that_of_the_experts() -> None:
     with torch.device("meta"):
         found = traffic(sf.MoE(D, 4, 4, 6, null_experts=4), 10, 2, dtype=torch.float32)

@@ -1035,6 +1035,13 @@ def test_page_of_real_runs(whole: Path, tmp_path: Path) -> None:
     assert row(written, "SigmaMoE, 25%")[5:7] == [f"{sum(difference) / 2:+.4f}", "too few runs"]
 
 
+def test_the_committed_page_and_headline_are_what_the_committed_runs_give(tmp_path: Path) -> None:
+    readme = Path(shutil.copy(ROOT / "README.md", tmp_path))
+    page.main(["--docs", str(tmp_path), "--readme", str(readme)])
+    assert readme.read_text() == (ROOT / "README.md").read_text()
+    assert (tmp_path / "evidence.md").read_text() == (ROOT / "docs" / "evidence.md").read_text()
+
+
 def test_of_runs_that_were_made_again_the_first_are_in_no_table(tmp_path: Path) -> None:
     for variant, test in (("dense", 2.0), ("sigma", 2.1)):
         for seed in (0, 1):

@@ -7,8 +7,9 @@ launch would have run, with the same block sizes, dtypes and specialisations, an
 gate reads registers, spills, shared memory and instructions from the assembly.
 
 It fails on a spill that costs time, on more shared memory than the target has, on a missing tensor-core instruction
-or a copy by TMA that is none, and where the gradient of the matrices has fewer than three buffers on an NVIDIA target,
-or a tile fewer buffers or programs a processor than it promises: those that the compiler made, for loads that depend on
+or a copy by TMA that is none, where a tile has fewer buffers or programs a processor than it promises, and where the
+gradient of the matrices has fewer than three buffers on an NVIDIA target (two if the rows of both operands are found
+by loads; in fp32 and with odd sizes it has two). Buffers are those that the compiler made, for loads that depend on
 each other share a declared depth.
 """
 

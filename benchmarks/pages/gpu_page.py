@@ -18,7 +18,7 @@ NOTHING = """\
 claim no speed on a GPU. One command proves and measures all of this in three calls of nine minutes; see its `--help`.
 
 ```sh
-benchmarks/fetch_gpu_peers.sh                        # before, with a network: the libraries to compare with
+benchmarks/fetch_gpu_peers.sh                        # first, with a network: the peers
 benchmarks/run_gpu.sh tests                          # then bench, and tune
 python -m benchmarks.publish runs/gpu/<card>-<code>  # adds the card to these pages
 ```

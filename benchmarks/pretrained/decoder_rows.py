@@ -215,7 +215,7 @@ class Decoding:
         """Of a prompt, and of one token after it."""
         prompt, found = self.text.held_out[:1], {}
         models = {DENSE: self.decoder.model, "converted": model}
-        for name, run in (("decode", _decode), ("prefill", _prefill)):
+        for name, run in (("decode", decode), ("prefill", _prefill)):
             samples = race({name: run(each, prompt) for name, each in models.items()}, seconds / 2, lead=[DENSE])
             found[name] = samples.ratio("converted", DENSE).median
             found[f"{name} of dense"] = samples.time(DENSE).median
@@ -242,8 +242,8 @@ def _prefill(model: nn.Module, prompt: Tensor) -> Run:
     return Run(lambda: None, lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1))
 
 
-def _decode(model: nn.Module, prompt: Tensor) -> Run:
-    """Each call appends to a cache of its own."""
+def decode(model: nn.Module, prompt: Tensor) -> Run:
+    """The last token [1, n] after the others; each call appends to a cache of its own."""
     filled = model(input_ids=prompt[:, :-1], use_cache=True).past_key_values
     now = [filled]
 

@@ -146,6 +146,22 @@ def check_loaded(model: nn.Module, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} is on meta: load the weights first")
 
 
+def check_current(layer: nn.Module, name: str) -> None:
+    """Raise ValueError unless a tensor of a layer, if it has one, is there whole, and what its next forward takes."""
+    tensor: Tensor | None = operator.attrgetter(name)(layer)
+    if tensor is None:
+        return
+    check_held(layer, name, tensor)
+    if is_dtensor(tensor):
+        raise ValueError(f"{name} is sharded over processes: give a layer with its full_tensor()")
+    owner, _, attribute = name.rpartition(".")
+    if attribute in vars(layer.get_submodule(owner)):  # neither parameter nor buffer: a hook sets it in each forward
+        raise ValueError(
+            f"{name} is masked or normalised by a hook, and may be a step old: make it permanent first, by "
+            "torch.nn.utils.prune.remove or remove_weight_norm"
+        )
+
+
 def check_plain(module: nn.Module, name: str, where: str, then: str) -> None:
     """Raise ValueError unless a tensor is the module's own parameter, which a change in place or a copy is enough for.
 

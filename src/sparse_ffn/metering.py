@@ -85,6 +85,8 @@ class RoutingMeter:
                 "RoutingMeter counts as a side effect, which is lost inside torch.func's transforms: stop it there"
             )
         counts = slot_counts(*layer._routed, layer.n_experts + layer.null_experts)
+        if name in self._counts and len(counts) != len(self._counts[name]):
+            raise RuntimeError(f"layer {name!r} has other experts than when RoutingMeter began: start it anew")
         self._counts[name] = counts + self._counts[name].to(counts.device) if name in self._counts else counts
 
     def __enter__(self) -> RoutingMeter:

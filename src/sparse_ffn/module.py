@@ -37,7 +37,7 @@ class Parametrizations(nn.ModuleDict):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the attributes: they are in ``_modules`` too."""
-        return {name: value for name, value in self.__dict__.items() if name not in _METHODS}
+        return {name: value for name, value in super().__getstate__().items() if name not in _METHODS}  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -35,7 +35,8 @@ def polynomial_units_(layer: UnitsFFN, a: float, b: float, c: float = 0.0) -> No
     Raises:
         TypeError: ``layer`` has no units with keys.
         ValueError: the layer has no biases, a GLU, stored rows, no numbers (on meta), or parameters that are masked or
-            parametrised; a coefficient is no finite number; a is 0; or c is another than it may be.
+            parametrised; a coefficient is no finite number, or beyond the layer's dtype; a is 0; or c is another than
+            it may be. Nothing was changed then.
     """
     check_type("layer", layer, UnitsFFN, "a DenseFFN, a TopKFFN or a mixture of experts")
     check_dense(layer)
@@ -49,18 +50,24 @@ def polynomial_units_(layer: UnitsFFN, a: float, b: float, c: float = 0.0) -> No
     for name in ("key_bias", "out_bias", "values"):
         check_loaded(layer, name, getattr(layer, name))
         check_plain(layer, name, "layer", "give it the activation first")
-    constant = c - b * b / (4 * a)
+        if getattr(layer, name).is_inference():
+            raise ValueError(f"layer's {name} was made in inference mode, which nothing outside of it may change")
+    shift, constant = b / (2 * a), c - b * b / (4 * a)
     adds_all = isinstance(layer, DenseFFN) and getattr(layer, "k", layer.d_ff) == layer.d_ff
     if not adds_all and abs(constant) > 1e-6 * max(abs(c), abs(constant)):
         raise ValueError(
             f"c must be b²/4a = {b * b / (4 * a)} for {type(layer).__name__}, which does not add all units, "
             f"got {shown(c)}"
         )
-    layer.activation = "square"
-    layer.key_bias.add_(b / (2 * a))
+    most = torch.finfo(layer.values.dtype).max
+    for term, number in {"a": a, "b/2a": shift, **({"c - b²/4a": constant} if adds_all else {})}.items():
+        if not abs(number) <= most:
+            raise ValueError(f"{term} must be a number of the layer's dtype, at most {most:g}, got {number:g}")
+    layer.key_bias.add_(shift)
     if adds_all:
         layer.out_bias.add_(layer.values.sum(0), alpha=constant)
     layer.values.mul_(a)
+    layer.activation = "square"
 
 
 @torch.inference_mode(False)  # a tensor that is made in it never trains
@@ -90,9 +97,12 @@ def block_mask_(layer: UnitsFFN, share: float, block: tuple[int, int] = (8, 16))
     sizes = _block(block)
     stacks: dict[str, Tensor] = {n: getattr(layer, n) for n in ("keys", "gate_keys", "values")}
     stacks = {name: stack for name, stack in stacks.items() if stack is not None}
+    masks = {name: mask for name in stacks if (mask := layer._buffers.get(f"{name}_mask")) is not None}
+    for name, mask in masks.items():  # a mask may be masked again; what the last forward made may be a step old
+        stacks[name] = layer.get_parameter(f"{name}_orig") * mask
     for name, stack in stacks.items():
         check_loaded(layer, name, stack)
-        if f"{name}_mask" not in layer._buffers:  # a mask may be masked again
+        if name not in masks:
             check_plain(layer, name, "layer", "mask its blocks first")
         if any(size % part for size, part in zip(stack.shape[-2:], sizes, strict=True)):
             raise ValueError(f"block = {sizes} must divide the units and columns of {name}, {tuple(stack.shape[-2:])}")

@@ -22,6 +22,7 @@ from sparse_ffn.checks import check_flag, check_module, check_type
 from sparse_ffn.compress.stacks import check_here, stacks_of_moe
 from sparse_ffn.compress.statistics import route
 from sparse_ffn.layers.moe import MoE
+from sparse_ffn.ops import under_transforms
 
 STACKS = ("keys", "gate_keys", "values")
 """What is mapped, with all tensors below these names, as stored rows have them. Biases and routers are always read."""
@@ -132,7 +133,10 @@ def _files(path: Path) -> Iterator[Path]:
     if path.suffix != ".json":
         yield path
         return
-    index = json.loads(path.read_text())
+    try:
+        index = json.loads(path.read_text())
+    except ValueError:
+        index = None
     shards = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(shards, dict) or any(Path(str(name)).name != name for name in shards.values()):
         raise ValueError(f"path = {str(path)!r} must have a weight_map, from names of tensors to files beside it")
@@ -159,7 +163,10 @@ def _read(path: Path) -> dict[str, Tensor]:
         if not isinstance(header, dict):
             raise ValueError(f"path = {str(path)!r} is neither of safetensors nor of torch.save")
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    known = {name: about for name, about in header.items() if about.get("dtype") in DTYPES}
+    known = {n: about for n, about in header.items() if n != "__metadata__" and about.get("dtype") in DTYPES}
+    for name, about in known.items():
+        if (end := 8 + size + about["data_offsets"][1]) > len(memory):
+            raise ValueError(f"path = {str(path)!r} ends at byte {len(memory)}, before {name} does, at {end}")
     return {name: _view(memory, 8 + size + about["data_offsets"][0], about) for name, about in known.items()}
 
 
@@ -175,6 +182,9 @@ def _view(memory: mmap.mmap, start: int, about: dict[str, Any]) -> Tensor:
 def _prefetch(layer: MoE, args: Any, kwargs: Any) -> None:
     """Before a layer's forward: ask the kernel for the experts that it will select."""
     # is_exporting() is true for all that torch 2.9 compiles
+    given = (*args, *kwargs.values())
+    if under_transforms() or any(isinstance(x, Tensor) and x.is_meta for x in given):
+        return  # no numbers, or those of several calls at once
     if layer.training or torch.compiler._is_exporting_flag:
         return  # a step reads all experts, and to route twice would draw and count twice; a program holds no advice
     _, index_TK, _, _ = route(layer, *args, **kwargs)

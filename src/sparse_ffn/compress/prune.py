@@ -133,8 +133,8 @@ def _check_protect(
         return found
     if isinstance(protect, str) or not isinstance(protect, Iterable):
         raise TypeError(f"protect must be names of layers, or a dict of their experts, got {shown(protect)}")
-    experts = dict(protect) if isinstance(protect, Mapping) else {name: None for name in protect}
-    for name, of in experts.items():
+    for name, of in protect.items() if isinstance(protect, Mapping) else ((name, None) for name in protect):
+        check_type("a name in protect", name, str, "a string")
         if name not in layers:
             raise ValueError(f"protect names {shown(name)}, which is none of the MoE layers {', '.join(layers)}")
         all_of = range(layers[name].n_experts)

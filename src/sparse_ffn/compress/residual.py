@@ -14,6 +14,7 @@ from sparse_ffn.convert.init.weights import relative_error, wide
 from sparse_ffn.layers.low_rank import LowRankMoE
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.rows.base import check_dense
+from sparse_ffn.ops.autocast import without_autocast
 from sparse_ffn.routing.base import Router
 from sparse_ffn.running import fork_random
 
@@ -79,7 +80,7 @@ def compress_experts_(model: nn.Module, rank: int, *, iterations: int = 8) -> Co
             raise ValueError(f"model's layer {name} is split by sparse_ffn.parallel: compress before")
         D, O, G = layer.d_model, layer.d_out, layer.expert_size
         check_positive("rank", rank, max(min(G, D), min(G, O)), f"that of the experts of {name}")
-        for stack in ("keys", "gate_keys", "values", "key_bias"):
+        for stack in ("keys", "gate_keys", "values", "key_bias", "out_bias", "constants"):
             held = getattr(layer, stack)
             if held is None:
                 continue
@@ -90,7 +91,8 @@ def compress_experts_(model: nn.Module, rank: int, *, iterations: int = 8) -> Co
     made: dict[MoE, tuple[LowRankMoE, CompressedLayer]] = {}
     for path, _, attribute, layer in places:
         if layer not in made:  # a layer in several places stays one
-            made[layer] = _compressed(f"{path}.{attribute}" if path else attribute, layer, rank, iterations)
+            with without_autocast(layer.values):
+                made[layer] = _compressed(f"{path}.{attribute}" if path else attribute, layer, rank, iterations)
     for _, owner, attribute, layer in places:
         setattr(owner, attribute, made[layer][0])
     return CompressionReport(tuple(report for _, report in made.values()))

@@ -160,8 +160,13 @@ class Experts:
         """A module as one with experts, if it is one."""
         if isinstance(module, MoE):
             return cls(module, partial(route, module), partial(apply, module))
-        names = tuple(inspect.signature(module.forward).parameters)
-        if hasattr(module, "num_experts") and names in ARGUMENTS:
+        if not hasattr(module, "num_experts"):
+            return None
+        try:
+            names = tuple(inspect.signature(module.forward).parameters)
+        except (TypeError, ValueError):  # some builtins tell nothing
+            return None
+        if names in ARGUMENTS:
             return cls(module, partial(_given, names), partial(_ask, module))
         return None
 

@@ -185,7 +185,12 @@ def _rows(f: Found, inputs: Tensor) -> Tensor:
         raise ValueError(f"{what} must hold numbers, got a tensor on meta")
     if not bool(inputs.isfinite().all()):
         raise ValueError(f"{what} must be finite")
-    return inputs.reshape(-1, ffn.d_model).to(ffn.keys)
+    rows = inputs.reshape(-1, ffn.d_model).to(ffn.keys)
+    with torch.no_grad(), without_autocast(rows):
+        if not bool(ffn.output(rows).isfinite().all()):
+            kept = str(rows.dtype).removeprefix("torch.")
+            raise ValueError(f"{what} must give finite outputs of the FFN, whose numbers are {kept}")
+    return rows
 
 
 def _tell(unknown: Mapping[str, str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_ffn.checks import check_current
 from sparse_ffn.convert.config_base import Converted
 from sparse_ffn.convert.init.build import freeze
 from sparse_ffn.convert.init.experts import copy_weights, gate_at_zero
@@ -24,6 +25,7 @@ KNOWN = (*ROUTERS.values(), DeepSeekRouter)
 """Routers whose ``gate`` says what they do at zero logits; a subclass may do more."""
 
 
+@torch.inference_mode(False)  # a tensor that is made in it never trains
 @torch.no_grad()
 def to_dense(layer: Converted) -> DenseFFN:
     """The dense FFN that computes what a layer computes in evaluation.
@@ -39,7 +41,8 @@ def to_dense(layer: Converted) -> DenseFFN:
 
     Raises:
         TypeError: no layer of this library.
-        ValueError: no dense FFN computes the same; the message says why.
+        ValueError: no dense FFN computes the same, the message says why; or a tensor of the layer is masked or
+            normalised by a hook, sharded, or held by accelerate.
     """
     if isinstance(layer, SharedExpertMoE):
         return _with_shared(layer)
@@ -100,6 +103,8 @@ def _with_zero_biases(ffn: FFNWeights) -> FFNWeights:
 
 
 def _weights(layer: DenseFFN | MoE) -> FFNWeights:
+    for name in ("keys", "values", "gate_keys", "key_bias", "out_bias"):
+        check_current(layer, name)
     gate_keys, key_bias, out_bias = layer.gate_keys, layer.key_bias, layer.out_bias
     return FFNWeights(layer.keys, layer.values, layer.activation, gate_keys, key_bias, out_bias=out_bias)
 
@@ -124,6 +129,7 @@ def _experts(layer: MoE) -> FFNWeights:
         raise _no_dense(layer, f"each token uses its own k = {layer.k} of n_experts = {layer.n_experts}")
     if type(layer.router) not in KNOWN:
         raise _no_dense(layer, f"the gates of its {type(layer.router).__name__} are unknown here")
+    check_current(layer, "router.weight")
     if not isinstance(layer.router, UnweightedRouter) and bool(layer.router.weight.any()):
         raise _no_dense(layer, "its gates depend on the token (the router's weights are not zero)")
     weights = _weights(layer).map_units(lambda rows: rows.flatten(0, 1))
@@ -137,6 +143,8 @@ def _memory(layer: ProductKeyMemory) -> FFNWeights:
         raise _no_dense(layer, "its weights are normalised over the token's scores or query")
     if layer.experts or layer.gated:
         raise _no_dense(layer, "experts = True" if layer.experts else "gated = True")
+    for name in ("sub_keys", "values", *(f"query.{n}" for n in ("weight", "bias") if layer.query is not None)):
+        check_current(layer, name)
     keys = product_keys(layer.sub_keys)
     bias: Tensor | None = None
     if layer.query is not None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.checks import check_flag, check_held, check_tensor, check_type, shown
+from sparse_ffn.checks import check_current, check_flag, check_tensor, check_type, shown
 from sparse_ffn.integrations.families import (
     ACTIVATIONS,
     FAMILIES,
@@ -54,7 +54,7 @@ def from_transformers(
             of another size than the others or the config say, or an option that they decide, as ``router``.
     """
     facts = facts_of(config)
-    check_free(options, ("d_model", "d_latent", "n_experts", "expert_size", "k", "router"))
+    check_free(options, ("d_model", "d_latent", "n_experts", "expert_size", "k", "router", "device", "dtype"))
     family, keys = FAMILIES[facts["model_type"]], Keys(state_dict, prefix)
     experts = _experts(keys, family)
     shared = family.shared is not None and f"{family.shared}.up_proj.weight" in keys.left
@@ -119,7 +119,7 @@ def to_transformers(
         Names and tensors; its scaling factor is divided out of the values.
 
     Raises:
-        ValueError: the layer is not what the config says, masked, or held by accelerate.
+        ValueError: the layer is not what the config says, masked, sharded, or held by accelerate.
         TypeError: no ``MoE``, ``LatentMoE`` or ``SharedExpertMoE``.
     """
     if not isinstance(layer, (MoE, LatentMoE, SharedExpertMoE)):
@@ -132,7 +132,7 @@ def to_transformers(
     others = names(facts, isinstance(layer, SharedExpertMoE))
     core = next(f"{name}." if name else "" for name, module in layer.named_modules() if module is moe)
     for name in (*(core + stack for stack in ("keys", "gate_keys", "values")), *others):
-        _check_current(layer, name)
+        check_current(layer, name)
     family = FAMILIES[facts["model_type"]]
     if family.correction is None and moe.router.bias is not None and moe.router.bias.any():
         raise ValueError(f"the layer is no {facts['model_type']} block: its router's selection bias has no place there")
@@ -151,20 +151,6 @@ def to_transformers(
         tensor: Tensor = attrgetter(name)(layer)
         state[theirs] = tensor.mT if name == "shared.values" else tensor
     return {prefix + name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
-
-
-def _check_current(layer: nn.Module, name: str) -> None:
-    """Raise ValueError unless a tensor of a layer, if it has one, is what its next forward computes with."""
-    tensor: Tensor | None = attrgetter(name)(layer)
-    if tensor is None:
-        return
-    check_held(layer, name, tensor)
-    owner, _, attribute = name.rpartition(".")
-    if attribute in vars(layer.get_submodule(owner)):  # neither parameter nor buffer: a hook sets it in each forward
-        raise ValueError(
-            f"{name} is masked or normalised by a hook, and may be a step old: make it permanent first, by "
-            "torch.nn.utils.prune.remove or remove_weight_norm"
-        )
 
 
 def _moe(layer: MoE | LatentMoE | SharedExpertMoE) -> MoE:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_ffn.checks import check_held, check_type
+from sparse_ffn.checks import check_current, check_type
 from sparse_ffn.integrations.checkpoints import Keys, check_free, filled
 from sparse_ffn.layers import MoE
 from sparse_ffn.layers.rows.base import check_dense
@@ -38,7 +38,7 @@ def from_moe_layer(state_dict: Mapping[str, Tensor], k: int, *, prefix: str = ""
         ValueError: a key that is missing or that nothing uses, a tensor of another size than the others say, or an
             option that they decide, as ``bias``.
     """
-    check_free(options, ("d_model", "n_experts", "expert_size", "bias", "d_out"))
+    check_free(options, ("d_model", "n_experts", "expert_size", "bias", "d_out", "device", "dtype"))
     keys = Keys(state_dict, prefix)
     stack, values = keys.take("keys", 3).mT, keys.take("values", 3)
     ours = {"keys": stack, "values": values, "router.weight": keys.take("expert_sel", 2)}
@@ -63,7 +63,7 @@ def to_moe_layer(layer: MoE, *, prefix: str = "") -> dict[str, Tensor]:
 
     Raises:
         ValueError: the layer has a parameter that the paper's code has no place for, or a router of its own width, or
-            accelerate holds it.
+            it is sharded or accelerate holds it.
         TypeError: no ``MoE``.
     """
     if not isinstance(layer, MoE):
@@ -84,7 +84,7 @@ def to_moe_layer(layer: MoE, *, prefix: str = "") -> dict[str, Tensor]:
         raise ValueError(f"the paper's layer has no null experts, this one has null_experts = {layer.null_experts}")
     if foreign := sorted(state.keys() - names.keys()):
         raise ValueError(f"the paper's MoE layer has no place for {', '.join(foreign)}")
-    for name, tensor in state.items():
-        check_held(layer, name, tensor)
+    for name in state:
+        check_current(layer, name)
     state["keys"] = state["keys"].mT
     return {prefix + names[name]: tensor.detach().clone().contiguous() for name, tensor in state.items()}

@@ -8,10 +8,12 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor
 
-from sparse_ffn.integrations.checkpoints import Keys, filled
+from sparse_ffn.integrations.checkpoints import Keys, check_free, filled
 from sparse_ffn.layers import ProductKeyMemory
 
 QUERY, BATCH_NORM = "query_proj.query_mlps.0", "query_proj.query_mlps.1"
+DECIDED = ("d_model", "n_sub_keys", "n_heads", "d_out", "query_dim", "device", "dtype")
+"""Options that the tensors say."""
 
 
 def from_xlm(state_dict: Mapping[str, Tensor], k: int, *, prefix: str = "", **options: Any) -> ProductKeyMemory:
@@ -33,8 +35,10 @@ def from_xlm(state_dict: Mapping[str, Tensor], k: int, *, prefix: str = "", **op
         The layer, in the dtype and on the device of the values.
 
     Raises:
-        ValueError: a key that is missing or that nothing uses, or a tensor of another size than the others say.
+        ValueError: a key that is missing or that nothing uses, a tensor of another size than the others say, or an
+            option that they decide, as ``n_heads``.
     """
+    check_free(options, (*DECIDED, "query_bias"))
     keys = Keys(state_dict, prefix)
     values, shared = keys.take("values.weight", 2), getattr(keys.left.get("keys"), "ndim", 4) == 2
     sub_keys = keys.take("keys", 2 if shared else 4)
@@ -75,8 +79,10 @@ def from_product_key_memory(
         The layer, in the dtype and on the device of the values.
 
     Raises:
-        ValueError: a key that is missing or that nothing uses, or a tensor of another size than the others say.
+        ValueError: a key that is missing or that nothing uses, a tensor of another size than the others say, or an
+            option that they decide, as ``n_heads``.
     """
+    check_free(options, (*DECIDED, "query_norm", "norm_affine"))
     keys = Keys(state_dict, prefix)
     sub_keys, query = keys.take("keys", 4), keys.take("to_queries.weight", 2)
     n_heads, n, _, half = sub_keys.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -151,7 +152,7 @@ class Balanced(WithProperties):
 
     def _n_sequences(self, x: Tensor) -> int | None:
         """How many parts of x [..., d_model] are balanced each by itself; None for all tokens together."""
-        return x.shape[:-2].numel() if self.balance_over == "sequence" else None
+        return math.prod(x.shape[:-2]) if self.balance_over == "sequence" else None
 
     def _balance_loss(self, routing: AnyRouting, mask_T: Tensor | None, n_sequences: int | None) -> Tensor | None:
         """The weighted loss, if the layer has one now."""
@@ -230,7 +231,7 @@ class Balanced(WithProperties):
     def __getstate__(self) -> dict[str, Any]:
         """Without what the last forward left behind: copies and pickles start clean."""
         sync = self.sync_balance if isinstance(self.sync_balance, bool) else SharedGroup(self.sync_balance)
-        return {**self.__dict__, "_last": None, "_calls": None, "_sync_balance": sync}
+        return {**super().__getstate__(), "_last": None, "_calls": None, "_sync_balance": sync}  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

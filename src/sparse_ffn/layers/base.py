@@ -121,7 +121,7 @@ class SparseFFN(CheckedOptions, Parametrizable, WithProperties):
         """Apply the layer.
 
         Args:
-            x: [..., d_model], of the parameters' dtype (any float dtype under autocast).
+            x: [..., d_model], of the parameters' dtype (under autocast any but float64).
             mask: bool [...], True for real tokens, the opposite of torch's ``key_padding_mask``. Padding takes no part
                 in balance and statistics; its outputs are computed as usual. Layers without a router only check it.
             router_input: what the router sees instead of x, [..., d_router], of the parameters' dtype or fp32; MoE
@@ -198,7 +198,7 @@ class SparseFFN(CheckedOptions, Parametrizable, WithProperties):
         normal_(parameter, self.init_scale / math.sqrt(fan))
 
     def _dropout_mask(self, x: Tensor, *shape: int) -> Tensor | None:
-        """Dropout's multiplier for hidden units, the last dimension, or None when there is nothing to drop."""
+        """Dropout's multiplier for hidden units, in x's dtype; None when there is nothing to drop."""
         if not self.training or not self.dropout:
             return None
         mask = F.dropout(torch.ones(shape, device=x.device, dtype=x.dtype), self.dropout)

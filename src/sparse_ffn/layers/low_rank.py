@@ -125,6 +125,8 @@ class LowRankMoE(Routed):
     def _experts(self, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
         p = self._own()
         tokens, k = index_TK.shape
+        # the base reads every token: those that no expert has may hold anything
+        x_TD = torch.where((index_TK < self.n_experts).any(1, keepdim=True), x_TD, 0)
         expert_S = index_TK.reshape(-1)
         token_S = torch.arange(tokens, device=x_TD.device).unsqueeze(1).expand(tokens, k).reshape(-1)
 

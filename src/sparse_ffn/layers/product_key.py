@@ -281,7 +281,7 @@ class ProductKeyMemory(SparseFFN):
         """Optimizer parameter groups: the value table with a learning rate of its own, then all other parameters.
 
         Args:
-            values_lr: learning rate of ``values``: each row is read by few tokens, so it usually wants a higher one.
+            values_lr: learning rate of ``values``: each row is read by few tokens and may want a higher one.
             **options: further options of the value table's group, e.g. ``weight_decay=0.0``.
 
         Raises:

@@ -141,7 +141,7 @@ class SwitchHeadAttention(CheckedOptions, nn.Module):
         """Apply the layer.
 
         Args:
-            x: [..., T, d_model], of the parameters' dtype (any float dtype under autocast): queries and keys are of it.
+            x: [..., T, d_model], of the parameters' dtype (under autocast any but float64): queries and keys are of it.
             router_input: what the routers see instead of x, in x's shape and dtype or fp32.
             value_input: what the values are of instead of x, in x's shape and dtype: MoEUT's layer norm is on x alone.
             causal: a token attends to itself and to those before it only.

@@ -14,6 +14,7 @@ from sparse_ffn.checks import check_count, check_dtype, check_positive, check_ty
 from sparse_ffn.layers.base import SparseFFN
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.product_key import ProductKeyMemory
+from sparse_ffn.layers.rows.base import check_dense
 from sparse_ffn.parallel.exchange import choose, shares
 
 
@@ -55,9 +56,11 @@ def traffic(
 
     Raises:
         TypeError: another layer, or sizes that are no ints.
-        ValueError: no process, fewer than no tokens, or a memory that ``MemoryParallel`` does not split.
+        ValueError: no process, fewer than no tokens, stored rows, or a memory that ``MemoryParallel`` does not split.
     """
     check_type("layer", layer, (MoE, ProductKeyMemory), "a sparse_ffn.MoE or ProductKeyMemory")
+    if isinstance(layer, MoE):
+        check_dense(layer)
     if isinstance(layer, ProductKeyMemory) and layer.experts:
         raise ValueError("layer has experts = True, which MemoryParallel does not split")
     tokens, ranks = check_count("tokens", tokens), check_positive("ranks", ranks)

@@ -177,7 +177,7 @@ class Router(CheckedOptions, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the loads that were counted: copies and pickles start clean."""
-        return {name: value for name, value in self.__dict__.items() if name != "load"}
+        return {name: value for name, value in super().__getstate__().items() if name != "load"}  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -298,7 +298,9 @@ class Router(CheckedOptions, nn.Module):
             return
         load = load.to(self.bias.dtype)
         wished = load.mean() * targets.times_experts(load)
-        targets.own(self.bias).add_(targets.own(torch.sign(wished - load)), alpha=rate)
+        missing = wished - load
+        rounding = 4 * torch.finfo(load.dtype).eps * wished  # of the shares, in which equal loads differ
+        targets.own(self.bias).add_(targets.own(torch.sign(missing) * (missing.abs() > rounding)), alpha=rate)
 
     def extra_repr(self) -> str:
         """Sizes and what differs from the defaults."""

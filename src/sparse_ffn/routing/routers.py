@@ -130,6 +130,7 @@ ROUTERS: dict[str, type[Router]] = {
     "unweighted": UnweightedRouter,
     "relu": ReLURouter,
 }
+"""By the name that a layer's argument ``router`` takes."""
 
 
 def make_router(

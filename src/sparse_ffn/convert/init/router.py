@@ -25,7 +25,9 @@ def contributions(ffn: FFNWeights, n_experts: int, x_TD: Tensor) -> Tensor:
     """Norm of each expert's part of the output, [T, E] in fp32 at least."""
     h_TEG = ffn.hidden(x_TD).view(len(x_TD), n_experts, -1)
     values_EGO = ffn.values.reshape(n_experts, -1, ffn.d_out)
-    return torch.stack([wide(h_TEG[:, e] @ values_EGO[e]).norm(dim=1) for e in range(n_experts)], dim=1)
+    # a part may be beyond fp16 where the sum of all is not
+    parts = ((wide(h_TEG[:, e]) @ wide(values_EGO[e])).norm(dim=1) for e in range(n_experts))
+    return torch.stack([*parts], dim=1)
 
 
 def fit_router(ffn: FFNWeights, n_experts: int, inputs: Tensor) -> Tensor:
@@ -83,5 +85,5 @@ def centre(weight_ED: Tensor, inputs: Tensor | None) -> Tensor:
     weight_ED = wide(weight_ED)
     weight_ED = weight_ED - weight_ED.mean(0)  # what all experts share ranks none
     x = None if inputs is None else inputs.to(weight_ED)
-    size = weight_ED.norm(dim=1).mean() if x is None else F.linear(x, weight_ED).std()
+    size = weight_ED.norm(dim=1).mean() if x is None else F.linear(x, weight_ED).std(correction=0)
     return weight_ED * (SMALL / size.clamp_min(1e-12))
