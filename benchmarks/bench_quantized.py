@@ -158,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, tuple[Quartil
     peers = of_kt_kernel(base, shape)
     for tokens, name in itertools.product(options.tokens, peers):  # alone: its threads do not sleep between calls
         x = torch.randn(tokens, options.sizes[0], dtype=torch.bfloat16)
-        time = race({name: Run(lambda: None, functools.partial(peers[name], x))}, options.seconds / 4).time(name)
+        with torch.inference_mode():
+            time = race({name: Run(lambda: None, functools.partial(peers[name], x))}, options.seconds / 4).time(name)
         bf16 = found[tokens]["bf16"][0].median
         ratio = Quartiles(time.low / bf16, time.median / bf16, time.high / bf16, time.rounds)
         found[tokens][name] = time, ratio

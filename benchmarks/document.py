@@ -23,9 +23,8 @@ on this page was written by `python -m benchmarks.document` from the JSON in `be
 
 With enough tokens a mixture of experts takes a fraction of the time of the dense FFN that it replaces. A dense FFN of
 equal arithmetic, which has far fewer parameters, can be faster: the second table says where. All are of one dtype here.
-A processor without 16-bit instructions multiplies in bf16 slower than in fp32, so that there a dense FFN in bf16 is no
-measure; the README's table takes the faster of both. Where in fp32 the dense FFN of equal arithmetic is the slower one,
-it is torch's product that is slow: sparsity saves nothing beside it.
+Without 16-bit instructions bf16 is slower than fp32, and a dense FFN in bf16 no measure; the README's table takes the
+faster of both. Where a dense FFN of equal arithmetic is slower in fp32, it is torch's product that is slow.
 """
 BUSY = "**{} was busy before this run. Do not trust its numbers.**\n"
 REPLACED = """\
@@ -46,8 +45,11 @@ PEERS = """\
 How many times longer their training step takes, the least and the most over the shapes above (on GPUs of libraries that
 tune themselves at every shape: over the first shape, in bf16, with a tenth of the time that they give each trial, and
 Liger's without its trials). Where some shapes were not timed, the count says of how many it is; the rows say why. The
-experts of transformers are gated (SiLU), the others use ReLU. `python -m benchmarks.rows --contenders` says what each
-of them is.
+experts of transformers are gated (SiLU), the others use ReLU. `python -m benchmarks.rows --contenders` says more.
+"""
+OLD_LOOP = """\
+**The per-expert loop was a slower one** on machines without a commit above: it indexed stacks of weights, so that
+autograd made a gradient of a whole stack for each expert. LOOPNUMBERS
 """
 TOPK = """\
 ## TopKFFN
@@ -71,21 +73,17 @@ METHOD = """\
 ## How it is measured
 
 - **Checked first.** Output and all gradients of each contender are compared with the reference in float64 at the same
-  weights. A contender that is wrong is reported and not timed. Inputs whose selection is a near-tie are drawn again.
-  In bf16 a `TopKFFN` or a memory may select other units than float64 does: there a copy in fp32 is compared so, and of
-  the layer as it is timed the output alone, widely (70%). st-moe-pytorch is compared in fp32, on 64 tokens for which it
-  has room; transformers' batched_mm on 64 tokens.
-- **Routing.** Routers are as they are initialised and inputs are random, so that loads are nearly even. Trained routers
-  load some experts more.
+  weights, on inputs without near-ties; what is wrong is reported and not timed. In bf16 a `TopKFFN` or a memory may
+  select other units: there a copy in fp32 is compared so, and of the layer itself the output alone, widely (70%).
+  st-moe-pytorch is compared in fp32, on 64 tokens for which it has room; transformers' batched_mm on 64 tokens.
+- **Routing.** Routers are new and inputs random, so that loads are nearly even. Trained routers load some experts more.
 - **In turns.** Contenders take turns in random order. Each ratio is taken within a round, and its median is shown. What
   takes long has few rounds. What takes longer than its share of the time, as the dense FFN of equal parameters often
-  does, is called once, before the rounds, and its ratio is to our call of the first round: such a ratio is not paired.
+  does, is called once, cold, before the rounds, and its ratio is to our call of the first round: not a pair.
 - **Warm.** A call of less than 2 ms is repeated, after one that is not timed: weights that fit are read from caches. In
-  a model other layers may have taken their place.
-  [Steps and their floors](benchmarks-targets.md#steps-and-their-floors) has some of the shapes with cold caches, where
-  few tokens take several times as long and the ratios are others.
-- **Training step** is forward and backward, with the balance loss and fresh gradients of all parameters. **Forward** is
-  evaluation without gradients.
+  a model other layers may have taken their place: [cold](benchmarks-targets.md#steps-and-their-floors), few tokens take
+  several times as long and the ratios are others.
+- **Training step** is forward and backward, with the balance loss and new gradients. **Forward** is without gradients.
 - A contender that fails, is wrong, or needs more than half of the free memory is named as such and never left out.
 
 ## On your machine
@@ -148,12 +146,11 @@ def _sections(found: Sequence[Machine]) -> Iterator[str]:
     yield f"## The machines\n\n{facts}\n{busy}"
     yield f"{REPLACED}\n{said}\n\n{markdown(comparison.replaced(found))}\n"
     yield f"{COMPUTED}\n{said}\n\n{markdown(comparison.computed(found))}\n"
-    yield f"{PEERS}\n{said}\n\n{markdown(comparison.peers(found))}\n"
+    old = f"{OLD_LOOP}\n" if any("sparse-ffn" not in m.facts for m in found) else ""
+    yield f"{PEERS}\n{old}{said}\n\n{markdown(comparison.peers(found))}\n"
     if any(m.rows("topk") for m in found):
         yield f"{TOPK}\n{said}\n\n{markdown(comparison.topk(found, FEW))}\n"
     yield f"{KEPT}\n{markdown(comparison.kept(found))}\n"
-    if any(row.group == "experts" for m in found for row in m.rows("sweeps")):
-        yield f"{EXPERTS}\n{said}\n\n{markdown(comparison.experts(found))}\n"
 
 
 def targets_page(found: Sequence[Machine]) -> str:
@@ -162,6 +159,8 @@ def targets_page(found: Sequence[Machine]) -> str:
     cpus = [m for m in found if m.device == "cpu"]
     if any(m.rows("topk") for m in cpus):
         parts.append(f"{SWEEP}\n{comparison.instructions(cpus)}\n\n{markdown(comparison.topk(cpus, PERCENTS))}\n")
+    if any(row.group == "experts" for m in found for row in m.rows("sweeps")):
+        parts.append(f"{EXPERTS}\n{markdown(comparison.experts(found))}\n")
     profiled = [m for m in found if m.profiles]
     parts += [PASSES] if profiled else []
     parts += [

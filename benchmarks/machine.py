@@ -43,6 +43,8 @@ def describe(device: torch.device) -> dict[str, str]:
     return facts
 
 
+SAME = ("processor", "cores", "GPU", "torch", "CPU core", "sparse-ffn")
+"""Facts that the parts of a run have in common."""
 PEERS = ("transformers", "st-moe-pytorch", "PEER-pytorch", "product-key-memory")
 TIMED = ("src", "csrc", "benchmarks/contenders", "benchmarks/measuring")
 ROOT = Path(__file__).parents[1]

@@ -55,19 +55,20 @@ def collect(
     rows: list[Row] = []
     if options.resume and options.json and options.json.is_file():
         before = Report.load(options.json)
-        if other := [name for name in ("processor", "GPU", "torch") if before.machine.get(name) != facts.get(name)]:
+        if other := [name for name in machine.SAME if before.machine.get(name) != facts.get(name)]:
             raise SystemExit(f"--resume: {options.json} is of another {', '.join(other)}: give another file")
         rows += before.rows
-    done = {(row.group, row.shape, row.dtype) for row in rows}
+    done = {(row.group, row.shape, row.dtype, row.mode) for row in rows}
     names = {"all", "none"}
     if options.device.type == "cuda":
         replay.leave_the_default_stream(options.device)
     for case in cases():
         names.update(entry.name for entry in case.entries)
-        if (case.group, case.shape, case.dtype) in done:
+        left = [mode for mode in modes if (case.group, case.shape, case.dtype, mode) not in done]
+        if not left:
             continue
         every = [entry.name for entry in case.entries] if options.peers == ["all"] else options.peers
-        found = run_case(case, modes, options.seconds, peers=set(every) - set(options.without))
+        found = run_case(case, left, options.seconds, peers=set(every) - set(options.without))
         for row in found:
             print(f"\n{report.title(row)}\n\n{report.text(report.contenders(row))}", flush=True)
         rows += found

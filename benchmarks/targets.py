@@ -18,6 +18,7 @@ from benchmarks.shapes import TOPK_TOKENS, topk_sweep
 
 TO, PEERS = "time relative to ", "times faster than "
 MET, MISSED, NO_AMX, NOT_TIMED = "met", "missed", "no AMX here", "not timed"
+OWN = "set by this run"
 NOT_EXPLAINED = "not explained"
 SWEEPS = {str(s): f"T={s.T} D={s.D} d_ff={s.F}" for tokens in TOPK_TOKENS for s in topk_sweep(tokens)}
 
@@ -32,7 +33,7 @@ class Verdict:
         bound: of the target.
         most: whether it is an upper bound.
         measured: None where it could not be.
-        status: ``MET``, ``MISSED``, ``NO_AMX`` or ``NOT_TIMED``.
+        status: ``MET``, ``MISSED``, ``NO_AMX``, ``NOT_TIMED``, or ``OWN``: the bound is what this very run measured.
         on_amx: whether it is a target of machines with matrix units alone.
     """
 
@@ -94,7 +95,9 @@ def verdicts(row: Row, facts: Mapping[str, str]) -> Iterator[Verdict]:
     to_dense = None if ours.ratio is None else ours.ratio.median
     for limits, on_amx in _limits(facts):
         if row.dtype in limits.get(key, {}):
-            yield judged(f"{TO}{row.baseline}", limits[key][row.dtype], to_dense, most=True, on_amx=on_amx)
+            bound = limits[key][row.dtype]
+            found = judged(f"{TO}{row.baseline}", bound, to_dense, most=True, on_amx=on_amx)
+            yield replace(found, status=OWN) if bars.was_set_by(to_dense, bound, key, row.dtype, facts) else found
     for peer in (result for result in row.results if result.kind == "peer"):
         least = bars.GPU_OVER_PEERS if row.device == "cuda" else bars.OVER_PEERS.get(key)
         if least is not None and (peer.status == "timed" or ours.status != "timed"):
@@ -181,7 +184,7 @@ def _number(measured: float | None) -> str:
 def counted(found: Sequence[Verdict]) -> str:
     """How many were met, and what became of the others."""
     count = Counter(verdict.status for verdict in found)
-    return ", ".join(f"{count[status]} {status}" for status in (MET, MISSED, NO_AMX, NOT_TIMED) if count[status])
+    return ", ".join(f"{count[status]} {status}" for status in (MET, MISSED, OWN, NO_AMX, NOT_TIMED) if count[status])
 
 
 def summary(found: Sequence[Verdict], facts: Mapping[str, str]) -> str:

@@ -99,6 +99,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", default="python", help="as the demo's")
     parser.add_argument("--seed", type=seed, default=0, help="of weights and batches (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("runs/moeut"), help="folder of the checkpoint")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the folder")
     return parser.parse_args(argv)
 
 
@@ -116,9 +117,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, tuple[int, float]]:
     models: dict[str, ByteModel] = {"dense": dense, "MoEUT": SharedTransformer(config, args.group, count(dense))}
     learners = [train.make_learner(name, model, config) for name, model in models.items()]
     about = {"moeut": args.group, "steps": config.steps, "data": corpus.digest, "seed": args.seed}
-    steps = train.train(
-        learners, corpus, config, seed=args.seed, first_step=0, checkpoint=args.out / "checkpoint.pt", about=about
-    )
+    checkpoint, first = args.out / "checkpoint.pt", 0
+    if args.resume:
+        try:
+            first = train.load_checkpoint(checkpoint, about, learners)
+        except train.TrainingError as error:
+            raise SystemExit(f"error: {error}") from error
+    steps = train.train(learners, corpus, config, seed=args.seed, first_step=first, checkpoint=checkpoint, about=about)
     for done, bits in steps:
         if done % 10 == 0:
             print(f"step {done}: " + ", ".join(f"{name} {value:.3f}" for name, value in bits.items()), flush=True)

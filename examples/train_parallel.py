@@ -127,17 +127,19 @@ def state(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def save(net: nn.Module, optimizer: torch.optim.Optimizer, folder: str, step: int) -> None:
-    dcp.save({**state(net, optimizer), "step": torch.tensor(step)}, checkpoint_id=folder)
+    place = Path(folder, f"step-{step}")  # the last one stays whole until this is
+    dcp.save({**state(net, optimizer), "step": torch.tensor(step)}, checkpoint_id=place)
     if dist.get_rank() == 0:
-        print(f"saved step {step} to {folder}")
+        print(f"saved step {step} to {place}")
 
 
 def resume(net: nn.Module, optimizer: torch.optim.Optimizer, folder: str) -> int:
     """Fill model and optimizer from a checkpoint of any number of processes; the step to go on with."""
-    if not Path(folder, ".metadata").is_file():
+    whole = [path.parent for path in Path(folder).glob("step-*/.metadata")]  # which is written at the end
+    if not whole:
         return 0
     found = state(net, optimizer)
-    dcp.load(found, checkpoint_id=folder)
+    dcp.load(found, checkpoint_id=max(whole, key=lambda path: int(path.name.removeprefix("step-"))))
     set_state_dict(net, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
     return int(found["step"])
 

@@ -38,7 +38,7 @@ def machine_of(record: Record) -> tuple[str, int]:
 
 def emulated(record: Record) -> bool:
     """Whether `rounded.Rounded` multiplied: times are then not those of bfloat16."""
-    return "GPU" not in record["machine"] and record["machine"]["CPU core"] in ("generic", "avx2", "avx512")
+    return "GPU" not in record["machine"] and record["machine"]["16-bit instructions"] == "none"
 
 
 def training_seconds(record: Record) -> float:

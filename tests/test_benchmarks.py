@@ -410,7 +410,11 @@ def test_targets_of_matrix_units_are_judged_where_there_are_some() -> None:
 
     assert of(AMX) == [("≤ 1.25", "missed")]
     assert of({**FACTS, "CPU core": "generic"}) == [("≤ 1.25", "no AMX here")]
-    assert of({**FACTS, "CPU core": "avx512_bf16"}) == [("≤ 1.25", "no AMX here"), ("≤ 1.38", "met")]  # 1.31 before
+    published = {**FACTS, "CPU core": "avx512_bf16"}
+    assert of(published) == [("≤ 1.25", "no AMX here"), ("≤ 1.38", "met")]  # 1.31 before
+    row = replace(moe_row(1.31, 2.6), dtype="bf16", saved_bound=None)  # the very run that the target is from
+    assert of(published) == [("≤ 1.25", "no AMX here"), ("≤ 1.38", "set by this run")]
+    row = replace(moe_row(1.3, 2.6), dtype="bf16", saved_bound=None)
     (glu,) = bars.OVER_PEERS_ON_AMX
     served = replace(row, group="moe-glu", shape=glu[2], mode="fwd")
     kt_kernel = replace(row.of("per-expert loop"), name="kt-kernel")
@@ -629,8 +633,12 @@ def test_a_file_of_another_machine_is_not_gone_on_with(tmp_path: Path) -> None:
     Report({"processor": "another", "torch": torch.__version__}, "a command", ()).save(file)
     with pytest.raises(SystemExit, match=r"layers\.json is of another processor: give another file"):
         bench_layers.main(["--resume", "--json", str(file), "--shapes", "8,8,4,4,2", "--seconds", "0.01"])
+    facts = {**machine.describe(torch.device("cpu")), "sparse-ffn": "0.1.0, commit of yesterday"}
+    Report(facts, "a command", ()).save(file)
+    with pytest.raises(SystemExit, match=r"layers\.json is of another sparse-ffn: give another file"):
+        bench_layers.main(["--resume", "--json", str(file), "--shapes", "8,8,4,4,2", "--seconds", "0.01"])
     Report({"processor": "one", "torch": "2"}, "a command", ()).save(tmp_path / "topk.json")
-    with pytest.raises(ValueError, match="parts of several machines"):
+    with pytest.raises(ValueError, match="has parts that differ in one of: processor, cores, "):
         machines.load([tmp_path])
 
 
@@ -669,7 +677,7 @@ def test_the_committed_pages_are_what_the_published_numbers_give() -> None:
     found = machines.load([machines.PUBLISHED])
     page, front = (root / "docs" / "benchmarks.md").read_text(), (root / "README.md").read_text()
     assert page == document.page(found)
-    assert len(page.splitlines()) <= 170
+    assert len(page.splitlines()) <= 150
     assert (root / "docs" / "benchmarks-targets.md").read_text() == document.targets_page(found)
     assert front == document.readme(front, found)
 
@@ -756,6 +764,11 @@ def test_cvmm_end_to_end(tmp_path: Path) -> None:
     result = bench_cvmm.main(["--shapes", str(TINY), *what])
     assert [row.group for row in result.rows] == ["cvmm-up", "cvmm-down"]
     assert all(r.status == "timed" for row in result.rows for r in row.results if r.name != "torch grouped_mm")
+    other = [word if word != "fwdbwd" else "fwd" for word in what]
+    both = bench_cvmm.main(["--shapes", str(TINY), *other, "--json", str(tmp_path / "both.json")])
+    assert [row.mode for row in both.rows] == ["fwd"] * 2
+    again = bench_cvmm.main(["--shapes", str(TINY), *what, "--json", str(tmp_path / "both.json")])
+    assert [row.mode for row in again.rows] == ["fwd"] * 2 + ["fwdbwd"] * 2  # the pass that was left
     left_out = ["--without", "per-expert loop"]
     more = bench_cvmm.main(["--shapes", str(TINY), "4,8,4,8,2", *what, *left_out])  # goes on after what the file has
     assert more.rows[:2] == result.rows
@@ -921,7 +934,10 @@ def test_compressed_experts_cost_no_more_than_their_bars(tmp_path: Path) -> None
         str(tmp_path),
     ]
     found = bench_compress.main(few)
-    assert len(list(tmp_path.iterdir())) == 1
+    (kept,) = tmp_path.iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[: len(whole) // 2])  # of a disk that was full: trained anew
+    assert bench_compress.main(few) == found
     assert bench_compress.main(few) == found
     costs = {name: more for name, [(more, _)] in found.items()}
     sizes = {name: share for name, [(_, share)] in found.items()}

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import itertools
 import json
+import random
 import re
 import warnings
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 import sparse_ffn as sf
+from sparse_ffn.backends.warning import SparseFFNWarning
 from sparse_ffn.convert import ConstantInput, LowRankMoEConfig, config, config_from_dict, config_of, places
 from sparse_ffn.convert.budget import Judge
 from sparse_ffn.convert.calibrate import Reservoir
@@ -580,6 +582,96 @@ def test_the_layer_within_is_named_where_to_dense_gets_what_holds_it() -> None:
 def test_no_way_back_is_said(layer: sf.SparseFFN, why: str) -> None:
     with pytest.raises(ValueError, match=f"no dense FFN computes what this {type(layer).__name__} does: .*{why}"):
         sf.to_dense(layer)
+
+
+class OwnMask(Mlp):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = super().forward(x)
+        return y if mask is None else y * mask.unsqueeze(-1)
+
+
+class Skipping(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.rand(()) < 0.3:
+            return torch.zeros_like(x)
+        return super().forward(x)
+
+
+class SkippingByPython(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and random.random() < 0.3:
+            return torch.zeros_like(x)
+        return super().forward(x)
+
+
+class Frozen(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return super().forward(x)
+
+
+class Cut(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach())
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (OwnMask, "its forward has an argument 'mask' of its own"),
+        (Skipping, "in training it does more than dropout"),
+        (SkippingByPython, "in training it does more than dropout"),
+        (Frozen, "its gradient is not that of an FFN"),
+        (Cut, "its gradient is not that of an FFN"),
+    ],
+)
+def test_what_one_run_does_not_show_is_no_ffn(kind: type[Mlp], why: str) -> None:
+    """The probe passes no mask, draws one number and needs no gradients; the layer would do something else then."""
+    state = random.getstate()
+    with pytest.raises(ValueError, match=why):
+        sf.from_dense(kind("relu"), OPEN)
+    assert random.getstate() == state
+
+
+class TwoWays(nn.Module):
+    """The branch for a memory uses the activation and the dropout rate of the FFN, too."""
+
+    def __init__(self, rate: float, activation: bool) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.query = nn.Linear(6, 16), nn.Linear(16, 6), nn.Linear(6, 6)
+        self.dropout, self.activation, self.both = rate, torch.relu, activation
+
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        if memory is not None:
+            seen = self.query(memory)
+            seen = self.activation(seen) if self.both else seen
+            x = x + F.dropout(seen, self.dropout, self.training)
+        return x + self.fc2(F.dropout(self.activation(self.fc1(x)), self.dropout, self.training))
+
+
+@pytest.mark.parametrize(("rate", "activation", "n_found"), [(0.0, False, 1), (0.0, True, 0), (0.1, False, 0)])
+def test_edits_reach_no_branch_that_the_first_probe_does_not_enter(rate: float, activation: bool, n_found: int) -> None:
+    model, memory = nn.ModuleList([TwoWays(rate, activation)]), torch.randn(2, 3, 6)
+    dense = copy.deepcopy(model)
+    report = sf.sparsify_(model, OPEN)
+    assert len(report.names) == n_found
+    if not n_found:
+        assert "does not compute the same with the FFN replaced, called otherwise" in report.unknown["0.fc1"]
+    for given in ((memory,), (memory, memory)):
+        torch.testing.assert_close(model.eval()[0](*given), dense.eval()[0](*given), rtol=1e-4, atol=1e-5)
+    assert model[0].dropout == rate
+
+
+@pytest.mark.parametrize("kept", [lambda m: [("a", m)], lambda m: m.forward, lambda m: {"x": (m,)}])
+def test_an_ffn_that_an_attribute_holds_elsewhere_is_left(kept: Callable[[nn.Module], Any]) -> None:
+    """A grandparent's list would go on with the FFN."""
+    model = nn.Sequential(Block(Mlp("relu")))
+    vars(model[0].ffn.a)["parent"] = [model[0].ffn]  # this one goes with it
+    vars(model)["flat"] = kept(model[0].ffn)
+    with pytest.warns(SparseFFNWarning):
+        report = sf.sparsify_(model, OPEN)
+    assert report.names == []
+    assert report.unknown["0.ffn"] == "Sequential's attribute flat holds it, too, and would go on with it"
 
 
 @pytest.mark.parametrize("made", [lambda: sf.DenseFFN(6, 8), lambda: sf.ProductKeyMemory(6, 3, 9)])

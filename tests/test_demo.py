@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import gzip
@@ -236,6 +237,39 @@ def test_without_the_enwik8_archive_the_error_says_what_to_do(index: Path, tmp_p
         data.download_enwik8(tmp_path)
 
 
+def test_an_index_with_a_password_gets_it_and_no_message_shows_it(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a header; urllib would take what follows the user for a port, and say so."""
+    asked: list[str | None] = []
+    plain = SimpleHTTPRequestHandler.do_GET
+
+    def guarded(handler: SimpleHTTPRequestHandler) -> None:
+        asked.append(handler.headers["Authorization"])
+        plain(handler)
+
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "do_GET", guarded)
+    monkeypatch.setenv("PIP_INDEX_URL", os.environ["PIP_INDEX_URL"].replace("//", "//me:p%40ss@"))
+    archive = archive_of(index / "files", b"compressed")
+    monkeypatch.setattr(data, "ENWIK8_ARCHIVE_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+    data.download_enwik8(tmp_path)
+    assert asked == [f"Basic {base64.b64encode(b'me:p@ss').decode()}"] * 2
+    archive.unlink()
+    with pytest.raises(data.DataError) as raised:
+        data.download_enwik8(tmp_path)
+    assert "ss" not in str(raised.value).partition("Put ")[0].replace("Message", "")
+    there = data.request("http://elsewhere.example/x", "http://me:p@index.example/simple")
+    assert there.get_header("Authorization") is None
+
+
+def test_enwik8_is_there_though_no_cache_can_be_written(
+    fake_enwik8: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder is to be")
+    assert data.enwik8() == fake_enwik8
+    assert "enwik8 is fetched again next time" in capsys.readouterr().out
+
+
 def test_the_package_index_is_that_of_pips_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("PIP_INDEX_URL", raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -243,6 +277,9 @@ def test_the_package_index_is_that_of_pips_settings(monkeypatch: pytest.MonkeyPa
     (tmp_path / "pip.conf").write_text("[global]\nindex-url = https://mirror.example/simple/\n")
     monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
     assert data.package_index() == "https://mirror.example/simple"
+    with (tmp_path / "pip.conf").open("a") as file:
+        file.write("[install]\nindex-url = https://nearer.example/simple\n")
+    assert data.package_index() == "https://nearer.example/simple"
 
 
 def test_batches_are_windows_and_depend_on_seed_and_step_only() -> None:

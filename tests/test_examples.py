@@ -65,7 +65,11 @@ def test_moeut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"evaluations": 1, "eval_windows": 8, "final_windows": 8}
     monkeypatch.setattr(moeut, "DEMO", replace(moeut.DEMO, **sizes, **small))
     (tmp_path / "text").write_bytes(Path(moeut.__file__).read_bytes() * 4)
-    found = moeut.main(["--steps", "30", "--data", str(tmp_path / "text"), "--out", str(tmp_path)])
+    given = ["--steps", "30", "--data", str(tmp_path / "text"), "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="nothing to resume"):
+        moeut.main([*given, "--resume"])
+    found = moeut.main(given)
+    assert moeut.main([*given, "--resume"]) == found  # nothing was left to train
     (dense, dense_bits), (shared, shared_bits) = found["dense"], found["MoEUT"]
     assert 0.95 * dense < shared <= dense
     assert max(dense_bits, shared_bits) < 7.5  # of 8: both have learned something

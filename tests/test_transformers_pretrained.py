@@ -6,6 +6,8 @@ import copy
 import gc
 import json
 import pickle
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +57,20 @@ def tokens(*shape: int) -> Tensor:
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
         return model(tokens(2, 7)).logits
+
+
+@pytest.mark.exhaustive  # a process without any other model of the class
+def test_a_base_model_gives_its_hidden_states_though_no_plain_one_was_made(tmp_path: Path) -> None:
+    """transformers keeps by the class's qualified name what outputs it records."""
+    model = transformers.LlamaModel(transformers.LlamaConfig(**SIZES)).eval()
+    record_conversion(model, sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=2, k=1)))
+    model.save_pretrained(tmp_path)
+    program = (
+        "import sys, torch; from sparse_ffn.integrations.transformers import from_pretrained; "
+        "found = from_pretrained(sys.argv[1])(torch.arange(6)[None], output_hidden_states=True); "
+        "assert len(found.hidden_states) == 3"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -126,6 +126,27 @@ def test_stored_rows_keep_ours(chosen: Any) -> None:
     model.set_experts_implementation({})  # what is not named stays
 
 
+@pytest.mark.parametrize("kind", ["fp8", "fp4"])
+def test_transformers_own_codes_are_no_experts_of_numbers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its 8-bit floats have scales beside them and a registry of their own: they compute as they do."""
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    config = pytest.importorskip("transformers.utils.quantization_config").FineGrainedFP8Config(
+        weight_block_size=(8, 8)
+    )
+    monkeypatch.setattr(config, "expert_dtype", kind, raising=False)
+    model = fp8.replace_with_fp8_linear(model_of("mixtral", torch.float32), ["lm_head", "gate", "self_attn"], config)
+    (experts,) = {type(module) for module in model.modules() if hasattr(module, "is_transposed")}
+    for change in (quantize_experts_, lambda model: sf.offload_experts_(model, device="cpu")):
+        with pytest.raises(ValueError, match="FP8Experts: no plain stacks of numbers"):
+            change(model)
+    with pytest.warns(SparseFFNWarning, match="FP8Experts never asks transformers"):
+        model.set_experts_implementation("sparse_ffn")
+    monkeypatch.setattr(experts.forward, "__wrapped__", lambda module, x, *rest: x)
+    held = next(module for module in model.modules() if isinstance(module, experts))
+    x = torch.randn(3, 8)
+    assert held(x, torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)) is x
+
+
 def test_a_part_has_no_config_to_say_what_is_stored() -> None:
     model = model_of("mixtral", torch.float32)
     with pytest.warns(SparseFFNWarning, match="a MixtralDecoderLayer is no model of transformers") as told:

@@ -49,12 +49,12 @@ class Loop(Product):
     def forward(self, x: Tensor) -> Tensor:
         """The product."""
         out = x.new_zeros(self.T if self.scale is not None else len(self.expert), self.weight.shape[2])
-        for e in range(self.weight.shape[0]):
+        for e, weight in enumerate(self.weight.unbind()):  # to index the stack would cost whole gradients of it
             (slots,) = torch.where(self.expert == e)
             if self.scale is None:
-                out = out.index_add(0, slots, x[self.token[slots]] @ self.weight[e])
+                out.index_add_(0, slots, x[self.token[slots]] @ weight)
             else:
-                out = out.index_add(0, self.token[slots], x[slots] @ self.weight[e] * self.scale[slots, None])
+                out.index_add_(0, self.token[slots], x[slots] @ weight * self.scale[slots, None])
         return out
 
 

@@ -180,16 +180,20 @@ class _Experts(nn.Module):
 
 
 class LoopExperts(_Experts):
-    """A Python loop over the experts, each on the tokens that chose it: what most model code does."""
+    """A Python loop over the experts, each on the tokens that chose it: what most model code does.
+
+    The stacks are unbound before: to index one in the loop has autograd make a gradient of the whole stack for each
+    expert.
+    """
 
     def forward(self, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
         out = torch.zeros_like(x_TD)
-        for e in range(self.keys.shape[0]):
+        for e, (keys_GD, values_GD) in enumerate(zip(self.keys.unbind(), self.values.unbind(), strict=True)):
             token, slot = torch.where(index_TK == e)
             if len(token):
-                hidden = F.relu(F.linear(x_TD[token], self.keys[e]))
-                out = out.index_add(0, token, hidden @ self.values[e] * gate_TK[token, slot, None])
+                hidden = F.relu(F.linear(x_TD[token], keys_GD))
+                out.index_add_(0, token, hidden @ values_GD * gate_TK[token, slot, None])
         return out
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from benchmarks.shapes import (
     DECODE,
     GPU_FINE,
@@ -65,6 +67,14 @@ TO_DENSE_WITHOUT_AMX: dict[str, dict[Key, dict[str, float]]] = {
     for core, (steps, decode) in _BEFORE.items()
 }
 """The same elsewhere, by the CPU core's instruction set: what was published when these targets were set."""
+
+
+def was_set_by(measured: float | None, bound: float, key: Key, dtype: str, facts: Mapping[str, str]) -> bool:
+    """Whether a bar is of ``TO_DENSE_WITHOUT_AMX`` and from this very measurement, which proves nothing then."""
+    own = TO_DENSE_WITHOUT_AMX.get(facts.get("CPU core", ""), {}).get(key, {}).get(dtype)
+    return own == bound and measured is not None and round(measured, 2) == round(bound / _NOISE, 2)
+
+
 OVER_PEERS: dict[Key, float] = {
     **{("cpu", group, str(shape), "fwdbwd"): 1.8 for group in ("moe", "moe-glu") for shape in MOE_SHAPES},
     **{("cpu", group, str(MemoryShape()), mode): 3.0 for group in ("pkm", "pkm-query") for mode in MODES},

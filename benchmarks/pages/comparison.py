@@ -15,8 +15,8 @@ from benchmarks.shapes import MoEShape
 COMPUTE, PARAMETERS = "dense, equal compute", "dense, equal parameters"
 KEPT = ("sparse-ffn", COMPUTE, PARAMETERS, "per-expert loop", "torch grouped_mm")
 LEAST = 256  # tokens from which a shape is a training step, not a few tokens that are decoded
-FACTS = ("processor", "cores", "16-bit instructions", "CPU core", "torch", OTHERS)
-OPTIONAL = ("load average before the run", "sparse-ffn", "peers", "provenance")
+FACTS = ("processor", "cores", "16-bit instructions", "CPU core", "torch", "sparse-ffn", "peers", OTHERS)
+OPTIONAL = ("load average before the run", "provenance")
 MEMORIES = {"pkm": "ProductKeyMemory: ", "pkm-query": "ProductKeyMemory with a query: "}
 
 

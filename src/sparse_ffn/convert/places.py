@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from types import MethodType
 from typing import NamedTuple
 
 from torch import nn
@@ -69,7 +70,9 @@ def replaceable(
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)].add(module)
+    elsewhere = _held_outside(model, {f.module for f in wanted}, places)
     left = {f.name: why for f in wanted if (why := _unfit(model, f, places, examples)) is not None}
+    left |= {f.name: why for f in wanted if f.name not in left and (why := elsewhere.get(f.module)) is not None}
     while True:
         unknown.update(left)
         wanted = [f for f in wanted if f.name not in left]
@@ -78,6 +81,36 @@ def replaceable(
         left = {name: why for name, why in uses.items() if why is not None}
         if not left:  # an FFN that is left can tie down another
             return wanted
+
+
+def _held_outside(model: nn.Module, wanted: set[nn.Module], places: Places) -> dict[nn.Module, str]:
+    """Of these modules those that an attribute elsewhere holds which is no place for a module: it would go on.
+
+    What holds one in a place is tried with a layer there: see ``rejection``.
+    """
+    found: dict[nn.Module, str] = {}
+
+    known = {module: {*module.modules(), *(place.owner for place in places[module])} for module in wanted}
+
+    def look(holder: nn.Module, value: object, where: str, depth: int) -> None:
+        if isinstance(value, nn.Module):
+            if value in wanted and holder not in known[value]:
+                found.setdefault(value, f"{where} holds it, too, and would go on with it")
+        elif depth and type(value) in (list, tuple, dict, set):
+            for inner in value.values() if isinstance(value, dict) else value:  # type: ignore[attr-defined]
+                look(holder, inner, where, depth - 1)
+        elif isinstance(value, MethodType):
+            look(holder, value.__self__, where, 0)
+
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute not in _OF_MODULES:
+                look(module, value, f"{type(module).__name__}'s attribute {name}{'.' * bool(name)}{attribute}", 3)
+    return found
+
+
+_OF_MODULES = {name for name in vars(nn.Module()) if name.startswith("_")}
+"""Attributes in which torch keeps a module's parts and hooks."""
 
 
 def _unfit(model: nn.Module, f: Found, places: Places, examples: Examples) -> str | None:

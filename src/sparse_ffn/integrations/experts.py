@@ -22,6 +22,7 @@ from sparse_ffn.layers.rows import ExpertRows, OffloadedRows
 NAME = "sparse_ffn"
 MOE = re.compile(r"(Experts|Mo[eE](Block|Layer)?|SparseMLP)$")
 """What transformers calls its classes of experts and of the blocks that hold them."""
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def register() -> None:
@@ -36,9 +37,23 @@ def register() -> None:
     Calling this again changes nothing.
     """
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    _leave_codes_alone()
     _register_expert_parallelism()
     _call_after("post_init", _check_made)
     _call_after("set_experts_implementation", _check_chosen)
+
+
+def _leave_codes_alone() -> None:
+    """Let experts of transformers' own 8-bit floats compute as they do, where the rest of a model chooses ours."""
+    try:
+        from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+    except ImportError:  # of other versions
+        return
+    ALL_FP8_EXPERTS_FUNCTIONS.register(NAME, _own_forward)
+
+
+def _own_forward(experts: Any, *args: Any, **kwargs: Any) -> Any:
+    return type(experts).forward.__wrapped__(experts, *args, **kwargs)
 
 
 def _register_expert_parallelism() -> None:
@@ -126,8 +141,14 @@ def _flag(experts: Any, name: str, default: bool) -> bool:
 
 
 def dispatches(module: nn.Module) -> bool:
-    """Whether these are experts that ask for the implementation: transformers tells such ones how their weights lie."""
-    return hasattr(module, "is_transposed")
+    """Whether these are experts that ask for the implementation: transformers tells such ones how their weights lie.
+
+    Those of its own quantisation ask another registry, and hold codes.
+    """
+    if not hasattr(module, "is_transposed"):
+        return False
+    stacks = (getattr(module, name, None) for name in stack_names(module))
+    return not any(isinstance(stack, Tensor) and stack.dtype not in FLOATS for stack in stacks)
 
 
 def stores_rows(module: nn.Module) -> bool:

@@ -220,6 +220,7 @@ def from_pretrained(path: str, model_class: type[Any] | None = None, **options: 
             super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
 
     Converted.__name__, Converted.__module__ = base.__name__, base.__module__  # some models look for it in their module
+    Converted.__qualname__ = base.__qualname__  # by which transformers keeps what outputs a class records
     wants_info = options.pop("output_loading_info", False)
     model, info = Converted.from_pretrained(path, config=config, output_loading_info=True, **options)
     model.__class__ = base

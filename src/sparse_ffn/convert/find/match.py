@@ -5,6 +5,7 @@ A match that fails raises Unknown with the reason.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -24,11 +25,13 @@ from sparse_ffn.convert.find.probe import (
     Trace,
     Unknown,
     close,
+    gradient,
     probe_arguments,
     probe_copy,
     probe_input,
     run,
     run_first,
+    same_draws,
     same_dropouts,
     same_outputs,
 )
@@ -60,7 +63,7 @@ def match_block(name: str, module: nn.Module, ups: list[Linear], down: Linear) -
 
 def _match_block(name: str, module: nn.Module, ups: list[Linear], down: Linear) -> Found:
     linears = (*ups, down)
-    refuse(*(linear.obstacle for linear in linears), hooks(module), _buffers(module))
+    refuse(*(linear.obstacle for linear in linears), hooks(module), _buffers(module), _own_mask(module))
     x = probe_input(ups[0].n_in)
     seen = observe(module, [linear.within(name) for linear in linears], [Arguments((x,))])
     y = seen.down.output
@@ -73,7 +76,7 @@ def _match_block(name: str, module: nn.Module, ups: list[Linear], down: Linear) 
     formula = seen.formula()
     seen.check_large(x)
     trained, h = seen.train(formula)
-    if not same_outputs(trained, seen.trace):
+    if not (same_outputs(trained, seen.trace) and same_draws(trained, run(nn.Identity(), seen.args, train=True))):
         raise Unknown("in training it does more than dropout")
     dropout = out_dropout = 0.0
     for rate, dropped in trained.dropouts:
@@ -83,7 +86,12 @@ def _match_block(name: str, module: nn.Module, ups: list[Linear], down: Linear) 
             out_dropout = rate
         else:
             raise Unknown(f"dropout {rate} is neither on the hidden units nor on the output")
-    return Found(name, module, tuple(ups), down, formula, dropout, out_dropout)
+    found = Found(name, module, tuple(ups), down, formula, dropout, out_dropout)
+    inside = [replace(up, module=m) for up, m in zip((*ups, down), seen.linears, strict=True)]
+    stand_in = _DenseStandIn(replace(found, ups=tuple(inside[:-1]), down=inside[-1]).weights(), formula.scale)
+    if not _same_gradients(seen.copied, stand_in, seen.args):
+        raise Unknown("its gradient is not that of an FFN: something cuts or changes it")
+    return found
 
 
 def match_pair(name: str, module: nn.Module, up: Linear, down: Linear, examples: Examples) -> Found:
@@ -103,13 +111,33 @@ def match_pair(name: str, module: nn.Module, up: Linear, down: Linear, examples:
     dropout = next((rate for rate, dropped in trained.dropouts if close(dropped, h)), 0.0)
     by_example = not any(seen.args is probe for probe in probes)
     found = Found(up.name, up.module, (up,), down, formula, dropout, enclosing=name, edits=edits, by_example=by_example)
+    every = [*probes, *(examples.of(module) if module is whole else ())]
     if not dropout:
-        return _verified(found, module, a, seen, trained)
+        return _verified(found, module, a, seen, trained, every)
     *others, last = [(*edits, edit) for edit in _dropout_edits(seen.copied, owners, trained, h, dropout)]
     for tried in others:
         with suppress(Unknown):
-            return _verified(replace(found, edits=tried), module, a, seen, trained)
-    return _verified(replace(found, edits=last), module, a, seen, trained)
+            return _verified(replace(found, edits=tried), module, a, seen, trained, every)
+    return _verified(replace(found, edits=last), module, a, seen, trained, every)
+
+
+def _own_mask(module: nn.Module) -> str | None:
+    """An argument that a layer takes, too, and means something else by: a probe without it does not show what."""
+    with suppress(TypeError, ValueError):  # some callables do not tell
+        for name in inspect.signature(module.forward).parameters:
+            if name in ("mask", "router_input"):
+                return f"its forward has an argument {name!r} of its own"
+    return None
+
+
+def _same_gradients(copied: nn.Module, other: nn.Module, args: Arguments) -> bool:
+    """Whether both pass the tokens the same gradient; also where the first one runs without gradients alone."""
+    try:
+        ours = gradient(copied, args)
+    except Exception:
+        return True
+    theirs = gradient(other, args)
+    return ours is theirs if ours is None or theirs is None else close(ours, theirs)
 
 
 def _buffers(module: nn.Module) -> str | None:
@@ -242,13 +270,37 @@ def _dropout_edits(copied: nn.Module, owners: list[str], trained: Trace, h: Tens
     return edits
 
 
-def _verified(found: Found, module: nn.Module, up: str, seen: Seen, trained: Trace) -> Found:
-    """The same, if the module gives the same outputs and dropouts with a layer in place of the FFN; raises Unknown."""
+def _verified(
+    found: Found, module: nn.Module, up: str, seen: Seen, trained: Trace, choices: Iterable[Arguments]
+) -> Found:
+    """The same, if the module gives the same outputs and dropouts with a layer in place of the FFN; raises Unknown.
+
+    On all arguments that it takes, not only those that showed the FFN: other branches may use what the edits take out.
+    """
     gone = [module.get_submodule(edit.owner)._modules.get(edit.attribute) for edit in found.edits]
     parts = (part for part in (found.ups[0].module, *gone) if part is not None)
     refuse(*(why for part in parts for why in (hooks(part), _buffers(part))))
     if not seen.trace.outputs:
         raise Unknown(f"{type(module).__name__} returns no tensor that would show whether it computes the same")
+    copied = _edited(found, module, up)
+    try:
+        same = same_outputs(run(copied, seen.args), seen.trace)
+        again = run(copied, seen.args, train=True)
+    except Exception as error:
+        raise Unknown(f"{type(module).__name__} does not run with the FFN replaced ({error})") from error
+    if not (same and same_outputs(again, trained) and same_dropouts(again, trained) and same_draws(again, trained)):
+        raise Unknown(f"{type(module).__name__} does not compute the same with the FFN replaced")
+    original, copied = probe_copy(module), _edited(found, module, up)  # new ones: training may have changed buffers
+    if not _same_gradients(original, copied, seen.args):
+        raise Unknown(f"{type(module).__name__} does not pass the same gradient with the FFN replaced")
+    for args in choices:
+        if args is not seen.args and not _same_on(args, original, copied):
+            raise Unknown(f"{type(module).__name__} does not compute the same with the FFN replaced, called otherwise")
+    return found
+
+
+def _edited(found: Found, module: nn.Module, up: str) -> nn.Module:
+    """A copy of a module with the dense function in the place of a pair."""
     copied = probe_copy(module)
     linear = replace(found.ups[0], module=copied.get_submodule(up))
     down = replace(found.down, module=copied.get_submodule(found.down.within(found.enclosing)))
@@ -256,14 +308,25 @@ def _verified(found: Found, module: nn.Module, up: str, seen: Seen, trained: Tra
     owner, _, attribute = up.rpartition(".")
     stand_in = _DenseStandIn(weights, found.formula.scale)
     apply(copied, (Edit(owner, attribute, lambda: stand_in), *found.edits))
-    try:
-        same = same_outputs(run(copied, seen.args), seen.trace)
-        again = run(copied, seen.args, train=True)
-    except Exception as error:
-        raise Unknown(f"{type(module).__name__} does not run with the FFN replaced ({error})") from error
-    if not (same and same_outputs(again, trained) and same_dropouts(again, trained)):
-        raise Unknown(f"{type(module).__name__} does not compute the same with the FFN replaced")
-    return found
+    return copied
+
+
+def _same_on(args: Arguments, original: nn.Module, edited: nn.Module) -> bool:
+    """Whether both compute the same with arguments; also where the original does not take them, or not finitely."""
+    for train in (False, True):
+        try:
+            expected = run(original, args, train=train)
+        except Exception:
+            return True
+        if not all(bool(y.isfinite().all()) for y in expected.outputs if y.is_floating_point()):
+            return True
+        try:
+            found = run(edited, args, train=train)
+        except Exception:
+            return False
+        if not (same_outputs(found, expected) and same_dropouts(found, expected) and same_draws(found, expected)):
+            return False
+    return True
 
 
 def rejection(found: Found, holder: nn.Module, examples: Examples) -> str | None:
@@ -284,7 +347,7 @@ def rejection(found: Found, holder: nn.Module, examples: Examples) -> str | None
         copied = probe_copy(holder, numbers=False)
     except Unknown:
         return None
-    stand_in: nn.Module = _LayerStandIn(found.down.n_out)
+    stand_in: nn.Module = (_LayerStandIn if type(found.module) is DenseFFN else _TokensOnly)(found.down.n_out)
     wrapped = found.out_dropout > 0 or found.weights().gate_bias is not None
     for name in names:
         set_attribute(copied, name, nn.Sequential(stand_in) if wrapped else stand_in)
@@ -310,12 +373,19 @@ class _DenseStandIn(nn.Module):
         return F.linear(h, self.ffn.values.t(), self.ffn.out_bias)
 
 
-class _LayerStandIn(nn.Module):
-    """Takes the arguments of a layer and has no weights."""
+class _TokensOnly(nn.Module):
+    """Takes what an FFN and a layer both take, and has no weights."""
 
     def __init__(self, d_out: int) -> None:
         super().__init__()
         self.d_out = d_out
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return x[..., :1] + x.new_zeros(self.d_out)
+
+
+class _LayerStandIn(_TokensOnly):
+    """Takes the mask, too, by which this library's own layers mean the same."""
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x)

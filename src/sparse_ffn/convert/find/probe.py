@@ -6,6 +6,7 @@ The weights of the copy are random, so that a model whose weights are zero or on
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -115,6 +116,8 @@ class Trace:
     outputs: list[Tensor] = field(default_factory=list)
     bare: bool = False
     """Whether the output was a tensor, and not something that holds tensors."""
+    drawn: tuple[Tensor, Any] | None = None
+    """After a run in training: what torch's and Python's generators were left in."""
 
     def only(self, module: nn.Module) -> Call | None:
         """The one call of a module, None if there was none or there were several."""
@@ -169,8 +172,12 @@ def run(copied: nn.Module, given: Arguments, watch: Iterable[nn.Module] = (), tr
                 stack.callback(handle.remove)
         if train:
             torch.default_generator.manual_seed(0)  # torch.manual_seed would seed GPUs too, for good
+            stack.callback(random.setstate, random.getstate())
+            random.seed(0)
             stack.enter_context(_Dropouts(trace.dropouts))
         output = copied(*given.args, **given.kwargs)
+        if train:
+            trace.drawn = (torch.default_generator.get_state(), random.getstate())
     trace.bare = isinstance(output, Tensor)
     trace.outputs = tensors_in(output)
     return trace
@@ -179,6 +186,38 @@ def run(copied: nn.Module, given: Arguments, watch: Iterable[nn.Module] = (), tr
 def same_outputs(a: Trace, b: Trace) -> bool:
     """Whether two runs gave the same tensors."""
     return len(a.outputs) == len(b.outputs) and all(_same(x, y) for x, y in zip(a.outputs, b.outputs, strict=True))
+
+
+def same_draws(a: Trace, b: Trace) -> bool:
+    """Whether two runs in training left the generators alike; dropouts, which drop nothing in a probe, draw nothing."""
+    if a.drawn is None or b.drawn is None:
+        return a.drawn is b.drawn
+    return torch.equal(a.drawn[0], b.drawn[0]) and a.drawn[1] == b.drawn[1]
+
+
+def gradient(copied: nn.Module, given: Arguments) -> Tensor | None:
+    """Of a random projection of the outputs, with respect to the tokens; None where none reaches them."""
+    copied.eval()
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        floating = (t for t in (*given.args, *given.kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point())
+        tokens = next(floating, None)
+        if tokens is None:
+            return None
+        leaf = tokens.clone().requires_grad_()
+        # clones: some modules write into their tokens, and a memory may be them
+        args = [leaf.clone() if t is tokens else t for t in given.args]
+        kwargs = {name: leaf.clone() if t is tokens else t for name, t in given.kwargs.items()}
+        outputs = [y for y in tensors_in(copied(*args, **kwargs)) if y.requires_grad]
+        if not outputs:
+            return None
+        generator = torch.Generator().manual_seed(2)
+        weighed = [(y * torch.randn(y.shape, generator=generator, **FP64)).sum() for y in outputs]
+        found: Tensor | None = torch.autograd.grad(torch.stack(weighed).sum(), leaf, allow_unused=True)[0]
+        return found
 
 
 def same_dropouts(a: Trace, b: Trace) -> bool:
