@@ -948,6 +948,16 @@ def test_compressed_experts_cost_no_more_than_their_bars(tmp_path: Path) -> None
 
 
 @pytest.mark.exhaustive
+def test_what_a_call_costs_is_beside_its_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import bench_calls
+
+    bench_calls.main(["--seconds", "0.2"])
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert len(rows) == 2 * len(bench_calls.layers())
+    assert [row.split()[0] for row in rows if "the bar of" in row] == ["SigmaMoE"] * 2
+
+
+@pytest.mark.exhaustive
 def test_offloaded_experts_are_found_as_often_as_simulated() -> None:
     from benchmarks import bench_offload
 

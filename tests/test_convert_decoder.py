@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import sparse_ffn as sf
-from benchmarks import bench_convert
+from benchmarks import bench_compress, bench_convert
 from benchmarks.pretrained import decoder_rows
 from benchmarks.pretrained.cells import Cell, Record, Spread, finish
 from benchmarks.pretrained.decoder import Decoder, Sizes, Source, losses, tune, with_own
@@ -21,13 +22,13 @@ from benchmarks.pretrained.decoder_rows import DENSE, Decoding, Method, k_of
 SIZES = Sizes(held_out=3, samples=2, calibration=2, training=4, length=16)
 
 
-def small() -> Decoder:
+def small(hidden_size: int = 16, intermediate_size: int = 32) -> Decoder:
     """Two layers of Llama's, random; every character is a token."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=128, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        initializer_range=0.3, tie_word_embeddings=True,
+        vocab_size=128, hidden_size=hidden_size, intermediate_size=intermediate_size, num_hidden_layers=2,
+        num_attention_heads=2, initializer_range=0.3, tie_word_embeddings=True,
     )  # fmt: skip
 
     def tokenizer(text: str) -> dict[str, list[int]]:
@@ -116,7 +117,7 @@ def test_fine_tuning_leaves_the_dense_model_as_it_is(decoding: Decoding) -> None
     assert all(cell["before"] != cell["after"] for cell in cells.values())
     after = decoding.decoder.model.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-    assert len(decoder_rows.recovery_table(Record({}, {}, cells), METHODS)) == 4
+    assert len(decoder_rows.recovery_table(Record({}, {}, cells), METHODS)) == 4 + 2  # what ± is of
 
 
 def test_a_copy_shares_all_but_a_part() -> None:
@@ -174,3 +175,16 @@ def test_the_page_holds_the_tables_of_the_committed_numbers() -> None:
     assert bench_convert.written(page, made) == page
     for name, text in made.items():
         assert text in page.partition(bench_convert.marks(name)[0])[2]
+
+
+def test_a_decoder_in_codes_is_smaller_and_loses_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = SimpleNamespace(load=lambda: small(32, 128), d_ff=128)
+    monkeypatch.setattr(bench_compress, "SMOLLM2", source)
+    found = bench_compress.decoder(0.05, SIZES)
+    dense = found.pop(bench_compress.IN_BF16)
+    assert dense.megabytes == pytest.approx(2 * 2 * 3 * 32 * 128 / 1e6)
+    assert list(found) == list(bench_compress.DECODER_FORMS)
+    for name, form in found.items():
+        assert form.megabytes < 0.55 * dense.megabytes, name
+        assert abs(form.nats - dense.nats) < 0.1, name
+        assert form.rate > 0

@@ -299,7 +299,8 @@ def test_a_plan_is_of_the_sizes_layers_and_seeds_that_were_asked_for() -> None:
 def fake(run: Run, valid: float, *, test: float = 2.0, diverged: str | None = None) -> results.Record:
     config = run.config(2e-3)
     points = list(range(1, 6))
-    machine = dict.fromkeys(("CPU core", "torch", "sparse-ffn", "commit"), "x") | {"processor": "a machine"}
+    facts = ("CPU core", "16-bit instructions", "torch", "sparse-ffn", "commit")
+    machine = dict.fromkeys(facts, "x") | {"processor": "a machine"}
     return {
         "size": run.size,
         "variant": run.variant,
@@ -833,16 +834,16 @@ def test_a_result_is_other_than_the_papers_only_if_no_rounding_makes_them_one(
 
 
 def test_times_are_of_machines_that_both_layers_ran_on_and_that_compute_in_bfloat16() -> None:
-    def ran(variant: str, seed: int, processor: str, core: str, seconds: float) -> results.Record:
+    def ran(variant: str, seed: int, processor: str, has: str, seconds: float) -> results.Record:
         record = fake(Run("S", variant, seed), 2.0) | {"training_cpu_seconds": seconds}
-        record["machine"] = record["machine"] | {"processor": processor, "CPU core": core}
+        record["machine"] = record["machine"] | {"processor": processor, "16-bit instructions": has}
         return record
 
     records = [
         ran("dense", 0, "new", "avx512_bf16", 100.0),
-        ran("dense", 1, "old", "avx2", 900.0),
-        ran("dense", 2, "newest", "amx", 50.0),
-        ran("sigma", 0, "old", "avx2", 90.0),
+        ran("dense", 1, "old", "none", 900.0),
+        ran("dense", 2, "newest", "avx512_bf16, amx_tile", 50.0),
+        ran("sigma", 0, "old", "none", 90.0),
         ran("sigma", 1, "new", "avx512_bf16", 150.0),
         ran("pkm", 1, "other", "avx512_bf16", 10.0),
     ]
@@ -1060,7 +1061,7 @@ def test_of_runs_that_were_made_again_the_first_are_in_no_table(tmp_path: Path) 
 def test_the_page_names_the_runs_of_processors_that_round(tmp_path: Path) -> None:
     run = Run("S", "dense", 1)
     record = fake(run, 2.0)
-    record["machine"] = record["machine"] | {"CPU core": "avx2"}
+    record["machine"] = record["machine"] | {"16-bit instructions": "none"}
     results.save(run.path(tmp_path / "results"), record)
     assert (
         "Of the runs in the tables, 1 are of a processor that multiplies rounded operands in fp32: dense, ReLU ("

@@ -136,10 +136,11 @@ def test_transformers_own_codes_are_no_experts_of_numbers(kind: str, monkeypatch
     monkeypatch.setattr(config, "expert_dtype", kind, raising=False)
     model = fp8.replace_with_fp8_linear(model_of("mixtral", torch.float32), ["lm_head", "gate", "self_attn"], config)
     (experts,) = {type(module) for module in model.modules() if hasattr(module, "is_transposed")}
-    for change in (quantize_experts_, lambda model: sf.offload_experts_(model, device="cpu")):
+    for change in (quantize_experts_, lambda model: sf.offload_experts_(model, cache=2, device="cpu")):
         with pytest.raises(ValueError, match="FP8Experts: no plain stacks of numbers"):
             change(model)
-    with pytest.warns(SparseFFNWarning, match="FP8Experts never asks transformers"):
+    register()
+    with pytest.warns(SparseFFNWarning, match="MixtralSparseMoeBlock never asks transformers"):
         model.set_experts_implementation("sparse_ffn")
     monkeypatch.setattr(experts.forward, "__wrapped__", lambda module, x, *rest: x)
     held = next(module for module in model.modules() if isinstance(module, experts))

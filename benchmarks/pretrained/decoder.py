@@ -147,7 +147,7 @@ def losses(model: nn.Module, pieces: Tensor, batch: int = 4) -> Tensor:
     """Nats a token of each piece [n, length]: [n]."""
     found = []
     for some in pieces.split(batch):
-        logits = model(input_ids=some, use_cache=False).logits
+        logits = model(input_ids=some, use_cache=False).logits.float()
         found += [F.cross_entropy(of_piece[:-1], piece[1:]) for of_piece, piece in zip(logits, some, strict=True)]
     return torch.stack(found)
 

@@ -289,7 +289,8 @@ def recovery_table(record: Record, methods: Sequence[Method] = METHODS) -> list[
             if before is not None and after is not None:
                 over = after.mean - dense["after"]
                 lines.append(f"| {method.name} | {share}% | {before:.3f} | {after:.3f} | {over:+.3f} |")
-    return lines
+    said = "± is over samples of calibration text alone: held-out text and order of training are the same in all."
+    return [*lines, "", said]
 
 
 def speed_table(record: Record, methods: Sequence[Method] = METHODS) -> list[str]:

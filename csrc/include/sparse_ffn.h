@@ -240,7 +240,7 @@ typedef struct sparse_ffn_wide_product_args {
   sparse_ffn_tensor x;                 /* [B, M, K], rows */
   sparse_ffn_tensor w;                 /* [B, N, K] */
   sparse_ffn_tensor out;               /* [B, M, N] fp32 */
-  sparse_ffn_tensor scale;             /* [B, M, P] fp32; absent without a norm */
+  sparse_ffn_tensor scale;             /* [B, M, P] fp32; absent without a norm; not written where w has no rows */
 } sparse_ffn_wide_product_args;
 SPARSE_FFN_API int sparse_ffn_wide_product_forward(const sparse_ffn_wide_product_args* args, int32_t norm,
                                                    int32_t n_threads);

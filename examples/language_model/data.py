@@ -101,7 +101,8 @@ def python_text() -> bytes:
         ) from error
     pieces = [topics[name].encode() for name in sorted(topics)]
     root = Path(sysconfig.get_path("stdlib"))
-    names = [p.relative_to(root) for p in root.rglob("*.py") if not SKIPPED_FOLDERS & set(p.relative_to(root).parts)]
+    files = (p for p in root.rglob("*.py") if p.is_file())  # a link may lead nowhere
+    names = [p.relative_to(root) for p in files if not SKIPPED_FOLDERS & set(p.relative_to(root).parts)]
     names.sort(key=lambda name: hashlib.md5(name.as_posix().encode()).digest())
     pieces += [(root / name).read_bytes() for name in names]
     text = b"\n".join(pieces)[:PYTHON_TEXT_CAP]
