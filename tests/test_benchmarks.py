@@ -631,7 +631,7 @@ def test_how_busy_a_machine_is_comes_from_its_ticks(monkeypatch: pytest.MonkeyPa
 def test_a_file_of_another_machine_is_not_gone_on_with(tmp_path: Path) -> None:
     file = tmp_path / "layers.json"
     Report({"processor": "another", "torch": torch.__version__}, "a command", ()).save(file)
-    with pytest.raises(SystemExit, match=r"layers\.json is of another processor: give another file"):
+    with pytest.raises(SystemExit, match=r"layers\.json is of another processor, .*: give another file"):
         bench_layers.main(["--resume", "--json", str(file), "--shapes", "8,8,4,4,2", "--seconds", "0.01"])
     facts = {**machine.describe(torch.device("cpu")), "sparse-ffn": "0.1.0, commit of yesterday"}
     Report(facts, "a command", ()).save(file)
