@@ -49,7 +49,7 @@ experts of transformers are gated (SiLU), the others use ReLU. `python -m benchm
 """
 OLD_LOOP = """\
 **The per-expert loop was a slower one** where no commit is named above: autograd made a gradient of a whole stack for
-each expert. It took 1.2 to 3.1 times as long as the loop of now (three shapes, fp32, a busy AMD EPYC of family 25).
+each expert, which the loop of now does not pay for. Of that one no machine has been published yet.
 """
 TOPK = """\
 ## TopKFFN

@@ -181,10 +181,10 @@ def _view(memory: mmap.mmap, start: int, about: dict[str, Any]) -> Tensor:
 @torch.no_grad()
 def _prefetch(layer: MoE, args: Any, kwargs: Any) -> None:
     """Before a layer's forward: ask the kernel for the experts that it will select."""
-    # is_exporting() is true for all that torch 2.9 compiles
     given = (*args, *kwargs.values())
     if under_transforms() or any(isinstance(x, Tensor) and x.is_meta for x in given):
         return  # no numbers, or those of several calls at once
+    # is_exporting() is true for all that torch 2.9 compiles
     if layer.training or torch.compiler._is_exporting_flag:
         return  # a step reads all experts, and to route twice would draw and count twice; a program holds no advice
     _, index_TK, _, _ = route(layer, *args, **kwargs)
