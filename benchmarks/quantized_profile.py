@@ -20,7 +20,6 @@ class Profile:
     """Medians in seconds, of a call and of its parts each called for itself, with as many slots for each expert."""
 
     call: float
-    router: float
     products: float
     """The three products with codes."""
     arithmetic: float
@@ -32,18 +31,18 @@ class Profile:
 
     @property
     def rest(self) -> float:
-        """Activation, sorting, Python."""
-        return self.call - self.router - self.products
+        """Router, activation, sorting, Python, less what one call saves of three."""
+        return self.call - self.products
 
     def line(self, bandwidth: float) -> str:
         """A row of the table, milliseconds and shares of the call."""
-        parts = (self.products, self.arithmetic, self.numbers, self.router, self.rest)
+        parts = (self.products, self.arithmetic, self.numbers, self.rest)
         shares = "".join(f"{part / self.call:9.0%}" for part in parts)
         floor = self.n_bytes / bandwidth
         return f"{self.call * 1e3:8.3f} {shares} {self.n_bytes / 1e6:8.1f} {floor * 1e3:9.3f}"
 
 
-HEAD = "T     form     call  products arithm.  numbers   router     rest       MB     floor"
+HEAD = "T     form     call  products arithm.  numbers     rest       MB     floor"
 
 
 def bandwidth(n_bytes: int = 1 << 29) -> float:
@@ -91,7 +90,6 @@ def profile(layer: sf.MoE, tokens: int, seconds: float) -> Profile:
     x = torch.randn(tokens, layer.d_model, dtype=torch.bfloat16)
     calls: dict[str, Callable[[], object]] = {
         "call": lambda: layer(x),
-        "router": lambda: layer.router(x),
         "products": products(layer, tokens),
         "arithmetic": products(layer, tokens, alike=True),
         "twice": products(layer, tokens, alike=True, times=2),

@@ -178,7 +178,10 @@ def test_a_layer_computes_what_the_numbers_of_its_codes_compute(
         )
     expected.backward(grad.double())
     scale = expected.abs().max()
-    assert ((y.double() - expected).abs().max() / scale) < TOLERANCE[dtype]
+    with torch.no_grad():
+        inferred = layer.eval()(x)
+    for found in (y, inferred):
+        assert ((found.double() - expected).abs().max() / scale) < TOLERANCE[dtype]
     pairs = {"x": (x, exact_x)} | {
         name: (p, wide.get_parameter(name)) for name, p in layer.named_parameters() if p.grad is not None
     }
@@ -186,6 +189,93 @@ def test_a_layer_computes_what_the_numbers_of_its_codes_compute(
     for name, (found, right) in pairs.items():
         error = (found.grad.double() - right.grad).abs().max() / right.grad.abs().max()
         assert error < 2 * TOLERANCE[dtype], name
+
+
+@pytest.fixture
+def core_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the core's functions that are called from now on."""
+    names, call = [], cpu.call
+
+    def counted(name: str, *rest: Any) -> None:
+        names.append(name)
+        call(name, *rest)
+
+    monkeypatch.setattr(cpu, "call", counted)
+    return names
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sigmoid": {},
+    "softmax": {"router": "softmax"},
+    "softmax of the selected, biased": {"router": "softmax_topk", "balance": "bias"},
+    "unweighted, null experts": {"router": "unweighted", "null_experts": 3},
+}
+
+
+@pytest.mark.skipif(cpu.PROBLEM is not None, reason="there is no CPU core")
+@pytest.mark.parametrize("tokens", [0, 1, 40, 300])
+@pytest.mark.parametrize("options", OPTIONS)
+@kinds
+def test_evaluation_without_gradients_is_one_call_of_the_core(
+    kind: str, options: str, tokens: int, core_calls: list[str]
+) -> None:
+    layer = layer_of(**OPTIONS[options]).eval()
+    quantize_experts_(layer, KINDS[kind])
+    if layer.router.bias is not None:
+        layer.router.bias.normal_()
+    x = torch.randn(tokens, D)
+    y = layer(x)
+    assert "quantized_cvmm" in core_calls
+    selected = layer._routed
+    core_calls.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), y)
+    assert core_calls == ["quantized_moe"]
+    assert selected is not None
+    assert layer._routed is not None
+    assert torch.equal(layer._routed[0], selected[0])
+
+
+def in_fp16(layer: sf.MoE) -> None:
+    layer.half()
+
+
+def with_scales_of_another_dtype(layer: sf.MoE) -> None:
+    layer.router.bfloat16()
+
+
+def with_a_hook_on_the_router(layer: sf.MoE) -> None:
+    layer.router.register_forward_hook(lambda module, args, routing: routing)
+
+
+@pytest.mark.parametrize(
+    "change", [in_fp16, with_scales_of_another_dtype, with_a_hook_on_the_router], ids=lambda change: change.__name__
+)
+def test_what_that_call_cannot_compute_takes_several(change: Callable[[sf.MoE], None], core_calls: list[str]) -> None:
+    layer = layer_of().eval()
+    quantize_experts_(layer, ExpertQuantization(bits=8))
+    change(layer)
+    x = torch.randn(7, D, dtype=layer.values.dtype)
+    expected = layer(x)
+    core_calls.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+    assert "quantized_moe" not in core_calls
+
+
+@pytest.mark.skipif(cpu.PROBLEM is not None, reason="there is no CPU core")
+@pytest.mark.exhaustive
+def test_opcheck_holds_for_that_call() -> None:
+    layer = layer_of()
+    quantize_experts_(layer, ExpertQuantization(group_size=8))
+    x, router = torch.randn(4, D), layer.router.weight.detach()
+    rows: list[Any] = [layer.keys, layer.values, layer.gate_keys]
+    operands = [tensor for one in rows for tensor in one.codes]
+    for bias, key_bias in ((None, None), (torch.randn(E), layer.key_bias.detach())):
+        torch.library.opcheck(
+            torch.ops.sparse_ffn.quantized_ffn_inference.default,
+            (x, router, bias, *operands, key_bias, 2, "sigmoid", "silu"),
+        )
 
 
 @pytest.mark.parametrize("glu", [False, True])
@@ -339,6 +429,29 @@ for kind, (dtype, tolerance) in itertools.product(here.KINDS.values(), here.TOLE
                 expected = quantized_cvmm(x.double(), codes, expert, down=down)
             error = (y.double() - expected).abs().max() / expected.abs().max().clamp_min(1)
             assert error < tolerance, (kind, dtype, group, side, down, n, error)
+
+for kind, activation, dtype in itertools.product(
+    here.KINDS.values(), here.ACTIVATIONS, (torch.float32, torch.bfloat16)
+):
+    layer = here.layer_of(dtype).eval().requires_grad_(False)
+    layer.activation = activation
+    here.quantize_experts_(layer, kind)
+    wide = here.copy.deepcopy(layer)
+    here.dequantize_experts_(wide)
+    wide.double()
+    for side, n in itertools.product(("before", "after"), (1, 5, 200)):
+        for rows in (layer.keys, layer.gate_keys, layer.values):
+            for name, stored in list(rows.named_buffers()):
+                setattr(rows, name, at_a_fence(stored, side))
+        x = torch.randn(n, here.D).to(dtype)
+        with torch.no_grad(), backend("cpu"):
+            y = layer(x)
+        index = layer._routed[0]
+        gate = torch.sigmoid(x.double() @ wide.router.weight.T).gather(1, index)
+        weights = (wide.keys, wide.values, index, gate, wide.gate_keys, wide.key_bias)
+        expected = here.flat.expert_ffn(x.double(), *weights, activation=activation) + wide.out_bias
+        error = (y.double() - expected).abs().max() / expected.abs().max().clamp_min(1)
+        assert error < here.TOLERANCE[dtype], (kind, dtype, activation, side, n, error)
 print("equal")
 """
 
@@ -581,6 +694,20 @@ def test_compiled_and_exported() -> None:
     assert layer.key_bias.grad.any()
     program = torch.export.export(layer, (x,))
     torch.testing.assert_close(program.module()(x), expected)
+
+
+def test_compiled_and_exported_without_gradients() -> None:
+    torch._dynamo.reset()
+    layer = quantized().eval().requires_grad_(False)
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+        dynamic = {"x": {0: torch.export.Dim("tokens", min=2)}}
+        program = torch.export.export(layer, (torch.randn(6, D),), dynamic_shapes=dynamic).module()
+        for tokens in (6, 11):
+            x = torch.randn(tokens, D)
+            expected = layer(x)
+            torch.testing.assert_close(compiled(x), expected)
+            torch.testing.assert_close(program(x), expected)
 
 
 @pytest.mark.exhaustive

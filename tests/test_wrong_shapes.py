@@ -185,6 +185,13 @@ def slots() -> tuple[Operand, ...]:
     return expert, *maybe(gather, scatter, Operand("reduction_weight", "S"))
 
 
+def codes(name: str, letters: str) -> tuple[Operand, ...]:
+    """Rows of one group each; without those of ``gate_keys`` there is no GLU."""
+    qdata = Operand(f"{name}.qdata", letters, torch.int8, optional=name == "gate_keys")
+    scale, zero = Operand(f"{name}.scale", "EGC"), Operand(f"{name}.zero_point", "EGC", torch.uint8)
+    return qdata, scale, *maybe(zero)
+
+
 NAMES = ("expert", "gather", "scatter")
 INDEX, GATE = Operand("index", "TK", i64, "F"), Operand("gate", "TK")  # E is no expert
 SELECTED = Operand("index", "TK", i64, "V")
@@ -234,6 +241,14 @@ CALLS: dict[str, tuple[tuple[Operand, ...], tuple[int, ...]]] = {
             *(*maybe(Operand("zero_point", "EGC", torch.uint8)), *slots(), *outputs(Operand("out", "RG"))),
         ),
         (0,),
+    ),
+    "quantized_moe": (
+        (
+            *(Operand("x", "TM"), *codes("keys", "EGM"), *codes("values", "EGN"), *codes("gate_keys", "EGM")),
+            *(*maybe(Operand("key_bias", "EG")), Operand("router.weight", "VM"), *maybe(Operand("router.bias", "V"))),
+            *outputs(Operand("out", "TN"), Operand("index", "TK", i64)),
+        ),
+        (0, 3),
     ),
     "bag_forward": ((*TABLE, *outputs(Operand("out", "TO"))), (0,)),
     "bag_backward": (

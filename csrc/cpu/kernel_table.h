@@ -20,6 +20,7 @@
   KERNEL(cvmm_backward, (const sparse_ffn_cvmm&, const void* dout, int64_t dout_stride, void* dx, void* dw,              \
                          float* dscale))                                                                                 \
   KERNEL(quantized_cvmm, (const sparse_ffn_quantized&, void* out))                                                       \
+  KERNEL(quantized_experts, (const sparse_ffn_quantized_experts&, void* out))                                            \
   KERNEL(bag_forward, (const sparse_ffn_bag&, void* out))                                                                \
   KERNEL(bag_backward, (const sparse_ffn_bag&, const void* dout, void* dweight, void* dvalues, int64_t sparse_rows))     \
   KERNEL(wide_product, (const sparse_ffn_wide_product&, float* out, float* scale))                                       \

@@ -62,6 +62,10 @@ struct sparse_ffn_quantized {
   sparse_ffn_codes codes;
   bool down;                 // W[e] is the rows, [rows, columns]; else their transpose
 };
+struct sparse_ffn_quantized_experts {
+  sparse_ffn_experts experts;                // without keys, gate_keys, values and dropout_mask
+  sparse_ffn_codes keys, gate_keys, values;  // gate_keys: qdata null without a GLU
+};
 
 struct sparse_ffn_bag {
   int64_t T, J, N, O;

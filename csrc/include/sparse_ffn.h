@@ -33,7 +33,7 @@ extern "C" {
 #define SPARSE_FFN_API __attribute__((visibility("default")))
 #endif
 
-#define SPARSE_FFN_ABI_VERSION 10
+#define SPARSE_FFN_ABI_VERSION 11
 
 enum sparse_ffn_status {
   SPARSE_FFN_OK = 0,
@@ -191,15 +191,32 @@ SPARSE_FFN_API int sparse_ffn_cvmm_backward(const sparse_ffn_cvmm_backward_args*
  * the low half of byte j. Without zero points int8 codes are signed, and those of 4 bits have 8 added; with them int8
  * holds codes of 0 to 255 less 128, and a zero point of 4-bit codes is at most 15. Up, a row is an output's: W[e] = rows^T [C, G]. Down, an input's: W[e] = rows [G, C].
  * Groups of 4-bit codes are whole bytes. Numbers are multiplied in fp32 or in the dtype of x, and x is as it is. */
-typedef struct sparse_ffn_quantized_cvmm_args {
-  sparse_ffn_tensor x;                 /* [N, M], rows; M is C up and G down */
+typedef struct sparse_ffn_code_rows {
   sparse_ffn_tensor qdata;             /* [E, G, C] or [E, G, C/2], rows */
   sparse_ffn_tensor scale;             /* [E, G, P], rows */
   sparse_ffn_tensor zero_point;        /* [E, G, P] uint8, rows; or absent */
+} sparse_ffn_code_rows;
+typedef struct sparse_ffn_quantized_cvmm_args {
+  sparse_ffn_tensor x;                 /* [N, M], rows; M is C up and G down */
+  sparse_ffn_code_rows rows;
   sparse_ffn_slots slots;
   sparse_ffn_tensor out;               /* [R, L]; L is G up and C down */
 } sparse_ffn_quantized_cvmm_args;
 SPARSE_FFN_API int sparse_ffn_quantized_cvmm(const sparse_ffn_quantized_cvmm_args* args, int32_t down, int32_t n_threads);
+
+/* A MoE layer whose experts are such rows, for inference: otherwise as sparse_ffn_moe_forward. */
+typedef struct sparse_ffn_quantized_moe_args {
+  sparse_ffn_tensor x;                 /* [T, D], rows */
+  sparse_ffn_code_rows keys;           /* numbers [E, G, D] */
+  sparse_ffn_code_rows values;         /* [E, G, O] */
+  sparse_ffn_code_rows gate_keys;      /* [E, G, D], or all absent: no GLU */
+  sparse_ffn_tensor key_bias;          /* [E, G], or absent */
+  sparse_ffn_tensor router_weight, router_bias;
+  sparse_ffn_tensor out;               /* [T, O] */
+  sparse_ffn_tensor index;             /* [T, K] int64, an output too */
+} sparse_ffn_quantized_moe_args;
+SPARSE_FFN_API int sparse_ffn_quantized_moe(const sparse_ffn_quantized_moe_args* args, int32_t gate_function,
+                                            int32_t activation, int32_t n_threads);
 
 /* ---- Weighted bag -----------------------------------------------------------------------------------------------
  * out[t] = sum_j weight[t,j] * values[index[t,j]] */

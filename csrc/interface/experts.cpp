@@ -1,5 +1,6 @@
 // experts.cpp - the C interface of the expert FFN and of the MoE layer.
 #include "call.h"
+#include "code_rows.h"
 
 namespace sparse_ffn {
 namespace {
@@ -159,6 +160,42 @@ int sparse_ffn_moe_forward(const sparse_ffn_moe_forward_args* a, int32_t gate_fu
   p.gate = gate;
   if (const int bad = PHASE("route", kernels().route_tokens(p, router, index, gate, sums))) return done(bad);
   return forward(p, index, decode_tokens, saved, out);
+}
+
+int sparse_ffn_quantized_moe(const sparse_ffn_quantized_moe_args* a, int32_t gate_function, int32_t activation,
+                             int32_t n_threads) {
+  Operands o;
+  sparse_ffn_quantized_experts q{};
+  sparse_ffn_experts& p = q.experts;
+  p.x = o.take<void>("x", a->x, "TD", Strides::kRows);
+  p.x_stride = a->x.stride[0];
+  q.keys = take_codes(o, a->keys, {"EGA", "EGP", {"keys.qdata", "keys.scale", "keys.zero_point"}});
+  q.values = take_codes(o, a->values, {"EGV", "EGU", {"values.qdata", "values.scale", "values.zero_point"}});
+  const bool glu = a->gate_keys.qdata.dtype != SPARSE_FFN_ABSENT;
+  if (glu)
+    q.gate_keys = take_codes(o, a->gate_keys, {"EGW", "EGH", {"gate_keys.qdata", "gate_keys.scale", "gate_keys.zero_point"}});
+  p.key_bias = o.maybe<void>("key_bias", a->key_bias, "EG");
+  p.T = o['T'], p.D = o['D'], p.E = o['E'], p.G = o['G'], p.O = q.values.columns;
+  const int columns = static_cast<int>(p.D);
+  o.require(q.keys.columns == p.D, "keys.qdata must have codes of %d columns, as many as x has", columns);
+  o.require(!glu || q.gate_keys.columns == p.D, "gate_keys.qdata must have codes of %d columns, as many as x has", columns);
+  o.let('O', p.O);
+  o.count("units of an expert", p.G);
+  p.dtype = o.dtype(), p.activation = take_activation(o, activation), p.n_threads = n_threads;
+  sparse_ffn_router router = take_router(o, a->router_weight, a->router_bias, {}, gate_function);
+  int64_t* index = o.take<int64_t>("index", a->index, "TK");
+  take_slots(o, p, {});
+  take_sums(o, router, "softmax_sums", {});
+  void* out = o.take<void>("out", a->out, "TO");
+  if (o.status()) return o.status();
+  Saved sorted{};
+  float* gate = scratch_of<float>(kBufferDgate, p.T * p.K + 1);
+  if (!gate || !find_room(p, sorted)) return done(SPARSE_FFN_NO_MEMORY);
+  p.gate = gate;
+  if (const int bad = kernels().route_tokens(p, router, index, gate, nullptr)) return done(bad);
+  p.order = sort_by_expert(index, p.T * p.K, p.E, sorted.order, sorted.offsets);
+  p.offsets = sorted.offsets;
+  return done(kernels().quantized_experts(q, out));
 }
 
 int sparse_ffn_moe_backward(const sparse_ffn_moe_backward_args* a, int32_t gate_function, int32_t activation,

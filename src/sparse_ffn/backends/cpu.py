@@ -21,7 +21,7 @@ HUGE_PAGE = 2 << 20
 LIBRARY_NAME = "libsparse_ffn_cpu.so"
 LIBRARY_VARIABLE = "SPARSE_FFN_LIBRARY"
 ISA_VARIABLE = "SPARSE_FFN_ISA"
-ABI_VERSION = 10
+ABI_VERSION = 11
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "identity": 4, "squared_relu": 5, "square": 6}
 NORMS = {"layer": 1, "rms": 2}
 GATES = {"sigmoid": 0, "softmax": 1, "softmax_topk": 2, "unweighted": 3}
@@ -33,6 +33,7 @@ OPTIONS = {
     "cvmm_forward": 0,
     "cvmm_backward": 0,
     "quantized_cvmm": 1,
+    "quantized_moe": 2,
     "bag_forward": 1,
     "bag_backward": 0,
     "bag_backward_sparse": 0,

@@ -12,6 +12,7 @@ from sparse_ffn.checks import check_places
 from sparse_ffn.layers.routed import Routed
 from sparse_ffn.layers.rows.base import ExpertRows, rows_ffn
 from sparse_ffn.layers.rows.offloaded import OffloadedRows
+from sparse_ffn.layers.rows.quantized import codes_of
 from sparse_ffn.layers.units import UnitsFFN
 from sparse_ffn.module import is_plain, tensors_of
 from sparse_ffn.routing.balance import NEED_LOGITS
@@ -43,7 +44,7 @@ class FusedPath(Routed, UnitsFFN):
     def _fused(self, x_TD: Tensor, mask_T: Tensor | None, units: ops.Units, n_sequences: int | None) -> Tensor | None:
         """The output, with all that a forward leaves behind, if ``ops.routed_ffn`` computes this call; else None."""
         if isinstance(units.values, ExpertRows):
-            return None
+            return self._fused_codes(x_TD, mask_T, units)
         if self._split is not None:
             if not self._split.alone:
                 return None
@@ -54,8 +55,7 @@ class FusedPath(Routed, UnitsFFN):
         if gate is None:
             return None
         router, (gate_function, weight, bias) = self.router, gate
-        gates_needed = self.null_experts and self.null_kind != "zero"  # inference does not return them
-        if not self.training and not torch.is_grad_enabled() and not ops.under_transforms() and not gates_needed:
+        if self._infers():
             y_TO, index_TK = ops.routed_ffn_inference(
                 x_TD, weight, bias, units, router.k, gate_function, self.activation
             )
@@ -78,6 +78,26 @@ class FusedPath(Routed, UnitsFFN):
         loss = self._balance_loss(FusedRouting(softmax_BE, index_TK, gate_TK), mask_T, n_sequences)
         self._keep(loss, index_TK, mask_T, (y_TO,))  # the loss's backward pass reaches its node
         return self._add_null(y_TO, x_TD, index_TK, gate_TK, units.values.shape[0])
+
+    def _fused_codes(self, x_TD: Tensor, mask_T: Tensor | None, units: ops.Units) -> Tensor | None:
+        """The same of quantised experts, where nothing asks for more than the output."""
+        codes = codes_of(units)
+        if codes is None or self._split is not None or not self._infers():
+            return None
+        gate = self._gate_of(x_TD, units.values.shape[0], ops.quantized_ffn_available, codes)
+        if gate is None:
+            return None
+        gate_function, weight, bias = gate
+        y_TO, index_TK = ops.quantized_ffn_inference(
+            x_TD, weight, bias, codes, self.router.k, gate_function, self.activation
+        )
+        self._keep(None, index_TK, mask_T, ())
+        return y_TO
+
+    def _infers(self) -> bool:
+        """Whether no gradient of this call and no gate of it is needed, which ops for inference do not return."""
+        gates_needed = self.null_experts and self.null_kind != "zero"
+        return not (self.training or torch.is_grad_enabled() or ops.under_transforms() or gates_needed)
 
     def _experts(self, x_TD: Tensor, index_TK: Tensor, gate_TK: Tensor, units: ops.Units) -> Tensor:
         """The selected experts of each token, by the processes that hold them: [T, O]."""

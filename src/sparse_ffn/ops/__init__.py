@@ -12,6 +12,8 @@ from sparse_ffn.ops.route.op import route_available as route_available
 from sparse_ffn.ops.routed_ffn.op import routed_ffn as routed_ffn
 from sparse_ffn.ops.routed_ffn.op import routed_ffn_available as routed_ffn_available
 from sparse_ffn.ops.routed_ffn.op import routed_ffn_inference as routed_ffn_inference
+from sparse_ffn.ops.routed_ffn.quantized import quantized_ffn_available as quantized_ffn_available
+from sparse_ffn.ops.routed_ffn.quantized import quantized_ffn_inference as quantized_ffn_inference
 from sparse_ffn.ops.topk_ffn.op import topk_ffn as topk_ffn
 from sparse_ffn.ops.units import Units as Units
 from sparse_ffn.ops.weighted_bag.op import weighted_bag as weighted_bag

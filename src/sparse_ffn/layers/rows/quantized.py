@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from sparse_ffn import ops
 from sparse_ffn.layers.rows.base import ExpertRows
 from sparse_ffn.module import tensors_of
+from sparse_ffn.ops.units import Units
 
 
 class QuantizedRows(ExpertRows):
@@ -70,3 +73,13 @@ class QuantizedRows(ExpertRows):
         group = self.shape[-1] // max(self.scale.shape[-1], 1)
         kind = "symmetric" if self.zero_point is None else "asymmetric"
         return f"{list(self.shape)}, bits={self.codes.bits}, group_size={group}, {kind}, dtype={self.dtype}"
+
+
+def codes_of(units: Units) -> Units | None:
+    """The units with the codes of their rows in the place of all matrices; None if one of these is no quantised rows."""
+    keys: Any = units.keys
+    values: Any = units.values
+    gate_keys: Any = units.gate_keys
+    if not all(rows is None or type(rows) is QuantizedRows for rows in (keys, values, gate_keys)):
+        return None
+    return Units(keys.codes, values.codes, None if gate_keys is None else gate_keys.codes, units.key_bias)
