@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import sparse_ffn as sf
 import sparse_ffn.integrations.flop_counter
@@ -81,6 +81,24 @@ def test_the_products_by_themselves() -> None:
         torch.rand(TOKENS, 3),
     )
     assert counted(lambda: functional.weighted_bag(values, index, gate)) == 2 * TOKENS * 3 * 24
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("glu", [False, True])
+def test_quantised_experts_infer_with_the_flops_of_what_they_stand_for(glu: bool, bits: int) -> None:
+    layer = sf.SigmaMoE(D, 8, 32, 2, glu=glu, d_out=48).eval()
+    flops = layer.flops_per_token()
+    sf.quantize_experts_(layer, sf.ExpertQuantization(bits=bits, group_size=16))
+    with torch.no_grad():
+        assert counted(lambda: layer(torch.randn(TOKENS, D))) == TOKENS * flops
+
+
+def test_every_op_has_a_formula_but_those_without_products() -> None:
+    """One that the counter does not know is counted as none."""
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("sparse_ffn::")}
+    without = ("checked_index", "negative_entropy", "product_key_topk")
+    products = {name for name in names if not name.removeprefix("sparse_ffn::").startswith(without)}
+    assert products == {str(op).replace(".", "::") for op in flop_registry if str(op).startswith("sparse_ffn.")}
 
 
 def test_quantised_experts_have_the_flops_of_what_they_stand_for() -> None:

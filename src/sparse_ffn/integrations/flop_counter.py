@@ -38,6 +38,12 @@ def _router(a: Any) -> Any:
     return 2 * a.x[0] * prod(a.router_weight)
 
 
+def _coded(a: Any) -> Any:
+    """Of stacks of codes, whose shapes do not tell their columns."""
+    columns = a.x[-1] * (1 if a.gate_keys is None else 2) + a.result[0][-1]
+    return 2 * a.x[0] * a.k * a.keys[1] * columns
+
+
 def _topk_ffn(a: Any) -> Any:
     if a.rank_by == "gate":  # the other keys of the selected units alone
         return 2 * a.x[0] * (prod(a.keys) + a.k * (a.keys[1] + a.values[1]))
@@ -49,6 +55,7 @@ _count(lambda a: (1 + a.needs_experts) * _units(prod(a.gate) * a.keys[1], a), "e
 _count(_router, "route", "route_inference")
 _count(lambda a: 2 * _router(a), "route_backward")
 _count(lambda a: _router(a) + _units(a.x[0] * a.k * a.keys[1], a), "routed_ffn", "routed_ffn_inference")
+_count(lambda a: _router(a) + _coded(a), "quantized_ffn_inference")
 _count(
     lambda a: 2 * _router(a) + (1 + a.needs_experts) * _units(prod(a.selected) * a.keys[1], a), "routed_ffn_backward"
 )

@@ -76,7 +76,7 @@ class QuantizedRows(ExpertRows):
 
 
 def codes_of(units: Units) -> Units | None:
-    """The units with the codes of their rows in the place of all matrices; None if one of these is no quantised rows."""
+    """The units with the codes of their rows in the place of all matrices; None if one is not quantised."""
     keys: Any = units.keys
     values: Any = units.values
     gate_keys: Any = units.gate_keys
