@@ -136,6 +136,11 @@ static ALWAYS_INLINE void interleave(V (&n)[2]) {
   const __m512 even = __m512(n[0]), odd = __m512(n[1]);
   n[0] = V(_mm512_permutex2var_ps(even, low, odd));
   n[1] = V(_mm512_permutex2var_ps(even, high, odd));
+#elif defined(__AVX2__)
+  const __m256 even = __m256(n[0]), odd = __m256(n[1]);
+  const __m256 low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);  // in each half
+  n[0] = V(_mm256_permute2f128_ps(low, high, 0x20));
+  n[1] = V(_mm256_permute2f128_ps(low, high, 0x31));
 #else
   float pairs[2 * VL];
   for (int i = 0; i < VL; i++) pairs[2 * i] = n[0][i], pairs[2 * i + 1] = n[1][i];

@@ -30,20 +30,44 @@ template <class F> static ALWAYS_INLINE void fetch_factors(const F* factors, int
   for (int64_t p = 0; p < groups; p += 64 / static_cast<int64_t>(sizeof(F))) prefetch(factors + p);
 }
 
+// Each lane of v kTimes times, to as many vectors as begin before the end.
+template <int kTimes> static ALWAYS_INLINE void spread(V v, float* to, const float* end) {
+  if constexpr (kTimes == 1) {
+    if (to < end) store(to, v);
+  } else {
+    V half[2] = {v, v};
+    interleave(half);
+    spread<kTimes / 2>(half[0], to, end);
+    spread<kTimes / 2>(half[1], to + kTimes / 2 * VL, end);
+  }
+}
+
+// See take_factors: groups of kTimes steps. The last vector of groups is one that ends with them, if there are so many.
+template <class T, int kBits, int kTimes>
+static ALWAYS_INLINE void take_short_groups(const T* scale, const uint8_t* zero, int64_t steps, float* scales,
+                                            float* shifts) {
+  const int64_t groups = ceil_div(steps, int64_t{kTimes}), padded = round_up(steps, VL);
+  store(scales + padded - VL, V{});
+  if (shifts) store(shifts + padded - VL, V{});
+  for (int64_t next = 0; next < groups; next += VL) {
+    const int64_t p = larger<int64_t>(0, lesser(next, groups - VL));
+    const V s = load_upto(scale + p, groups - p);
+    spread<kTimes>(s, scales + p * kTimes, scales + padded);
+    if (shifts) spread<kTimes>(s * shifts_of<kBits>(zero + p, groups - p), shifts + p * kTimes, shifts + padded);
+  }
+}
+
 // The scale and the shift of each step of one row, from those of its groups on, to whole vectors of steps: what is behind the
 // last one meets zeros, and must be a number. May write a vector too much.
 template <class T, int kBits>
 static void take_factors(const T* scale, const uint8_t* zero, int64_t steps, int64_t in_group, float* scales,
                          float* shifts) {
-  const int64_t groups = ceil_div(steps, in_group);
-  if (in_group == 1) {
-    for (int64_t p = 0; p < groups; p += VL) {
-      const V s = load_upto(scale + p, groups - p);
-      store(scales + p, s);
-      if (shifts) store(shifts + p, s * shifts_of<kBits>(zero + p, groups - p));
-    }
-    return;
+  switch (in_group) {
+    case 1: return take_short_groups<T, kBits, 1>(scale, zero, steps, scales, shifts);
+    case 2: return take_short_groups<T, kBits, 2>(scale, zero, steps, scales, shifts);
+    case 4: return take_short_groups<T, kBits, 4>(scale, zero, steps, scales, shifts);
   }
+  const int64_t groups = ceil_div(steps, in_group);
   for (int64_t p = 0; p < groups; p++) {
     const V s = splat(to_float(scale[p]));
     const int64_t end = p + 1 < groups ? (p + 1) * in_group : round_up(steps, VL);
