@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.backends import cpu
-from sparse_ffn.backends.choice import choose
 from sparse_ffn.backends.layout import contiguous, rows
-from sparse_ffn.ops.autocast import autocast_enabled
 from sparse_ffn.ops.codes import Codes
 from sparse_ffn.ops.library import define
+from sparse_ffn.ops.routed_ffn.op import routed_ffn_available
 from sparse_ffn.ops.units import Units
 
 ABSENT = (None, None, None)
@@ -20,17 +19,10 @@ ABSENT = (None, None, None)
 
 def quantized_ffn_available(x: Tensor, router_weight: Tensor, router_bias: Tensor | None, experts: Units) -> bool:
     """Whether the op computes this input now: fp32 or bf16 throughout (a router's bias fp32), on the CPU core."""
-    dtype, bias = x.dtype, experts.key_bias
-    matrices: tuple[Any, ...] = (experts.keys, experts.values, experts.gate_keys)
-    return (
-        dtype in (torch.float32, torch.bfloat16)
-        and router_weight.dtype == dtype
-        and all(codes is None or codes.scale.dtype == dtype for codes in matrices)
-        and (bias is None or bias.dtype == dtype)
-        and (router_bias is None or router_bias.dtype == torch.float32)
-        and not autocast_enabled(x)
-        and choose(x) == "cpu"
-    )
+    keys, values, gate_keys, key_bias = experts
+    stacks: tuple[Any, ...] = (keys, values, gate_keys)
+    scales = (None if codes is None else codes.scale for codes in stacks)  # of the dtype that the numbers have
+    return routed_ffn_available(x, router_weight, router_bias, Units._make([*scales, key_bias]))
 
 
 def quantized_ffn_inference(
