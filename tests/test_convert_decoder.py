@@ -180,7 +180,8 @@ def test_the_page_holds_the_tables_of_the_committed_numbers() -> None:
 def test_a_decoder_in_codes_is_smaller_and_loses_little(monkeypatch: pytest.MonkeyPatch) -> None:
     source = SimpleNamespace(load=lambda: small(32, 128), d_ff=128)
     monkeypatch.setattr(bench_compress, "SMOLLM2", source)
-    found = bench_compress.decoder(0.05, SIZES)
+    # on a few tokens int4 gains or loses a tenth of a nat by chance, and which they are depends on what is imported
+    found = bench_compress.decoder(0.05, replace(SIZES, held_out=64))
     dense = found.pop(bench_compress.IN_BF16)
     assert dense.megabytes == pytest.approx(2 * 2 * 3 * 32 * 128 / 1e6)
     assert list(found) == list(bench_compress.DECODER_FORMS)

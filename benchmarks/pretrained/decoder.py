@@ -56,7 +56,7 @@ class Decoder:
     tokenizer: Any
 
     def text(self, sizes: Sizes) -> Text:
-        """Docstrings of the standard library: every third module is held out.
+        """Docstrings of the standard library, as they are with what is imported: every third module is held out.
 
         Raises:
             ValueError: there is not so much text.
@@ -72,7 +72,7 @@ class Decoder:
         return Text(first, samples.chunk(sizes.samples), training)
 
     def _pieces(self, texts: Sequence[str], n: int, length: int) -> Tensor:
-        """The beginning of the texts in an order drawn by chance, always the same: [n, length].
+        """The beginning of the texts, in an order drawn by chance that is the same for as many texts: [n, length].
 
         Each piece begins with what the tokenizer begins a text with, which some models cannot do without.
         """
