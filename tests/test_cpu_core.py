@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import flat
 import processes
@@ -16,12 +18,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_ffn as sf
 from sparse_ffn import functional, ops
 from sparse_ffn.backends import choice, cpu
 from sparse_ffn.backends.choice import choose
-from sparse_ffn.layers import LatentMoE
+from sparse_ffn.layers import LatentMoE, SwitchHeadAttention
 
 WIDE = ("avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
 built = pytest.mark.skipif(cpu.PROBLEM is not None, reason="no compiler when the package was installed")
@@ -326,6 +329,57 @@ def test_autocast_trains_on_the_core_in_its_own_dtype(name: str, dtype: torch.dt
         torch.testing.assert_close(y.float(), layer(x), rtol=0.1, atol=0.1)
         (y.float().square().sum() + sf.aux_loss(layer)).backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
+
+
+class Copied(TorchDispatchMode):
+    """The sizes of the tensors that were copied in another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: set[int] = set()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op is torch.ops.aten._to_copy.default:
+            self.sizes.add(args[0].numel())
+        return op(*args, **(kwargs or {}))
+
+
+def memory(**options: Any) -> nn.Module:
+    return sf.ProductKeyMemory(8, 10, 3, **options)
+
+
+STORES: dict[str, Callable[[], nn.Module]] = {
+    "SigmaMoE": lambda: sf.SigmaMoE(8, 20, 4, 2),
+    "SigmaMoE, GLU": lambda: sf.SigmaMoE(8, 20, 4, 2, activation="silu", glu=True, dropout=0.5),
+    "TopKFFN": lambda: sf.TopKFFN(8, 100, 10),
+    "TopKFFN, GLU": lambda: sf.TopKFFN(8, 100, 10, activation="silu", glu=True, rank_by="gate"),
+    "SwitchHeadAttention": lambda: SwitchHeadAttention(8, 2, 20, d_head=4),
+    "ProductKeyMemory, experts": lambda: memory(experts=True),
+    "ProductKeyMemory": memory,
+    "ProductKeyMemory, sparse": lambda: memory(sparse_grad=True),
+}
+"""Layers with parameters that few tokens read a small part of."""
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", STORES)
+def test_autocast_copies_no_store_for_few_tokens(name: str, dtype: torch.dtype) -> None:
+    """Their products are in the parameters' own dtype; rows that are only added up are so for any number of tokens."""
+    layer = STORES[name]()
+    stores = {p.numel() for p in layer.parameters() if p.numel() >= 600}
+    added = name.startswith("ProductKeyMemory") and "experts" not in name
+    for tokens, training in itertools.product((3, 500), (True, False)):
+        layer.train(training)
+        x = torch.randn(1, tokens, 8, requires_grad=training)
+        with sf.backend("cpu"), torch.autocast("cpu", dtype), Copied() as copied:
+            y = layer(x)
+        assert y.dtype == dtype
+        assert bool(copied.sizes & stores) == (tokens == 500 and not added)
+        if training:
+            y.float().square().sum().backward()
+    assert stores
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
 
 
 def stack() -> nn.Module:

@@ -539,6 +539,23 @@ BACKWARD: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] =
 }
 
 
+@pytest.mark.parametrize("sparse_grad", [False, True])
+@pytest.mark.parametrize("rows", [9, 200], ids=["small", "large"])
+def test_bags_are_rounded_once_under_autocast(rows: int, sparse_grad: bool, on_backend: str) -> None:
+    """To the last bit what they are without it, and so are the gradients for that of the rounded ones."""
+    values, weight = leaf(rows, O, dtype=torch.float32), leaf(4, 3, dtype=torch.float32)
+    index = torch.randint(rows, (4, 3))
+    expected = functional.weighted_bag(values, index, weight, sparse_grad=sparse_grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = functional.weighted_bag(values, index, weight, sparse_grad=sparse_grad)
+    assert torch.equal(found, expected.bfloat16())
+    grad = torch.randn_like(found)
+    grads = (torch.autograd.grad(y, (values, weight), grad.to(y.dtype)) for y in (found, expected))
+    for a, b in zip(*grads, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a.to_dense(), b.to_dense())
+
+
 @pytest.mark.parametrize("backend", ["torch"] if cpu.PROBLEM else ["torch", "cpu"])
 @pytest.mark.parametrize("name", BACKWARD)
 def test_a_backward_pass_inside_of_autocast_is_that_of_its_forward_pass(name: str, backend: str) -> None:

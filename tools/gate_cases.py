@@ -229,8 +229,8 @@ def coded(
 def bags(dtype: torch.dtype, width: int, table: torch.dtype, *, rows: int = 512, bags: int = 64, k: int = 32) -> None:
     """Weighted bag, forward and both backwards."""
     values, index = torch.empty(rows, width, dtype=table), torch.zeros(bags, k, dtype=torch.int64)
-    weight, grad = torch.empty(bags, k, dtype=dtype), torch.empty(bags, width, dtype=dtype)
-    weighted_bag.forward(values, index, weight, dtype)
+    weight, grad = torch.empty(bags, k, dtype=dtype), torch.empty(bags, width, dtype=table)
+    weighted_bag.forward(values, index, weight)
     weighted_bag.backward(grad, values, index, weight)
     weighted_bag.backward(grad, values, index, weight, False)
     weighted_bag.backward_rows(grad, values, index, weight)

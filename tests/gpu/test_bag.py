@@ -121,7 +121,7 @@ def test_indices_outside_of_the_table_touch_nothing(others: tuple[int, ...], dev
     values, weight = guarded(random(4, 20).to(device).float()), torch.ones(1, 4, device=device)
     index = torch.tensor([[2, *others]], device=device)
     with traps():
-        assert torch.equal(weighted_bag.forward(values, index, weight, values.dtype)[0], values[2])
+        assert torch.equal(weighted_bag.forward(values, index, weight)[0], values[2])
         dvalues, dweight = weighted_bag.backward(values[:1], values, index, weight)
         of_frozen = weighted_bag.backward(values[:1], values, index, weight, False).weight
     assert (dweight[0, 1:] == 0).all()
@@ -167,7 +167,7 @@ def test_weighted_bag_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch
     t = [x.float() if x.is_floating_point() else x for x in bag_case("random").tensors.values()]
     with FakeTensorMode() as mode:
         values, index, weight = (mode.from_tensor(x) for x in t)
-        out = weighted_bag.forward(values, index, weight, values.dtype)
+        out = weighted_bag.forward(values, index, weight)
         dvalues, dweight = weighted_bag.backward(out, values, index, weight)
         assert launched == {"bag_kernel", "bag_gradient_kernel", "hot_rows_kernel"}
         launched.clear()

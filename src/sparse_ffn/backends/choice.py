@@ -107,22 +107,21 @@ def _forced() -> str | None:
     return next((block.name for block in reversed(blocks) if block.open), None) if blocks else None
 
 
-def choose(x: Tensor, dtype: torch.dtype | None = None) -> str:
-    """The name of the backend for an op on x's device that computes in ``dtype``, x's own if not given."""
-    dtype = x.dtype if dtype is None else dtype
+def choose(x: Tensor) -> str:
+    """The name of the backend for an op on x's device that computes in x's dtype."""
     name = _forced() or _environment
     if name == "auto":
         if x.is_cpu:
             if cpu.PROBLEM is None:
-                return "cpu" if dtype in DTYPES else "torch"
-            if dtype in DTYPES:
+                return "cpu" if x.dtype in DTYPES else "torch"
+            if x.dtype in DTYPES:
                 _warn_once("cpu")
-        fast = next((fast for fast in _fast(x.device) if not unavailable(fast, x.device, dtype)), None)
-        if fast is None and dtype in DTYPES and x.is_cuda and torch.cuda.is_available():  # it is no fake one
+        fast = next((fast for fast in _fast(x.device) if not unavailable(fast, x.device, x.dtype)), None)
+        if fast is None and x.dtype in DTYPES and x.is_cuda and torch.cuda.is_available():  # it is no fake one
             _warn_once("cuda")
         return fast or "torch"
     _check(name, f"environment variable {ENVIRONMENT_VARIABLE}")
-    reason = unavailable(name, x.device, dtype)
+    reason = unavailable(name, x.device, x.dtype)
     if reason:
         raise RuntimeError(f"backend {name!r} is forced, but {reason}")
     return name

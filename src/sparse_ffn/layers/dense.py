@@ -102,7 +102,7 @@ class DenseFFN(UnitsFFN):
             and units.values.numel() >= DECODE_WEIGHTS
             and all(t is None or (t.dtype == x.dtype and not is_traceable_wrapper_subclass(t)) for t in units)
             and choose(x) == "cpu"
-            and _few(x.shape[0])
+            and ops.at_most(x.shape[0], SKIP_TOKENS)
         )
 
     def _as_one_expert(self, x: Tensor, units: ops.Units) -> Tensor:
@@ -128,12 +128,3 @@ class DenseFFN(UnitsFFN):
             glu=(self.gate_keys is not None, False),
             bias=(self.out_bias is not None, True),
         )
-
-
-def _few(n_tokens: int) -> bool:
-    """Whether a token count is a decoding step's; an exported or traced program is not tied to such a one."""
-    if not torch.compiler.is_compiling():
-        return torch._C._get_tracing_state() is None and n_tokens <= SKIP_TOKENS
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # here: it imports sympy
-
-    return statically_known_true(n_tokens <= SKIP_TOKENS)

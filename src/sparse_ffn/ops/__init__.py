@@ -3,6 +3,7 @@
 from sparse_ffn.ops.codes import Codes as Codes
 from sparse_ffn.ops.cvmm.op import cvmm as cvmm
 from sparse_ffn.ops.expert_ffn.op import expert_ffn as expert_ffn
+from sparse_ffn.ops.library import at_most as at_most
 from sparse_ffn.ops.library import in_backward as in_backward
 from sparse_ffn.ops.library import under_transforms as under_transforms
 from sparse_ffn.ops.product_key_topk.op import product_key_topk as product_key_topk

@@ -34,6 +34,15 @@ def under_transforms() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def at_most(n: int, limit: int) -> bool:
+    """Whether a size is as small as that; an exported or traced program is not tied to its being so."""
+    if not torch.compiler.is_compiling():
+        return torch._C._get_tracing_state() is None and n <= limit
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # here: it imports sympy
+
+    return statically_known_true(n <= limit)
+
+
 def in_backward() -> bool:
     """Whether a backward pass runs the calling code, which then computes a forward again (activation checkpointing)."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

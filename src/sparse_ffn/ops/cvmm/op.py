@@ -7,7 +7,7 @@ import functools
 from torch import Tensor
 
 from sparse_ffn.backends.choice import choose
-from sparse_ffn.ops.autocast import autocast_dtype, cast, casts_inside
+from sparse_ffn.ops.autocast import autocast_dtype, cast, casts_inside, product_dtype
 from sparse_ffn.ops.cvmm import reference
 from sparse_ffn.ops.cvmm.backend import Backend, Slots
 from sparse_ffn.ops.indices import Indices, checked
@@ -32,16 +32,17 @@ def cvmm(
     whose expert is E is void: it adds 0 and reads no matrix.
     """
     dtype = autocast_dtype(x)
-    x = cast(x, dtype)
     rows = expert.shape[0] if n_out is None else n_out
     chosen = choose(x)
-    weight = weight if casts_inside(chosen) else weight.to(dtype)
+    inner = product_dtype(chosen, weight, expert.shape[0], dtype)
+    x = cast(x, inner)
+    weight = weight if casts_inside(chosen) else weight.to(inner)
     if chosen == "reference":
         slots = Slots(expert, gather, scatter, reduction)
         expert, gather, scatter = (checked(*indices) for indices in _indices(x, weight, slots, rows))
         return reference.cvmm(x, weight, Slots(expert, gather, scatter, reduction), rows)
     out: Tensor = _op.forward(x, weight, expert, gather, scatter, reduction, rows, chosen)
-    return out
+    return out.to(dtype)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.backends.choice import choose
-from sparse_ffn.ops.autocast import autocast_dtype, cast, casts_inside
+from sparse_ffn.ops.autocast import autocast_dtype, cast, casts_inside, product_dtype
 from sparse_ffn.ops.expert_ffn import reference
 from sparse_ffn.ops.expert_ffn.backend import Backend, Saved
 from sparse_ffn.ops.indices import Indices, checked
@@ -32,15 +32,16 @@ def expert_ffn(
     index is E is void: it adds 0, reads no weights, and its gate's gradient is 0.
     """
     dtype = autocast_dtype(x)
-    x, dropout_mask = cast(x, dtype), cast(dropout_mask, dtype)
     chosen = choose(x)
-    experts = experts if casts_inside(chosen) else experts.to(dtype)
+    inner = product_dtype(chosen, experts.keys, index.numel(), dtype)
+    x, dropout_mask = cast(x, inner), cast(dropout_mask, inner)
+    experts = experts if casts_inside(chosen) else experts.to(inner)
     if chosen == "reference":
         index = checked("index", index, experts.keys.shape[0], True)
         return reference.expert_ffn(x, experts, index, gate, dropout_mask, activation)
     arguments = (x, *experts, index, gate, dropout_mask, activation, chosen)
     out: Tensor = _op.forward(*arguments)[0] if wanted(x, *experts, gate) else _op.inference(*arguments)
-    return out
+    return out.to(dtype)
 
 
 @functools.cache

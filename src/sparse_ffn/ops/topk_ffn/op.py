@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.backends.choice import choose
-from sparse_ffn.ops.autocast import autocast_dtype, cast, casts_inside
+from sparse_ffn.ops.autocast import autocast_dtype, cast, casts_inside, product_dtype, without_autocast
 from sparse_ffn.ops.operator import Operator, wanted
 from sparse_ffn.ops.topk_ffn import reference
 from sparse_ffn.ops.topk_ffn.backend import Backend, Saved
@@ -34,14 +34,16 @@ def topk_ffn(
     the selection, no gradient); result [T, O] in x's dtype or autocast's.
     """
     dtype = autocast_dtype(x)
-    x, dropout_mask = cast(x, dtype), cast(dropout_mask, dtype)
     chosen = choose(x)
-    units = units if casts_inside(chosen) else units.to(dtype)
+    inner = product_dtype(chosen, units.keys, x.shape[0] * units.keys.shape[0], dtype)
+    x, dropout_mask = cast(x, inner), cast(dropout_mask, inner)
+    units = units if casts_inside(chosen) else units.to(inner)
     if chosen == "reference":
         return reference.topk_ffn(x, units, k, dropout_mask, activation, norm_aware, rank_by)
     arguments = (x, *units, k, dropout_mask, activation, norm_aware, rank_by, chosen)
-    out: Tensor = _op.forward(*arguments)[0] if wanted(x, *units) else _op.inference(*arguments)
-    return out
+    with without_autocast(x):
+        out: Tensor = _op.forward(*arguments)[0] if wanted(x, *units) else _op.inference(*arguments)
+    return out.to(dtype)
 
 
 @functools.cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -18,8 +17,8 @@ class Gradients(NamedTuple):
 class Backend(Protocol):
     """Shapes are those of ``sparse_ffn.ops.weighted_bag``."""
 
-    def forward(self, values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The bags [N, O] in ``dtype``; only backends that cast weights themselves get values in another one."""
+    def forward(self, values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """The bags [N, O], in the dtype of values."""
 
     def backward(self, grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, needs_values: bool) -> Gradients:
         """The gradients, for that of the bags, of any strides; without ``needs_values`` none of values."""

@@ -9,9 +9,7 @@ from sparse_ffn.backends import cpu
 from sparse_ffn.ops.weighted_bag.backend import Gradients
 
 
-def forward(
-    values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype | None = None, *, skips: bool = False
-) -> Tensor:
+def forward(values: Tensor, index: Tensor, weight: Tensor, *, skips: bool = False) -> Tensor:
     """The bags [N, O], in the dtype of values. With ``skips`` rows of weight 0 are not read, whatever lies there."""
     out = cpu.empty(index.shape[0], values.shape[-1], dtype=values.dtype)
     cpu.call("bag_forward", (*_table(values, index, weight), out), int(skips))

@@ -12,11 +12,10 @@ from sparse_ffn.ops.weighted_bag.backend import Gradients
 
 
 @on_device
-def forward(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bags [N, O] in ``dtype``, to which values are cast."""
-    values = values.to(dtype).contiguous()
+def forward(values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """The bags [N, O], in the dtype of values."""
     out = values.new_empty(index.shape[0], values.shape[1])
-    cuda.bag("bag_sums", out, values, _weight(weight), k=index.shape[1], index=index.contiguous())
+    cuda.bag("bag_sums", out, values.contiguous(), _weight(weight), k=index.shape[1], index=index.contiguous())
     return out
 
 
@@ -25,7 +24,7 @@ def backward(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, needs_
     """Gradients of values and weight."""
     grad, dvalues = grad.contiguous(), None
     if needs_values:
-        dvalues = _of_values(grad, weight, *sort_by_expert(index.reshape(-1), values.shape[0])).to(values.dtype)
+        dvalues = _of_values(grad, weight, *sort_by_expert(index.reshape(-1), values.shape[0]))
     return Gradients(dvalues, _of_weight(grad, values, index, weight))
 
 
@@ -35,7 +34,7 @@ def backward_rows(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -
     rows, compact = torch.unique(index, return_inverse=True)
     members, offsets = sort_by_expert(compact.reshape(-1), rows.shape[0])
     grad = grad.contiguous()
-    drows = _of_values(grad, weight, members, offsets).to(values.dtype)
+    drows = _of_values(grad, weight, members, offsets)
     return rows, drows, _of_weight(grad, values, index, weight)
 
 
@@ -56,8 +55,7 @@ def _of_values(grad: Tensor, weight: Tensor, members: Tensor, offsets: Tensor) -
 
 def _of_weight(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     dweight = weight.new_empty(weight.shape, dtype=torch.float32)
-    values = values.to(grad.dtype).contiguous()
-    cuda.bag("bag_weights", grad, values, dweight, k=index.shape[1], index=index.contiguous())
+    cuda.bag("bag_weights", grad, values.contiguous(), dweight, k=index.shape[1], index=index.contiguous())
     return dweight.to(weight.dtype)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.backends.choice import choose
-from sparse_ffn.ops.autocast import autocast_dtype, casts_inside, without_autocast
+from sparse_ffn.ops.autocast import autocast_dtype, without_autocast
 from sparse_ffn.ops.indices import Indices, check_indices, checked
 from sparse_ffn.ops.library import under_transforms
 from sparse_ffn.ops.operator import Operator
@@ -21,24 +21,29 @@ def weighted_bag(values: Tensor, index: Tensor, weight: Tensor, *, sparse_grad: 
     """out[n] = sum_j weight[n, j] * values[index[n, j]]; arguments are trusted to fit.
 
     Shapes: values [F, O], index int64 [N, K], weight [N, K] (its own dtype); result [N, O] in the dtype of values or
-    autocast's. With ``sparse_grad`` the gradient of values is a coalesced sparse tensor of the rows that were read
-    (not under torch.compile); on a GPU its size is why the backward pass waits for the device once.
+    autocast's, to which the sums are rounded: few rows of a large table are read, and no copy of it is made. With
+    ``sparse_grad`` the gradient of values is a coalesced sparse tensor of the rows that were read (not under
+    torch.compile); on a GPU its size is why the backward pass waits for the device once.
     """
-    if sparse_grad and values.requires_grad and torch.is_grad_enabled():
-        # casts inside: torch's cast cannot pass a sparse gradient on
+    with without_autocast(values):
+        out = _bags(values, index, weight, sparse_grad and values.requires_grad and torch.is_grad_enabled())
+    return out.to(autocast_dtype(values))
+
+
+def _bags(values: Tensor, index: Tensor, weight: Tensor, sparse_grad: bool) -> Tensor:
+    """The bags in the dtype of values."""
+    out: Tensor
+    if sparse_grad:
         if under_transforms():
             raise RuntimeError(
                 "sparse_grad=True does not work inside torch.func's transforms, nor in forward-mode AD: take "
                 "sparse_grad=False"
             )
-        out: Tensor = _SparseGradient.apply(values, index, weight)  # type: ignore[no-untyped-call]
-        return out
-    dtype = autocast_dtype(values)
-    chosen = choose(values, dtype)
-    values = values if casts_inside(chosen) else values.to(dtype)
-    if chosen == "reference":
-        return reference.weighted_bag(values, checked("index", index, values.shape[0], False), weight)
-    out = _op.forward(values, index, weight, dtype, chosen)
+        out = _SparseGradient.apply(values, index, weight)  # type: ignore[no-untyped-call]
+    elif (chosen := choose(values)) == "reference":
+        out = reference.weighted_bag(values, checked("index", index, values.shape[0], False), weight)
+    else:
+        out = _op.forward(values, index, weight, chosen)
     return out
 
 
@@ -47,15 +52,12 @@ class _SparseGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        ctx.dtype = values.dtype
-        dtype = autocast_dtype(values)
-        chosen = choose(values, dtype)
+        chosen = choose(values)
         ctx.chosen = "torch" if chosen == "reference" else chosen  # the reference has no sparse gradient
-        values = values if casts_inside(ctx.chosen) else values.to(dtype)
         ctx.save_for_backward(values, index, weight)
         if ctx.chosen != "cpu":
             check_indices(*_indices(values, index))
-        return implementation(ctx.chosen).forward(values, index, weight, dtype)
+        return implementation(ctx.chosen).forward(values, index, weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -67,7 +69,7 @@ class _SparseGradient(torch.autograd.Function):
                 return None, None, backend.backward(grad, values, index, weight, False).weight
             rows, drows, dweight = backend.backward_rows(grad, values, index, weight)
         dvalues = torch.sparse_coo_tensor(
-            rows.unsqueeze(0), drows.to(ctx.dtype), values.shape, is_coalesced=True, check_invariants=False
+            rows.unsqueeze(0), drows, values.shape, is_coalesced=True, check_invariants=False
         )
         return dvalues, None, dweight
 
@@ -85,8 +87,8 @@ def implementation(backend: str) -> Backend:
     return others[backend]
 
 
-def _shapes(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    return values.new_empty(index.shape[0], values.shape[1], dtype=dtype)
+def _shapes(values: Tensor, index: Tensor, weight: Tensor, backend: str) -> Tensor:
+    return values.new_empty(index.shape[0], values.shape[1])
 
 
 def _indices(values: Tensor, index: Tensor, *rest: Any) -> tuple[Indices]:

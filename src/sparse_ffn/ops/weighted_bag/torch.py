@@ -18,7 +18,7 @@ _SUM = 0  # embedding bag's mode
 _aten = torch.ops.aten
 
 
-def forward(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def forward(values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """The bags [N, O], in the dtype of values."""
     if _dense(values, index):
         return reference.weighted_bag(values, index, weight)

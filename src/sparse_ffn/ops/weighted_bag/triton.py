@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sparse_ffn.backends.device import on_device
@@ -12,9 +11,9 @@ from sparse_ffn.ops.weighted_bag.backend import Gradients
 
 
 @on_device
-def forward(values: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bags [N, O] in ``dtype``; the rows that are read are added as they are, in fp32."""
-    out = values.new_empty(index.shape[0], values.shape[1], dtype=dtype)
+def forward(values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """The bags [N, O], in the dtype of values; they are summed in fp32."""
+    out = values.new_empty(index.shape[0], values.shape[1])
     bag.bag(rows(values), index.contiguous(), weight.contiguous(), out)
     return out
 
