@@ -921,10 +921,23 @@ def test_what_is_compiled_by_itself_is_left_and_listed() -> None:
     report = sf.sparsify_(model, OPEN)
     assert not report.replacements
     assert "convert first, then compile" in report.unknown["1._orig_mod"]
-    whole = torch.compile(nn.Sequential(Block()), backend="eager")
+    whole: nn.Module = torch.compile(nn.Sequential(Block()), backend="eager")
     before = whole(torch.ones(1, 6))
     assert sf.sparsify_(whole, sf.MoEConfig(router="unweighted", n_experts=4, k=1)).names == ["_orig_mod.0.ffn"]
     assert not torch.equal(whole(torch.ones(1, 6)), before)
+
+
+def test_a_compiled_model_that_has_run_is_watched_too() -> None:
+    """torch looks for hooks when it compiles, and not again."""
+    torch.compiler.reset()
+    x = torch.randn(2, 5, 6)
+    model = torch.compile(nn.Sequential(Block(), sf.SigmaMoE(6, 4, 2, 2)).eval(), backend="eager")
+    with torch.no_grad():
+        model(x)
+    assert sf.expert_stats(model, [x])["_orig_mod.1"].tokens == 10
+    assert sf.calibrate(model, [x])["_orig_mod.0.ffn"].shape == (10, 6)
+    report = sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, k=2, init="cluster"), calibration=[x])
+    assert report.names == ["_orig_mod.0.ffn"]
 
 
 class Quantised(torch.Tensor):

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 import sparse_ffn as sf
+from sparse_ffn.compress import compress_experts_, map_experts_
 from sparse_ffn.layers import LatentMoE, SwitchHeadAttention
 
 WORLD = 2
@@ -263,6 +264,35 @@ def test_sparse_gradients_that_nobody_can_reduce_are_refused_in_a_sentence() -> 
         assert "sparse_grad=True under DistributedDataParallel" in found["ddp"]
         assert "values cannot be sharded by FSDP2 with sparse_grad=True" in found["fsdp"]
         assert found["sparse"]
+
+
+# ------------------------------------------------------------------------------------------------ changed models
+
+
+def changed(rank: int) -> list[str]:
+    inner = nn.Sequential(mixture(), nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)))
+    stats = sf.expert_stats(inner, [batch(rank)])
+    model = DistributedDataParallel(inner)
+    before = list(model.parameters())
+    changes = [
+        lambda: sf.sparsify_(model, sf.SigmaMoEConfig(n_experts=4, k=2)),
+        lambda: sf.prune_experts_(model, stats, 0.5),
+        lambda: sf.quantize_experts_(model),
+        lambda: sf.dequantize_experts_(model),
+        lambda: sf.offload_experts_(model, cache=4),
+        lambda: compress_experts_(model, 2),
+        lambda: map_experts_(model, "no such file"),
+    ]
+    found = [said(change) for change in changes]
+    assert all(a is b for a, b in zip(model.parameters(), before, strict=True))
+    return found
+
+
+def test_parameters_that_a_reducer_holds_are_not_replaced() -> None:
+    """It went on with those of before: each process trained experts of its own, without a word."""
+    (found,) = processes.run(changed, 1)
+    said = "ValueError: model holds a DistributedDataParallel, which would average the parameters of before"
+    assert [text[: len(said)] for text in found] == [said] * 7
 
 
 # ------------------------------------------------------------------------------------------------ DTensors

@@ -473,6 +473,17 @@ def test_a_plan_gives_both_parts_of_a_shared_expert_the_same_tokens() -> None:
     assert list(plan(net, **styles)) == ["0.routed", "0.shared"]
 
 
+def test_a_plan_unties_nothing() -> None:
+    net = nn.Sequential(mixture(False), mixture(False), sf.DenseFFN(D, 8), nn.Linear(D, 8))
+    net[1].values = net[0].values
+    with pytest.raises(ValueError, match="values of '0' is another module's too: to split it would untie them"):
+        plan(net, experts=ExpertParallel())
+    net[3].weight = net[2].keys
+    assert list(plan(nn.Sequential(net[0], net[2], net[0]), hidden=HiddenParallel())) == ["0", "1"]
+    with pytest.raises(ValueError, match="keys of '2' is another module's too"):
+        plan(net[2:], hidden=HiddenParallel())
+
+
 def test_without_a_bound_nothing_is_clipped() -> None:
     parameter = nn.Parameter(torch.zeros(4))
     parameter.grad = torch.full((4,), 1e25)

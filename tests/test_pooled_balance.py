@@ -140,6 +140,11 @@ def test_what_cannot_be_pooled_is_said() -> None:
         _ = layer(tokens(2, 4)), layer(tokens(3, 4))
     other(tokens(3))
     assert sf.aux_loss(other) < 0  # out of the context as well
+    with pytest.raises(ValueError, match="got different numbers of sequences"), sf.pooled_balance(model):
+        _ = other(tokens(3)), layer(tokens(2, 4)), layer(tokens(3, 4))
+    with pytest.raises(ValueError, match="got different numbers"), sf.pooled_balance(nn.ModuleList([other, layer])):
+        _ = other(tokens(3)), layer(tokens(2, 4)), layer(tokens(3, 4))
+    assert sf.aux_loss(model) == 0  # those that were not refused have none either
 
 
 def test_what_cannot_be_pooled_is_said_at_the_end() -> None:

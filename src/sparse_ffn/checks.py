@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparse_ffn.backends.libraries import DTYPES
@@ -118,6 +119,16 @@ def check_function(name: str, value: Any, of: str) -> None:
 def check_module(name: str, value: Any) -> None:
     """Raise unless value is a module."""
     check_type(name, value, nn.Module, "a torch.nn.Module")
+
+
+def check_changeable(name: str, model: Any) -> None:
+    """Raise unless the parameters of a model may be replaced: it is a module, and no reducer holds the old ones."""
+    check_module(name, model)
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            f"{name} holds a DistributedDataParallel, which would average the parameters of before: change the module "
+            "that it wraps, and wrap it anew"
+        )
 
 
 GIVE_BACK = "call accelerate.hooks.remove_hook_from_submodules(model), or load without offload, first"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -42,9 +43,16 @@ def seed_random(device: torch.device, seed: int) -> None:
 def run_batch(model: nn.Module, batch: Any) -> Any:
     """Call a model with a mapping (keyword arguments), a tuple or list (positional arguments), or one argument.
 
+    Eagerly: what torch.compile has made runs no hooks that came later.
+
     Raises:
         TypeError: its ``forward`` does not take so many.
     """
+    with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+        return _called(model, batch)
+
+
+def _called(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     if not isinstance(batch, (tuple, list)):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.checks import check_flag, check_module, check_type
+from sparse_ffn.checks import check_changeable, check_flag, check_type
 from sparse_ffn.compress.stacks import check_here, stacks_of_moe
 from sparse_ffn.compress.statistics import route
 from sparse_ffn.layers.moe import MoE
@@ -47,7 +47,8 @@ def map_experts_(model: nn.Module, path: str | os.PathLike[str], *, prefetch: bo
         path: a file of safetensors, or one of ``torch.save(model.state_dict(), path)``, with these names; or what
             ``save_pretrained`` wrote: the folder, or the index (``*.index.json``) of several files.
         prefetch: in evaluation, before the layer computes, route its tokens and ask the kernel for all their experts at
-            once, so that reading them overlaps. Waits for the router, where torch.compile breaks its graph.
+            once, so that reading them overlaps. Waits for the router, where torch.compile breaks its graph. A model
+            that has run compiled asks from ``torch.compiler.reset()`` on.
 
     Raises:
         TypeError: an argument of a wrong type.
@@ -57,7 +58,7 @@ def map_experts_(model: nn.Module, path: str | os.PathLike[str], *, prefetch: bo
             distributed. Nothing was changed then.
         OSError: a file cannot be read.
     """
-    check_module("model", model)
+    check_changeable("model", model)
     check_type("path", path, (str, os.PathLike), "a path")
     prefetch = check_flag("prefetch", prefetch)
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from sparse_ffn.backends.warning import SparseFFNWarning
-from sparse_ffn.checks import called, check_device, check_flag, check_module, plain, shown
+from sparse_ffn.checks import called, check_changeable, check_device, check_flag, check_module, plain, shown
 from sparse_ffn.compress.stacks import Stack, check_here, experts_of, tell, untaught
 from sparse_ffn.layers.moe import MoE
 from sparse_ffn.layers.rows import OffloadedRows, QuantizedRows
@@ -47,14 +46,12 @@ def offload_experts_(model: nn.Module, *, cache: float, device: Any = "cuda", pi
             distributed. Nothing was changed then.
         RuntimeError: there is no such device, or it has too little memory.
     """
-    check_module("model", model)
+    check_changeable("model", model)
     pin = check_flag("pin", pin)
     size, place = _check_cache(cache), _check_place(device)
     found = list(experts_of(model))
     if not found:
         raise ValueError(f"the model has no MoE layer{untaught(model)}")
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        raise ValueError("model holds a DistributedDataParallel, which trains: offload the module that it wraps")
     check_here(model, found)
     slots = [_slots(name, module, stacks[0].held.shape[0], size) for name, module, stacks in found]
     for name, _, stacks in found:

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparse_ffn.checks import (
     called,
+    check_changeable,
     check_choice,
     check_loaded,
-    check_module,
     check_positive,
     check_type,
     check_unadapted,
@@ -72,7 +72,7 @@ def prune_experts_(
             adapted by peft, quantised, on meta, wrapped or tied to something else; the names are listed. Nothing was
             changed then.
     """
-    check_module("model", model)
+    check_changeable("model", model)
     check_type("stats", stats, Mapping, "what expert_stats returned, a dict by the layers' names")
     keep = _check_keep(keep)
     if not callable(by):

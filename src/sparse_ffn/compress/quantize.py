@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sparse_ffn.checks import check_function, check_module, check_type
+from sparse_ffn.checks import check_changeable, check_function, check_type
 from sparse_ffn.compress.config import ExpertQuantization
 from sparse_ffn.compress.output_error import output_errors
 from sparse_ffn.compress.quantizer import empty, quantize
@@ -55,7 +55,7 @@ def quantize_experts_(
             finite, or a stack that is no plain parameter: stored rows already, sharded, parametrised, adapted
             by peft, or held by accelerate. Nothing has been changed then.
     """
-    check_module("model", model)
+    check_changeable("model", model)
     config = ExpertQuantization() if config is None else config
     check_type("config", config, ExpertQuantization, "an ExpertQuantization")
     if filter_fn is not None:
@@ -95,7 +95,7 @@ def dequantize_experts_(model: nn.Module, filter_fn: Filter | None = None) -> No
         TypeError: the model is no module, or ``filter_fn`` no function.
         ValueError: accelerate holds the stored rows. Nothing has been changed then.
     """
-    check_module("model", model)
+    check_changeable("model", model)
     if filter_fn is not None:
         check_function("filter_fn", filter_fn, "module and name")
     made: dict[Tensor, nn.Parameter] = {}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_ffn.checks import check_count, check_loaded, check_module, check_plain, check_positive, check_unadapted
+from sparse_ffn.checks import check_changeable, check_count, check_loaded, check_plain, check_positive, check_unadapted
 from sparse_ffn.compress.report import CompressedLayer, CompressionReport
 from sparse_ffn.convert.init.partition import balanced_assignment
 from sparse_ffn.convert.init.weights import relative_error, wide
@@ -55,7 +55,7 @@ def compress_experts_(model: nn.Module, rank: int, *, iterations: int = 8) -> Co
             subclass with a forward of its own, or a layer that ``sparse_ffn.parallel`` has split. Nothing has
             been changed then.
     """
-    check_module("model", model)
+    check_changeable("model", model)
     rank = check_positive("rank", rank)
     iterations = check_count("iterations", iterations)
     if isinstance(model, MoE):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ffn.backends.warning import SparseFFNWarning
-from sparse_ffn.checks import check_floating, check_function, check_module, check_type, shown
+from sparse_ffn.checks import check_changeable, check_floating, check_function, check_type, shown
 from sparse_ffn.convert.batches import Batches
 from sparse_ffn.convert.budget import share_out
 from sparse_ffn.convert.calibrate import Filter, sample
@@ -75,7 +75,7 @@ def sparsify_(
         _check_config(one)
     if filter_fn is not None:
         check_function("filter_fn", filter_fn, "module and name")
-    check_module("model", model)
+    check_changeable("model", model)
     batches = _check_calibration(calibration)
     if example_inputs is None and batches is not None:
         example_inputs = next(iter(batches.first), None)

@@ -26,7 +26,9 @@ def mask_padding(model: nn.Module) -> Callable[[], None]:
     decoder of an encoder-decoder ``decoder_attention_mask``), where it is given none and its tokens are so many: not in
     decoding with a cache. Gradient checkpointing computes layers again with the mask of the last forward pass, so there
     each forward pass must be followed by its backward pass. Hooks do it, which no checkpoint and no pickle holds: call
-    this after loading and after every conversion. A deep copy of the model has hooks of its own, which stay.
+    this after loading and after every conversion. What torch.compile has made before does not run them: call this
+    before the first compiled pass, or ``torch.compiler.reset()`` after this. A deep copy of the model has hooks of its
+    own, which stay.
 
     Args:
         model: what is called with the mask, such as a ``transformers.PreTrainedModel``, with layers of this library.

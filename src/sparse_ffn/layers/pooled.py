@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from sparse_ffn.checks import called, check_module
 from sparse_ffn.layers.balanced import Balanced, Calls, balanced_in
@@ -58,13 +59,19 @@ def pooled_balance(model: nn.Module) -> Iterator[None]:
     finished = [(name, layer, layer._calls) for name, layer in layers.items()]
     for _, layer, _ in finished:
         layer._calls = Calls(open=False)
-    for name, layer, calls in finished:
-        if calls is not None and calls.routings:
-            _finish(called(name), layer, calls)
+    pooled = [
+        (layer, _of_all(called(name), layer, calls))
+        for name, layer, calls in finished
+        if calls is not None and calls.routings
+    ]
+    for layer, kept in pooled:  # when none was refused
+        layer._keep(*kept)
 
 
-def _finish(name: str, layer: Balanced, calls: Calls) -> None:
-    """Give the layer the loss of its calls."""
+def _of_all(
+    name: str, layer: Balanced, calls: Calls
+) -> tuple[Tensor | None, Tensor, Tensor | None, tuple[Tensor | Node | None, ...]]:
+    """What the layer is to keep of its calls."""
     n_sequences = set(calls.n_sequences)
     if len(n_sequences) > 1:
         raise ValueError(f"pooled_balance: {name} got different numbers of sequences, {sorted(map(str, n_sequences))}")
@@ -83,7 +90,7 @@ def _finish(name: str, layer: Balanced, calls: Calls) -> None:
         mask_T = _joined(real, groups)
     routing = Routing(*(_joined(list(parts), groups) for parts in zip(*calls.routings, strict=True)))
     loss = layer._weighted_loss(routing, mask_T, groups)
-    layer._keep(loss, routing.index_TK, mask_T, (*calls.nodes, loss))
+    return loss, routing.index_TK, mask_T, (*calls.nodes, loss)
 
 
 def _joined(parts: list[Tensor], groups: int | None) -> Tensor:

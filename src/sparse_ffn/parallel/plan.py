@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -40,8 +41,8 @@ def plan(
 
     Raises:
         TypeError: the model is no module, or a style no ParallelStyle.
-        ValueError: the model has no layer for a style, or styles of other ``input_layouts`` would split the parts of
-            a ``SharedExpertMoE``.
+        ValueError: the model has no layer for a style, styles of other ``input_layouts`` would split the parts of a
+            ``SharedExpertMoE``, or a layer's parameter is tied to another module's, which splitting it would end.
 
     Warns:
         SparseFFNWarning: other layers are split, but not these mixtures, which no style can split (``MixedMoE``,
@@ -78,6 +79,11 @@ def plan(
                     f"experts has input_layouts = {of_both[0]} and hidden has {of_both[1]}, but both parts of "
                     f"{called(name)}, a SharedExpertMoE, get the same tokens: give both styles the same"
                 )
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    for name in found:
+        for own, parameter in model.get_submodule(name).named_parameters():
+            if uses[id(parameter)] > 1:
+                raise ValueError(f"{own} of {called(name)} is another module's too: to split it would untie them")
     if whole:
         warnings.warn(f"no style splits {', '.join(whole)}: every process holds all of it", SparseFFNWarning, 2)
     return found
