@@ -11,8 +11,8 @@ from benchmarks.measuring.report import markdown
 from . import paper
 from .results import Record
 from .sizes import CORE
-from .statistics import ERRORS, Difference, noise, once_in, paired
-from .tables import bits_of, diverged_of
+from .statistics import ERRORS, Difference, Noise, noise, once_in, paired
+from .tables import bits_of, diverged_of, without_one
 from .variants import BOUND, DENSE, VARIANTS
 
 BEGIN, END = "<!-- evidence: written by python -m studies.page -->", "<!-- end of evidence -->"
@@ -24,6 +24,7 @@ def headline(records: Mapping[str, Sequence[Record]]) -> str:
     others, rows = [*core, BOUND], []
     said: list[str] = []
     rates: list[str] = []
+    shares: list[str] = []
     for size, found in records.items():
         bits = bits_of(found)
         chance = noise(bits)
@@ -43,13 +44,14 @@ def headline(records: Mapping[str, Sequence[Record]]) -> str:
             if chance:
                 freedom = f"({chance.freedom} degrees of freedom)"
                 rates.append(f"once in {once_in(chance.freedom)} times at size {size} {freedom}")
+                shares += _mostly(size, chance, without_one(bits))
     if not rows:
         return "The runs that the [evidence](docs/evidence.md) is to come from have not finished."
     quoted = [_of_dense(paper.LAYERS[name].e8) for name in core]
     rows.insert(0, ["the paper: 41M parameters, 1.6 GB, one run", *quoted, ""])
     if rates:
         said.append(f"Chance alone takes a layer beyond {ERRORS} standard errors {', '.join(rates)};")
-        said.append("the layers of a size share dense's runs, and err together.")
+        said += ["the layers of a size share dense's runs, and err together.", *shares]
     said.append("Their learning rate was tuned on dense and SigmaMoE, at size S.")
     if any(cells[0].startswith("M:") for cells in rows):
         said.append("Size M has half of it, untuned: with all of it SigmaMoE's loss rose.")
@@ -81,6 +83,15 @@ def _said(size: str, differences: Mapping[str, Difference | None], diverged: Col
         if labels
     )
     return f"Size {size}, {text}."
+
+
+def _mostly(size: str, chance: Noise, without: Mapping[str, float]) -> list[str]:
+    """A sentence that names the layer which adds more to the errors than all others, if one does."""
+    one = min(without, key=without.__getitem__, default=None)
+    if one is None or without[one] >= chance.deviation / 2:
+        return []
+    share = f"{without[one] / chance.deviation:.0%}"
+    return [f"Without {VARIANTS[one].label}'s runs size {size}'s errors would be {share} of what they are."]
 
 
 def _of_dense(bits: float) -> str:

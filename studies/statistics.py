@@ -66,10 +66,11 @@ class Difference:
         return "lower" if high < 0 else "higher" if low > 0 else "none"
 
 
-def noise(bits: Bits) -> Noise | None:
-    """What the layers' and the seeds' shares leave of the bits of all runs, by least squares; None if too few to tell.
+def noise(bits: Bits, least: int = LEAST_FREEDOM) -> Noise | None:
+    """What the layers' and the seeds' shares leave of the bits of all runs, by least squares.
 
-    A layer's own two or three differences would tell its error to a factor of two at best.
+    None if the degrees of freedom are fewer than the least. A layer's own two or three differences would tell its
+    error to a factor of two at best.
     """
     layers, seeds = list(bits), sorted({seed for of in bits.values() for seed in of})
     runs = [(layer, seed) for layer in layers for seed in bits[layer]]
@@ -77,7 +78,7 @@ def noise(bits: Bits) -> Noise | None:
     for i, (layer, seed) in enumerate(runs):
         shares[i, layers.index(layer)] = shares[i, len(layers) + seeds.index(seed)] = 1
     freedom = len(runs) - int(torch.linalg.matrix_rank(shares)) if runs else 0
-    if freedom < LEAST_FREEDOM:
+    if freedom < least:
         return None
     values = torch.tensor([bits[layer][seed] for layer, seed in runs], dtype=torch.float64)
     left = values - shares @ (torch.linalg.pinv(shares) @ values)

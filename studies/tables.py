@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from statistics import mean
+from textwrap import fill
 
 from benchmarks.measuring.report import markdown
 
 from . import paper
 from .results import Record, emulated, machine_of, training_seconds
-from .statistics import Difference, Ranks, noise, paired, ranks, ranks_by
+from .statistics import ERRORS, Bits, Difference, Ranks, noise, paired, ranks, ranks_by
 from .variants import DENSE, VARIANTS
 
 
@@ -180,31 +181,47 @@ def verdicts(records: Sequence[Record], names: Sequence[str], base: str) -> Iter
     lost = " / ".join(VARIANTS[name].label for name in names if name in diverged)
     yield f"**Of {n} layers with two seeds or more, {said}.{f' Some runs diverged of {lost}.' if lost else ''}**"
     if counted := risen(records, names, base):
-        yield f"From a quarter of the text to its end the difference from {label}, with its sign, rose for {counted}."
+        yield f"From a quarter of the text to its end the difference from {label}, with its sign, {counted}."
 
 
 def risen(records: Sequence[Record], names: Sequence[str], base: str) -> str:
-    """Of how many layers the difference, with its sign, is higher after all of the text than after the first part.
+    """Of how many layers the difference, with its sign, is another after all of the text than after the first part.
 
     "" where no layer has an error.
     """
-    first, last = (_course(records, names, base, part) for part in (PARTS[0], PARTS[-1]))
-    both = [name for name in first.keys() & last.keys() if last[name].error is not None]
-    return f"{sum(last[name].mean > first[name].mean for name in both)} of {len(both)}" if both else ""
+    first, last = (_after(records, part) for part in (PARTS[0], PARTS[-1]))
+    change = {name: {seed: of[seed] - first[name][seed] for seed in of} for name, of in last.items()}
+    chance = noise(change)
+    found = [paired(change.get(name, {}), change.get(base, {}), chance) for name in names if name != base]
+    called = [difference.verdict for difference in found if difference and difference.error is not None]
+    if not called:
+        return ""
+    said = f"rose for {called.count('higher')} of {len(called)} and fell for {called.count('lower')} by more than"
+    return f"{said} {ERRORS} standard errors, all of the same runs of {_short(base)}"
 
 
 def spread(records: Sequence[Record]) -> str:
     """The deviation that chance adds to a run, and how much one layer has to do with it."""
     bits = bits_of(records)
-    without = [noise({name: of for name, of in bits.items() if name != left}) for left in bits if len(bits[left]) > 1]
-    chance, others = noise(bits), [found.deviation for found in without if found]
+    chance, without = noise(bits), without_one(bits)
     if chance is None:
         return ""
     said = f"Chance adds a standard deviation of {chance.deviation:.4f} to a run, known from {chance.freedom} degrees"
-    said += " of\nfreedom"
-    if others:
-        said += f"; without the runs of any one layer it would be {min(others):.4f} to {max(others):.4f}"
-    return f"{said}."
+    said += " of freedom"
+    if without:
+        low, high = (f"{without[name]:.4f} ({VARIANTS[name].label})" for name in _ends(without))
+        said += f"; without the runs of any one layer it would be {low} to {high}"
+    return fill(f"{said}.", 118)
+
+
+def without_one(bits: Bits) -> dict[str, float]:
+    """What the deviation would be without the runs of each layer that tells of it."""
+    left = {name: noise({other: of for other, of in bits.items() if other != name}, 1) for name in bits}
+    return {name: found.deviation for name, found in left.items() if found and len(bits[name]) > 1}
+
+
+def _ends(values: Mapping[str, float]) -> tuple[str, str]:
+    return min(values, key=values.__getitem__), max(values, key=values.__getitem__)
 
 
 def _course(records: Sequence[Record], names: Sequence[str], base: str, part: float) -> dict[str, Difference]:

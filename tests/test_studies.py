@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -763,12 +764,12 @@ def test_page_of_some_results(tmp_path: Path) -> None:
     ]
     assert row(ranks, "SigmaMoE, 25%") == ["SigmaMoE, 25%", "1 to 2", "1 to 4", "1 to 3"]
     assert "from dense of SoftmaxMoE, renormalised (higher here, none there).\n" in ranks
-    assert "known from 6 degrees of\nfreedom; without the runs of any one layer it would be" in written
+    assert "known from 6 degrees of freedom; without the runs of any one\nlayer it would be" in written
     assert (
         "**Of 2 layers with two seeds or more, above dense: none; not told from dense: TopKFFN, k = d_ff/16; "
         "below dense: SigmaMoE, 25%. Some runs diverged of SwitchMoE / SoftmaxMoE, renormalised.**" in written
     )
-    assert "the difference from dense, with its sign, rose for 0 of 3." in written  # of those with an error
+    assert "the difference from dense, with its sign, rose for 0 of 3 and fell for 0 by more than" in written
     assert "Some runs diverged of SoftmaxMoE, renormalised: what is told of them here is of their other runs." in ranks
     assert "With one seed each it cannot be told" not in written
     assert (
@@ -808,7 +809,8 @@ def test_a_difference_that_comes_nearer_to_0_from_below_rises() -> None:
             points = record["curve"]["bits_per_byte"]
             record["curve"]["bits_per_byte"] = [bits - 0.5 / (i + 1) for i, bits in enumerate(points)]
     said = [*tables.verdicts(records, ["pkm"], "dense"), reasons.reasons({"S": records})]
-    assert all("with its sign, rose for 1 of" in " ".join(text.split()) for text in said[1:])
+    rose = re.compile(r"with its sign, rose for 1 of [12] and fell for 0 by more than 2 standard errors, all of the")
+    assert all(rose.search(" ".join(text.split())) for text in said[1:])
     assert not any("grew" in text for text in said)
 
 
@@ -947,6 +949,16 @@ def test_the_headline_has_each_layer_in_one_place_however_the_runs_end(
     assert f"Size M, {said}" in text.replace("\n", " ")
 
 
+def test_a_layer_that_makes_most_of_the_chance_is_named() -> None:
+    second = {"sigma": 0.01, "switch": 0.2}  # what the second seed of a layer is worth beyond that of others
+    records = [fake(run, 2.0, test=2.0 + run.seed * second.get(run.variant, 0.0)) for run in plan.runs_of("M")]
+    assert "would be 0.0035 (SwitchMoE) to " in " ".join(tables.spread(records).split())
+    said = "Without SwitchMoE's runs size M's errors would be 6% of what they are."
+    assert said in " ".join(headline.headline({"M": records}).split())
+    few = [fake(Run("S", name, seed), 2.0) for name in ("dense", "sigma") for seed in range(5)]
+    assert tables.spread(few).endswith("known from 4 degrees of freedom.")  # and nothing is left without either
+
+
 def test_the_units_that_a_token_uses_are_those_of_the_layers() -> None:
     config = sizes.SIZES["S"].config
     for name, (share, size) in tables.CHOSEN.items():
@@ -972,7 +984,8 @@ def test_the_lowest_change_is_that_of_the_lowest_difference_whatever_seeds_it_ha
         if run.variant == "sigma-2":
             records[i] = fake(run, 2.0, test=1.9, diverged="the loss is nan" if run.seed == 2 else None)
     flat = " ".join(reasons.reasons({"S": records}).split())
-    assert "SigmaMoE is “8 experts of 16, 50%”: -0.1000 ± 0.0000, called diverged, from dense; -0.1000" in flat
+    assert "The lowest of these 7 changes of SigmaMoE, found by looking at all, and so by chance too low:" in flat
+    assert "“8 experts of 16, 50%”, -0.1000 ± 0.0000, called diverged, from dense; -0.1000" in flat
     assert "Some runs diverged of 8 experts of 16, 50%: what is told of them here is of their other runs." in flat
 
 
@@ -1017,7 +1030,7 @@ def test_page_of_complete_sizes_and_trials(tmp_path: Path) -> None:
     assert "The next sum is 0.0200 above, where chance alone" in flat
     assert "It is the lowest of the three that were tried: a lower one may be better still." in flat
     assert "degrees of freedom; without the runs of any one layer it would be" in flat.split("## Size M")[0]
-    assert "known from 4 degrees of freedom. | FFN |" in flat.split("## Size M")[1]
+    assert "known from 4 degrees of freedom; without the runs of any one" in flat.split("## Size M")[1]
     assert "The models of sizes S and M are far smaller" in flat
     assert written.count("## Why results may be other than the paper's") == 1
     assert "with 64, 128 and 256 units for a token: +0.0000, +0.0000, +0.0000; of TopKFFN with 32 and 128" in flat
