@@ -106,7 +106,9 @@ was measured and how. Shapes are T,D,E,G,k: tokens, d_model, experts, units of a
 ## Targets
 
 Of the peers of a row the tables show the one that comes nearest, of the shares of a TopKFFN the worst. A target that
-was missed has the number of its reason below the table. "No AMX here": it is a target of processors with matrix units.
+was missed has the number of its reason below the table. "No AMX here": it is a target of processors with matrix units;
+on others a training step in bf16 and a pass of a few tokens are held to 1.05 times what was published before, which
+tells only whether the core became slower. "Set by this run": the bar is from this very measurement, and tells nothing.
 `python -m benchmarks.targets` prints the same of a run of your own.
 """
 SWEEP = """\

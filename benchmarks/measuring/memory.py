@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +31,9 @@ class Saved:
     bytes: int | None = None  # not known of runs whose JSON is gone
 
 
-def saved_for_backward(module: nn.Module, x: Tensor, others: Iterable[Tensor] = ()) -> Saved:
+def saved_for_backward(module: nn.Module, x: Tensor) -> Saved:
     """Run the module forward and count the storages that autograd keeps."""
-    known = {t.untyped_storage().data_ptr() for t in (x, *module.parameters(), *module.buffers(), *others)}
+    known = {t.untyped_storage().data_ptr() for t in (x, *module.parameters(), *module.buffers())}
     kept: dict[int, tuple[int, int]] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -188,17 +188,12 @@ def _tokens(n: int, width: int) -> str:
     return f"1 token of {width}" if n == 1 else f"{n} tokens of {width}"
 
 
-def _by_shape(
-    machines: Sequence[Machine],
-    groups: Sequence[str],
-    cell: Callable[[Row], str],
-    modes: Sequence[str] = ("fwdbwd", "fwd"),
-) -> Table:
+def _by_shape(machines: Sequence[Machine], groups: Sequence[str], cell: Callable[[Row], str]) -> Table:
     """A line for each shape, whose cells have a number for each pass."""
     columns = list(_columns(machines))
     lines: dict[str, list[list[str]]] = {}
     for i, (machine, dtype) in enumerate(columns):
-        for row in (row for group in groups for mode in modes for row in rows(machine, group, mode, dtype)):
+        for row in (row for group in groups for mode in ("fwdbwd", "fwd") for row in rows(machine, group, mode, dtype)):
             lines.setdefault(words(row), [[] for _ in columns])[i].append(cell(row))
     body = [[name, *(" / ".join(said) or "-" for said in cells)] for name, cells in lines.items()]
     return ("", *_heads(machines, columns)), body
