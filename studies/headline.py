@@ -68,7 +68,7 @@ def _said(size: str, differences: Mapping[str, Difference | None], diverged: Col
     """In words: which layers differ from dense."""
     words = {
         "higher": f"above dense by more than {ERRORS} standard errors",
-        "none": "not told from dense",
+        "none": f"within {ERRORS} standard errors of dense",
         "lower": f"below dense by more than {ERRORS} standard errors",
         "few": "of too few runs to call",
         "diverged": "with runs that diverged",

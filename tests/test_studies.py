@@ -907,8 +907,8 @@ def test_the_headline_tells_of_seeds_that_diverged() -> None:
             [],
             "2 seeds",
             ["-0.1000 ± 0.0000", "+0.0000 ± 0.0000", "+0.1000 ± 0.0000", "+0.0000 ± 0.0000"],
-            "above dense by more than 2 standard errors: ProductKeyMemory, ReLU; not told from dense: TopKFFN, "
-            "k = d_ff/16 / SwitchMoE; below dense by more than 2 standard errors: SigmaMoE, 25%.",
+            "above dense by more than 2 standard errors: ProductKeyMemory, ReLU; within 2 standard errors of dense: "
+            "TopKFFN, k = d_ff/16 / SwitchMoE; below dense by more than 2 standard errors: SigmaMoE, 25%.",
         ),
         (
             ["sigma-1"],
