@@ -165,6 +165,55 @@ def test_cvmm_of_few_rows_and_transposed_weights(
     assert_meets_reference(lambda matrices, **t: ops.cvmm(weight=matrices.mT, **t, n_out=slots), tensors, dtype)
 
 
+WIDE = 40_000
+"""So wide that the packed weights of 50 units are several of the core's blocks of columns."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_large_experts_are_multiplied_in_blocks(dtype: torch.dtype, poisoned: None) -> None:
+    """One that is packed, one whose few rows are not, and one without a token."""
+    index = torch.tensor([0] * 20 + [1] * 3).unsqueeze(1)
+    tensors = {
+        "x": leaf(23, WIDE, dtype=dtype),
+        "keys": leaf(3, 50, WIDE, dtype=dtype),
+        "values": leaf(3, 50, WIDE, dtype=dtype),
+        "index": index,
+        "gate": torch.rand(23, 1).requires_grad_(),
+        "gate_keys": leaf(3, 50, WIDE, dtype=dtype),
+        "key_bias": leaf(3, 50, dtype=dtype),
+        "dropout_mask": (torch.rand(23, 1, 50) > 0.3).to(dtype) / 0.7,
+    }
+    with torch.no_grad():  # products of about one
+        for name in ("keys", "values", "gate_keys"):
+            tensors[name] /= WIDE**0.5
+    assert_meets_reference(lambda **t: flat.expert_ffn(**t, activation="relu"), tensors, dtype)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("slots", [3, 30])
+def test_large_matrices_are_multiplied_in_blocks(slots: int, transposed: bool, poisoned: None) -> None:
+    """The gradient of the reduction weights is a sum over the columns of all blocks."""
+    shape = (2, 50, WIDE) if transposed else (2, WIDE, 50)
+    tensors = {
+        "x": leaf(slots, WIDE, dtype=torch.float32),
+        "matrices": leaf(*shape, dtype=torch.float32),
+        "expert": torch.arange(slots) % 2,
+        "scatter": torch.arange(slots),
+        "reduction": leaf(slots, dtype=torch.float32),
+    }
+    with torch.no_grad():
+        tensors["matrices"] /= WIDE**0.5
+
+    def wide(matrices: Tensor, **t: Any) -> Tensor:
+        return ops.cvmm(weight=matrices.mT if transposed else matrices, **t, n_out=slots)
+
+    def narrow(matrices: Tensor, x: Tensor, **t: Any) -> Tensor:
+        return ops.cvmm(x[:, :50], matrices if transposed else matrices.mT, **t, n_out=slots)
+
+    assert_meets_reference(wide, tensors, torch.float32)
+    assert_meets_reference(narrow, tensors, torch.float32)
+
+
 def test_a_gate_of_fp16_gets_its_gradient_where_that_of_its_row_would_overflow(on_backend: str) -> None:
     """Rows of 1e-4, whose gradients are 3e5: fp16 ends at 65504."""
     x, values = torch.full((2, 2), 1e-4), torch.full((1, 2, 3), 1e5)

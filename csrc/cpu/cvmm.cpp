@@ -75,8 +75,9 @@ template <class T> static bool scale_gradient(const sparse_ffn_cvmm& p, const T*
   g.offsets = p.offsets;
   g.E = p.E;
   g.n_threads = p.n_threads;
-  return run_row_gemm(g, [&](int64_t, int64_t s, const float* row) {
-    dscale[s] = along_l ? dot(row, x + p.gather[s] * p.x_stride, p.M) : dot(row, dout + p.scatter[s] * dout_stride, p.L);
+  return run_row_gemm(g, [&](const FinishedRow& r) {
+    const T* other = along_l ? x + p.gather[r.s] * p.x_stride : dout + p.scatter[r.s] * dout_stride;
+    dscale[r.s] = dot(r.c[0], other + r.n0, r.n) + (r.n0 ? dscale[r.s] : 0.f);
   });
 }
 

@@ -68,19 +68,20 @@ static int backward(const sparse_ffn_experts& p, const T* dout, int64_t dout_str
     dh.n_threads = p.n_threads;
     const HiddenBackwardFn<T> differentiate = hidden_backward_for<T>(p.activation, glu);
     const T* dropout_mask = static_cast<const T*>(p.dropout_mask);
-    const bool done = PHASE("dh", run_row_gemm(dh, [&](int64_t, int64_t s, const float* c) {
+    const bool done = PHASE("dh", run_row_gemm(dh, [&](const FinishedRow& r) {
+      const int64_t first = r.s * p.G + r.n0, slot = p.order[r.s];
       HiddenBackward<T> b{};
-      b.c_dh = c;
-      b.up = saved_up + s * p.G;
-      b.glu_gate = glu ? saved_glu_gate + s * p.G : nullptr;
-      b.dropout_mask = dropout_mask ? dropout_mask + p.order[s] * p.G : nullptr;
-      b.gate = slots.gate[s];
-      b.d_up = d_up ? d_up + s * d_up_stride : nullptr;
-      b.d_glu_gate = d_up ? d_up + s * d_up_stride + p.G : nullptr;
-      b.h = hidden ? hidden + s * p.G : nullptr;
-      b.n = p.G;
+      b.c_dh = r.c[0];
+      b.up = saved_up + first;
+      b.glu_gate = glu ? saved_glu_gate + first : nullptr;
+      b.dropout_mask = dropout_mask ? dropout_mask + slot * p.G + r.n0 : nullptr;
+      b.gate = slots.gate[r.s];
+      b.d_up = d_up ? d_up + r.s * d_up_stride + r.n0 : nullptr;
+      b.d_glu_gate = d_up ? b.d_up + p.G : nullptr;
+      b.h = hidden ? hidden + first : nullptr;
+      b.n = r.n;
       const float dgate = differentiate(b);
-      if (grad.dgate) grad.dgate[p.order[s]] = dgate;
+      if (grad.dgate) grad.dgate[slot] = dgate + (r.n0 ? grad.dgate[slot] : 0.f);
     }));
     if (!done) return SPARSE_FFN_NO_MEMORY;
   }

@@ -30,17 +30,17 @@ template <class T> static int forward(const sparse_ffn_experts& p, T* out, T* sa
   const HiddenForwardFn<T> activate = hidden_forward_for<T>(p.activation, glu);
   const T* bias = static_cast<const T*>(p.key_bias);
   const T* dropout_mask = static_cast<const T*>(p.dropout_mask);
-  const int64_t padded = up.padded();
-  const bool done = PHASE("up", run_row_gemm(up, [&](int64_t e, int64_t s, const float* c) {
+  const bool done = PHASE("up", run_row_gemm(up, [&](const FinishedRow& r) {
+    const int64_t first = r.s * p.G + r.n0;  // of these units
     HiddenForward<T> f{};
-    f.c_up = c;
-    f.c_glu_gate = c + padded;
-    f.bias = bias ? bias + e * p.G : nullptr;
-    f.dropout_mask = dropout_mask ? dropout_mask + p.order[s] * p.G : nullptr;
-    f.saved_up = saved_up ? saved_up + s * p.G : nullptr;
-    f.saved_glu_gate = saved_glu_gate ? saved_glu_gate + s * p.G : nullptr;
-    f.h = hidden + s * p.G;
-    f.n = p.G;
+    f.c_up = r.c[0];
+    f.c_glu_gate = r.c[1];
+    f.bias = bias ? bias + r.e * p.G + r.n0 : nullptr;
+    f.dropout_mask = dropout_mask ? dropout_mask + p.order[r.s] * p.G + r.n0 : nullptr;
+    f.saved_up = saved_up ? saved_up + first : nullptr;
+    f.saved_glu_gate = saved_glu_gate ? saved_glu_gate + first : nullptr;
+    f.h = hidden + first;
+    f.n = r.n;
     activate(f);
   }));
   if (!done) return SPARSE_FFN_NO_MEMORY;

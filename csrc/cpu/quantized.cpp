@@ -16,27 +16,23 @@ constexpr int64_t kManySlots = 40;
 template <class T> struct Source {
   CodeRows<T> rows;
   bool down;
-  int64_t first;
 };
 
-// Columns n0 .. n0+columns-1 after the first of W[e]: of all rows down, [G, columns], and up that many whole rows,
+// Columns n0 .. n0+columns-1 of W[e]: of all rows down, [G, columns], and up that many whole rows,
 // [columns, C].
 template <class T, int kBits>
 static void fill(const void* source, int64_t e, int64_t n0, int64_t columns, T* to) {
   const Source<T>& s = *static_cast<const Source<T>*>(source);
   const CodeRows<T>& rows = s.rows;
-  n0 += s.first;
   const int64_t first = s.down ? n0 : 0, last = s.down ? n0 + columns : rows.c.columns;
   const int64_t begin = s.down ? 0 : n0, end = s.down ? rows.c.rows : n0 + columns;
   for (int64_t g = begin; g < end; g++, to += last - first) rows.template numbers<kBits>(e, g, first, last, to);
 }
 
-constexpr int64_t kPackedBytes = int64_t{4} << 20;  // of an expert's numbers at a time, in each thread
-
 // Up, where each slot has an output row: by rows of x, so that an expert's numbers are made once, however many its slots.
 template <class T, int kBits> static bool packed_up(const sparse_ffn_quantized& q, T* out) {
   const sparse_ffn_cvmm& p = q.cvmm;
-  Source<T> source{{q.codes}, false, 0};
+  const Source<T> source{{q.codes}, false};
   RowGemm<T> g{};
   g.a = static_cast<const T*>(p.x);
   g.a_stride = p.x_stride;
@@ -44,21 +40,17 @@ template <class T, int kBits> static bool packed_up(const sparse_ffn_quantized& 
   g.K = p.M;
   g.fill = fill<T, kBits>;
   g.source = &source;
+  g.N = p.L;
   g.offsets = p.offsets;
   g.E = p.E;
   g.n_threads = p.n_threads;
-  const int64_t most = larger<int64_t>(kNr, kPackedBytes / (4 * words<T>(p.M)) / kNr * kNr);
-  for (int64_t& n0 = source.first; n0 < p.L; n0 += most) {
-    g.N = lesser(most, p.L - n0);
-    if (!run_slot_rows(p, g, out + n0)) return false;
-  }
-  return true;
+  return run_slot_rows(p, g, out);
 }
 
 template <class T, int kBits> static bool packed(const sparse_ffn_quantized& q, bool many, T* out) {
   const sparse_ffn_cvmm& p = q.cvmm;
   if (!q.down && many && one_slot_each(p)) return packed_up<T, kBits>(q, out);
-  const Source<T> source{{q.codes}, q.down, 0};
+  const Source<T> source{{q.codes}, q.down};
   ScatterGemm<T> g{};
   g.a = static_cast<const T*>(p.x);
   g.a_stride = p.x_stride;

@@ -22,7 +22,7 @@ template <class T> static bool score(const sparse_ffn_experts& p, const sparse_f
   g.offsets = offsets;
   g.E = 1;
   g.n_threads = p.n_threads;
-  return run_row_gemm(g, [&](int64_t, int64_t t, const float* row) { widen(logits + t * r.rows, row, r.rows); });
+  return run_row_gemm(g, [&](const FinishedRow& f) { widen(logits + f.s * r.rows + f.n0, f.c[0], f.n); });
 }
 
 static float largest(const float* row, int64_t n) {

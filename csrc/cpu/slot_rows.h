@@ -16,14 +16,14 @@ static inline bool one_slot_each(const sparse_ffn_cvmm& p) {
   return !memchr(seen, 0, static_cast<size_t>(p.S));
 }
 
-// g: the product that makes g.N columns of p's output, of which `out` is the first. False when out of memory.
+// g: the product that makes p's output. False when out of memory.
 template <class T> static bool run_slot_rows(const sparse_ffn_cvmm& p, const RowGemm<T>& g, T* out) {
   for (int64_t s = p.offsets[p.E]; s < p.S; s++)
-    memset(out + p.scatter[s] * p.L, 0, static_cast<size_t>(g.N) * sizeof(T));
-  return run_row_gemm(g, [&](int64_t, int64_t s, const float* row) {
-    T* to = out + p.scatter[s] * p.L;
-    const V scale = splat(p.scale ? p.scale[s] : 1.0f);
-    for (int64_t j = 0; j < g.N; j += VL) store_upto(to + j, load_upto(row + j, g.N - j) * scale, g.N - j);
+    memset(out + p.scatter[s] * p.L, 0, static_cast<size_t>(p.L) * sizeof(T));
+  return run_row_gemm(g, [&](const FinishedRow& r) {
+    T* to = out + p.scatter[r.s] * p.L + r.n0;
+    const V scale = splat(p.scale ? p.scale[r.s] : 1.0f);
+    for (int64_t j = 0; j < r.n; j += VL) store_upto(to + j, load_upto(r.c[0] + j, r.n - j) * scale, r.n - j);
   });
 }
 

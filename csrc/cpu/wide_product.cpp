@@ -64,11 +64,12 @@ static bool product(const sparse_ffn_wide_product& p, int32_t* offsets, int32_t*
   g.E = p.B;
   g.n_threads = p.n_threads;
   if (p.norm == SPARSE_FFN_NORM_NONE)
-    return run_row_gemm(g, [&](int64_t, int64_t s, const float* row) { widen(out + s * p.N, row, p.N); });
-  const int64_t pieces = p.N / p.norm_width;
-  return run_row_gemm(g, [&](int64_t, int64_t s, const float* row) {
+    return run_row_gemm(g, [&](const FinishedRow& r) { widen(out + r.s * p.N + r.n0, r.c[0], r.n); });
+  const int64_t pieces = p.N / p.norm_width, width = p.norm_width;
+  g.whole_rows = true;
+  return run_row_gemm(g, [&](const FinishedRow& r) {
     for (int64_t i = 0; i < pieces; i++)
-      scale[s * pieces + i] = normalise(row + i * p.norm_width, p.norm_width, p.norm, out + s * p.N + i * p.norm_width);
+      scale[r.s * pieces + i] = normalise(r.c[0] + i * width, width, p.norm, out + r.s * p.N + i * width);
   });
 }
 
