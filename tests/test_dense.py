@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import sparse_ffn as sf
 from conftest import BACKENDS
+from sparse_ffn.layers.projection import Projection
 from sparse_ffn.ops import products
 from sparse_ffn.ops.activations import ACTIVATIONS
 
@@ -129,6 +130,19 @@ def test_so_are_those_of_autocast(glu: bool) -> None:
     assert (y.dtype, called.dtypes) == (torch.bfloat16, {torch.float32})
     assert layer.keys.grad is not None
     assert_near(y, exact(layer, x), torch.bfloat16)
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_so_are_the_linear_maps_of_other_layers(autocast: bool) -> None:
+    layer = Projection(64, 130, bias=True).to(torch.float32 if autocast else torch.bfloat16)
+    x = torch.randn(2, 40, 64).to(layer.weight.dtype)
+    with Called() as called, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = layer(x)
+    with called:
+        y.float().sum().backward()
+    assert (y.dtype, called.dtypes) == (torch.bfloat16, {torch.float32})
+    assert_near(y, torch.nn.functional.linear(x.double(), layer.weight.double()), torch.bfloat16)
 
 
 @pytest.mark.usefixtures("slow")

@@ -21,6 +21,7 @@ from sparse_ffn.ops.expert_ffn import op as expert_ffn
 from sparse_ffn.ops.routed_ffn import cpu as routed_ffn
 from sparse_ffn.ops.topk_ffn import op as topk_ffn
 from sparse_ffn.ops.weighted_bag import op as weighted_bag
+from sparse_ffn.ops.wide_product import cpu as wide_product
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 from net import Case, Gradients, check_frozen, cvmm_case, expert_case, random
@@ -163,3 +164,18 @@ def test_a_layer_with_frozen_experts_trains_its_router(how: str, backend: str, m
     torch._dynamo.reset()
     assert torch.equal(gradient(), expected)
     assert 0 < made.most < layer.keys.numel()
+
+
+@pytest.mark.skipif(cpu.PROBLEM is not None, reason="no compiler when the package was installed")
+@pytest.mark.parametrize("options", [{}, {"query_dim": 16}, {"query_dim": 16, "query_norm": None}], ids=str)
+def test_a_frozen_memory_computes_no_gradient_of_its_keys(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = sf.ProductKeyMemory(8, 5, 3, n_heads=2, **options), torch.randn(40, 8, requires_grad=True)
+    y = layer(x)
+    grad = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, x, grad, retain_graph=True)
+    y = layer.requires_grad_(False)(x)
+    monkeypatch.setattr(wide_product.cvmm, "weight_gradient", None)  # to call it is an error
+    (found,) = torch.autograd.grad(y, x, grad)
+    torch.testing.assert_close(found, expected)

@@ -29,11 +29,13 @@ def test_sums_are_in_fp32(
 
 def test_what_is_widened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "slow_dtypes", lambda: (torch.bfloat16,))
-    many, few = torch.randn(64, 32), torch.randn(2, 32)
-    assert products._widens(many.bfloat16(), 128)
-    assert not products._widens(few.bfloat16(), 128)  # copies of the weights would cost more than they save
-    assert not products._widens(many.half(), 128)
-    assert not products._widens(many, 128)
+    many, few, rows = torch.randn(64, 32), torch.randn(2, 32), torch.randn(32, 128)
+    columns = torch.randn(128, 32).mT
+    assert products._widens(many.bfloat16(), columns)
+    assert not products._widens(few.bfloat16(), columns)  # copies of the weights would cost more than they save
+    assert products._widens(few.bfloat16(), rows)  # there torch is so slow that they do not
+    assert not products._widens(many.half(), rows)
+    assert not products._widens(many, rows)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from sparse_ffn.layers.data_parallel import check_no_ddp
 from sparse_ffn.layers.projection import Projection, Query
 from sparse_ffn.module import is_plain, unwrapped
 from sparse_ffn.ops.activations import ACTIVATIONS, activate
-from sparse_ffn.ops.autocast import autocast_dtype, without_autocast
+from sparse_ffn.ops.autocast import without_autocast
 
 # einops notes each type of tensor that it meets, and torch.compile would compile a layer again when it has
 for _known in (torch.empty(1), nn.Parameter(torch.empty(1))):
@@ -196,7 +196,7 @@ class ProductKeyMemory(SparseFFN):
         if self.keys is None:
             return self._bag(values, index_TK, weight_TK)
         units = ops.Units(self.keys.unsqueeze(1), values.unsqueeze(1), None, None)  # experts of one unit
-        return ops.expert_ffn(x.to(autocast_dtype(x)), units, index_TK, weight_TK, activation=self.activation)
+        return ops.expert_ffn(x, units, index_TK, weight_TK, activation=self.activation)
 
     def _bag(self, values: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """Weighted sums of the selected values: [T, d_out]."""

@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparse_ffn import ops
 from sparse_ffn.module import normal_
+from sparse_ffn.ops.autocast import autocast_dtype
+from sparse_ffn.ops.products import linear
 
 
 class Projection(nn.Linear):
@@ -26,6 +28,12 @@ class Projection(nn.Linear):
         self.init_scale = init_scale
         super().__init__(d_in, d_out, bias, **factory)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_in] to [..., d_out]."""
+        rows = x.reshape(-1, x.shape[-1])
+        y = linear(rows.to(autocast_dtype(rows)), self.weight, self.bias)
+        return y.view(*x.shape[:-1], len(self.weight))  # torch finds no -1 for zero tokens
+
     def reset_parameters(self) -> None:
         """Initialise."""
         normal_(self.weight, self.init_scale / math.sqrt(self.in_features))
@@ -41,5 +49,5 @@ class Query(Projection):
         if is_traceable_wrapper_subclass(self.weight):  # quantised or distributed: it has products of its own
             return super().forward(x)
         y = ops.wide_product(x.reshape(1, -1, x.shape[-1]), self.weight.unsqueeze(0))[0]
-        y = y.view(*x.shape[:-1], len(self.weight))  # torch finds no -1 for zero tokens
+        y = y.view(*x.shape[:-1], len(self.weight))
         return y if self.bias is None else y + self.bias

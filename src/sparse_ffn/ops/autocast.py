@@ -2,7 +2,7 @@
 
 Weights in another dtype than the products' (fp32 masters) are cast before the op, so that autograd keeps the copy; but
 not for the GPU kernels, which cast inside of the op, in either pass, keep no copy, and give gradients in the weights'
-own dtype; nor in the CPU core for few tokens, whose products in fp32 take less time than a copy of all weights.
+own dtype; nor always for the CPU core (``products.product_dtype``).
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-
-from sparse_ffn.ops.library import at_most
 
 
 def autocast_enabled(x: Tensor) -> bool:
@@ -42,16 +40,6 @@ def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
 def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """x in another dtype, None staying None."""
     return None if x is None else x.to(dtype)
-
-
-FEW_USES = 8
-"""Of a weight in a call, on average: 12 bytes are moved to make its copy, and a use is two operations."""
-
-
-def product_dtype(backend: str, weight: Tensor, uses: int, dtype: torch.dtype) -> torch.dtype:
-    """Autocast's, or that of ``weight`` [F, ...] where ``uses``, the rows that are read, each time counted, are few."""
-    few = backend == "cpu" and weight.dtype == torch.float32 and at_most(uses, FEW_USES * weight.shape[0])
-    return weight.dtype if few else dtype
 
 
 def casts_inside(backend: str) -> bool:

@@ -7,11 +7,12 @@ import functools
 from torch import Tensor
 
 from sparse_ffn.backends.choice import choose
-from sparse_ffn.ops.autocast import autocast_dtype, cast, casts_inside, product_dtype
+from sparse_ffn.ops.autocast import autocast_dtype, cast, casts_inside
 from sparse_ffn.ops.cvmm import reference
 from sparse_ffn.ops.cvmm.backend import Backend, Slots
 from sparse_ffn.ops.indices import Indices, checked
 from sparse_ffn.ops.operator import Operator
+from sparse_ffn.ops.products import product_dtype
 from sparse_ffn.ops.segments import is_transposed
 
 

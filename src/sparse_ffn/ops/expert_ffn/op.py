@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.backends.choice import choose
-from sparse_ffn.ops.autocast import autocast_dtype, cast, casts_inside, product_dtype
+from sparse_ffn.ops.autocast import autocast_dtype, cast, casts_inside
 from sparse_ffn.ops.expert_ffn import reference
 from sparse_ffn.ops.expert_ffn.backend import Backend, Saved
 from sparse_ffn.ops.indices import Indices, checked
 from sparse_ffn.ops.operator import Operator, wanted
+from sparse_ffn.ops.products import product_dtype
 from sparse_ffn.ops.units import Units
 
 

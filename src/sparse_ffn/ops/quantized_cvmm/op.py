@@ -12,6 +12,7 @@ from sparse_ffn.ops.codes import Codes
 from sparse_ffn.ops.cvmm.backend import Slots
 from sparse_ffn.ops.indices import Indices, checked
 from sparse_ffn.ops.operator import Operator
+from sparse_ffn.ops.products import product_dtype
 from sparse_ffn.ops.quantized_cvmm import reference
 from sparse_ffn.ops.quantized_cvmm.backend import Backend
 
@@ -34,15 +35,16 @@ def quantized_cvmm(
     with its other arguments. The codes have no gradient.
     """
     dtype = autocast_dtype(x)
-    x, codes = cast(x, dtype), codes.to(dtype)
     rows = expert.shape[0] if n_out is None else n_out
     chosen = choose(x)
+    inner = product_dtype(chosen, codes.scale, expert.shape[0], dtype)
+    x, codes = cast(x, inner), codes.to(inner)
     if chosen == "reference":
         slots = Slots(expert, gather, scatter, reduction)
         expert, gather, scatter = (checked(*indices) for indices in _indices(x, codes, slots, down, rows))
         return reference.quantized_cvmm(x, codes, Slots(expert, gather, scatter, reduction), down, rows)
     out: Tensor = _op.forward(x, *codes, expert, gather, scatter, reduction, down, rows, chosen)
-    return out
+    return out.to(dtype)
 
 
 @functools.cache

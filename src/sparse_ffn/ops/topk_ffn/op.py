@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from sparse_ffn.backends.choice import choose
-from sparse_ffn.ops.autocast import autocast_dtype, cast, casts_inside, product_dtype, without_autocast
+from sparse_ffn.ops.autocast import autocast_dtype, cast, casts_inside, without_autocast
 from sparse_ffn.ops.operator import Operator, wanted
+from sparse_ffn.ops.products import product_dtype
 from sparse_ffn.ops.topk_ffn import reference
 from sparse_ffn.ops.topk_ffn.backend import Backend, Saved
 from sparse_ffn.ops.units import Units

@@ -24,7 +24,7 @@ class Gradients(NamedTuple):
     """The gradients."""
 
     x: Tensor
-    w: Tensor
+    w: Tensor | None
 
 
 def forward(x: Tensor, w: Tensor) -> Tensor:
@@ -47,24 +47,28 @@ def _product(x: Tensor, w: Tensor, norm: str | None, pieces: int) -> tuple[Tenso
     return out, scale
 
 
-def backward(grad: Tensor, x: Tensor, w: Tensor) -> Gradients:
+def backward(grad: Tensor, x: Tensor, w: Tensor, needs_w: bool) -> Gradients:
     """Gradients of x and w. They are rounded to their dtype in any case: so may the factor be."""
-    return _gradients(grad.to(x.dtype), x, w)
+    return _gradients(grad.to(x.dtype), x, w, needs_w)
 
 
-def _gradients(grad: Tensor, x: Tensor, w: Tensor) -> Gradients:
+def _gradients(grad: Tensor, x: Tensor, w: Tensor, needs_w: bool) -> Gradients:
     """By torch for 16 bits where the processor has instructions; its sums in fp32 depend on the number of threads."""
     if x.dtype != torch.float32 and x.dtype not in slow_dtypes():
-        return Gradients(product(grad, w), product(grad.mT, x))
+        return Gradients(product(grad, w), product(grad.mT, x) if needs_w else None)
     dx = _product(grad, w.mT, None, 1)[0].to(x.dtype)
+    if not needs_w:
+        return Gradients(dx, None)
     batch = torch.arange(w.shape[0], device="cpu").repeat_interleave(x.shape[1])
     return Gradients(dx, cvmm.weight_gradient(x.flatten(0, 1), grad.flatten(0, 1), w, batch))
 
 
-def normalised_backward(grad: Tensor, x: Tensor, w: Tensor, out: Tensor, scale: Tensor, norm: str) -> Gradients:
+def normalised_backward(
+    grad: Tensor, x: Tensor, w: Tensor, out: Tensor, scale: Tensor, needs_w: bool, norm: str
+) -> Gradients:
     """Gradients of x and w; grad [M, pieces, width] may be strided."""
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     dproduct = cpu.empty(*out.shape, dtype=x.dtype)
     cpu.call("normalised_backward", (grad, out, scale, dproduct), NORMS[norm])
-    dx, dw = _gradients(dproduct.flatten(1).unsqueeze(0), x.unsqueeze(0), w.unsqueeze(0))
-    return Gradients(dx.squeeze(0), dw.squeeze(0))
+    dx, dw = _gradients(dproduct.flatten(1).unsqueeze(0), x.unsqueeze(0), w.unsqueeze(0), needs_w)
+    return Gradients(dx.squeeze(0), None if dw is None else dw.squeeze(0))
