@@ -196,8 +196,8 @@ def risen(records: Sequence[Record], names: Sequence[str], base: str) -> str:
     called = [difference.verdict for difference in found if difference and difference.error is not None]
     if not called:
         return ""
-    said = f"rose for {called.count('higher')} of {len(called)} and fell for {called.count('lower')} by more than"
-    return f"{said} {ERRORS} standard errors, all of the same runs of {_short(base)}"
+    said = f"rose by more than {ERRORS} standard errors for {called.count('higher')} of {len(called)} layers"
+    return f"{said} and fell as much for {called.count('lower')}"
 
 
 def spread(records: Sequence[Record]) -> str:

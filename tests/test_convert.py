@@ -940,6 +940,26 @@ def test_a_compiled_model_that_has_run_is_watched_too() -> None:
     assert report.names == ["_orig_mod.0.ffn"]
 
 
+def test_a_compiled_function_of_a_model_that_is_not_compiled_runs() -> None:
+    """Of attention's the eager form takes memory for all pairs of tokens."""
+    torch.compiler.reset()
+    runs = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        return lambda *args: runs.append(1) or graph(*args)
+
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.function = sf.SigmaMoE(6, 4, 2, 2), torch.compile(torch.sin, backend=counting)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.function(x))
+
+    sf.expert_stats(Calls(), [torch.randn(2, 5, 6)])
+    assert runs == [1]
+
+
 class Quantised(torch.Tensor):
     """Stands for the tensors of torchao, bitsandbytes and FSDP."""
 

@@ -475,6 +475,8 @@ def test_a_plan_gives_both_parts_of_a_shared_expert_the_same_tokens() -> None:
 
 def test_a_plan_unties_nothing() -> None:
     net = nn.Sequential(mixture(False), mixture(False), sf.DenseFFN(D, 8), nn.Linear(D, 8))
+    net[1].router.weight = net[0].router.weight  # is not split
+    assert list(plan(net, experts=ExpertParallel())) == ["0", "1"]
     net[1].values = net[0].values
     with pytest.raises(ValueError, match="values of '0' is another module's too: to split it would untie them"):
         plan(net, experts=ExpertParallel())

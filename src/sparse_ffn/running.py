@@ -43,13 +43,21 @@ def seed_random(device: torch.device, seed: int) -> None:
 def run_batch(model: nn.Module, batch: Any) -> Any:
     """Call a model with a mapping (keyword arguments), a tuple or list (positional arguments), or one argument.
 
-    Eagerly: what torch.compile has made runs no hooks that came later.
+    Eagerly, if a module of it is compiled: that would run no hooks that came later.
 
     Raises:
         TypeError: its ``forward`` does not take so many.
     """
-    with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+    with torch.compiler.set_stance("force_eager") if _is_compiled(model) else nullcontext():
         return _called(model, batch)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """By torch.compile of a module, or its own ``compile()``; a compiled function that it calls has no hooks."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    wrapper = torch._dynamo.OptimizedModule
+    return any(isinstance(part, wrapper) or part._compiled_call_impl is not None for part in model.modules())
 
 
 def _called(model: nn.Module, batch: Any) -> Any:

@@ -22,6 +22,7 @@ from sparse_ffn.layers.product_key import ProductKeyMemory
 from sparse_ffn.layers.routed import Routed
 from sparse_ffn.layers.shared_expert import SharedExpertMoE
 from sparse_ffn.parallel.exchange import shares
+from sparse_ffn.parallel.split import UNITS
 
 
 def plan(
@@ -42,7 +43,7 @@ def plan(
     Raises:
         TypeError: the model is no module, or a style no ParallelStyle.
         ValueError: the model has no layer for a style, styles of other ``input_layouts`` would split the parts of a
-            ``SharedExpertMoE``, or a layer's parameter is tied to another module's, which splitting it would end.
+            ``SharedExpertMoE``, or units of a layer are tied to another module's parameter, which splitting would end.
 
     Warns:
         SparseFFNWarning: other layers are split, but not these mixtures, which no style can split (``MixedMoE``,
@@ -81,8 +82,10 @@ def plan(
                 )
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     for name in found:
-        for own, parameter in model.get_submodule(name).named_parameters():
-            if uses[id(parameter)] > 1:
+        layer = model.get_submodule(name)
+        for own in UNITS:
+            parameter = layer._parameters.get(own)
+            if parameter is not None and uses[id(parameter)] > 1:
                 raise ValueError(f"{own} of {called(name)} is another module's too: to split it would untie them")
     if whole:
         warnings.warn(f"no style splits {', '.join(whole)}: every process holds all of it", SparseFFNWarning, 2)
