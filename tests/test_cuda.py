@@ -281,10 +281,10 @@ def test_tensors_that_do_not_fit_are_refused_by_name(device: str) -> None:
             x, matrices, none, none.int(), None, None, 3, "cuda"
         ),
         "weight must be torch.float32 [3, 4]": lambda: torch.ops.sparse_ffn.weighted_bag(
-            values, many, x[:, :1], torch.float32, "cuda"
+            values, many, x[:, :1], "cuda"
         ),
         "index must be torch.int64 [3, 4]": lambda: torch.ops.sparse_ffn.weighted_bag(
-            values, many.int(), x[:, :4], torch.float32, "cuda"
+            values, many.int(), x[:, :4], "cuda"
         ),
     }
     for words, call in refused.items():

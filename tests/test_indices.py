@@ -176,7 +176,7 @@ def test_ops_by_their_name_and_their_backward_ops(backend: str) -> None:
     grad, expert, matrices = torch.randn(2, 4), torch.tensor([0, 4]), torch.randn(3, 4, 4)
     sums, pairs, strides = weight.unsqueeze(1), index.unsqueeze(1), (6, 6, 3, 1)
     for call, name in (
-        (lambda: ops.weighted_bag(table, index, weight, torch.float32, backend), "index"),
+        (lambda: ops.weighted_bag(table, index, weight, backend), "index"),
         (lambda: ops.weighted_bag_backward(grad, table, index, weight, True, backend), "index"),
         (lambda: ops.product_key_topk_backward(sums, pairs, (2, 1, 2, 3), strides, backend), "index"),
         (lambda: ops.cvmm(grad, matrices, expert, None, None, None, 2, backend), "expert_index"),

@@ -125,15 +125,19 @@ def test_agreement_wants_the_same_calls_whichever_model_is_first() -> None:
 
 
 def test_agreement_wants_models_whose_layers_can_be_seen() -> None:
-    """Hooks that come after a compilation are not called."""
+    """Hooks that come after a compilation are not called; of a compiled module it is known, and it runs eagerly."""
+    torch.compiler.reset()
     model = nn.Sequential(sf.SigmaMoE(D, 5, 3, 2)).eval()
     compiled, x = torch.compile(model, backend="eager"), tokens(10)
     with torch.no_grad():
         compiled(x)
-    for models in ((compiled, compiled), (compiled, copy.deepcopy(compiled))):
-        with pytest.raises(ValueError, match="no MoE layer ran on the batch where it could be seen"):
-            sf.routing_agreement(*models, x)
+    assert sf.routing_agreement(compiled, copy.deepcopy(compiled), x) == {"_orig_mod.0": 1.0}
     assert sf.routing_agreement(model, compiled._orig_mod, x) == {"0": 1.0}
+    model.forward = torch.compile(model.forward, backend="eager")
+    with torch.no_grad():
+        model(x)
+    with pytest.raises(ValueError, match="no MoE layer ran on the batch where it could be seen"):
+        sf.routing_agreement(model, model, x)
 
 
 def test_agreement_does_not_ask_for_the_default_device() -> None:

@@ -550,7 +550,7 @@ def test_opcheck_holds_for_every_op(backend: str) -> None:
 
     table = torch.randn(9, O)
     vg, gg = grad(table, gate)
-    torch.library.opcheck(library.weighted_bag.default, (vg, index, gg, torch.float32, backend))
+    torch.library.opcheck(library.weighted_bag.default, (vg, index, gg, backend))
     torch.library.opcheck(library.weighted_bag_backward.default, (torch.randn(6, O), table, index, gate, True, backend))
     for gather, scatter, reduction in ((None, None, None), (slot.flip(0), slot // 2, torch.rand(6))):
         xg, wg, rg = grad(x, keys.transpose(1, 2), reduction)
