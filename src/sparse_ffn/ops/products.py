@@ -16,10 +16,8 @@ from sparse_ffn.ops.library import at_most
 
 WORTH = 6
 """Products per element from which widened copies pay: with few rows, copying the weights takes longer than it saves."""
-
-
 FEW_USES = 8
-"""Of a weight in a call, on average: 12 bytes are moved to make its copy, and a use is two operations."""
+"""Of a weight in a call, on average: to copy it moves at least 6 bytes, and a use is two operations."""
 
 
 def product_dtype(backend: str, weight: Tensor, uses: int, dtype: torch.dtype) -> torch.dtype:
@@ -55,7 +53,7 @@ def _widens(a: Tensor, b: Tensor) -> bool:
     if a.device.type != "cpu" or torch.compiler.is_compiling() or a.dtype not in slow_dtypes():
         return False  # compilers have products of their own
     (m, k), n = a.shape[-2:], b.shape[-1]
-    # torch reads columns of few rows in steps of one number where rows of b lie in one piece
+    # where rows of b lie in one piece torch takes many times as long, from one row of a on
     return b.stride(-1) == 1 or bool(m * n * k >= WORTH * (m * k + k * n + m * n))
 
 
